@@ -1,0 +1,1 @@
+"""Gradwire: train language models on a self-hosted trainer from an ordinary Python loop."""

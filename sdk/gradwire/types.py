@@ -1,0 +1,302 @@
+"""The values users pass in and get back. numpy only; torch is imported only where a method returns torch tensors.
+
+Names and shapes are those users of tinker know. Inputs are duck-typed: wherever Gradwire takes one of these it takes any
+object with the same attributes.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+TensorDtype = Literal["float32", "int64"]
+
+
+def to_array(values: Any) -> npt.NDArray[Any]:
+    """A contiguous numpy array over `values`: a list, a numpy array, a torch tensor on any device, or a TensorData
+    (ours or tinker's). Shares memory where it can; bfloat16 becomes float32."""
+    if isinstance(values, np.ndarray):
+        return np.ascontiguousarray(values)
+    if hasattr(values, "to_numpy"):
+        return np.ascontiguousarray(values.to_numpy())
+    if hasattr(values, "detach"):
+        tensor = values.detach().cpu()
+        if tensor.is_floating_point() and tensor.element_size() < 4:
+            tensor = tensor.float()
+        return np.ascontiguousarray(tensor.numpy())
+    if hasattr(values, "data") and hasattr(values, "dtype") and hasattr(values, "shape"):
+        array = np.asarray(values.data, dtype=values.dtype)
+        return array.reshape(values.shape) if values.shape is not None else array
+    return np.asarray(values)
+
+
+class TensorData:
+    """A dense tensor of float32 or int64.
+
+    Args:
+        data: Elements, in any form `to_array` takes.
+        dtype: "float32" or "int64"; None takes float32 for floating point and int64 for integers.
+        shape: Sizes of the dims; None keeps the shape of `data`.
+    """
+
+    __slots__ = ("_array",)
+
+    def __init__(self, data: Any, dtype: TensorDtype | None = None, shape: Sequence[int] | None = None) -> None:
+        array = to_array(data)
+        if dtype is None:
+            if array.dtype.kind not in "fiub":
+                raise TypeError(f"TensorData takes numbers, got dtype {array.dtype}.")
+            dtype = "float32" if array.dtype.kind == "f" else "int64"
+        if dtype not in ("float32", "int64"):
+            raise ValueError(f'TensorData dtype must be "float32" or "int64", got {dtype!r}.')
+        array = array.astype(dtype, copy=False)
+        self._array = array if shape is None else array.reshape(tuple(shape))
+
+    @classmethod
+    def from_numpy(cls, array: npt.NDArray[Any]) -> "TensorData":
+        """Wraps a numpy array; float32 and int64 share its memory."""
+        return cls(array)
+
+    @classmethod
+    def from_torch(cls, tensor: "torch.Tensor") -> "TensorData":
+        """Wraps a torch tensor; float32 and int64 on the CPU share its memory."""
+        return cls(tensor)
+
+    @property
+    def dtype(self) -> TensorDtype:
+        """ "float32" or "int64"."""
+        return "float32" if self._array.dtype == np.float32 else "int64"
+
+    @property
+    def shape(self) -> list[int]:
+        """Sizes of the dims."""
+        return list(self._array.shape)
+
+    @property
+    def data(self) -> list[Any]:
+        """Elements as a flat Python list, row-major."""
+        return self._array.ravel().tolist()
+
+    def to_numpy(self) -> npt.NDArray[Any]:
+        """The tensor as numpy, sharing memory; may be read-only."""
+        return self._array
+
+    def to_torch(self) -> "torch.Tensor":
+        """The tensor as torch on the CPU, float32 or int64; shares memory when that is writable."""
+        import torch
+
+        return torch.from_numpy(self._array if self._array.flags.writeable else self._array.copy())
+
+    def tolist(self) -> list[Any]:
+        """Elements as nested Python lists."""
+        return self._array.tolist()
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __repr__(self) -> str:
+        return f"TensorData(dtype={self.dtype!r}, shape={self.shape}, data={np.array2string(self._array, threshold=8)})"
+
+
+@dataclass(frozen=True)
+class EncodedTextChunk:
+    """A piece of a ModelInput: token ids."""
+
+    tokens: Sequence[int]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.tokens)
+
+
+class ModelInput:
+    """The tokens the model reads.
+
+    Args:
+        chunks: Pieces with a `.tokens` sequence each; joined in order.
+    """
+
+    __slots__ = ("_tokens",)
+
+    def __init__(self, chunks: Iterable[Any] = ()) -> None:
+        self._tokens = model_input_tokens(list(chunks), "chunks")
+
+    @classmethod
+    def from_ints(cls, tokens: Any) -> "ModelInput":
+        """From token ids: a list, numpy array or torch tensor of integers, one dim."""
+        made = cls()
+        made._tokens = _token_array(tokens, "tokens")
+        return made
+
+    @property
+    def chunks(self) -> list[EncodedTextChunk]:
+        """The tokens as one chunk."""
+        return [EncodedTextChunk(self.to_ints())]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self._tokens)
+
+    def to_ints(self) -> list[int]:
+        """Token ids as a Python list."""
+        return self._tokens.tolist()
+
+    def to_numpy(self) -> npt.NDArray[np.int64]:
+        """Token ids, int64 [length], sharing memory."""
+        return self._tokens
+
+    def __repr__(self) -> str:
+        return f"ModelInput(length={self.length})"
+
+
+def _token_array(tokens: Any, where: str) -> npt.NDArray[np.int64]:
+    array = to_array(tokens)
+    if array.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise ValueError(
+            f"{where} must be a one-dim sequence of integers, got dtype {array.dtype} and shape {list(array.shape)}."
+        )
+    return array.astype(np.int64, copy=False)
+
+
+def model_input_tokens(model_input: Any, where: str) -> npt.NDArray[np.int64]:
+    """Token ids of anything that stands for a model input: ours, tinker's (by `.chunks`), chunks, or plain token ids.
+
+    Returns:
+        int64 [N].
+
+    Raises:
+        ValueError: A chunk has no tokens (an image, say), or ids are not integers.
+    """
+    if isinstance(model_input, ModelInput):
+        return model_input.to_numpy()
+    chunks = getattr(model_input, "chunks", model_input)
+    if isinstance(chunks, list) and chunks and not isinstance(chunks[0], int | np.integer):
+        for number, chunk in enumerate(chunks):
+            if not hasattr(chunk, "tokens"):
+                raise ValueError(
+                    f"{where}.chunks[{number}] is a {type(chunk).__name__} without tokens; Gradwire takes text only."
+                )
+        return np.concatenate([_token_array(chunk.tokens, where) for chunk in chunks])
+    return _token_array(chunks, where)
+
+
+@dataclass
+class Datum:
+    """One training sequence.
+
+    Attributes:
+        model_input: The N tokens the model reads.
+        loss_fn_inputs: Per-token inputs of the loss by name, each [N] or [N, K]; "target_tokens" (int64) always.
+            Lists, numpy arrays and torch tensors become TensorData.
+    """
+
+    model_input: Any
+    loss_fn_inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.loss_fn_inputs = {
+            name: value if isinstance(value, TensorData) else TensorData(value)
+            for name, value in self.loss_fn_inputs.items()
+        }
+
+
+@dataclass(frozen=True)
+class AdamParams:
+    """Hyperparameters of one optim_step, as torch.optim.AdamW takes them."""
+
+    learning_rate: float = 1e-4
+    """At least 0."""
+    beta1: float = 0.9
+    """In [0, 1)."""
+    beta2: float = 0.95
+    """In [0, 1)."""
+    eps: float = 1e-12
+    """Above 0."""
+    weight_decay: float = 0.0
+    """At least 0."""
+    grad_clip_norm: float = 0.0
+    """Gradients are scaled so that their global L2 norm is at most this; 0 is off."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What create_lora_training_client trains. Not in this version: the trainer answers UNIMPLEMENTED."""
+
+    rank: int = 32
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where one call's time went, summed over its operations, milliseconds."""
+
+    queue_ms: float = 0.0
+    """Waiting for its turn on the trainer."""
+    execute_ms: float = 0.0
+    """On the device."""
+    transfer_ms: float = 0.0
+    """Between trainer and worker."""
+
+
+@dataclass(frozen=True)
+class ForwardBackwardOutput:
+    """What forward, forward_backward and forward_backward_custom found.
+
+    Attributes:
+        loss_fn_outputs: One dict a datum, in the order given; "logprobs" (float32, natural log, shaped as the targets)
+            always.
+        metrics: Numbers by `name:reduction`; "loss:sum" (nats) whenever a loss was evaluated; a custom loss's own
+            metrics under their own names.
+        timing: Where the time went.
+    """
+
+    loss_fn_outputs: list[dict[str, TensorData]]
+    metrics: dict[str, float]
+    timing: Timing = Timing()
+
+
+ForwardOutput = ForwardBackwardOutput
+
+
+@dataclass(frozen=True)
+class OptimStepResponse:
+    """What optim_step did.
+
+    Attributes:
+        step: Number of steps applied to the run, this one included.
+        metrics: "grad_norm:mean" (global L2 norm before clipping) and others.
+        timing: Where the time went.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    timing: Timing = Timing()
+
+
+@dataclass(frozen=True)
+class SaveWeightsResult:
+    """Where exported parameters are.
+
+    Attributes:
+        path: gradwire://<run_id>/sampler_weights/<name>
+        snapshot_name: The name under which it was saved.
+        uri: The same place on the trainer's host: file:///…
+        size_bytes: Size of all files.
+    """
+
+    path: str
+    snapshot_name: str
+    uri: str
+    size_bytes: int

@@ -1,0 +1,70 @@
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from typing import ClassVar as _ClassVar
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ERROR_REASON_UNSPECIFIED: _ClassVar[ErrorReason]
+    ERROR_REASON_INVALID_FIELD: _ClassVar[ErrorReason]
+    ERROR_REASON_UNKNOWN_LOSS: _ClassVar[ErrorReason]
+    ERROR_REASON_SEQUENCE_TOO_LONG: _ClassVar[ErrorReason]
+    ERROR_REASON_RUN_NOT_FOUND: _ClassVar[ErrorReason]
+    ERROR_REASON_TRAINER_JOB_NOT_FOUND: _ClassVar[ErrorReason]
+    ERROR_REASON_BASE_MODEL_MISMATCH: _ClassVar[ErrorReason]
+    ERROR_REASON_NO_GRADIENTS: _ClassVar[ErrorReason]
+    ERROR_REASON_PRIOR_OPERATION_FAILED: _ClassVar[ErrorReason]
+    ERROR_REASON_NO_HELD_GRAPH: _ClassVar[ErrorReason]
+    ERROR_REASON_SEQ_ID_GAP: _ClassVar[ErrorReason]
+    ERROR_REASON_SEQ_ID_CONFLICT: _ClassVar[ErrorReason]
+    ERROR_REASON_ANSWER_RELEASED: _ClassVar[ErrorReason]
+    ERROR_REASON_ATTACH_SUPERSEDED: _ClassVar[ErrorReason]
+    ERROR_REASON_RUN_ATTACHED: _ClassVar[ErrorReason]
+    ERROR_REASON_PROTOCOL_VIOLATION: _ClassVar[ErrorReason]
+    ERROR_REASON_PROTOCOL_VERSION_UNSUPPORTED: _ClassVar[ErrorReason]
+    ERROR_REASON_INVALID_API_KEY: _ClassVar[ErrorReason]
+    ERROR_REASON_WORKER_DIED: _ClassVar[ErrorReason]
+    ERROR_REASON_WORKER_NOT_READY: _ClassVar[ErrorReason]
+    ERROR_REASON_RUN_LOST: _ClassVar[ErrorReason]
+    ERROR_REASON_DRAINING: _ClassVar[ErrorReason]
+    ERROR_REASON_LIMIT_EXCEEDED: _ClassVar[ErrorReason]
+    ERROR_REASON_DEVICE_OUT_OF_MEMORY: _ClassVar[ErrorReason]
+    ERROR_REASON_CHECKPOINT_EXISTS: _ClassVar[ErrorReason]
+    ERROR_REASON_NOT_IMPLEMENTED: _ClassVar[ErrorReason]
+    ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
+    ERROR_REASON_STORAGE_FAILED: _ClassVar[ErrorReason]
+    ERROR_REASON_TRAINER_JOB_FAILED: _ClassVar[ErrorReason]
+    ERROR_REASON_CANCELLED: _ClassVar[ErrorReason]
+    ERROR_REASON_NON_FINITE: _ClassVar[ErrorReason]
+ERROR_REASON_UNSPECIFIED: ErrorReason
+ERROR_REASON_INVALID_FIELD: ErrorReason
+ERROR_REASON_UNKNOWN_LOSS: ErrorReason
+ERROR_REASON_SEQUENCE_TOO_LONG: ErrorReason
+ERROR_REASON_RUN_NOT_FOUND: ErrorReason
+ERROR_REASON_TRAINER_JOB_NOT_FOUND: ErrorReason
+ERROR_REASON_BASE_MODEL_MISMATCH: ErrorReason
+ERROR_REASON_NO_GRADIENTS: ErrorReason
+ERROR_REASON_PRIOR_OPERATION_FAILED: ErrorReason
+ERROR_REASON_NO_HELD_GRAPH: ErrorReason
+ERROR_REASON_SEQ_ID_GAP: ErrorReason
+ERROR_REASON_SEQ_ID_CONFLICT: ErrorReason
+ERROR_REASON_ANSWER_RELEASED: ErrorReason
+ERROR_REASON_ATTACH_SUPERSEDED: ErrorReason
+ERROR_REASON_RUN_ATTACHED: ErrorReason
+ERROR_REASON_PROTOCOL_VIOLATION: ErrorReason
+ERROR_REASON_PROTOCOL_VERSION_UNSUPPORTED: ErrorReason
+ERROR_REASON_INVALID_API_KEY: ErrorReason
+ERROR_REASON_WORKER_DIED: ErrorReason
+ERROR_REASON_WORKER_NOT_READY: ErrorReason
+ERROR_REASON_RUN_LOST: ErrorReason
+ERROR_REASON_DRAINING: ErrorReason
+ERROR_REASON_LIMIT_EXCEEDED: ErrorReason
+ERROR_REASON_DEVICE_OUT_OF_MEMORY: ErrorReason
+ERROR_REASON_CHECKPOINT_EXISTS: ErrorReason
+ERROR_REASON_NOT_IMPLEMENTED: ErrorReason
+ERROR_REASON_INTERNAL: ErrorReason
+ERROR_REASON_STORAGE_FAILED: ErrorReason
+ERROR_REASON_TRAINER_JOB_FAILED: ErrorReason
+ERROR_REASON_CANCELLED: ErrorReason
+ERROR_REASON_NON_FINITE: ErrorReason

@@ -1,0 +1,208 @@
+from google.rpc import status_pb2 as _status_pb2
+from gradwire.v1 import operation_pb2 as _operation_pb2
+from gradwire.v1 import run_pb2 as _run_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetServerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LossInfo(_message.Message):
+    __slots__ = ("name", "loss_fn_inputs", "loss_fn_config_keys")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FN_INPUTS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FN_CONFIG_KEYS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    loss_fn_inputs: _containers.RepeatedScalarFieldContainer[str]
+    loss_fn_config_keys: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., loss_fn_inputs: _Optional[_Iterable[str]] = ..., loss_fn_config_keys: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ModelInfo(_message.Message):
+    __slots__ = ("base_model", "architecture", "vocab_size", "max_context_length", "num_parameters", "dtype", "device", "batching")
+    BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
+    ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    BATCHING_FIELD_NUMBER: _ClassVar[int]
+    base_model: str
+    architecture: str
+    vocab_size: int
+    max_context_length: int
+    num_parameters: int
+    dtype: str
+    device: str
+    batching: str
+    def __init__(self, base_model: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_length: _Optional[int] = ..., num_parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., batching: _Optional[str] = ...) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("max_message_bytes", "target_message_bytes", "max_in_flight_operations", "max_runs", "max_datums", "max_tokens")
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TARGET_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_IN_FLIGHT_OPERATIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_RUNS_FIELD_NUMBER: _ClassVar[int]
+    MAX_DATUMS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    max_message_bytes: int
+    target_message_bytes: int
+    max_in_flight_operations: int
+    max_runs: int
+    max_datums: int
+    max_tokens: int
+    def __init__(self, max_message_bytes: _Optional[int] = ..., target_message_bytes: _Optional[int] = ..., max_in_flight_operations: _Optional[int] = ..., max_runs: _Optional[int] = ..., max_datums: _Optional[int] = ..., max_tokens: _Optional[int] = ...) -> None: ...
+
+class GetServerInfoResponse(_message.Message):
+    __slots__ = ("software_version", "min_protocol_version", "max_protocol_version", "models", "losses", "limits", "ready", "status_message")
+    SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MIN_PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MAX_PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    STATUS_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    software_version: str
+    min_protocol_version: int
+    max_protocol_version: int
+    models: _containers.RepeatedCompositeFieldContainer[ModelInfo]
+    losses: _containers.RepeatedCompositeFieldContainer[LossInfo]
+    limits: Limits
+    ready: bool
+    status_message: str
+    def __init__(self, software_version: _Optional[str] = ..., min_protocol_version: _Optional[int] = ..., max_protocol_version: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ..., losses: _Optional[_Iterable[_Union[LossInfo, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., ready: bool = ..., status_message: _Optional[str] = ...) -> None: ...
+
+class CreateRunRequest(_message.Message):
+    __slots__ = ("request_id", "base_model", "lora_rank", "display_name")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
+    LORA_RANK_FIELD_NUMBER: _ClassVar[int]
+    DISPLAY_NAME_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    base_model: str
+    lora_rank: int
+    display_name: str
+    def __init__(self, request_id: _Optional[str] = ..., base_model: _Optional[str] = ..., lora_rank: _Optional[int] = ..., display_name: _Optional[str] = ...) -> None: ...
+
+class CreateRunResponse(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: _run_pb2.Run
+    def __init__(self, run: _Optional[_Union[_run_pb2.Run, _Mapping]] = ...) -> None: ...
+
+class GetRunRequest(_message.Message):
+    __slots__ = ("run_id",)
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    def __init__(self, run_id: _Optional[str] = ...) -> None: ...
+
+class GetRunResponse(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: _run_pb2.Run
+    def __init__(self, run: _Optional[_Union[_run_pb2.Run, _Mapping]] = ...) -> None: ...
+
+class ListRunsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListRunsResponse(_message.Message):
+    __slots__ = ("runs",)
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    runs: _containers.RepeatedCompositeFieldContainer[_run_pb2.Run]
+    def __init__(self, runs: _Optional[_Iterable[_Union[_run_pb2.Run, _Mapping]]] = ...) -> None: ...
+
+class DeleteRunRequest(_message.Message):
+    __slots__ = ("run_id",)
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    def __init__(self, run_id: _Optional[str] = ...) -> None: ...
+
+class DeleteRunResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("run_id", "client_id")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    client_id: str
+    def __init__(self, run_id: _Optional[str] = ..., client_id: _Optional[str] = ...) -> None: ...
+
+class AttachResponse(_message.Message):
+    __slots__ = ("next_seq_id", "step")
+    NEXT_SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    next_seq_id: int
+    step: int
+    def __init__(self, next_seq_id: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+
+class TrainRequest(_message.Message):
+    __slots__ = ("seq_id", "acked_seq_id", "attach", "forward", "forward_backward", "backward", "optim_step", "zero_grad", "cancel", "save_weights_for_sampler", "save_state", "load_state")
+    SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    ACKED_SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_BACKWARD_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_FIELD_NUMBER: _ClassVar[int]
+    OPTIM_STEP_FIELD_NUMBER: _ClassVar[int]
+    ZERO_GRAD_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    SAVE_WEIGHTS_FOR_SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    SAVE_STATE_FIELD_NUMBER: _ClassVar[int]
+    LOAD_STATE_FIELD_NUMBER: _ClassVar[int]
+    seq_id: int
+    acked_seq_id: int
+    attach: AttachRequest
+    forward: _operation_pb2.ForwardRequest
+    forward_backward: _operation_pb2.ForwardBackwardRequest
+    backward: _operation_pb2.BackwardRequest
+    optim_step: _operation_pb2.OptimStepRequest
+    zero_grad: _operation_pb2.ZeroGradRequest
+    cancel: _operation_pb2.CancelRequest
+    save_weights_for_sampler: _operation_pb2.SaveWeightsForSamplerRequest
+    save_state: _operation_pb2.SaveStateRequest
+    load_state: _operation_pb2.LoadStateRequest
+    def __init__(self, seq_id: _Optional[int] = ..., acked_seq_id: _Optional[int] = ..., attach: _Optional[_Union[AttachRequest, _Mapping]] = ..., forward: _Optional[_Union[_operation_pb2.ForwardRequest, _Mapping]] = ..., forward_backward: _Optional[_Union[_operation_pb2.ForwardBackwardRequest, _Mapping]] = ..., backward: _Optional[_Union[_operation_pb2.BackwardRequest, _Mapping]] = ..., optim_step: _Optional[_Union[_operation_pb2.OptimStepRequest, _Mapping]] = ..., zero_grad: _Optional[_Union[_operation_pb2.ZeroGradRequest, _Mapping]] = ..., cancel: _Optional[_Union[_operation_pb2.CancelRequest, _Mapping]] = ..., save_weights_for_sampler: _Optional[_Union[_operation_pb2.SaveWeightsForSamplerRequest, _Mapping]] = ..., save_state: _Optional[_Union[_operation_pb2.SaveStateRequest, _Mapping]] = ..., load_state: _Optional[_Union[_operation_pb2.LoadStateRequest, _Mapping]] = ...) -> None: ...
+
+class TrainResponse(_message.Message):
+    __slots__ = ("seq_id", "queue_ms", "execute_ms", "transfer_ms", "error", "attached", "forward", "forward_backward", "backward", "optim_step", "zero_grad", "cancel", "save_weights_for_sampler", "save_state", "load_state")
+    SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    EXECUTE_MS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_BACKWARD_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_FIELD_NUMBER: _ClassVar[int]
+    OPTIM_STEP_FIELD_NUMBER: _ClassVar[int]
+    ZERO_GRAD_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    SAVE_WEIGHTS_FOR_SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    SAVE_STATE_FIELD_NUMBER: _ClassVar[int]
+    LOAD_STATE_FIELD_NUMBER: _ClassVar[int]
+    seq_id: int
+    queue_ms: float
+    execute_ms: float
+    transfer_ms: float
+    error: _status_pb2.Status
+    attached: AttachResponse
+    forward: _operation_pb2.ForwardResponse
+    forward_backward: _operation_pb2.ForwardBackwardResponse
+    backward: _operation_pb2.BackwardResponse
+    optim_step: _operation_pb2.OptimStepResponse
+    zero_grad: _operation_pb2.ZeroGradResponse
+    cancel: _operation_pb2.CancelResponse
+    save_weights_for_sampler: _operation_pb2.SaveWeightsForSamplerResponse
+    save_state: _operation_pb2.SaveStateResponse
+    load_state: _operation_pb2.LoadStateResponse
+    def __init__(self, seq_id: _Optional[int] = ..., queue_ms: _Optional[float] = ..., execute_ms: _Optional[float] = ..., transfer_ms: _Optional[float] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., attached: _Optional[_Union[AttachResponse, _Mapping]] = ..., forward: _Optional[_Union[_operation_pb2.ForwardResponse, _Mapping]] = ..., forward_backward: _Optional[_Union[_operation_pb2.ForwardBackwardResponse, _Mapping]] = ..., backward: _Optional[_Union[_operation_pb2.BackwardResponse, _Mapping]] = ..., optim_step: _Optional[_Union[_operation_pb2.OptimStepResponse, _Mapping]] = ..., zero_grad: _Optional[_Union[_operation_pb2.ZeroGradResponse, _Mapping]] = ..., cancel: _Optional[_Union[_operation_pb2.CancelResponse, _Mapping]] = ..., save_weights_for_sampler: _Optional[_Union[_operation_pb2.SaveWeightsForSamplerResponse, _Mapping]] = ..., save_state: _Optional[_Union[_operation_pb2.SaveStateResponse, _Mapping]] = ..., load_state: _Optional[_Union[_operation_pb2.LoadStateResponse, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,92 @@
+from google.rpc import status_pb2 as _status_pb2
+from gradwire.v1 import trainer_service_pb2 as _trainer_service_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class WorkerHello(_message.Message):
+    __slots__ = ("token", "pid", "world_size", "software_version")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    pid: int
+    world_size: int
+    software_version: str
+    def __init__(self, token: _Optional[str] = ..., pid: _Optional[int] = ..., world_size: _Optional[int] = ..., software_version: _Optional[str] = ...) -> None: ...
+
+class WorkerReady(_message.Message):
+    __slots__ = ("model", "losses")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    model: _trainer_service_pb2.ModelInfo
+    losses: _containers.RepeatedCompositeFieldContainer[_trainer_service_pb2.LossInfo]
+    def __init__(self, model: _Optional[_Union[_trainer_service_pb2.ModelInfo, _Mapping]] = ..., losses: _Optional[_Iterable[_Union[_trainer_service_pb2.LossInfo, _Mapping]]] = ...) -> None: ...
+
+class WorkerDone(_message.Message):
+    __slots__ = ("error",)
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    error: _status_pb2.Status
+    def __init__(self, error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+
+class WorkerEvent(_message.Message):
+    __slots__ = ("command_id", "counters", "hello", "loading", "ready", "failed", "response", "done")
+    class CountersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    LOADING_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    command_id: int
+    counters: _containers.ScalarMap[str, float]
+    hello: WorkerHello
+    loading: str
+    ready: WorkerReady
+    failed: _status_pb2.Status
+    response: _trainer_service_pb2.TrainResponse
+    done: WorkerDone
+    def __init__(self, command_id: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., loading: _Optional[str] = ..., ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., failed: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., response: _Optional[_Union[_trainer_service_pb2.TrainResponse, _Mapping]] = ..., done: _Optional[_Union[WorkerDone, _Mapping]] = ...) -> None: ...
+
+class WorkerCreateRun(_message.Message):
+    __slots__ = ("request",)
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    request: _trainer_service_pb2.CreateRunRequest
+    def __init__(self, request: _Optional[_Union[_trainer_service_pb2.CreateRunRequest, _Mapping]] = ...) -> None: ...
+
+class WorkerDeleteRun(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WorkerDropGraphs(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WorkerCommand(_message.Message):
+    __slots__ = ("command_id", "run_id", "create_run", "delete_run", "request", "drop_graphs")
+    COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    CREATE_RUN_FIELD_NUMBER: _ClassVar[int]
+    DELETE_RUN_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    DROP_GRAPHS_FIELD_NUMBER: _ClassVar[int]
+    command_id: int
+    run_id: str
+    create_run: WorkerCreateRun
+    delete_run: WorkerDeleteRun
+    request: _trainer_service_pb2.TrainRequest
+    drop_graphs: WorkerDropGraphs
+    def __init__(self, command_id: _Optional[int] = ..., run_id: _Optional[str] = ..., create_run: _Optional[_Union[WorkerCreateRun, _Mapping]] = ..., delete_run: _Optional[_Union[WorkerDeleteRun, _Mapping]] = ..., request: _Optional[_Union[_trainer_service_pb2.TrainRequest, _Mapping]] = ..., drop_graphs: _Optional[_Union[WorkerDropGraphs, _Mapping]] = ...) -> None: ...
