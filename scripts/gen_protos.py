@@ -4,7 +4,7 @@
     python scripts/gen_protos.py --check   fail on any difference
     python scripts/gen_protos.py --lint    buf lint STANDARD over protos/
 
-The generator is the oldest grpcio-tools we support (pinned in constraints.txt), so that newer runtimes accept the stubs.
+The generator is the oldest grpcio-tools we support (pinned in pyproject.toml), so that newer runtimes accept the stubs;
 google/rpc/*.proto come from the googleapis-common-protos package, which is why buf reads a descriptor set made here
 rather than fetching its own copy.
 """

@@ -1,1 +1,46 @@
-"""Gradwire: train language models on a self-hosted trainer from an ordinary Python loop."""
+"""Gradwire: train language models on a self-hosted trainer from an ordinary Python loop.
+
+service = gradwire.ServiceClient("http://127.0.0.1:7777")
+client = service.create_training_client()
+client.forward_backward(data, "cross_entropy")
+client.optim_step(gradwire.AdamParams(learning_rate=1e-5)).result()
+"""
+
+from gradwire.data import datum_from_tokens_weights
+from gradwire.errors import GradwireError
+from gradwire.futures import APIFuture
+from gradwire.service_client import FiretitanServiceClient, ServiceClient
+from gradwire.training_client import TrainingClient
+from gradwire.types import (
+    AdamParams,
+    Datum,
+    EncodedTextChunk,
+    ForwardBackwardOutput,
+    ForwardOutput,
+    LoraConfig,
+    ModelInput,
+    OptimStepResponse,
+    SaveWeightsResult,
+    TensorData,
+)
+from gradwire.version import __version__
+
+__all__ = [
+    "APIFuture",
+    "AdamParams",
+    "Datum",
+    "EncodedTextChunk",
+    "FiretitanServiceClient",
+    "ForwardBackwardOutput",
+    "ForwardOutput",
+    "GradwireError",
+    "LoraConfig",
+    "ModelInput",
+    "OptimStepResponse",
+    "SaveWeightsResult",
+    "ServiceClient",
+    "TensorData",
+    "TrainingClient",
+    "__version__",
+    "datum_from_tokens_weights",
+]

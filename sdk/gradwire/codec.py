@@ -14,7 +14,7 @@ from gradwire.errors import invalid_field
 from gradwire.types import TensorData, model_input_tokens, to_array
 from gradwire.v1 import datum_pb2, tensor_pb2
 
-_NUMPY_TYPES: dict[int, np.dtype[Any]] = {
+_NUMPY_TYPES: dict[tensor_pb2.DataType, np.dtype[Any]] = {
     tensor_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
     tensor_pb2.DATA_TYPE_INT64: np.dtype("<i8"),
     tensor_pb2.DATA_TYPE_INT32: np.dtype("<i4"),
@@ -253,8 +253,8 @@ def batch_from_arrays(
             if column and column[0].shape[1:] != array.shape[1:]:
                 raise invalid_field(
                     where,
-                    f"has shape {list(array.shape)}, but in data[0] the shape is {list(column[0].shape)}; all datums of "
-                    "a call must have the same number of values a token.",
+                    f"has shape {list(array.shape)}, but in data[0] the shape is {list(column[0].shape)}; all datums "
+                    "of a call must have the same number of values a token.",
                 )
             column.append(_as_dtype(array, _input_dtype(name), where))
         tokens_list.append(tokens)

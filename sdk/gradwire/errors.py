@@ -24,7 +24,7 @@ The server raises these too and `to_status` carries them over the wire; `from_st
 back. `ERROR_CODES` is the one table from reason to gRPC code.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -257,7 +257,7 @@ def invalid_field(field: str, description: str, *, reason: str = "INVALID_FIELD"
         reason: INVALID_FIELD, UNKNOWN_LOSS or SEQUENCE_TOO_LONG.
         **metadata: The error's variables.
     """
-    made = error(reason, f"{field} {description}", field=field, **metadata)
+    made = error(reason, f"{field} {description}", **{"field": field, **metadata})
     made.field_violations = ((field, description),)
     return made
 
@@ -310,7 +310,7 @@ def from_status(status: status_pb2.Status) -> GradwireError:
 def from_rpc_error(exc: grpc.RpcError) -> GradwireError:
     """The exception a failed gRPC call stands for, with or without Gradwire's details in it."""
     try:
-        status = rpc_status.from_call(exc)
+        status = rpc_status.from_call(cast(grpc.Call, exc))
     except ValueError:
         # Code or message in the details disagree with the call's own: not a server of ours.
         status = None

@@ -1,7 +1,7 @@
 """The values users pass in and get back. numpy only; torch is imported only where a method returns torch tensors.
 
-Names and shapes are those users of tinker know. Inputs are duck-typed: wherever Gradwire takes one of these it takes any
-object with the same attributes.
+Names and shapes are those users of tinker know. Inputs are duck-typed: wherever Gradwire takes one of these it takes
+any object with the same attributes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,0 +1,110 @@
+"""From the trainer's answers to what users get back."""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradwire.codec import decode_tensor
+from gradwire.types import ForwardBackwardOutput, OptimStepResponse, SaveWeightsResult, TensorData, Timing
+from gradwire.v1.run_pb2 import RunState
+from gradwire.v1.trainer_service_pb2 import TrainResponse
+
+_REDUCTIONS = {"sum": sum, "min": min, "max": max, "mean": lambda values: sum(values) / len(values)}
+
+
+def combine_metrics(pieces: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a call from those of its pieces: each `name:reduction` is reduced as its name says."""
+    values: dict[str, list[float]] = {}
+    for piece in pieces:
+        for name, value in piece.items():
+            values.setdefault(name, []).append(value)
+    return {name: _REDUCTIONS.get(name.rpartition(":")[2], sum)(found) for name, found in values.items()}
+
+
+def timing(responses: Iterable[TrainResponse]) -> Timing:
+    """Times of a call from those of its operations."""
+    queue_ms = execute_ms = transfer_ms = 0.0
+    for response in responses:
+        queue_ms += response.queue_ms
+        execute_ms += response.execute_ms
+        transfer_ms += response.transfer_ms
+    return Timing(queue_ms, execute_ms, transfer_ms)
+
+
+def _body(response: TrainResponse) -> Any:
+    return getattr(response, response.WhichOneof("result") or "error")
+
+
+def forward_output(responses: Sequence[TrainResponse]) -> ForwardBackwardOutput:
+    """Output of forward or forward_backward; tensors are views of one buffer a piece."""
+    outputs: list[dict[str, TensorData]] = []
+    bodies = [_body(response) for response in responses]
+    for body in bodies:
+        flat = {name: decode_tensor(tensor, name) for name, tensor in body.loss_fn_outputs.items()}
+        cu_seqlens = decode_tensor(body.cu_seqlens, "cu_seqlens").tolist()
+        outputs.extend(
+            {name: TensorData(array[start:stop]) for name, array in flat.items()}
+            for start, stop in pairwise(cu_seqlens)
+        )
+    return ForwardBackwardOutput(outputs, combine_metrics(dict(body.metrics) for body in bodies), timing(responses))
+
+
+def joined_logprobs(responses: Sequence[TrainResponse]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """(logprobs float32 [T] or [T, K], cu_seqlens int64 [N + 1]) of all pieces end to end."""
+    arrays: list[npt.NDArray[np.float32]] = []
+    lengths: list[npt.NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
+    for response in responses:
+        body = _body(response)
+        arrays.append(decode_tensor(body.loss_fn_outputs["logprobs"], "logprobs"))
+        lengths.append(np.diff(decode_tensor(body.cu_seqlens, "cu_seqlens")))
+    joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    return joined, np.cumsum(np.concatenate(lengths))
+
+
+def custom_output(
+    forward: ForwardBackwardOutput, backward: Sequence[TrainResponse], loss: float, user_metrics: dict[str, float]
+) -> ForwardBackwardOutput:
+    """Output of forward_backward_custom: the user's own metrics, then the loss, then the trainer's."""
+    trainer_metrics = combine_metrics([forward.metrics, *(dict(response.backward.metrics) for response in backward)])
+    times = timing(backward)
+    return ForwardBackwardOutput(
+        loss_fn_outputs=forward.loss_fn_outputs,
+        metrics={**user_metrics, "loss:sum": loss}
+        | {k: v for k, v in trainer_metrics.items() if k not in user_metrics},
+        timing=Timing(
+            forward.timing.queue_ms + times.queue_ms,
+            forward.timing.execute_ms + times.execute_ms,
+            forward.timing.transfer_ms + times.transfer_ms,
+        ),
+    )
+
+
+def optim_step(responses: Sequence[TrainResponse]) -> OptimStepResponse:
+    """Output of optim_step."""
+    body = responses[0].optim_step
+    return OptimStepResponse(step=body.step, metrics=dict(body.metrics), timing=timing(responses))
+
+
+def save_weights(responses: Sequence[TrainResponse]) -> SaveWeightsResult:
+    """Output of save_weights_for_sampler."""
+    body = responses[0].save_weights_for_sampler
+    return SaveWeightsResult(
+        path=body.path, snapshot_name=body.path.rpartition("/")[2], uri=body.uri, size_bytes=body.size_bytes
+    )
+
+
+def path(responses: Sequence[TrainResponse]) -> str:
+    """Output of save_state."""
+    return responses[0].save_state.path
+
+
+def nothing(_responses: Sequence[TrainResponse]) -> None:
+    """Output of calls that only succeed."""
+
+
+def run_state_name(state: int) -> str:
+    """ "active" for RUN_STATE_ACTIVE, and so on."""
+    return RunState.Name(state).removeprefix("RUN_STATE_").lower()

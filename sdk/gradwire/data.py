@@ -1,0 +1,43 @@
+"""From tokens and text to Datum."""
+
+from typing import Any
+
+from gradwire.types import Datum, ModelInput, TensorData, to_array
+
+
+def datum_from_tokens_weights(tokens: Any, weights: Any, max_length: int | None = None) -> Datum:
+    """A Datum for next-token prediction: the model reads tokens[:-1] and is scored on tokens[1:].
+
+    Args:
+        tokens: Token ids [N], N ≥ 2: list, numpy array or torch tensor of integers.
+        weights: Loss weight of each token [N]; weights[i] belongs to predicting tokens[i], so weights[0] is not used.
+        max_length: Longest sequence kept, in tokens; the rest is cut off at the end. None keeps all.
+
+    Returns:
+        Datum with loss_fn_inputs "target_tokens" (int64 [N - 1]) and "weights" (float32 [N - 1]).
+
+    Raises:
+        ValueError: Lengths differ, or fewer than two tokens are left.
+    """
+    token_array = to_array(tokens)
+    weight_array = to_array(weights)
+    if token_array.ndim != 1 or token_array.dtype.kind not in "iu":
+        raise ValueError(
+            f"tokens must be a one-dim sequence of integers, got dtype {token_array.dtype} and shape "
+            f"{list(token_array.shape)}."
+        )
+    if token_array.shape != weight_array.shape:
+        raise ValueError(f"weights has shape {list(weight_array.shape)}, but tokens has {list(token_array.shape)}.")
+    if max_length is not None:
+        token_array, weight_array = token_array[:max_length], weight_array[:max_length]
+    if len(token_array) < 2:
+        raise ValueError(
+            f"tokens has {len(token_array)} after max_length; at least 2 are needed to predict one from another."
+        )
+    return Datum(
+        model_input=ModelInput.from_ints(token_array[:-1]),
+        loss_fn_inputs={
+            "target_tokens": TensorData(token_array[1:], dtype="int64"),
+            "weights": TensorData(weight_array[1:], dtype="float32"),
+        },
+    )

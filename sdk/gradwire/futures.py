@@ -1,0 +1,91 @@
+"""The one future type: for threads and for coroutines alike."""
+
+import asyncio
+from collections.abc import Callable, Generator
+from concurrent.futures import CancelledError
+from concurrent.futures import Future as ConcurrentFuture
+from concurrent.futures import TimeoutError as ConcurrentTimeoutError
+from typing import Any, Generic, TypeVar
+
+from gradwire.errors import OperationCancelledError, OperationTimeoutError
+
+T = TypeVar("T")
+
+
+class APIFuture(Generic[T]):
+    """The answer to a call, when it comes.
+
+    `.result()` blocks, from any thread; `await` works on any event loop. The call is on its way whether or not anybody
+    waits, and a future nobody looks at costs nothing. It always resolves: a lost connection ends in UnavailableError
+    once reconnecting is given up.
+    """
+
+    def __init__(self, future: "ConcurrentFuture[T]", what: str) -> None:
+        self._future = future
+        self._what = what
+
+    def result(self, timeout: float | None = None) -> T:
+        """Waits for the answer.
+
+        Args:
+            timeout: Seconds; None waits until the call is answered or given up. A timeout does not stop the call.
+
+        Raises:
+            OperationTimeoutError: Nothing within `timeout`.
+            GradwireError: What the call failed with.
+        """
+        try:
+            return self._future.result(timeout)
+        except CancelledError:
+            raise self._cancelled() from None
+        except ConcurrentTimeoutError:
+            if self._future.done():
+                raise
+            raise self._timed_out(timeout) from None
+
+    async def result_async(self, timeout: float | None = None) -> T:
+        """As `result`, for coroutines."""
+        try:
+            # Shielded: a caller that stops waiting must not cancel an operation already in the run's order.
+            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._future)), timeout)
+        except TimeoutError:
+            if self._future.done():
+                raise
+            raise self._timed_out(timeout) from None
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self.result_async().__await__()
+
+    def future(self) -> "ConcurrentFuture[T]":
+        """The concurrent.futures.Future beneath."""
+        return self._future
+
+    def done(self) -> bool:
+        """Whether the answer is there."""
+        return self._future.done()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What the call failed with, or None; waits as `result` does."""
+        try:
+            self.result(timeout)
+        except BaseException as exc:
+            if not self._future.done():
+                raise
+            return exc
+        return None
+
+    def add_done_callback(self, callback: "Callable[[APIFuture[T]], object]") -> None:
+        """Calls `callback(self)` once answered, on Gradwire's event loop thread: it must not block."""
+        self._future.add_done_callback(lambda _: callback(self))
+
+    def _timed_out(self, timeout: float | None) -> OperationTimeoutError:
+        return OperationTimeoutError(
+            f"{self._what} was not answered within {timeout:g} s. It is still under way: wait again with .result()."
+        )
+
+    def _cancelled(self) -> OperationCancelledError:
+        return OperationCancelledError(f"{self._what} was given up before it was answered.", reason="CANCELLED")
+
+    def __repr__(self) -> str:
+        state = "pending" if not self.done() else "failed" if self._future.exception() else "done"
+        return f"<APIFuture {self._what}: {state}>"

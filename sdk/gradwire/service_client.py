@@ -1,0 +1,134 @@
+"""The way in: connects to a trainer and makes training clients."""
+
+import os
+import uuid
+from typing import Any
+
+from gradwire.answers import run_state_name
+from gradwire.errors import error
+from gradwire.training_client import TrainingClient
+from gradwire.transport import Connection
+from gradwire.v1.trainer_service_pb2 import (
+    CreateRunRequest,
+    GetRunRequest,
+    GetServerInfoRequest,
+    GetServerInfoResponse,
+    ListRunsRequest,
+)
+from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
+from gradwire.version import PROTOCOL_VERSION, __version__
+
+
+class ServiceClient:
+    """A connection to one trainer.
+
+    Args:
+        base_url: "http://host:port" (plaintext gRPC) or "https://host" (TLS); None reads GRADWIRE_BASE_URL.
+        api_key: The trainer's key; None reads GRADWIRE_API_KEY. Without either, none is sent.
+        timeout_s: For each blocking call, its retries included, seconds.
+        reconnect_timeout_s: How long a training client tries to reach a lost trainer before its futures fail, seconds.
+
+    Raises:
+        ValueError: No base_url, or one that names no server.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout_s: float = 600.0,
+        reconnect_timeout_s: float = 120.0,
+    ) -> None:
+        base_url = base_url or os.environ.get("GRADWIRE_BASE_URL")
+        if not base_url:
+            raise ValueError('base_url is missing; pass "http://host:port" or set GRADWIRE_BASE_URL.')
+        self.base_url = base_url
+        self._connection = Connection(base_url, api_key or os.environ.get("GRADWIRE_API_KEY"))
+        self._timeout_s = timeout_s
+        self._reconnect_timeout_s = reconnect_timeout_s
+
+    def create_training_client(
+        self, base_model: str = "", lora_rank: int = 0, *, display_name: str = "", timeout_s: float | None = None
+    ) -> TrainingClient:
+        """Makes a run from the base model, waiting until the trainer has loaded it.
+
+        Args:
+            base_model: Must be what the trainer serves; "" takes whatever that is.
+            lora_rank: 0 trains all parameters. Above 0 is not built yet (UnimplementedError).
+            display_name: Your name for the run.
+            timeout_s: Longest wait, seconds; None takes the client's.
+
+        Raises:
+            FailedPreconditionError: BASE_MODEL_MISMATCH names both models; PROTOCOL_VERSION_UNSUPPORTED both versions.
+        """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        self.get_server_info(timeout_s=timeout_s)  # Versions first: an answer we misread helps nobody.
+        request = CreateRunRequest(
+            request_id=uuid.uuid4().hex, base_model=base_model, lora_rank=lora_rank, display_name=display_name
+        )
+        answer = self._connection.call(TrainerServiceStub, "CreateRun", request, timeout_s=timeout_s)
+        return self._client(answer.run, timeout_s)
+
+    def create_lora_training_client(self, base_model: str = "", rank: int = 32, **settings: Any) -> TrainingClient:
+        """Not built yet: the trainer answers UNIMPLEMENTED."""
+        return self.create_training_client(base_model, lora_rank=rank)
+
+    def training_client(self, run_id: str, *, timeout_s: float | None = None) -> TrainingClient:
+        """Takes hold of a run that exists, after a script's restart for example. A client still attached is put off."""
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        answer = self._connection.call(TrainerServiceStub, "GetRun", GetRunRequest(run_id=run_id), timeout_s=timeout_s)
+        return self._client(answer.run, timeout_s)
+
+    def _client(self, run: Any, timeout_s: float) -> TrainingClient:
+        # Asked again: the model's limits are known only once it is loaded, and a run says that it is.
+        info = self.get_server_info(timeout_s=timeout_s)
+        return TrainingClient(self._connection, run, info, reconnect_timeout_s=self._reconnect_timeout_s)
+
+    def get_server_info(self, *, timeout_s: float | None = None) -> GetServerInfoResponse:
+        """Versions, model, losses and limits of the trainer.
+
+        Raises:
+            FailedPreconditionError: PROTOCOL_VERSION_UNSUPPORTED: the trainer does not speak our version.
+        """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        info = self._connection.call(TrainerServiceStub, "GetServerInfo", GetServerInfoRequest(), timeout_s=timeout_s)
+        if not info.min_protocol_version <= PROTOCOL_VERSION <= info.max_protocol_version:
+            raise error(
+                "PROTOCOL_VERSION_UNSUPPORTED",
+                f"This SDK (gradwire {__version__}) speaks protocol version {PROTOCOL_VERSION}, but the trainer at "
+                f"{self.base_url} (gradwire {info.software_version}) speaks {info.min_protocol_version} to "
+                f"{info.max_protocol_version}. Install the same gradwire on both sides.",
+                client=PROTOCOL_VERSION,
+                server=info.max_protocol_version,
+            )
+        return info
+
+    def list_runs(self, *, timeout_s: float | None = None) -> list[dict[str, Any]]:
+        """The trainer's runs, newest first: run_id, base_model, state, step, display_name."""
+        answer = self._connection.call(
+            TrainerServiceStub, "ListRuns", ListRunsRequest(), timeout_s=timeout_s or self._timeout_s
+        )
+        return [
+            {
+                "run_id": run.run_id,
+                "base_model": run.base_model,
+                "state": run_state_name(run.state),
+                "step": run.step,
+                "display_name": run.display_name,
+            }
+            for run in answer.runs
+        ]
+
+    def close(self) -> None:
+        """Closes the connection; training clients made from it stop too."""
+        self._connection.close()
+
+    def __enter__(self) -> "ServiceClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+FiretitanServiceClient = ServiceClient

@@ -1,0 +1,441 @@
+"""The client of one run: every call returns a future at once, is sent in call order, and executes in that order."""
+
+import logging
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future as ConcurrentFuture
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from gradwire import answers
+from gradwire.codec import Batch, batch_from_data, encode_batch, encode_tensor, split
+from gradwire.custom_loss import CustomLossFn, LossThread, run_custom_loss
+from gradwire.errors import UnimplementedError, from_status, invalid_field
+from gradwire.futures import APIFuture
+from gradwire.order import Call, Operation
+from gradwire.stream import RunStream
+from gradwire.transport import LOOP, Connection
+from gradwire.types import (
+    AdamParams,
+    ForwardBackwardOutput,
+    OptimStepResponse,
+    SaveWeightsResult,
+)
+from gradwire.v1 import operation_pb2 as ops
+from gradwire.v1.run_pb2 import Run
+from gradwire.v1.trainer_service_pb2 import (
+    DeleteRunRequest,
+    GetRunRequest,
+    GetServerInfoResponse,
+    TrainRequest,
+    TrainResponse,
+)
+from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
+
+logger = logging.getLogger("gradwire")
+
+T = TypeVar("T")
+
+GradAccumulationNormalization = Literal["none", "num_loss_tokens", "num_sequences"]
+_NORMALIZATIONS = {
+    "none": ops.GRAD_ACCUMULATION_NORMALIZATION_NONE,
+    "num_loss_tokens": ops.GRAD_ACCUMULATION_NORMALIZATION_NUM_LOSS_TOKENS,
+    "num_sequences": ops.GRAD_ACCUMULATION_NORMALIZATION_NUM_SEQUENCES,
+}
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run is and where it stands."""
+
+    run_id: str
+    base_model: str
+    lora_rank: int
+    step: int
+    """Number of optimizer steps applied."""
+    state: str
+    """"active" or "lost"."""
+    vocab_size: int
+    max_context_length: int
+    """Longest sequence taken, tokens."""
+    num_parameters: int
+
+    @property
+    def model_name(self) -> str:
+        """The base model's name."""
+        return self.base_model
+
+
+class TrainingClient:
+    """Drives one run. Made by ServiceClient; usable from any thread.
+
+    Calls return an APIFuture at once and may be made far ahead: they are sent, and execute, in the order made. Losses
+    are sums over tokens and datums; gradients add up until optim_step uses and clears them.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        run: Run,
+        server_info: GetServerInfoResponse,
+        *,
+        reconnect_timeout_s: float = 120.0,
+    ) -> None:
+        self.run_id = run.run_id
+        self.base_model = run.base_model
+        self._connection = connection
+        self._server_info = server_info
+        self._limits = server_info.limits
+        self._stream = RunStream(connection, run.run_id, server_info.limits, reconnect_timeout_s)
+        self._losses = LossThread(f"gradwire-loss-{run.run_id}")
+        self._finalizer = weakref.finalize(self, _abandon, self._stream, self._losses)
+        # At exit the loop itself is stopped, streams and all.
+        self._finalizer.atexit = False
+
+    # ── training ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def forward(
+        self, data: Iterable[Any], loss_fn: str = "", loss_fn_config: Mapping[str, float] | None = None
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Per-token logprobs of the targets, without gradients.
+
+        Args:
+            data: Datums, ours or tinker's; each with loss_fn_inputs["target_tokens"].
+            loss_fn: Name of a built-in loss to evaluate as well; "" evaluates none.
+            loss_fn_config: The loss's settings.
+
+        Raises:
+            InvalidArgumentError: The data cannot be sent as it is; names the datum and input. Errors found by the
+                trainer come through the future.
+        """
+        pieces = self._pieces(data)
+        requests = [
+            TrainRequest(
+                forward=ops.ForwardRequest(
+                    batch=encode_batch(piece), loss_fn=loss_fn, loss_fn_config=loss_fn_config or {}
+                )
+            )
+            for piece in pieces
+        ]
+        if self._losses.current():
+            # Inside a custom loss: waiting behind an optim_step that waits for this very loss would never end.
+            return self._send("forward", requests, answers.forward_output, overtake=True)
+        return self._send("forward", requests, answers.forward_output)
+
+    def forward_backward(
+        self, data: Iterable[Any], loss_fn: str = "cross_entropy", loss_fn_config: Mapping[str, float] | None = None
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """A built-in loss: its gradients are added to the run's.
+
+        Args:
+            data: Datums, ours or tinker's, with the inputs the loss reads ("target_tokens" and "weights" for
+                cross_entropy).
+            loss_fn: Name of the loss; ServiceClient.get_server_info() lists them.
+            loss_fn_config: The loss's settings.
+
+        Raises:
+            InvalidArgumentError: As forward.
+        """
+        self._refuse_inside_loss("forward_backward")
+        requests = [
+            TrainRequest(
+                forward_backward=ops.ForwardBackwardRequest(
+                    batch=encode_batch(piece), loss_fn=loss_fn, loss_fn_config=loss_fn_config or {}
+                )
+            )
+            for piece in self._pieces(data)
+        ]
+        return self._send("forward_backward", requests, answers.forward_output)
+
+    def forward_backward_custom(self, data: Iterable[Any], fn: CustomLossFn) -> APIFuture[ForwardBackwardOutput]:
+        """Any loss you can write in torch, for the price of one forward.
+
+        The trainer computes the logprobs and keeps the graph; `fn(data, logprobs_list)` runs here, on a thread of its
+        own, with one float32 leaf a datum (requires_grad, shaped as the targets) and returns (scalar loss, metrics);
+        its gradients go back through the kept graph. A datum the loss ignores gets zero gradient. Inside `fn`,
+        `forward` of this client may be called and waited for; other calls are refused.
+
+        If `fn` raises, the future raises the same and nothing is accumulated; an optim_step that was already called
+        behind it is refused (PriorOperationFailedError) rather than applied without this loss.
+
+        Returns:
+            Future of the output, whose metrics are those `fn` returned and "loss:sum", the loss.
+        """
+        self._refuse_inside_loss("forward_backward_custom")
+        data = list(data)
+        return _CustomCall(self._stream, self._losses, data, fn, self._pieces(data)).start()
+
+    def optim_step(
+        self, adam_params: Any = None, *, grad_accumulation_normalization: GradAccumulationNormalization = "none"
+    ) -> APIFuture[OptimStepResponse]:
+        """AdamW on the accumulated gradients, which it clears.
+
+        Args:
+            adam_params: AdamParams, ours or tinker's; None takes the defaults.
+            grad_accumulation_normalization: What gradients are divided by before clipping.
+
+        Raises:
+            InvalidArgumentError: No such normalization.
+        """
+        self._refuse_inside_loss("optim_step")
+        if grad_accumulation_normalization not in _NORMALIZATIONS:
+            raise invalid_field(
+                "grad_accumulation_normalization",
+                f"is {grad_accumulation_normalization!r}; it must be one of {', '.join(map(repr, _NORMALIZATIONS))}.",
+            )
+        params = AdamParams() if adam_params is None else adam_params
+        settings: dict[str, Any] = {}
+        for name in AdamParams.__dataclass_fields__:
+            value = getattr(params, name, None)
+            if value is not None:
+                settings[name] = float(value)
+        request = ops.OptimStepRequest(
+            **settings, grad_accumulation_normalization=_NORMALIZATIONS[grad_accumulation_normalization]
+        )
+        return self._send("optim_step", [TrainRequest(optim_step=request)], answers.optim_step, barrier=True)
+
+    def zero_grad(self) -> APIFuture[None]:
+        """Clears accumulated gradients, and the mark a failed call left on them."""
+        self._refuse_inside_loss("zero_grad")
+        return self._send("zero_grad", [TrainRequest(zero_grad=ops.ZeroGradRequest())], answers.nothing, barrier=True)
+
+    # ── saving and loading ────────────────────────────────────────────────────────────────────────────────────────
+
+    def save_weights_for_sampler(self, name: str, *, overwrite: bool = False) -> APIFuture[SaveWeightsResult]:
+        """Exports the parameters as a Hugging Face folder on the trainer's host.
+
+        Args:
+            name: Letters, digits, '.', '_' and '-'.
+            overwrite: Replace a checkpoint of that name; otherwise a taken name is refused (AlreadyExistsError).
+        """
+        self._refuse_inside_loss("save_weights_for_sampler")
+        request = TrainRequest(
+            save_weights_for_sampler=ops.SaveWeightsForSamplerRequest(name=name, overwrite=overwrite)
+        )
+        return self._send("save_weights_for_sampler", [request], answers.save_weights, barrier=True)
+
+    def save_weights_for_sampler_ext(
+        self, name: str, checkpoint_type: str = "base", *, overwrite: bool = False, timeout_s: float | None = None
+    ) -> SaveWeightsResult:
+        """As save_weights_for_sampler, but waits.
+
+        Args:
+            name: As there.
+            checkpoint_type: "base", all parameters. "delta" is not built yet.
+            overwrite: As there.
+            timeout_s: Longest wait, seconds; None waits until it is done or given up.
+        """
+        if checkpoint_type == "delta":
+            raise UnimplementedError('checkpoint_type "delta" is not built yet; use "base".', reason="NOT_IMPLEMENTED")
+        if checkpoint_type != "base":
+            raise invalid_field("checkpoint_type", f'is {checkpoint_type!r}; it must be "base".')
+        return self.save_weights_for_sampler(name, overwrite=overwrite).result(timeout_s)
+
+    def save_state(self, name: str, *, ttl_seconds: int | None = None, overwrite: bool = False) -> APIFuture[str]:
+        """Saves resumable state. Not built yet: the future raises UnimplementedError."""
+        self._refuse_inside_loss("save_state")
+        request = ops.SaveStateRequest(name=name, overwrite=overwrite, ttl_seconds=ttl_seconds)
+        return self._send("save_state", [TrainRequest(save_state=request)], answers.path, barrier=True)
+
+    def load_state(self, path: str) -> APIFuture[None]:
+        """Loads parameters of a saved state. Not built yet: the future raises UnimplementedError."""
+        return self._load(path, with_optimizer=False)
+
+    def load_state_with_optimizer(self, path: str) -> APIFuture[None]:
+        """Loads a saved state, optimizer and all. Not built yet: the future raises UnimplementedError."""
+        return self._load(path, with_optimizer=True)
+
+    def _load(self, path: str, *, with_optimizer: bool) -> APIFuture[None]:
+        self._refuse_inside_loss("load_state")
+        request = TrainRequest(load_state=ops.LoadStateRequest(path=path, with_optimizer=with_optimizer))
+        return self._send("load_state", [request], answers.nothing, barrier=True)
+
+    # ── about the run ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def get_info(self, *, timeout_s: float = 30.0) -> RunInfo:
+        """What the run is and where it stands; asks the trainer."""
+        answer = self._connection.call(
+            TrainerServiceStub, "GetRun", GetRunRequest(run_id=self.run_id), timeout_s=timeout_s
+        )
+        model = self._server_info.models[0]
+        return RunInfo(
+            run_id=self.run_id,
+            base_model=answer.run.base_model,
+            lora_rank=answer.run.lora_rank,
+            step=answer.run.step,
+            state=answers.run_state_name(answer.run.state),
+            vocab_size=model.vocab_size,
+            max_context_length=model.max_context_length,
+            num_parameters=model.num_parameters,
+        )
+
+    def get_tokenizer(self) -> Any:
+        """The base model's tokenizer, loaded here with transformers from the same hub id or folder."""
+        import transformers
+
+        return transformers.AutoTokenizer.from_pretrained(self.base_model)
+
+    def delete_run(self, *, timeout_s: float = 60.0) -> None:
+        """Frees the run's memory on the trainer and closes this client. Saved checkpoints stay."""
+        self.close()
+        self._connection.call(
+            TrainerServiceStub, "DeleteRun", DeleteRunRequest(run_id=self.run_id), timeout_s=timeout_s
+        )
+
+    def close(self) -> None:
+        """Leaves the run, which stays on the trainer. Futures not answered yet fail."""
+        self._finalizer()
+
+    def __enter__(self) -> "TrainingClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _pieces(self, data: Iterable[Any]) -> list[Batch]:
+        return split(batch_from_data(data), self._limits.target_message_bytes)
+
+    def _refuse_inside_loss(self, call: str) -> None:
+        if self._losses.current():
+            raise RuntimeError(
+                f"{call} was called inside a custom loss, where it would wait for that loss. "
+                "Only forward may be called there."
+            )
+
+    def _send(
+        self,
+        what: str,
+        requests: list[TrainRequest],
+        combine: Callable[[list[TrainResponse]], T],
+        *,
+        barrier: bool = False,
+        overtake: bool = False,
+    ) -> APIFuture[T]:
+        gather = _Gather(len(requests), combine)
+        operations = [gather.operation(request) for request in requests]
+        if overtake:
+            LOOP.call_soon(self._stream.overtake, operations)
+        else:
+            LOOP.call_soon(self._stream.submit, Call(deque(operations), barrier=barrier))
+        return APIFuture(gather.future, what)
+
+
+class _Gather:
+    """Collects the answers of one call's operations into one future. On the loop's thread after `operation`."""
+
+    def __init__(self, count: int, combine: Callable[[list[TrainResponse]], Any]) -> None:
+        self.future: ConcurrentFuture[Any] = ConcurrentFuture()
+        # Running: the operations are in the run's order and cannot be called back.
+        self.future.set_running_or_notify_cancel()
+        self._answers: list[TrainResponse | None] = [None] * count
+        self._places = iter(range(count))
+        self._missing = count
+        self._combine = combine
+
+    def operation(self, request: TrainRequest) -> Operation:
+        """The next operation of the call; its answer takes the same place among the answers."""
+        place = next(self._places)
+
+        def answered(response: TrainResponse) -> None:
+            if response.WhichOneof("result") == "error":
+                self.fail(from_status(response.error))
+                return
+            self._answers[place] = response
+            self._missing -= 1
+            if self._missing == 0 and not self.future.done():
+                try:
+                    self.future.set_result(self._combine([a for a in self._answers if a is not None]))
+                except Exception as exc:  # An answer we cannot read must reach the caller, not kill the stream.
+                    self.fail(exc)
+
+        return Operation(request, answered=answered, failed=self.fail)
+
+    def fail(self, exc: BaseException) -> None:
+        """Fails the future, unless a piece already did."""
+        if not self.future.done():
+            self.future.set_exception(exc)
+
+
+class _CustomCall:
+    """A forward_backward_custom on its way: forwards, the user's function, backwards."""
+
+    def __init__(
+        self, stream: RunStream, losses: LossThread, data: list[Any], fn: CustomLossFn, pieces: list[Batch]
+    ) -> None:
+        self._stream = stream
+        self._losses = losses
+        self._data = data
+        self._fn = fn
+        self._row_counts = [piece.num_tokens for piece in pieces]
+        self._result = _Gather(len(pieces), self._output)
+        forwards = _Gather(len(pieces), lambda responses: responses)
+        forwards.future.add_done_callback(self._forwarded)
+        self._forwards = [
+            forwards.operation(TrainRequest(forward=ops.ForwardRequest(batch=encode_batch(piece), keep_graph=True)))
+            for piece in pieces
+        ]
+        self._call = Call(deque(self._forwards), custom=True)
+        self._forward_output = ForwardBackwardOutput([], {})
+        self._loss = 0.0
+        self._metrics: dict[str, float] = {}
+
+    def start(self) -> APIFuture[ForwardBackwardOutput]:
+        LOOP.call_soon(self._stream.submit, self._call)
+        return APIFuture(self._result.future, "forward_backward_custom")
+
+    def _forwarded(self, future: "ConcurrentFuture[list[TrainResponse]]") -> None:
+        """On the loop: the logprobs are here, or a forward failed."""
+        if exc := future.exception():
+            self._give_up(exc)
+            return
+        responses = future.result()
+        self._losses.submit(lambda: self._evaluate(responses))
+
+    def _evaluate(self, responses: list[TrainResponse]) -> None:
+        """On the loss thread: the user's function."""
+        try:
+            self._forward_output = answers.forward_output(responses)
+            logprobs_T, cu_seqlens = answers.joined_logprobs(responses)
+            gradients_T, self._loss, self._metrics = run_custom_loss(self._fn, self._data, logprobs_T, cu_seqlens)
+        except BaseException as exc:  # Whatever the user's function raised belongs to the future.
+            LOOP.call_soon(self._give_up, exc)
+            return
+        LOOP.call_soon(self._send_backwards, gradients_T)
+
+    def _send_backwards(self, gradients_T: np.ndarray) -> None:
+        """On the loop: the gradients go back, before anything that waits for them."""
+        start = 0
+        backwards: list[Operation] = []
+        for forward, count in zip(self._forwards, self._row_counts, strict=True):
+            request = ops.BackwardRequest(
+                forward_seq_id=forward.request.seq_id, gradients=encode_tensor(gradients_T[start : start + count])
+            )
+            backwards.append(self._result.operation(TrainRequest(backward=request)))
+            start += count
+        self._stream.overtake(backwards)
+        self._stream.close_call(self._call)
+
+    def _give_up(self, exc: BaseException) -> None:
+        """On the loop: no gradients will come; let the graphs go."""
+        sent = [forward.request.seq_id for forward in self._forwards if forward.request.seq_id]
+        if sent:
+            cancel = ops.CancelRequest(forward_seq_ids=sent, taint=self._stream.barrier_waits())
+            # Nobody waits for the answer; if it does not come, the graphs went with the run.
+            self._stream.overtake(
+                [Operation(TrainRequest(cancel=cancel), answered=lambda _: None, failed=lambda _: None)]
+            )
+        self._stream.close_call(self._call)
+        self._result.fail(exc)
+
+    def _output(self, backward_responses: list[TrainResponse]) -> ForwardBackwardOutput:
+        return answers.custom_output(self._forward_output, backward_responses, self._loss, self._metrics)
+
+
+def _abandon(stream: RunStream, losses: LossThread) -> None:
+    losses.stop()
+    LOOP.call_soon(stream.close)
