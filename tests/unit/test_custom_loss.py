@@ -1,0 +1,85 @@
+"""A user's loss over logprobs."""
+
+import numpy as np
+import pytest
+import torch
+from gradwire.custom_loss import run_custom_loss
+from gradwire.errors import GradwireError
+
+LOGPROBS = np.array([-1.0, -2.0, -3.0, -0.5, -0.25], dtype=np.float32)
+CU_SEQLENS = np.array([0, 3, 5])
+
+
+def run(fn):
+    return run_custom_loss(fn, ["first", "second"], LOGPROBS, CU_SEQLENS)
+
+
+def test_gradients_of_a_loss_that_couples_datums():
+    def fn(data, logprobs_list):
+        assert data == ["first", "second"]
+        assert all(leaf.requires_grad and leaf.is_leaf for leaf in logprobs_list)
+        assert [leaf.shape for leaf in logprobs_list] == [(3,), (2,)]
+        margin = logprobs_list[0].sum() - logprobs_list[1].sum()
+        return -torch.nn.functional.logsigmoid(margin), {"margin": margin.item()}
+
+    gradients, loss, metrics = run(fn)
+    whole = torch.tensor(LOGPROBS, requires_grad=True)
+    expected = -torch.nn.functional.logsigmoid(whole[:3].sum() - whole[3:].sum())
+    expected.backward()
+    np.testing.assert_array_equal(gradients, whole.grad.numpy())
+    assert loss == expected.item()
+    assert metrics == {"margin": -5.25}
+
+
+def test_a_datum_the_loss_ignores_gets_zero_gradient():
+    gradients, _, _ = run(lambda _, logprobs: (-logprobs[1].sum(), {}))
+    np.testing.assert_array_equal(gradients, [0, 0, 0, -1, -1])
+
+
+def test_soft_targets_keep_their_shape():
+    gradients, _, _ = run_custom_loss(
+        lambda _, logprobs: (sum(x.square().sum() for x in logprobs), {}),
+        [0],
+        np.ones((3, 2), np.float32),
+        np.array([0, 3]),
+    )
+    np.testing.assert_array_equal(gradients, np.full((3, 2), 2.0))
+
+
+def test_a_loss_without_grad_sends_zeros_and_says_so(caplog: pytest.LogCaptureFixture):
+    gradients, loss, _ = run(lambda _, logprobs: (torch.tensor(2.5), {}))
+    assert loss == 2.5
+    assert not gradients.any()
+    assert "does not depend on the logprobs" in caplog.text
+
+
+def test_a_gradient_that_is_not_finite_is_refused_by_datum():
+    with pytest.raises(GradwireError, match=r"data\[1\]") as caught:
+        run(lambda _, logprobs: ((logprobs[1] * float("inf")).sum(), {}))
+    assert caught.value.reason == "NON_FINITE"
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (torch.tensor(1.0), r"must return \(loss, metrics\)"),
+        ((1.0, {}), "scalar tensor as loss; got float"),
+        ((torch.ones(2), {}), r"got shape \[2\]"),
+        ((torch.tensor(1.0), None), "dict of metrics; got NoneType"),
+    ],
+)
+def test_a_loss_that_returns_something_else_is_told_what_to_return(returned: object, message: str):
+    with pytest.raises(TypeError, match=message):
+        run(lambda _, __: returned)
+
+
+def test_leaves_kept_by_the_loss_show_their_gradients():
+    kept = []
+
+    def fn(_, logprobs):
+        kept.extend(logprobs)
+        return sum(x.sum() for x in logprobs), {}
+
+    gradients, _, _ = run(fn)
+    assert [leaf.grad.tolist() for leaf in kept] == [[1, 1, 1], [1, 1]]
+    assert gradients.tolist() == [1] * 5

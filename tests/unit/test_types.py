@@ -1,0 +1,78 @@
+"""What users pass in and get back."""
+
+import numpy as np
+import pytest
+import torch
+from gradwire import Datum, EncodedTextChunk, ModelInput, TensorData, datum_from_tokens_weights
+
+
+def test_datum_from_tokens_weights_shifts_by_one():
+    datum = datum_from_tokens_weights(torch.tensor([5, 6, 7, 8]), torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    assert datum.model_input.to_ints() == [5, 6, 7]
+    assert datum.loss_fn_inputs["target_tokens"].data == [6, 7, 8]
+    assert datum.loss_fn_inputs["weights"].data == [0.0, 1.0, 1.0]
+    assert datum.loss_fn_inputs["weights"].dtype == "float32"
+
+
+def test_datum_from_tokens_weights_cuts_at_max_length():
+    datum = datum_from_tokens_weights([1, 2, 3, 4], [1, 1, 1, 1], max_length=3)
+    assert datum.model_input.to_ints() == [1, 2]
+    assert datum.loss_fn_inputs["target_tokens"].data == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "weights", "message"),
+    [([1, 2], [1.0], "weights has shape"), ([1], [1.0], "at least 2"), ([1.0, 2.0], [1.0, 1.0], "integers")],
+)
+def test_datum_from_tokens_weights_refuses_what_does_not_fit(tokens: list, weights: list, message: str):
+    with pytest.raises(ValueError, match=message):
+        datum_from_tokens_weights(tokens, weights)
+
+
+def test_tensor_data_takes_lists_numpy_and_torch():
+    for values in (
+        [1.0, 2.0],
+        np.array([1.0, 2.0]),
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([1, 2], dtype=torch.bfloat16),
+    ):
+        made = TensorData(values)
+        assert made.dtype == "float32"
+        assert made.data == [1.0, 2.0]
+    assert TensorData([1, 2]).dtype == "int64"
+    assert TensorData([1, 2, 3, 4], dtype="float32", shape=[2, 2]).tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert TensorData(torch.ones(2, requires_grad=True)).data == [1.0, 1.0]
+
+
+def test_tensor_data_gives_torch_back_even_from_a_read_only_buffer():
+    read_only = np.frombuffer(np.arange(3, dtype=np.float32).tobytes(), dtype=np.float32)
+    assert TensorData(read_only).to_torch().tolist() == [0.0, 1.0, 2.0]
+
+
+def test_tensor_data_refuses_what_is_no_number():
+    with pytest.raises(TypeError, match="takes numbers"):
+        TensorData(["a"])
+    with pytest.raises(ValueError, match="float32"):
+        TensorData([1.0], dtype="float64")  # type: ignore[arg-type]
+
+
+def test_model_input_joins_chunks():
+    made = ModelInput(chunks=[EncodedTextChunk(tokens=[1, 2]), EncodedTextChunk(tokens=[3])])
+    assert made.to_ints() == [1, 2, 3]
+    assert made.length == 3
+    assert made.chunks[0].tokens == [1, 2, 3]
+
+
+def test_model_input_refuses_images_and_floats():
+    class Image:
+        data = b""
+
+    with pytest.raises(ValueError, match=r"chunks\[0\] is a Image without tokens"):
+        ModelInput(chunks=[Image()])
+    with pytest.raises(ValueError, match="integers"):
+        ModelInput.from_ints([1.5])
+
+
+def test_datum_wraps_plain_lists():
+    datum = Datum(ModelInput.from_ints([1]), {"target_tokens": [2]})
+    assert datum.loss_fn_inputs["target_tokens"].dtype == "int64"
