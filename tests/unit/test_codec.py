@@ -173,7 +173,7 @@ def test_objects_of_another_sdk_are_taken_by_their_attributes():
         tokens = (4, 5)
 
     class OtherModelInput:
-        chunks = [Chunk(), Chunk()]  # noqa: RUF012
+        chunks = [Chunk(), Chunk()]
 
     class OtherTensor:
         data, dtype, shape = [1.0, 2.0, 3.0, 4.0], "float32", [4]

@@ -1,0 +1,99 @@
+"""The README's grpcurl section, run as it stands with the real grpcurl."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.trainer_process import TrainerProcess, running_trainer
+
+ROOT = Path(__file__).parents[2]
+
+
+def readme_blocks() -> list[str]:
+    """The two bash blocks behind the marker."""
+    section = (ROOT / "README.md").read_text().split("<!-- grpcurl: run by tests/e2e/test_grpcurl.py -->")[1]
+    return re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[:2]
+
+
+def bash(script: str, address: str, **env: str) -> str:
+    """Runs README text with its address replaced and this environment's grpcurl first on PATH."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script.replace("127.0.0.1:7777", address)],
+        env={**os.environ, "PATH": path, **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def documents(text: str) -> list[dict]:
+    """JSON objects printed one after the other, other lines between them."""
+    found, decoder = [], json.JSONDecoder()
+    place = text.find("{\n")
+    while place >= 0:
+        try:
+            value, end = decoder.raw_decode(text, place)
+            found.append(value)
+        except json.JSONDecodeError:
+            end = place + 1
+        place = text.find("{\n", end)
+    return found
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory):
+    with running_trainer(tiny_llama, tmp_path_factory.mktemp("grpcurl")) as running:
+        running.wait_ready()
+        yield running
+
+
+def test_every_grpcurl_command_of_the_readme_works(trainer: TrainerProcess):
+    first, second = readme_blocks()
+    asked = bash(first, trainer.address)
+    assert "gradwire.v1.TrainerService" in asked
+    assert "grpc.health.v1.Health" in asked
+    assert "rpc ForwardBackward" in asked
+    health, info, created = documents(asked)[-3:]
+    assert health == {"status": "SERVING"}
+    assert info["ready"] is True
+    assert [loss["name"] for loss in info["losses"]] == ["cross_entropy"]
+
+    trained = bash(second, trainer.address, RUN=created["run"]["runId"])
+    forward_backward, optim_step, run = documents(trained)
+    logprobs = forward_backward["lossFnOutputs"]["logprobs"]["floats"]["values"]
+    assert len(logprobs) == 3
+    assert forward_backward["metrics"]["loss:sum"] == pytest.approx(-sum(logprobs[1:]), rel=1e-5)
+    assert optim_step["step"] == "1"
+    assert optim_step["metrics"]["grad_norm:mean"] > 0
+    assert run["run"]["step"] == "1"
+
+
+def test_a_wrong_request_typed_by_hand_says_what_is_wrong(trainer: TrainerProcess):
+    created = documents(bash(readme_blocks()[0], trainer.address))[-1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    request = {
+        "run_id": created["run"]["runId"],
+        "loss_fn": "cross_entropie",
+        "data": [{"model_input": {"tokens": [1]}, "loss_fn_inputs": {"target_tokens": {"ints": {"values": [2]}}}}],
+    }
+    done = subprocess.run(
+        ["grpcurl", "-plaintext", "-d", json.dumps(request), trainer.address]
+        + ["gradwire.v1.TrainerService/ForwardBackward"],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "InvalidArgument" in done.stderr
+    assert "cross_entropy" in done.stderr

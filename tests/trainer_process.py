@@ -1,0 +1,115 @@
+"""A real trainer process for end-to-end tests: its own worker, a real socket, as a user starts it."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradwire import ServiceClient
+
+
+@dataclass
+class TrainerProcess:
+    """A running trainer."""
+
+    process: subprocess.Popen[bytes]
+    address: str
+    metrics_address: str
+    log: Path
+
+    @property
+    def base_url(self) -> str:
+        """Where clients connect."""
+        return f"http://{self.address}"
+
+    def wait_ready(self, timeout_s: float = 90) -> None:
+        """Waits until the model is loaded."""
+        with ServiceClient(self.base_url) as service:
+            deadline = time.monotonic() + timeout_s
+            while not service.get_server_info(timeout_s=timeout_s).ready:
+                assert self.process.poll() is None, self.log.read_text()
+                assert time.monotonic() < deadline, self.log.read_text()
+                time.sleep(0.05)
+
+    def worker_pid(self) -> int:
+        """Process id of worker rank 0: the engine process itself, not torchrun."""
+        for pid in descendants(self.process.pid):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"trainer_service.engine" in command and b"torch.distributed.run" not in command:
+                return pid
+        raise AssertionError(f"No worker process under {self.process.pid}.\n{self.log.read_text()}")
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids below `pid`, at any depth."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # The command name, in parentheses, may hold spaces.
+            fields = stat.read_text().rpartition(")")[2].split()
+            children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found: list[int] = []
+    line = [pid]
+    while line:
+        below = children.get(line.pop(), [])
+        found += below
+        line += below
+    return found
+
+
+def wait_gone(pids: list[int], timeout_s: float = 15) -> list[int]:
+    """Those of `pids` still alive after at most timeout_s; zombies count as gone."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        alive = [pid for pid in pids if _alive(pid)]
+        if not alive or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def running_trainer(
+    model: Path, folder: Path, *arguments: str, env: dict[str, str] | None = None
+) -> Iterator[TrainerProcess]:
+    """Starts a trainer on a free port and stops it with SIGTERM; it must then exit 0 and leave nothing behind."""
+    ready_file = folder / "ready.json"
+    log = folder / "trainer.log"
+    command = [sys.executable, "-m", "trainer_service", "trainer", "--base-model", str(model)]
+    command += ["--listen", "127.0.0.1:0", "--metrics-port", "0", "--data-dir", str(folder / "data")]
+    command += ["--ready-file", str(ready_file), *arguments]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        )
+    try:
+        deadline = time.monotonic() + 30
+        while not ready_file.exists():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        ready = json.loads(ready_file.read_text())
+        yield TrainerProcess(process, ready["address"], ready["metrics_address"], log)
+    finally:
+        below = descendants(process.pid)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            code = process.wait(40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise AssertionError(f"The trainer did not stop on SIGTERM.\n{log.read_text()}") from None
+        assert code in (0, -signal.SIGKILL), log.read_text()
+        assert wait_gone(below) == [], log.read_text()

@@ -1,0 +1,1 @@
+"""Starts, watches and talks to workers. No torch."""

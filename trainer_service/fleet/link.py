@@ -1,0 +1,121 @@
+"""The WorkerService: one worker's connection, and the commands under way on it."""
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Callable
+
+import grpc
+import grpc.aio
+from gradwire.errors import GradwireError, error
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerReady
+from gradwire.v1.worker_service_pb2_grpc import WorkerServiceServicer
+from gradwire.version import __version__
+
+from trainer_service.fleet.worker import Deliver
+
+logger = logging.getLogger(__name__)
+
+
+class Link:
+    """Commands to one worker process and its answers, matched by command_id."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+        self.ready: WorkerReady | None = None
+        self.status_message = "starting the worker"
+        self.failure: GradwireError | None = None
+        """Why the worker could not load the model, in its own words."""
+        self.counters: dict[str, float] = {}
+        self.closed = asyncio.Event()
+        """Set once the worker's stream has ended."""
+        self.attached = False
+        self.outgoing: asyncio.Queue[WorkerCommand] = asyncio.Queue()
+        self._pending: dict[int, Deliver] = {}
+        self._last_command_id = 0
+
+    def submit(self, command: WorkerCommand, deliver: Deliver) -> None:
+        """Queues a command for the worker."""
+        self._last_command_id += 1
+        command.command_id = self._last_command_id
+        self._pending[command.command_id] = deliver
+        self.outgoing.put_nowait(command)
+
+    def answer(self, event: WorkerEvent) -> None:
+        """Hands an answer to whoever waits for it."""
+        deliver = self._pending.pop(event.command_id, None)
+        if deliver is None:
+            logger.error("The worker answered a command that nobody sent.", extra={"fields": {"id": event.command_id}})
+            return
+        deliver(event)
+
+    def fail_pending(self, exc: GradwireError) -> None:
+        """Tells everybody who waits that no answer will come."""
+        pending, self._pending = self._pending, {}
+        for deliver in pending.values():
+            deliver(exc)
+
+
+class WorkerServicer(WorkerServiceServicer):
+    """Serves the worker that the supervisor started last.
+
+    Args:
+        current: The link a worker may take, or None.
+        on_ready: Called when a worker has loaded its model.
+    """
+
+    def __init__(self, current: Callable[[], Link | None], on_ready: Callable[[], object]) -> None:
+        self._current = current
+        self._on_ready = on_ready
+
+    async def Attach(self, request_iterator: object, context: grpc.aio.ServicerContext) -> None:
+        """One worker, from its hello to its end."""
+        hello = await context.read()
+        link = self._current()
+        if not isinstance(hello, WorkerEvent) or link is None or link.attached or not _same(hello.hello.token, link.token):
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "Not a worker this trainer started.")
+        assert link is not None
+        assert isinstance(hello, WorkerEvent)
+        if hello.hello.software_version != __version__:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"The worker is gradwire {hello.hello.software_version}, the trainer {__version__}; they must be equal.",
+            )
+        link.attached = True
+        logger.info("Worker attached.", extra={"fields": {"pid": hello.hello.pid, "ranks": hello.hello.world_size}})
+        writer = asyncio.create_task(self._write(link, context))
+        try:
+            while isinstance(event := await context.read(), WorkerEvent):
+                self._receive(link, event)
+        except (grpc.aio.AioRpcError, grpc.RpcError, asyncio.CancelledError):
+            logger.info("The worker's stream broke.")
+        finally:
+            writer.cancel()
+            link.closed.set()
+
+    async def _write(self, link: Link, context: grpc.aio.ServicerContext) -> None:
+        while True:
+            await context.write(await link.outgoing.get())
+
+    def _receive(self, link: Link, event: WorkerEvent) -> None:
+        if event.counters:
+            link.counters.update(event.counters)
+        match event.WhichOneof("event"):
+            case "response" | "done":
+                link.answer(event)
+            case "loading":
+                link.status_message = event.loading
+            case "failed":
+                link.failure = error("TRAINER_JOB_FAILED", event.failed.message)
+            case "ready":
+                link.ready = event.ready
+                link.status_message = "ready"
+                self._on_ready()
+            case other:
+                logger.error("The worker sent an event out of place.", extra={"fields": {"event": other}})
+
+
+def _same(got: str, wanted: str) -> bool:
+    return hmac.compare_digest(got.encode(), wanted.encode())
+
+

@@ -1,0 +1,46 @@
+"""The one interface through which the trainer sees a worker; tests have a fake of it."""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from gradwire.errors import GradwireError
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerReady
+
+Deliver = Callable[[WorkerEvent | GradwireError], None]
+"""Called once with the answer to a command, or with why none will come."""
+
+
+class Worker(Protocol):
+    """Executes commands in the order submitted and answers each exactly once. On the event loop's thread."""
+
+    @property
+    def ready(self) -> WorkerReady | None:
+        """The model and losses once loaded; None while there is no worker to take commands."""
+        ...
+
+    @property
+    def status_message(self) -> str:
+        """What it is doing while not ready, in a sentence."""
+        ...
+
+    @property
+    def counters(self) -> Mapping[str, float]:
+        """What it counts, by Prometheus name."""
+        ...
+
+    def submit(self, command: WorkerCommand, deliver: Deliver) -> None:
+        """Sends a command, whose command_id is set here.
+
+        Args:
+            command: What to do.
+            deliver: Gets WORKER_DIED when the worker dies first, WORKER_NOT_READY when there is none.
+        """
+        ...
+
+    def on_ready(self, callback: Callable[[], object]) -> None:
+        """Calls back whenever a worker has loaded its model."""
+        ...
+
+    def on_death(self, callback: Callable[[GradwireError], object]) -> None:
+        """Calls back whenever a worker died, with the reason, before its pending commands are answered with it."""
+        ...

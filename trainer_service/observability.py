@@ -1,0 +1,124 @@
+"""Logs, request ids and Prometheus metrics."""
+
+import contextvars
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from trainer_service.config import split_address
+
+request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
+"""Id of the call being served; stands in every log line of it."""
+
+
+class _Lines(logging.Formatter):
+    """`12:00:01.234 INFO trainer.rpc message request_id=…`, for people; extra fields as key=value."""
+
+    default_time_format = "%Y-%m-%d %H:%M:%S"
+    default_msec_format = "%s.%03d"
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{self.formatTime(record)} {record.levelname:<7} {record.name.removeprefix('trainer_service.')}: "
+        line += record.getMessage()
+        for name, value in _fields(record).items():
+            line += f" {name}={value}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+class _Json(logging.Formatter):
+    """One JSON object a line, for machines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_fields(record),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    fields = dict(getattr(record, "fields", {}))
+    if current := request_id.get():
+        fields["request_id"] = current
+    return fields
+
+
+def configure_logging(*, as_json: bool, level: str = "INFO") -> None:
+    """Sends all logs to stderr, one line an event."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json() if as_json else _Lines())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+_MS_BUCKETS = (0.25, 0.5, 1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 30_000, 60_000, 300_000)
+
+
+class Metrics:
+    """The trainer's Prometheus metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.calls = Counter(
+            "gradwire_calls", "Calls answered, by method and status code.", ["method", "code"], registry=self.registry
+        )
+        self.operations = Counter(
+            "gradwire_operations", "Operations answered, by kind and outcome.", ["kind", "outcome"], registry=self.registry
+        )
+        self.operation_ms = {
+            part: Histogram(
+                f"gradwire_operation_{part}_ms", text, ["kind"], buckets=_MS_BUCKETS, registry=self.registry
+            )
+            for part, text in {
+                "queue": "Time an operation waited for its turn, milliseconds.",
+                "execute": "Time an operation ran on the device, milliseconds.",
+                "transfer": "Time an operation moved between trainer and worker, milliseconds.",
+            }.items()
+        }
+        self.in_flight = Gauge(
+            "gradwire_operations_in_flight", "Operations received and not yet answered.", registry=self.registry
+        )
+        self.runs = Gauge("gradwire_runs", "Runs held.", registry=self.registry)
+        self.worker_restarts = Counter(
+            "gradwire_worker_restarts", "Workers started after another one died.", registry=self.registry
+        )
+
+    def add_worker_counters(self, read: Callable[[], Mapping[str, float]]) -> None:
+        """Exports what the worker counts, under its own names."""
+        self.registry.register(_WorkerCounters(read))
+
+    def serve(self, listen: str) -> tuple[str, Callable[[], None]]:
+        """Serves /metrics on a thread. Returns the address it listens on and a function that stops it."""
+        host, port = split_address(listen)
+        server, thread = start_http_server(port, addr=host, registry=self.registry)
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join(2)
+
+        return f"{host}:{server.server_port}", stop
+
+
+class _WorkerCounters(Collector):
+    def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily]:
+        for name, value in self._read().items():
+            if name.endswith("_total"):
+                yield CounterMetricFamily(name.removesuffix("_total"), "Counted by the worker.", value=value)
+            else:
+                yield GaugeMetricFamily(name, "Measured by the worker.", value=value)
