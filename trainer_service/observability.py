@@ -75,7 +75,10 @@ class Metrics:
             "gradwire_calls", "Calls answered, by method and status code.", ["method", "code"], registry=self.registry
         )
         self.operations = Counter(
-            "gradwire_operations", "Operations answered, by kind and outcome.", ["kind", "outcome"], registry=self.registry
+            "gradwire_operations",
+            "Operations answered, by kind and outcome.",
+            ["kind", "outcome"],
+            registry=self.registry,
         )
         self.operation_ms = {
             part: Histogram(
@@ -91,12 +94,9 @@ class Metrics:
             "gradwire_operations_in_flight", "Operations received and not yet answered.", registry=self.registry
         )
         self.runs = Gauge("gradwire_runs", "Runs held.", registry=self.registry)
-        self.worker_restarts = Counter(
-            "gradwire_worker_restarts", "Workers started after another one died.", registry=self.registry
-        )
 
     def add_worker_counters(self, read: Callable[[], Mapping[str, float]]) -> None:
-        """Exports what the worker counts, under its own names."""
+        """Exports what the worker counts, under its own names, as it stands when asked."""
         self.registry.register(_WorkerCounters(read))
 
     def serve(self, listen: str) -> tuple[str, Callable[[], None]]:

@@ -2,8 +2,8 @@
 
 Two threads hold them: a child started with `start_child` has a pipe from its parent on stdin and ends at its EOF
 (`stdin_closed`), which comes however the parent dies; and a child may ask the kernel for a signal at its parent's death
-(`die_with_parent`). Each child leads a session of its own, so that Ctrl-C reaches only the program the user started, which
-then takes its children down in order.
+(`die_with_parent`). Each child leads a session of its own, so that Ctrl-C reaches only the program the user started,
+which then takes its children down in order.
 """
 
 import asyncio
@@ -39,7 +39,12 @@ async def start_child(
 ) -> Process:
     """Starts a program that leads its own session and has a pipe from us on stdin."""
     return await asyncio.create_subprocess_exec(
-        *command, stdin=PIPE, stdout=DEVNULL if stdout is None else stdout, stderr=stderr, env=env, start_new_session=True
+        *command,
+        stdin=PIPE,
+        stdout=DEVNULL if stdout is None else stdout,
+        stderr=stderr,
+        env=env,
+        start_new_session=True,
     )
 
 

@@ -72,14 +72,19 @@ class WorkerServicer(WorkerServiceServicer):
         """One worker, from its hello to its end."""
         hello = await context.read()
         link = self._current()
-        if not isinstance(hello, WorkerEvent) or link is None or link.attached or not _same(hello.hello.token, link.token):
+        if (
+            not isinstance(hello, WorkerEvent)
+            or link is None
+            or link.attached
+            or not _same(hello.hello.token, link.token)
+        ):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "Not a worker this trainer started.")
         assert link is not None
         assert isinstance(hello, WorkerEvent)
         if hello.hello.software_version != __version__:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
-                f"The worker is gradwire {hello.hello.software_version}, the trainer {__version__}; they must be equal.",
+                f"The worker is gradwire {hello.hello.software_version}, the trainer {__version__}; install one.",
             )
         link.attached = True
         logger.info("Worker attached.", extra={"fields": {"pid": hello.hello.pid, "ranks": hello.hello.world_size}})
@@ -117,5 +122,3 @@ class WorkerServicer(WorkerServiceServicer):
 
 def _same(got: str, wanted: str) -> bool:
     return hmac.compare_digest(got.encode(), wanted.encode())
-
-

@@ -103,7 +103,7 @@ class WorkerSupervisor:
     async def start(self) -> None:
         """Opens the socket and starts the first worker; returns before the model is loaded."""
         # Short, because a socket's path may have 107 bytes; private, because who opens it commands the worker.
-        self._folder = tempfile.mkdtemp(prefix="gradwire-", dir="/tmp" if os.path.isdir("/tmp") else None)  # noqa: S108
+        self._folder = tempfile.mkdtemp(prefix="gradwire-", dir="/tmp")
         # Twice the limit of one message: an operation travels inside a command, and a little larger.
         largest = 2 * self._settings.max_message_bytes
         options = [("grpc.max_receive_message_length", largest), ("grpc.max_send_message_length", largest)]
@@ -114,7 +114,10 @@ class WorkerSupervisor:
         self._task = asyncio.create_task(self._supervise(), name="worker-supervisor")
 
     async def stop(self) -> None:
-        """Ends the worker and removes the socket."""
+        """Ends the worker and removes the socket; commands still pending get DRAINING."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.fail_pending(error("DRAINING", "The trainer stopped before this was done.", retry_after_s=5.0))
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

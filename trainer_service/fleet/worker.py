@@ -37,6 +37,10 @@ class Worker(Protocol):
         """
         ...
 
+    async def stop(self) -> None:
+        """Ends the worker; commands still pending get DRAINING."""
+        ...
+
     def on_ready(self, callback: Callable[[], object]) -> None:
         """Calls back whenever a worker has loaded its model."""
         ...

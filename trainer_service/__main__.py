@@ -1,0 +1,133 @@
+"""python -m trainer_service {trainer,jobs}: reads settings, builds the floors, wires them."""
+
+import argparse
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from trainer_service import config
+from trainer_service.observability import configure_logging
+
+
+def main() -> int:
+    """Exit code: 0 after a clean stop, 1 if it could not run, 2 for settings that cannot be."""
+    args = _parser().parse_args()
+    configure_logging(as_json=args.log_json, level=args.log_level)
+    try:
+        config.check_exposure(args.listen, api_keys=_keys(args), allow_no_api_key=args.allow_no_api_key)
+        return asyncio.run(args.command(args))
+    except (ValueError, OSError) as exc:
+        print(f"gradwire: {exc}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+async def _trainer(args: argparse.Namespace) -> int:
+    from trainer_service.fleet.supervisor import WorkerSettings, WorkerSupervisor
+    from trainer_service.processes import stdin_closed, write_ready_file
+    from trainer_service.rpc.server import TrainerServer, wait_for_signal
+
+    settings = config.TrainerConfig(
+        base_model=args.base_model,
+        listen=args.listen,
+        metrics_listen=None if args.metrics_port is None else f"{args.metrics_host}:{args.metrics_port}",
+        data_dir=args.data_dir.resolve(),
+        max_context_length=args.max_context_length,
+        api_keys=_keys(args),
+        allow_no_api_key=args.allow_no_api_key,
+        reflection=not args.no_reflection,
+        ready_file=args.ready_file,
+        drain_timeout_s=args.drain_timeout_s,
+        detach_grace_s=args.detach_grace_s,
+        exit_with_parent=args.exit_with_parent,
+    )
+    worker = WorkerSupervisor(
+        WorkerSettings(
+            base_model=settings.base_model,
+            checkpoint_dir=settings.data_dir / "checkpoints",
+            max_context_length=settings.max_context_length,
+            max_message_bytes=settings.limits.max_message_bytes,
+        )
+    )
+    server = TrainerServer(settings, worker)
+    server.metrics.add_worker_counters(lambda: {"gradwire_worker_restarts_total": worker.restarts})
+    stop_metrics, metrics_address = None, ""
+    if settings.metrics_listen is not None:
+        metrics_address, stop_metrics = server.metrics.serve(settings.metrics_listen)
+    ends = [asyncio.create_task(wait_for_signal())]
+    if settings.exit_with_parent:
+        ends.append(asyncio.create_task(stdin_closed()))
+    await server.start()
+    await worker.start()
+    if settings.ready_file is not None:
+        write_ready_file(settings.ready_file, address=server.address, metrics_address=metrics_address)
+    try:
+        await asyncio.wait([*ends, worker.gave_up], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await server.drain()
+        if stop_metrics is not None:
+            stop_metrics()
+        for task in ends:
+            task.cancel()
+    if worker.gave_up.done():
+        print(f"gradwire: {worker.gave_up.result()}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _jobs(args: argparse.Namespace) -> int:
+    from trainer_service.jobs.server import serve
+
+    settings = config.JobsConfig(
+        listen=args.listen,
+        data_dir=args.data_dir.resolve(),
+        api_keys=_keys(args),
+        allow_no_api_key=args.allow_no_api_key,
+        ready_file=args.ready_file,
+        exit_with_parent=args.exit_with_parent,
+    )
+    return await serve(settings)
+
+
+def _keys(args: argparse.Namespace) -> tuple[str, ...]:
+    return config.read_api_keys(args.api_key_file)
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--data-dir", type=Path, default=config.default_data_dir(), help="default: $GRADWIRE_HOME or ~/.gradwire"
+    )
+    common.add_argument("--api-key-file", type=Path, help="one key a line; GRADWIRE_API_KEY adds more, comma separated")
+    common.add_argument("--allow-no-api-key", action="store_true", help="listen beyond loopback without a key")
+    common.add_argument("--ready-file", type=Path, help="gets the address as JSON once listening")
+    common.add_argument("--exit-with-parent", action="store_true", help="stop when stdin reaches its end")
+    common.add_argument("--log-json", action="store_true", help="log one JSON object a line")
+    common.add_argument("--log-level", default=os.environ.get("GRADWIRE_LOG_LEVEL", "INFO"), help="default: INFO")
+
+    parser = argparse.ArgumentParser(prog="python -m trainer_service", description="The Gradwire server processes.")
+    commands = parser.add_subparsers(required=True, metavar="{trainer,jobs}")
+    trainer = commands.add_parser("trainer", parents=[common], help="serve one base model")
+    trainer.set_defaults(command=_trainer)
+    trainer.add_argument("--base-model", required=True, help="hub id or folder of a Hugging Face causal LM")
+    trainer.add_argument("--listen", default="127.0.0.1:7777", help="host:port; port 0 takes a free one")
+    trainer.add_argument("--metrics-port", type=int, help="serve Prometheus metrics there; 0 takes a free port")
+    trainer.add_argument("--metrics-host", default="127.0.0.1", help="default: 127.0.0.1")
+    trainer.add_argument(
+        "--max-context-length", type=int, default=0, help="longest sequence, tokens; 0: the model's own"
+    )
+    trainer.add_argument("--no-reflection", action="store_true", help="do not describe the services to grpcurl")
+    trainer.add_argument("--drain-timeout-s", type=float, default=30.0, help="for queued work after SIGTERM")
+    trainer.add_argument(
+        "--detach-grace-s", type=float, default=60.0, help="how long a vanished client's graphs are kept"
+    )
+    jobs = commands.add_parser("jobs", parents=[common], help="start and stop trainers on this machine")
+    jobs.set_defaults(command=_jobs)
+    jobs.add_argument("--listen", default="127.0.0.1:7070", help="host:port; port 0 takes a free one")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

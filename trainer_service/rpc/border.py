@@ -1,0 +1,158 @@
+"""What every call passes: key, protocol version, request id, error translation, log and metrics."""
+
+import hmac
+import inspect
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from gradwire.errors import GradwireError, error, to_status
+from gradwire.version import PROTOCOL_VERSION
+from grpc_status import rpc_status
+
+from trainer_service.config import MIN_PROTOCOL_VERSION
+from trainer_service.observability import Metrics, request_id
+
+logger = logging.getLogger(__name__)
+
+_OPEN_SERVICES = ("/grpc.health.v1.Health/",)
+"""Probes have no key, and health says nothing worth one."""
+
+
+class Malformed:
+    """Stands for a message that could not be read, so that the call ends with a sentence instead of a traceback."""
+
+    def __init__(self, exc: GradwireError) -> None:
+        self.exc = exc
+
+
+class Border(grpc.aio.ServerInterceptor):
+    """Wraps every handler of a server.
+
+    Args:
+        api_keys: Keys that open the server; none opens it to all.
+        metrics: Counts calls.
+        max_message_bytes: Largest message taken; a larger one is refused saying so.
+    """
+
+    def __init__(self, *, api_keys: tuple[str, ...], metrics: Metrics, max_message_bytes: int) -> None:
+        self._api_keys = tuple(key.encode() for key in api_keys)
+        self._metrics = metrics
+        self._max_message_bytes = max_message_bytes
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The call's handler with everything around it."""
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        method = handler_call_details.method
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        refusal = self._refusal(method, metadata)
+        call_id = str(metadata.get("gradwire-request-id") or uuid.uuid4().hex[:16])
+        if refusal is None and not method.startswith("/gradwire."):
+            return handler
+        kind, make = _KINDS[handler.request_streaming, handler.response_streaming]
+        behaviour = getattr(handler, kind)
+
+        async def wrapped(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            request_id.set(call_id)
+            start = time.perf_counter()
+            code = "OK"
+            try:
+                await context.send_initial_metadata((("gradwire-request-id", call_id),))
+                if refusal is not None:
+                    raise refusal
+                if isinstance(request, Malformed):
+                    raise request.exc
+                return await behaviour(request, context)
+            except GradwireError as exc:
+                code = _code_name(exc)
+                await _abort(context, exc)
+            except (grpc.aio.AbortError, grpc.aio.BaseError):
+                code = "ABORTED"
+                raise
+            except Exception:
+                code = "INTERNAL"
+                logger.exception("A call failed.", extra={"fields": {"method": method}})
+                text = f"A fault inside the trainer; its log has the details under request id {call_id}."
+                await _abort(context, error("INTERNAL", text, request_id=call_id))
+            except BaseException:
+                code = "CANCELLED"
+                raise
+            finally:
+                self._metrics.calls.labels(method, code).inc()
+                took_ms = round((time.perf_counter() - start) * 1000, 2)
+                level = logging.DEBUG if code == "OK" else logging.INFO
+                logger.log(level, "Call.", extra={"fields": {"method": method, "code": code, "ms": took_ms}})
+
+        async def wrapped_generator(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            await wrapped(request, context)
+            for _ in ():
+                yield
+
+        return make(
+            wrapped_generator if inspect.isasyncgenfunction(behaviour) else wrapped,
+            request_deserializer=self._careful(handler.request_deserializer),
+            response_serializer=handler.response_serializer,
+        )
+
+    def _refusal(self, method: str, metadata: dict[str, Any]) -> GradwireError | None:
+        """Why this call may not pass, if it may not."""
+        if method.startswith(_OPEN_SERVICES):
+            return None
+        if self._api_keys:
+            got = str(metadata.get("authorization", "")).removeprefix("Bearer ").encode()
+            # Every key is compared, so that the time taken tells nothing of which was near.
+            if not sum(hmac.compare_digest(got, key) for key in self._api_keys):
+                what = "is not one this server knows" if got else "is missing"
+                text = f"The API key {what}; send it as metadata `authorization: Bearer <key>`."
+                return error("INVALID_API_KEY", text)
+        version = metadata.get("gradwire-protocol-version")
+        if version is not None and version not in _SPOKEN:
+            return error(
+                "PROTOCOL_VERSION_UNSUPPORTED",
+                f"The client speaks protocol version {version}, but this server {' or '.join(sorted(_SPOKEN))}. "
+                "Install the same gradwire on both sides.",
+                client=version,
+                server=PROTOCOL_VERSION,
+            )
+        return None
+
+    def _careful(self, deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+        def careful(data: bytes) -> Any:
+            if len(data) > self._max_message_bytes:
+                text = f"The message has {len(data)} bytes, but at most {self._max_message_bytes} are taken."
+                return Malformed(error("LIMIT_EXCEEDED", text, limit=self._max_message_bytes, got=len(data)))
+            try:
+                return deserialize(data)
+            except Exception:
+                text = f"The message ({len(data)} bytes) cannot be read; it is not of the type this call takes."
+                return Malformed(error("PROTOCOL_VIOLATION", text))
+
+        return careful
+
+
+_SPOKEN = {str(version) for version in range(MIN_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)}
+_KINDS: dict[tuple[bool, bool], tuple[str, Callable[..., grpc.RpcMethodHandler]]] = {
+    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
+    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+}
+
+
+async def _abort(context: grpc.aio.ServicerContext, exc: GradwireError) -> None:
+    status: Any = rpc_status.to_status(to_status(exc))
+    await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+def _code_name(exc: GradwireError) -> str:
+    return next(code.name for code in grpc.StatusCode if code.value[0] == exc.code)

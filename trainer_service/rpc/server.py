@@ -1,0 +1,144 @@
+"""The trainer as a whole: builds it, serves it, drains it."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+
+import grpc.aio
+from gradwire.v1 import trainer_service_pb2
+from gradwire.v1.trainer_service_pb2 import TrainResponse
+from gradwire.v1.trainer_service_pb2_grpc import add_TrainerServiceServicer_to_server
+from gradwire.version import __version__
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from trainer_service.config import TrainerConfig, split_address
+from trainer_service.fleet.worker import Worker
+from trainer_service.observability import Metrics
+from trainer_service.rpc.border import Border
+from trainer_service.rpc.trainer_servicer import TrainerServicer
+from trainer_service.runs.registry import Runs
+
+logger = logging.getLogger(__name__)
+
+SERVICE = trainer_service_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name
+
+
+class TrainerServer:
+    """The front end over one worker.
+
+    Args:
+        config: Its settings.
+        worker: What executes.
+    """
+
+    def __init__(self, config: TrainerConfig, worker: Worker) -> None:
+        self._config = config
+        self._worker = worker
+        self._draining = asyncio.Event()
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self.metrics = Metrics()
+        self.metrics.add_worker_counters(lambda: worker.counters)
+        self.runs = Runs(
+            worker,
+            base_model=config.base_model,
+            limits=config.limits,
+            detach_grace_s=config.detach_grace_s,
+            observe=self._observe,
+        )
+        self.metrics.in_flight.set_function(lambda: self.runs.unanswered)
+        self.metrics.runs.set_function(lambda: len(self.runs))
+        worker.on_ready(lambda: self._set_ready(True))
+        worker.on_death(lambda _: self._set_ready(False))
+        self._server: grpc.aio.Server | None = None
+        self._background: set[asyncio.Task[None]] = set()
+        self.address = ""
+        """host:port it listens on, once started."""
+
+    async def start(self) -> None:
+        """Listens.
+
+        Raises:
+            OSError: The address cannot be had.
+        """
+        # Twice the limit, so that a message somewhat over it is refused in our words rather than grpc's.
+        options = [
+            ("grpc.max_receive_message_length", 2 * self._config.limits.max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),
+            # Clients ping to notice a dead trainer; grpc's default would cut them off for it.
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+        ]
+        border = Border(
+            api_keys=self._config.api_keys,
+            metrics=self.metrics,
+            max_message_bytes=self._config.limits.max_message_bytes,
+        )
+        self._server = grpc.aio.server(interceptors=[border], options=options)
+        servicer = TrainerServicer(self.runs, self._worker, limits=self._config.limits, draining=self._draining)
+        add_TrainerServiceServicer_to_server(servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if self._config.reflection:
+            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        host, port = split_address(self._config.listen)
+        bracketed = f"[{host}]" if ":" in host else host
+        try:
+            port = self._server.add_insecure_port(f"{bracketed}:{port}")
+        except RuntimeError as exc:
+            raise OSError(f"cannot listen on {self._config.listen}: {exc}") from exc
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self._health.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.start()
+        self.address = f"{bracketed}:{port}"
+        logger.info("Listening.", extra={"fields": {"address": self.address, "version": __version__}})
+
+    async def drain(self) -> None:
+        """Takes no new work, lets what is queued finish or be answered, and stops listening."""
+        logger.info("Draining.", extra={"fields": {"operations": self.runs.unanswered}})
+        self._draining.set()
+        await self._set_health(False)
+        try:
+            await asyncio.wait_for(self.runs.quiet(), self._config.drain_timeout_s)
+        except TimeoutError:
+            logger.warning("Operations were cut off.", extra={"fields": {"operations": self.runs.unanswered}})
+        await self._worker.stop()
+        if self._server is not None:
+            # Streams end by themselves once quiet; the grace is for their last answers to leave.
+            await self._server.stop(grace=2.0)
+        logger.info("Stopped.")
+
+    def _set_ready(self, ready: bool) -> None:
+        task = asyncio.get_running_loop().create_task(self._set_health(ready and not self._draining.is_set()))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _set_health(self, ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        await self._health.set(SERVICE, status.SERVING if ready else status.NOT_SERVING)
+
+    def _observe(self, kind: str, response: TrainResponse) -> None:
+        failed = response.WhichOneof("result") == "error"
+        self.metrics.operations.labels(kind, "error" if failed else "ok").inc()
+        for part, histogram in self.metrics.operation_ms.items():
+            histogram.labels(kind).observe(getattr(response, f"{part}_ms"))
+        if failed:
+            fields = {"kind": kind, "seq_id": response.seq_id, "error": response.error.message}
+            logger.info("Operation failed.", extra={"fields": fields})
+
+
+async def wait_for_signal() -> None:
+    """Returns at the first SIGTERM or SIGINT; a second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, asked.set)
+    await asked.wait()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(ValueError):
+            loop.remove_signal_handler(sig)
+            signal.signal(sig, signal.SIG_DFL)

@@ -1,0 +1,128 @@
+"""TrainerService: translates and delegates."""
+
+import asyncio
+from typing import Any
+
+import grpc.aio
+from gradwire.errors import error, from_status
+from gradwire.v1 import operation_pb2 as ops
+from gradwire.v1 import trainer_service_pb2 as pb
+from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer
+from gradwire.version import PROTOCOL_VERSION, __version__
+
+from trainer_service.config import MIN_PROTOCOL_VERSION, Limits
+from trainer_service.fleet.worker import Worker
+from trainer_service.rpc.train_stream import TrainStream, read_attach
+from trainer_service.runs.registry import Runs
+
+
+class TrainerServicer(TrainerServiceServicer):
+    """Serves one trainer.
+
+    Args:
+        runs: Its runs.
+        worker: Its worker.
+        limits: The most a client may send.
+        draining: Set when the trainer shuts down.
+    """
+
+    def __init__(self, runs: Runs, worker: Worker, *, limits: Limits, draining: asyncio.Event) -> None:
+        self._runs = runs
+        self._worker = worker
+        self._limits = limits
+        self._draining = draining
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.GetServerInfoResponse:
+        ready = self._worker.ready
+        draining = self._draining.is_set()
+        limits = {field.name: getattr(self._limits, field.name) for field in pb.Limits.DESCRIPTOR.fields}
+        return pb.GetServerInfoResponse(
+            software_version=__version__,
+            min_protocol_version=MIN_PROTOCOL_VERSION,
+            max_protocol_version=PROTOCOL_VERSION,
+            models=[ready.model] if ready else [],
+            losses=ready.losses if ready else [],
+            limits=pb.Limits(**limits),
+            ready=ready is not None and not draining,
+            status_message="shutting down" if draining else self._worker.status_message,
+        )
+
+    async def CreateRun(self, request: pb.CreateRunRequest, context: Any) -> pb.CreateRunResponse:
+        self._refuse_while_draining()
+        return pb.CreateRunResponse(run=(await self._runs.create(request)).describe())
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:
+        return pb.GetRunResponse(run=self._runs.get(request.run_id).describe())
+
+    async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:
+        return pb.ListRunsResponse(runs=[run.describe() for run in self._runs.list()])
+
+    async def DeleteRun(self, request: pb.DeleteRunRequest, context: Any) -> pb.DeleteRunResponse:
+        await self._runs.delete(request.run_id)
+        return pb.DeleteRunResponse()
+
+    async def Train(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:
+        first = await read_attach(context)
+        self._refuse_while_draining()
+        run = self._runs.get(first.attach.run_id)
+        run.acknowledge(first.acked_seq_id)
+        stream = TrainStream(run, context, max_in_flight=self._limits.max_in_flight_operations, draining=self._draining)
+        await stream.serve(first.attach.client_id)
+
+    async def Forward(self, request: ops.ForwardRequest, context: Any) -> ops.ForwardResponse:
+        return await self._operation("forward", request, context)
+
+    async def ForwardBackward(self, request: ops.ForwardBackwardRequest, context: Any) -> ops.ForwardBackwardResponse:
+        return await self._operation("forward_backward", request, context)
+
+    async def Backward(self, request: ops.BackwardRequest, context: Any) -> ops.BackwardResponse:
+        return await self._operation("backward", request, context)
+
+    async def OptimStep(self, request: ops.OptimStepRequest, context: Any) -> ops.OptimStepResponse:
+        return await self._operation("optim_step", request, context)
+
+    async def ZeroGrad(self, request: ops.ZeroGradRequest, context: Any) -> ops.ZeroGradResponse:
+        return await self._operation("zero_grad", request, context)
+
+    async def Cancel(self, request: ops.CancelRequest, context: Any) -> ops.CancelResponse:
+        return await self._operation("cancel", request, context)
+
+    async def SaveWeightsForSampler(
+        self, request: ops.SaveWeightsForSamplerRequest, context: Any
+    ) -> ops.SaveWeightsForSamplerResponse:
+        return await self._operation("save_weights_for_sampler", request, context)
+
+    async def SaveState(self, request: ops.SaveStateRequest, context: Any) -> ops.SaveStateResponse:
+        return await self._operation("save_state", request, context)
+
+    async def LoadState(self, request: ops.LoadStateRequest, context: Any) -> ops.LoadStateResponse:
+        return await self._operation("load_state", request, context)
+
+    async def _operation(self, kind: str, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        """One ordered operation as a unary call."""
+        self._refuse_while_draining()
+        run = self._runs.get(request.run_id)
+        if run.attachment is not None:
+            text = (
+                f"A client is attached to {run.run_id}, and an operation from elsewhere would cut into its order. Wait "
+                "until it leaves, or create a run of your own."
+            )
+            raise error("RUN_ATTACHED", text, run_id=run.run_id)
+        seq_id = request.seq_id if request.HasField("seq_id") else run.next_seq_id
+        # Both said by the call itself; without them a repeat is the same operation however it is sent.
+        request.ClearField("run_id")
+        request.ClearField("seq_id")
+        response = await run.execute(pb.TrainRequest(seq_id=seq_id, **{kind: request}))
+        context.set_trailing_metadata(
+            tuple((f"gradwire-{part}-ms", f"{getattr(response, f'{part}_ms'):.3f}") for part in _TIMES)
+        )
+        if response.WhichOneof("result") == "error":
+            raise from_status(response.error)
+        return getattr(response, kind)
+
+    def _refuse_while_draining(self) -> None:
+        if self._draining.is_set():
+            raise error("DRAINING", "The trainer is shutting down and takes no new work.", retry_after_s=5.0)
+
+
+_TIMES = ("queue", "execute", "transfer")

@@ -1,0 +1,1 @@
+"""A run's life: sequencing, answers, loss of its worker. No torch."""

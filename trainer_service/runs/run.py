@@ -1,0 +1,191 @@
+"""One run: its sequence, the worker that executes it, and the client that holds it."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from gradwire.errors import GradwireError, error
+from gradwire.v1.run_pb2 import RUN_STATE_ACTIVE, RUN_STATE_LOST
+from gradwire.v1.run_pb2 import Run as RunMessage
+from gradwire.v1.trainer_service_pb2 import TrainRequest, TrainResponse
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDropGraphs, WorkerEvent
+
+from trainer_service.fleet.worker import Worker
+from trainer_service.runs.sequence import Answered, Entry, Sequence, error_response
+
+Observe = Callable[[str, TrainResponse], object]
+"""Gets kind and answer of every operation, for metrics."""
+
+
+class Attachment:
+    """A client's hold on a run, until it leaves or another takes over."""
+
+    def __init__(self, client_id: str) -> None:
+        self.client_id = client_id
+        self.superseded = asyncio.Event()
+
+
+class Run:
+    """Takes operations in order, sends them ahead to the worker, brings their answers back.
+
+    Args:
+        run_id: Identifier.
+        base_model: What it started from.
+        display_name: The user's name for it.
+        worker: Executes its operations.
+        observe: Told of every answer.
+        detach_grace_s: How long graphs are kept after the client has gone.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        *,
+        base_model: str,
+        display_name: str,
+        worker: Worker,
+        observe: Observe,
+        detach_grace_s: float,
+    ) -> None:
+        self.run_id = run_id
+        self.base_model = base_model
+        self.display_name = display_name
+        self.created_at = datetime.now(UTC)
+        self.step = 0
+        self.attachment: Attachment | None = None
+        self._answered = asyncio.Event()  # Set at every answer; whoever waits for room clears it.
+        self._worker = worker
+        self._observe = observe
+        self._detach_grace_s = detach_grace_s
+        self._drop_timer: asyncio.TimerHandle | None = None
+        self._sequence = Sequence()
+        self._lost: GradwireError | None = None
+
+    @property
+    def next_seq_id(self) -> int:
+        """The number of the next new operation."""
+        return self._sequence.next_seq_id
+
+    @property
+    def unanswered(self) -> int:
+        """Operations received and not yet answered."""
+        return self._sequence.unanswered
+
+    @property
+    def lost(self) -> bool:
+        """Whether its state is gone."""
+        return self._lost is not None
+
+    def submit(self, request: TrainRequest, answered: Answered) -> None:
+        """Takes an operation in and sends it to the worker.
+
+        Raises:
+            GradwireError: The operation has no place in the order; see Sequence.receive.
+        """
+        self._sequence.acknowledge(request.acked_seq_id)
+        entry = self._sequence.receive(request, answered)
+        if entry is None:
+            return
+        kind = request.WhichOneof("operation") or ""
+        if self._lost is not None:
+            self._answer(entry, kind, error_response(self._lost))
+            return
+        received = time.perf_counter()
+
+        def deliver(outcome: WorkerEvent | GradwireError) -> None:
+            if isinstance(outcome, GradwireError):
+                response = error_response(outcome)
+            else:
+                response = outcome.response
+                total_ms = (time.perf_counter() - received) * 1000
+                # What neither the wait in the worker nor the device took was the way there and back.
+                response.transfer_ms = max(0.0, total_ms - response.queue_ms - response.execute_ms)
+            self._answer(entry, kind, response)
+
+        self._worker.submit(WorkerCommand(run_id=self.run_id, request=request), deliver)
+
+    def acknowledge(self, acked_seq_id: int) -> None:
+        """Lets go of answers the client has."""
+        self._sequence.acknowledge(acked_seq_id)
+
+    async def execute(self, request: TrainRequest) -> TrainResponse:
+        """One operation and its answer. The operation goes on if the caller stops waiting.
+
+        Raises:
+            GradwireError: As submit.
+        """
+        future: asyncio.Future[TrainResponse] = asyncio.get_running_loop().create_future()
+        self.submit(request, lambda response: None if future.done() else future.set_result(response))
+        return await future
+
+    async def room(self, limit: int) -> None:
+        """Returns once fewer than `limit` operations wait for their answer."""
+        while self._sequence.unanswered >= limit:
+            self._answered.clear()
+            await self._answered.wait()
+
+    async def quiet(self) -> None:
+        """Returns once no operation waits for its answer."""
+        await self.room(1)
+
+    def attach(self, client_id: str) -> Attachment:
+        """Takes hold of the run; who held it before is told."""
+        if self.attachment is not None:
+            self.attachment.superseded.set()
+        if self._drop_timer is not None:
+            self._drop_timer.cancel()
+            self._drop_timer = None
+        self.attachment = Attachment(client_id)
+        return self.attachment
+
+    def detach(self, attachment: Attachment) -> None:
+        """The client's stream ended; if none comes back in time, what it alone could use goes."""
+        if self.attachment is not attachment:
+            return
+        self.attachment = None
+        self._drop_timer = asyncio.get_running_loop().call_later(self._detach_grace_s, self._drop_graphs)
+
+    def lose(self, reason: GradwireError) -> None:
+        """The worker died and took the run's state with it."""
+        if self._lost is None:
+            self._lost = error(
+                "RUN_LOST",
+                f"{self.run_id} is lost: {reason.message} Create a new run.",
+                run_id=self.run_id,
+            )
+
+    def close(self) -> None:
+        """The run is deleted."""
+        if self._drop_timer is not None:
+            self._drop_timer.cancel()
+        if self.attachment is not None:
+            self.attachment.superseded.set()
+        self.lose(error("RUN_NOT_FOUND", "It was deleted."))
+
+    def describe(self) -> RunMessage:
+        """The run as the protocol tells it."""
+        message = RunMessage(
+            run_id=self.run_id,
+            base_model=self.base_model,
+            state=RUN_STATE_LOST if self._lost is not None else RUN_STATE_ACTIVE,
+            next_seq_id=self.next_seq_id,
+            step=self.step,
+            display_name=self.display_name,
+            attached=self.attachment is not None,
+        )
+        message.created_at.FromDatetime(self.created_at)
+        return message
+
+    def _drop_graphs(self) -> None:
+        self._drop_timer = None
+        if self._lost is None:
+            command = WorkerCommand(run_id=self.run_id, drop_graphs=WorkerDropGraphs())
+            self._worker.submit(command, lambda _: None)
+
+    def _answer(self, entry: Entry, kind: str, response: TrainResponse) -> None:
+        if response.WhichOneof("result") == "optim_step":
+            self.step = response.optim_step.step
+        self._observe(kind, response)
+        self._sequence.answer(entry, response)
+        self._answered.set()
