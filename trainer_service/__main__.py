@@ -26,7 +26,7 @@ def main() -> int:
 
 async def _trainer(args: argparse.Namespace) -> int:
     from trainer_service.fleet.supervisor import WorkerSettings, WorkerSupervisor
-    from trainer_service.processes import stdin_closed, write_ready_file
+    from trainer_service.processes import parent_gone, write_ready_file
     from trainer_service.rpc.server import TrainerServer, wait_for_signal
 
     settings = config.TrainerConfig(
@@ -52,13 +52,12 @@ async def _trainer(args: argparse.Namespace) -> int:
         )
     )
     server = TrainerServer(settings, worker)
-    server.metrics.add_worker_counters(lambda: {"gradwire_worker_restarts_total": worker.restarts})
     stop_metrics, metrics_address = None, ""
     if settings.metrics_listen is not None:
         metrics_address, stop_metrics = server.metrics.serve(settings.metrics_listen)
     ends = [asyncio.create_task(wait_for_signal())]
     if settings.exit_with_parent:
-        ends.append(asyncio.create_task(stdin_closed()))
+        ends.append(asyncio.create_task(parent_gone()))
     await server.start()
     await worker.start()
     if settings.ready_file is not None:
@@ -78,7 +77,8 @@ async def _trainer(args: argparse.Namespace) -> int:
 
 
 async def _jobs(args: argparse.Namespace) -> int:
-    from trainer_service.jobs.server import serve
+    from trainer_service.jobs.local import LocalJobs
+    from trainer_service.rpc.jobs_server import serve_jobs
 
     settings = config.JobsConfig(
         listen=args.listen,
@@ -88,7 +88,7 @@ async def _jobs(args: argparse.Namespace) -> int:
         ready_file=args.ready_file,
         exit_with_parent=args.exit_with_parent,
     )
-    return await serve(settings)
+    return await serve_jobs(settings, LocalJobs(settings))
 
 
 def _keys(args: argparse.Namespace) -> tuple[str, ...]:

@@ -1,9 +1,17 @@
-"""Children that never outlive their parent.
+"""Children that never outlive their parent, whichever process of the chain is killed, and however.
 
-Two threads hold them: a child started with `start_child` has a pipe from its parent on stdin and ends at its EOF
-(`stdin_closed`), which comes however the parent dies; and a child may ask the kernel for a signal at its parent's death
-(`die_with_parent`). Each child leads a session of its own, so that Ctrl-C reaches only the program the user started,
-which then takes its children down in order.
+    program ── jobs ── trainer ── torchrun ── worker rank 0, 1…
+
+* A child started with `start_child` has a pipe from its parent on stdin. The kernel closes it however the parent dies.
+* A program of ours ends when `parent_gone` returns: stdin reached its end, or the parent's process is no more. The
+  second also holds where a forked sibling keeps the pipe open.
+* A program that is not ours (torchrun) is run through `python -m trainer_service.processes`, which first asks the
+  kernel for SIGTERM at its parent's death. The kernel ties that to the *thread* that forked, so it is only for parents
+  that start children on their main thread, as the trainer does.
+* `stop_child` ends the whole tree below a child, sessions of its grandchildren included: torchrun gives each rank one.
+
+Each child leads a session of its own, so that Ctrl-C reaches only the program the user started, which then takes its
+children down in order.
 """
 
 import asyncio
@@ -11,9 +19,13 @@ import contextlib
 import ctypes
 import json
 import os
+import runpy
 import signal
 import sys
+import threading
 from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +33,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
-    """Asks the kernel to send `sig` to this process when its parent dies. Linux only; elsewhere does nothing."""
+    """Asks the kernel to send `sig` to this process when the thread that started it ends. Linux only; elsewhere does
+    nothing."""
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
@@ -37,7 +50,14 @@ async def start_child(
     stdout: int | IO[Any] | None = None,
     stderr: int | IO[Any] | None = None,
 ) -> Process:
-    """Starts a program that leads its own session and has a pipe from us on stdin."""
+    """Starts a program that leads its own session and has a pipe from us on stdin.
+
+    Args:
+        *command: The program and its arguments.
+        env: Its environment; None hands ours on.
+        stdout: As in subprocess; None throws it away.
+        stderr: As in subprocess; None shares ours.
+    """
     return await asyncio.create_subprocess_exec(
         *command,
         stdin=PIPE,
@@ -49,30 +69,109 @@ async def start_child(
 
 
 async def stop_child(process: Process, *, grace_s: float) -> int:
-    """Ends a child and everything in its session: SIGTERM, and SIGKILL after grace_s. Returns its exit code."""
+    """Ends a child and everything below it: SIGTERM to the child, and SIGKILL to whatever is left after grace_s.
+
+    Returns:
+        The child's exit code; negative for a signal.
+    """
+    below = descendants(process.pid)
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(process.wait(), grace_s)
+    if process.returncode is None:
+        below = descendants(process.pid) | below
     # The leader may be gone and others of its session not.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+    kill_all(below)
     return await process.wait()
 
 
-async def stdin_closed() -> None:
-    """Returns when stdin reaches its end: the program that started this one closed it or died."""
+@dataclass(frozen=True)
+class ProcessKey:
+    """One process, told from a later one with the same id by when it started."""
+
+    pid: int
+    started: int
+    """Clock ticks since boot."""
+
+
+def process_key(pid: int) -> ProcessKey | None:
+    """The process that has this id now; None if there is none, or no /proc to ask."""
+    fields = _stat(pid)
+    return ProcessKey(pid, int(fields[19])) if fields else None
+
+
+def descendants(pid: int) -> set[ProcessKey]:
+    """Every process below `pid`, at any depth. Empty where there is no /proc."""
+    children: dict[int, list[ProcessKey]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        if fields := _stat(int(entry.name)):
+            children.setdefault(int(fields[1]), []).append(ProcessKey(int(entry.name), int(fields[19])))
+    found: set[ProcessKey] = set()
+    line = [pid]
+    while line:
+        for child in children.get(line.pop(), []):
+            found.add(child)
+            line.append(child.pid)
+    return found
+
+
+def kill_all(processes: Iterable[ProcessKey]) -> None:
+    """SIGKILL to each that is still there."""
+    for key in processes:
+        if process_key(key.pid) == key:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(key.pid, signal.SIGKILL)
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat behind the command name, which may hold anything; empty if there are none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+async def parent_gone() -> None:
+    """Returns when the program that started this one is gone, or closed our stdin to say that we should go."""
     loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    while await reader.read(4096):
-        pass
+    gone = asyncio.Event()
+
+    def read_to_the_end() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        with contextlib.suppress(RuntimeError):  # The loop is closed: this process is ending anyway.
+            loop.call_soon_threadsafe(gone.set)
+
+    # A thread, since stdin may be what an event loop cannot watch, such as a file.
+    threading.Thread(target=read_to_the_end, name="stdin", daemon=True).start()
+    parent = -1
+    if hasattr(os, "pidfd_open"):
+        with contextlib.suppress(OSError):
+            parent = os.pidfd_open(os.getppid())
+            loop.add_reader(parent, gone.set)
+    try:
+        await gone.wait()
+    finally:
+        if parent >= 0:
+            loop.remove_reader(parent)
+            os.close(parent)
 
 
 def write_ready_file(path: Path, **values: object) -> None:
-    """Says where a server listens, whole or not at all."""
+    """Says where a server listens, as JSON with this process's id, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps({**values, "pid": os.getpid()}) + "\n")
     aside.replace(path)
+
+
+if __name__ == "__main__":
+    # `python -m trainer_service.processes MODULE ARG…`: `python -m MODULE ARG…` that ends with its parent.
+    die_with_parent(signal.SIGTERM)
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

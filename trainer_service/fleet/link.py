@@ -1,6 +1,7 @@
 """The WorkerService: one worker's connection, and the commands under way on it."""
 
 import asyncio
+import contextlib
 import hmac
 import logging
 from collections.abc import Callable
@@ -13,23 +14,33 @@ from gradwire.v1.worker_service_pb2_grpc import WorkerServiceServicer
 from gradwire.version import __version__
 
 from trainer_service.fleet.worker import Deliver
+from trainer_service.processes import ProcessKey, process_key
 
 logger = logging.getLogger(__name__)
 
 
 class Link:
-    """Commands to one worker process and its answers, matched by command_id."""
+    """Commands to one worker process and its answers, matched by command_id.
 
-    def __init__(self, token: str) -> None:
+    Args:
+        token: What the process must say to be taken for the worker.
+        status_message: What is going on until the worker says more.
+    """
+
+    def __init__(self, token: str, status_message: str) -> None:
         self.token = token
         self.ready: WorkerReady | None = None
-        self.status_message = "starting the worker"
+        self.status_message = status_message
         self.failure: GradwireError | None = None
-        """Why the worker could not load the model, in its own words."""
+        """Why this worker can never work, where that is known."""
         self.counters: dict[str, float] = {}
+        self.rank0: ProcessKey | None = None
+        """The worker's own process, below torchrun."""
+        self.attached = False
         self.closed = asyncio.Event()
         """Set once the worker's stream has ended."""
-        self.attached = False
+        self.dismissed = asyncio.Event()
+        """Set to end the worker's stream, at which the worker ends too."""
         self.outgoing: asyncio.Queue[WorkerCommand] = asyncio.Queue()
         self._pending: dict[int, Deliver] = {}
         self._last_command_id = 0
@@ -70,37 +81,46 @@ class WorkerServicer(WorkerServiceServicer):
 
     async def Attach(self, request_iterator: object, context: grpc.aio.ServicerContext) -> None:
         """One worker, from its hello to its end."""
-        hello = await context.read()
+        first = await context.read()
+        hello = first.hello if isinstance(first, WorkerEvent) else None
         link = self._current()
-        if (
-            not isinstance(hello, WorkerEvent)
-            or link is None
-            or link.attached
-            or not _same(hello.hello.token, link.token)
-        ):
+        if hello is None or link is None or link.attached or not _same(hello.token, link.token):
+            logger.warning("Turned away a caller on the worker's socket.")
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "Not a worker this trainer started.")
-        assert link is not None
-        assert isinstance(hello, WorkerEvent)
-        if hello.hello.software_version != __version__:
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"The worker is gradwire {hello.hello.software_version}, the trainer {__version__}; install one.",
+            return
+        if hello.software_version != __version__:
+            text = (
+                f"The worker is gradwire {hello.software_version}, but the trainer {__version__}; install one of them."
             )
+            link.failure = error("TRAINER_JOB_FAILED", text)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+            return
         link.attached = True
-        logger.info("Worker attached.", extra={"fields": {"pid": hello.hello.pid, "ranks": hello.hello.world_size}})
-        writer = asyncio.create_task(self._write(link, context))
+        link.rank0 = process_key(hello.pid)
+        logger.info("Worker attached.", extra={"fields": {"pid": hello.pid, "ranks": hello.world_size}})
+        tasks = [
+            asyncio.create_task(self._read(link, context)),
+            asyncio.create_task(self._write(link, context)),
+            asyncio.create_task(link.dismissed.wait()),
+        ]
         try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            link.closed.set()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, link: Link, context: grpc.aio.ServicerContext) -> None:
+        # grpc raises when the stream breaks; that it ended is all there is to know.
+        with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):
             while isinstance(event := await context.read(), WorkerEvent):
                 self._receive(link, event)
-        except (grpc.aio.AioRpcError, grpc.RpcError, asyncio.CancelledError):
-            logger.info("The worker's stream broke.")
-        finally:
-            writer.cancel()
-            link.closed.set()
 
     async def _write(self, link: Link, context: grpc.aio.ServicerContext) -> None:
-        while True:
-            await context.write(await link.outgoing.get())
+        with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):
+            while True:
+                await context.write(await link.outgoing.get())
 
     def _receive(self, link: Link, event: WorkerEvent) -> None:
         if event.counters:

@@ -1,13 +1,10 @@
 """Keeps one worker alive: starts it through torchrun, notices its death at once, starts the next."""
 
 import asyncio
-import collections
-import contextlib
 import logging
 import os
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
 from asyncio.subprocess import Process
@@ -21,15 +18,21 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerReady
 from gradwire.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 
 from trainer_service.fleet.link import Link, WorkerServicer
+from trainer_service.fleet.output import WorkerOutput
 from trainer_service.fleet.worker import Deliver
-from trainer_service.processes import start_child, stop_child
+from trainer_service.processes import kill_all, start_child, stop_child
 
 logger = logging.getLogger(__name__)
-worker_log = logging.getLogger("worker")
 
-_LAST_LINES = 20
 _MAX_BACKOFF_S = 30.0
+_GIVE_UP_BACKOFF_S = 2.0
+"""A worker that never got ready and has come to this much back-off (the fourth start) is given up."""
+_EXIT_DETAIL_S = 1.0
+"""How long the end of a broken stream's process is waited for, to say what ended it. torchrun looks every 0.1 s."""
+_DISMISS_GRACE_S = 2.0
+"""How long a worker may take to leave by itself once its stream was ended."""
 _STOP_GRACE_S = 5.0
+"""How long torchrun may take to leave after SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,18 @@ class WorkerSettings:
     def command(self, socket: str) -> list[str]:
         """The command line: torchrun, also for one rank."""
         return [
-            *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=1"),
+            # Run so that it ends with the trainer, however the trainer ends.
+            *(sys.executable, "-m", "trainer_service.processes", "torch.distributed.run"),
             # A rendezvous of its own on a free port: several trainers share a machine.
-            *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--max-restarts=0"),
-            *("-m", "trainer_service.engine", "--socket", socket, "--base-model", self.base_model),
-            *("--checkpoint-dir", str(self.checkpoint_dir), "--max-context-length", str(self.max_context_length)),
+            *("--nnodes=1", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
+            *("--max-restarts=0", "-m", "trainer_service.engine", "--socket", socket),
+            *("--base-model", self.base_model, "--checkpoint-dir", str(self.checkpoint_dir)),
+            *("--max-context-length", str(self.max_context_length)),
         ]
 
 
 class WorkerSupervisor:
-    """A Worker that outlives worker processes. All on one event loop.
+    """A Worker that outlives worker processes. All on one event loop, whose thread must outlive the workers.
 
     Args:
         settings: How to start a worker.
@@ -65,16 +70,16 @@ class WorkerSupervisor:
         self._command = command or settings.command
         self._link: Link | None = None
         self._status_message = "starting the worker"
+        self._stopping = False
         self._ready_callbacks: list[Callable[[], object]] = []
         self._death_callbacks: list[Callable[[GradwireError], object]] = []
         self._folder: str | None = None
         self._server: grpc.aio.Server | None = None
         self._task: asyncio.Task[None] | None = None
-        self._last_lines: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
-        self.restarts = 0
-        """Workers started after another one died."""
+        self._restarts = 0
         self.gave_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Why no worker can be had, once that is certain: the model could not be loaded on the first try."""
+        """Why no worker can be had, once that is certain: none ever got ready, and the reason is stated or came
+        again."""
 
     @property
     def ready(self) -> WorkerReady | None:
@@ -86,7 +91,12 @@ class WorkerSupervisor:
 
     @property
     def counters(self) -> Mapping[str, float]:
-        return self._link.counters if self._link is not None else {}
+        counted = self._link.counters if self._link is not None else {}
+        return {
+            **counted,
+            "gradwire_worker_up": float(self.ready is not None),
+            "gradwire_worker_restarts_total": self._restarts,
+        }
 
     def on_ready(self, callback: Callable[[], object]) -> None:
         self._ready_callbacks.append(callback)
@@ -95,10 +105,12 @@ class WorkerSupervisor:
         self._death_callbacks.append(callback)
 
     def submit(self, command: WorkerCommand, deliver: Deliver) -> None:
-        if self._link is None or self._link.ready is None:
+        if self._stopping:
+            deliver(_stopped())
+        elif self._link is None or self._link.ready is None:
             deliver(error("WORKER_NOT_READY", f"The worker is not ready: {self.status_message}.", retry_after_s=0.5))
-            return
-        self._link.submit(command, deliver)
+        else:
+            self._link.submit(command, deliver)
 
     async def start(self) -> None:
         """Opens the socket and starts the first worker; returns before the model is loaded."""
@@ -112,13 +124,20 @@ class WorkerSupervisor:
         self._server.add_insecure_port(f"unix:{self._socket}")
         await self._server.start()
         self._task = asyncio.create_task(self._supervise(), name="worker-supervisor")
+        self._task.add_done_callback(self._supervision_ended)
 
     async def stop(self) -> None:
         """Ends the worker and removes the socket; commands still pending get DRAINING."""
+        self._stopping = True
+        self._status_message = "shutting down"
         link, self._link = self._link, None
         if link is not None:
-            link.fail_pending(error("DRAINING", "The trainer stopped before this was done.", retry_after_s=5.0))
+            link.fail_pending(_stopped())
+            link.dismissed.set()
         if self._task is not None:
+            if link is not None and link.attached:
+                # Its stream ended, the worker leaves by itself, and torchrun after it, without a word of complaint.
+                await asyncio.wait({self._task}, timeout=_DISMISS_GRACE_S)
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         if self._server is not None:
@@ -135,75 +154,81 @@ class WorkerSupervisor:
         for callback in self._ready_callbacks:
             callback()
 
+    def _supervision_ended(self, task: asyncio.Task[None]) -> None:
+        """A fault of our own must not leave a trainer that seems alive and never gets a worker."""
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            logger.critical("Starting workers failed.", exc_info=exc)
+            if not self.gave_up.done():
+                self.gave_up.set_result(f"starting the worker failed: {exc}")
+
     async def _supervise(self) -> None:
         """Worker after worker, with back-off between those that did not get ready."""
         backoff_s, ever_ready = 0.0, False
-        while True:
-            link = self._link = Link(secrets.token_urlsafe(32))
-            process = await self._start_process(link)
-            reader = asyncio.create_task(self._read_log(process))
-            try:
-                reason = await self._wait_for_end(process, link)
-            finally:
-                await stop_child(process, grace_s=0.2 if link.closed.is_set() else _STOP_GRACE_S)
-                reader.cancel()
+        status_message = self._status_message
+        while not self._stopping:
+            link = self._link = Link(secrets.token_urlsafe(32), status_message)
+            died = await self._one_worker(link)
+            if self._stopping:
+                return
             was_ready = link.ready is not None
             ever_ready = ever_ready or was_ready
-            self._link = None
-            died = link.failure or error("WORKER_DIED", reason)
-            self._status_message = died.message
-            logger.error("Worker ended.", extra={"fields": {"reason": died.message}})
-            for callback in self._death_callbacks:
-                callback(died)
-            link.fail_pending(died)
-            if not ever_ready and (link.failure is not None or backoff_s >= 2):
+            if not ever_ready and (link.failure is not None or backoff_s >= _GIVE_UP_BACKOFF_S):
                 # What failed from the start, and again or for a stated reason, will not come right by itself.
                 self.gave_up.set_result(died.message)
                 return
             backoff_s = 0.0 if was_ready else min(_MAX_BACKOFF_S, max(0.5, backoff_s * 2))
             await asyncio.sleep(backoff_s)
-            self.restarts += 1
+            self._restarts += 1
+            status_message = f"restarting the worker; the one before: {died.message}"
+
+    async def _one_worker(self, link: Link) -> GradwireError:
+        """Starts a worker, waits for its end, tells everybody, and clears up after it."""
+        process = await self._start_process(link)
+        output = WorkerOutput(process)
+        try:
+            reason = await self._wait_for_end(process, link, output)
+            died = link.failure or error("WORKER_DIED", reason)
+            if not self._stopping:
+                self._link = None
+                self._status_message = died.message
+                logger.error("Worker ended.", extra={"fields": {"reason": died.message}})
+                for callback in self._death_callbacks:
+                    callback(died)
+            link.fail_pending(died)
+            return died
+        finally:
+            link.dismissed.set()
+            await stop_child(process, grace_s=0.2 if link.closed.is_set() else _STOP_GRACE_S)
+            if link.rank0 is not None:
+                # torchrun may have been killed without taking it along.
+                kill_all([link.rank0])
+            await output.close()
 
     async def _start_process(self, link: Link) -> Process:
         env = {**os.environ, "GRADWIRE_WORKER_TOKEN": link.token, "PYTHONUNBUFFERED": "1"}
         # The worker needs no key, and what it does not have it cannot leak.
         env.pop("GRADWIRE_API_KEY", None)
-        self._last_lines.clear()
         logger.info("Starting the worker.", extra={"fields": {"base_model": self._settings.base_model}})
         return await start_child(
             *self._command(self._socket), env=env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
         )
 
-    async def _wait_for_end(self, process: Process, link: Link) -> str:
+    async def _wait_for_end(self, process: Process, link: Link, output: WorkerOutput) -> str:
         """Waits until the process or its stream ends, and says which in a sentence."""
         exited = asyncio.create_task(process.wait())
         closed = asyncio.create_task(link.closed.wait())
+        told = asyncio.create_task(output.rank_failed.wait())
         try:
             await asyncio.wait({exited, closed}, return_when=asyncio.FIRST_COMPLETED)
-            if closed.done() and not exited.done():
-                # torchrun says how its rank ended a moment later; those who wait should not wait for that.
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(asyncio.shield(exited), 0.3)
+            # What ended it is known a moment later, and worth that moment to those who are told.
+            await asyncio.wait({exited, told}, timeout=_EXIT_DETAIL_S, return_when=asyncio.FIRST_COMPLETED)
+            if exited.done():
+                await output.drain()
         finally:
-            for task in (exited, closed):
+            for task in (exited, closed, told):
                 task.cancel()
-        how = "lost its connection" if process.returncode is None else f"ended ({_describe_exit(process.returncode)})"
-        last = next((line for line in reversed(self._last_lines) if line.strip()), "")
-        return f"The worker process {how}." + (f" Its last words: {last}" if last else "")
-
-    async def _read_log(self, process: Process) -> None:
-        """Puts the worker's output into the trainer's log, line by line."""
-        assert process.stdout is not None
-        while line := await process.stdout.readline():
-            text = line.decode(errors="replace").rstrip()
-            self._last_lines.append(text)
-            worker_log.info(text)
+        return output.explain(process.returncode)
 
 
-def _describe_exit(returncode: int) -> str:
-    if returncode >= 0:
-        return f"exit code {returncode}"
-    try:
-        return f"signal {signal.Signals(-returncode).name}"
-    except ValueError:
-        return f"signal {-returncode}"
+def _stopped() -> GradwireError:
+    return error("DRAINING", "The trainer stopped before this was done.", retry_after_s=5.0)

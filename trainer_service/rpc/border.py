@@ -1,11 +1,13 @@
 """What every call passes: key, protocol version, request id, error translation, log and metrics."""
 
+import asyncio
+import contextlib
 import hmac
 import inspect
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -21,6 +23,15 @@ logger = logging.getLogger(__name__)
 
 _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 """Probes have no key, and health says nothing worth one."""
+
+
+_QUIET_METHODS = {f"/gradwire.v1.TrainerService/{name}" for name in ("GetServerInfo", "GetRun", "ListRuns")} | {
+    f"/gradwire.v1.TrainerJobService/{name}" for name in ("GetTrainerJob", "ListTrainerJobs")
+}
+"""Asked again and again by those who wait; logged only when they fail."""
+_MAX_STATUS_CHARS = 1500
+"""A status travels in HTTP/2 headers, twice (as text and as details); peers take 8 KiB of them."""
+_MAX_CALL_ID_CHARS = 64
 
 
 class Malformed:
@@ -56,53 +67,63 @@ class Border(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         metadata = dict(handler_call_details.invocation_metadata or ())
         refusal = self._refusal(method, metadata)
-        call_id = str(metadata.get("gradwire-request-id") or uuid.uuid4().hex[:16])
+        call_id = str(metadata.get("gradwire-request-id", ""))[:_MAX_CALL_ID_CHARS] or uuid.uuid4().hex[:16]
         if refusal is None and not method.startswith("/gradwire."):
             return handler
         kind, make = _KINDS[handler.request_streaming, handler.response_streaming]
         behaviour = getattr(handler, kind)
 
         async def wrapped(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            request_id.set(call_id)
-            start = time.perf_counter()
-            code = "OK"
-            try:
-                await context.send_initial_metadata((("gradwire-request-id", call_id),))
-                if refusal is not None:
-                    raise refusal
-                if isinstance(request, Malformed):
-                    raise request.exc
+            async with self._passing(method, call_id, refusal, request, context):
                 return await behaviour(request, context)
-            except GradwireError as exc:
-                code = _code_name(exc)
-                await _abort(context, exc)
-            except (grpc.aio.AbortError, grpc.aio.BaseError):
-                code = "ABORTED"
-                raise
-            except Exception:
-                code = "INTERNAL"
-                logger.exception("A call failed.", extra={"fields": {"method": method}})
-                text = f"A fault inside the trainer; its log has the details under request id {call_id}."
-                await _abort(context, error("INTERNAL", text, request_id=call_id))
-            except BaseException:
-                code = "CANCELLED"
-                raise
-            finally:
-                self._metrics.calls.labels(method, code).inc()
-                took_ms = round((time.perf_counter() - start) * 1000, 2)
-                level = logging.DEBUG if code == "OK" else logging.INFO
-                logger.log(level, "Call.", extra={"fields": {"method": method, "code": code, "ms": took_ms}})
 
         async def wrapped_generator(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            await wrapped(request, context)
-            for _ in ():
-                yield
+            async with self._passing(method, call_id, refusal, request, context):
+                async for response in behaviour(request, context):
+                    yield response
 
         return make(
             wrapped_generator if inspect.isasyncgenfunction(behaviour) else wrapped,
             request_deserializer=self._careful(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
+
+    @contextlib.asynccontextmanager
+    async def _passing(
+        self, method: str, call_id: str, refusal: GradwireError | None, request: Any, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[None]:
+        """What happens around a call: refuses it, turns its exception into a status, counts and logs it."""
+        request_id.set(call_id)
+        start = time.perf_counter()
+        code = "OK"
+        try:
+            await context.send_initial_metadata((("gradwire-request-id", call_id),))
+            if refusal is not None:
+                raise refusal
+            if isinstance(request, Malformed):
+                raise request.exc
+            yield
+        except GradwireError as exc:
+            code = _code_name(exc)
+            await _abort(context, exc)
+        except (grpc.aio.AbortError, grpc.aio.BaseError):
+            # Aborted by the handler, or the connection broke while it answered.
+            code = "ABORTED"
+            raise
+        except Exception:
+            code = "INTERNAL"
+            logger.exception("A call failed.", extra={"fields": {"method": method}})
+            text = f"A fault inside the trainer; its log has the details under request id {call_id}."
+            await _abort(context, error("INTERNAL", text, request_id=call_id))
+        except asyncio.CancelledError:
+            # The client went away, which is its right.
+            code = "CANCELLED"
+            raise
+        finally:
+            self._metrics.calls.labels(method, code).inc()
+            took_ms = round((time.perf_counter() - start) * 1000, 2)
+            level = logging.DEBUG if code == "OK" and method in _QUIET_METHODS else logging.INFO
+            logger.log(level, "Call.", extra={"fields": {"method": method, "code": code, "ms": took_ms}})
 
     def _refusal(self, method: str, metadata: dict[str, Any]) -> GradwireError | None:
         """Why this call may not pass, if it may not."""
@@ -150,8 +171,13 @@ _KINDS: dict[tuple[bool, bool], tuple[str, Callable[..., grpc.RpcMethodHandler]]
 
 
 async def _abort(context: grpc.aio.ServicerContext, exc: GradwireError) -> None:
-    status: Any = rpc_status.to_status(to_status(exc))
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    message = to_status(exc)
+    if len(message.message) > _MAX_STATUS_CHARS or message.ByteSize() > 2 * _MAX_STATUS_CHARS:
+        short = error(exc.reason or "INTERNAL", f"{exc.message[:_MAX_STATUS_CHARS]}…", retry_after_s=exc.retry_after_s)
+        message = to_status(short)
+    status: Any = rpc_status.to_status(message)
+    trailing = (*(context.trailing_metadata() or ()), *status.trailing_metadata)
+    await context.abort(status.code, status.details, trailing)
 
 
 def _code_name(exc: GradwireError) -> str:

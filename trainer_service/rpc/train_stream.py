@@ -15,14 +15,20 @@ from trainer_service.runs.sequence import error_response
 
 logger = logging.getLogger(__name__)
 
+MAX_UNWRITTEN_BYTES = 256 * 1024 * 1024
+"""Bytes of answers held for one client that does not read them."""
+
 
 class TrainStream:
     """Serves one stream that has attached to a run.
 
+    It reads no further while the run has max_in_flight operations unanswered, or while this client has that many
+    answers, or MAX_UNWRITTEN_BYTES of them, still to take: then the client is slowed down, and nothing fails.
+
     Args:
         run: The run.
         context: The call.
-        max_in_flight: Operations of the run that may wait for their answer; no more is read meanwhile.
+        max_in_flight: See above.
         draining: Set when the trainer shuts down.
     """
 
@@ -34,6 +40,8 @@ class TrainStream:
         self._max_in_flight = max_in_flight
         self._draining = draining
         self._outgoing: asyncio.Queue[TrainResponse] = asyncio.Queue()
+        self._unwritten_bytes = 0
+        self._written = asyncio.Event()
 
     async def serve(self, client_id: str) -> None:
         """Until the client leaves, another takes the run, or the trainer drains.
@@ -43,26 +51,27 @@ class TrainStream:
         """
         attachment = self._run.attach(client_id)
         attached = AttachResponse(next_seq_id=self._run.next_seq_id, step=self._run.step)
-        await self._context.write(TrainResponse(attached=attached))
-        logger.info("Attached.", extra={"fields": {"run_id": self._run.run_id}})
-        tasks = [
-            asyncio.create_task(self._read()),
-            asyncio.create_task(self._write()),
-            asyncio.create_task(self._until_superseded(attachment)),
-            asyncio.create_task(self._until_drained()),
-        ]
+        logger.info("Attached.", extra={"fields": {"run_id": self._run.run_id, "client_id": client_id}})
+        tasks: list[asyncio.Task[None]] = []
         try:
+            await self._context.write(TrainResponse(attached=attached))
+            tasks += [
+                asyncio.create_task(self._read(attachment)),
+                asyncio.create_task(self._write()),
+                asyncio.create_task(self._until_taken(attachment)),
+                asyncio.create_task(self._until_drained()),
+            ]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
+            self._run.detach(attachment)
+            logger.info("Detached.", extra={"fields": {"run_id": self._run.run_id, "client_id": client_id}})
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._run.detach(attachment)
-            logger.info("Detached.", extra={"fields": {"run_id": self._run.run_id}})
 
-    async def _read(self) -> None:
+    async def _read(self, attachment: Attachment) -> None:
         """Takes operations in, no faster than they are answered."""
         while True:
             request: Any = await self._context.read()
@@ -72,10 +81,14 @@ class TrainStream:
                 # The client sends no more; it may still be waiting for answers.
                 await self._quiet()
                 return
+            if self._draining.is_set() or attachment.taken.done():
+                # Not ours to take in any more; what ends the stream is under way.
+                await asyncio.Event().wait()
             self._receive(request)
             await self._run.room(self._max_in_flight)
-            if self._draining.is_set():
-                await asyncio.Event().wait()  # Reads no further; _until_drained ends the stream.
+            while self._outgoing.qsize() >= self._max_in_flight or self._unwritten_bytes >= MAX_UNWRITTEN_BYTES:
+                self._written.clear()
+                await self._written.wait()
 
     def _receive(self, request: TrainRequest) -> None:
         kind = request.WhichOneof("operation")
@@ -89,27 +102,32 @@ class TrainStream:
         if not request.seq_id:
             raise error("PROTOCOL_VIOLATION", f"The {kind} message has no seq_id; operations count from 1.")
         try:
-            self._run.submit(request, self._outgoing.put_nowait)
+            self._run.submit(request, self._put)
         except GradwireError as exc:
             # The part fails, not the pipe.
             response = error_response(exc)
             response.seq_id = request.seq_id
-            self._outgoing.put_nowait(response)
+            self._put(response)
+
+    def _put(self, response: TrainResponse) -> None:
+        self._unwritten_bytes += response.ByteSize()
+        self._outgoing.put_nowait(response)
 
     async def _write(self) -> None:
         while True:
-            await self._context.write(await self._outgoing.get())
+            response = await self._outgoing.get()
+            await self._context.write(response)
+            self._unwritten_bytes -= response.ByteSize()
             self._outgoing.task_done()
+            self._written.set()
 
     async def _quiet(self) -> None:
         """Waits until everything received is answered and written."""
         await self._run.quiet()
         await self._outgoing.join()
 
-    async def _until_superseded(self, attachment: Attachment) -> None:
-        await attachment.superseded.wait()
-        text = f"Another client attached to {self._run.run_id}, or it was deleted; this stream is over."
-        raise error("ATTACH_SUPERSEDED", text, run_id=self._run.run_id)
+    async def _until_taken(self, attachment: Attachment) -> None:
+        raise await attachment.taken
 
     async def _until_drained(self) -> None:
         await self._draining.wait()

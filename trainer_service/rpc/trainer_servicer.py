@@ -108,6 +108,7 @@ class TrainerServicer(TrainerServiceServicer):
                 "until it leaves, or create a run of your own."
             )
             raise error("RUN_ATTACHED", text, run_id=run.run_id)
+        await run.room(self._limits.max_in_flight_operations)
         seq_id = request.seq_id if request.HasField("seq_id") else run.next_seq_id
         # Both said by the call itself; without them a repeat is the same operation however it is sent.
         request.ClearField("run_id")

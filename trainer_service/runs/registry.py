@@ -1,10 +1,11 @@
 """All runs of a trainer."""
 
 import asyncio
+import contextlib
 import secrets
 from pathlib import Path
 
-from gradwire.errors import GradwireError, error, from_status
+from gradwire.errors import GradwireError, UnavailableError, error, from_status
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerDeleteRun, WorkerEvent
 
@@ -76,12 +77,9 @@ class Runs:
         task = self._by_request_id.get(request.request_id)
         if task is None:
             task = self._by_request_id[request.request_id] = asyncio.create_task(self._create(request))
-        try:
-            # Shielded: a caller that goes away must not undo what its repeat will ask for.
-            return await asyncio.shield(task)
-        except GradwireError:
-            self._by_request_id.pop(request.request_id, None)
-            raise
+            task.add_done_callback(lambda done: self._forget_failure(request.request_id, done))
+        # Shielded: a caller that goes away must not undo what its repeat will ask for.
+        return await asyncio.shield(task)
 
     async def delete(self, run_id: str) -> None:
         """Frees the run.
@@ -90,13 +88,16 @@ class Runs:
             GradwireError: RUN_NOT_FOUND.
         """
         run = self.get(run_id)
+        known_to_worker = not run.lost
         run.close()
         del self._runs[run_id]
         for request_id, task in list(self._by_request_id.items()):
             if task.done() and not task.cancelled() and task.exception() is None and task.result() is run:
                 del self._by_request_id[request_id]
-        if self._worker.ready is not None:
-            await self._command(WorkerCommand(run_id=run_id, delete_run=WorkerDeleteRun()))
+        if known_to_worker:
+            # When the worker dies instead, the run's memory is free all the same.
+            with contextlib.suppress(UnavailableError):
+                await self._command(WorkerCommand(run_id=run_id, delete_run=WorkerDeleteRun()))
 
     def _check(self, request: CreateRunRequest) -> None:
         if request.base_model and not _same_model(request.base_model, self._base_model):
@@ -130,15 +131,26 @@ class Runs:
             worker=self._worker,
             observe=self._observe,
             detach_grace_s=self._detach_grace_s,
+            max_in_flight=self._limits.max_in_flight_operations,
         )
         # In the table first, so that runs made at the same time count against each other.
         self._runs[run.run_id] = run
         try:
             await self._command(WorkerCommand(run_id=run.run_id, create_run=WorkerCreateRun(request=request)))
-        except BaseException:
+        except GradwireError:
             self._runs.pop(run.run_id, None)
             raise
+        except asyncio.CancelledError:
+            # Nobody will ever hear of it.
+            self._runs.pop(run.run_id, None)
+            self._worker.submit(WorkerCommand(run_id=run.run_id, delete_run=WorkerDeleteRun()), lambda _: None)
+            raise
         return run
+
+    def _forget_failure(self, request_id: str, done: asyncio.Task[Run]) -> None:
+        """A call that failed may be tried again under its request_id."""
+        if done.cancelled() or done.exception() is not None:
+            self._by_request_id.pop(request_id, None)
 
     async def _command(self, command: WorkerCommand) -> None:
         future: asyncio.Future[WorkerEvent | GradwireError] = asyncio.get_running_loop().create_future()

@@ -19,11 +19,17 @@ Observe = Callable[[str, TrainResponse], object]
 
 
 class Attachment:
-    """A client's hold on a run, until it leaves or another takes over."""
+    """A client's hold on a run, until it leaves or loses it."""
 
     def __init__(self, client_id: str) -> None:
         self.client_id = client_id
-        self.superseded = asyncio.Event()
+        self.taken: asyncio.Future[GradwireError] = asyncio.get_running_loop().create_future()
+        """Done, with the reason, when the client no longer holds the run."""
+
+    def take(self, reason: GradwireError) -> None:
+        """Ends the hold."""
+        if not self.taken.done():
+            self.taken.set_result(reason)
 
 
 class Run:
@@ -36,6 +42,7 @@ class Run:
         worker: Executes its operations.
         observe: Told of every answer.
         detach_grace_s: How long graphs are kept after the client has gone.
+        max_in_flight: Operations a client may have in flight; see Sequence.
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class Run:
         worker: Worker,
         observe: Observe,
         detach_grace_s: float,
+        max_in_flight: int,
     ) -> None:
         self.run_id = run_id
         self.base_model = base_model
@@ -59,7 +67,7 @@ class Run:
         self._observe = observe
         self._detach_grace_s = detach_grace_s
         self._drop_timer: asyncio.TimerHandle | None = None
-        self._sequence = Sequence()
+        self._sequence = Sequence(min_retained_answers=max_in_flight)
         self._lost: GradwireError | None = None
 
     @property
@@ -132,7 +140,8 @@ class Run:
     def attach(self, client_id: str) -> Attachment:
         """Takes hold of the run; who held it before is told."""
         if self.attachment is not None:
-            self.attachment.superseded.set()
+            text = f"Another client attached to {self.run_id}; this stream is over."
+            self.attachment.take(error("ATTACH_SUPERSEDED", text, run_id=self.run_id))
         if self._drop_timer is not None:
             self._drop_timer.cancel()
             self._drop_timer = None
@@ -149,19 +158,17 @@ class Run:
     def lose(self, reason: GradwireError) -> None:
         """The worker died and took the run's state with it."""
         if self._lost is None:
-            self._lost = error(
-                "RUN_LOST",
-                f"{self.run_id} is lost: {reason.message} Create a new run.",
-                run_id=self.run_id,
-            )
+            text = f"{self.run_id} is lost: {reason.message} Create a new run."
+            self._lost = error("RUN_LOST", text, run_id=self.run_id)
 
     def close(self) -> None:
         """The run is deleted."""
         if self._drop_timer is not None:
             self._drop_timer.cancel()
+        gone = error("RUN_NOT_FOUND", f"{self.run_id} was deleted.", run_id=self.run_id)
         if self.attachment is not None:
-            self.attachment.superseded.set()
-        self.lose(error("RUN_NOT_FOUND", "It was deleted."))
+            self.attachment.take(gone)
+        self.lose(gone)
 
     def describe(self) -> RunMessage:
         """The run as the protocol tells it."""

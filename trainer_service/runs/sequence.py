@@ -15,7 +15,8 @@ from gradwire.v1.trainer_service_pb2 import TrainRequest, TrainResponse
 Answered = Callable[[TrainResponse], object]
 
 MAX_RETAINED_ANSWERS = 4096
-"""Answers kept for a client that does not acknowledge; older ones are let go first."""
+"""Answers kept for a client that does not acknowledge, such as one typing by hand; older ones are let go first. No
+operation waits for acknowledgements, since those come behind it on the same stream."""
 MAX_RETAINED_BYTES = 256 * 1024 * 1024
 """Bytes of such answers."""
 
@@ -39,9 +40,15 @@ def digest(request: TrainRequest) -> bytes:
 
 
 class Sequence:
-    """Numbers taken, answers kept."""
+    """Numbers taken, answers kept.
 
-    def __init__(self) -> None:
+    Args:
+        min_retained_answers: The latest answers are kept until acknowledged whatever their size. A client that keeps
+            to this many operations in flight therefore never loses an answer with its connection.
+    """
+
+    def __init__(self, *, min_retained_answers: int) -> None:
+        self._min_retained_answers = min_retained_answers
         self._entries: dict[int, Entry] = {}
         self._retained: deque[Entry] = deque()
         self._retained_bytes = 0
@@ -108,7 +115,7 @@ class Sequence:
         self._retained.append(entry)
         self._retained_bytes += entry.size_bytes
         while len(self._retained) > MAX_RETAINED_ANSWERS or (
-            self._retained_bytes > MAX_RETAINED_BYTES and len(self._retained) > 1
+            self._retained_bytes > MAX_RETAINED_BYTES and len(self._retained) > self._min_retained_answers
         ):
             self._release(self._retained.popleft())
         waiters, entry.waiters = entry.waiters, []
@@ -119,10 +126,6 @@ class Sequence:
         """Lets go of the answers up to acked_seq_id."""
         while self._retained and self._retained[0].seq_id <= acked_seq_id:
             self._release(self._retained.popleft())
-
-    def pending(self) -> list[Entry]:
-        """Operations not answered yet, in order."""
-        return [entry for entry in self._entries.values() if entry.response is None]
 
     def _release(self, entry: Entry) -> None:
         self._retained_bytes -= entry.size_bytes

@@ -1,0 +1,95 @@
+"""What a worker prints: into the trainer's log line by line, and the end of it kept to say what it died of."""
+
+import asyncio
+import collections
+import contextlib
+import logging
+import re
+import signal
+from asyncio.subprocess import Process
+
+worker_log = logging.getLogger("worker")
+
+_LAST_LINES = 20
+_MAX_LINE_CHARS = 4096
+_MAX_QUOTED_CHARS = 300
+"""An error's text travels in HTTP/2 headers, which hold a few KiB."""
+_DRAIN_TIMEOUT_S = 0.5
+_RANK_FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: \d+ \(pid: \d+\)")
+"""torchrun's line when it finds a rank dead; behind it come only torchrun's own words."""
+
+
+class WorkerOutput:
+    """Reads a process's stdout until its end.
+
+    Args:
+        process: Started with stdout=PIPE.
+    """
+
+    def __init__(self, process: Process) -> None:
+        assert process.stdout is not None
+        self._stream = process.stdout
+        self._lines: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
+        self._rank_exit_code: int | None = None
+        self.rank_failed = asyncio.Event()
+        """Set once torchrun said how a rank ended."""
+        self._task = asyncio.create_task(self._read(), name="worker-output")
+
+    def explain(self, exit_code: int | None) -> str:
+        """What the process died of, in a sentence.
+
+        Args:
+            exit_code: Of the process; None while it lives.
+        """
+        # torchrun's own exit code is always 1; the rank's says more.
+        code = exit_code if self._rank_exit_code is None else self._rank_exit_code
+        how = "lost its connection" if code is None else f"ended ({_describe(code)})"
+        last = self._lines[-1] if self._lines else ""
+        return f"The worker process {how}." + (f" Its last words: {last[:_MAX_QUOTED_CHARS]}" if last else "")
+
+    async def drain(self) -> None:
+        """Returns once everything printed is read, or soon: somebody else may hold the pipe."""
+        await asyncio.wait({self._task}, timeout=_DRAIN_TIMEOUT_S)
+
+    async def close(self) -> None:
+        """Reads no further."""
+        await self.drain()
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _read(self) -> None:
+        # By chunks: a line may be of any length (a progress bar has no end), and a pipe not read blocks the worker.
+        rest = ""
+        while chunk := await self._stream.read(65536):
+            *lines, rest = re.split(r"[\r\n]", rest + chunk.decode(errors="replace"))
+            if len(rest) > _MAX_LINE_CHARS:
+                lines.append(rest)
+                rest = ""
+            for line in lines:
+                self._line(line)
+        self._line(rest)
+
+    def _line(self, line: str) -> None:
+        line = line.rstrip()[:_MAX_LINE_CHARS]
+        if not line:
+            return
+        if self.rank_failed.is_set():
+            # torchrun's traceback of itself, 40 lines that say no more than the one before.
+            worker_log.debug(line)
+            return
+        worker_log.info(line)
+        if found := _RANK_FAILED.search(line):
+            self._rank_exit_code = int(found.group(1))
+            self.rank_failed.set()
+        else:
+            self._lines.append(line)
+
+
+def _describe(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    try:
+        return f"signal {signal.Signals(-exit_code).name}"
+    except ValueError:
+        return f"signal {-exit_code}"
