@@ -9,6 +9,7 @@ client.optim_step(gradwire.AdamParams(learning_rate=1e-5)).result()
 from gradwire.data import datum_from_tokens_weights
 from gradwire.errors import GradwireError
 from gradwire.futures import APIFuture
+from gradwire.jobs import TrainerJob, TrainerJobConfig, TrainerJobManager
 from gradwire.service_client import FiretitanServiceClient, ServiceClient
 from gradwire.training_client import TrainingClient
 from gradwire.types import (
@@ -40,6 +41,9 @@ __all__ = [
     "SaveWeightsResult",
     "ServiceClient",
     "TensorData",
+    "TrainerJob",
+    "TrainerJobConfig",
+    "TrainerJobManager",
     "TrainingClient",
     "__version__",
     "datum_from_tokens_weights",

@@ -1,0 +1,71 @@
+"""The control plane as a whole: serves trainer jobs until told to stop."""
+
+import asyncio
+import logging
+
+import grpc.aio
+from gradwire.v1 import trainer_job_service_pb2
+from gradwire.v1.trainer_job_service_pb2_grpc import add_TrainerJobServiceServicer_to_server
+from gradwire.version import __version__
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from trainer_service.config import JobsConfig, split_address
+from trainer_service.jobs.trainer_job import TrainerJobs
+from trainer_service.observability import Metrics
+from trainer_service.processes import parent_gone, write_ready_file
+from trainer_service.rpc.border import Border
+from trainer_service.rpc.server import wait_for_signal
+from trainer_service.rpc.trainer_job_servicer import TrainerJobServicer
+
+logger = logging.getLogger(__name__)
+
+SERVICE = trainer_job_service_pb2.DESCRIPTOR.services_by_name["TrainerJobService"].full_name
+_MAX_MESSAGE_BYTES = 1024 * 1024
+
+
+async def serve_jobs(config: JobsConfig, jobs: TrainerJobs) -> int:
+    """Serves `jobs` until SIGTERM, SIGINT or (exit_with_parent) EOF on stdin, then stops all of them.
+
+    Returns:
+        The process's exit code.
+
+    Raises:
+        OSError: The address cannot be had.
+    """
+    # Set up before anything is started, so that a signal in between is not lost.
+    ends = [asyncio.create_task(wait_for_signal())]
+    if config.exit_with_parent:
+        ends.append(asyncio.create_task(parent_gone()))
+    border = Border(api_keys=config.api_keys, metrics=Metrics(), max_message_bytes=_MAX_MESSAGE_BYTES)
+    options = [("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 5_000)]
+    options.append(("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000))
+    server = grpc.aio.server(interceptors=[border], options=options)
+    add_TrainerJobServiceServicer_to_server(TrainerJobServicer(jobs), server)
+    health_servicer = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    host, port = split_address(config.listen)
+    bracketed = f"[{host}]" if ":" in host else host
+    try:
+        port = server.add_insecure_port(f"{bracketed}:{port}")
+    except RuntimeError as exc:
+        raise OSError(f"cannot listen on {config.listen}: {exc}") from exc
+    for name in ("", SERVICE):
+        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    await server.start()
+    address = f"{bracketed}:{port}"
+    logger.info("Listening.", extra={"fields": {"address": address, "version": __version__}})
+    try:
+        if config.ready_file is not None:
+            write_ready_file(config.ready_file, address=address)
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        logger.info("Stopping all trainers.")
+        await health_servicer.enter_graceful_shutdown()
+        await jobs.stop()
+        await server.stop(grace=1.0)
+        for task in ends:
+            task.cancel()
+    logger.info("Stopped.")
+    return 0
