@@ -35,8 +35,6 @@ TRAINER_COMMAND = (sys.executable, "-m", "trainer_service", "trainer")
 _SERVICE = trainer_service_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name
 _DRAIN_TIMEOUT_S = 5.0
 """For the operation that runs when a job is deleted; whoever deletes it no longer waits for the rest."""
-_STOP_GRACE_S = 20.0
-"""From SIGTERM to SIGKILL: draining, then stopping the worker."""
 _LISTEN_POLL_S = 0.05
 _LOG_TAIL_LINES = 20
 _LOG_TAIL_BYTES = 16_384
@@ -84,10 +82,14 @@ class LocalJobs:
     Args:
         config: The control plane's; trainers listen on the same host, and take the same keys.
         trainer_command: Replaces the trainer's command line, for tests; the options follow it.
+        stop_grace_s: From SIGTERM to SIGKILL: a trainer drains, then stops its worker.
     """
 
-    def __init__(self, config: JobsConfig, *, trainer_command: Sequence[str] = TRAINER_COMMAND) -> None:
+    def __init__(
+        self, config: JobsConfig, *, trainer_command: Sequence[str] = TRAINER_COMMAND, stop_grace_s: float = 20.0
+    ) -> None:
         self._config = config
+        self._stop_grace_s = stop_grace_s
         self._trainer_command = tuple(trainer_command)
         self._jobs: dict[str, _Job] = {}
         self._deleted: set[str] = set()
@@ -235,7 +237,7 @@ class LocalJobs:
         if job.follower is not None:
             # The trainer waits a moment for calls under way, ours too.
             job.follower.cancel()
-        returncode = await stop_child(job.process, grace_s=_STOP_GRACE_S)
+        returncode = await stop_child(job.process, grace_s=self._stop_grace_s)
         if job.watcher is not None:
             await asyncio.gather(job.watcher, return_exceptions=True)
         if job.channel is not None:

@@ -1,0 +1,73 @@
+"""A trainer's outside without its inside, for tests of trainer jobs: `python -m tests.fake_trainer --base-model=…`.
+
+The base model's name says what it does: "quick" gets ready at once, "loading" never, "broken" ends with a sentence,
+"silent" ends without one, "deaf" does not hear SIGTERM, "dies" gets ready and ends a second later.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+from gradwire.v1 import trainer_service_pb2 as pb
+from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer, add_TrainerServiceServicer_to_server
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from trainer_service.processes import write_ready_file
+
+
+class Servicer(TrainerServiceServicer):
+    """Says what it is doing, to those who have the key."""
+
+    def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
+    ) -> pb.GetServerInfoResponse:
+        metadata = {item[0]: item[1] for item in context.invocation_metadata()}
+        if metadata.get("authorization") != f"Bearer {os.environ.get('GRADWIRE_API_KEY', '')}":
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "no")
+        return pb.GetServerInfoResponse(status_message="loading the model")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base-model")
+    parser.add_argument("--ready-file", type=Path)
+    args, _ = parser.parse_known_args()
+    if args.base_model == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if args.base_model == "broken":
+        print("looking for it\ngradwire: There is no model at broken.", file=sys.stderr)
+        sys.exit(1)
+    if args.base_model == "silent":
+        sys.exit(3)
+    server = grpc.server(futures.ThreadPoolExecutor(8))
+    checks = health.HealthServicer()
+    ready = args.base_model in {"quick", "deaf", "dies"}
+    status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+    checks.set("gradwire.v1.TrainerService", status)
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    add_TrainerServiceServicer_to_server(Servicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    write_ready_file(args.ready_file, address=f"127.0.0.1:{port}", metrics_address="")
+    if args.base_model == "dies":
+        time.sleep(1)
+        os._exit(7)
+
+    def end_with_stdin() -> None:
+        while sys.stdin.read(1):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=end_with_stdin, daemon=True).start()
+    while True:
+        time.sleep(60)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""A real control plane over fake trainers; `python -m tests.jobs_process READY_FILE DATA_DIR` is its process."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.trainer_process import descendants, wait_gone
+
+API_KEY = "key-of-the-tests"
+
+
+@contextlib.contextmanager
+def running_jobs(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """The control plane's process and base_url; it is stopped with SIGTERM and must leave nothing behind."""
+    ready_file, log = folder / "jobs.json", folder / "jobs.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.jobs_process", str(ready_file), str(folder / "data")],
+            env={**os.environ, "GRADWIRE_API_KEY": API_KEY},
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=out,
+        )
+    try:
+        deadline = time.monotonic() + 30
+        while not ready_file.exists():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        yield process, f"http://{json.loads(ready_file.read_text())['address']}"
+    finally:
+        below = descendants(process.pid)
+        process.send_signal(signal.SIGTERM)
+        process.wait(40)
+        assert process.stdin is not None
+        process.stdin.close()
+        assert wait_gone(below) == [], log.read_text()
+
+
+def main() -> int:
+    from trainer_service.config import JobsConfig, read_api_keys
+    from trainer_service.jobs.local import LocalJobs
+    from trainer_service.observability import configure_logging
+    from trainer_service.rpc.jobs_server import serve_jobs
+
+    configure_logging(as_json=False)
+    ready_file, data_dir = (Path(argument) for argument in sys.argv[1:])
+    config = JobsConfig(
+        listen="127.0.0.1:0",
+        data_dir=data_dir,
+        api_keys=read_api_keys(None),
+        ready_file=ready_file,
+        exit_with_parent=True,
+    )
+    jobs = LocalJobs(config, trainer_command=(sys.executable, "-m", "tests.fake_trainer"), stop_grace_s=1.5)
+    return asyncio.run(serve_jobs(config, jobs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

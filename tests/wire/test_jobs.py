@@ -1,0 +1,225 @@
+"""Trainer jobs over a real socket: a real control plane process, fake trainers."""
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from gradwire import TrainerJobConfig, TrainerJobManager
+from gradwire.errors import (
+    FailedPreconditionError,
+    GradwireError,
+    InvalidArgumentError,
+    NotFoundError,
+    OperationTimeoutError,
+    UnauthenticatedError,
+    UnimplementedError,
+)
+from gradwire.transport import Connection
+from gradwire.v1.trainer_job_service_pb2 import CreateTrainerJobRequest
+from gradwire.v1.trainer_job_service_pb2_grpc import TrainerJobServiceStub
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.jobs_process import API_KEY, running_jobs
+from tests.trainer_process import descendants, wait_gone
+
+
+@pytest.fixture(scope="module")
+def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running_jobs(tmp_path_factory.mktemp("jobs")) as (_, base_url):
+        yield base_url
+
+
+@pytest.fixture
+def manager(base_url: str) -> Iterator[TrainerJobManager]:
+    with TrainerJobManager(API_KEY, base_url=base_url) as manager:
+        yield manager
+        for job in manager.list():
+            manager.delete(job.job_id)
+
+
+def test_create_and_wait_returns_a_ready_trainer_and_delete_stops_it(manager: TrainerJobManager):
+    job = manager.create_and_wait(TrainerJobConfig("quick", display_name="first"))
+    assert (job.state, job.base_model) == ("ready", "quick")
+    assert job.job_name.startswith("first-")
+    assert job.job_id.startswith("job-")
+    host, port = job.base_url.removeprefix("http://").split(":")
+    socket.create_connection((host, int(port)), 5).close()
+    assert [listed.job_id for listed in manager.list()] == [job.job_id]
+    manager.delete(job.job_id)
+    with pytest.raises(ConnectionError):
+        socket.create_connection((host, int(port)), 5)
+    assert manager.list() == []
+
+
+def test_deleting_twice_is_no_error_and_an_unknown_job_is(manager: TrainerJobManager):
+    job = manager.create(TrainerJobConfig("loading"))
+    manager.delete(job.job_id)
+    manager.delete(job.job_id)
+    with pytest.raises(NotFoundError, match=job.job_id) as caught:
+        manager.get(job.job_id)
+    assert caught.value.reason == "TRAINER_JOB_NOT_FOUND"
+    with pytest.raises(NotFoundError):
+        manager.delete("job-never-was")
+
+
+def test_deleting_from_two_threads_waits_for_one_stop(manager: TrainerJobManager):
+    job = manager.create_and_wait(TrainerJobConfig("deaf"))
+    threads = [threading.Thread(target=manager.delete, args=[job.job_id]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert manager.list() == []
+
+
+def test_jobs_are_listed_newest_first(manager: TrainerJobManager):
+    made = [manager.create(TrainerJobConfig("loading")).job_id for _ in range(3)]
+    assert [job.job_id for job in manager.list()] == made[::-1]
+
+
+def test_repeated_request_id_gets_the_same_job(base_url: str, manager: TrainerJobManager):
+    connection = Connection(base_url, API_KEY)
+    request = CreateTrainerJobRequest(request_id="once", base_model="loading")
+    first, second = (
+        connection.call(TrainerJobServiceStub, "CreateTrainerJob", request, timeout_s=10).trainer_job.job_id
+        for _ in range(2)
+    )
+    assert first == second
+    assert len(manager.list()) == 1
+    connection.close()
+
+
+def test_trainer_says_itself_what_it_is_doing(manager: TrainerJobManager):
+    job = manager.create(TrainerJobConfig("loading"))
+    deadline = time.monotonic() + 20
+    while (job := manager.get(job.job_id)).status_message != "loading the model":
+        assert time.monotonic() < deadline, job
+        time.sleep(0.05)
+    assert job.state == "starting"
+
+
+def test_trainer_that_cannot_start_is_an_error_with_its_reason_and_log(manager: TrainerJobManager):
+    with pytest.raises(FailedPreconditionError, match="There is no model at broken") as caught:
+        manager.create_and_wait(TrainerJobConfig("broken"))
+    assert caught.value.reason == "TRAINER_JOB_FAILED"
+    assert "looking for it" in str(caught.value)
+    assert "trainer.log" in str(caught.value)
+    assert manager.list() == []
+
+
+def test_trainer_that_ends_without_a_word_is_told_by_its_exit_code(manager: TrainerJobManager):
+    with pytest.raises(FailedPreconditionError, match="ended with exit code 3"):
+        manager.create_and_wait(TrainerJobConfig("silent"))
+
+
+def test_ready_trainer_that_ends_by_itself_is_failed(manager: TrainerJobManager):
+    job = manager.create_and_wait(TrainerJobConfig("dies"))
+    deadline = time.monotonic() + 20
+    while (job := manager.get(job.job_id)).state != "failed":
+        assert time.monotonic() < deadline, job
+        time.sleep(0.05)
+    assert "exit code 7" in job.status_message
+
+
+def test_trainer_that_is_late_is_deleted(manager: TrainerJobManager):
+    with pytest.raises(OperationTimeoutError, match="not ready within 0.5 s; it was at: "):
+        manager.create_and_wait(TrainerJobConfig("loading"), timeout_s=0.5)
+    assert manager.list() == []
+
+
+def test_ctrl_c_while_waiting_deletes_the_job(manager: TrainerJobManager):
+    timer = threading.Timer(1.0, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        manager.create_and_wait(TrainerJobConfig("loading"))
+    timer.join()
+    assert manager.list() == []
+
+
+def test_trainer_deaf_to_sigterm_is_killed(manager: TrainerJobManager):
+    job = manager.create_and_wait(TrainerJobConfig("deaf"))
+    start = time.monotonic()
+    manager.delete(job.job_id)
+    assert 1 < time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("config", "exception", "text"),
+    [
+        (TrainerJobConfig(""), InvalidArgumentError, "base_model is empty"),
+        (TrainerJobConfig("m", max_context_length=1), InvalidArgumentError, "max_context_length is 1"),
+        (TrainerJobConfig("m", display_name="x" * 101), InvalidArgumentError, "display_name has 101 characters"),
+        (TrainerJobConfig("m", display_name="a\nb"), InvalidArgumentError, "display_name"),
+        (TrainerJobConfig("m", lora_rank=8), UnimplementedError, "lora_rank is 8"),
+    ],
+)
+def test_config_that_cannot_be_is_refused_by_name(
+    manager: TrainerJobManager, config: TrainerJobConfig, exception: type[GradwireError], text: str
+):
+    with pytest.raises(exception, match=text):
+        manager.create_and_wait(config)
+    assert manager.list() == []
+
+
+def test_gradient_accumulation_steps_warns_that_the_loop_does_it(manager: TrainerJobManager):
+    with pytest.warns(UserWarning, match="gradient_accumulation_steps=4 has no effect"):
+        manager.create(TrainerJobConfig("loading", gradient_accumulation_steps=4))
+
+
+def test_wrong_key_is_refused(base_url: str):
+    with TrainerJobManager("wrong", base_url=base_url) as manager, pytest.raises(UnauthenticatedError):
+        manager.list()
+
+
+def test_health_needs_no_key(base_url: str):
+    with grpc.insecure_channel(base_url.removeprefix("http://")) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "gradwire.v1.TrainerJobService"):
+            answer = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_trainer_is_no_control_plane(manager: TrainerJobManager):
+    job = manager.create_and_wait(TrainerJobConfig("quick"))
+    with (
+        TrainerJobManager(API_KEY, base_url=job.base_url) as wrong,
+        pytest.raises(UnimplementedError, match="does not offer this call"),
+    ):
+        wrong.list()
+
+
+def test_progress_lines_tell_each_change_once(manager: TrainerJobManager, capsys: pytest.CaptureFixture[str]):
+    manager.create_and_wait(TrainerJobConfig("quick", display_name="told"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Starting a trainer for quick: starting the control plane"
+    assert " is ready (" in lines[-1]
+    assert len(lines) == len(set(lines))
+
+
+def test_quiet_manager_prints_nothing(base_url: str, capsys: pytest.CaptureFixture[str]):
+    with TrainerJobManager(API_KEY, base_url=base_url, quiet=True) as manager:
+        manager.delete(manager.create_and_wait(TrainerJobConfig("quick")).job_id)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("how", ["sigterm", "sigkill", "stdin"])
+def test_trainers_end_with_the_control_plane(tmp_path: Path, how: str):
+    with running_jobs(tmp_path) as (process, base_url):
+        with TrainerJobManager(API_KEY, base_url=base_url) as manager:
+            manager.create_and_wait(TrainerJobConfig("quick"))
+            manager.create(TrainerJobConfig("loading"))
+        below = descendants(process.pid)
+        assert len(below) == 2
+        if how == "stdin":
+            assert process.stdin is not None
+            process.stdin.close()
+        else:
+            process.send_signal(signal.SIGKILL if how == "sigkill" else signal.SIGTERM)
+        assert process.wait(20) == (-signal.SIGKILL if how == "sigkill" else 0)
+        assert wait_gone(below) == []
