@@ -3,8 +3,11 @@
 import asyncio
 import os
 from inspect import iscoroutinefunction
+from pathlib import Path
 
 import pytest
+
+from tests.tiny import make_tiny_llama
 
 # Before anything imports the libraries that read them. Child processes inherit them.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -19,3 +22,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     asyncio.run(pyfuncitem.obj(**arguments))
     return True
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Llama with a tokenizer, shared by all tests; read only."""
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny_llama")

@@ -1,0 +1,1 @@
+"""Everything that touches torch. Nothing outside this room imports it."""

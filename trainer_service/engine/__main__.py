@@ -1,0 +1,194 @@
+"""The worker process: `python -m trainer_service.engine`, started by torchrun on the trainer's behalf.
+
+Rank 0 dials the trainer's unix socket, says hello, loads the model, and then executes commands one after the other. It
+ends, with exit code 0, when the trainer ends the stream.
+"""
+
+import argparse
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+from gradwire.errors import GradwireError, error, to_status
+from gradwire.v1.trainer_service_pb2 import LossInfo, ModelInfo
+from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerHello, WorkerReady
+from gradwire.version import __version__
+
+from trainer_service.config import Limits
+from trainer_service.engine.connection import TrainerConnection
+from trainer_service.engine.ranks import Ranks
+from trainer_service.observability import configure_logging
+from trainer_service.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from trainer_service.engine.commands import Commands, Prepared
+    from trainer_service.engine.engine import Engine
+
+logger = logging.getLogger("trainer_service.engine")
+
+_COMMANDS_AHEAD = 8
+"""Commands decoded while one executes: enough to keep the device busy, few enough to bound memory."""
+_GOODBYE_S = 5.0
+"""How long the trainer may take to end the stream after it was told that loading failed."""
+_ABANDON_S = 1.0
+"""How long an operation may go on after the stream has ended; nobody waits for it."""
+
+
+def main() -> int:
+    """Runs the worker. Returns the exit code."""
+    arguments = _parse()
+    # Who started us decides when we end: a Ctrl-C in the user's terminal goes to the program at its front.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent()
+    configure_logging(as_json=arguments.log_json)
+    limits = Limits()
+    try:
+        trainer = TrainerConnection(arguments.socket, max_message_bytes=limits.max_message_bytes)
+    except OSError as exc:
+        logger.error(f"No trainer listens on {arguments.socket}: {exc}. Workers are started by the trainer.")
+        return 1
+    trainer.send(
+        WorkerEvent(
+            hello=WorkerHello(
+                token=os.environ.get("GRADWIRE_WORKER_TOKEN", ""),
+                pid=os.getpid(),
+                world_size=int(os.environ.get("WORLD_SIZE", "1")),
+                software_version=__version__,
+            )
+        )
+    )
+    threading.Thread(target=_abandon, args=(trainer,), name="stream-end", daemon=True).start()
+    try:
+        ranks = Ranks.from_environment()
+        engine = _load(arguments, ranks, limits, trainer)
+    except Exception as exc:
+        return _give_up(trainer, exc)
+    from trainer_service.engine.commands import Commands
+
+    trainer.send(_ready(engine))
+    logger.info("Ready.", extra={"fields": {"base_model": engine.model.base_model, "device": engine.model.device}})
+    _serve(trainer, Commands(engine), ranks)
+    trainer.finish()
+    logger.info("The trainer ended the stream.", extra={"fields": {"how": trainer.describe_end()}})
+    return 0 if trainer.ended_cleanly() else 1
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m trainer_service.engine", description=__doc__)
+    parser.add_argument("--socket", required=True, help="path of the trainer's unix socket")
+    parser.add_argument("--base-model", required=True, help="hub id or folder")
+    parser.add_argument("--checkpoint-dir", required=True, type=Path, help="where exports go")
+    parser.add_argument("--max-context-length", type=int, default=0, help="tokens; 0 takes the model's own limit")
+    parser.add_argument("--log-json", action="store_true", help="one JSON object a log line")
+    return parser.parse_args()
+
+
+def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, trainer: TrainerConnection) -> "Engine":
+    trainer.send(WorkerEvent(loading="importing torch and transformers"))
+    # Here, not at the top: these imports take seconds, and the trainer should hear from us before.
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from trainer_service.engine.device import pick_device, set_num_threads
+    from trainer_service.engine.engine import Engine
+
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(0)
+    num_threads = set_num_threads()
+    device = pick_device(ranks.local_rank)
+    trainer.send(WorkerEvent(loading=f"loading {arguments.base_model} onto {device.name}"))
+    logger.info("Loading.", extra={"fields": {"base_model": arguments.base_model, "num_threads": num_threads}})
+    return Engine(
+        arguments.base_model,
+        device=device,
+        checkpoint_dir=arguments.checkpoint_dir,
+        limits=limits,
+        max_context_length=arguments.max_context_length,
+    )
+
+
+def _ready(engine: "Engine") -> WorkerEvent:
+    from trainer_service.engine.losses import LOSSES
+    from trainer_service.engine.packing import BATCHING
+
+    model = engine.model
+    return WorkerEvent(
+        counters=engine.counters.as_metrics(),
+        ready=WorkerReady(
+            model=ModelInfo(
+                base_model=model.base_model,
+                architecture=model.architecture,
+                vocab_size=model.vocab_size,
+                max_context_length=model.max_context_length,
+                num_parameters=model.num_parameters,
+                dtype=model.dtype,
+                device=model.device,
+                batching=BATCHING,
+            ),
+            losses=[
+                LossInfo(name=loss.name, loss_fn_inputs=loss.inputs, loss_fn_config_keys=loss.config_keys)
+                for loss in LOSSES.values()
+            ],
+        ),
+    )
+
+
+def _give_up(trainer: TrainerConnection, exc: Exception) -> int:
+    """Tells the trainer why there will be no worker, and waits until it has heard."""
+    if isinstance(exc, GradwireError):
+        logger.error(exc.message)
+    else:
+        logger.error("Cannot start.", exc_info=exc)
+        exc = error("INTERNAL", f"The worker could not load the model: {type(exc).__name__}: {exc}")
+    trainer.send(WorkerEvent(failed=to_status(exc)))
+    trainer.finish()
+    # 0: the trainer knows, and torchrun would bury the reason in the log under a report of its own.
+    return 0 if trainer.ended.wait(_GOODBYE_S) and trainer.ended_cleanly() else 1
+
+
+def _serve(trainer: TrainerConnection, commands: "Commands", ranks: Ranks) -> None:
+    """Executes commands in order until the stream ends. Decoding runs ahead on a thread of its own."""
+    inbox: queue.SimpleQueue[Prepared | None] = queue.SimpleQueue()
+    room = threading.Semaphore(_COMMANDS_AHEAD)
+
+    def read() -> None:
+        try:
+            for command in trainer.commands:
+                inbox.put(commands.prepare(command))
+                room.acquire()
+        except grpc.RpcError:
+            logger.debug("The stream broke off.")  # The end by another name; main() says how.
+        finally:
+            inbox.put(None)
+
+    threading.Thread(target=read, name="commands", daemon=True).start()
+    while (prepared := inbox.get()) is not None:
+        room.release()
+        if not trainer.ended.is_set():
+            trainer.send(commands.execute(ranks.broadcast(prepared)))
+
+
+def _abandon(trainer: TrainerConnection) -> None:
+    """Ends the process even in the middle of an operation, once nobody is left to answer."""
+    trainer.ended.wait()
+    threading.Event().wait(_ABANDON_S)
+    logger.info("The trainer is gone.", extra={"fields": {"how": trainer.describe_end()}})
+    _exit(0 if trainer.ended_cleanly() else 1)
+
+
+def _exit(code: int) -> None:
+    """Ends at once: nothing is left to do, and tearing down torch and gRPC by the book takes a second and can hang."""
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _exit(main())

@@ -1,0 +1,270 @@
+"""From the trainer's commands to the engine's verbs and back: protos on one side, arrays on the other.
+
+`prepare` decodes and checks a command and may run ahead on the thread that reads; `execute` runs on the device thread,
+strictly in order. A command that was refused while being prepared still takes its turn: its failure is delivered, and
+leaves its mark on the run, where it would have executed.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import Message
+from gradwire.codec import Batch, decode_batch, decode_tensor, encode_tensor
+from gradwire.errors import GradwireError, error, invalid_field, to_status
+from gradwire.types import AdamParams
+from gradwire.v1 import operation_pb2 as ops
+from gradwire.v1.trainer_service_pb2 import TrainResponse
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent
+
+from trainer_service.engine import validation
+from trainer_service.engine.device import broken
+from trainer_service.engine.engine import Engine, ForwardResult, Normalization
+from trainer_service.engine.losses import find_loss
+from trainer_service.engine.losses.loss import Loss
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[[], Message | None]
+"""Executes a command; returns an operation's answer, None for a command that is not one."""
+
+_NORMALIZATIONS: dict[int, Normalization] = {
+    ops.GRAD_ACCUMULATION_NORMALIZATION_UNSPECIFIED: "none",
+    ops.GRAD_ACCUMULATION_NORMALIZATION_NONE: "none",
+    ops.GRAD_ACCUMULATION_NORMALIZATION_NUM_LOSS_TOKENS: "num_loss_tokens",
+    ops.GRAD_ACCUMULATION_NORMALIZATION_NUM_SEQUENCES: "num_sequences",
+}
+_GRADIENT_PASSES = ("forward_backward", "backward")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A command ready to execute.
+
+    Attributes:
+        command_id: To answer with.
+        seq_id: Of the operation; None for a command that is not one.
+        what: Its name: the field of TrainResponse that answers an operation.
+        work: Executes it, or raises what is wrong with it.
+        received_s: When it came, by time.monotonic.
+    """
+
+    command_id: int
+    seq_id: int | None
+    what: str
+    work: Work
+    received_s: float
+
+
+class Commands:
+    """Executes the trainer's commands on an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._operations: dict[str, Callable[[str, int, Any], Work]] = {
+            "forward": self._forward,
+            "forward_backward": self._forward_backward,
+            "backward": self._backward,
+            "optim_step": self._optim_step,
+            "zero_grad": self._zero_grad,
+            "cancel": self._cancel,
+            "save_weights_for_sampler": self._save_weights_for_sampler,
+            "save_state": _not_yet("save_state"),
+            "load_state": _not_yet("load_state"),
+        }
+
+    def prepare(self, command: WorkerCommand) -> Prepared:
+        """Decodes and checks a command. Never raises: what is wrong with it is raised in its turn."""
+        received_s = time.monotonic()
+        kind = command.WhichOneof("command")
+        seq_id = command.request.seq_id if kind == "request" else None
+        what = (command.request.WhichOneof("operation") if kind == "request" else kind) or "nothing"
+        try:
+            if seq_id is None:
+                work = self._prepare_other(what, command)
+            elif what in self._operations:
+                work = self._operations[what](command.run_id, seq_id, getattr(command.request, what))
+            else:
+                raise error("PROTOCOL_VIOLATION", f'The worker was sent "{what}", which is no operation of a run.')
+        except Exception as exc:
+            work = self._refused(command.run_id, seq_id, what, exc)
+        return Prepared(command.command_id, seq_id, what, work, received_s)
+
+    def execute(self, prepared: Prepared) -> WorkerEvent:
+        """Executes a command on the device.
+
+        Raises:
+            Exception: The device is beyond use; the process must end.
+        """
+        counters = self._engine.counters
+        started_s = time.monotonic()
+        answer: Message | None = None
+        failure: GradwireError | None = None
+        try:
+            answer = prepared.work()
+        except GradwireError as exc:
+            failure = exc
+            logger.info(f"Refused {prepared.what}.", extra={"fields": {"reason": exc.reason, "why": exc.message}})
+        except Exception as exc:
+            logger.exception(f"Failed in {prepared.what}.", extra={"fields": {"seq_id": prepared.seq_id}})
+            if broken(exc):
+                raise
+            text = f"{prepared.what} failed in the worker by a fault of Gradwire's own; its log has the details."
+            failure = error("INTERNAL", text)
+        execute_s = time.monotonic() - started_s
+        counters.busy_seconds_total += execute_s
+        event = WorkerEvent(command_id=prepared.command_id)
+        if prepared.seq_id is None:
+            event.done.CopyFrom(WorkerDone(error=to_status(failure) if failure else None))
+        else:
+            counters.operations_total += 1
+            counters.failed_operations_total += failure is not None
+            event.response.CopyFrom(
+                TrainResponse(
+                    seq_id=prepared.seq_id,
+                    queue_ms=(started_s - prepared.received_s) * 1000,
+                    execute_ms=execute_s * 1000,
+                )
+            )
+            if failure is not None:
+                event.response.error.CopyFrom(to_status(failure))
+            else:
+                getattr(event.response, prepared.what).CopyFrom(answer)
+        event.counters.update(counters.as_metrics())
+        return event
+
+    def _prepare_other(self, what: str, command: WorkerCommand) -> Work:
+        engine, run_id = self._engine, command.run_id
+        lora_rank = command.create_run.request.lora_rank
+        others: dict[str, Work] = {
+            "create_run": lambda: engine.create_run(run_id, lora_rank=lora_rank),
+            "delete_run": lambda: engine.delete_run(run_id),
+            "drop_graphs": lambda: engine.drop_graphs(run_id),
+        }
+        if what not in others:
+            raise error("PROTOCOL_VIOLATION", "The worker was sent a command that says nothing to do.")
+        return others[what]
+
+    def _refused(self, run_id: str, seq_id: int | None, what: str, exc: Exception) -> Work:
+        def work() -> None:
+            if seq_id is not None and what in _GRADIENT_PASSES:
+                self._engine.fail_pass(run_id, seq_id)
+            raise exc
+
+        return work
+
+    def _checked_batch(self, request: ops.ForwardRequest | ops.ForwardBackwardRequest, loss: Loss | None) -> Batch:
+        batch = decode_batch(request.data, request.batch if request.HasField("batch") else None)
+        validation.check_batch(
+            batch,
+            vocab_size=self._engine.model.vocab_size,
+            max_context_length=self._engine.model.max_context_length,
+            limits=self._engine.limits,
+            loss=loss,
+        )
+        if loss is not None:
+            validation.check_loss_config(loss, request.loss_fn_config)
+        return batch
+
+    def _forward(self, run_id: str, seq_id: int, request: ops.ForwardRequest) -> Work:
+        if request.keep_graph and request.loss_fn:
+            raise invalid_field(
+                "loss_fn", f'is "{request.loss_fn}" together with keep_graph; a kept graph gets its loss from backward.'
+            )
+        if request.loss_fn_config and not request.loss_fn:
+            raise invalid_field("loss_fn_config", "is set without loss_fn; name the loss it configures.")
+        loss = find_loss(request.loss_fn) if request.loss_fn else None
+        batch = self._checked_batch(request, loss)
+        config, keep_graph = dict(request.loss_fn_config), request.keep_graph
+
+        def work() -> Message:
+            found = self._engine.forward(run_id, seq_id, batch, keep_graph=keep_graph, loss=loss, config=config)
+            return ops.ForwardResponse(**_encoded(found, batch))
+
+        return work
+
+    def _forward_backward(self, run_id: str, seq_id: int, request: ops.ForwardBackwardRequest) -> Work:
+        loss = find_loss(request.loss_fn)
+        batch = self._checked_batch(request, loss)
+        config = dict(request.loss_fn_config)
+
+        def work() -> Message:
+            found = self._engine.forward_backward(run_id, seq_id, batch, loss, config)
+            return ops.ForwardBackwardResponse(**_encoded(found, batch))
+
+        return work
+
+    def _backward(self, run_id: str, seq_id: int, request: ops.BackwardRequest) -> Work:
+        gradients_TK = validation.check_gradients(decode_tensor(request.gradients, "gradients"))
+        forward_seq_id = request.forward_seq_id
+
+        def work() -> Message:
+            metrics = self._engine.backward(run_id, seq_id, forward_seq_id=forward_seq_id, gradients_TK=gradients_TK)
+            return ops.BackwardResponse(metrics=metrics)
+
+        return work
+
+    def _optim_step(self, run_id: str, seq_id: int, request: ops.OptimStepRequest) -> Work:
+        names = AdamParams.__dataclass_fields__
+        params = AdamParams(**{name: getattr(request, name) for name in names if request.HasField(name)})
+        validation.check_adam_params(params)
+        normalization = _NORMALIZATIONS.get(request.grad_accumulation_normalization)
+        if normalization is None:
+            raise invalid_field(
+                "grad_accumulation_normalization",
+                f"is {request.grad_accumulation_normalization}, which this trainer does not know; known: "
+                f"{', '.join(dict.fromkeys(_NORMALIZATIONS.values()))}.",
+            )
+
+        def work() -> Message:
+            found = self._engine.optim_step(run_id, seq_id, params, normalization)
+            return ops.OptimStepResponse(step=found.step, metrics=found.metrics)
+
+        return work
+
+    def _zero_grad(self, run_id: str, seq_id: int, request: ops.ZeroGradRequest) -> Work:
+        def work() -> Message:
+            self._engine.zero_grad(run_id)
+            return ops.ZeroGradResponse()
+
+        return work
+
+    def _cancel(self, run_id: str, seq_id: int, request: ops.CancelRequest) -> Work:
+        forward_seq_ids, taint = list(request.forward_seq_ids), request.taint
+
+        def work() -> Message:
+            return ops.CancelResponse(dropped=self._engine.cancel(run_id, forward_seq_ids, taint=taint))
+
+        return work
+
+    def _save_weights_for_sampler(self, run_id: str, seq_id: int, request: ops.SaveWeightsForSamplerRequest) -> Work:
+        validation.check_checkpoint_name(request.name)
+        name, overwrite = request.name, request.overwrite
+
+        def work() -> Message:
+            saved = self._engine.save_weights_for_sampler(run_id, name, overwrite=overwrite)
+            return ops.SaveWeightsForSamplerResponse(path=saved.path, uri=saved.uri, size_bytes=saved.size_bytes)
+
+        return work
+
+
+def _encoded(found: ForwardResult, batch: Batch) -> dict[str, Any]:
+    by_hand = batch.typed_by_hand
+    return {
+        "loss_fn_outputs": {"logprobs": encode_tensor(found.logprobs_TK, typed_by_hand=by_hand)},
+        "cu_seqlens": encode_tensor(found.cu_seqlens, typed_by_hand=by_hand),
+        "metrics": found.metrics,
+    }
+
+
+def _not_yet(name: str) -> Callable[[str, int, Any], Work]:
+    def prepare(run_id: str, seq_id: int, request: Any) -> Work:
+        raise error(
+            "NOT_IMPLEMENTED",
+            f"{name} is not in this version: resumable state can be neither saved nor loaded yet. "
+            "save_weights_for_sampler exports the parameters.",
+        )
+
+    return prepare

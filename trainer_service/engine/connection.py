@@ -1,0 +1,61 @@
+"""The worker's end of the stream to its trainer. Light: no torch."""
+
+import queue
+import socket
+import threading
+from typing import Any
+
+import grpc
+from gradwire.v1.worker_service_pb2 import WorkerEvent
+from gradwire.v1.worker_service_pb2_grpc import WorkerServiceStub
+
+
+class TrainerConnection:
+    """Events go up in the order sent, commands come down, and the end of the stream is noticed at once.
+
+    Args:
+        socket_path: Path of the trainer's unix socket.
+        max_message_bytes: The trainer's limit on one operation.
+
+    Raises:
+        OSError: Nobody listens there.
+    """
+
+    def __init__(self, socket_path: str, *, max_message_bytes: int) -> None:
+        # Asked first by hand, since gRPC words a trainer that was never there and one that went away alike.
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(socket_path)
+        # Twice the limit of one message: an operation travels inside a command, and a little larger.
+        largest = 2 * max_message_bytes
+        options = [
+            ("grpc.max_receive_message_length", largest),
+            ("grpc.max_send_message_length", largest),
+            ("grpc.enable_http_proxy", 0),
+        ]
+        self._channel = grpc.insecure_channel(f"unix:{socket_path}", options=options)
+        self._events: queue.SimpleQueue[WorkerEvent | None] = queue.SimpleQueue()
+        # Typed as Any: gRPC's stubs do not say that a call is iterable, has a code and takes callbacks.
+        self.commands: Any = WorkerServiceStub(self._channel).Attach(iter(self._events.get, None))
+        """Iterates over the commands; raises grpc.RpcError when the stream breaks off."""
+        self.ended = threading.Event()
+        """Set once the stream has ended, whatever else this process is doing."""
+        if not self.commands.add_callback(self.ended.set):
+            self.ended.set()
+
+    def send(self, event: WorkerEvent) -> None:
+        """Queues an event; never blocks."""
+        self._events.put(event)
+
+    def finish(self) -> None:
+        """Says that no more events come."""
+        self._events.put(None)
+
+    def ended_cleanly(self) -> bool:
+        """After the end: whether it is the trainer's end too, not its refusal of this worker."""
+        # How a trainer that goes away looks from here, whatever its reason.
+        gone = (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+        return self.commands.code() in gone
+
+    def describe_end(self) -> str:
+        """After the end: how, in words."""
+        return f"{self.commands.code().name} {self.commands.details()}".strip()

@@ -1,0 +1,29 @@
+"""What the worker counts, by Prometheus name."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class Counters:
+    """Totals since the worker started; those not ending in _total are gauges."""
+
+    operations_total: int = 0
+    """Operations executed, failed ones included."""
+    failed_operations_total: int = 0
+    forward_passes_total: int = 0
+    """Forwards of the model: one a microbatch."""
+    backward_passes_total: int = 0
+    """Backwards of the model: one a microbatch."""
+    tokens_total: int = 0
+    """Tokens that went through a forward."""
+    optim_steps_total: int = 0
+    held_graphs: int = 0
+    """Graphs kept for custom losses now."""
+    runs: int = 0
+    """Runs held now."""
+    busy_seconds_total: float = 0.0
+    """Time spent executing operations."""
+
+    def as_metrics(self) -> dict[str, float]:
+        """By full name, such as gradwire_worker_tokens_total."""
+        return {f"gradwire_worker_{item.name}": float(getattr(self, item.name)) for item in fields(self)}

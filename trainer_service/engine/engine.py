@@ -1,0 +1,403 @@
+"""The verbs of training over any number of runs of one base model. Plain arrays in, plain values out; no gRPC.
+
+One thread calls it. Arguments were checked (validation.py); what only a run's state can tell is checked here.
+Shape suffixes: T tokens of one batch or microbatch, V vocabulary, K targets a token (absent where targets are [T]).
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gradwire.codec import Batch
+from gradwire.errors import error
+from gradwire.types import AdamParams
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trainer_service.config import Limits
+from trainer_service.engine.counters import Counters
+from trainer_service.engine.device import Device, out_of_memory
+from trainer_service.engine.logprobs import target_logprobs
+from trainer_service.engine.loss_totals import LossTotals
+from trainer_service.engine.losses.loss import Loss, LossInputs
+from trainer_service.engine.models.export import export
+from trainer_service.engine.models.load import describe, fetch, load_model
+from trainer_service.engine.optim import AdamW
+from trainer_service.engine.packing import plan_microbatches
+from trainer_service.engine.run_state import HeldGraph, RunState
+from trainer_service.engine.validation import check_gradients_shape
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Normalization = Literal["none", "num_loss_tokens", "num_sequences"]
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """What a forward or forward_backward found.
+
+    Attributes:
+        logprobs_TK: Of the targets, natural log, float32, [T] or [T, K] as the targets.
+        cu_seqlens: The batch's, int64 [N + 1].
+        metrics: By `name:reduction`.
+    """
+
+    logprobs_TK: npt.NDArray[np.float32]
+    cu_seqlens: npt.NDArray[np.int64]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class OptimStepResult:
+    """What an optimizer step did: steps applied to the run, this one included, and metrics by `name:reduction`."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """Where an export is: gradwire:// path, file:// URI, and the size of all files."""
+
+    path: str
+    uri: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """A batch on the device; all of one operation crosses in one copy a column."""
+
+    tokens_T: Tensor
+    targets_TK: Tensor
+    inputs: Mapping[str, Tensor]
+
+
+class Engine:
+    """Runs of one base model on one device.
+
+    Args:
+        base_model: Hub id or folder. Loaded here; the first run takes this copy.
+        device: Where.
+        checkpoint_dir: Where exports go, in a folder a run.
+        limits: max_runs is kept here; the rest is for those who check batches.
+        max_context_length: Longest sequence taken, tokens; 0 takes the model's own limit.
+
+    Raises:
+        InvalidArgumentError: The model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        base_model: str,
+        *,
+        device: Device,
+        checkpoint_dir: Path,
+        limits: Limits | None = None,
+        max_context_length: int = 0,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.device = device
+        self.counters = Counters()
+        self._checkpoint_dir = checkpoint_dir
+        self._base_model = base_model
+        self._folder = fetch(base_model)
+        self._spare: PreTrainedModel | None = load_model(base_model, self._folder, device)
+        self.model = describe(self._spare, base_model=base_model, device=device, max_context_length=max_context_length)
+        """What is trained, for GetServerInfo."""
+        self._runs: dict[str, RunState] = {}
+
+    def create_run(self, run_id: str, *, lora_rank: int = 0) -> None:
+        """Makes a run with parameters of its own, equal to the base model's.
+
+        Raises:
+            UnimplementedError: lora_rank above 0.
+            ResourceExhaustedError: LIMIT_EXCEEDED: as many runs as there may be.
+        """
+        if lora_rank > 0:
+            raise error(
+                "NOT_IMPLEMENTED",
+                f"lora_rank is {lora_rank}, but this version trains all parameters only; pass lora_rank=0.",
+            )
+        if len(self._runs) >= self.limits.max_runs:
+            raise error(
+                "LIMIT_EXCEEDED",
+                f"This trainer holds {len(self._runs)} runs, as many as it may; delete one first.",
+                limit=self.limits.max_runs,
+                got=len(self._runs) + 1,
+            )
+        assert run_id not in self._runs
+
+        def load() -> RunState:
+            model = self._spare or load_model(self._base_model, self._folder, self.device)
+            self._spare = None
+            return RunState(run_id=run_id, model=model, optimizer=AdamW(model.parameters()))
+
+        self._runs[run_id] = self._attempt(load, what=f"a run's {self.model.num_parameters} parameters")
+        self._count_held()
+
+    def delete_run(self, run_id: str) -> None:
+        """Frees a run's memory; its exports stay. A run that is not there is passed over."""
+        if self._runs.pop(run_id, None) is not None:
+            self.device.release_cached_memory()
+            self._count_held()
+
+    def forward(
+        self,
+        run_id: str,
+        seq_id: int,
+        batch: Batch,
+        *,
+        keep_graph: bool = False,
+        loss: Loss | None = None,
+        config: Mapping[str, float] | None = None,
+    ) -> ForwardResult:
+        """Logprobs of the targets; with keep_graph held for one backward, with a loss that loss's metrics too."""
+        assert not (keep_graph and loss)
+        run = self._run(run_id)
+
+        def work() -> ForwardResult:
+            columns = self._to_device(batch, loss)
+            pieces: list[tuple[slice, Tensor]] = []
+            totals = LossTotals()
+            with torch.set_grad_enabled(keep_graph):
+                for microbatch in plan_microbatches(batch):
+                    logprobs_TK = self._logprobs(run, columns, microbatch.tokens)
+                    pieces.append((microbatch.tokens, logprobs_TK))
+                    if loss is not None:
+                        totals.add(loss, _loss_inputs(logprobs_TK, columns, microbatch.tokens), config)
+            metrics = _batch_metrics(batch, len(pieces)) | totals.metrics()
+            result = ForwardResult(_gather(pieces, columns.targets_TK), batch.cu_seqlens, metrics)
+            if keep_graph:
+                run.graphs[seq_id] = HeldGraph(pieces, result.logprobs_TK.shape, batch.num_sequences)
+                self._count_held()
+            return result
+
+        return self._attempt(work, what=f"the forward of {batch.num_tokens} tokens")
+
+    def forward_backward(
+        self, run_id: str, seq_id: int, batch: Batch, loss: Loss, config: Mapping[str, float] | None = None
+    ) -> ForwardResult:
+        """A built-in loss, whose gradients are added to the run's. Whatever it raises taints the accumulation.
+
+        Raises:
+            FailedPreconditionError: NON_FINITE: the loss is NaN or infinite.
+            DeviceOutOfMemoryError: As it says.
+        """
+        run = self._run(run_id)
+
+        def work() -> ForwardResult:
+            columns = self._to_device(batch, loss)
+            pieces: list[tuple[slice, Tensor]] = []
+            totals = LossTotals()
+            for microbatch in plan_microbatches(batch):
+                logprobs_TK = self._logprobs(run, columns, microbatch.tokens)
+                pieces.append((microbatch.tokens, logprobs_TK.detach()))
+                self._backward(totals.add(loss, _loss_inputs(logprobs_TK, columns, microbatch.tokens), config))
+            totals.check_finite(loss.name)
+            metrics = _batch_metrics(batch, len(pieces)) | totals.metrics()
+            result = ForwardResult(_gather(pieces, columns.targets_TK), batch.cu_seqlens, metrics)
+            run.accumulation.add(num_loss_tokens=int(metrics["num_loss_tokens:sum"]), num_sequences=batch.num_sequences)
+            return result
+
+        return self._attempt(work, what=f"the forward_backward of {batch.num_tokens} tokens", taints=(run, seq_id))
+
+    def backward(
+        self, run_id: str, seq_id: int, *, forward_seq_id: int, gradients_TK: npt.NDArray[np.float32]
+    ) -> dict[str, float]:
+        """Runs backward through a held graph, which is used up, and adds the gradients to the run's.
+
+        Returns:
+            Metrics by `name:reduction`.
+
+        Raises:
+            FailedPreconditionError: NO_HELD_GRAPH.
+            InvalidArgumentError: Gradients not shaped as the logprobs; the graph stays held.
+            DeviceOutOfMemoryError: As it says. Whatever is raised taints the accumulation.
+        """
+        run = self._run(run_id)
+
+        def work() -> dict[str, float]:
+            check_gradients_shape(gradients_TK, run.peek_graph(forward_seq_id).shape, forward_seq_id)
+            graph = run.take_graph(forward_seq_id)
+            on_device_TK = self._copy(gradients_TK)
+            while graph.pieces:
+                # Taken out, so that each microbatch's graph is freed before the next one's backward.
+                tokens, logprobs_TK = graph.pieces.pop(0)
+                self._backward(logprobs_TK, on_device_TK[tokens])
+            num_loss_tokens = int(np.count_nonzero(gradients_TK))
+            run.accumulation.add(num_loss_tokens=num_loss_tokens, num_sequences=graph.num_sequences)
+            return {"num_loss_tokens:sum": float(num_loss_tokens)}
+
+        try:
+            return self._attempt(work, what=f"the backward of forward {forward_seq_id}", taints=(run, seq_id))
+        finally:
+            self._count_held()
+
+    def fail_pass(self, run_id: str, seq_id: int) -> None:
+        """A pass was refused before it got here (its request was bad): as if it had failed here."""
+        self._run(run_id).taint(seq_id)
+
+    def optim_step(
+        self, run_id: str, seq_id: int, params: AdamParams, normalization: Normalization = "none"
+    ) -> OptimStepResult:
+        """Applies AdamW to the accumulated gradients and clears them. Held graphs go: their parameters changed.
+
+        Raises:
+            FailedPreconditionError: PRIOR_OPERATION_FAILED or NON_FINITE: gradients were cleared. NO_GRADIENTS.
+            DeviceOutOfMemoryError: The optimizer's state does not fit; gradients are as before.
+        """
+        run = self._run(run_id)
+        if (failure := run.prior_failure()) is not None:
+            run.clear_gradients()
+            raise failure
+        accumulation = run.accumulation
+        if not accumulation.num_passes:
+            raise error(
+                "NO_GRADIENTS",
+                "optim_step has no gradients to apply: none were accumulated since the last optim_step or zero_grad. "
+                "Call forward_backward or forward_backward_custom first.",
+            )
+        # Without a loss token all gradients are zero, whatever they are divided by.
+        divisor = max(1, accumulation.divisor(normalization))
+        result = self._attempt(
+            lambda: run.optimizer.step(params, divisor=divisor), what="the optimizer's state, twice the parameters"
+        )
+        run.clear_gradients()
+        if not result.applied:
+            raise error(
+                "NON_FINITE",
+                f"The accumulated gradients have norm {result.grad_norm}, so this optim_step was not applied. They "
+                "were cleared and the parameters are as before; look at the losses and gradients of the last passes.",
+                grad_norm=result.grad_norm,
+            )
+        run.step += 1
+        self.counters.optim_steps_total += 1
+        run.drop_graphs(f"was dropped by optim_step {seq_id}, which changed the parameters it was computed with")
+        self._count_held()
+        metrics = {
+            "grad_norm:mean": result.grad_norm,
+            "num_loss_tokens:sum": float(accumulation.num_loss_tokens),
+            "num_sequences:sum": float(accumulation.num_sequences),
+        }
+        return OptimStepResult(step=run.step, metrics=metrics)
+
+    def zero_grad(self, run_id: str) -> None:
+        """Clears gradients and the mark of a failed pass. Held graphs stay."""
+        self._run(run_id).clear_gradients()
+
+    def cancel(self, run_id: str, forward_seq_ids: list[int], *, taint: bool = False) -> int:
+        """Drops held graphs whose loss will not come; with taint, as if their backward had failed. Returns how many."""
+        run = self._run(run_id)
+        dropped = run.drop_graphs("was dropped by cancel", forward_seq_ids)
+        if taint and forward_seq_ids:
+            run.taint(min(forward_seq_ids))
+        self._count_held()
+        return dropped
+
+    def drop_graphs(self, run_id: str) -> None:
+        """Drops every graph of a run whose client is gone; a run that is not there is passed over."""
+        if run_id in self._runs:
+            self._runs[run_id].drop_graphs("was dropped because the client went away")
+            self._count_held()
+
+    def save_weights_for_sampler(self, run_id: str, name: str, *, overwrite: bool = False) -> SavedWeights:
+        """Exports the parameters as a Hugging Face folder.
+
+        Raises:
+            AlreadyExistsError: CHECKPOINT_EXISTS.
+            FailedPreconditionError: STORAGE_FAILED.
+        """
+        run = self._run(run_id)
+        place = f"{run_id}/sampler_weights/{name}"
+        saved = export(run.model, source=self._folder, folder=self._checkpoint_dir / place, overwrite=overwrite)
+        return SavedWeights(
+            path=f"gradwire://{place}", uri=saved.folder.resolve().as_uri(), size_bytes=saved.size_bytes
+        )
+
+    def live_model(self, run_id: str) -> PreTrainedModel:
+        """A run's own model, for measurements and tests that look inside."""
+        return self._run(run_id).model
+
+    def _run(self, run_id: str) -> RunState:
+        run = self._runs.get(run_id)
+        if run is None:
+            raise error("RUN_NOT_FOUND", f'The worker holds no run "{run_id}".', run_id=run_id)
+        return run
+
+    def _to_device(self, batch: Batch, loss: Loss | None) -> _Columns:
+        return _Columns(
+            tokens_T=self._copy(batch.tokens_T).long(),
+            targets_TK=self._copy(batch.loss_fn_inputs["target_tokens"]),
+            inputs={name: self._copy(batch.loss_fn_inputs[name]) for name in (loss.inputs if loss else ())},
+        )
+
+    def _copy(self, array: npt.NDArray[Any]) -> Tensor:
+        # A copy also on the CPU: arrays off the wire are read-only, which torch does not take, and a held graph must
+        # not see what its caller does to an array later.
+        return torch.from_numpy(np.array(array)).to(self.device.torch_device)
+
+    def _logprobs(self, run: RunState, columns: _Columns, tokens: slice) -> Tensor:
+        """Logprobs of one microbatch's targets, float32, with a graph where grad is enabled."""
+        tokens_T = columns.tokens_T[tokens]
+        with self.device.autocast():
+            logits_TV = run.model(input_ids=tokens_T[None], use_cache=False).logits[0]
+        self.counters.forward_passes_total += 1
+        self.counters.tokens_total += len(tokens_T)
+        return target_logprobs(logits_TV, columns.targets_TK[tokens])
+
+    def _backward(self, output: Tensor, gradient: Tensor | None = None) -> None:
+        output.backward(gradient)
+        self.counters.backward_passes_total += 1
+
+    def _attempt(self, work: Callable[[], T], *, what: str, taints: tuple[RunState, int] | None = None) -> T:
+        """Runs `work`. What it raises taints the accumulation; a device out of memory becomes an error that says so."""
+        try:
+            result = work()
+            self.device.synchronize()
+            return result
+        except BaseException as exc:
+            if taints is not None:
+                run, seq_id = taints
+                run.taint(seq_id)
+            if not out_of_memory(exc):
+                raise
+            logger.warning("Out of memory.", extra={"fields": {"what": what, "why": str(exc).partition("\n")[0]}})
+        # Out here the exception is gone, and with it the frames that held the failed work's tensors.
+        self.device.release_cached_memory()
+        raise error(
+            "DEVICE_OUT_OF_MEMORY",
+            f"{self.device.name} has no memory left for {what}. The run goes on; send shorter or fewer sequences a "
+            "call, send the backward of held custom losses sooner, or delete runs that are done.",
+            device=self.device.name,
+            what=what,
+        )
+
+    def _count_held(self) -> None:
+        self.counters.held_graphs = sum(len(run.graphs) for run in self._runs.values())
+        self.counters.runs = len(self._runs)
+
+
+def _batch_metrics(batch: Batch, forward_passes: int) -> dict[str, float]:
+    return {
+        "num_tokens:sum": float(batch.num_tokens),
+        "num_sequences:sum": float(batch.num_sequences),
+        "forward_passes:sum": float(forward_passes),
+    }
+
+
+def _loss_inputs(logprobs_TK: Tensor, columns: _Columns, tokens: slice) -> LossInputs:
+    return LossInputs(logprobs_TK, {name: values[tokens] for name, values in columns.inputs.items()})
+
+
+def _gather(pieces: list[tuple[slice, Tensor]], like: Tensor) -> npt.NDArray[np.float32]:
+    """Per-token values of all microbatches in the batch's order, on the host."""
+    whole = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    for tokens, values in pieces:
+        whole[tokens] = values.detach()
+    return whole.cpu().numpy()

@@ -1,0 +1,1 @@
+"""Models: from a Hugging Face repository or folder into memory, and out again."""

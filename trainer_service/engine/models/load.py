@@ -1,0 +1,161 @@
+"""Loads a causal language model for training."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gradwire.errors import GradwireError, invalid_field
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from trainer_service.engine.device import Device
+
+_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")
+_HUB_FILES_LEFT_OUT = ("consolidated*", "onnx/*", "original/*", "*/*.safetensors")
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What GetServerInfo says about a model.
+
+    Attributes:
+        base_model: Hub id or folder, as the trainer was given it.
+        architecture: Such as "LlamaForCausalLM".
+        vocab_size: Number of token ids that both the embedding and the head know.
+        max_context_length: Longest sequence taken, tokens.
+        num_parameters: Tied ones counted once.
+        dtype: Of the parameters.
+        device: For people.
+    """
+
+    base_model: str
+    architecture: str
+    vocab_size: int
+    max_context_length: int
+    num_parameters: int
+    dtype: str
+    device: str
+
+
+def fetch(base_model: str) -> Path:
+    """The folder a model lies in; one on the hub is fetched into the hub's cache first.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD: no such folder, no such model on the hub, or the hub is out of reach.
+    """
+    folder = Path(base_model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise _refused(base_model, "is a folder without config.json; it must be a Hugging Face model folder.")
+        return folder.resolve()
+    if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
+        raise _refused(base_model, "does not exist; it must be a Hugging Face model folder or a hub id.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(base_model, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_FILES_LEFT_OUT))
+        )
+    except LocalEntryNotFoundError as exc:
+        why = "is no folder here, not in the hub's cache, and the hub cannot be reached; give a folder instead."
+        raise _refused(base_model, why) from exc
+    except (HfHubHTTPError, HFValidationError, OSError) as exc:
+        raise _refused(base_model, f"is no folder here, and the hub refused it: {_first_line(exc)}") from exc
+
+
+def load_model(base_model: str, folder: Path, device: Device) -> PreTrainedModel:
+    """The model in float32 on the device: dropout off, every parameter trainable, no gradients yet.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD: not a causal language model, parameters missing, or files that cannot be
+            read.
+    """
+    _check_architecture(base_model, folder)
+    try:
+        # With output_loading_info it returns a pair, which its annotations leave out.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, KeyError, ImportError) as exc:
+        raise _refused(base_model, f"cannot be loaded as a causal language model: {_first_line(exc)}") from exc
+    except Exception as exc:
+        # safetensors' own error class derives from Exception alone.
+        if type(exc).__name__ != "SafetensorError":
+            raise
+        raise _refused(base_model, f"has a safetensors file that cannot be read: {_first_line(exc)}") from exc
+    model, report = loaded
+    missing = sorted({*report["missing_keys"], *(str(key) for key in report.get("mismatched_keys", ()))})
+    if missing:
+        raise _refused(
+            base_model,
+            f"lacks {len(missing)} parameters of {type(model).__name__}, {missing[0]} for one; training would start "
+            "from random numbers there.",
+        )
+    # Dropout would make two runs with the same log differ.
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.to(device.torch_device)
+
+
+def describe(model: PreTrainedModel, *, base_model: str, device: Device, max_context_length: int) -> ModelDescription:
+    """What clients are told about a loaded model.
+
+    Args:
+        model: It.
+        base_model: As the trainer was given it.
+        device: Where it runs.
+        max_context_length: The trainer's own limit, tokens; 0 for none.
+    """
+    config = model.config.get_text_config()
+    own_limit = next(
+        (n for key in ("max_position_embeddings", "n_positions", "max_seq_len") if (n := getattr(config, key, None))), 0
+    )
+    limits = [limit for limit in (own_limit, max_context_length) if limit]
+    return ModelDescription(
+        base_model=base_model,
+        architecture=type(model).__name__,
+        vocab_size=_vocab_size(model),
+        # A recurrent model has no limit of its own.
+        max_context_length=min(limits) if limits else 1 << 20,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype="float32",
+        device=device.name,
+    )
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    weights = [
+        getattr(module, "weight", None) for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
+    sizes = [len(weight) for weight in weights if isinstance(weight, torch.Tensor)]
+    return min(sizes) if sizes else int(model.config.get_text_config().vocab_size)
+
+
+def _check_architecture(base_model: str, folder: Path) -> None:
+    try:
+        architectures = json.loads((folder / "config.json").read_text()).get("architectures") or []
+    except (OSError, ValueError, AttributeError) as exc:
+        raise _refused(base_model, f"has a config.json that cannot be read: {_first_line(exc)}") from exc
+    if architectures and not any(_CAUSAL.search(name) for name in architectures):
+        raise _refused(
+            base_model, f"is a {architectures[0]}, which is no causal language model; it must be a …ForCausalLM."
+        )
+
+
+def _refused(base_model: str, why: str) -> GradwireError:
+    return invalid_field("base_model", f'"{base_model}" {why}', base_model=base_model)
+
+
+def _first_line(exc: BaseException) -> str:
+    lines = str(exc).strip().splitlines()
+    return lines[0] if lines else type(exc).__name__

@@ -1,0 +1,137 @@
+"""What the worker holds for one run: parameters, accumulated gradients, held graphs, optimizer."""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from gradwire.errors import GradwireError, error
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trainer_service.engine.optim import AdamW
+
+_REASONS_KEPT = 1024
+
+
+@dataclass(frozen=True)
+class HeldGraph:
+    """What a forward kept for its backward.
+
+    Attributes:
+        pieces: Where a microbatch's tokens lie in the batch, and its logprobs with their graph.
+        shape: Shape of all logprobs together, [T] or [T, K].
+        num_sequences: Of the batch.
+    """
+
+    pieces: list[tuple[slice, Tensor]]
+    shape: tuple[int, ...]
+    num_sequences: int
+
+
+@dataclass
+class Accumulation:
+    """What went into the gradients since they were last cleared.
+
+    Attributes:
+        num_passes: Backward passes that succeeded.
+        num_loss_tokens: Targets with a weight, or a custom gradient, that is not zero.
+        num_sequences: Sequences.
+        failed_seq_id: First operation that failed, or None: with it the gradients will never be applied.
+    """
+
+    num_passes: int = 0
+    num_loss_tokens: int = 0
+    num_sequences: int = 0
+    failed_seq_id: int | None = None
+
+    def add(self, *, num_loss_tokens: int, num_sequences: int) -> None:
+        """Counts one pass that succeeded."""
+        self.num_passes += 1
+        self.num_loss_tokens += num_loss_tokens
+        self.num_sequences += num_sequences
+
+    def divisor(self, normalization: str) -> int:
+        """What "none", "num_loss_tokens" or "num_sequences" divides the gradients by."""
+        return {"none": 1, "num_loss_tokens": self.num_loss_tokens, "num_sequences": self.num_sequences}[normalization]
+
+
+@dataclass
+class RunState:
+    """One run. Only the device thread touches it."""
+
+    run_id: str
+    model: PreTrainedModel
+    optimizer: AdamW
+    step: int = 0
+    """Optimizer steps applied."""
+    accumulation: Accumulation = field(default_factory=Accumulation)
+    graphs: dict[int, HeldGraph] = field(default_factory=dict)
+    """By the seq_id of their forward."""
+    _gone: OrderedDict[int, str] = field(default_factory=OrderedDict)
+    """Why a graph is not there any more, for the sentence; the latest only."""
+
+    def clear_gradients(self) -> None:
+        """Forgets gradients and the mark of a failed pass."""
+        # None, not zeros: the next backward then puts its own buffer here instead of adding to one.
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self.accumulation = Accumulation()
+
+    def taint(self, seq_id: int) -> None:
+        """A pass failed: nothing accumulated so far or from now on is applied until gradients are cleared."""
+        first = self.accumulation.failed_seq_id
+        self.clear_gradients()
+        self.accumulation.failed_seq_id = seq_id if first is None else first
+
+    def prior_failure(self) -> GradwireError | None:
+        """Why the gradients must not be applied, if a pass failed."""
+        seq_id = self.accumulation.failed_seq_id
+        if seq_id is None:
+            return None
+        return error(
+            "PRIOR_OPERATION_FAILED",
+            f"Operation {seq_id} failed, so this optim_step was not applied: it would have used part of the gradients. "
+            "They were cleared, the parameters are as before, and the run goes on with the next forward_backward.",
+            failed_seq_id=seq_id,
+        )
+
+    def peek_graph(self, forward_seq_id: int) -> HeldGraph:
+        """A graph, which stays held.
+
+        Raises:
+            FailedPreconditionError: NO_HELD_GRAPH, saying why there is none.
+        """
+        graph = self.graphs.get(forward_seq_id)
+        if graph is None:
+            why = self._gone.get(forward_seq_id, "never was: no forward of that seq_id had keep_graph")
+            raise error(
+                "NO_HELD_GRAPH",
+                f"backward names forward_seq_id {forward_seq_id}, whose graph {why}. Run the forward with keep_graph "
+                "again.",
+                forward_seq_id=forward_seq_id,
+            )
+        return graph
+
+    def take_graph(self, forward_seq_id: int) -> HeldGraph:
+        """As peek_graph, but it is no longer held."""
+        graph = self.peek_graph(forward_seq_id)
+        self._forget(forward_seq_id, "was used by an earlier backward; one forward serves one backward")
+        return graph
+
+    def drop_graphs(self, why: str, forward_seq_ids: Iterable[int] | None = None) -> int:
+        """Lets graphs go: those named, or all. Returns how many were held.
+
+        Args:
+            why: To be read after "whose graph".
+            forward_seq_ids: Which; one that holds no graph is passed over.
+        """
+        held = self.graphs.keys() & set(self.graphs if forward_seq_ids is None else forward_seq_ids)
+        for seq_id in sorted(held):
+            self._forget(seq_id, why)
+        return len(held)
+
+    def _forget(self, seq_id: int, why: str) -> None:
+        del self.graphs[seq_id]
+        self._gone[seq_id] = why
+        if len(self._gone) > _REASONS_KEPT:
+            self._gone.popitem(last=False)

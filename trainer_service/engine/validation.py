@@ -1,0 +1,197 @@
+"""Refuses what an operation must not contain, naming the place as the caller wrote it. numpy only.
+
+Runs ahead of the device, on the thread that reads commands. Forms (dtypes, equal lengths) were checked when the message
+was decoded (gradwire.codec); here it is about contents.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gradwire.codec import Batch, input_path
+from gradwire.errors import GradwireError, error, invalid_field
+from gradwire.types import AdamParams
+
+from trainer_service.config import Limits
+from trainer_service.engine.losses.loss import Loss
+
+_CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+
+
+def check_batch(
+    batch: Batch, *, vocab_size: int, max_context_length: int, limits: Limits, loss: Loss | None = None
+) -> None:
+    """Checks sequences, targets and, where a loss is evaluated, its inputs.
+
+    Raises:
+        InvalidArgumentError: SEQUENCE_TOO_LONG or INVALID_FIELD, with the datum's path.
+        ResourceExhaustedError: LIMIT_EXCEEDED.
+    """
+    _check_size(batch, limits)
+    lengths = np.diff(batch.cu_seqlens)
+    if lengths.max() > max_context_length:
+        number = int(np.argmax(lengths > max_context_length))
+        raise invalid_field(
+            f"data[{number}].model_input",
+            f"has {lengths[number]} tokens, but this trainer takes at most {max_context_length} a sequence; shorten "
+            "it, or start a trainer with a larger max_context_length if the model can take it.",
+            reason="SEQUENCE_TOO_LONG",
+            limit=max_context_length,
+            got=lengths[number],
+        )
+    _check_token_ids(batch, batch.tokens_T, "model_input.tokens", vocab_size)
+    targets = batch.loss_fn_inputs.get("target_tokens")
+    if targets is None:
+        raise invalid_field(
+            input_path(0, "target_tokens"), "is missing; every datum needs the token to predict at each position."
+        )
+    if targets.ndim == 2 and targets.shape[1] == 0:
+        raise invalid_field(input_path(0, "target_tokens"), "has shape [N, 0]; it must have a target for each token.")
+    _check_token_ids(batch, targets, 'loss_fn_inputs["target_tokens"]', vocab_size)
+    if loss is not None:
+        _check_loss_inputs(batch, loss, targets.shape)
+
+
+def check_loss_config(loss: Loss, config: Mapping[str, float]) -> None:
+    """Refuses keys the loss does not know, and values that are no number.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD, listing the known keys.
+    """
+    for key, value in config.items():
+        where = f'loss_fn_config["{key}"]'
+        if key not in loss.config_keys:
+            known = ", ".join(loss.config_keys) or "none"
+            raise invalid_field(where, f"is no setting of {loss.name}; known: {known}.", known=known)
+        if not math.isfinite(value):
+            raise invalid_field(where, f"is {value}; it must be a finite number.")
+
+
+def check_gradients(gradients: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Gradients of a custom loss; their shape is compared with the held graph's when their turn comes.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD: not float32, or NaN or infinite.
+    """
+    if gradients.dtype != np.float32:
+        raise invalid_field("gradients", f"has dtype {gradients.dtype}; it must be float32.")
+    finite = np.isfinite(gradients)
+    if not finite.all():
+        place = tuple(int(i) for i in np.argwhere(~finite)[0])
+        raise invalid_field(
+            "gradients" + "".join(f"[{i}]" for i in place), f"is {gradients[place]}; gradients must be finite."
+        )
+    return gradients
+
+
+def check_gradients_shape(gradients: npt.NDArray[Any], shape: Sequence[int], forward_seq_id: int) -> None:
+    """Gradients must be shaped as the logprobs they are gradients of.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD.
+    """
+    if tuple(gradients.shape) != tuple(shape):
+        raise invalid_field(
+            "gradients",
+            f"has shape {list(gradients.shape)}, but the logprobs of forward {forward_seq_id} have shape "
+            f"{list(shape)}; they must match.",
+        )
+
+
+def check_adam_params(params: AdamParams) -> None:
+    """Hyperparameters of one step.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD, naming the one that is not allowed.
+    """
+    for item in fields(params):
+        value = getattr(params, item.name)
+        if not math.isfinite(value):
+            raise invalid_field(item.name, f"is {value}; it must be a finite number.")
+    for name in ("learning_rate", "weight_decay", "grad_clip_norm"):
+        if getattr(params, name) < 0:
+            raise invalid_field(name, f"is {getattr(params, name):g}; it must be at least 0.")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(params, name) < 1:
+            raise invalid_field(name, f"is {getattr(params, name):g}; it must be at least 0 and below 1.")
+    if params.eps <= 0:
+        raise invalid_field("eps", f"is {params.eps:g}; it must be above 0.")
+
+
+def check_checkpoint_name(name: str) -> None:
+    """A checkpoint's name becomes a folder's.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD.
+    """
+    if not _CHECKPOINT_NAME.fullmatch(name):
+        shown = repr(name) if len(name) <= 128 else f"{name[:40]!r}… of {len(name)} characters"
+        raise invalid_field(
+            "name",
+            f"is {shown}; it must be 1 to 128 letters, digits, '.', '_' or '-', and not start with '.'.",
+        )
+
+
+def _check_size(batch: Batch, limits: Limits) -> None:
+    for what, got, limit in (
+        ("sequences", batch.num_sequences, limits.max_datums),
+        ("tokens", batch.num_tokens, limits.max_tokens),
+    ):
+        if got > limit:
+            raise error(
+                "LIMIT_EXCEEDED",
+                f"data has {got} {what}, but one operation takes at most {limit}; send it in several calls, their "
+                "gradients add up.",
+                limit=limit,
+                got=got,
+            )
+
+
+def _check_token_ids(batch: Batch, ids: npt.NDArray[Any], name: str, vocab_size: int) -> None:
+    # Two reductions and no mask: this runs over every token of every batch.
+    if ids.min() >= 0 and ids.max() < vocab_size:
+        return
+    raise _at(
+        batch,
+        (ids < 0) | (ids >= vocab_size),
+        ids,
+        name,
+        f"which is not in the vocabulary of {vocab_size} token ids, 0 to {vocab_size - 1}.",
+    )
+
+
+def _check_loss_inputs(batch: Batch, loss: Loss, shape: tuple[int, ...]) -> None:
+    known = ("target_tokens", *loss.inputs)
+    for name in batch.loss_fn_inputs:
+        if name not in known:
+            raise invalid_field(
+                input_path(0, name), f"is no input of {loss.name}, which reads {', '.join(known)}; leave it out."
+            )
+    for name in loss.inputs:
+        values = batch.loss_fn_inputs.get(name)
+        if values is None:
+            raise invalid_field(input_path(0, name), f"is missing; {loss.name} reads {', '.join(known)}.")
+        if values.shape != shape:
+            raise invalid_field(
+                input_path(0, name),
+                f"has {_per_token(values.shape)}, but target_tokens has {_per_token(shape)}; they must match.",
+            )
+        finite = np.isfinite(values)
+        if not finite.all():
+            raise _at(batch, ~finite, values, f'loss_fn_inputs["{name}"]', "which is not finite.")
+
+
+def _per_token(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]} values a token (shape [N, {shape[1]}])" if len(shape) == 2 else "one value a token (shape [N])"
+
+
+def _at(batch: Batch, bad: npt.NDArray[np.bool_], values: npt.NDArray[Any], name: str, why: str) -> GradwireError:
+    """The error about the first bad element, with its place inside its datum."""
+    place = tuple(int(i) for i in np.argwhere(bad)[0])
+    number = int(np.searchsorted(batch.cu_seqlens, place[0], side="right")) - 1
+    inside = (place[0] - int(batch.cu_seqlens[number]), *place[1:])
+    return invalid_field(f"data[{number}].{name}" + "".join(f"[{i}]" for i in inside), f"is {values[place]}, {why}")
