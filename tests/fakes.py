@@ -1,0 +1,287 @@
+"""A worker without a model, and a whole trainer front end around it, on this process's event loop."""
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+from gradwire.errors import GradwireError, error, from_rpc_error, to_status
+from gradwire.v1 import operation_pb2 as ops
+from gradwire.v1.trainer_service_pb2 import (
+    AttachRequest,
+    CreateRunRequest,
+    LossInfo,
+    ModelInfo,
+    TrainRequest,
+    TrainResponse,
+)
+from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent, WorkerReady
+
+from trainer_service.config import Limits, TrainerConfig
+from trainer_service.fleet.worker import Deliver
+from trainer_service.rpc.server import TrainerServer
+
+READY = WorkerReady(
+    model=ModelInfo(base_model="fake", architecture="Fake", vocab_size=100, max_context_length=64, dtype="float32"),
+    losses=[LossInfo(name="cross_entropy", loss_fn_inputs=["weights"])],
+)
+
+
+@dataclass
+class FakeWorker:
+    """Executes commands in order and records them. Implements trainer_service.fleet.worker.Worker."""
+
+    latency_s: float = 0.0
+    """How long one command takes."""
+    ready: WorkerReady | None = field(default_factory=lambda: READY)
+    status_message: str = "ready"
+    counters: Mapping[str, float] = field(default_factory=dict)
+    executed: list[tuple[str, int, str]] = field(default_factory=list)
+    """(run id, seq_id, kind) of every command, in order; seq_id 0 for those that are no operations."""
+    failures: dict[tuple[str, int], GradwireError] = field(default_factory=dict)
+    """Operations, by run id and seq_id, that answer with an error."""
+    stopped: bool = False
+
+    def __post_init__(self) -> None:
+        self.gate = asyncio.Event()
+        """Clear it to hold the device; commands wait."""
+        self.gate.set()
+        self._steps: dict[str, int] = {}
+        self._commands: deque[tuple[WorkerCommand, Deliver]] = deque()
+        self._arrived = asyncio.Event()
+        self._ready_callbacks: list[Callable[[], object]] = []
+        self._death_callbacks: list[Callable[[GradwireError], object]] = []
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    @property
+    def waiting(self) -> int:
+        """Commands received and not answered."""
+        return len(self._commands)
+
+    async def has_waiting(self, count: int) -> None:
+        """Returns once that many commands were received and not answered."""
+        while self.waiting < count:
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    def submit(self, command: WorkerCommand, deliver: Deliver) -> None:
+        if self.ready is None:
+            deliver(error("WORKER_NOT_READY", f"The worker is not ready: {self.status_message}.", retry_after_s=0.5))
+            return
+        self._commands.append((command, deliver))
+        self._arrived.set()
+
+    def on_ready(self, callback: Callable[[], object]) -> None:
+        self._ready_callbacks.append(callback)
+
+    def on_death(self, callback: Callable[[GradwireError], object]) -> None:
+        self._death_callbacks.append(callback)
+
+    def become_ready(self) -> None:
+        """A worker has loaded the model."""
+        self.ready, self.status_message = READY, "ready"
+        for callback in self._ready_callbacks:
+            callback()
+
+    def die(self, reason: str = "The worker process ended (signal SIGKILL).") -> None:
+        """The process is gone, with everything it was asked."""
+        died = error("WORKER_DIED", reason)
+        self.ready, self.status_message = None, reason
+        for callback in self._death_callbacks:
+            callback(died)
+        pending, self._commands = self._commands, deque()
+        for _, deliver in pending:
+            deliver(died)
+
+    async def stop(self) -> None:
+        self.stopped, self.ready = True, None
+        pending, self._commands = self._commands, deque()
+        for _, deliver in pending:
+            deliver(error("DRAINING", "The trainer stopped before this was done.", retry_after_s=5.0))
+        self._task.cancel()
+
+    async def _run(self) -> None:
+        while True:
+            while not self._commands:
+                self._arrived.clear()
+                await self._arrived.wait()
+            await self.gate.wait()
+            if self.latency_s:
+                await asyncio.sleep(self.latency_s)
+            if not self._commands:
+                continue  # Died meanwhile.
+            command, deliver = self._commands.popleft()
+            kind = command.WhichOneof("command") or ""
+            if kind != "request":
+                self.executed.append((command.run_id, 0, kind))
+                deliver(WorkerEvent(command_id=command.command_id, done=WorkerDone()))
+                continue
+            kind = command.request.WhichOneof("operation") or ""
+            self.executed.append((command.run_id, command.request.seq_id, kind))
+            response = self._execute(command.run_id, command.request)
+            response.execute_ms = self.latency_s * 1000
+            deliver(WorkerEvent(command_id=command.command_id, response=response))
+
+    def _execute(self, run_id: str, request: TrainRequest) -> TrainResponse:
+        failure = self.failures.get((run_id, request.seq_id))
+        if failure is not None:
+            return TrainResponse(error=to_status(failure))
+        match request.WhichOneof("operation"):
+            case "forward":
+                # The targets' own bytes as logprobs: an answer as large as the question.
+                tensor = request.forward.batch.loss_fn_inputs["target_tokens"]
+                return TrainResponse(forward=ops.ForwardResponse(loss_fn_outputs={"logprobs": tensor}))
+            case "forward_backward":
+                response = ops.ForwardBackwardResponse(metrics={"loss:sum": float(request.seq_id)})
+                return TrainResponse(forward_backward=response)
+            case "backward":
+                return TrainResponse(backward=ops.BackwardResponse())
+            case "optim_step":
+                self._steps[run_id] = self._steps.get(run_id, 0) + 1
+                return TrainResponse(optim_step=ops.OptimStepResponse(step=self._steps[run_id]))
+            case "zero_grad":
+                return TrainResponse(zero_grad=ops.ZeroGradResponse())
+            case "cancel":
+                return TrainResponse(cancel=ops.CancelResponse())
+            case other:
+                return TrainResponse(error=to_status(error("NOT_IMPLEMENTED", f"{other} is not built yet.")))
+
+
+@dataclass
+class FrontEnd:
+    """A trainer under test and a client of it."""
+
+    server: TrainerServer
+    worker: FakeWorker
+    channel: grpc.aio.Channel
+    stub: Any
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return self.server.address
+
+    async def create_run(self, **fields: Any) -> str:
+        """A new run's id."""
+        return (await self.stub.CreateRun(CreateRunRequest(**fields))).run.run_id
+
+    async def attach(self, run_id: str, client_id: str = "client", **arguments: Any) -> "Stream":
+        """A stream that holds the run."""
+        stream = Stream(self.stub.Train(**arguments))
+        await stream.send(attach=AttachRequest(run_id=run_id, client_id=client_id))
+        stream.attached = (await stream.receive()).attached
+        return stream
+
+    def operations(self) -> list[tuple[int, str]]:
+        """(seq_id, kind) of the operations executed, in order."""
+        return [(seq_id, kind) for _, seq_id, kind in self.worker.executed if seq_id]
+
+
+class Stream:
+    """A Train stream spoken by hand."""
+
+    def __init__(self, call: grpc.aio.StreamStreamCall) -> None:
+        self.call = call
+        self.attached: Any = None
+
+    async def send(self, seq_id: int = 0, acked_seq_id: int = 0, **operation: Any) -> None:
+        """Writes one message; an operation may be given as {} for its empty message."""
+        await self.call.write(TrainRequest(seq_id=seq_id, acked_seq_id=acked_seq_id, **operation))
+
+    async def receive(self, timeout_s: float = 5) -> TrainResponse:
+        """Reads one answer."""
+        response = await asyncio.wait_for(self.call.read(), timeout_s)
+        assert isinstance(response, TrainResponse), f"the stream ended: {await self.call.details()}"
+        return response
+
+    async def ended(self) -> GradwireError:
+        """Reads to the end; the error that ended the stream."""
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            while isinstance(await asyncio.wait_for(self.call.read(), 5), TrainResponse):
+                pass
+        call = self.call
+        code = await call.code()
+        metadata = await call.initial_metadata(), await call.trailing_metadata()
+        return from_rpc_error(grpc.aio.AioRpcError(code, *metadata, await call.details(), None))
+
+    async def close(self) -> None:
+        """Drops the connection as a vanished client would."""
+        self.call.cancel()
+        # Until the server has noticed.
+        await asyncio.sleep(0.05)
+
+
+@contextlib.asynccontextmanager
+async def front_end(
+    *, worker: FakeWorker | None = None, limits: Limits | None = None, **settings: Any
+) -> AsyncIterator[FrontEnd]:
+    """A trainer with a fake worker on a free port, drained at the end.
+
+    Args:
+        worker: Its worker; None makes one that is ready.
+        limits: As in TrainerConfig.
+        **settings: Of TrainerConfig.
+    """
+    worker = worker or FakeWorker()
+    config = TrainerConfig(
+        **{"base_model": "fake", "listen": "127.0.0.1:0", "drain_timeout_s": 2.0, **settings}, limits=limits or Limits()
+    )
+    server = TrainerServer(config, worker)
+    await server.start()
+    if worker.ready is not None:
+        worker.become_ready()
+    unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    channel = grpc.aio.insecure_channel(server.address, unlimited)
+    try:
+        yield FrontEnd(server, worker, channel, TrainerServiceStub(channel))
+    finally:
+        worker.gate.set()
+        await channel.close()
+        if not worker.stopped:
+            await server.drain()
+
+
+@contextlib.contextmanager
+def front_end_on_a_thread(**settings: Any) -> Iterator[FrontEnd]:
+    """As front_end, for tests and clients that are not coroutines; its worker is for its own thread."""
+    started: asyncio.Future[None] | Any = threading.Event()
+    box: list[FrontEnd] = []
+    failed: list[BaseException] = []
+    finish: list[Callable[[], object]] = []
+
+    async def serve() -> None:
+        done = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        finish.append(lambda: loop.call_soon_threadsafe(done.set))
+        async with front_end(**settings) as trainer:
+            box.append(trainer)
+            started.set()
+            await done.wait()
+
+    def run() -> None:
+        try:
+            asyncio.run(serve())
+        except BaseException as exc:
+            failed.append(exc)
+        finally:
+            started.set()
+
+    thread = threading.Thread(target=run, name="front-end")
+    thread.start()
+    started.wait(10)
+    try:
+        if failed:
+            raise failed[0]
+        yield box[0]
+    finally:
+        for end in finish:
+            end()
+        thread.join(10)
+        if failed:
+            raise failed[0]
