@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
+import os
 import secrets
-from pathlib import Path
 
 from gradwire.errors import GradwireError, UnavailableError, error, from_status
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest
@@ -170,4 +170,5 @@ def _same_model(asked: str, served: str) -> bool:
     """Whether two names mean one model: equal, or folders that are the same folder."""
     if asked == served:
         return True
-    return Path(asked).is_dir() and Path(served).is_dir() and Path(asked).samefile(served)
+    # os.path, since pathlib raises on names that cannot be paths, such as very long ones.
+    return os.path.isdir(asked) and os.path.isdir(served) and os.path.samefile(asked, served)

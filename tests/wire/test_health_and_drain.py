@@ -1,0 +1,123 @@
+"""Liveness, readiness, reflection, and how a trainer leaves."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from gradwire.errors import from_rpc_error, from_status
+from gradwire.v1.trainer_service_pb2 import GetServerInfoRequest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.fakes import FakeWorker, FrontEnd, front_end
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SERVICE = "gradwire.v1.TrainerService"
+
+
+async def health(trainer: FrontEnd, service: str) -> int:
+    stub: Any = health_pb2_grpc.HealthStub(trainer.channel)
+    return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
+
+
+async def test_alive_at_once_and_ready_only_with_a_model():
+    async with front_end(worker=FakeWorker(ready=None)) as trainer:
+        assert await health(trainer, "") == SERVING
+        assert await health(trainer, SERVICE) == NOT_SERVING
+        trainer.worker.become_ready()
+        await asyncio.sleep(0.01)
+        assert await health(trainer, SERVICE) == SERVING
+        trainer.worker.die()
+        await asyncio.sleep(0.01)
+        assert await health(trainer, SERVICE) == NOT_SERVING
+        assert await health(trainer, "") == SERVING
+
+
+async def test_health_answers_while_the_device_is_busy():
+    async with front_end() as trainer:
+        stream = await trainer.attach(await trainer.create_run())
+        trainer.worker.gate.clear()
+        await stream.send(1, forward_backward={})
+        await trainer.worker.has_waiting(1)
+        assert await asyncio.wait_for(health(trainer, SERVICE), 1) == SERVING
+
+
+def grpcurl(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).parent / "grpcurl"
+    return subprocess.run(
+        [str(program), "-plaintext", "-max-time", "10", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+async def test_the_real_grpcurl_lists_and_describes_what_is_served():
+    async with front_end() as trainer:
+        listed = await asyncio.to_thread(grpcurl, trainer.address, "list")
+        assert listed.stdout.split() == [
+            "gradwire.v1.TrainerService",
+            "grpc.health.v1.Health",
+            "grpc.reflection.v1alpha.ServerReflection",
+        ]
+        described = await asyncio.to_thread(grpcurl, trainer.address, "describe", "gradwire.v1.OptimStepRequest")
+        assert "optional double learning_rate = 3;" in described.stdout
+
+
+async def test_reflection_can_be_switched_off():
+    async with front_end(reflection=False) as trainer:
+        listed = await asyncio.to_thread(grpcurl, trainer.address, "list")
+        assert listed.returncode != 0
+        assert "does not support the reflection API" in listed.stderr
+        await trainer.stub.GetServerInfo(GetServerInfoRequest())
+
+
+async def test_drain_finishes_what_is_queued_refuses_what_is_new_and_ends_streams():
+    async with front_end(worker=FakeWorker(latency_s=0.1), drain_timeout_s=10) as trainer:
+        run_id = await trainer.create_run()
+        stream = await trainer.attach(run_id)
+        for seq_id in (1, 2, 3):
+            await stream.send(seq_id, optim_step={})
+        await trainer.worker.has_waiting(3)
+        draining = asyncio.create_task(trainer.server.drain())
+        await asyncio.sleep(0.02)
+        assert await health(trainer, SERVICE) == NOT_SERVING
+        assert await health(trainer, "") == SERVING
+        info = await trainer.stub.GetServerInfo(GetServerInfoRequest())
+        assert (info.ready, info.status_message) == (False, "shutting down")
+        for refused in (trainer.create_run(), trainer.attach(run_id)):
+            with pytest.raises((grpc.aio.AioRpcError, AssertionError)) as caught:
+                await refused
+            if isinstance(caught.value, grpc.aio.AioRpcError):
+                assert from_rpc_error(caught.value).reason == "DRAINING"
+        await stream.send(4, optim_step={})
+        assert [(await stream.receive()).optim_step.step for _ in range(3)] == [1, 2, 3]
+        assert (await stream.ended()).reason == "DRAINING"
+        await draining
+        assert trainer.worker.stopped
+        assert len(trainer.operations()) == 3
+
+
+async def test_drain_answers_what_cannot_finish_in_time():
+    async with front_end(drain_timeout_s=0.1) as trainer:
+        stream = await trainer.attach(await trainer.create_run())
+        trainer.worker.gate.clear()
+        await stream.send(1, forward_backward={})
+        await trainer.worker.has_waiting(1)
+        draining = asyncio.create_task(trainer.server.drain())
+        assert from_status((await stream.receive()).error).reason == "DRAINING"
+        assert (await stream.ended()).reason == "DRAINING"
+        await draining
+
+
+async def test_drain_does_not_wait_for_a_client_that_is_merely_attached():
+    async with front_end(drain_timeout_s=30) as trainer:
+        stream = await trainer.attach(await trainer.create_run())
+        await asyncio.wait_for(trainer.server.drain(), 5)
+        assert (await stream.ended()).reason == "DRAINING"
