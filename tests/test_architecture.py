@@ -1,0 +1,168 @@
+"""The rooms, and the doors between them: imports run one way (trainer_service/, sdk/gradwire/)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SERVER = ROOT / "trainer_service"
+SDK = ROOT / "sdk" / "gradwire"
+
+GROUND = {"config", "errors", "observability", "processes"}
+"""Imported by all; import only each other."""
+DOORS = {
+    "rpc": {"runs", "fleet", "jobs", "checkpoints"},
+    "runs": {"fleet", "checkpoints"},
+    "fleet": set(),
+    "checkpoints": set(),
+    "jobs": set(),
+    "engine": set(),
+}
+"""Room to the rooms it may import, beside its own and the ground floor."""
+WIRE_HALF = {"gradwire.v1", "gradwire.errors", "gradwire.codec", "gradwire.types", "gradwire.version"}
+"""What the server may import of the SDK."""
+TORCH = {"torch", "transformers", "safetensors", "peft", "accelerate"}
+
+
+def imports(file: Path) -> list[tuple[int, str]]:
+    """(line, full name) of everything a file imports, inside functions too; TYPE_CHECKING blocks left out."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            node.body = []
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: relative import"
+            # `from package import module` may import a module; both spellings are looked at.
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return found
+
+
+def server_files() -> list[Path]:
+    return sorted(SERVER.rglob("*.py"))
+
+
+def room_of(file: Path) -> str:
+    """ "rpc" for trainer_service/rpc/server.py, "config" for trainer_service/config.py."""
+    return file.relative_to(SERVER).parts[0].removesuffix(".py")
+
+
+def within(name: str, allowed: set[str]) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in allowed)
+
+
+def complaints(file: Path, allowed: set[str]) -> list[str]:
+    """Imports of our own that the file's room has no door to."""
+    return [
+        f"{file.relative_to(ROOT)}:{line} imports {name}"
+        for line, name in imports(file)
+        if within(name, {"trainer_service", "gradwire"}) and not within(name, allowed)
+    ]
+
+
+def test_the_server_imports_through_its_doors_only():
+    ground = {f"trainer_service.{name}" for name in GROUND}
+    wrong: list[str] = []
+    for file in server_files():
+        room = room_of(file)
+        if room in ("__main__", "__init__"):
+            continue
+        assert room in DOORS or room in GROUND, f"trainer_service/{room} is a room without a place in this test"
+        rooms = {f"trainer_service.{name}" for name in DOORS.get(room, set()) | ({room} - GROUND)}
+        wrong += complaints(file, ground | rooms | WIRE_HALF)
+    assert wrong == []
+
+
+def test_nobody_imports_engine_or_the_wirer():
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line} imports {name}"
+        for file in server_files()
+        if room_of(file) != "engine"
+        for line, name in imports(file)
+        if within(name, {"trainer_service.engine", "trainer_service.__main__"})
+    ]
+    assert wrong == []
+
+
+def test_torch_is_for_engine_alone():
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line} imports {name}"
+        for file in server_files()
+        if room_of(file) != "engine"
+        for line, name in imports(file)
+        if within(name, TORCH)
+    ]
+    assert wrong == []
+
+
+def test_the_sdk_knows_no_server_and_imports_torch_only_inside_functions():
+    wrong: list[str] = []
+    for file in sorted(SDK.rglob("*.py")):
+        wrong += [
+            f"{file.relative_to(ROOT)}:{line} imports {name}"
+            for line, name in imports(file)
+            if within(name, {"trainer_service"})
+        ]
+        top_level = {node.lineno for node in ast.parse(file.read_text()).body}
+        wrong += [
+            f"{file.relative_to(ROOT)}:{line} imports {name} when it is imported"
+            for line, name in imports(file)
+            if within(name, TORCH) and line in top_level
+        ]
+    assert wrong == []
+
+
+def test_the_wire_half_stands_alone():
+    """The server loads it, so it must not pull the client half in by itself."""
+    wrong: list[str] = []
+    for name in ("errors", "codec", "types", "version"):
+        wrong += complaints(SDK / f"{name}.py", WIRE_HALF)
+    assert wrong == []
+
+
+def modules_after(code: str) -> set[str]:
+    """Names of the modules a fresh interpreter has after running `code`."""
+    printed = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return set(printed.stdout.split())
+
+
+def test_import_gradwire_is_light():
+    loaded = modules_after("import gradwire")
+    assert {name for name in loaded if within(name, TORCH | {"trainer_service"})} == set()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "trainer_service.__main__",
+        "trainer_service.rpc.server",
+        "trainer_service.rpc.jobs_server",
+        "trainer_service.runs.registry",
+        "trainer_service.fleet.supervisor",
+        "trainer_service.jobs.local",
+        "trainer_service.checkpoints",
+    ],
+)
+def test_the_front_ends_never_load_torch(module: str):
+    loaded = modules_after(f"import {module}")
+    assert {name for name in loaded if within(name, TORCH | {"trainer_service.engine"})} == set()
+
+
+def test_the_worker_says_hello_before_it_loads_torch():
+    """So that a trainer knows within a moment that its worker lives."""
+    assert {
+        name for name in modules_after("import trainer_service.engine.__main__") if within(name, {"torch"})
+    } == set()

@@ -1,0 +1,212 @@
+"""The supervisor over real processes that are no real workers."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import stat
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from gradwire.errors import GradwireError, UnavailableError
+from gradwire.v1 import operation_pb2 as ops
+from gradwire.v1.trainer_service_pb2 import TrainRequest
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerHello
+from gradwire.v1.worker_service_pb2_grpc import WorkerServiceStub
+
+from tests.trainer_process import wait_gone
+from trainer_service.fleet import supervisor as supervisor_module
+from trainer_service.fleet.supervisor import WorkerSettings, WorkerSupervisor
+
+SETTINGS = WorkerSettings(
+    base_model="fake", checkpoint_dir=Path("unused"), max_context_length=0, max_message_bytes=1 << 20
+)
+
+
+def behaves(*behaviours: str) -> Callable[[str], list[str]]:
+    """A command line for each start in turn; the last one stays."""
+    line = list(behaviours)
+
+    def command(socket: str) -> list[str]:
+        behaviour = line.pop(0) if len(line) > 1 else line[0]
+        return [sys.executable, "-m", "tests.worker_process", socket, behaviour]
+
+    return command
+
+
+@contextlib.asynccontextmanager
+async def supervised(command: Callable[[str], list[str]]) -> AsyncIterator[WorkerSupervisor]:
+    supervisor = WorkerSupervisor(SETTINGS, command=command)
+    await supervisor.start()
+    try:
+        yield supervisor
+    finally:
+        await supervisor.stop()
+
+
+async def ready(supervisor: WorkerSupervisor, timeout_s: float = 10) -> int:
+    """Waits until a worker has loaded its model; its process id."""
+    came = asyncio.Event()
+    supervisor.on_ready(came.set)
+    if supervisor.ready is None:
+        await asyncio.wait_for(came.wait(), timeout_s)
+    assert supervisor.ready is not None
+    return int(supervisor.ready.model.architecture)
+
+
+def submit(supervisor: WorkerSupervisor) -> "asyncio.Future[Any]":
+    """Sends an operation; its outcome, when it comes."""
+    outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    request = TrainRequest(seq_id=1, optim_step=ops.OptimStepRequest())
+    supervisor.submit(WorkerCommand(run_id="run", request=request), outcome.set_result)
+    return outcome
+
+
+async def test_commands_are_answered_in_order_and_counters_come_along():
+    async with supervised(behaves("work")) as supervisor:
+        await ready(supervisor)
+        answers = await asyncio.gather(*(submit(supervisor) for _ in range(3)))
+        assert [answer.response.optim_step.step for answer in answers] == [1, 2, 3]
+        assert supervisor.counters == {
+            "gradwire_worker_operations_total": 3,
+            "gradwire_worker_up": 1,
+            "gradwire_worker_restarts_total": 0,
+        }
+
+
+async def test_a_worker_that_is_not_ready_takes_no_command():
+    async with supervised(behaves("never-says-hello")) as supervisor:
+        refused = await submit(supervisor)
+        assert refused.reason == "WORKER_NOT_READY"
+        assert refused.retry_after_s
+        assert "starting the worker" in refused.message
+
+
+async def test_a_killed_worker_is_noticed_at_once_and_a_fresh_one_started():
+    async with supervised(behaves("hangs", "work")) as supervisor:
+        pid = await ready(supervisor)
+        deaths: list[GradwireError] = []
+        supervisor.on_death(deaths.append)
+        pending = submit(supervisor)
+        await asyncio.sleep(0.1)
+        start = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        died = await pending
+        assert time.monotonic() - start < 2
+        assert died.reason == "WORKER_DIED"
+        assert isinstance(died, UnavailableError)
+        assert "signal SIGKILL" in died.message
+        assert deaths == [died]
+        assert await ready(supervisor) != pid
+        assert (await submit(supervisor)).response.optim_step.step == 1
+        assert supervisor.counters["gradwire_worker_restarts_total"] == 1
+
+
+async def test_a_worker_that_exits_is_quoted():
+    async with supervised(behaves("exits-at-first-command", "work")) as supervisor:
+        await ready(supervisor)
+        died = await submit(supervisor)
+        assert "exit code 1" in died.message
+        assert died.message.endswith("Its last words: out of luck")
+
+
+async def test_a_model_that_cannot_be_loaded_is_given_up_with_the_workers_reason():
+    async with supervised(behaves("fails-to-load")) as supervisor:
+        reason = await asyncio.wait_for(supervisor.gave_up, 10)
+        assert reason == "There is no model here."
+        assert supervisor.status_message == reason
+        assert supervisor.ready is None
+
+
+async def test_a_worker_that_never_starts_is_given_up_after_several_tries(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(supervisor_module, "_GIVE_UP_BACKOFF_S", 0.5)
+    async with supervised(behaves("fails-before-hello")) as supervisor:
+        reason = await asyncio.wait_for(supervisor.gave_up, 20)
+        assert "no such device" in reason
+        assert supervisor.counters["gradwire_worker_restarts_total"] == 1
+
+
+async def test_a_failed_load_after_a_good_one_is_tried_again():
+    async with supervised(behaves("exits-at-first-command", "fails-to-load", "work")) as supervisor:
+        await ready(supervisor)
+        await submit(supervisor)
+        await ready(supervisor)
+        assert not supervisor.gave_up.done()
+        assert supervisor.counters["gradwire_worker_restarts_total"] == 2
+
+
+async def test_a_worker_of_another_version_is_given_up():
+    async with supervised(behaves("other-version")) as supervisor:
+        reason = await asyncio.wait_for(supervisor.gave_up, 10)
+        assert "gradwire 0.0.0" in reason
+
+
+async def test_only_the_worker_that_was_started_may_attach():
+    async with supervised(behaves("work")) as supervisor:
+        await ready(supervisor)
+        async with grpc.aio.insecure_channel(f"unix:{supervisor._socket}") as channel:
+            call: Any = WorkerServiceStub(channel).Attach(iter([WorkerEvent(hello=WorkerHello(token="guess"))]))
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert (await submit(supervisor)).response.optim_step.step == 1
+
+
+async def test_the_socket_is_private_and_short_and_gone_afterwards():
+    async with supervised(behaves("work")) as supervisor:
+        await ready(supervisor)
+        socket = supervisor._socket
+        assert stat.S_ISSOCK(os.stat(socket).st_mode)
+        assert stat.S_IMODE(os.stat(os.path.dirname(socket)).st_mode) == 0o700
+        assert len(socket) < 100
+    with pytest.raises(FileNotFoundError):
+        os.stat(os.path.dirname(socket))
+
+
+async def test_whatever_a_worker_prints_is_logged_and_never_blocks_it(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, logger="worker")
+    async with supervised(behaves("prints")) as supervisor:
+        pid = await ready(supervisor)
+        assert (await submit(supervisor)).response.optim_step.step == 1
+        os.kill(pid, signal.SIGKILL)
+        await submit(supervisor)
+    lines = [record.getMessage() for record in caplog.records if record.name == "worker"]
+    assert lines[:2] == ["10%", "20%"]
+    assert any("last words" in line for line in lines)
+    assert max(map(len, lines)) <= 4096
+
+
+async def test_stop_ends_the_worker_and_answers_what_is_pending():
+    async with supervised(behaves("hangs")) as supervisor:
+        pid = await ready(supervisor)
+        pending = submit(supervisor)
+        await asyncio.sleep(0.05)
+    assert (await pending).reason == "DRAINING"
+    assert (await submit(supervisor)).reason == "DRAINING"
+    assert wait_gone([pid], timeout_s=2) == []
+
+
+async def test_stop_ends_a_worker_that_has_not_said_hello():
+    async with supervised(behaves("never-says-hello")) as supervisor:
+        await asyncio.sleep(0.3)
+        start = time.monotonic()
+    assert time.monotonic() - start < 3
+    assert supervisor.ready is None
+
+
+def test_torchrun_starts_the_engine_with_its_settings():
+    line = SETTINGS.command("/tmp/x/worker.sock")
+    assert "torch.distributed.run" in line
+    assert line[line.index("trainer_service.engine") :] == [
+        "trainer_service.engine",
+        *("--socket", "/tmp/x/worker.sock"),
+        *("--base-model", "fake"),
+        *("--checkpoint-dir", "unused"),
+        *("--max-context-length", "0"),
+    ]

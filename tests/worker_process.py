@@ -1,0 +1,64 @@
+"""A worker process without torch, for the supervisor's tests: python -m tests.worker_process SOCKET BEHAVIOUR."""
+
+import os
+import queue
+import sys
+import time
+from collections.abc import Iterator
+
+import grpc
+from gradwire.errors import error, to_status
+from gradwire.v1 import operation_pb2 as ops
+from gradwire.v1.trainer_service_pb2 import ModelInfo, TrainResponse
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent, WorkerHello, WorkerReady
+from gradwire.v1.worker_service_pb2_grpc import WorkerServiceStub
+from gradwire.version import __version__
+
+
+def main(socket: str, behaviour: str) -> None:
+    """Behaves as told: "work" answers commands; the other names are spelt out below."""
+    if behaviour == "fails-before-hello":
+        sys.exit("no such device")
+    if behaviour == "never-says-hello":
+        time.sleep(600)
+    outgoing: queue.SimpleQueue[WorkerEvent | None] = queue.SimpleQueue()
+
+    def events() -> Iterator[WorkerEvent]:
+        while (event := outgoing.get()) is not None:
+            yield event
+
+    token = "wrong" if behaviour == "wrong-token" else os.environ["GRADWIRE_WORKER_TOKEN"]
+    version = "0.0.0" if behaviour == "other-version" else __version__
+    hello = WorkerHello(token=token, pid=os.getpid(), world_size=1, software_version=version)
+    outgoing.put(WorkerEvent(hello=hello))
+    commands = WorkerServiceStub(grpc.insecure_channel(f"unix:{socket}")).Attach(events())
+    outgoing.put(WorkerEvent(loading="loading fake"))
+    if behaviour == "fails-to-load":
+        outgoing.put(WorkerEvent(failed=to_status(error("TRAINER_JOB_FAILED", "There is no model here."))))
+        outgoing.put(None)
+    else:
+        model = ModelInfo(base_model="fake", architecture=str(os.getpid()))
+        outgoing.put(WorkerEvent(ready=WorkerReady(model=model), counters={"gradwire_worker_operations_total": 0}))
+    if behaviour == "prints":
+        # A progress bar, a line without end, bytes that are no text.
+        sys.stdout.buffer.write(b"10%\r20%\r" + b"x" * 300_000 + b"\n\xff\xfe last words\n")
+        sys.stdout.flush()
+    for number, command in enumerate(commands, start=1):
+        if behaviour == "hangs":
+            time.sleep(600)
+        if behaviour == "exits-at-first-command":
+            sys.exit("out of luck")
+        outgoing.put(answer(command, number))
+
+
+def answer(command: WorkerCommand, number: int) -> WorkerEvent:
+    """The event that answers a command."""
+    counters = {"gradwire_worker_operations_total": float(number)}
+    if command.WhichOneof("command") != "request":
+        return WorkerEvent(command_id=command.command_id, done=WorkerDone(), counters=counters)
+    response = TrainResponse(optim_step=ops.OptimStepResponse(step=number))
+    return WorkerEvent(command_id=command.command_id, response=response, counters=counters)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
