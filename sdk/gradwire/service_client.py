@@ -1,11 +1,13 @@
 """The way in: connects to a trainer and makes training clients."""
 
+import logging
 import os
+import time
 import uuid
 from typing import Any
 
 from gradwire.answers import run_state_name
-from gradwire.errors import error
+from gradwire.errors import OperationTimeoutError, error
 from gradwire.training_client import TrainingClient
 from gradwire.transport import Connection
 from gradwire.v1.trainer_service_pb2 import (
@@ -17,6 +19,8 @@ from gradwire.v1.trainer_service_pb2 import (
 )
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 from gradwire.version import PROTOCOL_VERSION, __version__
+
+logger = logging.getLogger("gradwire")
 
 
 class ServiceClient:
@@ -63,7 +67,7 @@ class ServiceClient:
             FailedPreconditionError: BASE_MODEL_MISMATCH names both models; PROTOCOL_VERSION_UNSUPPORTED both versions.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        self.get_server_info(timeout_s=timeout_s)  # Versions first: an answer we misread helps nobody.
+        self._wait_until_ready(timeout_s)
         request = CreateRunRequest(
             request_id=uuid.uuid4().hex, base_model=base_model, lora_rank=lora_rank, display_name=display_name
         )
@@ -79,6 +83,21 @@ class ServiceClient:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         answer = self._connection.call(TrainerServiceStub, "GetRun", GetRunRequest(run_id=run_id), timeout_s=timeout_s)
         return self._client(answer.run, timeout_s)
+
+    def _wait_until_ready(self, timeout_s: float) -> None:
+        """Waits until the trainer has loaded its model; says so if that takes a while."""
+        start = time.monotonic()
+        said = ""
+        while not (info := self.get_server_info(timeout_s=timeout_s)).ready:
+            waited_s = time.monotonic() - start
+            if waited_s > timeout_s:
+                raise OperationTimeoutError(
+                    f"The trainer at {self.base_url} was not ready within {timeout_s:g} s: {info.status_message}."
+                )
+            if waited_s > 2 and info.status_message != said:
+                said = info.status_message
+                logger.info("Waiting for the trainer at %s: %s.", self.base_url, said)
+            time.sleep(min(1.0, 0.1 + waited_s / 10))
 
     def _client(self, run: Any, timeout_s: float) -> TrainingClient:
         # Asked again: the model's limits are known only once it is loaded, and a run says that it is.
@@ -105,7 +124,7 @@ class ServiceClient:
         return info
 
     def list_runs(self, *, timeout_s: float | None = None) -> list[dict[str, Any]]:
-        """The trainer's runs, newest first: run_id, base_model, state, step, display_name."""
+        """The trainer's runs, newest first: run_id, base_model, state, step, display_name, attached."""
         answer = self._connection.call(
             TrainerServiceStub, "ListRuns", ListRunsRequest(), timeout_s=timeout_s or self._timeout_s
         )
@@ -116,6 +135,7 @@ class ServiceClient:
                 "state": run_state_name(run.state),
                 "step": run.step,
                 "display_name": run.display_name,
+                "attached": run.attached,
             }
             for run in answer.runs
         ]

@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 _RETRIED_REASONS = {"", "WORKER_NOT_READY"}
 """Reasons of an UNAVAILABLE that pass by themselves; "" is grpc's own: nobody listens, or the connection broke."""
+_CONNECT_TIMEOUT_S = 20.0
+"""How long nobody may listen at all: a trainer listens within a second of its start, so a wrong address shows soon."""
 
 
 class LoopThread:
@@ -186,9 +188,10 @@ class Connection:
             timeout_s: For all tries together.
 
         Raises:
-            GradwireError: The server's error, or UnavailableError once the time is up.
+            GradwireError: The server's error, or UnavailableError once the time is up, or nobody listened for 20 s.
         """
         deadline = time.monotonic() + timeout_s
+        connect_deadline = time.monotonic() + min(timeout_s, _CONNECT_TIMEOUT_S)
         delay_s = 0.1
         while True:
             remaining_s = max(0.01, deadline - time.monotonic())
@@ -199,7 +202,9 @@ class Connection:
                 if error.code != grpc.StatusCode.UNAVAILABLE.value[0] or error.reason not in _RETRIED_REASONS:
                     raise error from None
                 delay_s = error.retry_after_s or min(2.0, delay_s * 2)
-                if time.monotonic() + delay_s >= deadline:
+                if error.reason:
+                    connect_deadline = deadline  # Somebody listens; now it is only a matter of being ready.
+                if time.monotonic() + delay_s >= min(deadline, connect_deadline):
                     raise error from None
             await asyncio.sleep(delay_s * random.uniform(0.8, 1.2))  # noqa: S311  (jitter, not a secret)
 

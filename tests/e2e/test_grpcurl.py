@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer_process import TrainerProcess, running_trainer
+from tests.trainer_process import TrainerProcess
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,13 +49,6 @@ def documents(text: str) -> list[dict]:
     return found
 
 
-@pytest.fixture(scope="module")
-def trainer(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory):
-    with running_trainer(tiny_llama, tmp_path_factory.mktemp("grpcurl")) as running:
-        running.wait_ready()
-        yield running
-
-
 def test_every_grpcurl_command_of_the_readme_works(trainer: TrainerProcess):
     first, second = readme_blocks()
     asked = bash(first, trainer.address)
@@ -85,9 +78,9 @@ def test_a_wrong_request_typed_by_hand_says_what_is_wrong(trainer: TrainerProces
         "loss_fn": "cross_entropie",
         "data": [{"model_input": {"tokens": [1]}, "loss_fn_inputs": {"target_tokens": {"ints": {"values": [2]}}}}],
     }
+    method = "gradwire.v1.TrainerService/ForwardBackward"
     done = subprocess.run(
-        ["grpcurl", "-plaintext", "-d", json.dumps(request), trainer.address]
-        + ["gradwire.v1.TrainerService/ForwardBackward"],
+        ["grpcurl", "-plaintext", "-d", json.dumps(request), trainer.address, method],
         env={**os.environ, "PATH": path},
         capture_output=True,
         text=True,
