@@ -17,7 +17,7 @@ def main() -> int:
     try:
         config.check_exposure(args.listen, api_keys=_keys(args), allow_no_api_key=args.allow_no_api_key)
         return asyncio.run(args.command(args))
-    except (ValueError, OSError) as exc:
+    except (config.SettingsError, OSError) as exc:
         print(f"gradwire: {exc}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -29,6 +29,7 @@ async def _trainer(args: argparse.Namespace) -> int:
     from trainer_service.processes import parent_gone, write_ready_file
     from trainer_service.rpc.server import TrainerServer, wait_for_signal
 
+    config.check_base_model(args.base_model)
     settings = config.TrainerConfig(
         base_model=args.base_model,
         listen=args.listen,
@@ -52,17 +53,18 @@ async def _trainer(args: argparse.Namespace) -> int:
         )
     )
     server = TrainerServer(settings, worker)
-    stop_metrics, metrics_address = None, ""
-    if settings.metrics_listen is not None:
-        metrics_address, stop_metrics = server.metrics.serve(settings.metrics_listen)
+    # Before anything is started, so that a signal in between is not lost.
     ends = [asyncio.create_task(wait_for_signal())]
     if settings.exit_with_parent:
         ends.append(asyncio.create_task(parent_gone()))
-    await server.start()
-    await worker.start()
-    if settings.ready_file is not None:
-        write_ready_file(settings.ready_file, address=server.address, metrics_address=metrics_address)
+    stop_metrics, metrics_address = None, ""
     try:
+        if settings.metrics_listen is not None:
+            metrics_address, stop_metrics = server.metrics.serve(settings.metrics_listen)
+        await server.start()
+        await worker.start()
+        if settings.ready_file is not None:
+            write_ready_file(settings.ready_file, address=server.address, metrics_address=metrics_address)
         await asyncio.wait([*ends, worker.gave_up], return_when=asyncio.FIRST_COMPLETED)
     finally:
         await server.drain()

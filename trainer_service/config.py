@@ -9,6 +9,10 @@ MIN_PROTOCOL_VERSION = 1
 """Oldest protocol version this trainer speaks; the newest is gradwire.version.PROTOCOL_VERSION."""
 
 
+class SettingsError(ValueError):
+    """A setting that cannot be; the message is for the person who set it."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """The most a client may send; announced by GetServerInfo."""
@@ -92,12 +96,12 @@ def split_address(address: str) -> tuple[str, int]:
     """(host, port) of "host:port" or "[v6]:port".
 
     Raises:
-        ValueError: No host or no port in it.
+        SettingsError: No host or no port in it.
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     if not host or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f'address {address!r} must be "host:port", for example "127.0.0.1:7777".')
+        raise SettingsError(f'address {address!r} must be "host:port", for example "127.0.0.1:7777".')
     return host, int(port)
 
 
@@ -105,7 +109,7 @@ def check_exposure(listen: str, *, api_keys: tuple[str, ...], allow_no_api_key: 
     """Refuses to listen beyond this machine without a key.
 
     Raises:
-        ValueError: A sentence that names the ways out.
+        SettingsError: Names the ways out.
     """
     host, _ = split_address(listen)
     try:
@@ -113,7 +117,19 @@ def check_exposure(listen: str, *, api_keys: tuple[str, ...], allow_no_api_key: 
     except ValueError:
         loopback = host == "localhost"
     if not loopback and not api_keys and not allow_no_api_key:
-        raise ValueError(
+        raise SettingsError(
             f"--listen {listen} is reachable from other machines, and there is no API key. Set GRADWIRE_API_KEY or "
             "--api-key-file, or pass --allow-no-api-key if something in front of Gradwire checks who calls."
+        )
+
+
+def check_base_model(base_model: str) -> None:
+    """Refuses what is spelt as a folder and is none, seconds before a worker could.
+
+    Raises:
+        SettingsError: Says so.
+    """
+    if base_model.startswith(("/", "./", "../", "~")) and not os.path.isdir(base_model):
+        raise SettingsError(
+            f"--base-model {base_model} does not exist or is no folder; give a Hugging Face model folder or a hub id."
         )

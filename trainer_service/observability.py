@@ -100,16 +100,24 @@ class Metrics:
         self.registry.register(_WorkerCounters(read))
 
     def serve(self, listen: str) -> tuple[str, Callable[[], None]]:
-        """Serves /metrics on a thread. Returns the address it listens on and a function that stops it."""
+        """Serves /metrics on a thread. Returns the address it listens on and a function that stops it.
+
+        Raises:
+            OSError: The address cannot be had.
+        """
         host, port = split_address(listen)
-        server, thread = start_http_server(port, addr=host, registry=self.registry)
+        try:
+            server, thread = start_http_server(port, addr=host, registry=self.registry)
+        except OSError as exc:
+            raise OSError(f"cannot serve metrics on {listen}: {exc.strerror or exc}") from exc
 
         def stop() -> None:
             server.shutdown()
             server.server_close()
             thread.join(2)
 
-        return f"{host}:{server.server_port}", stop
+        bracketed = f"[{host}]" if ":" in host else host
+        return f"{bracketed}:{server.server_port}", stop
 
 
 class _WorkerCounters(Collector):

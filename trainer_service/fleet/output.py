@@ -18,6 +18,9 @@ _DRAIN_TIMEOUT_S = 0.5
 _RANK_FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: \d+ \(pid: \d+\)")
 """torchrun's line when it finds a rank dead; behind it come only torchrun's own words."""
 
+_CHATTER = re.compile(r"^\S+ \S+ (DEBUG|INFO) ")
+"""Lines of our own log that say nothing of a death (observability._Lines)."""
+
 
 class WorkerOutput:
     """Reads a process's stdout until its end.
@@ -82,7 +85,7 @@ class WorkerOutput:
         if found := _RANK_FAILED.search(line):
             self._rank_exit_code = int(found.group(1))
             self.rank_failed.set()
-        else:
+        elif not _CHATTER.match(line):
             self._lines.append(line)
 
 

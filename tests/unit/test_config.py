@@ -1,0 +1,77 @@
+"""Settings, and what the command line says of those that cannot be."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer_service.config import Limits, SettingsError, check_exposure, read_api_keys, split_address
+
+
+def test_limits_are_those_announced():
+    limits = Limits()
+    assert (limits.max_message_bytes, limits.target_message_bytes) == (64 << 20, 1 << 20)
+    assert (limits.max_in_flight_operations, limits.max_runs) == (64, 8)
+    assert (limits.max_datums, limits.max_tokens) == (65_536, 4_194_304)
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [("127.0.0.1:7777", ("127.0.0.1", 7777)), ("localhost:0", ("localhost", 0)), ("[::1]:80", ("::1", 80))],
+)
+def test_an_address_is_host_and_port(address: str, parts: tuple[str, int]):
+    assert split_address(address) == parts
+
+
+@pytest.mark.parametrize("address", ["7777", ":7777", "host:", "host:http", "host:99999"])
+def test_an_address_without_either_is_refused(address: str):
+    with pytest.raises(SettingsError, match='must be "host:port"'):
+        split_address(address)
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:0", "[::1]:0", "127.8.0.1:0"])
+def test_loopback_needs_no_key(listen: str):
+    check_exposure(listen, api_keys=(), allow_no_api_key=False)
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "10.0.0.7:1", "trainer.example:1"])
+def test_other_addresses_need_a_key_or_a_word(listen: str):
+    with pytest.raises(SettingsError, match="GRADWIRE_API_KEY or --api-key-file, or pass --allow-no-api-key"):
+        check_exposure(listen, api_keys=(), allow_no_api_key=False)
+    check_exposure(listen, api_keys=("key",), allow_no_api_key=False)
+    check_exposure(listen, api_keys=(), allow_no_api_key=True)
+
+
+def test_keys_come_from_the_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "keys"
+    file.write_text("# ours\nfirst\n\nsecond  # theirs\nfirst\n")
+    monkeypatch.setenv("GRADWIRE_API_KEY", "third, fourth,")
+    assert read_api_keys(file) == ("third", "fourth", "first", "second")
+    monkeypatch.delenv("GRADWIRE_API_KEY")
+    assert read_api_keys(None) == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["trainer", "--base-model", "m", "--listen", "0.0.0.0:0"], "there is no API key"),
+        (["jobs", "--listen", "0.0.0.0:0"], "there is no API key"),
+        (["trainer", "--base-model", "m", "--listen", "nowhere"], 'must be "host:port"'),
+        (["trainer", "--base-model", "./no/such/folder"], "--base-model ./no/such/folder does not exist"),
+        (["trainer", "--base-model", "m", "--listen", "192.0.2.1:1", "--allow-no-api-key"], "cannot listen on"),
+    ],
+)
+def test_settings_that_cannot_be_end_with_a_sentence_and_code_2(arguments: list[str], text: str, tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer_service", *arguments, "--data-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    said = [line for line in done.stderr.splitlines() if line.startswith("gradwire: ")]
+    assert done.returncode == 2, done.stderr
+    assert len(said) == 1
+    assert text in said[0]
+    assert "Traceback" not in done.stderr
