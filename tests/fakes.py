@@ -24,7 +24,7 @@ from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent, WorkerReady
 
 from trainer_service.config import Limits, TrainerConfig
-from trainer_service.fleet.worker import Deliver
+from trainer_service.fleet.worker import Deliver, Reply
 from trainer_service.rpc.server import TrainerServer
 
 READY = WorkerReady(
@@ -70,10 +70,12 @@ class FakeWorker:
             self._arrived.clear()
             await self._arrived.wait()
 
-    def submit(self, command: WorkerCommand, deliver: Deliver) -> None:
+    def submit(self, command: WorkerCommand, deliver: Deliver, *, request: bytes = b"") -> None:
         if self.ready is None:
             deliver(error("WORKER_NOT_READY", f"The worker is not ready: {self.status_message}.", retry_after_s=0.5))
             return
+        if request:
+            command.request.MergeFromString(request)
         self._commands.append((command, deliver))
         self._arrived.set()
 
@@ -120,13 +122,14 @@ class FakeWorker:
             kind = command.WhichOneof("command") or ""
             if kind != "request":
                 self.executed.append((command.run_id, 0, kind))
-                deliver(WorkerEvent(command_id=command.command_id, done=WorkerDone()))
+                deliver(Reply(WorkerEvent(command_id=command.command_id, done=WorkerDone()), memoryview(b"")))
                 continue
             kind = command.request.WhichOneof("operation") or ""
             self.executed.append((command.run_id, command.request.seq_id, kind))
             response = self._execute(command.run_id, command.request)
             response.execute_ms = self.latency_s * 1000
-            deliver(WorkerEvent(command_id=command.command_id, response=response))
+            encoded = memoryview(response.SerializeToString())
+            deliver(Reply(WorkerEvent(command_id=command.command_id, response=response), encoded))
 
     def _execute(self, run_id: str, request: TrainRequest) -> TrainResponse:
         failure = self.failures.get((run_id, request.seq_id))

@@ -64,7 +64,7 @@ def submit(supervisor: WorkerSupervisor) -> "asyncio.Future[Any]":
     """Sends an operation; its outcome, when it comes."""
     outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     request = TrainRequest(seq_id=1, optim_step=ops.OptimStepRequest())
-    supervisor.submit(WorkerCommand(run_id="run", request=request), outcome.set_result)
+    supervisor.submit(WorkerCommand(run_id="run"), outcome.set_result, request=request.SerializeToString())
     return outcome
 
 
@@ -72,7 +72,7 @@ async def test_commands_are_answered_in_order_and_counters_come_along():
     async with supervised(behaves("work")) as supervisor:
         await ready(supervisor)
         answers = await asyncio.gather(*(submit(supervisor) for _ in range(3)))
-        assert [answer.response.optim_step.step for answer in answers] == [1, 2, 3]
+        assert [answer.event.response.optim_step.step for answer in answers] == [1, 2, 3]
         assert supervisor.counters == {
             "gradwire_worker_operations_total": 3,
             "gradwire_worker_up": 1,
@@ -104,7 +104,7 @@ async def test_a_killed_worker_is_noticed_at_once_and_a_fresh_one_started():
         assert "signal SIGKILL" in died.message
         assert deaths == [died]
         assert await ready(supervisor) != pid
-        assert (await submit(supervisor)).response.optim_step.step == 1
+        assert (await submit(supervisor)).event.response.optim_step.step == 1
         assert supervisor.counters["gradwire_worker_restarts_total"] == 1
 
 
@@ -155,7 +155,7 @@ async def test_only_the_worker_that_was_started_may_attach():
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call.read()
             assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
-        assert (await submit(supervisor)).response.optim_step.step == 1
+        assert (await submit(supervisor)).event.response.optim_step.step == 1
 
 
 async def test_the_socket_is_private_and_short_and_gone_afterwards():
@@ -173,7 +173,7 @@ async def test_whatever_a_worker_prints_is_logged_and_never_blocks_it(caplog: py
     caplog.set_level(logging.INFO, logger="worker")
     async with supervised(behaves("prints")) as supervisor:
         pid = await ready(supervisor)
-        assert (await submit(supervisor)).response.optim_step.step == 1
+        assert (await submit(supervisor)).event.response.optim_step.step == 1
         os.kill(pid, signal.SIGKILL)
         await submit(supervisor)
     lines = [record.getMessage() for record in caplog.records if record.name == "worker"]

@@ -20,6 +20,7 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest, Trai
 
 from tests.fakes import FakeWorker
 from trainer_service.config import Limits
+from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
 
@@ -29,12 +30,12 @@ def make_runs(worker: FakeWorker, **settings: Any) -> Runs:
     return Runs(worker, observe=lambda kind, response: None, **settings)
 
 
-def step(seq_id: int) -> TrainRequest:
-    return TrainRequest(seq_id=seq_id, optim_step=ops.OptimStepRequest())
+def step(seq_id: int) -> Operation:
+    return Operation.made(TrainRequest(seq_id=seq_id, optim_step=ops.OptimStepRequest()))
 
 
-def zero_grad(seq_id: int) -> TrainRequest:
-    return TrainRequest(seq_id=seq_id, zero_grad=ops.ZeroGradRequest())
+def zero_grad(seq_id: int) -> Operation:
+    return Operation.made(TrainRequest(seq_id=seq_id, zero_grad=ops.ZeroGradRequest()))
 
 
 async def test_an_operation_is_answered_by_its_number_with_its_times():
@@ -220,7 +221,7 @@ async def test_quiet_comes_once_everything_is_answered():
     worker = FakeWorker(latency_s=0.01)
     runs = make_runs(worker)
     run = await runs.create(CreateRunRequest())
-    got: list[TrainResponse] = []
+    got: list[bytes] = []
     for seq_id in (1, 2, 3):
         run.submit(zero_grad(seq_id), got.append)
     assert runs.unanswered == 3

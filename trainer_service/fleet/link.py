@@ -9,14 +9,19 @@ from collections.abc import Callable
 import grpc
 import grpc.aio
 from gradwire.errors import GradwireError, error
+from gradwire.v1 import worker_service_pb2
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerReady
-from gradwire.v1.worker_service_pb2_grpc import WorkerServiceServicer
 from gradwire.version import __version__
 
-from trainer_service.fleet.worker import Deliver
+from trainer_service.fleet.worker import Deliver, Reply
 from trainer_service.processes import ProcessKey, process_key
+from trainer_service.wire_format import embed, fields
 
 logger = logging.getLogger(__name__)
+
+SERVICE = worker_service_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
+_REQUEST = WorkerCommand.DESCRIPTOR.fields_by_name["request"].number
+_RESPONSE = WorkerEvent.DESCRIPTOR.fields_by_name["response"].number
 
 
 class Link:
@@ -41,24 +46,27 @@ class Link:
         """Set once the worker's stream has ended."""
         self.dismissed = asyncio.Event()
         """Set to end the worker's stream, at which the worker ends too."""
-        self.outgoing: asyncio.Queue[WorkerCommand] = asyncio.Queue()
+        self.outgoing: asyncio.Queue[bytes] = asyncio.Queue()
+        """Encoded commands."""
         self._pending: dict[int, Deliver] = {}
         self._last_command_id = 0
 
-    def submit(self, command: WorkerCommand, deliver: Deliver) -> None:
-        """Queues a command for the worker."""
+    def submit(self, command: WorkerCommand, deliver: Deliver, *, request: bytes = b"") -> None:
+        """Queues a command for the worker; see Worker.submit."""
         self._last_command_id += 1
         command.command_id = self._last_command_id
         self._pending[command.command_id] = deliver
-        self.outgoing.put_nowait(command)
+        encoded = command.SerializeToString()
+        self.outgoing.put_nowait(b"".join((encoded, *embed(_REQUEST, request))) if request else encoded)
 
-    def answer(self, event: WorkerEvent) -> None:
+    def answer(self, reply: Reply) -> None:
         """Hands an answer to whoever waits for it."""
-        deliver = self._pending.pop(event.command_id, None)
+        command_id = reply.event.command_id
+        deliver = self._pending.pop(command_id, None)
         if deliver is None:
-            logger.error("The worker answered a command that nobody sent.", extra={"fields": {"id": event.command_id}})
+            logger.error("The worker answered a command that nobody sent.", extra={"fields": {"id": command_id}})
             return
-        deliver(event)
+        deliver(reply)
 
     def fail_pending(self, exc: GradwireError) -> None:
         """Tells everybody who waits that no answer will come."""
@@ -67,7 +75,27 @@ class Link:
             deliver(exc)
 
 
-class WorkerServicer(WorkerServiceServicer):
+def worker_service_handler(servicer: "WorkerServicer") -> grpc.GenericRpcHandler:
+    """The WorkerService over messages that are already encoded, or still are."""
+    attach = grpc.stream_stream_rpc_method_handler(
+        servicer.Attach, request_deserializer=_parse_event, response_serializer=_as_it_is
+    )
+    return grpc.method_handlers_generic_handler(SERVICE, {"Attach": attach})
+
+
+def _parse_event(encoded: bytes) -> Reply:
+    event = WorkerEvent.FromString(encoded)
+    response = memoryview(b"")
+    if event.HasField("response"):
+        response = next(inner for number, _, inner in fields(memoryview(encoded)) if number == _RESPONSE)
+    return Reply(event, response)
+
+
+def _as_it_is(encoded: bytes) -> bytes:
+    return encoded
+
+
+class WorkerServicer:
     """Serves the worker that the supervisor started last.
 
     Args:
@@ -82,7 +110,7 @@ class WorkerServicer(WorkerServiceServicer):
     async def Attach(self, request_iterator: object, context: grpc.aio.ServicerContext) -> None:
         """One worker, from its hello to its end."""
         first = await context.read()
-        hello = first.hello if isinstance(first, WorkerEvent) else None
+        hello = first.event.hello if isinstance(first, Reply) else None
         link = self._current()
         if hello is None or link is None or link.attached or not _same(hello.token, link.token):
             logger.warning("Turned away a caller on the worker's socket.")
@@ -114,20 +142,21 @@ class WorkerServicer(WorkerServiceServicer):
     async def _read(self, link: Link, context: grpc.aio.ServicerContext) -> None:
         # grpc raises when the stream breaks; that it ended is all there is to know.
         with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):
-            while isinstance(event := await context.read(), WorkerEvent):
-                self._receive(link, event)
+            while isinstance(reply := await context.read(), Reply):
+                self._receive(link, reply)
 
     async def _write(self, link: Link, context: grpc.aio.ServicerContext) -> None:
         with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):
             while True:
                 await context.write(await link.outgoing.get())
 
-    def _receive(self, link: Link, event: WorkerEvent) -> None:
+    def _receive(self, link: Link, reply: Reply) -> None:
+        event = reply.event
         if event.counters:
             link.counters.update(event.counters)
         match event.WhichOneof("event"):
             case "response" | "done":
-                link.answer(event)
+                link.answer(reply)
             case "loading":
                 link.status_message = event.loading
             case "failed":

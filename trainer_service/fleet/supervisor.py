@@ -15,9 +15,8 @@ from pathlib import Path
 import grpc.aio
 from gradwire.errors import GradwireError, error
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerReady
-from gradwire.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 
-from trainer_service.fleet.link import Link, WorkerServicer
+from trainer_service.fleet.link import Link, WorkerServicer, worker_service_handler
 from trainer_service.fleet.output import WorkerOutput
 from trainer_service.fleet.worker import Deliver
 from trainer_service.processes import kill_all, start_child, stop_child
@@ -104,13 +103,13 @@ class WorkerSupervisor:
     def on_death(self, callback: Callable[[GradwireError], object]) -> None:
         self._death_callbacks.append(callback)
 
-    def submit(self, command: WorkerCommand, deliver: Deliver) -> None:
+    def submit(self, command: WorkerCommand, deliver: Deliver, *, request: bytes = b"") -> None:
         if self._stopping:
             deliver(_stopped())
         elif self._link is None or self._link.ready is None:
             deliver(error("WORKER_NOT_READY", f"The worker is not ready: {self.status_message}.", retry_after_s=0.5))
         else:
-            self._link.submit(command, deliver)
+            self._link.submit(command, deliver, request=request)
 
     async def start(self) -> None:
         """Opens the socket and starts the first worker; returns before the model is loaded."""
@@ -120,7 +119,8 @@ class WorkerSupervisor:
         largest = 2 * self._settings.max_message_bytes
         options = [("grpc.max_receive_message_length", largest), ("grpc.max_send_message_length", largest)]
         self._server = grpc.aio.server(options=options)
-        add_WorkerServiceServicer_to_server(WorkerServicer(lambda: self._link, self._became_ready), self._server)
+        servicer = WorkerServicer(lambda: self._link, self._became_ready)
+        self._server.add_generic_rpc_handlers((worker_service_handler(servicer),))
         self._server.add_insecure_port(f"unix:{self._socket}")
         await self._server.start()
         self._task = asyncio.create_task(self._supervise(), name="worker-supervisor")

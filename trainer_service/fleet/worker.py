@@ -1,12 +1,23 @@
 """The one interface through which the trainer sees a worker; tests have a fake of it."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from gradwire.errors import GradwireError
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerReady
 
-Deliver = Callable[[WorkerEvent | GradwireError], None]
+
+@dataclass(frozen=True)
+class Reply:
+    """A worker's answer to a command."""
+
+    event: WorkerEvent
+    encoded_response: memoryview
+    """The event's `response` as the worker encoded it; empty where it has none."""
+
+
+Deliver = Callable[[Reply | GradwireError], None]
 """Called once with the answer to a command, or with why none will come."""
 
 
@@ -28,11 +39,12 @@ class Worker(Protocol):
         """What it counts, by Prometheus name."""
         ...
 
-    def submit(self, command: WorkerCommand, deliver: Deliver) -> None:
+    def submit(self, command: WorkerCommand, deliver: Deliver, *, request: bytes = b"") -> None:
         """Sends a command, whose command_id is set here.
 
         Args:
             command: What to do.
+            request: For an operation, an encoded TrainRequest to stand as `command.request`, which is then absent.
             deliver: Gets WORKER_DIED when the worker dies first, WORKER_NOT_READY when there is none.
         """
         ...

@@ -8,6 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -39,6 +40,14 @@ class Malformed:
 
     def __init__(self, exc: GradwireError) -> None:
         self.exc = exc
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message of a stream, with its encoding, so that it can be handed on without encoding it again."""
+
+    message: Any
+    encoded: bytes
 
 
 class Border(grpc.aio.ServerInterceptor):
@@ -84,8 +93,8 @@ class Border(grpc.aio.ServerInterceptor):
 
         return make(
             wrapped_generator if inspect.isasyncgenfunction(behaviour) else wrapped,
-            request_deserializer=self._careful(handler.request_deserializer),
-            response_serializer=handler.response_serializer,
+            request_deserializer=self._careful(handler.request_deserializer, handler.request_streaming),
+            response_serializer=_unless_encoded(handler.response_serializer),
         )
 
     @contextlib.asynccontextmanager
@@ -147,13 +156,14 @@ class Border(grpc.aio.ServerInterceptor):
             )
         return None
 
-    def _careful(self, deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def _careful(self, deserialize: Callable[[bytes], Any], streaming: bool) -> Callable[[bytes], Any]:
         def careful(data: bytes) -> Any:
             if len(data) > self._max_message_bytes:
                 text = f"The message has {len(data)} bytes, but at most {self._max_message_bytes} are taken."
                 return Malformed(error("LIMIT_EXCEEDED", text, limit=self._max_message_bytes, got=len(data)))
             try:
-                return deserialize(data)
+                message = deserialize(data)
+                return Received(message, data) if streaming else message
             except Exception:
                 text = f"The message ({len(data)} bytes) cannot be read; it is not of the type this call takes."
                 return Malformed(error("PROTOCOL_VIOLATION", text))
@@ -168,6 +178,11 @@ _KINDS: dict[tuple[bool, bool], tuple[str, Callable[..., grpc.RpcMethodHandler]]
     (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
     (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
 }
+
+
+def _unless_encoded(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """Lets a handler answer with a message or with its encoding."""
+    return lambda answer: answer if isinstance(answer, bytes) else serialize(answer)
 
 
 async def _abort(context: grpc.aio.ServicerContext, exc: GradwireError) -> None:

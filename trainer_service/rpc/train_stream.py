@@ -9,7 +9,8 @@ import grpc.aio
 from gradwire.errors import GradwireError, error
 from gradwire.v1.trainer_service_pb2 import AttachResponse, TrainRequest, TrainResponse
 
-from trainer_service.rpc.border import Malformed
+from trainer_service.rpc.border import Malformed, Received
+from trainer_service.runs.operation import Operation
 from trainer_service.runs.run import Attachment, Run
 from trainer_service.runs.sequence import error_response
 
@@ -39,7 +40,7 @@ class TrainStream:
         self._context = context
         self._max_in_flight = max_in_flight
         self._draining = draining
-        self._outgoing: asyncio.Queue[TrainResponse] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
         self._unwritten_bytes = 0
         self._written = asyncio.Event()
 
@@ -74,25 +75,25 @@ class TrainStream:
     async def _read(self, attachment: Attachment) -> None:
         """Takes operations in, no faster than they are answered."""
         while True:
-            request: Any = await self._context.read()
-            if isinstance(request, Malformed):
-                raise request.exc
-            if not isinstance(request, TrainRequest):
+            received: Any = await self._context.read()
+            if isinstance(received, Malformed):
+                raise received.exc
+            if not isinstance(received, Received):
                 # The client sends no more; it may still be waiting for answers.
                 await self._quiet()
                 return
             if self._draining.is_set() or attachment.taken.done():
                 # Not ours to take in any more; what ends the stream is under way.
                 await asyncio.Event().wait()
-            self._receive(request)
+            self._receive(Operation(received.message, received.encoded))
             await self._run.room(self._max_in_flight)
             while self._outgoing.qsize() >= self._max_in_flight or self._unwritten_bytes >= MAX_UNWRITTEN_BYTES:
                 self._written.clear()
                 await self._written.wait()
 
-    def _receive(self, request: TrainRequest) -> None:
-        kind = request.WhichOneof("operation")
-        if kind is None:
+    def _receive(self, operation: Operation) -> None:
+        request, kind = operation.request, operation.kind
+        if not kind:
             if request.seq_id:
                 raise error("PROTOCOL_VIOLATION", f"The message with seq_id {request.seq_id} has no operation.")
             self._run.acknowledge(request.acked_seq_id)
@@ -102,22 +103,20 @@ class TrainStream:
         if not request.seq_id:
             raise error("PROTOCOL_VIOLATION", f"The {kind} message has no seq_id; operations count from 1.")
         try:
-            self._run.submit(request, self._put)
+            self._run.submit(operation, self._put)
         except GradwireError as exc:
             # The part fails, not the pipe.
-            response = error_response(exc)
-            response.seq_id = request.seq_id
-            self._put(response)
+            self._put(error_response(request.seq_id, exc).SerializeToString())
 
-    def _put(self, response: TrainResponse) -> None:
-        self._unwritten_bytes += response.ByteSize()
-        self._outgoing.put_nowait(response)
+    def _put(self, answer: bytes) -> None:
+        self._unwritten_bytes += len(answer)
+        self._outgoing.put_nowait(answer)
 
     async def _write(self) -> None:
         while True:
-            response = await self._outgoing.get()
-            await self._context.write(response)
-            self._unwritten_bytes -= response.ByteSize()
+            answer = await self._outgoing.get()
+            await self._context.write(answer)
+            self._unwritten_bytes -= len(answer)
             self._outgoing.task_done()
             self._written.set()
 
@@ -144,8 +143,8 @@ async def read_attach(context: grpc.aio.ServicerContext) -> TrainRequest:
     first: Any = await context.read()
     if isinstance(first, Malformed):
         raise first.exc
-    kind = first.WhichOneof("operation") if isinstance(first, TrainRequest) else None
-    if kind != "attach":
-        got = kind or "nothing"
+    request: Any = first.message if isinstance(first, Received) else TrainRequest()
+    if request.WhichOneof("operation") != "attach":
+        got = request.WhichOneof("operation") or "nothing"
         raise error("PROTOCOL_VIOLATION", f"The first message of a Train stream must be attach; got {got}.")
-    return first
+    return request

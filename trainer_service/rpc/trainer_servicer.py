@@ -13,6 +13,7 @@ from gradwire.version import PROTOCOL_VERSION, __version__
 from trainer_service.config import MIN_PROTOCOL_VERSION, Limits
 from trainer_service.fleet.worker import Worker
 from trainer_service.rpc.train_stream import TrainStream, read_attach
+from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
 
 
@@ -113,7 +114,7 @@ class TrainerServicer(TrainerServiceServicer):
         # Both said by the call itself; without them a repeat is the same operation however it is sent.
         request.ClearField("run_id")
         request.ClearField("seq_id")
-        response = await run.execute(pb.TrainRequest(seq_id=seq_id, **{kind: request}))
+        response = await run.execute(Operation.made(pb.TrainRequest(seq_id=seq_id, **{kind: request})))
         context.set_trailing_metadata(
             tuple((f"gradwire-{part}-ms", f"{getattr(response, f'{part}_ms'):.3f}") for part in _TIMES)
         )

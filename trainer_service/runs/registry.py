@@ -7,10 +7,10 @@ import secrets
 
 from gradwire.errors import GradwireError, UnavailableError, error, from_status
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest
-from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerDeleteRun, WorkerEvent
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerDeleteRun
 
 from trainer_service.config import Limits
-from trainer_service.fleet.worker import Worker
+from trainer_service.fleet.worker import Reply, Worker
 from trainer_service.runs.run import Observe, Run
 
 
@@ -153,13 +153,13 @@ class Runs:
             self._by_request_id.pop(request_id, None)
 
     async def _command(self, command: WorkerCommand) -> None:
-        future: asyncio.Future[WorkerEvent | GradwireError] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Reply | GradwireError] = asyncio.get_running_loop().create_future()
         self._worker.submit(command, lambda outcome: None if future.done() else future.set_result(outcome))
         outcome = await future
         if isinstance(outcome, GradwireError):
             raise outcome
-        if outcome.done.HasField("error"):
-            raise from_status(outcome.done.error)
+        if outcome.event.done.HasField("error"):
+            raise from_status(outcome.event.done.error)
 
     def _worker_died(self, reason: GradwireError) -> None:
         for run in self._runs.values():

@@ -8,10 +8,11 @@ from datetime import UTC, datetime
 from gradwire.errors import GradwireError, error
 from gradwire.v1.run_pb2 import RUN_STATE_ACTIVE, RUN_STATE_LOST
 from gradwire.v1.run_pb2 import Run as RunMessage
-from gradwire.v1.trainer_service_pb2 import TrainRequest, TrainResponse
-from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDropGraphs, WorkerEvent
+from gradwire.v1.trainer_service_pb2 import TrainResponse
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDropGraphs
 
-from trainer_service.fleet.worker import Worker
+from trainer_service.fleet.worker import Reply, Worker
+from trainer_service.runs.operation import Operation
 from trainer_service.runs.sequence import Answered, Entry, Sequence, error_response
 
 Observe = Callable[[str, TrainResponse], object]
@@ -85,47 +86,53 @@ class Run:
         """Whether its state is gone."""
         return self._lost is not None
 
-    def submit(self, request: TrainRequest, answered: Answered) -> None:
+    def submit(self, operation: Operation, answered: Answered) -> None:
         """Takes an operation in and sends it to the worker.
 
         Raises:
             GradwireError: The operation has no place in the order; see Sequence.receive.
         """
-        self._sequence.acknowledge(request.acked_seq_id)
-        entry = self._sequence.receive(request, answered)
+        self._sequence.acknowledge(operation.request.acked_seq_id)
+        entry = self._sequence.receive(operation, answered)
         if entry is None:
             return
-        kind = request.WhichOneof("operation") or ""
-        if self._lost is not None:
-            self._answer(entry, kind, error_response(self._lost))
-            return
-        received = time.perf_counter()
+        kind, received = operation.kind, time.perf_counter()
 
-        def deliver(outcome: WorkerEvent | GradwireError) -> None:
+        def fail(exc: GradwireError) -> None:
+            response = error_response(entry.seq_id, exc)
+            self._answer(entry, kind, response, response.SerializeToString())
+
+        def deliver(outcome: Reply | GradwireError) -> None:
             if isinstance(outcome, GradwireError):
-                response = error_response(outcome)
-            else:
-                response = outcome.response
-                total_ms = (time.perf_counter() - received) * 1000
-                # What neither the wait in the worker nor the device took was the way there and back.
-                response.transfer_ms = max(0.0, total_ms - response.queue_ms - response.execute_ms)
-            self._answer(entry, kind, response)
+                fail(outcome)
+                return
+            response = outcome.event.response
+            total_ms = (time.perf_counter() - received) * 1000
+            # What neither the wait in the worker nor the device took was the way there and back.
+            response.transfer_ms = max(0.0, total_ms - response.queue_ms - response.execute_ms)
+            # Of a field that comes twice the last counts, so what the trainer adds goes behind what the worker said.
+            added = TrainResponse(seq_id=entry.seq_id, transfer_ms=response.transfer_ms)
+            encoded = b"".join((outcome.encoded_response, added.SerializeToString()))
+            self._answer(entry, kind, response, encoded)
 
-        self._worker.submit(WorkerCommand(run_id=self.run_id, request=request), deliver)
+        if self._lost is not None:
+            fail(self._lost)
+        else:
+            self._worker.submit(WorkerCommand(run_id=self.run_id), deliver, request=operation.encoded)
 
     def acknowledge(self, acked_seq_id: int) -> None:
         """Lets go of answers the client has."""
         self._sequence.acknowledge(acked_seq_id)
 
-    async def execute(self, request: TrainRequest) -> TrainResponse:
+    async def execute(self, operation: Operation) -> TrainResponse:
         """One operation and its answer. The operation goes on if the caller stops waiting.
 
         Raises:
             GradwireError: As submit.
         """
-        future: asyncio.Future[TrainResponse] = asyncio.get_running_loop().create_future()
-        self.submit(request, lambda response: None if future.done() else future.set_result(response))
-        return await future
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.submit(operation, lambda answer: None if future.done() else future.set_result(answer))
+        return TrainResponse.FromString(await future)
 
     async def room(self, limit: int) -> None:
         """Returns once fewer than `limit` operations wait for their answer."""
@@ -190,9 +197,9 @@ class Run:
             command = WorkerCommand(run_id=self.run_id, drop_graphs=WorkerDropGraphs())
             self._worker.submit(command, lambda _: None)
 
-    def _answer(self, entry: Entry, kind: str, response: TrainResponse) -> None:
+    def _answer(self, entry: Entry, kind: str, response: TrainResponse, encoded: bytes) -> None:
         if response.WhichOneof("result") == "optim_step":
             self.step = response.optim_step.step
         self._observe(kind, response)
-        self._sequence.answer(entry, response)
+        self._sequence.answer(entry, encoded)
         self._answered.set()

@@ -4,15 +4,17 @@
 number seen before is a repeat, which gets the first answer if it is the same operation and is refused if it is another.
 """
 
-import hashlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gradwire.errors import GradwireError, error, to_status
-from gradwire.v1.trainer_service_pb2 import TrainRequest, TrainResponse
+from gradwire.v1.trainer_service_pb2 import TrainResponse
 
-Answered = Callable[[TrainResponse], object]
+from trainer_service.runs.operation import Operation
+
+Answered = Callable[[bytes], object]
+"""Gets an answer: an encoded TrainResponse."""
 
 MAX_RETAINED_ANSWERS = 4096
 """Answers kept for a client that does not acknowledge, such as one typing by hand; older ones are let go first. No
@@ -28,15 +30,7 @@ class Entry:
     seq_id: int
     digest: bytes
     waiters: list[Answered] = field(default_factory=list)
-    response: TrainResponse | None = None
-    size_bytes: int = 0
-
-
-def digest(request: TrainRequest) -> bytes:
-    """Tells operations apart: over kind and content, not over how they were sent."""
-    kind = request.WhichOneof("operation") or ""
-    content = getattr(request, kind).SerializeToString(deterministic=True)
-    return hashlib.blake2b(content, digest_size=16, person=kind.encode()[:16]).digest()
+    answer: bytes | None = None
 
 
 class Sequence:
@@ -55,11 +49,11 @@ class Sequence:
         self.next_seq_id = 1
         self.unanswered = 0
 
-    def receive(self, request: TrainRequest, answered: Answered) -> Entry | None:
+    def receive(self, operation: Operation, answered: Answered) -> Entry | None:
         """Takes an operation in.
 
         Args:
-            request: With its seq_id.
+            operation: With its seq_id.
             answered: Gets the answer; at once, if it is already there.
 
         Returns:
@@ -68,7 +62,7 @@ class Sequence:
         Raises:
             GradwireError: SEQ_ID_GAP, SEQ_ID_CONFLICT or ANSWER_RELEASED. Nothing was changed.
         """
-        seq_id = request.seq_id
+        seq_id = operation.seq_id
         if seq_id > self.next_seq_id:
             raise error(
                 "SEQ_ID_GAP",
@@ -77,7 +71,7 @@ class Sequence:
                 got=seq_id,
             )
         if seq_id == self.next_seq_id:
-            entry = Entry(seq_id, digest(request), [answered])
+            entry = Entry(seq_id, operation.digest(), [answered])
             self._entries[seq_id] = entry
             self.next_seq_id += 1
             self.unanswered += 1
@@ -91,7 +85,7 @@ class Sequence:
                 expected=self.next_seq_id,
                 got=seq_id,
             )
-        if entry.digest != digest(request):
+        if entry.digest != operation.digest():
             raise error(
                 "SEQ_ID_CONFLICT",
                 f"seq_id {seq_id} was used before for another operation: another client works on this run. "
@@ -99,28 +93,26 @@ class Sequence:
                 expected=self.next_seq_id,
                 got=seq_id,
             )
-        if entry.response is not None:
-            answered(entry.response)
+        if entry.answer is not None:
+            answered(entry.answer)
         else:
             entry.waiters.append(answered)
         return None
 
-    def answer(self, entry: Entry, response: TrainResponse) -> None:
+    def answer(self, entry: Entry, answer: bytes) -> None:
         """Records an operation's one answer and hands it to all who wait."""
-        assert entry.response is None, f"operation {entry.seq_id} was answered twice"
-        response.seq_id = entry.seq_id
-        entry.response = response
-        entry.size_bytes = response.ByteSize()
+        assert entry.answer is None, f"operation {entry.seq_id} was answered twice"
+        entry.answer = answer
         self.unanswered -= 1
         self._retained.append(entry)
-        self._retained_bytes += entry.size_bytes
+        self._retained_bytes += len(answer)
         while len(self._retained) > MAX_RETAINED_ANSWERS or (
             self._retained_bytes > MAX_RETAINED_BYTES and len(self._retained) > self._min_retained_answers
         ):
             self._release(self._retained.popleft())
         waiters, entry.waiters = entry.waiters, []
         for answered in waiters:
-            answered(response)
+            answered(answer)
 
     def acknowledge(self, acked_seq_id: int) -> None:
         """Lets go of the answers up to acked_seq_id."""
@@ -128,10 +120,10 @@ class Sequence:
             self._release(self._retained.popleft())
 
     def _release(self, entry: Entry) -> None:
-        self._retained_bytes -= entry.size_bytes
+        self._retained_bytes -= len(entry.answer or b"")
         del self._entries[entry.seq_id]
 
 
-def error_response(exc: GradwireError) -> TrainResponse:
+def error_response(seq_id: int, exc: GradwireError) -> TrainResponse:
     """An error as an answer inside the stream."""
-    return TrainResponse(error=to_status(exc))
+    return TrainResponse(seq_id=seq_id, error=to_status(exc))

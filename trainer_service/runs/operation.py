@@ -1,0 +1,86 @@
+"""One operation as it came, and what tells it from another. Pure."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from gradwire.v1.trainer_service_pb2 import TrainRequest
+
+from trainer_service.wire_format import fields
+
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation to be executed."""
+
+    request: TrainRequest
+    """With its seq_id."""
+    encoded: bytes
+    """The same, as the client encoded it."""
+
+    @classmethod
+    def made(cls, request: TrainRequest) -> "Operation":
+        """An operation that did not come encoded."""
+        return cls(request, request.SerializeToString(deterministic=True))
+
+    @property
+    def seq_id(self) -> int:
+        """Its place in the run's order."""
+        return self.request.seq_id
+
+    @property
+    def kind(self) -> str:
+        """Name of its field in TrainRequest, such as "optim_step"."""
+        return self.request.WhichOneof("operation") or ""
+
+    def digest(self) -> bytes:
+        """Tells operations apart: over kind and content, not over how or by which call they were sent.
+
+        Large content is hashed as it was encoded (SHA-256, 0.6 ms a MiB where the CPU has instructions for it); what a
+        repeat may encode in another order, the entries of maps, is put in order first.
+        """
+        kind = self.kind
+        content: Any = getattr(self.request, kind)
+        hashed = hashlib.sha256(kind.encode() + b"\0")
+        try:
+            large = _large_content(self.encoded, kind, content)
+            if large is not None:
+                _hash_fields(hashed, large, kind)
+                return hashed.digest()[:_DIGEST_BYTES]
+        except ValueError:
+            # Unknown fields of a kind we cannot step over; protobuf can.
+            hashed = hashlib.sha256(kind.encode() + b"\0")
+        hashed.update(content.SerializeToString(deterministic=True))
+        return hashed.digest()[:_DIGEST_BYTES]
+
+
+_MAPS = {"forward": {7}, "forward_backward": {6}, "batch": {3}}
+"""Map fields: loss_fn_config of the operations, loss_fn_inputs of DatumBatch."""
+_BATCH = 4
+"""Number of the batch field in both operations that have one."""
+
+
+def _large_content(encoded: bytes, kind: str, content: Any) -> memoryview | None:
+    """The operation's own bytes, if it is of the forms in which programs send tensors."""
+    if kind != "backward" and not (kind in _MAPS and content.HasField("batch")):
+        return None
+    number = TrainRequest.DESCRIPTOR.fields_by_name[kind].number
+    found = [inner for field, _, inner in fields(memoryview(encoded)) if field == number]
+    # Several are one message in pieces, which nobody sends.
+    return found[0] if len(found) == 1 else None
+
+
+def _hash_fields(hashed: Any, encoded: memoryview, message: str) -> None:
+    entries: list[bytes] = []
+    for number, whole, inner in fields(encoded):
+        if number in _MAPS.get(message, ()):
+            entries.append(hashlib.sha256(whole).digest())
+        elif number == _BATCH and message in ("forward", "forward_backward"):
+            _hash_fields(hashed, inner, "batch")
+        else:
+            hashed.update(whole)
+    hashed.update(len(entries).to_bytes(4, "little"))
+    for entry in sorted(entries):
+        hashed.update(entry)
