@@ -38,7 +38,7 @@ def run_custom_loss(
 
     Raises:
         TypeError, ValueError: `fn` returned something else.
-        GradwireError: NON_FINITE: a gradient is NaN or infinite.
+        GradwireError: NON_FINITE: the loss or a gradient is NaN or infinite.
         Exception: Whatever `fn` raised.
     """
     import torch
@@ -53,6 +53,12 @@ def run_custom_loss(
         leaves.append(leaf)
     with torch.enable_grad():
         loss, metrics = _checked(fn(data, list(leaves)))
+        if not bool(torch.isfinite(loss)):
+            raise error(
+                "NON_FINITE",
+                f"The custom loss is {loss.item():g}. Nothing was sent back; the run is as before. Look for a logarithm "
+                "of something negative or a division by zero in the loss.",
+            )
         if loss.requires_grad:
             loss.backward()
         else:

@@ -32,6 +32,8 @@ _ACK_DELAY_S = 0.2
 _WINDOW_BYTES = 64 * 1024 * 1024
 """Bytes sent and not answered; beyond it the SDK waits. Holds at least one message of the largest size."""
 _MAX_BACKOFF_S = 5.0
+_BROKEN_CODES = {grpc.StatusCode.INTERNAL.value[0], grpc.StatusCode.UNKNOWN.value[0]}
+"""What grpc itself calls a connection cut in the middle of a message; the trainer's own errors carry a reason."""
 _STATUS_TIMEOUT_S = 5.0
 """How long a broken stream's status may take to arrive."""
 
@@ -208,7 +210,9 @@ class RunStream:
         return self._classify(self._connection.explain(exc, "Train"))
 
     def _classify(self, exc: GradwireError) -> Exception:
-        return _StreamLost(exc) if isinstance(exc, UnavailableError) else exc
+        """Whether another connection may go on where this one broke."""
+        broke = isinstance(exc, UnavailableError) or (not exc.reason and exc.code in _BROKEN_CODES)
+        return _StreamLost(exc) if broke else exc
 
     async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
         for operation in list(self._in_flight.values()):
@@ -218,8 +222,9 @@ class RunStream:
             if operation is not None:
                 seq_id, self._next_seq_id = self._next_seq_id, self._next_seq_id + 1
                 operation.request.seq_id = seq_id
-                operation.request.acked_seq_id = self._acked_sent = self._acked()
+                # In flight first: an operation must not acknowledge its own answer.
                 self._in_flight[seq_id] = operation
+                operation.request.acked_seq_id = self._acked_sent = self._acked()
                 self._in_flight_bytes += operation.size_bytes
                 await call.write(operation.request)
             elif self._ack_due:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,11 +43,18 @@ def documents(text: str) -> list[dict]:
     while place >= 0:
         try:
             value, end = decoder.raw_decode(text, place)
-            found.append(value)
+            found.append(snake_case(value))
         except json.JSONDecodeError:
             end = place + 1
         place = text.find("{\n", end)
     return found
+
+
+def snake_case(value: Any) -> Any:
+    """Keys as the proto has them; newer grpcurls print camelCase."""
+    if isinstance(value, dict):
+        return {re.sub(r"(?<=[a-z])([A-Z])", lambda m: "_" + m[1].lower(), k): snake_case(v) for k, v in value.items()}
+    return [snake_case(each) for each in value] if isinstance(value, list) else value
 
 
 def test_every_grpcurl_command_of_the_readme_works(trainer: TrainerProcess):
@@ -55,14 +63,15 @@ def test_every_grpcurl_command_of_the_readme_works(trainer: TrainerProcess):
     assert "gradwire.v1.TrainerService" in asked
     assert "grpc.health.v1.Health" in asked
     assert "rpc ForwardBackward" in asked
+    assert "loss_fn_config" in asked
     health, info, created = documents(asked)[-3:]
     assert health == {"status": "SERVING"}
     assert info["ready"] is True
     assert [loss["name"] for loss in info["losses"]] == ["cross_entropy"]
 
-    trained = bash(second, trainer.address, RUN=created["run"]["runId"])
+    trained = bash(second, trainer.address, RUN=created["run"]["run_id"])
     forward_backward, optim_step, run = documents(trained)
-    logprobs = forward_backward["lossFnOutputs"]["logprobs"]["floats"]["values"]
+    logprobs = forward_backward["loss_fn_outputs"]["logprobs"]["floats"]["values"]
     assert len(logprobs) == 3
     assert forward_backward["metrics"]["loss:sum"] == pytest.approx(-sum(logprobs[1:]), rel=1e-5)
     assert optim_step["step"] == "1"
@@ -74,7 +83,7 @@ def test_a_wrong_request_typed_by_hand_says_what_is_wrong(trainer: TrainerProces
     created = documents(bash(readme_blocks()[0], trainer.address))[-1]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     request = {
-        "run_id": created["run"]["runId"],
+        "run_id": created["run"]["run_id"],
         "loss_fn": "cross_entropie",
         "data": [{"model_input": {"tokens": [1]}, "loss_fn_inputs": {"target_tokens": {"ints": {"values": [2]}}}}],
     }

@@ -55,7 +55,14 @@ def test_a_loss_without_grad_sends_zeros_and_says_so(caplog: pytest.LogCaptureFi
 
 def test_a_gradient_that_is_not_finite_is_refused_by_datum():
     with pytest.raises(GradwireError, match=r"data\[1\]") as caught:
-        run(lambda _, logprobs: ((logprobs[1] * float("inf")).sum(), {}))
+        # A square root at zero: the loss is 0, its slope is not.
+        run(lambda _, logprobs: ((logprobs[1] - logprobs[1].detach()).abs().sqrt().sum(), {}))
+    assert caught.value.reason == "NON_FINITE"
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    with pytest.raises(GradwireError, match="is nan") as caught:
+        run(lambda _, logprobs: (torch.log(logprobs[0].sum()), {}))
     assert caught.value.reason == "NON_FINITE"
 
 

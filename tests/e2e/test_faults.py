@@ -1,0 +1,130 @@
+"""Cut connections and killed processes."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gradwire import AdamParams, ServiceClient
+from gradwire.errors import FailedPreconditionError, UnavailableError, WorkerDiedError
+
+from tests.cut_proxy import cut_proxy
+from tests.e2e.test_training import all_logprobs, data, negative_log_likelihood
+from tests.trainer_process import TrainerProcess, running_trainer
+
+ADAM = AdamParams(learning_rate=1e-2)
+
+
+def steps(client, batch, count: int) -> list:
+    """Steps with both kinds of losses, all sent ahead; their futures."""
+    futures = []
+    for number in range(count):
+        if number % 2:
+            futures.append(client.forward_backward_custom(batch, negative_log_likelihood))
+        else:
+            futures.append(client.forward_backward(batch, "cross_entropy"))
+        futures.append(client.optim_step(ADAM))
+    return futures
+
+
+def test_a_loop_over_a_connection_cut_again_and_again_is_bit_identical(trainer: TrainerProcess, service: ServiceClient):
+    batch = data(30, 20, 40)
+    undisturbed = service.create_training_client()
+    for future in steps(undisturbed, batch, 12):
+        future.result(60)
+    with cut_proxy(trainer.address) as proxy, ServiceClient(proxy.base_url) as through:
+        client = through.create_training_client()
+        client.forward(batch).result(60)
+        stop = threading.Event()
+
+        def adversary() -> None:
+            rng = np.random.default_rng(0)
+            while not stop.wait(rng.uniform(0.01, 0.08)):
+                if rng.random() < 0.5:
+                    proxy.cut()
+                else:
+                    proxy.cut_after_bytes = int(rng.integers(1, 3000))
+
+        cutting = threading.Thread(target=adversary)
+        cutting.start()
+        futures = []
+        for _ in range(6):
+            futures += steps(client, batch, 2)
+            time.sleep(0.05)
+        # Every future resolves, once, with the right answer.
+        answers = [future.result(60) for future in futures]
+        stop.set()
+        cutting.join()
+        assert [answer.step for answer in answers[1::2]] == list(range(1, 13))
+        assert proxy.connections > 3
+        client.close()
+    after = service.training_client(client.run_id)
+    np.testing.assert_array_equal(all_logprobs(after, batch), all_logprobs(undisturbed, batch))
+    assert after.get_info().step == 12
+    after.delete_run()
+    undisturbed.delete_run()
+
+
+def test_a_trainer_out_of_reach_for_good_ends_in_unavailable(trainer: TrainerProcess, service: ServiceClient):
+    with cut_proxy(trainer.address) as proxy, ServiceClient(proxy.base_url, reconnect_timeout_s=1.0) as through:
+        client = through.create_training_client()
+        client.forward(data(4)).result(60)
+        proxy.refusing = True
+        proxy.cut()
+        with pytest.raises(UnavailableError, match="gave up after 1 s"):
+            client.forward(data(4)).result(30)
+        proxy.refusing = False
+    service.training_client(client.run_id).delete_run()
+
+
+def test_kill_9_of_the_worker_mid_step_is_told_within_two_seconds_and_the_next_run_works(
+    tiny_llama: Path, tmp_path: Path
+):
+    with running_trainer(tiny_llama, tmp_path) as trainer, ServiceClient(trainer.base_url, timeout_s=90) as service:
+        client = service.create_training_client()
+        client.forward_backward(data(9), "cross_entropy").result(60)
+        worker = trainer.worker_pid()
+        # Stopped, so that the operation is under way when the blow comes.
+        os.kill(worker, signal.SIGSTOP)
+        pending = [client.forward_backward(data(9), "cross_entropy"), client.optim_step(ADAM)]
+        time.sleep(0.2)
+        start = time.monotonic()
+        os.kill(worker, signal.SIGKILL)
+        for future in pending:
+            with pytest.raises(WorkerDiedError, match="SIGKILL|signal|exit code|connection"):
+                future.result(10)
+        assert time.monotonic() - start < 2
+        with pytest.raises(FailedPreconditionError) as caught:
+            client.forward(data(4)).result(10)
+        assert caught.value.reason == "RUN_LOST"
+        assert [run["state"] for run in service.list_runs()] == ["lost"]
+        fresh = service.create_training_client()
+        fresh.forward_backward(data(9), "cross_entropy")
+        assert fresh.optim_step(ADAM).result(60).step == 1
+
+
+def test_sigterm_answers_what_is_queued_and_exits_0(tiny_llama: Path, tmp_path: Path):
+    # running_trainer asserts exit code 0 and that no process is left.
+    with running_trainer(tiny_llama, tmp_path) as trainer:
+        service = ServiceClient(trainer.base_url, timeout_s=90, reconnect_timeout_s=0.5)
+        client = service.create_training_client()
+        futures = steps(client, data(*[40] * 30), 4)
+        futures[0].result(60)
+        trainer.process.send_signal(signal.SIGTERM)
+        for future in futures:
+            # Answered, or refused in a sentence; never left hanging.
+            error = future.exception(40)
+            assert error is None or isinstance(error, UnavailableError), error
+        assert trainer.process.wait(40) == 0
+        service.close()
+
+
+def test_kill_9_of_the_trainer_leaves_no_process(tiny_llama: Path, tmp_path: Path):
+    with running_trainer(tiny_llama, tmp_path) as trainer:
+        trainer.wait_ready()
+        trainer.worker_pid()
+        trainer.process.kill()
+        trainer.process.wait(10)
