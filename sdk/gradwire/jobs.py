@@ -12,13 +12,14 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from gradwire.embedded import EmbeddedControlPlane
-from gradwire.errors import GradwireError, OperationTimeoutError, error
+from gradwire.errors import GradwireError, OperationTimeoutError, UnavailableError, error
 from gradwire.transport import Connection
 from gradwire.v1 import trainer_job_service_pb2 as pb
 from gradwire.v1.trainer_job_service_pb2_grpc import TrainerJobServiceStub
 
 _CALL_TIMEOUT_S = 30.0
 _DELETE_TIMEOUT_S = 90.0
+_LOCAL_TRY_S = 5.0
 _WILDCARDS = {"0.0.0.0", "::"}  # noqa: S104  (recognised, not listened on)
 
 
@@ -186,13 +187,24 @@ class TrainerJobManager:
         return job
 
     def _call(self, method: str, request: Any, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
-        if self._embedded is not None:
+        if self._embedded is None:
+            if self._connection is None:
+                raise ValueError("This TrainerJobManager is closed; make a new one.")
+            return self._connection.call(TrainerJobServiceStub, method, request, timeout_s=timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while True:
             base_url = self._embedded.start()
             if self._connection is None or self._connection.base_url != base_url:
                 self._connection = Connection(base_url, self._api_key)
-        if self._connection is None:
-            raise ValueError("This TrainerJobManager is closed; make a new one.")
-        return self._connection.call(TrainerJobServiceStub, method, request, timeout_s=timeout_s)
+            remaining_s = max(0.1, deadline - time.monotonic())
+            try:
+                # In short tries, as `start` notices at once when its process has ended. Every call is safe to repeat.
+                return self._connection.call(
+                    TrainerJobServiceStub, method, request, timeout_s=min(_LOCAL_TRY_S, remaining_s)
+                )
+            except (UnavailableError, OperationTimeoutError):
+                if time.monotonic() >= deadline:
+                    raise
 
     def _refuse_unstarted(self, job_id: str) -> None:
         """A control plane that was never started holds no jobs; starting it to hear so would be odd."""
