@@ -65,6 +65,13 @@ async def test_a_repeat_while_the_first_executes_executes_once():
     assert [kind for _, _, kind in worker.executed] == ["create_run", "optim_step"]
 
 
+async def test_an_operation_cannot_acknowledge_itself():
+    run = await make_runs(FakeWorker()).create(CreateRunRequest())
+    request = TrainRequest(seq_id=1, acked_seq_id=1, optim_step=ops.OptimStepRequest())
+    first = await run.execute(Operation.made(request))
+    assert await run.execute(Operation.made(request)) == first
+
+
 async def test_an_operation_goes_on_when_its_caller_stops_waiting():
     worker = FakeWorker(latency_s=0.02)
     run = await make_runs(worker).create(CreateRunRequest())

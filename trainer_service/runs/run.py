@@ -92,7 +92,8 @@ class Run:
         Raises:
             GradwireError: The operation has no place in the order; see Sequence.receive.
         """
-        self._sequence.acknowledge(operation.request.acked_seq_id)
+        # Whoever sends an operation, again perhaps, has no answer to it, whatever the message says.
+        self._sequence.acknowledge(min(operation.request.acked_seq_id, operation.seq_id - 1))
         entry = self._sequence.receive(operation, answered)
         if entry is None:
             return
