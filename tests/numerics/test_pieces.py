@@ -1,0 +1,148 @@
+"""The engine's mathematics piece by piece, against closed forms and torch's own."""
+
+import numpy as np
+import pytest
+import torch
+from gradwire.types import AdamParams
+
+from tests.numerics.plain import relative_error
+from trainer_service.engine import logprobs as logprobs_module
+from trainer_service.engine.logprobs import target_logprobs
+from trainer_service.engine.losses import find_loss
+from trainer_service.engine.losses.loss import LossInputs
+from trainer_service.engine.optim import AdamW
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 150, 1 << 24])
+@pytest.mark.parametrize("k", [None, 1, 4])
+def test_target_logprobs_and_their_gradient_equal_log_softmax(
+    monkeypatch: pytest.MonkeyPatch, k: int | None, chunk_elements: int
+) -> None:
+    monkeypatch.setattr(logprobs_module, "_CHUNK_ELEMENTS", chunk_elements)
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(7, 50)).requires_grad_()
+    targets = torch.randint(50, (7,) if k is None else (7, k))
+    upstream = torch.randn(targets.shape)
+    found = target_logprobs(logits, targets)
+    (gradient,) = torch.autograd.grad(found, logits, upstream)
+
+    exact = logits.detach().double().requires_grad_()
+    columns = targets if k else targets[:, None]
+    wanted = torch.log_softmax(exact, -1).gather(-1, columns).view(targets.shape)
+    (wanted_gradient,) = torch.autograd.grad(wanted, exact, upstream.double())
+    assert found.dtype == torch.float32
+    assert relative_error(found.detach(), wanted.detach()) < 1e-6
+    assert relative_error(gradient, wanted_gradient) < 1e-6
+
+
+def test_repeated_soft_targets_add_up() -> None:
+    logits = torch.randn(1, 5, requires_grad=True)
+    found = target_logprobs(logits, torch.tensor([[2, 2]]))
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    wanted = -2 * torch.softmax(logits.detach(), -1)
+    wanted[0, 2] += 2
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_bfloat16_logits_are_normalised_in_float32() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4, 20_000, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(20_000, (4,))
+    found = target_logprobs(logits, targets)
+    wanted = torch.log_softmax(logits.detach().double(), -1).gather(-1, targets[:, None])[:, 0]
+    # 2,048 equal terms already add nothing any more in bfloat16.
+    assert relative_error(found.detach(), wanted) < 1e-6
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    assert gradient.dtype == torch.bfloat16
+
+
+def test_cross_entropy_is_a_sum_over_tokens_never_a_mean() -> None:
+    logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    weights = torch.tensor([1.0, 0.0, -0.5])
+    output = find_loss("cross_entropy").fn(LossInputs(logprobs, {"weights": weights}), {})
+    output.loss.backward()
+    assert output.loss.item() == 1.0 - 1.5
+    assert output.num_loss_tokens.item() == 2
+    np.testing.assert_array_equal(logprobs.grad, -weights)
+
+
+def make_parameters(seed: int = 0) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((30, 7), (13,), (5, 4, 3))]
+
+
+def set_gradients(parameters: list[torch.nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.3, 1e6])
+@pytest.mark.parametrize("divisor", [1.0, 17.0])
+def test_adamw_equals_torch_given_the_same_gradients(clip: float, divisor: float) -> None:
+    ours, plain = make_parameters(), make_parameters()
+    start = [parameter.detach().clone() for parameter in plain]
+    optimizer, reference = AdamW(ours), torch.optim.AdamW(plain, foreach=False, fused=False)
+    settings = [(1e-2, 0.9, 0.95, 1e-12, 0.0), (3e-3, 0.8, 0.99, 1e-8, 0.1), (1e-3, 0.0, 0.5, 1e-4, 0.01)]
+    for number, (lr, beta1, beta2, eps, weight_decay) in enumerate(settings):
+        set_gradients(ours, number)
+        set_gradients(plain, number)
+        result = optimizer.step(AdamParams(lr, beta1, beta2, eps, weight_decay, clip), divisor=divisor)
+        for parameter in plain:
+            assert parameter.grad is not None
+            parameter.grad /= divisor
+        norm = torch.nn.utils.clip_grad_norm_(plain, clip or float("inf"))
+        reference.param_groups[0].update(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
+        reference.step()
+        assert result.applied
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-6)
+    for our, parameter, before in zip(ours, plain, start, strict=True):
+        assert relative_error(our.detach() - before, parameter.detach() - before) < 1e-5
+
+
+@pytest.mark.parametrize("learning_rate", [1e-3, 3.3e-5, 0.0])
+def test_learning_rate_is_not_rounded(learning_rate: float) -> None:
+    # From zero, the first step of Adam is the learning rate itself; bfloat16 would make 1e-3 into 0.00099945.
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    parameter.grad = torch.tensor([1.0, -1.0, 100.0, 1e-3])
+    AdamW([parameter]).step(AdamParams(learning_rate=learning_rate))
+    expected = -learning_rate * torch.tensor([1.0, -1.0, 1.0, 1.0])
+    torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_step_with_non_finite_gradients_changes_nothing(bad: float) -> None:
+    parameters = make_parameters()
+    before = [parameter.detach().clone() for parameter in parameters]
+    set_gradients(parameters, 0)
+    assert parameters[1].grad is not None
+    parameters[1].grad[3] = bad
+    assert not AdamW(parameters).step(AdamParams()).applied
+    for parameter, start in zip(parameters, before, strict=True):
+        assert torch.equal(parameter, start)
+
+
+def test_step_that_ran_out_of_memory_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, plain = make_parameters(), make_parameters()
+    optimizer = AdamW(ours)
+    set_gradients(ours, 0)
+    real, calls = torch.zeros_like, []
+
+    def zeros_like(*args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("no memory")
+        return real(*args, **kwargs)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "zeros_like", zeros_like)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step(AdamParams())
+    assert len(calls) == 4
+    for parameter, start in zip(ours, plain, strict=True):
+        assert torch.equal(parameter, start)
+    optimizer.step(AdamParams())
+    set_gradients(plain, 0)
+    AdamW(plain).step(AdamParams())
+    for parameter, wanted in zip(ours, plain, strict=True):
+        assert torch.equal(parameter, wanted)

@@ -1,0 +1,215 @@
+"""Bad input is refused with the place as the caller wrote it. No torch in these tests, nor in what they test."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from gradwire.codec import Batch
+from gradwire.errors import GradwireError, InvalidArgumentError, ResourceExhaustedError
+from gradwire.types import AdamParams
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer_service.config import Limits
+from trainer_service.engine.losses import find_loss
+from trainer_service.engine.validation import (
+    check_adam_params,
+    check_batch,
+    check_checkpoint_name,
+    check_gradients,
+    check_gradients_shape,
+    check_loss_config,
+)
+
+CROSS_ENTROPY = find_loss("cross_entropy")
+
+
+def make_batch(lengths: tuple[int, ...] = (3, 1, 4), *, k: int | None = None) -> Batch:
+    total = sum(lengths)
+    shape = (total,) if k is None else (total, k)
+    return Batch(
+        tokens_T=np.arange(total, dtype=np.int32) % 10,
+        cu_seqlens=np.cumsum([0, *lengths]).astype(np.int64),
+        loss_fn_inputs={
+            "target_tokens": np.ones(shape, dtype=np.int64),
+            "weights": np.ones(shape, dtype=np.float32),
+        },
+    )
+
+
+def check(batch: Batch, *, limits: Limits | None = None, max_context_length: int = 4, loss: bool = True) -> None:
+    check_batch(
+        batch,
+        vocab_size=10,
+        max_context_length=max_context_length,
+        limits=limits or Limits(),
+        loss=CROSS_ENTROPY if loss else None,
+    )
+
+
+def refusal(batch: Batch, **settings: object) -> GradwireError:
+    with pytest.raises(InvalidArgumentError) as caught:
+        check(batch, **settings)  # pyright: ignore[reportArgumentType]
+    ((field, description),) = caught.value.field_violations
+    assert caught.value.message == f"{field} {description}"
+    assert caught.value.metadata["field"] == field
+    return caught.value
+
+
+def field_of(exc: GradwireError) -> str:
+    return exc.field_violations[0][0]
+
+
+@pytest.mark.parametrize("k", [None, 2])
+def test_good_batch_passes(k: int | None) -> None:
+    check(make_batch(k=k))
+
+
+def test_missing_targets_are_refused() -> None:
+    batch = Batch(make_batch().tokens_T, make_batch().cu_seqlens, {})
+    assert field_of(refusal(batch, loss=False)) == 'data[0].loss_fn_inputs["target_tokens"]'
+
+
+def test_targets_of_no_column_are_refused() -> None:
+    assert field_of(refusal(make_batch(k=0))) == 'data[0].loss_fn_inputs["target_tokens"]'
+
+
+@pytest.mark.parametrize("token", [10, -1, 2_000_000_000])
+def test_token_outside_the_vocabulary_is_refused(token: int) -> None:
+    batch = make_batch()
+    batch.tokens_T[6] = token
+    exc = refusal(batch)
+    assert field_of(exc) == "data[2].model_input.tokens[2]"
+    assert f"is {token}," in exc.message
+    assert "0 to 9" in exc.message
+
+
+@pytest.mark.parametrize(("k", "place"), [(None, "[0]"), (2, "[0][1]")])
+def test_target_outside_the_vocabulary_is_refused(k: int | None, place: str) -> None:
+    batch = make_batch(k=k)
+    batch.loss_fn_inputs["target_tokens"][3 if k is None else (3, 1)] = -100
+    assert field_of(refusal(batch)) == f'data[1].loss_fn_inputs["target_tokens"]{place}'
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused(value: float) -> None:
+    batch = make_batch()
+    batch.loss_fn_inputs["weights"][5] = value
+    assert field_of(refusal(batch)) == 'data[2].loss_fn_inputs["weights"][1]'
+
+
+def test_sequence_over_the_limit_is_refused() -> None:
+    exc = refusal(make_batch((3, 6)), max_context_length=5)
+    assert exc.reason == "SEQUENCE_TOO_LONG"
+    assert field_of(exc) == "data[1].model_input"
+    assert exc.metadata["limit"] == "5"
+
+
+@pytest.mark.parametrize("limits", [Limits(max_datums=2), Limits(max_tokens=7)])
+def test_operation_over_the_limit_is_refused(limits: Limits) -> None:
+    with pytest.raises(ResourceExhaustedError) as caught:
+        check(make_batch(), limits=limits)
+    assert caught.value.reason == "LIMIT_EXCEEDED"
+
+
+def test_missing_weights_are_refused_only_where_the_loss_reads_them() -> None:
+    batch = make_batch()
+    del batch.loss_fn_inputs["weights"]  # pyright: ignore[reportIndexIssue]
+    assert field_of(refusal(batch)) == 'data[0].loss_fn_inputs["weights"]'
+    check(batch, loss=False)
+
+
+def test_misspelt_loss_input_is_refused_not_ignored() -> None:
+    batch = make_batch()
+    inputs = {**batch.loss_fn_inputs, "wieghts": batch.loss_fn_inputs["weights"]}
+    exc = refusal(Batch(batch.tokens_T, batch.cu_seqlens, inputs))
+    assert field_of(exc) == 'data[0].loss_fn_inputs["wieghts"]'
+    assert "target_tokens, weights" in exc.message
+
+
+def test_weights_shaped_unlike_targets_are_refused() -> None:
+    batch = make_batch()
+    inputs = {**batch.loss_fn_inputs, "weights": np.ones((8, 2), dtype=np.float32)}
+    assert "must match" in refusal(Batch(batch.tokens_T, batch.cu_seqlens, inputs)).message
+
+
+@pytest.mark.parametrize("name", ["cross_entrop", "", "ppo"])
+def test_unknown_loss_lists_the_known_ones(name: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        find_loss(name)
+    assert caught.value.reason == "UNKNOWN_LOSS"
+    assert caught.value.metadata["known"] == "cross_entropy"
+    assert "cross_entropy" in caught.value.message
+
+
+def test_unknown_loss_setting_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match=r'loss_fn_config\["epsilon"\] is no setting of cross_entropy'):
+        check_loss_config(CROSS_ENTROPY, {"epsilon": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("learning_rate", -1e-4),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("beta1", 1.0),
+        ("beta2", -0.1),
+        ("eps", 0.0),
+        ("weight_decay", -1.0),
+        ("grad_clip_norm", -1.0),
+    ],
+)
+def test_hyperparameter_out_of_range_is_named(field: str, value: float) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        check_adam_params(AdamParams(**{field: value}))
+    assert field_of(caught.value) == field
+
+
+def test_usual_hyperparameters_pass() -> None:
+    check_adam_params(AdamParams())
+    check_adam_params(AdamParams(learning_rate=0, beta1=0, beta2=0.999, eps=1e-8, weight_decay=0.1, grad_clip_norm=1))
+
+
+def test_gradients_that_are_not_finite_are_refused_with_their_place() -> None:
+    gradients = np.zeros((4, 2), dtype=np.float32)
+    gradients[3, 1] = np.nan
+    with pytest.raises(InvalidArgumentError, match=r"gradients\[3\]\[1\] is nan"):
+        check_gradients(gradients)
+
+
+def test_gradients_of_another_dtype_or_shape_are_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="dtype int64"):
+        check_gradients(np.zeros(3, dtype=np.int64))
+    with pytest.raises(InvalidArgumentError, match=r"shape \[3\].*forward 7.*\[4\]"):
+        check_gradients_shape(np.zeros(3, dtype=np.float32), (4,), 7)
+
+
+@pytest.mark.parametrize("name", ["step-10", "a", "A.b_c-9", "x" * 128])
+def test_checkpoint_names_that_are_file_names_pass(name: str) -> None:
+    check_checkpoint_name(name)
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "..", "a/b", "a b", "x" * 129, "naïve", "a\n", "../../etc"])
+def test_checkpoint_names_that_are_not_are_refused(name: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        check_checkpoint_name(name)
+    assert field_of(caught.value) == "name"
+    assert len(caught.value.message) < 300
+
+
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=8), data=st.data())
+def test_the_place_named_is_the_place_that_is_bad(lengths: list[int], data: st.DataObject) -> None:
+    number = data.draw(st.integers(0, len(lengths) - 1))
+    place = data.draw(st.integers(0, lengths[number] - 1))
+    batch = make_batch(tuple(lengths))
+    batch.loss_fn_inputs["weights"][int(batch.cu_seqlens[number]) + place] = np.nan
+    exc = refusal(batch, max_context_length=6)
+    assert field_of(exc) == f'data[{number}].loss_fn_inputs["weights"][{place}]'
+
+
+def test_validation_needs_no_torch() -> None:
+    modules = "trainer_service.engine.validation, trainer_service.engine.losses"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
