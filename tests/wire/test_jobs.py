@@ -2,6 +2,8 @@
 
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -183,6 +185,20 @@ def test_health_needs_no_key(base_url: str):
         for service in ("", "gradwire.v1.TrainerJobService"):
             answer = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_healthcheck_script_tells_by_its_exit_code(base_url: str):
+    script = str(Path(__file__).parents[2] / "scripts" / "healthcheck.py")
+    address = base_url.removeprefix("http://")
+    for service, code in (("gradwire.v1.TrainerJobService", 0), ("gradwire.v1.TrainerService", 1)):
+        done = subprocess.run(
+            [sys.executable, script, "--address", address, "--service", service],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+    assert "NOT_FOUND" in done.stderr
 
 
 def test_trainer_is_no_control_plane(manager: TrainerJobManager):
