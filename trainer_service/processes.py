@@ -6,8 +6,9 @@
 * A program of ours ends when `parent_gone` returns: stdin reached its end, or the parent's process is no more. The
   second also holds where a forked sibling keeps the pipe open.
 * A program that is not ours (torchrun) is run through `python -m trainer_service.processes`, which first asks the
-  kernel for SIGTERM at its parent's death. The kernel ties that to the *thread* that forked, so it is only for parents
-  that start children on their main thread, as the trainer does.
+  kernel for SIGKILL at its parent's death. The kernel ties that to the *thread* that forked, so it is only for parents
+  that start children on their main thread, as the trainer does. SIGKILL, since torchrun would take 30 s over SIGTERM
+  when a rank hangs; ranks ask for the same at torchrun's death.
 * `stop_child` ends the whole tree below a child, sessions of its grandchildren included: torchrun gives each rank one.
 
 Each child leads a session of its own, so that Ctrl-C reaches only the program the user started, which then takes its
@@ -172,6 +173,6 @@ def write_ready_file(path: Path, **values: object) -> None:
 
 if __name__ == "__main__":
     # `python -m trainer_service.processes MODULE ARG…`: `python -m MODULE ARG…` that ends with its parent.
-    die_with_parent(signal.SIGTERM)
+    die_with_parent()
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -50,7 +50,9 @@ class WorkerSettings:
             *(sys.executable, "-m", "trainer_service.processes", "torch.distributed.run"),
             # A rendezvous of its own on a free port: several trainers share a machine.
             *("--nnodes=1", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
-            *("--max-restarts=0", "-m", "trainer_service.engine", "--socket", socket),
+            # Its files beside the socket, to go with it; by default each start leaves a folder in /tmp.
+            *("--log-dir", f"{os.path.dirname(socket)}/torchrun", "--max-restarts=0"),
+            *("-m", "trainer_service.engine", "--socket", socket),
             *("--base-model", self.base_model, "--checkpoint-dir", str(self.checkpoint_dir)),
             *("--max-context-length", str(self.max_context_length)),
         ]
