@@ -124,12 +124,19 @@ class RunStream:
             try:
                 await self._attach_and_serve()
             except _StreamLost as lost:
+                if not self._in_flight and self._order.idle():
+                    # Nobody waits for anything; the next call reattaches.
+                    logger.debug("%s: connection lost while idle (%s).", self._run_id, lost.error)
+                    self._task = None
+                    return
                 if self._attached:
                     lost_at, backoff_s = None, 0.1
                 now = time.monotonic()
                 if lost_at is None:
                     lost_at = now
-                    logger.warning(
+                    logger.log(
+                        # Nobody waits for anything: most likely the trainer was deleted at the end of a script.
+                        logging.WARNING if self._in_flight else logging.INFO,
                         "%s: connection lost (%s) Trying again for %g s.",
                         self._run_id,
                         lost.error,
