@@ -36,7 +36,7 @@ gradwire_step() {
         kill "$ticker" 2>/dev/null || :
         wait "$ticker" 2>/dev/null || :
         trap - EXIT
-        printf '\r\033[K%s: %d s\n' "$what" $((SECONDS - start)) >&2
+        printf '\r\033[K%s: %s%d s\n' "$what" "$([ "$code" -eq 0 ] || printf 'failed after ')" $((SECONDS - start)) >&2
     fi
     return "$code"
 }
