@@ -2,9 +2,9 @@
 
     python benchmarks/overhead.py [--model models/SmolLM2-135M-Instruct] [--rounds 9]
 
-Rows: a whole step (forward_backward + optim_step) through the service over the same step on an Engine in this process; a
-custom loss over the built-in one, both through the service; the round trip of a tiny operation; tensor bytes a second up
-and down the stream against a gRPC stream of the same server kind that only carries bytes.
+Rows: a whole step (forward_backward + optim_step) through the service over the same step on an Engine in this process;
+a custom loss over the built-in one, both through the service; the round trip of a tiny operation; tensor bytes a second
+up and down the stream against a gRPC stream of the same kind of server that only carries bytes.
 """
 
 import argparse
@@ -136,9 +136,9 @@ CHUNK_BYTES = 1 << 20
 class RawEcho:
     """A gRPC server that only carries bytes, in a process of its own, as the trainer is."""
 
-    SERVER = (
-        """
+    SERVER = """
 import asyncio, grpc.aio, grpc, sys
+CHUNK = bytes(int(sys.argv[1]))
 class Handler(grpc.GenericRpcHandler):
     def service(self, details):
         async def up(messages, context):
@@ -149,7 +149,7 @@ class Handler(grpc.GenericRpcHandler):
         async def down(messages, context):
             async for message in messages:
                 for _ in range(int(message)):
-                    yield bytes(%d)
+                    yield CHUNK
         return grpc.stream_stream_rpc_method_handler({"/raw/up": up, "/raw/down": down}[details.method])
 async def main():
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)])
@@ -159,11 +159,10 @@ async def main():
     await server.wait_for_termination()
 asyncio.run(main())
 """
-        % CHUNK_BYTES
-    )
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen([sys.executable, "-c", self.SERVER], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", self.SERVER, str(CHUNK_BYTES)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         self._target = f"127.0.0.1:{self._process.stdout.readline().strip()}"
         self._loop = asyncio.new_event_loop()

@@ -56,8 +56,8 @@ def run_custom_loss(
         if not bool(torch.isfinite(loss)):
             raise error(
                 "NON_FINITE",
-                f"The custom loss is {loss.item():g}. Nothing was sent back; the run is as before. Look for a logarithm "
-                "of something negative or a division by zero in the loss.",
+                f"The custom loss is {loss.item():g}. Nothing was sent back; the run is as before. Look for a "
+                "logarithm of something negative or a division by zero in the loss.",
             )
         if loss.requires_grad:
             loss.backward()

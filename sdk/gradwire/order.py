@@ -68,6 +68,10 @@ class CallOrder:
         """Whether a call in the line would act on what the open custom losses leave behind."""
         return any(call.barrier for call in self._line)
 
+    def idle(self) -> bool:
+        """Whether nothing waits to be sent and no custom loss is open."""
+        return not (self._first or self._line or self._open)
+
     def next(self) -> Operation | None:
         """The operation to send now, or None while there is nothing that may go."""
         if self._first:

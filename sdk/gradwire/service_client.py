@@ -4,6 +4,7 @@ import logging
 import os
 import time
 import uuid
+import weakref
 from typing import Any
 
 from gradwire.answers import run_state_name
@@ -51,6 +52,7 @@ class ServiceClient:
         self._connection = Connection(base_url, api_key or os.environ.get("GRADWIRE_API_KEY"))
         self._timeout_s = timeout_s
         self._reconnect_timeout_s = reconnect_timeout_s
+        self._clients: weakref.WeakSet[TrainingClient] = weakref.WeakSet()
 
     def create_training_client(
         self, base_model: str = "", lora_rank: int = 0, *, display_name: str = "", timeout_s: float | None = None
@@ -102,7 +104,9 @@ class ServiceClient:
     def _client(self, run: Any, timeout_s: float) -> TrainingClient:
         # Asked again: the model's limits are known only once it is loaded, and a run says that it is.
         info = self.get_server_info(timeout_s=timeout_s)
-        return TrainingClient(self._connection, run, info, reconnect_timeout_s=self._reconnect_timeout_s)
+        client = TrainingClient(self._connection, run, info, reconnect_timeout_s=self._reconnect_timeout_s)
+        self._clients.add(client)
+        return client
 
     def get_server_info(self, *, timeout_s: float | None = None) -> GetServerInfoResponse:
         """Versions, model, losses and limits of the trainer.
@@ -141,7 +145,9 @@ class ServiceClient:
         ]
 
     def close(self) -> None:
-        """Closes the connection; training clients made from it stop too."""
+        """Closes the connection, and the training clients made from it."""
+        for client in list(self._clients):
+            client.close()
         self._connection.close()
 
     def __enter__(self) -> "ServiceClient":

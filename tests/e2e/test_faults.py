@@ -128,3 +128,16 @@ def test_kill_9_of_the_trainer_leaves_no_process(tiny_llama: Path, tmp_path: Pat
         trainer.worker_pid()
         trainer.process.kill()
         trainer.process.wait(10)
+
+
+def test_a_connection_lost_while_idle_is_taken_up_quietly_by_the_next_call(
+    trainer: TrainerProcess, service: ServiceClient, caplog: pytest.LogCaptureFixture
+):
+    with cut_proxy(trainer.address) as proxy, ServiceClient(proxy.base_url) as through:
+        client = through.create_training_client()
+        client.forward(data(4)).result(60)
+        proxy.cut()
+        time.sleep(0.3)
+        assert client.forward_backward(data(4), "cross_entropy").result(60)
+        assert "connection lost" not in caplog.text
+    service.training_client(client.run_id).delete_run()

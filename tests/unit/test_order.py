@@ -97,3 +97,14 @@ def test_size_counts_the_message():
     request = TrainRequest(backward=ops.BackwardRequest(forward_seq_id=1))
     request.backward.gradients.data = bytes(1000)
     assert Operation(request, answered=lambda _: None, failed=lambda _: None).size_bytes > 1000
+
+
+def test_an_open_custom_loss_is_not_idle():
+    order = CallOrder()
+    assert order.idle()
+    custom = call("forward1", custom=True)
+    order.add(custom)
+    assert sent(order) == ["forward1"]
+    assert not order.idle()
+    order.close(custom)
+    assert order.idle()
