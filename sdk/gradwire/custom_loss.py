@@ -3,7 +3,7 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("gradwire")
 
-CustomLossFn = Callable[[Sequence[Any], "list[torch.Tensor]"], "tuple[torch.Tensor, dict[str, float]]"]
+CustomLossFn = Callable[[list[Any], "list[torch.Tensor]"], "tuple[torch.Tensor, Mapping[str, Any]]"]
 """(data, logprobs_list) → (scalar loss, metrics)."""
 
 
 def run_custom_loss(
-    fn: CustomLossFn, data: Sequence[Any], logprobs_T: npt.NDArray[np.float32], cu_seqlens: npt.NDArray[np.int64]
+    fn: CustomLossFn, data: list[Any], logprobs_T: npt.NDArray[np.float32], cu_seqlens: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.float32], float, dict[str, float]]:
     """Calls `fn(data, logprobs_list)` and differentiates its loss.
 

@@ -134,9 +134,7 @@ class RunStream:
                 now = time.monotonic()
                 if lost_at is None:
                     lost_at = now
-                    logger.log(
-                        # Nobody waits for anything: most likely the trainer was deleted at the end of a script.
-                        logging.WARNING if self._in_flight else logging.INFO,
+                    logger.warning(
                         "%s: connection lost (%s) Trying again for %g s.",
                         self._run_id,
                         lost.error,

@@ -37,10 +37,8 @@ def data(*lengths: int, seed: int = 0) -> list[Datum]:
 
 def negative_log_likelihood(batch: list[Datum], logprobs_list: list[torch.Tensor]) -> tuple[torch.Tensor, dict]:
     """cross_entropy, written as a user would."""
-    loss = -sum(
-        torch.dot(logprobs, datum.loss_fn_inputs["weights"].to_torch())
-        for datum, logprobs in zip(batch, logprobs_list, strict=True)
-    )
+    pairs = zip(batch, logprobs_list, strict=True)
+    loss = -torch.stack([torch.dot(lp, datum.loss_fn_inputs["weights"].to_torch()) for datum, lp in pairs]).sum()
     return loss, {"mine": loss.item()}
 
 
@@ -213,8 +211,9 @@ def test_a_batch_split_into_many_messages_is_one_batch(service: ServiceClient):
     for fn in ("cross_entropy", negative_log_likelihood):
         results = []
         for each in (whole, split):
-            call = each.forward_backward if isinstance(fn, str) else each.forward_backward_custom
-            results.append((call(batch, fn), each.optim_step(ADAM)))
+            built_in = isinstance(fn, str)
+            loss = each.forward_backward(batch, fn) if built_in else each.forward_backward_custom(batch, fn)
+            results.append((loss, each.optim_step(ADAM)))
         (one, step_one), (other, step_other) = results
         assert one.result(60).metrics["loss:sum"] == pytest.approx(other.result(60).metrics["loss:sum"], rel=1e-6)
         assert step_one.result(60).metrics["grad_norm:mean"] == pytest.approx(

@@ -126,7 +126,7 @@ def test_a_tensor_that_does_not_fit_is_refused(tensor: tensor_pb2.Tensor, messag
         decode_tensor(tensor, "gradients")
 
 
-def wire_batch(**changes: object) -> datum_pb2.DatumBatch:
+def wire_batch(**changes: np.ndarray) -> datum_pb2.DatumBatch:
     parts = {
         "tokens": np.array([1, 2, 3], dtype=np.int32),
         "cu_seqlens": np.array([0, 1, 3]),
