@@ -2,11 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from trainer_service.config import Limits
-    from trainer_service.engine.engine import Engine
 
 VOCAB_SIZE = 128
 MAX_CONTEXT_LENGTH = 64
@@ -72,16 +67,3 @@ def _write_tokenizer(folder: Path) -> None:
         "{% for message in messages %}<|im_start|>{{ message['role'] }}: {{ message['content'] }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
     )
-
-
-def make_engine(folder: Path, checkpoint_dir: Path, *, limits: "Limits | None" = None) -> "Engine":
-    """An engine on the CPU with one run, "run-1"."""
-    import torch
-
-    from trainer_service.engine.device import Device
-    from trainer_service.engine.engine import Engine
-
-    device = Device(torch.device("cpu"), "cpu", torch.float32)
-    engine = Engine(str(folder), device=device, checkpoint_dir=checkpoint_dir, limits=limits)
-    engine.create_run("run-1")
-    return engine

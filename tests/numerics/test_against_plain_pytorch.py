@@ -16,6 +16,7 @@ from gradwire.custom_loss import run_custom_loss
 from gradwire.types import AdamParams
 from transformers import PreTrainedModel
 
+from tests.engines import CROSS_ENTROPY, RUN, make_engine
 from tests.numerics.conftest import ModelCase
 from tests.numerics.plain import (
     PlainSequence,
@@ -26,16 +27,12 @@ from tests.numerics.plain import (
     to_batch,
     worst_gradient_error,
 )
-from tests.tiny import make_engine
 from trainer_service.engine.engine import Engine
-from trainer_service.engine.losses import find_loss
 
-RUN = "run-1"
 LOSS = 1e-6
 LOGPROBS = 1e-4
 GRADIENTS = 1e-5
 MOVED = 1e-2
-CROSS_ENTROPY = find_loss("cross_entropy")
 tiny_only = pytest.mark.parametrize("case", ["tiny_llama"], indirect=True)
 
 
