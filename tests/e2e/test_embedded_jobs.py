@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,19 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         yield manager
 
 
-def test_embedded_jobs_train_and_go(manager: TrainerJobManager, tiny_llama: Path, tmp_path: Path):
+@pytest.fixture
+def started():
+    """The processes below this one that were not there when the test began."""
+    before = set(descendants(os.getpid()))
+    return lambda: [pid for pid in descendants(os.getpid()) if pid not in before]
+
+
+def test_embedded_jobs_train_and_go(
+    manager: TrainerJobManager, started: Callable[[], list[int]], tiny_llama: Path, tmp_path: Path
+):
     assert manager.list() == []
     job = manager.create_and_wait(TrainerJobConfig(str(tiny_llama), max_context_length=32))
-    below = descendants(os.getpid())
+    below = started()
     with ServiceClient(job.base_url, API_KEY) as service:
         (model,) = service.get_server_info().models
         assert model.max_context_length == 32
@@ -41,21 +51,22 @@ def test_embedded_jobs_train_and_go(manager: TrainerJobManager, tiny_llama: Path
     assert wait_gone(below, timeout_s=0) == []
 
 
-def test_key_is_on_no_command_line(manager: TrainerJobManager, tiny_llama: Path):
+def test_key_is_on_no_command_line(manager: TrainerJobManager, started: Callable[[], list[int]], tiny_llama: Path):
     manager.create(TrainerJobConfig(str(tiny_llama)))
-    below = descendants(os.getpid())
+    below = started()
     assert below
     for pid in below:
         assert API_KEY.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-def test_asking_for_a_job_of_a_control_plane_never_started_starts_none(manager: TrainerJobManager):
-    below = descendants(os.getpid())
+def test_asking_for_a_job_of_a_control_plane_never_started_starts_none(
+    manager: TrainerJobManager, started: Callable[[], list[int]]
+):
     with pytest.raises(NotFoundError, match="job-1"):
         manager.get("job-1")
     with pytest.raises(NotFoundError, match="job-1"):
         manager.delete("job-1")
-    assert descendants(os.getpid()) == below
+    assert started() == []
 
 
 def test_missing_server_is_told_with_the_way_to_install_it(manager: TrainerJobManager, monkeypatch: pytest.MonkeyPatch):
@@ -76,9 +87,11 @@ def test_control_plane_that_cannot_start_says_why(manager: TrainerJobManager, mo
         manager.create_and_wait(TrainerJobConfig("any"))
 
 
-def test_control_plane_that_was_killed_is_told(manager: TrainerJobManager, tiny_llama: Path):
+def test_control_plane_that_was_killed_is_told(
+    manager: TrainerJobManager, started: Callable[[], list[int]], tiny_llama: Path
+):
     manager.create(TrainerJobConfig(str(tiny_llama)))
-    below = descendants(os.getpid())
+    below = started()
     (plane,) = [pid for pid in below if b"jobs" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
     os.kill(plane, signal.SIGKILL)
     start = time.monotonic()

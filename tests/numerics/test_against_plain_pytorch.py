@@ -1,8 +1,9 @@
 """What the engine computes is what an ordinary PyTorch loop computes, in float32.
 
 Tolerances: loss 1e-6 relative; logprobs 1e-4 absolute (nats); every parameter's gradient, by itself, 1e-5 in relative
-L2 norm; parameters after three AdamW steps 1e-2 of the distance they moved, since Adam divides by the gradient's own
-size and so blows up the last bit of the smallest ones.
+L2 norm; parameters after three AdamW steps 2e-3 of the distance they moved. That last one is with an eps of 1e-6: Adam
+divides by the gradient's own size, so with a far smaller eps a gradient that is 0 but for rounding moves its parameter
+a full step to either side, in plain PyTorch as here.
 """
 
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from trainer_service.engine.engine import Engine
 LOSS = 1e-6
 LOGPROBS = 1e-4
 GRADIENTS = 1e-5
-MOVED = 1e-2
+MOVED = 2e-3
 tiny_only = pytest.mark.parametrize("case", ["tiny_llama"], indirect=True)
 
 
@@ -145,9 +146,9 @@ def test_three_adamw_steps_equal_plain_pytorch(
 ) -> None:
     before = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
     settings = [
-        AdamParams(learning_rate=1e-4),
-        AdamParams(learning_rate=5e-5, beta1=0.8, beta2=0.99, eps=1e-8, weight_decay=0.1),
-        AdamParams(learning_rate=2e-5, grad_clip_norm=0.5),
+        AdamParams(learning_rate=1e-4, eps=1e-6),
+        AdamParams(learning_rate=5e-5, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.1),
+        AdamParams(learning_rate=2e-5, eps=1e-6, grad_clip_norm=0.5),
     ]
     for number, (params, optimizer) in enumerate(steps(plain, settings)):
         if kind == "built_in":
