@@ -31,7 +31,7 @@ _ACK_DELAY_S = 0.2
 """An answer that no later operation acknowledges in passing is acknowledged by a message of its own after this."""
 _WINDOW_BYTES = 64 * 1024 * 1024
 """Bytes sent and not answered; beyond it the SDK waits. Holds at least one message of the largest size."""
-_MAX_BACKOFF_S = 5.0
+_MAX_BACKOFF_S = 2.0
 _BROKEN_CODES = {grpc.StatusCode.INTERNAL.value[0], grpc.StatusCode.UNKNOWN.value[0]}
 """What grpc itself calls a connection cut in the middle of a message; the trainer's own errors carry a reason."""
 _STATUS_TIMEOUT_S = 5.0

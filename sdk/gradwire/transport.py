@@ -168,7 +168,7 @@ class Connection:
                 ("grpc.keepalive_time_ms", 20_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 5_000),
+                ("grpc.max_reconnect_backoff_ms", 1_000),
                 # Two clients in one process get a connection each, so that one's bulk does not delay the other.
                 ("grpc.use_local_subchannel_pool", 1),
             ]

@@ -42,7 +42,7 @@ def test_a_loop_over_a_connection_cut_again_and_again_is_bit_identical(trainer: 
 
         def adversary() -> None:
             rng = np.random.default_rng(0)
-            while not stop.wait(rng.uniform(0.01, 0.08)):
+            while not stop.wait(rng.uniform(0.01, 0.2)):
                 if rng.random() < 0.5:
                     proxy.cut()
                 else:
