@@ -18,6 +18,8 @@ from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer, add_TrainerServiceServicer_to_server
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from trainer_service.access import ApiKeys
+from trainer_service.config import read_api_keys
 from trainer_service.processes import write_ready_file
 
 
@@ -27,8 +29,8 @@ class Servicer(TrainerServiceServicer):
     def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
     ) -> pb.GetServerInfoResponse:
-        metadata = {item[0]: item[1] for item in context.invocation_metadata()}
-        if metadata.get("authorization") != f"Bearer {os.environ.get('GRADWIRE_API_KEY', '')}":
+        metadata = {item[0]: str(item[1]) for item in context.invocation_metadata()}
+        if not ApiKeys(read_api_keys()).find(metadata.get("authorization", "").removeprefix("Bearer ")):
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "no")
         return pb.GetServerInfoResponse(status_message="loading the model")
 

@@ -55,7 +55,7 @@ def main() -> int:
     config = JobsConfig(
         listen="127.0.0.1:0",
         data_dir=data_dir,
-        api_keys=read_api_keys(None),
+        api_keys=read_api_keys(),
         ready_file=ready_file,
         exit_with_parent=True,
     )

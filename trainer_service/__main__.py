@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from trainer_service import config
+from trainer_service.access import ApiKeys
 from trainer_service.observability import configure_logging
 
 
@@ -15,7 +16,10 @@ def main() -> int:
     args = _parser().parse_args()
     configure_logging(as_json=args.log_json, level=args.log_level)
     try:
-        config.check_exposure(args.listen, api_keys=_keys(args), allow_no_api_key=args.allow_no_api_key)
+        keys = ApiKeys(config.read_api_keys(), args.api_key_file)
+        # Only trainers speak TLS themselves; a client certificate they ask for guards as a key does.
+        guarded = keys.required or getattr(args, "tls_client_ca_file", None) is not None
+        config.check_exposure(args.listen, guarded=guarded, allow_no_api_key=args.allow_no_api_key)
         return asyncio.run(args.command(args))
     except (config.SettingsError, OSError) as exc:
         print(f"gradwire: {exc}", file=sys.stderr)
@@ -36,13 +40,20 @@ async def _trainer(args: argparse.Namespace) -> int:
         metrics_listen=None if args.metrics_port is None else f"{args.metrics_host}:{args.metrics_port}",
         data_dir=args.data_dir.resolve(),
         max_context_length=args.max_context_length,
-        api_keys=_keys(args),
+        api_keys=config.read_api_keys(),
+        api_key_file=args.api_key_file,
         allow_no_api_key=args.allow_no_api_key,
         reflection=not args.no_reflection,
         ready_file=args.ready_file,
         drain_timeout_s=args.drain_timeout_s,
         detach_grace_s=args.detach_grace_s,
         exit_with_parent=args.exit_with_parent,
+        tls=config.server_tls(
+            cert_file=args.tls_cert_file, key_file=args.tls_key_file, client_ca_file=args.tls_client_ca_file
+        ),
+        limits=config.Limits(
+            max_runs=args.max_runs, max_runs_per_key=args.max_runs_per_key, max_disk_bytes=args.max_disk_bytes
+        ),
     )
     worker = WorkerSupervisor(
         WorkerSettings(
@@ -50,6 +61,7 @@ async def _trainer(args: argparse.Namespace) -> int:
             checkpoint_dir=settings.data_dir / "checkpoints",
             max_context_length=settings.max_context_length,
             max_message_bytes=settings.limits.max_message_bytes,
+            max_runs=settings.limits.max_runs,
         )
     )
     server = TrainerServer(settings, worker)
@@ -85,7 +97,8 @@ async def _jobs(args: argparse.Namespace) -> int:
     settings = config.JobsConfig(
         listen=args.listen,
         data_dir=args.data_dir.resolve(),
-        api_keys=_keys(args),
+        api_keys=config.read_api_keys(),
+        api_key_file=args.api_key_file,
         allow_no_api_key=args.allow_no_api_key,
         ready_file=args.ready_file,
         exit_with_parent=args.exit_with_parent,
@@ -93,16 +106,12 @@ async def _jobs(args: argparse.Namespace) -> int:
     return await serve_jobs(settings, LocalJobs(settings))
 
 
-def _keys(args: argparse.Namespace) -> tuple[str, ...]:
-    return config.read_api_keys(args.api_key_file)
-
-
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--data-dir", type=Path, default=config.default_data_dir(), help="default: $GRADWIRE_HOME or ~/.gradwire"
     )
-    common.add_argument("--api-key-file", type=Path, help="one key a line; GRADWIRE_API_KEY adds more, comma separated")
+    common.add_argument("--api-key-file", type=Path, help="a line: `key`, `name key` or `name key admin`; see README")
     common.add_argument("--allow-no-api-key", action="store_true", help="listen beyond loopback without a key")
     common.add_argument("--ready-file", type=Path, help="gets the address as JSON once listening")
     common.add_argument("--exit-with-parent", action="store_true", help="stop when stdin reaches its end")
@@ -125,6 +134,13 @@ def _parser() -> argparse.ArgumentParser:
     trainer.add_argument(
         "--detach-grace-s", type=float, default=60.0, help="how long a vanished client's graphs are kept"
     )
+    defaults = config.Limits()
+    trainer.add_argument("--max-runs", type=int, default=defaults.max_runs, help="held at once; default: %(default)s")
+    trainer.add_argument("--max-runs-per-key", type=int, default=0, help="of one API key; default: --max-runs alone")
+    trainer.add_argument("--max-disk-bytes", type=int, default=0, help="under --data-dir; saves beyond are refused")
+    trainer.add_argument("--tls-cert-file", type=Path, help="PEM; with --tls-key-file: serve TLS")
+    trainer.add_argument("--tls-key-file", type=Path, help="PEM; the certificate's private key")
+    trainer.add_argument("--tls-client-ca-file", type=Path, help="PEM; ask clients for a certificate from this root")
     jobs = commands.add_parser("jobs", parents=[common], help="start and stop trainers on this machine")
     jobs.set_defaults(command=_jobs)
     jobs.add_argument("--listen", default="127.0.0.1:7070", help="host:port; port 0 takes a free one")

@@ -9,6 +9,10 @@ MIN_PROTOCOL_VERSION = 1
 """Oldest protocol version this trainer speaks; the newest is gradwire.version.PROTOCOL_VERSION."""
 
 
+MAX_RUNS_VARIABLE = "GRADWIRE_MAX_RUNS"
+"""How the worker learns the trainer's --max-runs."""
+
+
 class SettingsError(ValueError):
     """A setting that cannot be; the message is for the person who set it."""
 
@@ -23,12 +27,29 @@ class Limits:
     """Size the SDK splits batches at: larger protobuf messages move slower through gRPC, smaller ones cost overhead."""
     max_in_flight_operations: int = 64
     """Operations of one run sent and not yet answered; the trainer reads no further beyond it."""
-    max_runs: int = 8
-    """Runs held at once; each full-parameter run has parameters, gradients and optimizer state of its own."""
+    max_runs: int = field(default_factory=lambda: int(os.environ.get(MAX_RUNS_VARIABLE) or 8))
+    """Runs held at once; each full-parameter run has parameters, gradients and optimizer state of its own. How many fit
+    depends on the model and the device, so it is a setting."""
+    max_runs_per_key: int = 0
+    """Of those, runs of one API key; 0 for no limit of its own."""
+    max_disk_bytes: int = 0
+    """Bytes under the data folder from which on nothing more is saved; 0 for no limit."""
     max_datums: int = 65_536
     """Sequences in one operation."""
     max_tokens: int = 4_194_304
     """Tokens in one operation."""
+
+
+@dataclass(frozen=True)
+class ServerTls:
+    """PEM files of a server that speaks TLS."""
+
+    cert_file: Path
+    """Its certificate, and those between it and its root."""
+    key_file: Path
+    """The certificate's private key."""
+    client_ca_file: Path | None = None
+    """Roots that clients' certificates must come from (mutual TLS); None asks clients for none."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +67,11 @@ class TrainerConfig:
     max_context_length: int = 0
     """Longest sequence taken, tokens; 0 takes the model's own limit."""
     api_keys: tuple[str, ...] = ()
-    """Keys that open the trainer; none opens it to everybody who can reach it."""
+    """Entries of keys that open the trainer, see access.ApiKeys; none at all opens it to everybody who can reach it."""
+    api_key_file: Path | None = None
+    """More of them, one a line; read again when it changes."""
+    tls: "ServerTls | None" = None
+    """How it proves who it is; None listens in plaintext."""
     allow_no_api_key: bool = False
     """Listen beyond loopback without a key."""
     reflection: bool = True
@@ -70,7 +95,9 @@ class JobsConfig:
     data_dir: Path = field(default_factory=lambda: default_data_dir())
     """Where trainers' logs and checkpoints go."""
     api_keys: tuple[str, ...] = ()
-    """Keys that open the control plane and the trainers it starts."""
+    """Entries of keys that open the control plane and the trainers it starts, see access.ApiKeys."""
+    api_key_file: Path | None = None
+    """More of them, one a line; read again when it changes, by the trainers too."""
     allow_no_api_key: bool = False
     """Listen beyond loopback without a key."""
     ready_file: Path | None = None
@@ -84,12 +111,27 @@ def default_data_dir() -> Path:
     return Path(os.environ.get("GRADWIRE_HOME") or Path.home() / ".gradwire")
 
 
-def read_api_keys(api_key_file: Path | None) -> tuple[str, ...]:
-    """Keys from the file (one a line, # for comments) and from GRADWIRE_API_KEY (comma separated)."""
-    lines = os.environ.get("GRADWIRE_API_KEY", "").split(",")
-    if api_key_file is not None:
-        lines += [line.partition("#")[0] for line in api_key_file.read_text().splitlines()]
-    return tuple(dict.fromkeys(key for line in lines if (key := line.strip())))
+def read_api_keys() -> tuple[str, ...]:
+    """Entries of GRADWIRE_API_KEY, which are separated by commas."""
+    entries = os.environ.get("GRADWIRE_API_KEY", "").split(",")
+    return tuple(dict.fromkeys(entry.strip() for entry in entries if entry.strip()))
+
+
+def server_tls(*, cert_file: Path | None, key_file: Path | None, client_ca_file: Path | None) -> ServerTls | None:
+    """The TLS files given; None if none was.
+
+    Raises:
+        SettingsError: One of the pair is missing, or a file is not PEM.
+        OSError: A file cannot be read.
+    """
+    if cert_file is None and key_file is None and client_ca_file is None:
+        return None
+    if cert_file is None or key_file is None:
+        raise SettingsError("TLS needs both --tls-cert-file and --tls-key-file.")
+    for option, file in (("cert", cert_file), ("key", key_file), ("client-ca", client_ca_file)):
+        if file is not None and b"-----BEGIN " not in file.read_bytes():
+            raise SettingsError(f"--tls-{option}-file {file} is not a PEM file.")
+    return ServerTls(cert_file=cert_file, key_file=key_file, client_ca_file=client_ca_file)
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -105,18 +147,31 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def check_exposure(listen: str, *, api_keys: tuple[str, ...], allow_no_api_key: bool) -> None:
-    """Refuses to listen beyond this machine without a key.
+def listens_on_loopback(listen: str) -> bool:
+    """Whether only this machine can reach an address.
+
+    Raises:
+        SettingsError: It is no address.
+    """
+    host, _ = split_address(listen)
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_exposure(listen: str, *, guarded: bool, allow_no_api_key: bool) -> None:
+    """Refuses to listen beyond this machine to whoever calls.
+
+    Args:
+        listen: host:port.
+        guarded: Whether a key, or a client certificate, is asked for.
+        allow_no_api_key: Listen all the same.
 
     Raises:
         SettingsError: Names the ways out.
     """
-    host, _ = split_address(listen)
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback and not api_keys and not allow_no_api_key:
+    if not listens_on_loopback(listen) and not guarded and not allow_no_api_key:
         raise SettingsError(
             f"--listen {listen} is reachable from other machines, and there is no API key. Set GRADWIRE_API_KEY or "
             "--api-key-file, or pass --allow-no-api-key if something in front of Gradwire checks who calls."

@@ -12,6 +12,7 @@ from gradwire.futures import APIFuture
 from gradwire.jobs import TrainerJob, TrainerJobConfig, TrainerJobManager
 from gradwire.service_client import FiretitanServiceClient, ServiceClient
 from gradwire.training_client import TrainingClient
+from gradwire.transport import ClientTls
 from gradwire.types import (
     AdamParams,
     Datum,
@@ -29,6 +30,7 @@ from gradwire.version import __version__
 __all__ = [
     "APIFuture",
     "AdamParams",
+    "ClientTls",
     "Datum",
     "EncodedTextChunk",
     "FiretitanServiceClient",

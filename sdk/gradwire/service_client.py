@@ -10,7 +10,7 @@ from typing import Any
 from gradwire.answers import run_state_name
 from gradwire.errors import OperationTimeoutError, error
 from gradwire.training_client import TrainingClient
-from gradwire.transport import Connection
+from gradwire.transport import ClientTls, Connection
 from gradwire.v1.trainer_service_pb2 import (
     CreateRunRequest,
     GetRunRequest,
@@ -30,6 +30,8 @@ class ServiceClient:
     Args:
         base_url: "http://host:port" (plaintext gRPC) or "https://host" (TLS); None reads GRADWIRE_BASE_URL.
         api_key: The trainer's key; None reads GRADWIRE_API_KEY. Without either, none is sent.
+        tls: PEM files for "https://": your own roots, a client certificate; None reads GRADWIRE_TLS_CA_FILE,
+            GRADWIRE_TLS_CERT_FILE and GRADWIRE_TLS_KEY_FILE, and without them trusts the system's roots.
         timeout_s: For each blocking call, its retries included, seconds.
         reconnect_timeout_s: How long a training client tries to reach a lost trainer before its futures fail, seconds.
 
@@ -42,6 +44,7 @@ class ServiceClient:
         base_url: str | None = None,
         api_key: str | None = None,
         *,
+        tls: ClientTls | None = None,
         timeout_s: float = 600.0,
         reconnect_timeout_s: float = 120.0,
     ) -> None:
@@ -49,7 +52,7 @@ class ServiceClient:
         if not base_url:
             raise ValueError('base_url is missing; pass "http://host:port" or set GRADWIRE_BASE_URL.')
         self.base_url = base_url
-        self._connection = Connection(base_url, api_key or os.environ.get("GRADWIRE_API_KEY"))
+        self._connection = Connection(base_url, api_key or os.environ.get("GRADWIRE_API_KEY"), tls=tls)
         self._timeout_s = timeout_s
         self._reconnect_timeout_s = reconnect_timeout_s
         self._clients: weakref.WeakSet[TrainingClient] = weakref.WeakSet()

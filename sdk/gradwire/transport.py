@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future as ConcurrentFuture
 from concurrent.futures import TimeoutError as ConcurrentTimeoutError
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -139,17 +141,62 @@ def parse_base_url(base_url: str) -> tuple[str, bool]:
     return f"{host}:{port}", parts.scheme == "https"
 
 
+@dataclass(frozen=True)
+class ClientTls:
+    """PEM files of a client that speaks TLS."""
+
+    ca_file: Path | None = None
+    """Roots the server's certificate must come from; None takes the system's."""
+    cert_file: Path | None = None
+    """Certificate shown to a server that asks for one, and those between it and its root; None shows none."""
+    key_file: Path | None = None
+    """The certificate's private key."""
+
+    @staticmethod
+    def from_environment() -> "ClientTls":
+        """GRADWIRE_TLS_CA_FILE, GRADWIRE_TLS_CERT_FILE and GRADWIRE_TLS_KEY_FILE."""
+
+        def path(name: str) -> Path | None:
+            value = os.environ.get(f"GRADWIRE_TLS_{name}_FILE")
+            return Path(value) if value else None
+
+        return ClientTls(ca_file=path("CA"), cert_file=path("CERT"), key_file=path("KEY"))
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """What grpc connects with.
+
+        Raises:
+            ValueError: A certificate without its key, or the other way round.
+            OSError: A file cannot be read.
+        """
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("A client certificate needs both cert_file and key_file.")
+        ca, key, cert = (
+            None if file is None else file.read_bytes() for file in (self.ca_file, self.key_file, self.cert_file)
+        )
+        return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
+
+
 class Connection:
     """A channel to one server, shared by every call and stream to it.
 
     Args:
         base_url: See parse_base_url.
         api_key: Sent as `authorization: Bearer …`; None sends none.
+        tls: PEM files for an "https://" base_url; None reads them from the environment.
+
+    Raises:
+        ValueError: A base_url that leads nowhere, a key that cannot be sent, PEM files without "https://".
+        OSError: A PEM file cannot be read.
     """
 
-    def __init__(self, base_url: str, api_key: str | None = None) -> None:
+    def __init__(self, base_url: str, api_key: str | None = None, *, tls: ClientTls | None = None) -> None:
         self.base_url = base_url
         self._target, self._tls = parse_base_url(base_url)
+        if tls is not None and not self._tls:
+            # The caller meant the connection to be private; it must not become plaintext unnoticed.
+            raise ValueError(f'base_url {base_url!r} is plaintext, but TLS files were given; use "https://".')
+        self._credentials = (tls or ClientTls.from_environment()).credentials() if self._tls else None
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ValueError("api_key has characters other than printable ASCII; check for a stray newline.")
         self.metadata: list[tuple[str, str]] = [("gradwire-protocol-version", str(PROTOCOL_VERSION))]
@@ -172,8 +219,8 @@ class Connection:
                 # Two clients in one process get a connection each, so that one's bulk does not delay the other.
                 ("grpc.use_local_subchannel_pool", 1),
             ]
-            if self._tls:
-                self._channel = grpc.aio.secure_channel(self._target, grpc.ssl_channel_credentials(), options)
+            if self._credentials is not None:
+                self._channel = grpc.aio.secure_channel(self._target, self._credentials, options)
             else:
                 self._channel = grpc.aio.insecure_channel(self._target, options)
         return self._channel

@@ -32,24 +32,22 @@ def test_an_address_without_either_is_refused(address: str):
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:0", "[::1]:0", "127.8.0.1:0"])
 def test_loopback_needs_no_key(listen: str):
-    check_exposure(listen, api_keys=(), allow_no_api_key=False)
+    check_exposure(listen, guarded=False, allow_no_api_key=False)
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "10.0.0.7:1", "trainer.example:1"])
 def test_other_addresses_need_a_key_or_a_word(listen: str):
     with pytest.raises(SettingsError, match="GRADWIRE_API_KEY or --api-key-file, or pass --allow-no-api-key"):
-        check_exposure(listen, api_keys=(), allow_no_api_key=False)
-    check_exposure(listen, api_keys=("key",), allow_no_api_key=False)
-    check_exposure(listen, api_keys=(), allow_no_api_key=True)
+        check_exposure(listen, guarded=False, allow_no_api_key=False)
+    check_exposure(listen, guarded=True, allow_no_api_key=False)
+    check_exposure(listen, guarded=False, allow_no_api_key=True)
 
 
-def test_keys_come_from_the_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file = tmp_path / "keys"
-    file.write_text("# ours\nfirst\n\nsecond  # theirs\nfirst\n")
-    monkeypatch.setenv("GRADWIRE_API_KEY", "third, fourth,")
-    assert read_api_keys(file) == ("third", "fourth", "first", "second")
+def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GRADWIRE_API_KEY", "third, ops fourth admin,third,")
+    assert read_api_keys() == ("third", "ops fourth admin")
     monkeypatch.delenv("GRADWIRE_API_KEY")
-    assert read_api_keys(None) == ()
+    assert read_api_keys() == ()
 
 
 @pytest.mark.parametrize(
@@ -57,6 +55,10 @@ def test_keys_come_from_the_file_and_the_environment(tmp_path: Path, monkeypatch
     [
         (["trainer", "--base-model", "m", "--listen", "0.0.0.0:0"], "there is no API key"),
         (["jobs", "--listen", "0.0.0.0:0"], "there is no API key"),
+        (["trainer", "--base-model", "m", "--tls-cert-file", __file__], "both --tls-cert-file and --tls-key-file"),
+        (["trainer", "--base-model", "m", "--tls-cert-file", __file__, "--tls-key-file", __file__], "not a PEM file"),
+        (["trainer", "--base-model", "m", "--api-key-file", "/dev/null"], "has no key"),
+        (["trainer", "--base-model", "m", "--api-key-file", "no/such"], "No such file"),
         (["trainer", "--base-model", "m", "--listen", "nowhere"], 'must be "host:port"'),
         (["trainer", "--base-model", "./no/such/folder"], "--base-model ./no/such/folder does not exist"),
         (["trainer", "--base-model", "m", "--listen", "192.0.2.1:1", "--allow-no-api-key"], "cannot listen on"),

@@ -16,6 +16,7 @@ import grpc.aio
 from gradwire.errors import GradwireError, error
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerReady
 
+from trainer_service.config import MAX_RUNS_VARIABLE
 from trainer_service.fleet.link import Link, WorkerServicer, worker_service_handler
 from trainer_service.fleet.output import WorkerOutput
 from trainer_service.fleet.worker import Deliver
@@ -42,6 +43,7 @@ class WorkerSettings:
     checkpoint_dir: Path
     max_context_length: int
     max_message_bytes: int
+    max_runs: int = 8
 
     def command(self, socket: str) -> list[str]:
         """The command line: torchrun, also for one rank."""
@@ -210,6 +212,7 @@ class WorkerSupervisor:
         env = {**os.environ, "GRADWIRE_WORKER_TOKEN": link.token, "PYTHONUNBUFFERED": "1"}
         # The worker needs no key, and what it does not have it cannot leak.
         env.pop("GRADWIRE_API_KEY", None)
+        env[MAX_RUNS_VARIABLE] = str(self._settings.max_runs)
         # Threads that spin while they wait for one another take the cores from those they wait for as soon as anything
         # else runs here, as the trainer and the user's loop do: steps were five to ten times slower for it.
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -89,6 +89,9 @@ class LocalJobs:
         self, config: JobsConfig, *, trainer_command: Sequence[str] = TRAINER_COMMAND, stop_grace_s: float = 20.0
     ) -> None:
         self._config = config
+        self._guarded = bool(config.api_keys or config.api_key_file)
+        # A key of its own: those of the users it may know by their digest only.
+        self._own_key = secrets.token_urlsafe(24)
         self._stop_grace_s = stop_grace_s
         self._trainer_command = tuple(trainer_command)
         self._jobs: dict[str, _Job] = {}
@@ -164,15 +167,17 @@ class LocalJobs:
         command += ["--drain-timeout-s", str(_DRAIN_TIMEOUT_S), "--exit-with-parent"]
         if job.spec.max_context_length:
             command += ["--max-context-length", str(job.spec.max_context_length)]
+        if self._config.api_key_file is not None:
+            command += ["--api-key-file", str(self._config.api_key_file.resolve())]
         if self._config.allow_no_api_key:
             command.append("--allow-no-api-key")
         return command
 
     def _environment(self) -> dict[str, str]:
         env = {name: value for name, value in os.environ.items() if name != "GRADWIRE_API_KEY"}
-        if self._config.api_keys:
+        if self._guarded:
             # Not on the command line, which everybody on the machine can read.
-            env["GRADWIRE_API_KEY"] = ",".join(self._config.api_keys)
+            env["GRADWIRE_API_KEY"] = ",".join([*self._config.api_keys, f"control-plane {self._own_key}"])
         return env
 
     async def _watch(self, job: _Job, process: Process) -> None:
@@ -225,7 +230,7 @@ class LocalJobs:
         """Lets the trainer itself say what it is doing while it gets ready."""
         if job.state is not TrainerJobState.STARTING or job.channel is None:
             return
-        metadata = [("authorization", f"Bearer {key}") for key in self._config.api_keys[:1]]
+        metadata = [("authorization", f"Bearer {self._own_key}")] if self._guarded else []
         with contextlib.suppress(grpc.aio.AioRpcError):
             request = trainer_service_pb2.GetServerInfoRequest()
             info = await TrainerServiceStub(job.channel).GetServerInfo(request, metadata=metadata, timeout=1.0)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hmac
 import inspect
 import logging
 import time
@@ -17,6 +16,7 @@ from gradwire.errors import GradwireError, error, to_status
 from gradwire.version import PROTOCOL_VERSION
 from grpc_status import rpc_status
 
+from trainer_service.access import ANYBODY, ApiKeys, Caller, current_caller
 from trainer_service.config import MIN_PROTOCOL_VERSION
 from trainer_service.observability import Metrics, request_id
 
@@ -54,13 +54,13 @@ class Border(grpc.aio.ServerInterceptor):
     """Wraps every handler of a server.
 
     Args:
-        api_keys: Keys that open the server; none opens it to all.
+        api_keys: Keys that open the server.
         metrics: Counts calls.
         max_message_bytes: Largest message taken; a larger one is refused saying so.
     """
 
-    def __init__(self, *, api_keys: tuple[str, ...], metrics: Metrics, max_message_bytes: int) -> None:
-        self._api_keys = tuple(key.encode() for key in api_keys)
+    def __init__(self, *, api_keys: ApiKeys, metrics: Metrics, max_message_bytes: int) -> None:
+        self._api_keys = api_keys
         self._metrics = metrics
         self._max_message_bytes = max_message_bytes
 
@@ -75,7 +75,9 @@ class Border(grpc.aio.ServerInterceptor):
             return handler
         method = handler_call_details.method
         metadata = dict(handler_call_details.invocation_metadata or ())
-        refusal = self._refusal(method, metadata)
+        caller = self._caller(method, metadata)
+        refusal = caller if isinstance(caller, GradwireError) else self._refusal(method, metadata)
+        who = ANYBODY if isinstance(caller, GradwireError) else caller
         call_id = str(metadata.get("gradwire-request-id", ""))[:_MAX_CALL_ID_CHARS] or uuid.uuid4().hex[:16]
         if refusal is None and not method.startswith("/gradwire."):
             return handler
@@ -83,11 +85,11 @@ class Border(grpc.aio.ServerInterceptor):
         behaviour = getattr(handler, kind)
 
         async def wrapped(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            async with self._passing(method, call_id, refusal, request, context):
+            async with self._passing(method, call_id, who, refusal, request, context):
                 return await behaviour(request, context)
 
         async def wrapped_generator(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            async with self._passing(method, call_id, refusal, request, context):
+            async with self._passing(method, call_id, who, refusal, request, context):
                 async for response in behaviour(request, context):
                     yield response
 
@@ -99,10 +101,17 @@ class Border(grpc.aio.ServerInterceptor):
 
     @contextlib.asynccontextmanager
     async def _passing(
-        self, method: str, call_id: str, refusal: GradwireError | None, request: Any, context: grpc.aio.ServicerContext
+        self,
+        method: str,
+        call_id: str,
+        caller: Caller,
+        refusal: GradwireError | None,
+        request: Any,
+        context: grpc.aio.ServicerContext,
     ) -> AsyncGenerator[None]:
         """What happens around a call: refuses it, turns its exception into a status, counts and logs it."""
         request_id.set(call_id)
+        current_caller.set(caller)
         start = time.perf_counter()
         code = "OK"
         try:
@@ -132,19 +141,24 @@ class Border(grpc.aio.ServerInterceptor):
             self._metrics.calls.labels(method, code).inc()
             took_ms = round((time.perf_counter() - start) * 1000, 2)
             level = logging.DEBUG if code == "OK" and method in _QUIET_METHODS else logging.INFO
-            logger.log(level, "Call.", extra={"fields": {"method": method, "code": code, "ms": took_ms}})
+            fields = {"method": method, "code": code, "ms": took_ms}
+            if caller.name:
+                fields["key"] = caller.name
+            logger.log(level, "Call.", extra={"fields": fields})
+
+    def _caller(self, method: str, metadata: dict[str, Any]) -> Caller | GradwireError:
+        """Who calls, or why nobody may without a key of ours."""
+        if method.startswith(_OPEN_SERVICES) or not self._api_keys.required:
+            return ANYBODY
+        got = str(metadata.get("authorization", "")).removeprefix("Bearer ")
+        what = "is not one this server knows" if got else "is missing"
+        text = f"The API key {what}; send it as metadata `authorization: Bearer <key>`."
+        return self._api_keys.find(got) or error("INVALID_API_KEY", text)
 
     def _refusal(self, method: str, metadata: dict[str, Any]) -> GradwireError | None:
         """Why this call may not pass, if it may not."""
         if method.startswith(_OPEN_SERVICES):
             return None
-        if self._api_keys:
-            got = str(metadata.get("authorization", "")).removeprefix("Bearer ").encode()
-            # Every key is compared, so that the time taken tells nothing of which was near.
-            if not sum(hmac.compare_digest(got, key) for key in self._api_keys):
-                what = "is not one this server knows" if got else "is missing"
-                text = f"The API key {what}; send it as metadata `authorization: Bearer <key>`."
-                return error("INVALID_API_KEY", text)
         version = metadata.get("gradwire-protocol-version")
         if version is not None and version not in _SPOKEN:
             return error(

@@ -10,6 +10,7 @@ from gradwire.version import __version__
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from trainer_service.access import ApiKeys
 from trainer_service.config import JobsConfig, split_address
 from trainer_service.jobs.trainer_job import TrainerJobs
 from trainer_service.observability import Metrics
@@ -37,7 +38,8 @@ async def serve_jobs(config: JobsConfig, jobs: TrainerJobs) -> int:
     ends = [asyncio.create_task(wait_for_signal())]
     if config.exit_with_parent:
         ends.append(asyncio.create_task(parent_gone()))
-    border = Border(api_keys=config.api_keys, metrics=Metrics(), max_message_bytes=_MAX_MESSAGE_BYTES)
+    api_keys = ApiKeys(config.api_keys, config.api_key_file)
+    border = Border(api_keys=api_keys, metrics=Metrics(), max_message_bytes=_MAX_MESSAGE_BYTES)
     options = [("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 5_000)]
     options.append(("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000))
     server = grpc.aio.server(interceptors=[border], options=options)

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import signal
 
+import grpc
 import grpc.aio
 from gradwire.v1 import trainer_service_pb2
 from gradwire.v1.trainer_service_pb2 import TrainResponse
@@ -13,7 +14,8 @@ from gradwire.version import __version__
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from trainer_service.config import TrainerConfig, split_address
+from trainer_service.access import ApiKeys
+from trainer_service.config import ServerTls, TrainerConfig, listens_on_loopback, split_address
 from trainer_service.fleet.worker import Worker
 from trainer_service.observability import Metrics
 from trainer_service.rpc.border import Border
@@ -37,12 +39,14 @@ class TrainerServer:
         self._config = config
         self._worker = worker
         self._draining = asyncio.Event()
+        self._api_keys = ApiKeys(config.api_keys, config.api_key_file)
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self.metrics = Metrics()
         self.metrics.add_worker_counters(lambda: worker.counters)
         self.runs = Runs(
             worker,
             base_model=config.base_model,
+            data_dir=config.data_dir,
             limits=config.limits,
             detach_grace_s=config.detach_grace_s,
             observe=self._observe,
@@ -74,12 +78,18 @@ class TrainerServer:
             ("grpc.keepalive_timeout_ms", 20_000),
         ]
         border = Border(
-            api_keys=self._config.api_keys,
+            api_keys=self._api_keys,
             metrics=self.metrics,
             max_message_bytes=self._config.limits.max_message_bytes,
         )
         self._server = grpc.aio.server(interceptors=[border], options=options)
-        servicer = TrainerServicer(self.runs, self._worker, limits=self._config.limits, draining=self._draining)
+        servicer = TrainerServicer(
+            self.runs,
+            self._worker,
+            limits=self._config.limits,
+            draining=self._draining,
+            api_keys=self._api_keys,
+        )
         add_TrainerServiceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.reflection:
@@ -88,13 +98,18 @@ class TrainerServer:
         host, port = split_address(self._config.listen)
         bracketed = f"[{host}]" if ":" in host else host
         try:
-            port = self._server.add_insecure_port(f"{bracketed}:{port}")
+            if self._config.tls is not None:
+                port = self._server.add_secure_port(f"{bracketed}:{port}", _credentials(self._config.tls))
+            else:
+                port = self._server.add_insecure_port(f"{bracketed}:{port}")
         except RuntimeError as exc:
             raise OSError(f"cannot listen on {self._config.listen}: {exc}") from exc
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
         self.address = f"{bracketed}:{port}"
+        if self._config.tls is None and self._api_keys.required and not listens_on_loopback(self._config.listen):
+            logger.warning("API keys cross the network in plaintext; give --tls-cert-file, or put TLS in front.")
         logger.info("Listening.", extra={"fields": {"address": self.address, "version": __version__}})
 
     async def drain(self) -> None:
@@ -129,6 +144,13 @@ class TrainerServer:
         if failed:
             fields = {"kind": kind, "seq_id": response.seq_id, "error": response.error.message}
             logger.info("Operation failed.", extra={"fields": fields})
+
+
+def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
+    """What the server shows, and asks for."""
+    pair = (tls.key_file.read_bytes(), tls.cert_file.read_bytes())
+    roots = None if tls.client_ca_file is None else tls.client_ca_file.read_bytes()
+    return grpc.ssl_server_credentials([pair], root_certificates=roots, require_client_auth=roots is not None)
 
 
 async def wait_for_signal() -> None:

@@ -10,6 +10,7 @@ from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer
 from gradwire.version import PROTOCOL_VERSION, __version__
 
+from trainer_service.access import ApiKeys
 from trainer_service.config import MIN_PROTOCOL_VERSION, Limits
 from trainer_service.fleet.worker import Worker
 from trainer_service.rpc.train_stream import TrainStream, read_attach
@@ -25,9 +26,13 @@ class TrainerServicer(TrainerServiceServicer):
         worker: Its worker.
         limits: The most a client may send.
         draining: Set when the trainer shuts down.
+        api_keys: Keys that open it; a stream whose key is revoked ends.
     """
 
-    def __init__(self, runs: Runs, worker: Worker, *, limits: Limits, draining: asyncio.Event) -> None:
+    def __init__(
+        self, runs: Runs, worker: Worker, *, limits: Limits, draining: asyncio.Event, api_keys: ApiKeys
+    ) -> None:
+        self._api_keys = api_keys
         self._runs = runs
         self._worker = worker
         self._limits = limits
@@ -67,7 +72,13 @@ class TrainerServicer(TrainerServiceServicer):
         self._refuse_while_draining()
         run = self._runs.get(first.attach.run_id)
         run.acknowledge(first.acked_seq_id)
-        stream = TrainStream(run, context, max_in_flight=self._limits.max_in_flight_operations, draining=self._draining)
+        stream = TrainStream(
+            run,
+            context,
+            max_in_flight=self._limits.max_in_flight_operations,
+            draining=self._draining,
+            api_keys=self._api_keys,
+        )
         await stream.serve(first.attach.client_id)
 
     async def Forward(self, request: ops.ForwardRequest, context: Any) -> ops.ForwardResponse:

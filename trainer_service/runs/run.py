@@ -44,6 +44,8 @@ class Run:
         observe: Told of every answer.
         detach_grace_s: How long graphs are kept after the client has gone.
         max_in_flight: Operations a client may have in flight; see Sequence.
+        owner: Whose it is; see access.Caller.
+        refuse: Says, by kind, why an operation may not run now; None when it may.
     """
 
     def __init__(
@@ -56,7 +58,11 @@ class Run:
         observe: Observe,
         detach_grace_s: float,
         max_in_flight: int,
+        owner: str = "",
+        refuse: Callable[[str], GradwireError | None] = lambda kind: None,
     ) -> None:
+        self.owner = owner
+        self._refuse = refuse
         self.run_id = run_id
         self.base_model = base_model
         self.display_name = display_name
@@ -118,6 +124,8 @@ class Run:
 
         if self._lost is not None:
             fail(self._lost)
+        elif (refusal := self._refuse(kind)) is not None:
+            fail(refusal)
         else:
             self._worker.submit(WorkerCommand(run_id=self.run_id), deliver, request=operation.encoded)
 

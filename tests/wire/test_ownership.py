@@ -1,0 +1,172 @@
+"""Whose runs are whose, on every call that names one; revocation; limits of a key; what logs may tell."""
+
+import asyncio
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from gradwire.errors import GradwireError
+from gradwire.v1 import operation_pb2 as ops
+from gradwire.v1 import trainer_service_pb2 as pb
+
+from tests.fakes import FrontEnd, Stream, front_end
+from tests.wire.test_border import error_of, with_key
+from trainer_service.config import Limits
+
+KEYS = ("alice alices-key", "bob bobs-key", "ops ops-key admin")
+ALICE, BOB, OPS = (with_key(key) for key in ("alices-key", "bobs-key", "ops-key"))
+
+
+async def create(trainer: FrontEnd, metadata: Any, **fields: Any) -> str:
+    return (await trainer.stub.CreateRun(pb.CreateRunRequest(**fields), metadata=metadata)).run.run_id
+
+
+async def seen(trainer: FrontEnd, metadata: Any) -> list[str]:
+    return [run.run_id for run in (await trainer.stub.ListRuns(pb.ListRunsRequest(), metadata=metadata)).runs]
+
+
+def calls_that_name_a_run() -> list[tuple[str, Any]]:
+    """(name, request type) of every unary call of TrainerService whose request has a run_id."""
+    methods = pb.DESCRIPTOR.services_by_name["TrainerService"].methods
+    found = []
+    for method in methods:
+        if "run_id" in method.input_type.fields_by_name:
+            module = pb if hasattr(pb, method.input_type.name) else ops
+            found.append((method.name, getattr(module, method.input_type.name)))
+    return found
+
+
+def without_id(exc: GradwireError, run_id: str) -> tuple[Any, ...]:
+    metadata = {key: value.replace(run_id, "RUN") for key, value in exc.metadata.items()}
+    return exc.reason, exc.code, exc.message.replace(run_id, "RUN"), metadata
+
+
+def test_the_calls_that_name_a_run_are_found():
+    assert {"GetRun", "DeleteRun", "ForwardBackward", "SaveState"} <= {name for name, _ in calls_that_name_a_run()}
+
+
+@pytest.mark.parametrize(("method", "request_type"), calls_that_name_a_run())
+async def test_somebody_elses_run_answers_as_one_that_does_not_exist(method: str, request_type: Any):
+    async with front_end(api_keys=KEYS) as trainer:
+        run_id = await create(trainer, ALICE)
+        call = getattr(trainer.stub, method)
+        theirs = await error_of(call(request_type(run_id=run_id), metadata=BOB))
+        nobodys = await error_of(call(request_type(run_id="run-000000000000"), metadata=BOB))
+        assert theirs.reason == "RUN_NOT_FOUND"
+        assert theirs.code == grpc.StatusCode.NOT_FOUND.value[0]
+        assert without_id(theirs, run_id) == without_id(nobodys, "run-000000000000")
+        assert trainer.operations() == []
+        assert await seen(trainer, ALICE) == [run_id]
+
+
+async def test_the_stream_attaches_to_no_run_of_somebody_else_and_does_not_disturb_its_owner():
+    async with front_end(api_keys=KEYS) as trainer:
+        run_id = await create(trainer, ALICE)
+        owner = await trainer.attach(run_id, metadata=ALICE)
+        refused = []
+        for asked in (run_id, "run-000000000000"):
+            stream = Stream(trainer.stub.Train(metadata=BOB))
+            await stream.send(attach=pb.AttachRequest(run_id=asked))
+            refused.append(without_id(await stream.ended(), asked))
+        assert refused[0] == refused[1]
+        assert refused[0][0] == "RUN_NOT_FOUND"
+        await owner.send(1, zero_grad={})
+        assert (await owner.receive()).WhichOneof("result") == "zero_grad"
+
+
+async def test_lists_show_ones_own_runs_and_an_admin_all():
+    async with front_end(api_keys=KEYS) as trainer:
+        alices, bobs = await create(trainer, ALICE), await create(trainer, BOB)
+        assert await seen(trainer, ALICE) == [alices]
+        assert await seen(trainer, BOB) == [bobs]
+        assert await seen(trainer, OPS) == [bobs, alices]
+        await trainer.stub.ZeroGrad(ops.ZeroGradRequest(run_id=alices), metadata=OPS)
+        await trainer.stub.DeleteRun(pb.DeleteRunRequest(run_id=alices), metadata=OPS)
+        assert await seen(trainer, ALICE) == []
+
+
+async def test_one_request_id_of_two_keys_makes_two_runs():
+    async with front_end(api_keys=KEYS) as trainer:
+        alices = await create(trainer, ALICE, request_id="same")
+        bobs = await create(trainer, BOB, request_id="same")
+        assert alices != bobs
+        assert await create(trainer, ALICE, request_id="same") == alices
+        await trainer.stub.DeleteRun(pb.DeleteRunRequest(run_id=alices), metadata=ALICE)
+        assert await create(trainer, BOB, request_id="same") == bobs
+
+
+async def test_a_revoked_key_is_refused_at_once_and_its_stream_ends_while_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("trainer_service.rpc.train_stream.REVOCATION_POLL_S", 0.02)
+    file = tmp_path / "keys"
+    file.write_text("\n".join(KEYS))
+    async with front_end(api_key_file=file) as trainer:
+        alices, bobs = await create(trainer, ALICE), await create(trainer, BOB)
+        alice, bob = await trainer.attach(alices, metadata=ALICE), await trainer.attach(bobs, metadata=BOB)
+        file.write_text("\n".join((*KEYS[1:], "alice new-key")))
+        ended = await alice.ended()
+        assert (ended.reason, "revoked" in ended.message) == ("INVALID_API_KEY", True)
+        refused = await error_of(trainer.stub.ListRuns(pb.ListRunsRequest(), metadata=ALICE))
+        assert refused.reason == "INVALID_API_KEY"
+        await bob.send(1, zero_grad={})
+        assert (await bob.receive()).WhichOneof("result") == "zero_grad"
+        # A new key of the same name finds its runs as they were.
+        assert await seen(trainer, with_key("new-key")) == [alices]
+
+
+async def test_a_key_may_have_so_many_runs_and_lost_ones_do_not_count():
+    async with front_end(api_keys=KEYS, limits=Limits(max_runs=5, max_runs_per_key=2)) as trainer:
+        first = await create(trainer, ALICE)
+        await create(trainer, ALICE)
+        refused = await error_of(trainer.stub.CreateRun(pb.CreateRunRequest(), metadata=ALICE))
+        assert (refused.reason, refused.metadata) == ("LIMIT_EXCEEDED", {"limit": "2", "got": "3"})
+        assert "This API key has 2 runs" in refused.message
+        await create(trainer, BOB)
+        await trainer.stub.DeleteRun(pb.DeleteRunRequest(run_id=first), metadata=ALICE)
+        await create(trainer, ALICE)
+
+
+async def test_a_full_disk_allowance_refuses_saves_in_order_and_everything_else_goes_on(tmp_path: Path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "old").write_bytes(bytes(1000))
+    async with front_end(data_dir=tmp_path, limits=Limits(max_disk_bytes=1000)) as trainer:
+        stream = await trainer.attach(await trainer.create_run())
+        await stream.send(1, save_weights_for_sampler={"name": "first"})
+        await stream.send(2, zero_grad={})
+        refused = (await stream.receive()).error
+        assert refused.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        assert "has 1000 bytes, and it may keep at most 1000" in refused.message
+        assert (await stream.receive()).WhichOneof("result") == "zero_grad"
+        (tmp_path / "kept" / "old").unlink()
+        await stream.send(3, save_weights_for_sampler={"name": "second"})
+        await stream.receive()
+        assert trainer.operations() == [(2, "zero_grad"), (3, "save_weights_for_sampler")]
+
+
+async def test_logs_name_keys_and_never_tell_one(caplog: pytest.LogCaptureFixture, tmp_path: Path):
+    caplog.set_level(logging.DEBUG)
+    file = tmp_path / "keys"
+    file.write_text("\n".join(KEYS))
+    async with front_end(api_key_file=file, api_keys=("lonely-key",)) as trainer:
+        for metadata in (ALICE, OPS, with_key("lonely-key")):
+            stream = await trainer.attach(await create(trainer, metadata), metadata=metadata)
+            await stream.close()
+        await error_of(trainer.stub.ListRuns(pb.ListRunsRequest(), metadata=with_key("wrong-key")))
+        file.write_text("alice alices-key nonsense")
+        await trainer.stub.ListRuns(pb.ListRunsRequest(), metadata=ALICE)
+        file.write_text("alice alices-key")
+        await trainer.stub.ListRuns(pb.ListRunsRequest(), metadata=ALICE)
+        await asyncio.sleep(0)
+    told = "\n".join(f"{record.getMessage()} {vars(record)}" for record in caplog.records)
+    assert {"alice", "ops", "unnamed"} <= {
+        record.fields.get("key")  # pyright: ignore[reportAttributeAccessIssue]
+        for record in caplog.records
+        if record.getMessage() == "Call."
+    }
+    for key in ("alices-key", "ops-key", "lonely-key", "wrong-key"):
+        assert key not in told
+        assert hashlib.sha256(key.encode()).hexdigest() not in told
