@@ -1,14 +1,13 @@
 """From the trainer's answers to what users get back."""
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gradwire.codec import decode_tensor
-from gradwire.types import ForwardBackwardOutput, OptimStepResponse, SaveWeightsResult, TensorData, Timing
+from gradwire.types import ForwardBackwardOutput, LossFnOutputs, OptimStepResponse, SaveWeightsResult, Timing
 from gradwire.v1.run_pb2 import RunState
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 
@@ -39,29 +38,25 @@ def _body(response: TrainResponse) -> Any:
 
 
 def forward_output(responses: Sequence[TrainResponse]) -> ForwardBackwardOutput:
-    """Output of forward or forward_backward; tensors are views of one buffer a piece."""
-    outputs: list[dict[str, TensorData]] = []
+    """Output of forward or forward_backward; its tensors are views of one buffer."""
     bodies = [_body(response) for response in responses]
-    for body in bodies:
-        flat = {name: decode_tensor(tensor, name) for name, tensor in body.loss_fn_outputs.items()}
-        cu_seqlens = decode_tensor(body.cu_seqlens, "cu_seqlens").tolist()
-        outputs.extend(
-            {name: TensorData(array[start:stop]) for name, array in flat.items()}
-            for start, stop in pairwise(cu_seqlens)
-        )
-    return ForwardBackwardOutput(outputs, combine_metrics(dict(body.metrics) for body in bodies), timing(responses))
+    return ForwardBackwardOutput(
+        loss_fn_outputs=_joined(bodies),
+        metrics=combine_metrics(dict(body.metrics) for body in bodies),
+        timing=timing(responses),
+    )
 
 
-def joined_logprobs(responses: Sequence[TrainResponse]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """(logprobs float32 [T] or [T, K], cu_seqlens int64 [N + 1]) of all pieces end to end."""
-    arrays: list[npt.NDArray[np.float32]] = []
+def _joined(bodies: Sequence[Any]) -> LossFnOutputs:
+    """The outputs of all pieces end to end."""
+    arrays: dict[str, list[npt.NDArray[Any]]] = {}
     lengths: list[npt.NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
-    for response in responses:
-        body = _body(response)
-        arrays.append(decode_tensor(body.loss_fn_outputs["logprobs"], "logprobs"))
+    for body in bodies:
+        for name, tensor in body.loss_fn_outputs.items():
+            arrays.setdefault(name, []).append(decode_tensor(tensor, name))
         lengths.append(np.diff(decode_tensor(body.cu_seqlens, "cu_seqlens")))
-    joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    return joined, np.cumsum(np.concatenate(lengths))
+    joined = {name: found[0] if len(found) == 1 else np.concatenate(found) for name, found in arrays.items()}
+    return LossFnOutputs(joined, np.cumsum(np.concatenate(lengths)))
 
 
 def custom_output(

@@ -95,11 +95,10 @@ def decode_tensor(tensor: tensor_pb2.Tensor, where: str) -> npt.NDArray[Any]:
             raise invalid_field(
                 where, f"has data of dtype {tensor.dtype}; set dtype to one of {', '.join(_NAMES.values())}."
             )
-        if len(tensor.data) % dtype.itemsize:
-            raise invalid_field(
-                where, f"has {len(tensor.data)} bytes, which is no whole number of {dtype.name} elements."
-            )
-        flat = np.frombuffer(tensor.data, dtype=dtype)
+        data = tensor.data  # Once: each look at the field makes its bytes anew.
+        if len(data) % dtype.itemsize:
+            raise invalid_field(where, f"has {len(data)} bytes, which is no whole number of {dtype.name} elements.")
+        flat = np.frombuffer(data, dtype=dtype)
     else:
         natural = tensor_pb2.DATA_TYPE_FLOAT32 if arm == "floats" else tensor_pb2.DATA_TYPE_INT64
         if tensor.dtype not in (tensor_pb2.DATA_TYPE_UNSPECIFIED, natural):

@@ -380,7 +380,7 @@ class _CustomCall:
             for piece in pieces
         ]
         self._call = Call(deque(self._forwards), custom=True)
-        self._forward_output = ForwardBackwardOutput([], {})
+        self._forward_output = answers.forward_output([])
         self._loss = 0.0
         self._metrics: dict[str, float] = {}
 
@@ -399,9 +399,11 @@ class _CustomCall:
     def _evaluate(self, responses: list[TrainResponse]) -> None:
         """On the loss thread: the user's function."""
         try:
-            self._forward_output = answers.forward_output(responses)
-            logprobs_T, cu_seqlens = answers.joined_logprobs(responses)
-            gradients_T, self._loss, self._metrics = run_custom_loss(self._fn, self._data, logprobs_T, cu_seqlens)
+            self._forward_output = output = answers.forward_output(responses)
+            outputs = output.loss_fn_outputs
+            gradients_T, self._loss, self._metrics = run_custom_loss(
+                self._fn, self._data, outputs.arrays["logprobs"], outputs.cu_seqlens
+            )
         except BaseException as exc:  # Whatever the user's function raised belongs to the future.
             LOOP.call_soon(self._give_up, exc)
             return

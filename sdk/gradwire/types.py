@@ -6,7 +6,7 @@ any object with the same attributes.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -250,6 +250,53 @@ class Timing:
     """Between trainer and worker."""
 
 
+class LossFnOutputs(Sequence[dict[str, TensorData]]):
+    """One dict a datum, in the order given, each made when it is first asked for: a batch may have thousands, and most
+    loops look at none.
+
+    Args:
+        arrays: By name, all datums end to end, [T] or [T, K].
+        cu_seqlens: int64 [N + 1]; datum i has rows cu_seqlens[i] to cu_seqlens[i + 1]. Both stay readable as
+            attributes, for whoever wants all datums at once.
+    """
+
+    __slots__ = ("_made", "arrays", "cu_seqlens")
+
+    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], cu_seqlens: npt.NDArray[np.int64]) -> None:
+        self.arrays = arrays
+        self.cu_seqlens = cu_seqlens
+        self._made: dict[int, dict[str, TensorData]] = {}
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, TensorData]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, TensorData]]: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, TensorData] | list[dict[str, TensorData]]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        made = self._made.get(number)
+        if made is None:
+            start, stop = self.cu_seqlens[number], self.cu_seqlens[number + 1]
+            made = {name: TensorData(array[start:stop]) for name, array in self.arrays.items()}
+            self._made[number] = made
+        return made
+
+    def __add__(self, other: Iterable[dict[str, TensorData]]) -> list[dict[str, TensorData]]:
+        return [*self, *other]
+
+    def __radd__(self, other: Iterable[dict[str, TensorData]]) -> list[dict[str, TensorData]]:
+        return [*other, *self]
+
+    def __repr__(self) -> str:
+        return f"LossFnOutputs({len(self)} datums of {', '.join(self.arrays)})"
+
+
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
     """What forward, forward_backward and forward_backward_custom found.
@@ -262,7 +309,7 @@ class ForwardBackwardOutput:
         timing: Where the time went.
     """
 
-    loss_fn_outputs: list[dict[str, TensorData]]
+    loss_fn_outputs: LossFnOutputs
     metrics: dict[str, float]
     timing: Timing = Timing()
 

@@ -91,3 +91,16 @@ def test_leaves_kept_by_the_loss_show_their_gradients():
     gradients, _, _ = run(fn)
     assert [leaf.grad.tolist() for leaf in kept] == [[1, 1, 1], [1, 1]]
     assert gradients.tolist() == [1] * 5
+
+
+def test_a_loss_may_train_parameters_of_its_own():
+    scale = torch.tensor(2.0, requires_grad=True)
+    gradients, _, _ = run(lambda _, logprobs: (sum(scale * x.sum() for x in logprobs), {}))
+    assert gradients.tolist() == [2] * 5
+    assert scale.grad is not None
+    assert scale.grad.item() == LOGPROBS.sum()
+
+
+def test_gradients_whose_sum_overflows_are_finite_all_the_same():
+    gradients, _, _ = run(lambda _, logprobs: (sum(((x - x.detach()) * 3e38).sum() for x in logprobs), {}))
+    np.testing.assert_allclose(gradients, 3e38)

@@ -1,9 +1,12 @@
 """What users pass in and get back."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from gradwire import Datum, EncodedTextChunk, ModelInput, TensorData, datum_from_tokens_weights
+from gradwire.types import LossFnOutputs
 
 
 def test_datum_from_tokens_weights_shifts_by_one():
@@ -76,3 +79,25 @@ def test_model_input_refuses_images_and_floats():
 def test_datum_wraps_plain_lists():
     datum = Datum(ModelInput.from_ints([1]), {"target_tokens": [2]})
     assert datum.loss_fn_inputs["target_tokens"].dtype == "int64"
+
+
+def test_outputs_are_made_when_asked_for_and_share_one_buffer():
+    logprobs = np.arange(6, dtype=np.float32)
+    outputs = LossFnOutputs({"logprobs": logprobs}, np.array([0, 2, 3, 6]))
+    assert len(outputs) == 3
+    assert [output["logprobs"].data for output in outputs] == [[0, 1], [2], [3, 4, 5]]
+    assert outputs[-1]["logprobs"].data == [3, 4, 5]
+    assert [output["logprobs"].shape for output in outputs[1:]] == [[1], [3]]
+    assert np.shares_memory(outputs[0]["logprobs"].to_numpy(), logprobs)
+    outputs[0]["advantages"] = TensorData([1.0, 2.0])
+    assert outputs[0].keys() == {"logprobs", "advantages"}
+    made: list = [{}]
+    made += outputs
+    assert len(made) == len(outputs + made[:1]) == 4
+    with pytest.raises(IndexError):
+        outputs[3]
+
+
+def test_outputs_survive_pickling():
+    outputs = pickle.loads(pickle.dumps(LossFnOutputs({"logprobs": np.ones(2, np.float32)}, np.array([0, 2]))))
+    assert outputs[0]["logprobs"].data == [1.0, 1.0]
