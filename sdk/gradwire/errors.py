@@ -17,6 +17,7 @@ GradwireError                        .reason .metadata .field_violations .retry_
 ├── OperationCancelledError
 ├── OperationTimeoutError            also TimeoutError
 ├── UnimplementedError               also NotImplementedError
+├── DataLossError                    a checkpoint is damaged
 └── InternalError                    also RuntimeError
 
 Code branches on `reason`, a name of the ErrorReason enum without its prefix ("RUN_NOT_FOUND"); people read the message.
@@ -64,6 +65,10 @@ ERROR_CODES: dict[str, int] = {
     "TRAINER_JOB_FAILED": code_pb2.FAILED_PRECONDITION,
     "CANCELLED": code_pb2.CANCELLED,
     "NON_FINITE": code_pb2.FAILED_PRECONDITION,
+    "CHECKPOINT_NOT_FOUND": code_pb2.NOT_FOUND,
+    "CHECKPOINT_DAMAGED": code_pb2.DATA_LOSS,
+    "CHECKPOINT_MISMATCH": code_pb2.FAILED_PRECONDITION,
+    "DELTA_BASE_UNUSABLE": code_pb2.FAILED_PRECONDITION,
 }
 
 
@@ -201,6 +206,12 @@ class UnimplementedError(GradwireError, NotImplementedError):
     default_code = code_pb2.UNIMPLEMENTED
 
 
+class DataLossError(GradwireError):
+    """What was stored is not as it was written."""
+
+    default_code = code_pb2.DATA_LOSS
+
+
 class InternalError(GradwireError, RuntimeError):
     """A fault of Gradwire's own."""
 
@@ -222,6 +233,7 @@ _BY_CODE: dict[int, type[GradwireError]] = {
         OperationCancelledError,
         OperationTimeoutError,
         UnimplementedError,
+        DataLossError,
         InternalError,
     )
 }

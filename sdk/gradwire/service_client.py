@@ -83,6 +83,43 @@ class ServiceClient:
         """Not built yet: the trainer answers UNIMPLEMENTED."""
         return self.create_training_client(base_model, lora_rank=rank)
 
+    def create_training_client_from_state(
+        self, path: str, *, display_name: str = "", timeout_s: float | None = None
+    ) -> TrainingClient:
+        """Makes a run that begins with the parameters of a saved state; its optimizer starts afresh.
+
+        Args:
+            path: As save_state returned it.
+            display_name: Your name for the run.
+            timeout_s: Longest wait, seconds; None takes the client's.
+
+        Raises:
+            NotFoundError: There is no such state.
+            FailedPreconditionError: CHECKPOINT_MISMATCH: it is of another model than the trainer's.
+            DataLossError: CHECKPOINT_DAMAGED.
+        """
+        return self._from_state(path, display_name, timeout_s, with_optimizer=False)
+
+    def create_training_client_from_state_with_optimizer(
+        self, path: str, *, display_name: str = "", timeout_s: float | None = None
+    ) -> TrainingClient:
+        """As create_training_client_from_state, with the optimizer's state: training goes on where it was saved."""
+        return self._from_state(path, display_name, timeout_s, with_optimizer=True)
+
+    def _from_state(
+        self, path: str, display_name: str, timeout_s: float | None, *, with_optimizer: bool
+    ) -> TrainingClient:
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        client = self.create_training_client(display_name=display_name, timeout_s=timeout_s)
+        try:
+            load = client.load_state_with_optimizer if with_optimizer else client.load_state
+            load(path).result(timeout_s)
+        except BaseException:
+            # Nobody will ever hear of this run.
+            client.delete_run()
+            raise
+        return client
+
     def training_client(self, run_id: str, *, timeout_s: float | None = None) -> TrainingClient:
         """Takes hold of a run that exists, after a script's restart for example. A client still attached is put off."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s

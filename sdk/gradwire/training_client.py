@@ -235,17 +235,32 @@ class TrainingClient:
         return self.save_weights_for_sampler(name, overwrite=overwrite).result(timeout_s)
 
     def save_state(self, name: str, *, ttl_seconds: int | None = None, overwrite: bool = False) -> APIFuture[str]:
-        """Saves resumable state. Not built yet: the future raises UnimplementedError."""
+        """Saves parameters, optimizer state and counters on the trainer, whole or not at all.
+
+        What was accumulated since the last optim_step is not saved, so save after a step.
+
+        Args:
+            name: Letters, digits, '.', '_' and '-'.
+            ttl_seconds: When it may be deleted, seconds from now; None keeps it.
+            overwrite: Replace a state of that name; otherwise a taken name is refused (AlreadyExistsError).
+
+        Returns:
+            Future of its path, "gradwire://<run_id>/state/<name>".
+        """
         self._refuse_inside_loss("save_state")
         request = ops.SaveStateRequest(name=name, overwrite=overwrite, ttl_seconds=ttl_seconds)
         return self._send("save_state", [TrainRequest(save_state=request)], answers.path, barrier=True)
 
     def load_state(self, path: str) -> APIFuture[None]:
-        """Loads parameters of a saved state. Not built yet: the future raises UnimplementedError."""
+        """Loads the parameters of a saved state, of this run or another of yours; the optimizer starts afresh.
+
+        Accumulated gradients are dropped. A state that does not fit (FailedPreconditionError), is not there
+        (NotFoundError) or is damaged (DataLossError) changes nothing.
+        """
         return self._load(path, with_optimizer=False)
 
     def load_state_with_optimizer(self, path: str) -> APIFuture[None]:
-        """Loads a saved state, optimizer and all. Not built yet: the future raises UnimplementedError."""
+        """As load_state, with the optimizer's state: training goes on as if it had never stopped."""
         return self._load(path, with_optimizer=True)
 
     def _load(self, path: str, *, with_optimizer: bool) -> APIFuture[None]:

@@ -262,17 +262,30 @@ def test_missing_gradients_are_refused(driver: Driver) -> None:
     assert "gradients has no elements" in driver.refused(backward=ops.BackwardRequest(forward_seq_id=1)).message
 
 
-@pytest.mark.parametrize(
-    "operation",
-    [
-        {"save_state": ops.SaveStateRequest(name="a")},
-        {"load_state": ops.LoadStateRequest(path="gradwire://run-1/state/a")},
-    ],
-)
-def test_what_is_not_there_yet_says_so(driver: Driver, operation: dict[str, Any]) -> None:
-    exc = driver.refused(**operation)
-    assert exc.reason == "NOT_IMPLEMENTED"
-    assert "not in this version" in exc.message
+def test_states_are_saved_and_loaded(driver: Driver, tmp_path: Path) -> None:
+    saved = driver.send(save_state=ops.SaveStateRequest(name="a", ttl_seconds=60)).save_state
+    assert saved.path == f"gradwire://{RUN}/state/a"
+    assert saved.size_bytes == sum(path.stat().st_size for path in (tmp_path / RUN / "state" / "a").iterdir())
+    assert driver.send(load_state=ops.LoadStateRequest(path=saved.path)).load_state.step == 0
+    assert driver.refused(save_state=ops.SaveStateRequest(name="a")).reason == "CHECKPOINT_EXISTS"
+    missing = driver.refused(load_state=ops.LoadStateRequest(path=f"gradwire://{RUN}/state/b"))
+    assert missing.reason == "CHECKPOINT_NOT_FOUND"
+
+
+@pytest.mark.parametrize("name", ["../escape", "/etc/x", "a\x01", "a\n", "x" * 10_000, "", ".a", "a/b"])
+def test_states_stay_in_their_folder(driver: Driver, tmp_path: Path, name: str) -> None:
+    assert driver.refused(save_state=ops.SaveStateRequest(name=name)).field_violations[0][0] == "name"
+    for path in (f"gradwire://{RUN}/state/{name}", f"gradwire://{name}/state/a", f"gradwire://{RUN}/{name}/a", name):
+        exc = driver.refused(load_state=ops.LoadStateRequest(path=path))
+        assert exc.field_violations[0][0] == "path"
+        assert len(exc.message) < 500
+    assert not (tmp_path / RUN).exists()
+
+
+@pytest.mark.parametrize("ttl_seconds", [0, 1 << 62])
+def test_a_time_to_live_that_cannot_be_is_refused(driver: Driver, ttl_seconds: int) -> None:
+    exc = driver.refused(save_state=ops.SaveStateRequest(name="a", ttl_seconds=ttl_seconds))
+    assert exc.field_violations[0][0] == "ttl_seconds"
 
 
 @pytest.mark.parametrize("operation", [{}, {"attach": AttachRequest(run_id=RUN)}])

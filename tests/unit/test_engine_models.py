@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.engines import CPU, RUN, forward_backward, make_engine
 from tests.tiny import MAX_CONTEXT_LENGTH, VOCAB_SIZE, make_tiny_llama
+from trainer_service import folders
 from trainer_service.engine.engine import Engine
-from trainer_service.engine.models import export as export_module
 
 
 def load_engine(base_model: str, tmp_path: Path, **settings: Any) -> Engine:
@@ -156,11 +156,11 @@ def test_full_disk_leaves_nothing_behind_and_the_old_export_in_place(
     with monkeypatch.context() as patched:
         if at == "space":
             usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
-            patched.setattr(export_module.shutil, "disk_usage", lambda _: usage)
+            patched.setattr(folders.shutil, "disk_usage", lambda _: usage)
         elif at == "write":
             patched.setattr(engine.live_model(RUN).config, "save_pretrained", full)
         else:
-            patched.setattr(export_module.os, "fsync", full)
+            patched.setattr(folders.os, "fsync", full)
         with pytest.raises(FailedPreconditionError) as caught:
             engine.save_weights_for_sampler(RUN, "a", overwrite=True)
     assert caught.value.reason == "STORAGE_FAILED"

@@ -11,12 +11,12 @@ from gradwire.types import AdamParams
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer_service.checkpoint_path import check_checkpoint_name
 from trainer_service.config import Limits
 from trainer_service.engine.losses import find_loss
 from trainer_service.engine.validation import (
     check_adam_params,
     check_batch,
-    check_checkpoint_name,
     check_gradients,
     check_gradients_shape,
     check_loss_config,

@@ -91,20 +91,6 @@ async def test_an_unknown_run_is_not_found_by_every_call():
         assert await reason_of(stub.OptimStep(ops.OptimStepRequest())) == "RUN_NOT_FOUND"
 
 
-async def test_what_is_not_built_yet_says_so():
-    async with front_end() as trainer:
-        run_id = await trainer.create_run()
-        for call in (
-            trainer.stub.SaveState(ops.SaveStateRequest(run_id=run_id, name="a")),
-            trainer.stub.LoadState(ops.LoadStateRequest(run_id=run_id, path="a")),
-        ):
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call
-            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-            assert "not built yet" in (caught.value.details() or "")
-        await trainer.stub.ZeroGrad(ops.ZeroGradRequest(run_id=run_id))
-
-
 async def test_server_info_answers_while_loading_and_says_what_is_going_on():
     async with front_end(worker=FakeWorker(ready=None, status_message="loading fake")) as trainer:
         info = await trainer.stub.GetServerInfo(GetServerInfoRequest())

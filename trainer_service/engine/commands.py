@@ -19,6 +19,7 @@ from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent
 
+from trainer_service.checkpoint_path import CheckpointPath, check_checkpoint_name, check_ttl_seconds
 from trainer_service.engine import validation
 from trainer_service.engine.device import broken
 from trainer_service.engine.engine import Engine, ForwardResult, Normalization
@@ -71,8 +72,8 @@ class Commands:
             "zero_grad": self._zero_grad,
             "cancel": self._cancel,
             "save_weights_for_sampler": self._save_weights_for_sampler,
-            "save_state": _not_yet("save_state"),
-            "load_state": _not_yet("load_state"),
+            "save_state": self._save_state,
+            "load_state": self._load_state,
         }
 
     def prepare(self, command: WorkerCommand) -> Prepared:
@@ -240,12 +241,33 @@ class Commands:
         return work
 
     def _save_weights_for_sampler(self, run_id: str, seq_id: int, request: ops.SaveWeightsForSamplerRequest) -> Work:
-        validation.check_checkpoint_name(request.name)
+        check_checkpoint_name(request.name)
         name, overwrite = request.name, request.overwrite
 
         def work() -> Message:
             saved = self._engine.save_weights_for_sampler(run_id, name, overwrite=overwrite)
             return ops.SaveWeightsForSamplerResponse(path=saved.path, uri=saved.uri, size_bytes=saved.size_bytes)
+
+        return work
+
+    def _save_state(self, run_id: str, seq_id: int, request: ops.SaveStateRequest) -> Work:
+        check_checkpoint_name(request.name)
+        ttl_seconds = request.ttl_seconds if request.HasField("ttl_seconds") else None
+        check_ttl_seconds(ttl_seconds)
+        name, overwrite = request.name, request.overwrite
+
+        def work() -> Message:
+            saved = self._engine.save_state(run_id, name, overwrite=overwrite, ttl_seconds=ttl_seconds)
+            return ops.SaveStateResponse(path=saved.path, size_bytes=saved.size_bytes)
+
+        return work
+
+    def _load_state(self, run_id: str, seq_id: int, request: ops.LoadStateRequest) -> Work:
+        CheckpointPath.parse(request.path)
+        path, with_optimizer = request.path, request.with_optimizer
+
+        def work() -> Message:
+            return ops.LoadStateResponse(step=self._engine.load_state(run_id, path, with_optimizer=with_optimizer))
 
         return work
 
@@ -257,14 +279,3 @@ def _encoded(found: ForwardResult, batch: Batch) -> dict[str, Any]:
         "cu_seqlens": encode_tensor(found.cu_seqlens, typed_by_hand=by_hand),
         "metrics": found.metrics,
     }
-
-
-def _not_yet(name: str) -> Callable[[str, int, Any], Work]:
-    def prepare(run_id: str, seq_id: int, request: Any) -> Work:
-        raise error(
-            "NOT_IMPLEMENTED",
-            f"{name} is not in this version: resumable state can be neither saved nor loaded yet. "
-            "save_weights_for_sampler exports the parameters.",
-        )
-
-    return prepare

@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainer_service.config import Limits
+from trainer_service.engine.checkpoints import Checkpoints, SavedCheckpoint
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.logprobs import target_logprobs
 from trainer_service.engine.loss_totals import LossTotals
 from trainer_service.engine.losses.loss import Loss, LossInputs
-from trainer_service.engine.models.export import export
 from trainer_service.engine.models.load import describe, fetch, load_model
 from trainer_service.engine.optim import AdamW
 from trainer_service.engine.packing import plan_microbatches
@@ -61,15 +61,6 @@ class OptimStepResult:
 
 
 @dataclass(frozen=True)
-class SavedWeights:
-    """Where an export is: gradwire:// path, file:// URI, and the size of all files."""
-
-    path: str
-    uri: str
-    size_bytes: int
-
-
-@dataclass(frozen=True)
 class _Columns:
     """A batch on the device; all of one operation crosses in one copy a column."""
 
@@ -84,7 +75,7 @@ class Engine:
     Args:
         base_model: Hub id or folder. Loaded here; the first run takes this copy.
         device: Where.
-        checkpoint_dir: Where exports go, in a folder a run.
+        checkpoint_dir: Where checkpoints go, in a folder a run.
         limits: max_runs is kept here; the rest is for those who check batches.
         max_context_length: Longest sequence taken, tokens; 0 takes the model's own limit.
 
@@ -104,12 +95,12 @@ class Engine:
         self.limits = limits or Limits()
         self.device = device
         self.counters = Counters()
-        self._checkpoint_dir = checkpoint_dir
         self._base_model = base_model
         self._folder = fetch(base_model)
         self._spare: PreTrainedModel | None = load_model(base_model, self._folder, device)
         self.model = describe(self._spare, base_model=base_model, device=device, max_context_length=max_context_length)
         """What is trained, for GetServerInfo."""
+        self._checkpoints = Checkpoints(checkpoint_dir, self.model, self._folder)
         self._runs: dict[str, RunState] = {}
 
     def create_run(self, run_id: str, *, lora_rank: int = 0) -> None:
@@ -306,19 +297,34 @@ class Engine:
             self._runs[run_id].drop_graphs("was dropped because the client went away")
             self._count_held()
 
-    def save_weights_for_sampler(self, run_id: str, name: str, *, overwrite: bool = False) -> SavedWeights:
+    def save_weights_for_sampler(self, run_id: str, name: str, *, overwrite: bool = False) -> SavedCheckpoint:
         """Exports the parameters as a Hugging Face folder.
 
         Raises:
             AlreadyExistsError: CHECKPOINT_EXISTS.
             FailedPreconditionError: STORAGE_FAILED.
         """
+        return self._checkpoints.save_weights_for_sampler(self._run(run_id), name, overwrite=overwrite)
+
+    def save_state(
+        self, run_id: str, name: str, *, overwrite: bool = False, ttl_seconds: int | None = None
+    ) -> SavedCheckpoint:
+        """Saves resumable state.
+
+        Raises:
+            AlreadyExistsError: CHECKPOINT_EXISTS.
+            FailedPreconditionError: STORAGE_FAILED.
+        """
         run = self._run(run_id)
-        place = f"{run_id}/sampler_weights/{name}"
-        saved = export(run.model, source=self._folder, folder=self._checkpoint_dir / place, overwrite=overwrite)
-        return SavedWeights(
-            path=f"gradwire://{place}", uri=saved.folder.resolve().as_uri(), size_bytes=saved.size_bytes
-        )
+        return self._checkpoints.save_state(run, name, overwrite=overwrite, ttl_seconds=ttl_seconds)
+
+    def load_state(self, run_id: str, path: str, *, with_optimizer: bool) -> int:
+        """Loads resumable state; see Checkpoints.load_state. Returns the optimizer steps in it."""
+        run = self._run(run_id)
+        work = lambda: self._checkpoints.load_state(run, path, with_optimizer=with_optimizer)  # noqa: E731
+        step = self._attempt(work, what=f"the state {path}")
+        self._count_held()
+        return step
 
     def live_model(self, run_id: str) -> PreTrainedModel:
         """A run's own model, for measurements and tests that look inside."""

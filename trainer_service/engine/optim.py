@@ -1,6 +1,6 @@
 """AdamW with hyperparameters per step; normalisation and clipping ride in the same pass over the gradients."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,18 @@ class AdamW:
             self._drop_half_made_state()
             raise
         return StepResult(applied=True, grad_norm=grad_norm)
+
+    def state_of(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
+        """Its "step" (float32 scalar), "exp_avg" and "exp_avg_sq" (float32, shaped as it); empty before its first."""
+        return self._optimizer.state.get(parameter, {})
+
+    def load_state_of(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
+        """Takes over what state_of gave, on the parameter's device."""
+        self._optimizer.state[parameter] = dict(state)
+
+    def clear_state(self) -> None:
+        """Starts afresh."""
+        self._optimizer.state.clear()
 
     def _drop_half_made_state(self) -> None:
         """Memory may run out while state is made, before anything is updated; a later step then starts over."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from gradwire.errors import GradwireError, error
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from trainer_service.engine.optim import AdamW
@@ -69,6 +70,10 @@ class RunState:
     """By the seq_id of their forward."""
     _gone: OrderedDict[int, str] = field(default_factory=OrderedDict)
     """Why a graph is not there any more, for the sentence; the latest only."""
+
+    def trained_parameters(self) -> dict[str, Parameter]:
+        """What trains, by name; a tied parameter once."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def clear_gradients(self) -> None:
         """Forgets gradients and the mark of a failed pass."""

@@ -5,7 +5,6 @@ was decoded (gradwire.codec); here it is about contents.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -18,8 +17,6 @@ from gradwire.types import AdamParams
 
 from trainer_service.config import Limits
 from trainer_service.engine.losses.loss import Loss
-
-_CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
 def check_batch(
@@ -120,20 +117,6 @@ def check_adam_params(params: AdamParams) -> None:
             raise invalid_field(name, f"is {getattr(params, name):g}; it must be at least 0 and below 1.")
     if params.eps <= 0:
         raise invalid_field("eps", f"is {params.eps:g}; it must be above 0.")
-
-
-def check_checkpoint_name(name: str) -> None:
-    """A checkpoint's name becomes a folder's.
-
-    Raises:
-        InvalidArgumentError: INVALID_FIELD.
-    """
-    if not _CHECKPOINT_NAME.fullmatch(name):
-        shown = repr(name) if len(name) <= 128 else f"{name[:40]!r}… of {len(name)} characters"
-        raise invalid_field(
-            "name",
-            f"is {shown}; it must be 1 to 128 letters, digits, '.', '_' or '-', and not start with '.'.",
-        )
 
 
 def _check_size(batch: Batch, limits: Limits) -> None:

@@ -207,8 +207,8 @@ class Run:
             self._worker.submit(command, lambda _: None)
 
     def _answer(self, entry: Entry, kind: str, response: TrainResponse, encoded: bytes) -> None:
-        if response.WhichOneof("result") == "optim_step":
-            self.step = response.optim_step.step
+        if (result := response.WhichOneof("result")) in ("optim_step", "load_state"):
+            self.step = getattr(response, result).step
         self._observe(kind, response)
         self._sequence.answer(entry, encoded)
         self._answered.set()

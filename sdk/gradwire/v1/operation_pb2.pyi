@@ -245,10 +245,12 @@ class SaveStateRequest(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., name: _Optional[str] = ..., overwrite: bool = ..., ttl_seconds: _Optional[int] = ...) -> None: ...
 
 class SaveStateResponse(_message.Message):
-    __slots__ = ("path",)
+    __slots__ = ("path", "size_bytes")
     PATH_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     path: str
-    def __init__(self, path: _Optional[str] = ...) -> None: ...
+    size_bytes: int
+    def __init__(self, path: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class LoadStateRequest(_message.Message):
     __slots__ = ("run_id", "seq_id", "path", "with_optimizer")

@@ -209,14 +209,14 @@ class TrainerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SaveState(self, request, context):
-        """As above. Answers UNIMPLEMENTED in this version.
+        """As above.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadState(self, request, context):
-        """As above. Answers UNIMPLEMENTED in this version.
+        """As above.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,313 @@
+"""Folders that are there whole or not at all: written aside, synced, described by a manifest, renamed. Ground floor.
+
+A reader sees the old folder or the new one, never half of one; whoever wrote may have been killed at any instant.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradwire.errors import GradwireError, error
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""Version of what manifests say, and of what they describe."""
+
+SPARE_BYTES = 16 << 20
+"""Room left on the disk beyond what is known to be needed, for small files and the file system's own."""
+
+_CHUNK_BYTES = 8 << 20
+_MAX_MANIFEST_BYTES = 16 << 20
+_being_written: set[Path] = set()
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a manifest says of one file."""
+
+    size_bytes: int
+    sha256: str
+    """Hex digest."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder holds.
+
+    Attributes:
+        about: What it is, in JSON's types; whoever writes the folder decides.
+        files: Every file but the manifest, by its path inside the folder.
+    """
+
+    about: Mapping[str, Any]
+    files: Mapping[str, FileEntry]
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all files, the manifest's own included."""
+        return sum(entry.size_bytes for entry in self.files.values()) + len(self.to_json().encode())
+
+    def to_json(self) -> str:
+        """As it is on disk."""
+        files = {name: vars(entry) for name, entry in sorted(self.files.items())}
+        return json.dumps({"format": FORMAT, **self.about, "files": files}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Manifest":
+        """What to_json made.
+
+        Raises:
+            ValueError: It is no manifest, or one of another format.
+        """
+        about = json.loads(text)
+        if not isinstance(about, dict) or not isinstance(about.get("files"), dict):
+            raise ValueError("it is no manifest")
+        if about.pop("format", None) != FORMAT:
+            raise ValueError(f"it is not of format {FORMAT}, the one this version reads")
+        files: dict[str, FileEntry] = {}
+        for name, entry in about.pop("files").items():
+            if not _stays_inside(name) or not isinstance(entry, dict):
+                raise ValueError(f"it names a file {name!r}")
+            size_bytes, sha256 = entry.get("size_bytes"), entry.get("sha256")
+            if type(size_bytes) is not int or size_bytes < 0 or not isinstance(sha256, str):
+                raise ValueError(f"it has no size and digest of {name!r}")
+            files[name] = FileEntry(size_bytes, sha256)
+        return cls(about, files)
+
+
+class DigestedFile:
+    """A file whose digest is taken as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb", buffering=0)
+        self._hash = hashlib.sha256()
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        """Appends."""
+        self._hash.update(chunk)
+        left = memoryview(chunk)
+        while left:
+            left = left[self._file.write(left) :]
+
+    def close(self) -> str:
+        """Closes it. Returns its digest, hex."""
+        self._file.close()
+        return self._hash.hexdigest()
+
+
+class FolderWriter:
+    """A folder being written; see whole_folder.
+
+    Attributes:
+        path: Where to write, for now.
+        about: Goes into the manifest; may be added to until the end.
+        size_bytes: Size of all files, once the folder is whole.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self.path = path
+        self.about = dict(about)
+        self.size_bytes = 0
+        self._digests: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def create(self, name: str) -> Iterator[DigestedFile]:
+        """A new file in the folder. Files may also be written below `path` by other means, and are digested then."""
+        file = DigestedFile(self.path / name)
+        try:
+            yield file
+        finally:
+            self._digests[name] = file.close()
+
+    def finish(self) -> None:
+        """Digests what was not, forces everything to the disk, the manifest last."""
+        files: dict[str, FileEntry] = {}
+        for root, _, names in os.walk(self.path, topdown=False):
+            for name in names:
+                path = Path(root, name)
+                inside = path.relative_to(self.path).as_posix()
+                digest = self._digests.get(inside) or sha256_of(path)
+                files[inside] = FileEntry(path.stat().st_size, digest)
+                sync(path)
+            sync(Path(root))
+        manifest = Manifest(self.about, files)
+        self.size_bytes = manifest.size_bytes
+        (self.path / MANIFEST).write_text(manifest.to_json())
+        sync(self.path / MANIFEST)
+        sync(self.path)
+
+
+@contextlib.contextmanager
+def whole_folder(
+    folder: Path, *, about: Mapping[str, Any], overwrite: bool, needed_bytes: int = 0
+) -> Iterator[FolderWriter]:
+    """Writes a folder aside, and puts it in its place when the block ends without an exception.
+
+    Only one process may write below `folder.parent`; any number of its threads may.
+
+    Args:
+        folder: Where it goes.
+        about: Goes into the manifest.
+        overwrite: Replace what is there.
+        needed_bytes: What is known to be written; refused at once where the disk has less.
+
+    Raises:
+        AlreadyExistsError: CHECKPOINT_EXISTS: the folder is there and overwrite is off.
+        FailedPreconditionError: STORAGE_FAILED: the disk is full or cannot be written; nothing is left behind.
+    """
+    partial = folder.with_name(f".partial-{folder.name}-{uuid.uuid4().hex[:8]}")
+    with _lock:
+        _being_written.add(partial)
+    try:
+        settle(folder.parent)
+        _refuse_taken(folder, overwrite)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(folder.parent, needed_bytes + SPARE_BYTES)
+        partial.mkdir()
+        writer = FolderWriter(partial, about)
+        yield writer
+        writer.finish()
+        with _lock:
+            _refuse_taken(folder, overwrite)
+            _swap_in(partial, folder)
+    except OSError as exc:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(exc, GradwireError):
+            raise
+        raise _storage_failed(folder, str(exc)) from exc
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        with _lock:
+            _being_written.discard(partial)
+
+
+def settle(parent: Path) -> None:
+    """Removes what a process left below `parent` that was killed while it wrote.
+
+    A folder killed between its two renames comes back. By the process that writes there only.
+    """
+    with _lock:
+        for left in parent.glob(".replaced-*"):
+            original = left.with_name(left.name.removeprefix(".replaced-"))
+            if original.exists():
+                shutil.rmtree(left)
+            else:
+                left.rename(original)
+        for left in parent.glob(".partial-*"):
+            if left not in _being_written:
+                shutil.rmtree(left)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder.
+
+    Raises:
+        NotFoundError: CHECKPOINT_NOT_FOUND: there is no such folder.
+        DataLossError: CHECKPOINT_DAMAGED: its manifest is missing or cannot be read.
+    """
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            return Manifest.from_json(file.read(_MAX_MANIFEST_BYTES))
+    except FileNotFoundError:
+        if not folder.is_dir():
+            raise error("CHECKPOINT_NOT_FOUND", f'There is no checkpoint "{folder.name}".', name=folder.name) from None
+        raise damaged(folder.name, MANIFEST, "is missing") from None
+    except (OSError, ValueError, RecursionError) as exc:
+        raise damaged(folder.name, MANIFEST, f"cannot be read: {exc}") from exc
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Reads every file and compares size and digest.
+
+    Raises:
+        DataLossError: CHECKPOINT_DAMAGED names the first file that is not as the manifest says.
+    """
+    for name, entry in manifest.files.items():
+        path = folder / name
+        try:
+            size_bytes = path.stat().st_size
+            if size_bytes != entry.size_bytes:
+                raise damaged(folder.name, name, f"has {size_bytes} bytes instead of {entry.size_bytes}")
+            if sha256_of(path) != entry.sha256:
+                raise damaged(folder.name, name, "has another content than was written")
+        except FileNotFoundError:
+            raise damaged(folder.name, name, "is missing") from None
+        except OSError as exc:
+            if isinstance(exc, GradwireError):
+                raise
+            raise damaged(folder.name, name, f"cannot be read: {exc}") from exc
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
+    hashed = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            hashed.update(chunk)
+    return hashed.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Forces a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def damaged(name: str, file: str, how: str) -> GradwireError:
+    """CHECKPOINT_DAMAGED: a file is not as it was written."""
+    text = f'The checkpoint "{name}" is damaged: {file} {how}. Nothing of it was used; load another one.'
+    return error("CHECKPOINT_DAMAGED", text, name=name, file=file)
+
+
+def _stays_inside(name: str) -> bool:
+    parts = name.split("/")
+    return all(part not in ("", ".", "..") for part in parts) and name.isprintable() and "\\" not in name
+
+
+def _refuse_taken(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not overwrite:
+        raise error(
+            "CHECKPOINT_EXISTS",
+            f'A checkpoint named "{folder.name}" exists; choose another name, or pass overwrite=True to replace it.',
+            name=folder.name,
+        )
+
+
+def _check_space(where: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(where).free
+    if free < needed_bytes:
+        raise OSError(errno.ENOSPC, f"{needed_bytes >> 20} MiB are needed, and {free >> 20} MiB are free")
+
+
+def _swap_in(partial: Path, folder: Path) -> None:
+    replaced = folder.with_name(f".replaced-{folder.name}")
+    if folder.exists():
+        folder.rename(replaced)
+    partial.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _storage_failed(folder: Path, why: str) -> GradwireError:
+    return error(
+        "STORAGE_FAILED",
+        f'The checkpoint "{folder.name}" could not be written to {folder.parent}: {why}. Nothing was left behind and '
+        "the run is as before; free some space there and save again.",
+        name=folder.name,
+        folder=folder.parent,
+    )
