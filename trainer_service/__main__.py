@@ -40,6 +40,7 @@ async def _trainer(args: argparse.Namespace) -> int:
         metrics_listen=None if args.metrics_port is None else f"{args.metrics_host}:{args.metrics_port}",
         data_dir=args.data_dir.resolve(),
         max_context_length=args.max_context_length,
+        loss_module=args.loss_module,
         api_keys=config.read_api_keys(),
         api_key_file=args.api_key_file,
         allow_no_api_key=args.allow_no_api_key,
@@ -62,6 +63,7 @@ async def _trainer(args: argparse.Namespace) -> int:
             max_context_length=settings.max_context_length,
             max_message_bytes=settings.limits.max_message_bytes,
             max_runs=settings.limits.max_runs,
+            loss_module=settings.loss_module,
         )
     )
     server = TrainerServer(settings, worker)
@@ -128,6 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     trainer.add_argument("--metrics-host", default="127.0.0.1", help="default: 127.0.0.1")
     trainer.add_argument(
         "--max-context-length", type=int, default=0, help="longest sequence, tokens; 0: the model's own"
+    )
+    trainer.add_argument(
+        "--loss-module", default="", metavar="MODULE", help="take this Python module's LOSSES beside the built-in ones"
     )
     trainer.add_argument("--no-reflection", action="store_true", help="do not describe the services to grpcurl")
     trainer.add_argument("--drain-timeout-s", type=float, default=30.0, help="for queued work after SIGTERM")

@@ -66,6 +66,8 @@ class TrainerConfig:
     """Where checkpoints go."""
     max_context_length: int = 0
     """Longest sequence taken, tokens; 0 takes the model's own limit."""
+    loss_module: str = ""
+    """Python module whose LOSSES the worker takes beside the built-in ones; "" for none."""
     api_keys: tuple[str, ...] = ()
     """Entries of keys that open the trainer, see access.ApiKeys; none at all opens it to everybody who can reach it."""
     api_key_file: Path | None = None

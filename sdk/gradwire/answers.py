@@ -7,20 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gradwire.codec import decode_tensor
+from gradwire.metrics import combine_metrics
 from gradwire.types import ForwardBackwardOutput, LossFnOutputs, OptimStepResponse, SaveWeightsResult, Timing
 from gradwire.v1.run_pb2 import RunState
 from gradwire.v1.trainer_service_pb2 import TrainResponse
-
-_REDUCTIONS = {"sum": sum, "min": min, "max": max, "mean": lambda values: sum(values) / len(values)}
-
-
-def combine_metrics(pieces: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a call from those of its pieces: each `name:reduction` is reduced as its name says."""
-    values: dict[str, list[float]] = {}
-    for piece in pieces:
-        for name, value in piece.items():
-            values.setdefault(name, []).append(value)
-    return {name: _REDUCTIONS.get(name.rpartition(":")[2], sum)(found) for name, found in values.items()}
 
 
 def timing(responses: Iterable[TrainResponse]) -> Timing:

@@ -59,7 +59,7 @@ def test_bfloat16_logits_are_normalised_in_float32() -> None:
 def test_cross_entropy_is_a_sum_over_tokens_never_a_mean() -> None:
     logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
     weights = torch.tensor([1.0, 0.0, -0.5])
-    output = find_loss("cross_entropy").fn(LossInputs(logprobs, {"weights": weights}), {})
+    output = find_loss("cross_entropy").fn(LossInputs(logprobs, {"weights": weights}, torch.tensor([0, 3])), {})
     output.loss.backward()
     assert output.loss.item() == 1.0 - 1.5
     assert output.num_loss_tokens.item() == 2

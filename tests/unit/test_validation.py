@@ -134,18 +134,96 @@ def test_weights_shaped_unlike_targets_are_refused() -> None:
     assert "must match" in refusal(Batch(batch.tokens_T, batch.cu_seqlens, inputs)).message
 
 
-@pytest.mark.parametrize("name", ["cross_entrop", "", "ppo"])
+@pytest.mark.parametrize("name", ["cross_entrop", "", "PPO"])
 def test_unknown_loss_lists_the_known_ones(name: str) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         find_loss(name)
     assert caught.value.reason == "UNKNOWN_LOSS"
-    assert caught.value.metadata["known"] == "cross_entropy"
+    assert caught.value.metadata["known"] == "cross_entropy, importance_sampling, ppo, cispo, dro, gspo"
     assert "cross_entropy" in caught.value.message
 
 
 def test_unknown_loss_setting_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match=r'loss_fn_config\["epsilon"\] is no setting of cross_entropy'):
         check_loss_config(CROSS_ENTROPY, {"epsilon": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("ppo", {"clip_ratio": 0.2}, r"known: clip_low_threshold \(default 0.8\), clip_high_threshold \(default 1.2\)"),
+        (
+            "ppo",
+            {"clip_high_threshold": 0.2},
+            r'"clip_high_threshold"\] is 0.2, below clip_low_threshold, which is 0.8',
+        ),
+        ("cispo", {"clip_low_threshold": -0.2}, r'"clip_low_threshold"\] is -0.2; .* at least 0'),
+        ("dro", {}, r'"beta"\] is missing; dro has no default for it. Its settings: beta \(required\)'),
+        ("dro", {"beta": -1.0}, r'"beta"\] is -1'),
+        ("gspo", {"clip_high_threshold": 1.1}, r'"clip_low_threshold"\] is missing'),
+        ("dro", {"beta": float("nan")}, "must be a finite number"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(name: str, config: dict[str, float], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        check_loss_config(find_loss(name), config)
+
+
+def rl_batch(**changed: object) -> Batch:
+    """Inputs of gspo, which are those of every loss over ratios; None leaves one out."""
+    batch = make_batch()
+    inputs = {
+        "target_tokens": batch.loss_fn_inputs["target_tokens"],
+        "logprobs": np.full(8, -1, dtype=np.float32),
+        "advantages": np.ones(8, dtype=np.float32),
+        "sequence_ratio_mask": np.ones(8, dtype=np.float32),
+        **changed,
+    }
+    kept = {name: array for name, array in inputs.items() if array is not None}
+    return Batch(batch.tokens_T, batch.cu_seqlens, kept)  # pyright: ignore[reportArgumentType]
+
+
+def rl_refusal(batch: Batch, name: str = "gspo") -> str:
+    with pytest.raises(InvalidArgumentError) as caught:
+        check_batch(batch, vocab_size=10, max_context_length=4, limits=Limits(), loss=find_loss(name))
+    return caught.value.message
+
+
+def test_inputs_of_losses_over_ratios_are_checked() -> None:
+    check_batch(rl_batch(), vocab_size=10, max_context_length=4, limits=Limits(), loss=find_loss("gspo"))
+    for name in ("logprobs", "advantages", "sequence_ratio_mask"):
+        assert rl_refusal(rl_batch(**{name: None})).startswith(f'data[0].loss_fn_inputs["{name}"] is missing')
+        bad = np.ones(8, dtype=np.float32)
+        bad[4] = np.nan
+        assert rl_refusal(rl_batch(**{name: bad})).startswith(f'data[2].loss_fn_inputs["{name}"][0] is nan')
+    assert "is no input of ppo" in rl_refusal(rl_batch(), "ppo")
+
+
+def test_gspo_refuses_a_mask_it_cannot_average_over() -> None:
+    mask = np.ones(8, dtype=np.float32)
+    mask[5] = 0.5
+    message = rl_refusal(rl_batch(sequence_ratio_mask=mask))
+    assert message.startswith('data[2].loss_fn_inputs["sequence_ratio_mask"][1] is 0.5')
+    mask[:] = 1
+    mask[3] = 0
+    message = rl_refusal(rl_batch(sequence_ratio_mask=mask))
+    assert message.startswith('data[1].loss_fn_inputs["sequence_ratio_mask"] is 0 everywhere')
+    advantages = np.ones(8, dtype=np.float32)
+    advantages[3] = 0
+    batch = rl_batch(sequence_ratio_mask=mask, advantages=advantages)
+    check_batch(batch, vocab_size=10, max_context_length=4, limits=Limits(), loss=find_loss("gspo"))
+
+
+@pytest.mark.parametrize("name", ["importance_sampling", "ppo", "cispo", "dro", "gspo"])
+def test_losses_over_ratios_take_one_target_a_token(name: str) -> None:
+    inputs = {key: np.ones((8, 2), dtype=np.float32) for key in find_loss(name).inputs}
+    batch = make_batch(k=2)
+    targets = batch.loss_fn_inputs["target_tokens"]
+    message = rl_refusal(Batch(batch.tokens_T, batch.cu_seqlens, {"target_tokens": targets, **inputs}), name)
+    assert message == (
+        'data[0].loss_fn_inputs["target_tokens"] has 2 values a token (shape [N, 2]), '
+        f"but {name} takes one target a token (shape [N])."
+    )
 
 
 @pytest.mark.parametrize(

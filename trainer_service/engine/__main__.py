@@ -86,11 +86,18 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--base-model", required=True, help="hub id or folder")
     parser.add_argument("--checkpoint-dir", required=True, type=Path, help="where exports go")
     parser.add_argument("--max-context-length", type=int, default=0, help="tokens; 0 takes the model's own limit")
+    parser.add_argument("--loss-module", default="", help="module with further losses")
     parser.add_argument("--log-json", action="store_true", help="one JSON object a log line")
     return parser.parse_args()
 
 
 def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, trainer: TrainerConnection) -> "Engine":
+    if arguments.loss_module:
+        from trainer_service.engine.losses import LOSSES
+        from trainer_service.engine.losses.module import load_losses
+
+        trainer.send(WorkerEvent(loading=f"importing {arguments.loss_module}"))
+        LOSSES.update(load_losses(arguments.loss_module, LOSSES))
     trainer.send(WorkerEvent(loading="importing torch and transformers"))
     # Here, not at the top: these imports take seconds, and the trainer should hear from us before.
     import torch
@@ -133,7 +140,13 @@ def _ready(engine: "Engine") -> WorkerEvent:
                 batching=BATCHING,
             ),
             losses=[
-                LossInfo(name=loss.name, loss_fn_inputs=loss.inputs, loss_fn_config_keys=loss.config_keys)
+                LossInfo(
+                    name=loss.name,
+                    loss_fn_inputs=loss.inputs,
+                    loss_fn_config_keys=loss.config,
+                    loss_fn_config_defaults=loss.settings({}),
+                    soft_targets=loss.soft_targets,
+                )
                 for loss in LOSSES.values()
             ],
         ),

@@ -398,7 +398,10 @@ def _batch_metrics(batch: Batch, forward_passes: int) -> dict[str, float]:
 
 
 def _loss_inputs(logprobs_TK: Tensor, columns: _Columns, tokens: slice) -> LossInputs:
-    return LossInputs(logprobs_TK, {name: values[tokens] for name, values in columns.inputs.items()})
+    inputs = {name: values[tokens] for name, values in columns.inputs.items()}
+    # One microbatch, one datum.
+    cu_seqlens = torch.tensor([0, len(logprobs_TK)], device=logprobs_TK.device)
+    return LossInputs(logprobs_TK, inputs, cu_seqlens)
 
 
 def _gather(pieces: list[tuple[slice, Tensor]], like: Tensor) -> npt.NDArray[np.float32]:

@@ -5,28 +5,33 @@ from collections.abc import Mapping
 
 import torch
 from gradwire.errors import error
+from gradwire.metrics import combine_metrics
 from torch import Tensor
 
 from trainer_service.engine.losses.loss import Loss, LossInputs
 
 
 class LossTotals:
-    """Sums kept on the device: one transfer at the end, not one a microbatch. One microbatch holds one datum."""
+    """Values kept on the device: one transfer at the end, not one a microbatch. One microbatch holds one datum."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[Tensor]] = {}
+        self._found: list[dict[str, Tensor]] = []
 
     def add(self, loss: Loss, inputs: LossInputs, config: Mapping[str, float] | None) -> Tensor:
         """Evaluates the loss on one microbatch; returns it with its graph."""
-        output = loss.fn(inputs, config or {})
-        found = {"loss:sum": output.loss, "num_loss_tokens:sum": output.num_loss_tokens, **output.metrics}
-        for name, value in found.items():
-            self._sums.setdefault(name, []).append(value.detach())
+        output = loss.fn(inputs, loss.settings(config))
+        found = {**output.metrics, "loss:sum": output.loss, "num_loss_tokens:sum": output.num_loss_tokens}
+        self._found.append({name: value.detach() for name, value in found.items()})
         return output.loss
 
     def metrics(self) -> dict[str, float]:
-        """By `name:sum`; empty where no loss was evaluated. Added in float64, so that the order does not show."""
-        return {name: math.fsum(torch.stack(values).double().tolist()) for name, values in self._sums.items()}
+        """By `name:reduction`; empty where no loss was evaluated."""
+        return combine_metrics(self._on_host())
+
+    def _on_host(self) -> list[dict[str, float]]:
+        values = [value.double() for found in self._found for value in found.values()]
+        numbers = iter(torch.stack(values).tolist() if values else ())
+        return [{name: next(numbers) for name in found} for found in self._found]
 
     def check_finite(self, name: str) -> None:
         """Refuses a loss that is NaN or infinite.
@@ -34,7 +39,8 @@ class LossTotals:
         Raises:
             FailedPreconditionError: NON_FINITE, naming the datum.
         """
-        for number, value in enumerate(torch.stack(self._sums["loss:sum"]).tolist()):
+        for number, found in enumerate(self._on_host()):
+            value = found["loss:sum"]
             if not math.isfinite(value):
                 raise error(
                     "NON_FINITE",

@@ -54,18 +54,24 @@ def check_batch(
 
 
 def check_loss_config(loss: Loss, config: Mapping[str, float]) -> None:
-    """Refuses keys the loss does not know, and values that are no number.
+    """Refuses keys the loss does not know, values that are no number or contradict each other, and missing ones.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD, listing the known keys.
     """
+    known = ", ".join(_with_default(key, default) for key, default in loss.config.items()) or "none"
     for key, value in config.items():
         where = f'loss_fn_config["{key}"]'
-        if key not in loss.config_keys:
-            known = ", ".join(loss.config_keys) or "none"
+        if key not in loss.config:
             raise invalid_field(where, f"is no setting of {loss.name}; known: {known}.", known=known)
         if not math.isfinite(value):
             raise invalid_field(where, f"is {value}; it must be a finite number.")
+    settings = loss.settings(config)
+    for key in loss.config:
+        if key not in settings:
+            text = f"is missing; {loss.name} has no default for it. Its settings: {known}."
+            raise invalid_field(f'loss_fn_config["{key}"]', text, known=known)
+    loss.check_config(settings)
 
 
 def check_gradients(gradients: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -149,6 +155,11 @@ def _check_token_ids(batch: Batch, ids: npt.NDArray[Any], name: str, vocab_size:
 
 def _check_loss_inputs(batch: Batch, loss: Loss, shape: tuple[int, ...]) -> None:
     known = ("target_tokens", *loss.inputs)
+    if len(shape) == 2 and not loss.soft_targets:
+        raise invalid_field(
+            input_path(0, "target_tokens"),
+            f"has {_per_token(shape)}, but {loss.name} takes one target a token (shape [N]).",
+        )
     for name in batch.loss_fn_inputs:
         if name not in known:
             raise invalid_field(
@@ -166,6 +177,11 @@ def _check_loss_inputs(batch: Batch, loss: Loss, shape: tuple[int, ...]) -> None
         finite = np.isfinite(values)
         if not finite.all():
             raise _at(batch, ~finite, values, f'loss_fn_inputs["{name}"]', "which is not finite.")
+    loss.check_inputs(batch)
+
+
+def _with_default(key: str, default: float | None) -> str:
+    return f"{key} (required)" if default is None else f"{key} (default {default:g})"
 
 
 def _per_token(shape: tuple[int, ...]) -> str:

@@ -44,6 +44,7 @@ class WorkerSettings:
     max_context_length: int
     max_message_bytes: int
     max_runs: int = 8
+    loss_module: str = ""
 
     def command(self, socket: str) -> list[str]:
         """The command line: torchrun, also for one rank."""
@@ -57,6 +58,7 @@ class WorkerSettings:
             *("-m", "trainer_service.engine", "--socket", socket),
             *("--base-model", self.base_model, "--checkpoint-dir", str(self.checkpoint_dir)),
             *("--max-context-length", str(self.max_context_length)),
+            *(("--loss-module", self.loss_module) if self.loss_module else ()),
         ]
 
 

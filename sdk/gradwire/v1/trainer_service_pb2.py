@@ -27,47 +27,51 @@ from gradwire.v1 import operation_pb2 as gradwire_dot_v1_dot_operation__pb2
 from gradwire.v1 import run_pb2 as gradwire_dot_v1_dot_run__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!gradwire/v1/trainer_service.proto\x12\x0bgradwire.v1\x1a\x17google/rpc/status.proto\x1a\x1bgradwire/v1/operation.proto\x1a\x15gradwire/v1/run.proto\"\x16\n\x14GetServerInfoRequest\"M\n\x08LossInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0eloss_fn_inputs\x18\x02 \x03(\t\x12\x1b\n\x13loss_fn_config_keys\x18\x03 \x03(\t\"\xae\x01\n\tModelInfo\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x1a\n\x12max_context_length\x18\x04 \x01(\r\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x04\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x10\n\x08\x62\x61tching\x18\x08 \x01(\t\"\x9d\x01\n\x06Limits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x04\x12\x1c\n\x14target_message_bytes\x18\x02 \x01(\x04\x12 \n\x18max_in_flight_operations\x18\x03 \x01(\r\x12\x10\n\x08max_runs\x18\x04 \x01(\r\x12\x12\n\nmax_datums\x18\x05 \x01(\r\x12\x12\n\nmax_tokens\x18\x06 \x01(\x04\"\x88\x02\n\x15GetServerInfoResponse\x12\x18\n\x10software_version\x18\x01 \x01(\t\x12\x1c\n\x14min_protocol_version\x18\x02 \x01(\r\x12\x1c\n\x14max_protocol_version\x18\x03 \x01(\r\x12&\n\x06models\x18\x04 \x03(\x0b\x32\x16.gradwire.v1.ModelInfo\x12%\n\x06losses\x18\x05 \x03(\x0b\x32\x15.gradwire.v1.LossInfo\x12#\n\x06limits\x18\x06 \x01(\x0b\x32\x13.gradwire.v1.Limits\x12\r\n\x05ready\x18\x07 \x01(\x08\x12\x16\n\x0estatus_message\x18\x08 \x01(\t\"c\n\x10\x43reateRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x11\n\tlora_rank\x18\x03 \x01(\r\x12\x14\n\x0c\x64isplay_name\x18\x04 \x01(\t\"2\n\x11\x43reateRunResponse\x12\x1d\n\x03run\x18\x01 \x01(\x0b\x32\x10.gradwire.v1.Run\"\x1f\n\rGetRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"/\n\x0eGetRunResponse\x12\x1d\n\x03run\x18\x01 \x01(\x0b\x32\x10.gradwire.v1.Run\"\x11\n\x0fListRunsRequest\"2\n\x10ListRunsResponse\x12\x1e\n\x04runs\x18\x01 \x03(\x0b\x32\x10.gradwire.v1.Run\"\"\n\x10\x44\x65leteRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteRunResponse\"2\n\rAttachRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\t\"3\n\x0e\x41ttachResponse\x12\x13\n\x0bnext_seq_id\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\"\xe1\x04\n\x0cTrainRequest\x12\x0e\n\x06seq_id\x18\x01 \x01(\x04\x12\x14\n\x0c\x61\x63ked_seq_id\x18\x02 \x01(\x04\x12,\n\x06\x61ttach\x18\x03 \x01(\x0b\x32\x1a.gradwire.v1.AttachRequestH\x00\x12.\n\x07\x66orward\x18\x04 \x01(\x0b\x32\x1b.gradwire.v1.ForwardRequestH\x00\x12?\n\x10\x66orward_backward\x18\x05 \x01(\x0b\x32#.gradwire.v1.ForwardBackwardRequestH\x00\x12\x30\n\x08\x62\x61\x63kward\x18\x06 \x01(\x0b\x32\x1c.gradwire.v1.BackwardRequestH\x00\x12\x33\n\noptim_step\x18\x07 \x01(\x0b\x32\x1d.gradwire.v1.OptimStepRequestH\x00\x12\x31\n\tzero_grad\x18\x08 \x01(\x0b\x32\x1c.gradwire.v1.ZeroGradRequestH\x00\x12,\n\x06\x63\x61ncel\x18\t \x01(\x0b\x32\x1a.gradwire.v1.CancelRequestH\x00\x12M\n\x18save_weights_for_sampler\x18\n \x01(\x0b\x32).gradwire.v1.SaveWeightsForSamplerRequestH\x00\x12\x33\n\nsave_state\x18\x0b \x01(\x0b\x32\x1d.gradwire.v1.SaveStateRequestH\x00\x12\x33\n\nload_state\x18\x0c \x01(\x0b\x32\x1d.gradwire.v1.LoadStateRequestH\x00\x42\x0b\n\toperation\"\xb5\x05\n\rTrainResponse\x12\x0e\n\x06seq_id\x18\x01 \x01(\x04\x12\x10\n\x08queue_ms\x18\x02 \x01(\x01\x12\x12\n\nexecute_ms\x18\x03 \x01(\x01\x12\x13\n\x0btransfer_ms\x18\x04 \x01(\x01\x12#\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12/\n\x08\x61ttached\x18\x06 \x01(\x0b\x32\x1b.gradwire.v1.AttachResponseH\x00\x12/\n\x07\x66orward\x18\x07 \x01(\x0b\x32\x1c.gradwire.v1.ForwardResponseH\x00\x12@\n\x10\x66orward_backward\x18\x08 \x01(\x0b\x32$.gradwire.v1.ForwardBackwardResponseH\x00\x12\x31\n\x08\x62\x61\x63kward\x18\t \x01(\x0b\x32\x1d.gradwire.v1.BackwardResponseH\x00\x12\x34\n\noptim_step\x18\n \x01(\x0b\x32\x1e.gradwire.v1.OptimStepResponseH\x00\x12\x32\n\tzero_grad\x18\x0b \x01(\x0b\x32\x1d.gradwire.v1.ZeroGradResponseH\x00\x12-\n\x06\x63\x61ncel\x18\x0c \x01(\x0b\x32\x1b.gradwire.v1.CancelResponseH\x00\x12N\n\x18save_weights_for_sampler\x18\r \x01(\x0b\x32*.gradwire.v1.SaveWeightsForSamplerResponseH\x00\x12\x34\n\nsave_state\x18\x0e \x01(\x0b\x32\x1e.gradwire.v1.SaveStateResponseH\x00\x12\x34\n\nload_state\x18\x0f \x01(\x0b\x32\x1e.gradwire.v1.LoadStateResponseH\x00\x42\x08\n\x06result2\x9d\t\n\x0eTrainerService\x12V\n\rGetServerInfo\x12!.gradwire.v1.GetServerInfoRequest\x1a\".gradwire.v1.GetServerInfoResponse\x12J\n\tCreateRun\x12\x1d.gradwire.v1.CreateRunRequest\x1a\x1e.gradwire.v1.CreateRunResponse\x12\x41\n\x06GetRun\x12\x1a.gradwire.v1.GetRunRequest\x1a\x1b.gradwire.v1.GetRunResponse\x12G\n\x08ListRuns\x12\x1c.gradwire.v1.ListRunsRequest\x1a\x1d.gradwire.v1.ListRunsResponse\x12J\n\tDeleteRun\x12\x1d.gradwire.v1.DeleteRunRequest\x1a\x1e.gradwire.v1.DeleteRunResponse\x12\x42\n\x05Train\x12\x19.gradwire.v1.TrainRequest\x1a\x1a.gradwire.v1.TrainResponse(\x01\x30\x01\x12\x44\n\x07\x46orward\x12\x1b.gradwire.v1.ForwardRequest\x1a\x1c.gradwire.v1.ForwardResponse\x12\\\n\x0f\x46orwardBackward\x12#.gradwire.v1.ForwardBackwardRequest\x1a$.gradwire.v1.ForwardBackwardResponse\x12G\n\x08\x42\x61\x63kward\x12\x1c.gradwire.v1.BackwardRequest\x1a\x1d.gradwire.v1.BackwardResponse\x12J\n\tOptimStep\x12\x1d.gradwire.v1.OptimStepRequest\x1a\x1e.gradwire.v1.OptimStepResponse\x12G\n\x08ZeroGrad\x12\x1c.gradwire.v1.ZeroGradRequest\x1a\x1d.gradwire.v1.ZeroGradResponse\x12\x41\n\x06\x43\x61ncel\x12\x1a.gradwire.v1.CancelRequest\x1a\x1b.gradwire.v1.CancelResponse\x12n\n\x15SaveWeightsForSampler\x12).gradwire.v1.SaveWeightsForSamplerRequest\x1a*.gradwire.v1.SaveWeightsForSamplerResponse\x12J\n\tSaveState\x12\x1d.gradwire.v1.SaveStateRequest\x1a\x1e.gradwire.v1.SaveStateResponse\x12J\n\tLoadState\x12\x1d.gradwire.v1.LoadStateRequest\x1a\x1e.gradwire.v1.LoadStateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!gradwire/v1/trainer_service.proto\x12\x0bgradwire.v1\x1a\x17google/rpc/status.proto\x1a\x1bgradwire/v1/operation.proto\x1a\x15gradwire/v1/run.proto\"\x16\n\x14GetServerInfoRequest\"\xf2\x01\n\x08LossInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0eloss_fn_inputs\x18\x02 \x03(\t\x12\x1b\n\x13loss_fn_config_keys\x18\x03 \x03(\t\x12P\n\x17loss_fn_config_defaults\x18\x04 \x03(\x0b\x32/.gradwire.v1.LossInfo.LossFnConfigDefaultsEntry\x12\x14\n\x0csoft_targets\x18\x05 \x01(\x08\x1a;\n\x19LossFnConfigDefaultsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xae\x01\n\tModelInfo\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x1a\n\x12max_context_length\x18\x04 \x01(\r\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x04\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x10\n\x08\x62\x61tching\x18\x08 \x01(\t\"\x9d\x01\n\x06Limits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x04\x12\x1c\n\x14target_message_bytes\x18\x02 \x01(\x04\x12 \n\x18max_in_flight_operations\x18\x03 \x01(\r\x12\x10\n\x08max_runs\x18\x04 \x01(\r\x12\x12\n\nmax_datums\x18\x05 \x01(\r\x12\x12\n\nmax_tokens\x18\x06 \x01(\x04\"\x88\x02\n\x15GetServerInfoResponse\x12\x18\n\x10software_version\x18\x01 \x01(\t\x12\x1c\n\x14min_protocol_version\x18\x02 \x01(\r\x12\x1c\n\x14max_protocol_version\x18\x03 \x01(\r\x12&\n\x06models\x18\x04 \x03(\x0b\x32\x16.gradwire.v1.ModelInfo\x12%\n\x06losses\x18\x05 \x03(\x0b\x32\x15.gradwire.v1.LossInfo\x12#\n\x06limits\x18\x06 \x01(\x0b\x32\x13.gradwire.v1.Limits\x12\r\n\x05ready\x18\x07 \x01(\x08\x12\x16\n\x0estatus_message\x18\x08 \x01(\t\"c\n\x10\x43reateRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x11\n\tlora_rank\x18\x03 \x01(\r\x12\x14\n\x0c\x64isplay_name\x18\x04 \x01(\t\"2\n\x11\x43reateRunResponse\x12\x1d\n\x03run\x18\x01 \x01(\x0b\x32\x10.gradwire.v1.Run\"\x1f\n\rGetRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"/\n\x0eGetRunResponse\x12\x1d\n\x03run\x18\x01 \x01(\x0b\x32\x10.gradwire.v1.Run\"\x11\n\x0fListRunsRequest\"2\n\x10ListRunsResponse\x12\x1e\n\x04runs\x18\x01 \x03(\x0b\x32\x10.gradwire.v1.Run\"\"\n\x10\x44\x65leteRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteRunResponse\"2\n\rAttachRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\t\"3\n\x0e\x41ttachResponse\x12\x13\n\x0bnext_seq_id\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\"\xe1\x04\n\x0cTrainRequest\x12\x0e\n\x06seq_id\x18\x01 \x01(\x04\x12\x14\n\x0c\x61\x63ked_seq_id\x18\x02 \x01(\x04\x12,\n\x06\x61ttach\x18\x03 \x01(\x0b\x32\x1a.gradwire.v1.AttachRequestH\x00\x12.\n\x07\x66orward\x18\x04 \x01(\x0b\x32\x1b.gradwire.v1.ForwardRequestH\x00\x12?\n\x10\x66orward_backward\x18\x05 \x01(\x0b\x32#.gradwire.v1.ForwardBackwardRequestH\x00\x12\x30\n\x08\x62\x61\x63kward\x18\x06 \x01(\x0b\x32\x1c.gradwire.v1.BackwardRequestH\x00\x12\x33\n\noptim_step\x18\x07 \x01(\x0b\x32\x1d.gradwire.v1.OptimStepRequestH\x00\x12\x31\n\tzero_grad\x18\x08 \x01(\x0b\x32\x1c.gradwire.v1.ZeroGradRequestH\x00\x12,\n\x06\x63\x61ncel\x18\t \x01(\x0b\x32\x1a.gradwire.v1.CancelRequestH\x00\x12M\n\x18save_weights_for_sampler\x18\n \x01(\x0b\x32).gradwire.v1.SaveWeightsForSamplerRequestH\x00\x12\x33\n\nsave_state\x18\x0b \x01(\x0b\x32\x1d.gradwire.v1.SaveStateRequestH\x00\x12\x33\n\nload_state\x18\x0c \x01(\x0b\x32\x1d.gradwire.v1.LoadStateRequestH\x00\x42\x0b\n\toperation\"\xb5\x05\n\rTrainResponse\x12\x0e\n\x06seq_id\x18\x01 \x01(\x04\x12\x10\n\x08queue_ms\x18\x02 \x01(\x01\x12\x12\n\nexecute_ms\x18\x03 \x01(\x01\x12\x13\n\x0btransfer_ms\x18\x04 \x01(\x01\x12#\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12/\n\x08\x61ttached\x18\x06 \x01(\x0b\x32\x1b.gradwire.v1.AttachResponseH\x00\x12/\n\x07\x66orward\x18\x07 \x01(\x0b\x32\x1c.gradwire.v1.ForwardResponseH\x00\x12@\n\x10\x66orward_backward\x18\x08 \x01(\x0b\x32$.gradwire.v1.ForwardBackwardResponseH\x00\x12\x31\n\x08\x62\x61\x63kward\x18\t \x01(\x0b\x32\x1d.gradwire.v1.BackwardResponseH\x00\x12\x34\n\noptim_step\x18\n \x01(\x0b\x32\x1e.gradwire.v1.OptimStepResponseH\x00\x12\x32\n\tzero_grad\x18\x0b \x01(\x0b\x32\x1d.gradwire.v1.ZeroGradResponseH\x00\x12-\n\x06\x63\x61ncel\x18\x0c \x01(\x0b\x32\x1b.gradwire.v1.CancelResponseH\x00\x12N\n\x18save_weights_for_sampler\x18\r \x01(\x0b\x32*.gradwire.v1.SaveWeightsForSamplerResponseH\x00\x12\x34\n\nsave_state\x18\x0e \x01(\x0b\x32\x1e.gradwire.v1.SaveStateResponseH\x00\x12\x34\n\nload_state\x18\x0f \x01(\x0b\x32\x1e.gradwire.v1.LoadStateResponseH\x00\x42\x08\n\x06result2\x9d\t\n\x0eTrainerService\x12V\n\rGetServerInfo\x12!.gradwire.v1.GetServerInfoRequest\x1a\".gradwire.v1.GetServerInfoResponse\x12J\n\tCreateRun\x12\x1d.gradwire.v1.CreateRunRequest\x1a\x1e.gradwire.v1.CreateRunResponse\x12\x41\n\x06GetRun\x12\x1a.gradwire.v1.GetRunRequest\x1a\x1b.gradwire.v1.GetRunResponse\x12G\n\x08ListRuns\x12\x1c.gradwire.v1.ListRunsRequest\x1a\x1d.gradwire.v1.ListRunsResponse\x12J\n\tDeleteRun\x12\x1d.gradwire.v1.DeleteRunRequest\x1a\x1e.gradwire.v1.DeleteRunResponse\x12\x42\n\x05Train\x12\x19.gradwire.v1.TrainRequest\x1a\x1a.gradwire.v1.TrainResponse(\x01\x30\x01\x12\x44\n\x07\x46orward\x12\x1b.gradwire.v1.ForwardRequest\x1a\x1c.gradwire.v1.ForwardResponse\x12\\\n\x0f\x46orwardBackward\x12#.gradwire.v1.ForwardBackwardRequest\x1a$.gradwire.v1.ForwardBackwardResponse\x12G\n\x08\x42\x61\x63kward\x12\x1c.gradwire.v1.BackwardRequest\x1a\x1d.gradwire.v1.BackwardResponse\x12J\n\tOptimStep\x12\x1d.gradwire.v1.OptimStepRequest\x1a\x1e.gradwire.v1.OptimStepResponse\x12G\n\x08ZeroGrad\x12\x1c.gradwire.v1.ZeroGradRequest\x1a\x1d.gradwire.v1.ZeroGradResponse\x12\x41\n\x06\x43\x61ncel\x12\x1a.gradwire.v1.CancelRequest\x1a\x1b.gradwire.v1.CancelResponse\x12n\n\x15SaveWeightsForSampler\x12).gradwire.v1.SaveWeightsForSamplerRequest\x1a*.gradwire.v1.SaveWeightsForSamplerResponse\x12J\n\tSaveState\x12\x1d.gradwire.v1.SaveStateRequest\x1a\x1e.gradwire.v1.SaveStateResponse\x12J\n\tLoadState\x12\x1d.gradwire.v1.LoadStateRequest\x1a\x1e.gradwire.v1.LoadStateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gradwire.v1.trainer_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_LOSSINFO_LOSSFNCONFIGDEFAULTSENTRY']._loaded_options = None
+  _globals['_LOSSINFO_LOSSFNCONFIGDEFAULTSENTRY']._serialized_options = b'8\001'
   _globals['_GETSERVERINFOREQUEST']._serialized_start=127
   _globals['_GETSERVERINFOREQUEST']._serialized_end=149
-  _globals['_LOSSINFO']._serialized_start=151
-  _globals['_LOSSINFO']._serialized_end=228
-  _globals['_MODELINFO']._serialized_start=231
-  _globals['_MODELINFO']._serialized_end=405
-  _globals['_LIMITS']._serialized_start=408
-  _globals['_LIMITS']._serialized_end=565
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=568
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=832
-  _globals['_CREATERUNREQUEST']._serialized_start=834
-  _globals['_CREATERUNREQUEST']._serialized_end=933
-  _globals['_CREATERUNRESPONSE']._serialized_start=935
-  _globals['_CREATERUNRESPONSE']._serialized_end=985
-  _globals['_GETRUNREQUEST']._serialized_start=987
-  _globals['_GETRUNREQUEST']._serialized_end=1018
-  _globals['_GETRUNRESPONSE']._serialized_start=1020
-  _globals['_GETRUNRESPONSE']._serialized_end=1067
-  _globals['_LISTRUNSREQUEST']._serialized_start=1069
-  _globals['_LISTRUNSREQUEST']._serialized_end=1086
-  _globals['_LISTRUNSRESPONSE']._serialized_start=1088
-  _globals['_LISTRUNSRESPONSE']._serialized_end=1138
-  _globals['_DELETERUNREQUEST']._serialized_start=1140
-  _globals['_DELETERUNREQUEST']._serialized_end=1174
-  _globals['_DELETERUNRESPONSE']._serialized_start=1176
-  _globals['_DELETERUNRESPONSE']._serialized_end=1195
-  _globals['_ATTACHREQUEST']._serialized_start=1197
-  _globals['_ATTACHREQUEST']._serialized_end=1247
-  _globals['_ATTACHRESPONSE']._serialized_start=1249
-  _globals['_ATTACHRESPONSE']._serialized_end=1300
-  _globals['_TRAINREQUEST']._serialized_start=1303
-  _globals['_TRAINREQUEST']._serialized_end=1912
-  _globals['_TRAINRESPONSE']._serialized_start=1915
-  _globals['_TRAINRESPONSE']._serialized_end=2608
-  _globals['_TRAINERSERVICE']._serialized_start=2611
-  _globals['_TRAINERSERVICE']._serialized_end=3792
+  _globals['_LOSSINFO']._serialized_start=152
+  _globals['_LOSSINFO']._serialized_end=394
+  _globals['_LOSSINFO_LOSSFNCONFIGDEFAULTSENTRY']._serialized_start=335
+  _globals['_LOSSINFO_LOSSFNCONFIGDEFAULTSENTRY']._serialized_end=394
+  _globals['_MODELINFO']._serialized_start=397
+  _globals['_MODELINFO']._serialized_end=571
+  _globals['_LIMITS']._serialized_start=574
+  _globals['_LIMITS']._serialized_end=731
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=734
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=998
+  _globals['_CREATERUNREQUEST']._serialized_start=1000
+  _globals['_CREATERUNREQUEST']._serialized_end=1099
+  _globals['_CREATERUNRESPONSE']._serialized_start=1101
+  _globals['_CREATERUNRESPONSE']._serialized_end=1151
+  _globals['_GETRUNREQUEST']._serialized_start=1153
+  _globals['_GETRUNREQUEST']._serialized_end=1184
+  _globals['_GETRUNRESPONSE']._serialized_start=1186
+  _globals['_GETRUNRESPONSE']._serialized_end=1233
+  _globals['_LISTRUNSREQUEST']._serialized_start=1235
+  _globals['_LISTRUNSREQUEST']._serialized_end=1252
+  _globals['_LISTRUNSRESPONSE']._serialized_start=1254
+  _globals['_LISTRUNSRESPONSE']._serialized_end=1304
+  _globals['_DELETERUNREQUEST']._serialized_start=1306
+  _globals['_DELETERUNREQUEST']._serialized_end=1340
+  _globals['_DELETERUNRESPONSE']._serialized_start=1342
+  _globals['_DELETERUNRESPONSE']._serialized_end=1361
+  _globals['_ATTACHREQUEST']._serialized_start=1363
+  _globals['_ATTACHREQUEST']._serialized_end=1413
+  _globals['_ATTACHRESPONSE']._serialized_start=1415
+  _globals['_ATTACHRESPONSE']._serialized_end=1466
+  _globals['_TRAINREQUEST']._serialized_start=1469
+  _globals['_TRAINREQUEST']._serialized_end=2078
+  _globals['_TRAINRESPONSE']._serialized_start=2081
+  _globals['_TRAINRESPONSE']._serialized_end=2774
+  _globals['_TRAINERSERVICE']._serialized_start=2777
+  _globals['_TRAINERSERVICE']._serialized_end=3958
 # @@protoc_insertion_point(module_scope)

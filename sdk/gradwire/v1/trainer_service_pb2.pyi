@@ -14,14 +14,25 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class LossInfo(_message.Message):
-    __slots__ = ("name", "loss_fn_inputs", "loss_fn_config_keys")
+    __slots__ = ("name", "loss_fn_inputs", "loss_fn_config_keys", "loss_fn_config_defaults", "soft_targets")
+    class LossFnConfigDefaultsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     LOSS_FN_INPUTS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FN_CONFIG_KEYS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FN_CONFIG_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
+    SOFT_TARGETS_FIELD_NUMBER: _ClassVar[int]
     name: str
     loss_fn_inputs: _containers.RepeatedScalarFieldContainer[str]
     loss_fn_config_keys: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., loss_fn_inputs: _Optional[_Iterable[str]] = ..., loss_fn_config_keys: _Optional[_Iterable[str]] = ...) -> None: ...
+    loss_fn_config_defaults: _containers.ScalarMap[str, float]
+    soft_targets: bool
+    def __init__(self, name: _Optional[str] = ..., loss_fn_inputs: _Optional[_Iterable[str]] = ..., loss_fn_config_keys: _Optional[_Iterable[str]] = ..., loss_fn_config_defaults: _Optional[_Mapping[str, float]] = ..., soft_targets: bool = ...) -> None: ...
 
 class ModelInfo(_message.Message):
     __slots__ = ("base_model", "architecture", "vocab_size", "max_context_length", "num_parameters", "dtype", "device", "batching")

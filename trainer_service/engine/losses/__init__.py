@@ -2,10 +2,16 @@
 
 from gradwire.errors import invalid_field
 
+from trainer_service.engine.losses.cispo import CISPO
 from trainer_service.engine.losses.cross_entropy import CROSS_ENTROPY
+from trainer_service.engine.losses.dro import DRO
+from trainer_service.engine.losses.gspo import GSPO
+from trainer_service.engine.losses.importance_sampling import IMPORTANCE_SAMPLING
 from trainer_service.engine.losses.loss import Loss
+from trainer_service.engine.losses.ppo import PPO
 
-LOSSES: dict[str, Loss] = {loss.name: loss for loss in (CROSS_ENTROPY,)}
+LOSSES: dict[str, Loss] = {loss.name: loss for loss in (CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, CISPO, DRO, GSPO)}
+"""By name. `--loss-module` adds to it before the first command comes (losses/module.py)."""
 
 
 def find_loss(name: str) -> Loss:

@@ -9,7 +9,7 @@ def cross_entropy(inputs: LossInputs, config: Mapping[str, float]) -> LossOutput
     """−Σ weight · logprob over all targets: a sum, never a mean.
 
     Args:
-        inputs: Reads "weights": float32, shaped as the targets; 0 ignores a target.
+        inputs: Reads "weights": of any sign, shaped as the targets; 0 ignores a target.
         config: Nothing.
 
     Returns:
@@ -17,7 +17,10 @@ def cross_entropy(inputs: LossInputs, config: Mapping[str, float]) -> LossOutput
     """
     del config
     weights_TK = inputs.inputs["weights"]
-    return LossOutput(loss=-(inputs.target_logprobs_TK * weights_TK).sum(), num_loss_tokens=weights_TK.count_nonzero())
+    counts_TK = weights_TK != 0
+    # A target without weight counts for nothing, also where its logprob is −inf.
+    target_logprobs_TK = inputs.target_logprobs_TK.where(counts_TK, 0.0)
+    return LossOutput(loss=-(target_logprobs_TK * weights_TK).sum(), num_loss_tokens=counts_TK.sum())
 
 
-CROSS_ENTROPY = Loss(name="cross_entropy", inputs=("weights",), config_keys=(), fn=cross_entropy)
+CROSS_ENTROPY = Loss(name="cross_entropy", inputs=("weights",), fn=cross_entropy, soft_targets=True)
