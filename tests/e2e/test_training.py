@@ -62,9 +62,10 @@ def test_a_built_in_loss_learns(client: TrainingClient):
     losses = []
     for _ in range(8):
         future = client.forward_backward(batch, "cross_entropy")
-        client.optim_step(ADAM)
+        step = client.optim_step(ADAM)
         losses.append(future.result(60).metrics["loss:sum"])
     assert losses[-1] < 0.8 * losses[0]
+    assert step.result(60).step == 8
     assert client.get_info().step == 8
 
 
