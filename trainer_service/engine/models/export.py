@@ -26,9 +26,8 @@ _TOKENIZER_FILES = (
     "additional_chat_templates",
 )
 
-def export(
-    model: PreTrainedModel, *, source: Path, folder: Path, about: Mapping[str, Any], overwrite: bool
-) -> int:
+
+def export(model: PreTrainedModel, *, source: Path, folder: Path, about: Mapping[str, Any], overwrite: bool) -> int:
     """Writes parameters (float32, as trained), config and tokenizer, so that `from_pretrained(folder)` loads them.
 
     Args:
