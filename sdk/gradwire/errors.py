@@ -6,6 +6,7 @@ GradwireError                        .reason .metadata .field_violations .retry_
 ├── AlreadyExistsError               also FileExistsError
 ├── FailedPreconditionError          also RuntimeError
 │   ├── NoGradientsError             optim_step with nothing accumulated
+│   ├── OperationPoisonedError       the worker died three times under it; .seq_id
 │   └── PriorOperationFailedError    an operation this one builds on failed; .failed_seq_id
 ├── AbortedError                     also RuntimeError
 ├── OutOfRangeError                  also ValueError
@@ -13,7 +14,7 @@ GradwireError                        .reason .metadata .field_violations .retry_
 │   └── DeviceOutOfMemoryError       also MemoryError
 ├── UnauthenticatedError             also PermissionError
 ├── UnavailableError                 also ConnectionError
-│   └── WorkerDiedError              the worker process died under the operation
+│   └── WorkerDiedError              the worker process died while a run was made or deleted
 ├── OperationCancelledError
 ├── OperationTimeoutError            also TimeoutError
 ├── UnimplementedError               also NotImplementedError
@@ -65,6 +66,7 @@ ERROR_CODES: dict[str, int] = {
     "TRAINER_JOB_FAILED": code_pb2.FAILED_PRECONDITION,
     "CANCELLED": code_pb2.CANCELLED,
     "NON_FINITE": code_pb2.FAILED_PRECONDITION,
+    "OPERATION_POISONED": code_pb2.FAILED_PRECONDITION,
     "CHECKPOINT_NOT_FOUND": code_pb2.NOT_FOUND,
     "CHECKPOINT_DAMAGED": code_pb2.DATA_LOSS,
     "CHECKPOINT_MISMATCH": code_pb2.FAILED_PRECONDITION,
@@ -151,6 +153,15 @@ class PriorOperationFailedError(FailedPreconditionError):
         return int(self.metadata.get("failed_seq_id", 0))
 
 
+class OperationPoisonedError(FailedPreconditionError):
+    """The worker died three times under this operation, which was given up. The run went on without it."""
+
+    @property
+    def seq_id(self) -> int:
+        """Its seq_id."""
+        return int(self.metadata.get("seq_id", 0))
+
+
 class AbortedError(GradwireError, RuntimeError):
     """Somebody else came between."""
 
@@ -186,7 +197,7 @@ class UnavailableError(GradwireError, ConnectionError):
 
 
 class WorkerDiedError(UnavailableError):
-    """The worker process died while the operation was pending."""
+    """The worker process died while a run was made or deleted; operations wait for the next worker instead."""
 
 
 class OperationCancelledError(GradwireError):
@@ -242,6 +253,7 @@ _BY_REASON: dict[str, type[GradwireError]] = {
     "NO_GRADIENTS": NoGradientsError,
     "PRIOR_OPERATION_FAILED": PriorOperationFailedError,
     "DEVICE_OUT_OF_MEMORY": DeviceOutOfMemoryError,
+    "OPERATION_POISONED": OperationPoisonedError,
     "WORKER_DIED": WorkerDiedError,
 }
 

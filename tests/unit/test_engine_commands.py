@@ -25,6 +25,11 @@ from tests.tiny import MAX_CONTEXT_LENGTH, VOCAB_SIZE
 from trainer_service.engine.commands import Commands
 
 
+def never(event: WorkerEvent) -> None:
+    """No command here is answered later."""
+    raise AssertionError(event)
+
+
 class Driver:
     """Sends commands one after the other."""
 
@@ -46,6 +51,7 @@ class Driver:
 
     def execute(self, command: WorkerCommand) -> WorkerEvent:
         event = self.commands.execute(self.commands.prepare(command))
+        assert event is not None
         assert event.command_id == command.command_id
         return event
 
@@ -61,7 +67,7 @@ class Driver:
 
 @pytest.fixture
 def driver(tiny_llama: Path, tmp_path: Path) -> Driver:
-    return Driver(Commands(make_engine(tiny_llama, tmp_path)))
+    return Driver(Commands(make_engine(tiny_llama, tmp_path), never))
 
 
 def forward_backward(batch: Batch = BATCH, loss_fn: str = "cross_entropy") -> ops.ForwardBackwardRequest:
@@ -128,9 +134,9 @@ def test_custom_loss_is_one_forward_and_the_counters_say_so(driver: Driver) -> N
         key = f"gradwire_worker_{name}"
         return during[key] - before[key], after[key] - before[key]
 
-    # Three sequences in one pack: one forward of the model, and no second at backward.
-    assert grown("forward_passes_total") == (1, 1)
-    assert grown("backward_passes_total") == (0, 1)
+    # Three sequences, one at a time: three forwards of the model, and no fourth at backward.
+    assert grown("forward_passes_total") == (3, 3)
+    assert grown("backward_passes_total") == (0, 3)
     assert grown("tokens_total") == (17, 17)
     assert grown("held_graphs") == (1, 0)
     assert driver.step().optim_step.metrics["num_sequences:sum"] == 3
@@ -203,7 +209,8 @@ def test_refusal_prepared_ahead_leaves_its_mark_only_in_its_turn(driver: Driver)
         driver.command(request=TrainRequest(optim_step=ops.OptimStepRequest())),
     ]
     prepared = [driver.commands.prepare(command) for command in commands]
-    results = [driver.commands.execute(item).response.WhichOneof("result") for item in prepared]
+    events = [driver.commands.execute(item) for item in prepared]
+    results = [event.response.WhichOneof("result") for event in events if event is not None]
     assert results == ["forward_backward", "optim_step", "error", "error"]
 
 
@@ -225,7 +232,7 @@ def test_refused_optim_step_leaves_the_gradients_for_the_next_try(
 
 
 def test_absent_hyperparameters_take_their_defaults(driver: Driver, tiny_llama: Path, tmp_path: Path) -> None:
-    other = Driver(Commands(make_engine(tiny_llama, tmp_path / "other")))
+    other = Driver(Commands(make_engine(tiny_llama, tmp_path / "other"), never))
     explicit = ops.OptimStepRequest(learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-12, weight_decay=0)
     for one, request in ((driver, ops.OptimStepRequest()), (other, explicit)):
         one.send(forward_backward=forward_backward())

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import Message
@@ -25,6 +26,7 @@ from trainer_service.engine.device import broken
 from trainer_service.engine.engine import Engine, ForwardResult, Normalization
 from trainer_service.engine.losses import find_loss
 from trainer_service.engine.losses.loss import Loss
+from trainer_service.engine.snapshots import SnapshotWriter, repeat_failure
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class Prepared:
         seq_id: Of the operation; None for a command that is not one.
         what: Its name: the field of TrainResponse that answers an operation.
         work: Executes it, or raises what is wrong with it.
+        answered_later: Whether it goes on by itself, once begun, and is answered when it is done.
         received_s: When it came, by time.monotonic.
     """
 
@@ -57,13 +60,21 @@ class Prepared:
     what: str
     work: Work
     received_s: float
+    answered_later: bool = False
 
 
 class Commands:
-    """Executes the trainer's commands on an engine."""
+    """Executes the trainer's commands on an engine.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: It.
+        send: Sends an answer that comes later, on another thread.
+    """
+
+    def __init__(self, engine: Engine, send: Callable[[WorkerEvent], object]) -> None:
         self._engine = engine
+        self._send = send
+        self._snapshots = SnapshotWriter()
         self._operations: dict[str, Callable[[str, int, Any], Work]] = {
             "forward": self._forward,
             "forward_backward": self._forward_backward,
@@ -91,10 +102,10 @@ class Commands:
                 raise error("PROTOCOL_VIOLATION", f'The worker was sent "{what}", which is no operation of a run.')
         except Exception as exc:
             work = self._refused(command.run_id, seq_id, what, exc)
-        return Prepared(command.command_id, seq_id, what, work, received_s)
+        return Prepared(command.command_id, seq_id, what, work, received_s, answered_later=what == "snapshot_run")
 
-    def execute(self, prepared: Prepared) -> WorkerEvent:
-        """Executes a command on the device.
+    def execute(self, prepared: Prepared) -> WorkerEvent | None:
+        """Executes a command on the device. Returns the answer; None where that comes later, by itself.
 
         Raises:
             Exception: The device is beyond use; the process must end.
@@ -134,19 +145,38 @@ class Commands:
             else:
                 getattr(event.response, prepared.what).CopyFrom(answer)
         event.counters.update(counters.as_metrics())
-        return event
+        return None if prepared.answered_later and failure is None else event
 
     def _prepare_other(self, what: str, command: WorkerCommand) -> Work:
         engine, run_id = self._engine, command.run_id
-        lora_rank = command.create_run.request.lora_rank
+        created, failed = command.create_run, command.fail_operation
+
+        def create() -> None:
+            engine.create_run(run_id, lora_rank=created.request.lora_rank)
+            if created.snapshot_folder:
+                engine.restore_run(run_id, Path(created.snapshot_folder))
+
+        def fail() -> None:
+            names = ("seq_id", "kind", "reason", "forward_seq_id")
+            repeat_failure(engine.run_state(run_id), **{name: getattr(failed, name) for name in names})
+
         others: dict[str, Work] = {
-            "create_run": lambda: engine.create_run(run_id, lora_rank=lora_rank),
+            "create_run": create,
+            "fail_operation": fail,
+            "snapshot_run": lambda: self._snapshot(command),
             "delete_run": lambda: engine.delete_run(run_id),
             "drop_graphs": lambda: engine.drop_graphs(run_id),
         }
         if what not in others:
             raise error("PROTOCOL_VIOLATION", "The worker was sent a command that says nothing to do.")
         return others[what]
+
+    def _snapshot(self, command: WorkerCommand) -> None:
+        def written(failure: GradwireError | None) -> None:
+            done = WorkerDone(error=to_status(failure) if failure else None)
+            self._send(WorkerEvent(command_id=command.command_id, done=done))
+
+        self._snapshots.take(self._engine.run_state(command.run_id), Path(command.snapshot_run.folder), written)
 
     def _refused(self, run_id: str, seq_id: int | None, what: str, exc: Exception) -> Work:
         def work() -> None:

@@ -62,10 +62,12 @@ class WorkerEvent(_message.Message):
     def __init__(self, command_id: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., loading: _Optional[str] = ..., ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., failed: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., response: _Optional[_Union[_trainer_service_pb2.TrainResponse, _Mapping]] = ..., done: _Optional[_Union[WorkerDone, _Mapping]] = ...) -> None: ...
 
 class WorkerCreateRun(_message.Message):
-    __slots__ = ("request",)
+    __slots__ = ("request", "snapshot_folder")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FOLDER_FIELD_NUMBER: _ClassVar[int]
     request: _trainer_service_pb2.CreateRunRequest
-    def __init__(self, request: _Optional[_Union[_trainer_service_pb2.CreateRunRequest, _Mapping]] = ...) -> None: ...
+    snapshot_folder: str
+    def __init__(self, request: _Optional[_Union[_trainer_service_pb2.CreateRunRequest, _Mapping]] = ..., snapshot_folder: _Optional[str] = ...) -> None: ...
 
 class WorkerDeleteRun(_message.Message):
     __slots__ = ()
@@ -75,18 +77,40 @@ class WorkerDropGraphs(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class WorkerFailOperation(_message.Message):
+    __slots__ = ("seq_id", "kind", "reason", "forward_seq_id")
+    SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    seq_id: int
+    kind: str
+    reason: str
+    forward_seq_id: int
+    def __init__(self, seq_id: _Optional[int] = ..., kind: _Optional[str] = ..., reason: _Optional[str] = ..., forward_seq_id: _Optional[int] = ...) -> None: ...
+
+class WorkerSnapshotRun(_message.Message):
+    __slots__ = ("folder",)
+    FOLDER_FIELD_NUMBER: _ClassVar[int]
+    folder: str
+    def __init__(self, folder: _Optional[str] = ...) -> None: ...
+
 class WorkerCommand(_message.Message):
-    __slots__ = ("command_id", "run_id", "create_run", "delete_run", "request", "drop_graphs")
+    __slots__ = ("command_id", "run_id", "create_run", "delete_run", "request", "drop_graphs", "fail_operation", "snapshot_run")
     COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     CREATE_RUN_FIELD_NUMBER: _ClassVar[int]
     DELETE_RUN_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     DROP_GRAPHS_FIELD_NUMBER: _ClassVar[int]
+    FAIL_OPERATION_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_RUN_FIELD_NUMBER: _ClassVar[int]
     command_id: int
     run_id: str
     create_run: WorkerCreateRun
     delete_run: WorkerDeleteRun
     request: _trainer_service_pb2.TrainRequest
     drop_graphs: WorkerDropGraphs
-    def __init__(self, command_id: _Optional[int] = ..., run_id: _Optional[str] = ..., create_run: _Optional[_Union[WorkerCreateRun, _Mapping]] = ..., delete_run: _Optional[_Union[WorkerDeleteRun, _Mapping]] = ..., request: _Optional[_Union[_trainer_service_pb2.TrainRequest, _Mapping]] = ..., drop_graphs: _Optional[_Union[WorkerDropGraphs, _Mapping]] = ...) -> None: ...
+    fail_operation: WorkerFailOperation
+    snapshot_run: WorkerSnapshotRun
+    def __init__(self, command_id: _Optional[int] = ..., run_id: _Optional[str] = ..., create_run: _Optional[_Union[WorkerCreateRun, _Mapping]] = ..., delete_run: _Optional[_Union[WorkerDeleteRun, _Mapping]] = ..., request: _Optional[_Union[_trainer_service_pb2.TrainRequest, _Mapping]] = ..., drop_graphs: _Optional[_Union[WorkerDropGraphs, _Mapping]] = ..., fail_operation: _Optional[_Union[WorkerFailOperation, _Mapping]] = ..., snapshot_run: _Optional[_Union[WorkerSnapshotRun, _Mapping]] = ...) -> None: ...
