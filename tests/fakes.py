@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import tempfile
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -24,6 +26,7 @@ from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent, WorkerReady
 
 from trainer_service.config import Limits, TrainerConfig
+from trainer_service.fleet.link import being_executed
 from trainer_service.fleet.worker import Deliver, Reply
 from trainer_service.rpc.server import TrainerServer
 
@@ -43,16 +46,19 @@ class FakeWorker:
     status_message: str = "ready"
     counters: Mapping[str, float] = field(default_factory=dict)
     executed: list[tuple[str, int, str]] = field(default_factory=list)
-    """(run id, seq_id, kind) of every command, in order; seq_id 0 for those that are no operations."""
+    """(run id, seq_id, kind) of every command, in order; seq_id 0 for those that are about no operation."""
     failures: dict[tuple[str, int], GradwireError] = field(default_factory=dict)
     """Operations, by run id and seq_id, that answer with an error."""
+    poison: set[tuple[str, int]] = field(default_factory=set)
+    """Operations, by run id and seq_id, that it dies of."""
     stopped: bool = False
 
     def __post_init__(self) -> None:
         self.gate = asyncio.Event()
         """Clear it to hold the device; commands wait."""
         self.gate.set()
-        self._steps: dict[str, int] = {}
+        self.steps: dict[str, int] = {}
+        """Optimizer steps of the runs held, which is all there is of them."""
         self._commands: deque[tuple[WorkerCommand, Deliver]] = deque()
         self._arrived = asyncio.Event()
         self._ready_callbacks: list[Callable[[], object]] = []
@@ -95,11 +101,12 @@ class FakeWorker:
         """The process is gone, with everything it was asked."""
         died = error("WORKER_DIED", reason)
         self.ready, self.status_message = None, reason
+        self.steps.clear()
         for callback in self._death_callbacks:
             callback(died)
         pending, self._commands = self._commands, deque()
-        for _, deliver in pending:
-            deliver(died)
+        for number, (_, deliver) in enumerate(pending):
+            deliver(died if number else being_executed(died))
 
     async def stop(self) -> None:
         self.stopped, self.ready = True, None
@@ -118,11 +125,20 @@ class FakeWorker:
                 await asyncio.sleep(self.latency_s)
             if not self._commands:
                 continue  # Died meanwhile.
-            command, deliver = self._commands.popleft()
+            command, deliver = self._commands[0]
+            if (command.run_id, command.request.seq_id) in self.poison:
+                self.die()
+                continue
+            self._commands.popleft()
             kind = command.WhichOneof("command") or ""
             if kind != "request":
-                self.executed.append((command.run_id, 0, kind))
-                deliver(Reply(WorkerEvent(command_id=command.command_id, done=WorkerDone()), memoryview(b"")))
+                self.executed.append((command.run_id, command.fail_operation.seq_id, kind))
+                done = WorkerDone()
+                try:
+                    self._other(kind, command)
+                except GradwireError as exc:
+                    done.error.CopyFrom(to_status(exc))
+                deliver(Reply(WorkerEvent(command_id=command.command_id, done=done), memoryview(b"")))
                 continue
             kind = command.request.WhichOneof("operation") or ""
             self.executed.append((command.run_id, command.request.seq_id, kind))
@@ -130,6 +146,19 @@ class FakeWorker:
             response.execute_ms = self.latency_s * 1000
             encoded = memoryview(response.SerializeToString())
             deliver(Reply(WorkerEvent(command_id=command.command_id, response=response), encoded))
+
+    def _other(self, kind: str, command: WorkerCommand) -> None:
+        run_id = command.run_id
+        if kind == "create_run":
+            assert run_id not in self.steps, f"{run_id} was made twice"
+            folder = command.create_run.snapshot_folder
+            self.steps[run_id] = _read_snapshot(Path(folder)) if folder else 0
+        elif kind == "delete_run":
+            self.steps.pop(run_id, None)
+        elif kind == "snapshot_run":
+            folder = Path(command.snapshot_run.folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "manifest.json").write_text(str(self.steps[run_id]))
 
     def _execute(self, run_id: str, request: TrainRequest) -> TrainResponse:
         failure = self.failures.get((run_id, request.seq_id))
@@ -146,14 +175,21 @@ class FakeWorker:
             case "backward":
                 return TrainResponse(backward=ops.BackwardResponse())
             case "optim_step":
-                self._steps[run_id] = self._steps.get(run_id, 0) + 1
-                return TrainResponse(optim_step=ops.OptimStepResponse(step=self._steps[run_id]))
+                self.steps[run_id] += 1
+                return TrainResponse(optim_step=ops.OptimStepResponse(step=self.steps[run_id]))
             case "zero_grad":
                 return TrainResponse(zero_grad=ops.ZeroGradResponse())
             case "cancel":
                 return TrainResponse(cancel=ops.CancelResponse())
             case other:
                 return TrainResponse(error=to_status(error("NOT_IMPLEMENTED", f"{other} is not built yet.")))
+
+
+def _read_snapshot(folder: Path) -> int:
+    text = (folder / "manifest.json").read_text()
+    if not text.isdigit():
+        raise error("CHECKPOINT_DAMAGED", f"The snapshot {folder} has another content than was written.")
+    return int(text)
 
 
 @dataclass
@@ -232,6 +268,8 @@ async def front_end(
         **settings: Of TrainerConfig.
     """
     worker = worker or FakeWorker()
+    folder = tempfile.TemporaryDirectory(prefix="gradwire-test-")
+    settings.setdefault("data_dir", Path(folder.name))
     config = TrainerConfig(
         **{"base_model": "fake", "listen": "127.0.0.1:0", "drain_timeout_s": 2.0, **settings}, limits=limits or Limits()
     )
@@ -248,6 +286,7 @@ async def front_end(
         await channel.close()
         if not worker.stopped:
             await server.drain()
+        folder.cleanup()
 
 
 @contextlib.contextmanager

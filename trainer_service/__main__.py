@@ -52,10 +52,11 @@ async def _trainer(args: argparse.Namespace) -> int:
         tls=config.server_tls(
             cert_file=args.tls_cert_file, key_file=args.tls_key_file, client_ca_file=args.tls_client_ca_file
         ),
+        runs_dir=None if args.runs_dir is None else args.runs_dir.resolve(),
+        durability=_durability(args),
         limits=config.Limits(
             max_runs=args.max_runs, max_runs_per_key=args.max_runs_per_key, max_disk_bytes=args.max_disk_bytes
         ),
-        engine=config.EngineSettings.from_arguments(args),
     )
     worker = WorkerSupervisor(
         WorkerSettings(
@@ -65,7 +66,6 @@ async def _trainer(args: argparse.Namespace) -> int:
             max_message_bytes=settings.limits.max_message_bytes,
             max_runs=settings.limits.max_runs,
             loss_module=settings.loss_module,
-            engine=settings.engine,
         )
     )
     server = TrainerServer(settings, worker)
@@ -92,6 +92,20 @@ async def _trainer(args: argparse.Namespace) -> int:
         print(f"gradwire: {worker.gave_up.result()}", file=sys.stderr)
         return 1
     return 0
+
+
+def _durability(args: argparse.Namespace) -> config.Durability:
+    return config.Durability(
+        sync=args.journal_sync,
+        retention=config.Retention(
+            keep_operations=args.keep_operations,
+            keep_s=args.keep_s,
+            keep_bytes=args.keep_bytes,
+            keep_everything=args.keep_everything,
+        ),
+        snapshots=config.SnapshotPolicy(every_steps=args.snapshot_steps, interval_s=args.snapshot_interval_s),
+        idle_lease_s=args.idle_lease_s,
+    )
 
 
 async def _jobs(args: argparse.Namespace) -> int:
@@ -139,8 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     trainer.add_argument("--no-reflection", action="store_true", help="do not describe the services to grpcurl")
     trainer.add_argument("--drain-timeout-s", type=float, default=30.0, help="for queued work after SIGTERM")
     trainer.add_argument(
-        "--detach-grace-s", type=float, default=60.0, help="how long a vanished client's graphs are kept"
+        "--detach-grace-s", type=float, default=180.0, help="how long a vanished client's graphs are kept"
     )
+    _add_durability(trainer)
     defaults = config.Limits()
     trainer.add_argument("--max-runs", type=int, default=defaults.max_runs, help="held at once; default: %(default)s")
     trainer.add_argument("--max-runs-per-key", type=int, default=0, help="of one API key; default: --max-runs alone")
@@ -148,11 +163,31 @@ def _parser() -> argparse.ArgumentParser:
     trainer.add_argument("--tls-cert-file", type=Path, help="PEM; with --tls-key-file: serve TLS")
     trainer.add_argument("--tls-key-file", type=Path, help="PEM; the certificate's private key")
     trainer.add_argument("--tls-client-ca-file", type=Path, help="PEM; ask clients for a certificate from this root")
-    config.EngineSettings.add_arguments(trainer.add_argument_group("memory and precision"))
     jobs = commands.add_parser("jobs", parents=[common], help="start and stop trainers on this machine")
     jobs.set_defaults(command=_jobs)
     jobs.add_argument("--listen", default="127.0.0.1:7070", help="host:port; port 0 takes a free one")
     return parser
+
+
+def _add_durability(trainer: argparse.ArgumentParser) -> None:
+    kept, how = config.Retention(), config.Durability()
+    trainer.add_argument("--runs-dir", type=Path, help="journals and snapshots; default: runs in --data-dir")
+    trainer.add_argument(
+        "--journal-sync", choices=("normal", "full"), default=how.sync, help="full: survive power loss too, at a price"
+    )
+    trainer.add_argument("--keep-operations", type=int, default=kept.keep_operations, help="in a journal; 0: no limit")
+    trainer.add_argument("--keep-s", type=float, default=kept.keep_s, help="age of a journal's operations; 0: no limit")
+    trainer.add_argument("--keep-bytes", type=int, default=kept.keep_bytes, help="of a journal; default: %(default)s")
+    trainer.add_argument("--keep-everything", action="store_true", help="journals and snapshots grow for ever")
+    trainer.add_argument(
+        "--snapshot-interval-s", type=float, default=how.snapshots.interval_s, help="default: %(default)g; 0: never"
+    )
+    trainer.add_argument(
+        "--snapshot-steps", type=int, default=0, help="optimizer steps between snapshots; 0: time alone"
+    )
+    trainer.add_argument(
+        "--idle-lease-s", type=float, default=how.idle_lease_s, help="until an idle run is unloaded to disk; 0: never"
+    )
 
 
 if __name__ == "__main__":

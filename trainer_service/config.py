@@ -1,9 +1,8 @@
 """Settings of the processes. Ground floor: imports nothing of ours but the SDK's wire half."""
 
-import argparse
 import ipaddress
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -42,68 +41,44 @@ class Limits:
     """Tokens in one operation."""
 
 
-Checkpointing = Literal["auto", "on", "off"]
-ComputeDtype = Literal["auto", "float32", "bfloat16"]
+Sync = Literal["normal", "full"]
+"""When what a journal has committed is on the platter: "full" at every commit, "normal" a moment later. Killing
+processes loses nothing either way; losing power or the kernel may, with "normal", take the last moments of a run."""
 
 
 @dataclass(frozen=True)
-class EngineSettings:
-    """What a trainer's owner decides about memory and precision. The trainer hands them to its worker as it was given
-    them."""
+class Retention:
+    """What of a journal is kept beyond what recovery needs, which is always kept. 0: no limit of this kind."""
 
-    compute_dtype: ComputeDtype = "auto"
-    """Of matrix products; "auto" is float32 on the CPU and bfloat16 on CUDA. Parameters, gradients and optimizer state
-    are float32 always."""
-    max_pack_tokens: int = 0
-    """Most tokens of one forward; 0 decides from memory. A longer sequence is a forward of its own."""
-    max_held_graph_bytes: int = 0
-    """Most that graphs of custom losses may hold; beyond it the oldest are dropped and computed again at their
-    backward. 0 decides from memory."""
-    activation_checkpointing: Checkpointing = "auto"
-    """Whether backward computes activations again instead of having them held; "auto" does so for forwards that would
-    not fit otherwise."""
+    keep_operations: int = 0
+    """The latest operations."""
+    keep_s: float = 0.0
+    """Those received within so many seconds."""
+    keep_bytes: int = 4 * 1024**3
+    """The latest, up to so many bytes."""
+    keep_everything: bool = False
+    """Nothing is let go, first snapshots included: a run can be forked at any step and replayed from its beginning."""
 
-    @staticmethod
-    def add_arguments(parser: "argparse._ActionsContainer") -> None:
-        """Takes them on a command line."""
-        parser.add_argument(
-            "--compute-dtype",
-            choices=("auto", "float32", "bfloat16"),
-            default="auto",
-            help="of matrix products; auto: float32 on the CPU, bfloat16 on CUDA",
-        )
-        parser.add_argument("--max-pack-tokens", type=int, default=0, help="of one forward; 0 decides from memory")
-        parser.add_argument(
-            "--max-held-graph-bytes", type=int, default=0, help="held for custom losses; 0 decides from memory"
-        )
-        parser.add_argument(
-            "--activation-checkpointing",
-            choices=("auto", "on", "off"),
-            default="auto",
-            help="less memory, more time; auto: where a forward would not fit otherwise",
-        )
 
-    @classmethod
-    def from_arguments(cls, arguments: argparse.Namespace) -> "EngineSettings":
-        """As the command line says.
+@dataclass(frozen=True)
+class SnapshotPolicy:
+    """When snapshots are taken: after an optim_step, once either is reached. 0 switches one off."""
 
-        Raises:
-            SettingsError: A number below 0.
-        """
-        settings = cls(**{item.name: getattr(arguments, item.name) for item in fields(cls)})
-        for name in ("max_pack_tokens", "max_held_graph_bytes"):
-            if getattr(settings, name) < 0:
-                option = f"--{name.replace('_', '-')}"
-                raise SettingsError(f"{option} is {getattr(settings, name)}; it must be at least 0.")
-        return settings
+    every_steps: int = 0
+    """Optimizer steps since the last."""
+    interval_s: float = 300.0
+    """Seconds since the last."""
 
-    def command_line(self) -> list[str]:
-        """The same for another process."""
-        return [
-            part
-            for item in fields(self)
-            for part in (f"--{item.name.replace('_', '-')}", str(getattr(self, item.name)))
-        ]
+
+@dataclass(frozen=True)
+class Durability:
+    """How runs are kept."""
+
+    sync: Sync = "normal"
+    retention: Retention = field(default_factory=Retention)
+    snapshots: SnapshotPolicy = field(default_factory=SnapshotPolicy)
+    idle_lease_s: float = 900.0
+    """Seconds after its last call from which on a run without a client makes room on the worker; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +105,10 @@ class TrainerConfig:
     """host:port of the Prometheus endpoint; None serves none."""
     data_dir: Path = field(default_factory=lambda: default_data_dir())
     """Where checkpoints go."""
+    runs_dir: Path | None = None
+    """Where runs are kept, a folder each; None: `runs` in data_dir."""
+    durability: Durability = field(default_factory=Durability)
+    """How they are."""
     max_context_length: int = 0
     """Longest sequence taken, tokens; 0 takes the model's own limit."""
     loss_module: str = ""
@@ -147,12 +126,11 @@ class TrainerConfig:
     """Gets {"address", "metrics_address", "pid"} as JSON once the trainer listens."""
     drain_timeout_s: float = 30.0
     """How long queued operations may take to finish after SIGTERM."""
-    detach_grace_s: float = 60.0
+    detach_grace_s: float = 180.0
     """How long a run whose client is gone keeps the graphs of its custom losses."""
     exit_with_parent: bool = False
     """Stop when stdin reaches its end."""
     limits: Limits = field(default_factory=Limits)
-    engine: EngineSettings = field(default_factory=EngineSettings)
 
 
 @dataclass(frozen=True)

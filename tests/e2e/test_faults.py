@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gradwire import AdamParams, ServiceClient
-from gradwire.errors import FailedPreconditionError, UnavailableError, WorkerDiedError
+from gradwire.errors import UnavailableError
 
 from tests.cut_proxy import cut_proxy
 from tests.e2e.test_training import all_logprobs, data, negative_log_likelihood
@@ -80,30 +80,22 @@ def test_a_trainer_out_of_reach_for_good_ends_in_unavailable(trainer: TrainerPro
     service.training_client(client.run_id).delete_run()
 
 
-def test_kill_9_of_the_worker_mid_step_is_told_within_two_seconds_and_the_next_run_works(
-    tiny_llama: Path, tmp_path: Path
-):
+def test_kill_9_of_the_worker_mid_step_costs_time_and_nothing_else(tiny_llama: Path, tmp_path: Path):
     with running_trainer(tiny_llama, tmp_path) as trainer, ServiceClient(trainer.base_url, timeout_s=90) as service:
-        client = service.create_training_client()
-        client.forward_backward(data(9), "cross_entropy").result(60)
+        undisturbed, client = (service.create_training_client() for _ in range(2))
+        batch = data(9, 20)
+        for future in [*steps(undisturbed, batch, 6), *steps(client, batch, 2)]:
+            future.result(60)
         worker = trainer.worker_pid()
-        # Stopped, so that the operation is under way when the blow comes.
+        # Stopped, so that operations are under way when the blow comes.
         os.kill(worker, signal.SIGSTOP)
-        pending = [client.forward_backward(data(9), "cross_entropy"), client.optim_step(ADAM)]
+        pending = steps(client, batch, 4)
         time.sleep(0.2)
-        start = time.monotonic()
         os.kill(worker, signal.SIGKILL)
-        for future in pending:
-            with pytest.raises(WorkerDiedError, match="SIGKILL|signal|exit code|connection"):
-                future.result(10)
-        assert time.monotonic() - start < 2
-        with pytest.raises(FailedPreconditionError) as caught:
-            client.forward(data(4)).result(10)
-        assert caught.value.reason == "RUN_LOST"
-        assert [run["state"] for run in service.list_runs()] == ["lost"]
-        fresh = service.create_training_client()
-        fresh.forward_backward(data(9), "cross_entropy")
-        assert fresh.optim_step(ADAM).result(60).step == 1
+        assert [future.result(60).step for future in pending[1::2]] == [3, 4, 5, 6]
+        assert [run["state"] for run in service.list_runs()] == ["active", "active"]
+        # The other run was idle, and comes back when it is asked.
+        np.testing.assert_array_equal(all_logprobs(client, batch), all_logprobs(undisturbed, batch))
 
 
 def test_sigterm_answers_what_is_queued_and_exits_0(tiny_llama: Path, tmp_path: Path):

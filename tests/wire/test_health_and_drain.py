@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from gradwire.errors import from_rpc_error, from_status
+from gradwire.errors import from_rpc_error
+from gradwire.v1.operation_pb2 import ZeroGradRequest
 from gradwire.v1.trainer_service_pb2 import GetServerInfoRequest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -104,16 +105,34 @@ async def test_drain_finishes_what_is_queued_refuses_what_is_new_and_ends_stream
         assert len(trainer.operations()) == 3
 
 
-async def test_drain_answers_what_cannot_finish_in_time():
-    async with front_end(drain_timeout_s=0.1) as trainer:
+async def test_drain_leaves_what_cannot_finish_in_time_to_the_next_trainer(tmp_path: Path):
+    async with front_end(drain_timeout_s=0.1, data_dir=tmp_path) as trainer:
         stream = await trainer.attach(await trainer.create_run())
         trainer.worker.gate.clear()
         await stream.send(1, forward_backward={})
         await trainer.worker.has_waiting(1)
         draining = asyncio.create_task(trainer.server.drain())
-        assert from_status((await stream.receive()).error).reason == "DRAINING"
         assert (await stream.ended()).reason == "DRAINING"
         await draining
+        run_id = trainer.worker.executed[0][0]
+    async with front_end(data_dir=tmp_path) as trainer:
+        stream = await trainer.attach(run_id)
+        assert stream.attached.next_seq_id == 2
+        await stream.send(1, forward_backward={})
+        assert (await stream.receive()).WhichOneof("result") == "forward_backward"
+        assert trainer.operations() == [(1, "forward_backward")]
+
+
+async def test_drain_tells_a_unary_caller_that_its_operation_is_kept():
+    async with front_end(drain_timeout_s=0.1) as trainer:
+        run_id = await trainer.create_run()
+        trainer.worker.gate.clear()
+        call = trainer.stub.ZeroGrad(ZeroGradRequest(run_id=run_id))
+        await trainer.worker.has_waiting(1)
+        await trainer.server.drain()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert from_rpc_error(caught.value).reason == "DRAINING"
 
 
 async def test_drain_does_not_wait_for_a_client_that_is_merely_attached():

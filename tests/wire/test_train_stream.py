@@ -7,9 +7,8 @@ import grpc.aio
 import pytest
 from gradwire.errors import error, from_status
 from gradwire.v1 import operation_pb2 as ops
-from gradwire.v1.run_pb2 import RUN_STATE_LOST
 from gradwire.v1.tensor_pb2 import DATA_TYPE_INT64, Tensor
-from gradwire.v1.trainer_service_pb2 import AttachRequest, GetRunRequest, ListRunsRequest, TrainRequest
+from gradwire.v1.trainer_service_pb2 import AttachRequest, GetRunRequest, TrainRequest
 
 from tests.fakes import FakeWorker, Stream, front_end
 from trainer_service.config import Limits
@@ -77,14 +76,17 @@ async def test_a_repeat_with_other_content_is_refused():
         assert trainer.operations() == [(1, "optim_step")]
 
 
-async def test_an_acknowledged_answer_is_released():
+async def test_an_acknowledged_answer_is_still_in_the_journal():
     async with front_end() as trainer:
         stream = await trainer.attach(await trainer.create_run())
         await stream.send(1, optim_step={})
-        await stream.receive()
+        first = await stream.receive()
         await stream.send(acked_seq_id=1)  # A message that only acknowledges.
         await stream.send(1, optim_step={})
-        assert from_status((await stream.receive()).error).reason == "ANSWER_RELEASED"
+        assert await stream.receive() == first
+        await stream.send(1, zero_grad={})
+        assert from_status((await stream.receive()).error).reason == "SEQ_ID_CONFLICT"
+        assert trainer.operations() == [(1, "optim_step")]
 
 
 async def test_reattach_gets_the_lost_answers_and_nothing_is_executed_twice():
@@ -228,31 +230,31 @@ async def test_a_client_that_does_not_read_its_answers_is_slowed_down_and_loses_
         await sending
 
 
-async def test_a_dead_worker_is_told_within_two_seconds_and_a_new_run_works():
+async def test_a_dead_worker_s_run_comes_back_with_its_operations_and_their_answers():
     async with front_end() as trainer:
         run_id = await trainer.create_run()
         stream = await trainer.attach(run_id)
+        await stream.send(1, optim_step={})
+        await stream.receive()
         trainer.worker.gate.clear()
-        await stream.send(1, forward_backward={})
-        await stream.send(2, optim_step={})
+        await stream.send(2, forward_backward={})
+        await stream.send(3, optim_step={})
         await trainer.worker.has_waiting(2)
         trainer.worker.die()
-        for seq_id in (1, 2):
-            answer = await stream.receive(timeout_s=2)
-            assert answer.seq_id == seq_id
-            died = from_status(answer.error)
-            assert died.reason == "WORKER_DIED"
-            assert died.code == grpc.StatusCode.UNAVAILABLE.value[0]
-        await stream.send(3, zero_grad={})
-        assert from_status((await stream.receive()).error).reason == "RUN_LOST"
-        runs = (await trainer.stub.ListRuns(ListRunsRequest())).runs
-        assert [(run.run_id, run.state) for run in runs] == [(run_id, RUN_STATE_LOST)]
-
+        await stream.send(4, zero_grad={})
+        trainer.worker.executed.clear()
         trainer.worker.become_ready()
         trainer.worker.gate.set()
-        stream = await trainer.attach(await trainer.create_run())
-        await stream.send(1, optim_step={})
-        assert (await stream.receive()).optim_step.step == 1
+        answers = [await stream.receive() for _ in range(3)]
+        assert [answer.WhichOneof("result") for answer in answers] == ["forward_backward", "optim_step", "zero_grad"]
+        assert answers[1].optim_step.step == 2
+        assert [(seq_id, kind) for _, seq_id, kind in trainer.worker.executed] == [
+            (0, "create_run"),
+            (1, "optim_step"),
+            (2, "forward_backward"),
+            (3, "optim_step"),
+            (4, "zero_grad"),
+        ]
 
 
 async def test_graphs_are_dropped_when_the_client_never_comes_back():

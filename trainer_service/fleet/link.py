@@ -12,10 +12,10 @@ from gradwire.errors import GradwireError, error
 from gradwire.v1 import worker_service_pb2
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerReady
 from gradwire.version import __version__
-from gradwire.wire_format import embed, fields
 
 from trainer_service.fleet.worker import Deliver, Reply
 from trainer_service.processes import ProcessKey, process_key
+from trainer_service.wire_format import embed, fields
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class Link:
         self.outgoing: asyncio.Queue[bytes] = asyncio.Queue()
         """Encoded commands."""
         self._pending: dict[int, Deliver] = {}
+        self._in_background: set[int] = set()  # Commands that others overtake.
         self._last_command_id = 0
 
     def submit(self, command: WorkerCommand, deliver: Deliver, *, request: bytes = b"") -> None:
@@ -56,6 +57,8 @@ class Link:
         self._last_command_id += 1
         command.command_id = self._last_command_id
         self._pending[command.command_id] = deliver
+        if command.HasField("snapshot_run"):
+            self._in_background.add(command.command_id)
         encoded = command.SerializeToString()
         self.outgoing.put_nowait(b"".join((encoded, *embed(_REQUEST, request))) if request else encoded)
 
@@ -63,16 +66,23 @@ class Link:
         """Hands an answer to whoever waits for it."""
         command_id = reply.event.command_id
         deliver = self._pending.pop(command_id, None)
+        self._in_background.discard(command_id)
         if deliver is None:
             logger.error("The worker answered a command that nobody sent.", extra={"fields": {"id": command_id}})
             return
         deliver(reply)
 
     def fail_pending(self, exc: GradwireError) -> None:
-        """Tells everybody who waits that no answer will come."""
+        """Tells everybody who waits that no answer will come, and the first of them that it was being executed."""
         pending, self._pending = self._pending, {}
-        for deliver in pending.values():
-            deliver(exc)
+        executing = next((command_id for command_id in pending if command_id not in self._in_background), None)
+        for command_id, deliver in pending.items():
+            deliver(being_executed(exc) if command_id == executing else exc)
+
+
+def being_executed(died: GradwireError) -> GradwireError:
+    """A worker's death, for the command it was executing."""
+    return error(died.reason, died.message, retry_after_s=died.retry_after_s, **died.metadata, executing=True)
 
 
 def worker_service_handler(servicer: "WorkerServicer") -> grpc.GenericRpcHandler:

@@ -22,7 +22,10 @@ Deliver = Callable[[Reply | GradwireError], None]
 
 
 class Worker(Protocol):
-    """Executes commands in the order submitted and answers each exactly once. On the event loop's thread."""
+    """Executes commands in the order submitted and answers each exactly once. On the event loop's thread.
+
+    Answers come in that order too, but for snapshots, which are written while what is behind them executes.
+    """
 
     @property
     def ready(self) -> WorkerReady | None:
@@ -45,7 +48,8 @@ class Worker(Protocol):
         Args:
             command: What to do.
             request: For an operation, an encoded TrainRequest to stand as `command.request`, which is then absent.
-            deliver: Gets WORKER_DIED when the worker dies first, WORKER_NOT_READY when there is none.
+            deliver: Gets WORKER_DIED when the worker dies first, with metadata `executing` if it died while it executed
+                this very command; WORKER_NOT_READY when there is none.
         """
         ...
 

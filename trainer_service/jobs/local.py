@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import sys
 from asyncio.subprocess import Process
 from collections.abc import Sequence
@@ -163,7 +164,8 @@ class LocalJobs:
         host, _ = split_address(self._config.listen)
         command = [*self._trainer_command, f"--base-model={job.spec.base_model}"]
         command += ["--listen", f"[{host}]:0" if ":" in host else f"{host}:0"]
-        command += ["--data-dir", str(self._config.data_dir), "--ready-file", str(job.folder / "ready.json")]
+        command += ["--data-dir", str(self._config.data_dir), "--runs-dir", str(job.folder / "runs")]
+        command += ["--ready-file", str(job.folder / "ready.json")]
         command += ["--drain-timeout-s", str(_DRAIN_TIMEOUT_S), "--exit-with-parent"]
         if job.spec.max_context_length:
             command += ["--max-context-length", str(job.spec.max_context_length)]
@@ -247,6 +249,8 @@ class LocalJobs:
             await asyncio.gather(job.watcher, return_exceptions=True)
         if job.channel is not None:
             await job.channel.close()
+        # The job's runs end with it; what they saved as checkpoints is elsewhere, and stays.
+        await asyncio.to_thread(shutil.rmtree, job.folder / "runs", ignore_errors=True)
         del self._jobs[job.job_id]
         self._deleted.add(job.job_id)
         logger.info("Trainer stopped.", extra={"fields": {"job_id": job.job_id, "returncode": returncode}})

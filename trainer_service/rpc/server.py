@@ -47,6 +47,8 @@ class TrainerServer:
             worker,
             base_model=config.base_model,
             data_dir=config.data_dir,
+            runs_dir=config.runs_dir or config.data_dir / "runs",
+            durability=config.durability,
             limits=config.limits,
             detach_grace_s=config.detach_grace_s,
             observe=self._observe,
@@ -71,12 +73,6 @@ class TrainerServer:
             ("grpc.max_receive_message_length", 2 * self._config.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
-            # A megabyte and more in few system calls: grpc's defaults are made for small messages.
-            ("grpc.http2.max_frame_size", 1 << 22),
-            ("grpc.http2.lookahead_bytes", 1 << 24),
-            ("grpc.http2.write_buffer_size", 1 << 22),
-            ("grpc.experimental.tcp_read_chunk_size", 1 << 18),
-            ("grpc.experimental.tcp_max_read_chunk_size", 1 << 22),
             # Clients ping to notice a dead trainer; grpc's default would cut them off for it.
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
@@ -110,6 +106,7 @@ class TrainerServer:
                 port = self._server.add_insecure_port(f"{bracketed}:{port}")
         except RuntimeError as exc:
             raise OSError(f"cannot listen on {self._config.listen}: {exc}") from exc
+        self.runs.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
@@ -119,18 +116,21 @@ class TrainerServer:
         logger.info("Listening.", extra={"fields": {"address": self.address, "version": __version__}})
 
     async def drain(self) -> None:
-        """Takes no new work, lets what is queued finish or be answered, and stops listening."""
+        """Takes no new work, lets what is queued finish or leaves it in the journal, and stops listening."""
         logger.info("Draining.", extra={"fields": {"operations": self.runs.unanswered}})
         self._draining.set()
         await self._set_health(False)
         try:
             await asyncio.wait_for(self.runs.quiet(), self._config.drain_timeout_s)
         except TimeoutError:
-            logger.warning("Operations were cut off.", extra={"fields": {"operations": self.runs.unanswered}})
+            fields = {"operations": self.runs.unanswered}
+            logger.warning("Operations are left to the next trainer.", extra={"fields": fields})
         await self._worker.stop()
+        self.runs.suspend()
         if self._server is not None:
             # Streams end by themselves once quiet; the grace is for their last answers to leave.
             await self._server.stop(grace=2.0)
+        await self.runs.stop()
         logger.info("Stopped.")
 
     def _set_ready(self, ready: bool) -> None:

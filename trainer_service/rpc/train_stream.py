@@ -11,8 +11,9 @@ from gradwire.v1.trainer_service_pb2 import AttachResponse, TrainRequest, TrainR
 
 from trainer_service.access import ApiKeys, current_caller
 from trainer_service.rpc.border import Malformed, Received
+from trainer_service.runs.attachment import Attachment
 from trainer_service.runs.operation import Operation
-from trainer_service.runs.run import Attachment, Run
+from trainer_service.runs.run import Run
 from trainer_service.runs.sequence import error_response
 
 logger = logging.getLogger(__name__)

@@ -1,20 +1,35 @@
-"""All runs of a trainer."""
+"""All runs of a trainer, those of the trainer before it included."""
 
 import asyncio
-import contextlib
+import logging
 import os
 import secrets
+import shutil
+import sqlite3
+import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
-from gradwire.errors import GradwireError, UnavailableError, error, from_status
+from gradwire.errors import GradwireError, error
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest
-from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerDeleteRun
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun
 
 from trainer_service.access import current_caller
-from trainer_service.config import Limits
-from trainer_service.fleet.worker import Reply, Worker
+from trainer_service.config import Durability, Limits
+from trainer_service.fleet.worker import Worker
+from trainer_service.runs import journal as journal_file
 from trainer_service.runs.disk import disk_full
-from trainer_service.runs.run import Observe, Run
+from trainer_service.runs.journal import Record, RunFolder
+from trainer_service.runs.journal_writer import Journal, JournalWriter
+from trainer_service.runs.recovery import command
+from trainer_service.runs.run import Observe, Run, RunSettings
+from trainer_service.runs.stored import StoredRun, open_stored_run, stored_run_folders
+
+logger = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 2.0
+"""How long what is under way, such as a run being deleted, may take when the trainer stops."""
 
 
 class Runs:
@@ -24,9 +39,11 @@ class Runs:
         worker: Executes them.
         base_model: The one model they start from, as the trainer was given it.
         limits: The most there may be.
+        runs_dir: A folder a run: journal and snapshots. Several trainers may share it.
         data_dir: What limits.max_disk_bytes counts; None counts nothing.
-        detach_grace_s: See Run.
-        observe: See Run.
+        detach_grace_s: See RunSettings.
+        observe: See RunSettings.
+        durability: How runs are kept.
     """
 
     def __init__(
@@ -35,22 +52,69 @@ class Runs:
         *,
         base_model: str,
         limits: Limits,
+        runs_dir: Path,
         detach_grace_s: float,
         observe: Observe,
         data_dir: Path | None = None,
+        durability: Durability | None = None,
     ) -> None:
         self._data_dir = data_dir
+        self._runs_dir = runs_dir
         self._worker = worker
         self._base_model = base_model
         self._limits = limits
-        self._detach_grace_s = detach_grace_s
-        self._observe = observe
+        self._durability = durability or Durability()
+        self._writer = JournalWriter()
+        self._settings = RunSettings(
+            worker=worker,
+            observe=observe,
+            detach_grace_s=detach_grace_s,
+            max_in_flight=limits.max_in_flight_operations,
+            admit=self._admit,
+            background=self._background,
+            refuse=self._refuse,
+            snapshots=self._durability.snapshots,
+        )
         self._runs: dict[str, Run] = {}
-        self._by_request_id: dict[tuple[str, str], asyncio.Task[Run]] = {}
+        self._folders: dict[str, RunFolder] = {}
+        self._being_made = 0
+        self._by_request_id: dict[tuple[str, str], asyncio.Future[Run]] = {}
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._sweeper: asyncio.Task[None] | None = None
+        worker.on_ready(self._worker_ready)
         worker.on_death(self._worker_died)
 
     def __len__(self) -> int:
         return len(self._runs)
+
+    def start(self) -> None:
+        """Takes up the runs an earlier trainer left, and unloads idle ones from now on."""
+        start_s = time.monotonic()
+        stored = [self._open(folder) for folder in stored_run_folders(self._runs_dir)]
+        for found in sorted(filter(None, stored), key=lambda found: found.record.created_s):
+            self._take_up(found)
+        if self._runs:
+            fields = {"runs": len(self._runs), "took_s": round(time.monotonic() - start_s, 3)}
+            logger.info("Took up runs.", extra={"fields": fields | {"operations": self.unanswered}})
+        if self._worker.ready is not None:
+            self._worker_ready()
+        self._sweeper = asyncio.get_running_loop().create_task(self._unload_idle())
+
+    def suspend(self) -> None:
+        """Nothing more will be executed here: whoever waits is sent away, to come back to the next trainer."""
+        for run in self._runs.values():
+            run.suspend()
+
+    async def stop(self) -> None:
+        """Writes what is left to write and lets go of every run, for another trainer to take up."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_STOP_GRACE_S)
+        await asyncio.gather(*(run.residence.let_go() for run in self._runs.values()))
+        await self._writer.close()
+        for folder in self._folders.values():
+            folder.close()
 
     def get(self, run_id: str) -> Run:
         """The run, for the current caller.
@@ -82,36 +146,30 @@ class Runs:
         """A new run, or the one that the same request_id made.
 
         Raises:
-            GradwireError: BASE_MODEL_MISMATCH, NOT_IMPLEMENTED, LIMIT_EXCEEDED, WORKER_NOT_READY, or the worker's own.
+            GradwireError: BASE_MODEL_MISMATCH, NOT_IMPLEMENTED, LIMIT_EXCEEDED, STORAGE_FAILED, WORKER_NOT_READY, or
+                the worker's own.
         """
         self._check(request)
-        if not request.request_id:
-            return await self._create(request)
-        key = (current_caller.get().owner, request.request_id)
-        task = self._by_request_id.get(key)
-        if task is None:
-            task = self._by_request_id[key] = asyncio.create_task(self._create(request))
-            task.add_done_callback(lambda done: self._forget_failure(key, done))
-        # Shielded: a caller that goes away must not undo what its repeat will ask for.
-        return await asyncio.shield(task)
+        return await self._once(request.request_id, self._create(request))
 
     async def delete(self, run_id: str) -> None:
-        """Frees the run.
+        """Frees the run and removes it from the disk.
 
         Raises:
             GradwireError: RUN_NOT_FOUND.
         """
-        run = self.get(run_id)
-        known_to_worker = not run.lost
-        run.close()
-        del self._runs[run_id]
-        for key, task in list(self._by_request_id.items()):
-            if task.done() and not task.cancelled() and task.exception() is None and task.result() is run:
+        await self._delete(self.get(run_id))
+
+    async def _delete(self, run: Run) -> None:
+        del self._runs[run.run_id]
+        for key, made in list(self._by_request_id.items()):
+            if made.done() and not made.cancelled() and made.exception() is None and made.result() is run:
                 del self._by_request_id[key]
-        if known_to_worker:
-            # When the worker dies instead, the run's memory is free all the same.
-            with contextlib.suppress(UnavailableError):
-                await self._command(WorkerCommand(run_id=run_id, delete_run=WorkerDeleteRun()))
+        await run.delete()
+        await asyncio.to_thread(shutil.rmtree, run.folder, ignore_errors=True)
+        self._folders.pop(run.run_id).close()
+
+    # ── making ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _check(self, request: CreateRunRequest) -> None:
         if request.base_model and not _same_model(request.base_model, self._base_model):
@@ -128,16 +186,71 @@ class Runs:
                 f"lora_rank is {request.lora_rank}, but LoRA is not built yet; use 0 to train all parameters.",
             )
 
+    async def _once(self, request_id: str, making: Coroutine[Any, Any, Run]) -> Run:
+        """What `making` makes, or made under the same request_id of the same owner."""
+        if not request_id:
+            task = asyncio.create_task(making)
+            try:
+                return await asyncio.shield(task)
+            except asyncio.CancelledError:
+                # Nobody will ever hear of it.
+                task.add_done_callback(self._delete_unheard_of)
+                raise
+        key = (current_caller.get().owner, request_id)
+        future = self._by_request_id.get(key)
+        if future is None:
+            future = self._by_request_id[key] = asyncio.create_task(making)
+            future.add_done_callback(lambda done: self._forget_failure(key, done))
+        else:
+            making.close()
+        # Shielded: a caller that goes away must not undo what its repeat will ask for.
+        return await asyncio.shield(future)
+
+    def _delete_unheard_of(self, made: "asyncio.Task[Run]") -> None:
+        if not made.cancelled() and made.exception() is None:
+            self._background(self._delete(made.result()))
+
+    def _forget_failure(self, key: tuple[str, str], done: "asyncio.Future[Run]") -> None:
+        """A call that failed may be tried again under its request_id."""
+        if done.cancelled() or done.exception() is not None:
+            self._by_request_id.pop(key, None)
+
     async def _create(self, request: CreateRunRequest) -> Run:
-        active = sum(not run.lost for run in self._runs.values())
-        if active >= self._limits.max_runs:
+        self._check_limits()
+        if self._worker.ready is None:
             raise error(
-                "LIMIT_EXCEEDED",
-                f"This trainer holds {active} runs and takes at most {self._limits.max_runs}; "
-                "delete one with DeleteRun.",
-                limit=self._limits.max_runs,
-                got=active + 1,
+                "WORKER_NOT_READY", f"The worker is not ready: {self._worker.status_message}.", retry_after_s=0.5
             )
+        record = Record(
+            run_id=f"run-{secrets.token_hex(6)}",
+            owner=current_caller.get().owner,
+            base_model=self._base_model,
+            created_s=time.time(),
+            create_request=request.SerializeToString(),
+        )
+        # Counted at once, so that runs made at the same time count against each other.
+        self._being_made += 1
+        live = True
+        journal = self._journal(self._runs_dir / record.run_id)
+        try:
+            await self._write_down(record)
+            sent = WorkerCommand(run_id=record.run_id, create_run=WorkerCreateRun(request=request))
+            await command(self._worker, sent)
+        except GradwireError as exc:
+            if exc.reason != "WORKER_DIED":
+                self._forget(record.run_id)
+                raise
+            # It is on disk, so the next worker can make it.
+            live = False
+        finally:
+            self._being_made -= 1
+        run = self._runs[record.run_id] = Run(record, journal, self._settings, live=live)
+        return run
+
+    def _check_limits(self) -> None:
+        active = self._being_made + sum(run.residence.on_worker for run in self._runs.values())
+        if active >= self._limits.max_runs:
+            raise self._full(active)
         caller = current_caller.get()
         own = sum(not run.lost and run.owner == caller.owner for run in self._runs.values())
         if self._limits.max_runs_per_key and own >= self._limits.max_runs_per_key:
@@ -148,44 +261,84 @@ class Runs:
                 limit=self._limits.max_runs_per_key,
                 got=own + 1,
             )
-        run = Run(
-            f"run-{secrets.token_hex(6)}",
-            base_model=self._base_model,
-            display_name=request.display_name,
-            worker=self._worker,
-            observe=self._observe,
-            detach_grace_s=self._detach_grace_s,
-            max_in_flight=self._limits.max_in_flight_operations,
-            owner=caller.owner,
-            refuse=self._refuse,
+
+    def _full(self, active: int) -> GradwireError:
+        return error(
+            "LIMIT_EXCEEDED",
+            f"This trainer's worker holds {active} runs and takes at most {self._limits.max_runs}. Delete one with "
+            f"DeleteRun, or leave one alone: {self._durability.idle_lease_s:g} s after its last call it makes room.",
+            limit=self._limits.max_runs,
+            got=active + 1,
         )
-        # In the table first, so that runs made at the same time count against each other.
-        self._runs[run.run_id] = run
+
+    async def _write_down(self, record: Record) -> None:
+        """Makes the run's folder and journal."""
+        path = self._runs_dir / record.run_id
+
+        def make() -> RunFolder:
+            path.mkdir(parents=True)
+            folder = RunFolder(path)
+            journal_file.create(path, record, sync=self._durability.sync)
+            return folder
+
         try:
-            await self._command(WorkerCommand(run_id=run.run_id, create_run=WorkerCreateRun(request=request)))
-        except GradwireError:
-            self._runs.pop(run.run_id, None)
-            raise
-        except asyncio.CancelledError:
-            # Nobody will ever hear of it.
-            self._runs.pop(run.run_id, None)
-            self._worker.submit(WorkerCommand(run_id=run.run_id, delete_run=WorkerDeleteRun()), lambda _: None)
-            raise
-        return run
+            self._folders[record.run_id] = await asyncio.to_thread(make)
+        except (OSError, sqlite3.Error) as exc:
+            text = f"The run could not be written down in {path.parent} ({exc}). Make room there and try again."
+            raise error("STORAGE_FAILED", text) from exc
 
-    def _forget_failure(self, key: tuple[str, str], done: asyncio.Task[Run]) -> None:
-        """A call that failed may be tried again under its request_id."""
-        if done.cancelled() or done.exception() is not None:
-            self._by_request_id.pop(key, None)
+    def _journal(self, path: Path) -> Journal:
+        return Journal(path, self._writer, sync=self._durability.sync, retention=self._durability.retention)
 
-    async def _command(self, command: WorkerCommand) -> None:
-        future: asyncio.Future[Reply | GradwireError] = asyncio.get_running_loop().create_future()
-        self._worker.submit(command, lambda outcome: None if future.done() else future.set_result(outcome))
-        outcome = await future
-        if isinstance(outcome, GradwireError):
-            raise outcome
-        if outcome.event.done.HasField("error"):
-            raise from_status(outcome.event.done.error)
+    def _forget(self, run_id: str) -> None:
+        if (folder := self._folders.pop(run_id, None)) is not None:
+            folder.close()
+        shutil.rmtree(self._runs_dir / run_id, ignore_errors=True)
+
+    # ── taking up ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _open(self, path: Path) -> StoredRun | None:
+        found = open_stored_run(path)
+        if found is not None and not _same_model(found.record.base_model, self._base_model):
+            found.folder.close()
+            return None
+        return found
+
+    def _take_up(self, found: StoredRun) -> None:
+        record = found.record
+        run = Run(record, self._journal(found.folder.path), self._settings, next_seq_id=found.next_seq_id)
+        run.take_up(found.undone)
+        self._runs[record.run_id] = run
+        self._folders[record.run_id] = found.folder
+        if run.create_request.request_id:
+            made: asyncio.Future[Run] = asyncio.get_running_loop().create_future()
+            made.set_result(run)
+            self._by_request_id[record.owner, run.create_request.request_id] = made
+
+    # ── the worker ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _admit(self, run: Run) -> GradwireError | None:
+        """Why the worker has no room for a run that would come back to it, if it has none."""
+        active = self._being_made + sum(each.residence.on_worker for each in self._runs.values() if each is not run)
+        return self._full(active) if active >= self._limits.max_runs else None
+
+    def _worker_ready(self) -> None:
+        for run in self._runs.values():
+            if run.residence.waiting or run.attachment is not None:
+                run.residence.wake()
+
+    def _worker_died(self, reason: GradwireError) -> None:
+        for run in self._runs.values():
+            run.residence.worker_died()
+
+    async def _unload_idle(self) -> None:
+        lease_s = self._durability.idle_lease_s
+        while lease_s > 0:
+            await asyncio.sleep(min(60.0, lease_s / 4))
+            for run in list(self._runs.values()):
+                over = run.residence.live and run.idle and time.monotonic() - run.used_s > lease_s
+                if over and await run.residence.unload():
+                    logger.info("Unloaded an idle run.", extra={"fields": {"run_id": run.run_id}})
 
     def _refuse(self, kind: str) -> GradwireError | None:
         """Why an operation of this kind may not run now, if it may not."""
@@ -193,9 +346,15 @@ class Runs:
             return None
         return disk_full(self._data_dir, max_disk_bytes=self._limits.max_disk_bytes)
 
-    def _worker_died(self, reason: GradwireError) -> None:
-        for run in self._runs.values():
-            run.lose(reason)
+    def _background(self, coroutine: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._background_done)
+
+    def _background_done(self, task: "asyncio.Task[object]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            logger.error("A task failed.", exc_info=exc)
 
 
 def _same_model(asked: str, served: str) -> bool:

@@ -1,81 +1,102 @@
-"""One run: its sequence, the worker that executes it, and the client that holds it."""
+"""One run: its order, its journal, and the client that holds it.
+
+An operation gets its place, is written to the journal, is sent to the worker (residence.py), and is answered once its
+outcome is in the journal too.
+"""
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from contextlib import closing
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 from gradwire.errors import GradwireError, error
 from gradwire.v1.run_pb2 import RUN_STATE_ACTIVE, RUN_STATE_LOST
 from gradwire.v1.run_pb2 import Run as RunMessage
-from gradwire.v1.trainer_service_pb2 import TrainResponse
-from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDropGraphs
+from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest, TrainResponse
 
-from trainer_service.fleet.worker import Reply, Worker
+from trainer_service.config import SnapshotPolicy
+from trainer_service.fleet.worker import Worker
+from trainer_service.runs import journal as journal_file
+from trainer_service.runs.attachment import Attachment
+from trainer_service.runs.journal import Record, Row
+from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.operation import Operation
-from trainer_service.runs.sequence import Answered, Entry, Sequence, error_response
+from trainer_service.runs.residence import Residence
+from trainer_service.runs.sequence import Answered, Entry, Sequence, conflict, error_response
 
 Observe = Callable[[str, TrainResponse], object]
 """Gets kind and answer of every operation, for metrics."""
 
 
-class Attachment:
-    """A client's hold on a run, until it leaves or loses it."""
+@dataclass(frozen=True)
+class RunSettings:
+    """What all runs of a trainer share."""
 
-    def __init__(self, client_id: str) -> None:
-        self.client_id = client_id
-        self.taken: asyncio.Future[GradwireError] = asyncio.get_running_loop().create_future()
-        """Done, with the reason, when the client no longer holds the run."""
-
-    def take(self, reason: GradwireError) -> None:
-        """Ends the hold."""
-        if not self.taken.done():
-            self.taken.set_result(reason)
+    worker: Worker
+    observe: Observe
+    detach_grace_s: float
+    """How long graphs are kept after the client has gone."""
+    max_in_flight: int
+    """Operations a client may have in flight; see Sequence."""
+    admit: Callable[["Run"], GradwireError | None]
+    """Says why the worker has no room for a run, if it has none."""
+    background: Callable[[Coroutine[Any, Any, object]], object]
+    """Runs what nobody waits for."""
+    refuse: Callable[[str], GradwireError | None] = lambda kind: None
+    """Says, by kind, why an operation may not run now; None when it may."""
+    snapshots: SnapshotPolicy = field(default_factory=SnapshotPolicy)
 
 
 class Run:
-    """Takes operations in order, sends them ahead to the worker, brings their answers back.
+    """Takes operations in order, has them executed, brings their answers back.
 
     Args:
-        run_id: Identifier.
-        base_model: What it started from.
-        display_name: The user's name for it.
-        worker: Executes its operations.
-        observe: Told of every answer.
-        detach_grace_s: How long graphs are kept after the client has gone.
-        max_in_flight: Operations a client may have in flight; see Sequence.
-        owner: Whose it is; see access.Caller.
-        refuse: Says, by kind, why an operation may not run now; None when it may.
+        record: What it is.
+        journal: Where it is written down.
+        settings: What all runs share.
+        next_seq_id: Number of its next new operation.
+        live: Whether the worker holds it.
     """
 
     def __init__(
-        self,
-        run_id: str,
-        *,
-        base_model: str,
-        display_name: str,
-        worker: Worker,
-        observe: Observe,
-        detach_grace_s: float,
-        max_in_flight: int,
-        owner: str = "",
-        refuse: Callable[[str], GradwireError | None] = lambda kind: None,
+        self, record: Record, journal: Journal, settings: RunSettings, *, next_seq_id: int = 1, live: bool = False
     ) -> None:
-        self.owner = owner
-        self._refuse = refuse
-        self.run_id = run_id
-        self.base_model = base_model
-        self.display_name = display_name
-        self.created_at = datetime.now(UTC)
-        self.step = 0
+        self.record = record
+        self.run_id = record.run_id
+        self.owner = record.owner
+        self.create_request = CreateRunRequest.FromString(record.create_request)
+        self.step = record.step
         self.attachment: Attachment | None = None
+        self.used_s = time.monotonic()
+        """When it was last asked or answered anything, by time.monotonic."""
+        self._journal = journal
+        self._settings = settings
         self._answered = asyncio.Event()  # Set at every answer; whoever waits for room clears it.
-        self._worker = worker
-        self._observe = observe
-        self._detach_grace_s = detach_grace_s
         self._drop_timer: asyncio.TimerHandle | None = None
-        self._sequence = Sequence(min_retained_answers=max_in_flight)
-        self._lost: GradwireError | None = None
+        self._sequence = Sequence(min_retained_answers=settings.max_in_flight, next_seq_id=next_seq_id)
+        self._deleted: GradwireError | None = None
+        self._executing: set[asyncio.Future[bytes]] = set()
+        self._suspended = False
+        self.residence = Residence(
+            record,
+            journal,
+            settings.worker,
+            self,
+            snapshots=settings.snapshots,
+            admit=lambda: settings.admit(self),
+            live=live,
+            last_seq_id=next_seq_id - 1,
+        )
+        """Its place on the worker."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its journal and snapshots are."""
+        return self._journal.folder
 
     @property
     def next_seq_id(self) -> int:
@@ -90,44 +111,55 @@ class Run:
     @property
     def lost(self) -> bool:
         """Whether its state is gone."""
-        return self._lost is not None
+        return self.residence.lost is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody holds it and nothing of it is under way."""
+        return self.attachment is None and not self.unanswered and self.residence.idle
+
+    # ── operations ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def submit(self, operation: Operation, answered: Answered) -> None:
-        """Takes an operation in and sends it to the worker.
+        """Takes an operation in.
 
         Raises:
             GradwireError: The operation has no place in the order; see Sequence.receive.
         """
+        self.used_s = time.monotonic()
         # Whoever sends an operation, again perhaps, has no answer to it, whatever the message says.
         self._sequence.acknowledge(min(operation.request.acked_seq_id, operation.seq_id - 1))
-        entry = self._sequence.receive(operation, answered)
-        if entry is None:
+        try:
+            entry = self._sequence.receive(operation, answered)
+        except GradwireError as exc:
+            if exc.reason != "ANSWER_RELEASED":
+                raise
+            self._settings.background(self._answer_from_journal(operation, answered, exc))
             return
-        kind, received = operation.kind, time.perf_counter()
+        if entry is not None:
+            entry.received_s = time.perf_counter()
+            entry.failure = self.residence.lost or self._settings.refuse(entry.kind)
+            self._journal.append(operation, entry.digest, lambda failure: self._journalled(entry, failure))
 
-        def fail(exc: GradwireError) -> None:
-            response = error_response(entry.seq_id, exc)
-            self._answer(entry, kind, response, response.SerializeToString())
+    def take_up(self, rows: list[Row]) -> None:
+        """Operations that an earlier trainer received and whose worker had not done them, in order.
 
-        def deliver(outcome: Reply | GradwireError) -> None:
-            if isinstance(outcome, GradwireError):
-                fail(outcome)
-                return
-            response = outcome.event.response
-            total_ms = (time.perf_counter() - received) * 1000
-            # What neither the wait in the worker nor the device took was the way there and back.
-            response.transfer_ms = max(0.0, total_ms - response.queue_ms - response.execute_ms)
-            # Of a field that comes twice the last counts, so what the trainer adds goes behind what the worker said.
-            added = TrainResponse(seq_id=entry.seq_id, transfer_ms=response.transfer_ms)
-            encoded = b"".join((outcome.encoded_response, added.SerializeToString()))
-            self._answer(entry, kind, response, encoded)
-
-        if self._lost is not None:
-            fail(self._lost)
-        elif (refusal := self._refuse(kind)) is not None:
-            fail(refusal)
-        else:
-            self._worker.submit(WorkerCommand(run_id=self.run_id), deliver, request=operation.encoded)
+        Args:
+            rows: The first has no outcome.
+        """
+        for row in rows:
+            request = TrainRequest.FromString(row.request)
+            entry = Entry(row.seq_id, row.digest, Operation(request, row.request), row.kind, attempts=row.attempts)
+            entry.received_s = time.perf_counter()
+            if row.reason is None:
+                self._sequence.take_up(entry)
+            else:
+                # Refused at once, so it has its answer; what its failure does is still to be done in its turn.
+                entry.failure = error(row.reason, "as answered before")
+            if row is rows[0]:
+                # The one being executed, for all we know, when whoever held the run died.
+                entry.attempts = max(1, entry.attempts)
+            self.residence.take_up(entry)
 
     def acknowledge(self, acked_seq_id: int) -> None:
         """Lets go of answers the client has."""
@@ -141,11 +173,15 @@ class Run:
         """
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self.submit(operation, lambda answer: None if future.done() else future.set_result(answer))
-        return TrainResponse.FromString(await future)
+        self._executing.add(future)
+        try:
+            return TrainResponse.FromString(await future)
+        finally:
+            self._executing.discard(future)
 
     async def room(self, limit: int) -> None:
-        """Returns once fewer than `limit` operations wait for their answer."""
-        while self._sequence.unanswered >= limit:
+        """Returns once fewer than `limit` operations wait for their answer, or none will be answered here."""
+        while self._sequence.unanswered >= limit and not self._suspended:
             self._answered.clear()
             await self._answered.wait()
 
@@ -153,15 +189,90 @@ class Run:
         """Returns once no operation waits for its answer."""
         await self.room(1)
 
+    def suspend(self) -> None:
+        """No operation will be answered any more: they stay in the journal, for the next trainer."""
+        self._suspended = True
+        self._answered.set()
+        text = "The trainer shut down before this was done. It is in the run's journal: the next trainer does it."
+        for future in self._executing:
+            if not future.done():
+                future.set_exception(error("DRAINING", text, retry_after_s=5.0))
+
+    def _journalled(self, entry: Entry, failure: GradwireError | None) -> None:
+        """The operation is on disk, or could not be written."""
+        if self._deleted is not None:
+            self._answer(entry, error_response(entry.seq_id, self._deleted))
+            return
+        if failure is not None:
+            entry.failure = failure
+            response = error_response(entry.seq_id, failure)
+            seq_id, kind, digest = entry.seq_id, entry.kind, entry.digest
+            self._journal.owe(lambda db: journal_file.insert_refused(db, seq_id, kind, digest, response))
+            self._answer(entry, response)
+        elif entry.failure is not None:
+            self.failed(entry, entry.failure)
+        self.residence.send(entry)
+
+    def done(self, entry: Entry, response: TrainResponse, encoded: bytes) -> None:
+        """The worker executed an operation."""
+        total_ms = (time.perf_counter() - entry.received_s) * 1000
+        # What neither the wait in the worker nor the device took was the way there and back, and the journal.
+        response.transfer_ms = max(0.0, total_ms - response.queue_ms - response.execute_ms)
+        # Of a field that comes twice the last counts, so what the trainer adds goes behind what the worker said.
+        encoded += TrainResponse(seq_id=entry.seq_id, transfer_ms=response.transfer_ms).SerializeToString()
+        result = response.WhichOneof("result")
+        if result in ("optim_step", "load_state"):
+            self.step = getattr(response, result).step
+        self._record(entry, response, encoded)
+
+    def failed(self, entry: Entry, failure: GradwireError) -> None:
+        """An operation will not be executed."""
+        response = error_response(entry.seq_id, failure)
+        self._record(entry, response, response.SerializeToString())
+
+    def _record(self, entry: Entry, response: TrainResponse, encoded: bytes) -> None:
+        """Answers an operation once what came of it is on disk."""
+        if self._deleted is not None:
+            self._answer(entry, response, encoded)
+            return
+
+        def written() -> None:
+            self._answer(entry, response, encoded)
+
+        self._journal.record(entry.seq_id, response, encoded, step=self.step, written=written)
+
+    def _answer(self, entry: Entry, response: TrainResponse, encoded: bytes = b"") -> None:
+        self.used_s = time.monotonic()
+        self._settings.observe(entry.kind, response)
+        self._sequence.answer(entry, encoded or response.SerializeToString())
+        self._answered.set()
+
+    async def _answer_from_journal(self, operation: Operation, answered: Answered, released: GradwireError) -> None:
+        """A repeat whose answer is no longer in memory gets it from the disk, if it is still there."""
+
+        def look() -> list[Row]:
+            with closing(journal_file.connect(self.folder)) as db:
+                return journal_file.read(db, operation.seq_id - 1, up_to=operation.seq_id)
+
+        exc = released
+        if self._deleted is None and (rows := await asyncio.to_thread(look)) and rows[0].answer:
+            if rows[0].digest == operation.digest():
+                answered(rows[0].answer)
+                return
+            exc = conflict(operation.seq_id, self.next_seq_id)
+        answered(error_response(operation.seq_id, exc).SerializeToString())
+
+    # ── the client ────────────────────────────────────────────────────────────────────────────────────────────────
+
     def attach(self, client_id: str) -> Attachment:
-        """Takes hold of the run; who held it before is told."""
+        """Takes hold of the run; who held it before is told. A run that was unloaded comes back for it."""
         if self.attachment is not None:
             text = f"Another client attached to {self.run_id}; this stream is over."
             self.attachment.take(error("ATTACH_SUPERSEDED", text, run_id=self.run_id))
-        if self._drop_timer is not None:
-            self._drop_timer.cancel()
-            self._drop_timer = None
+        self._stop_drop_timer()
+        self.used_s = time.monotonic()
         self.attachment = Attachment(client_id)
+        self.residence.wake()
         return self.attachment
 
     def detach(self, attachment: Attachment) -> None:
@@ -169,46 +280,36 @@ class Run:
         if self.attachment is not attachment:
             return
         self.attachment = None
-        self._drop_timer = asyncio.get_running_loop().call_later(self._detach_grace_s, self._drop_graphs)
+        self.used_s = time.monotonic()
+        loop = asyncio.get_running_loop()
+        self._drop_timer = loop.call_later(self._settings.detach_grace_s, self.residence.drop_graphs)
 
-    def lose(self, reason: GradwireError) -> None:
-        """The worker died and took the run's state with it."""
-        if self._lost is None:
-            text = f"{self.run_id} is lost: {reason.message} Create a new run."
-            self._lost = error("RUN_LOST", text, run_id=self.run_id)
-
-    def close(self) -> None:
-        """The run is deleted."""
-        if self._drop_timer is not None:
-            self._drop_timer.cancel()
+    async def delete(self) -> None:
+        """Ends the run: its client's stream, its operations, its memory and what it has on disk."""
+        self._stop_drop_timer()
         gone = error("RUN_NOT_FOUND", f"{self.run_id} was deleted.", run_id=self.run_id)
         if self.attachment is not None:
             self.attachment.take(gone)
-        self.lose(gone)
+        await self._journal.flush()
+        self._deleted = gone
+        await self.residence.close(gone)
+        await self._journal.close()
 
     def describe(self) -> RunMessage:
         """The run as the protocol tells it."""
         message = RunMessage(
             run_id=self.run_id,
-            base_model=self.base_model,
-            state=RUN_STATE_LOST if self._lost is not None else RUN_STATE_ACTIVE,
+            base_model=self.record.base_model,
+            state=RUN_STATE_LOST if self.lost else RUN_STATE_ACTIVE,
             next_seq_id=self.next_seq_id,
             step=self.step,
-            display_name=self.display_name,
+            display_name=self.create_request.display_name,
             attached=self.attachment is not None,
         )
-        message.created_at.FromDatetime(self.created_at)
+        message.created_at.FromDatetime(datetime.fromtimestamp(self.record.created_s, UTC))
         return message
 
-    def _drop_graphs(self) -> None:
-        self._drop_timer = None
-        if self._lost is None:
-            command = WorkerCommand(run_id=self.run_id, drop_graphs=WorkerDropGraphs())
-            self._worker.submit(command, lambda _: None)
-
-    def _answer(self, entry: Entry, kind: str, response: TrainResponse, encoded: bytes) -> None:
-        if (result := response.WhichOneof("result")) in ("optim_step", "load_state"):
-            self.step = getattr(response, result).step
-        self._observe(kind, response)
-        self._sequence.answer(entry, encoded)
-        self._answered.set()
+    def _stop_drop_timer(self) -> None:
+        if self._drop_timer is not None:
+            self._drop_timer.cancel()
+            self._drop_timer = None

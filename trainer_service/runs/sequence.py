@@ -29,8 +29,17 @@ class Entry:
 
     seq_id: int
     digest: bytes
+    operation: Operation
+    """What to execute; its request is empty where it was refused for want of room to write it down."""
+    kind: str
     waiters: list[Answered] = field(default_factory=list)
     answer: bytes | None = None
+    failure: GradwireError | None = None
+    """What it failed with without being executed; what such a failure does to the run is still to be done."""
+    attempts: int = 0
+    """Times it was sent to a worker and not given back by it, this one included."""
+    received_s: float = 0.0
+    """When it came, by time.perf_counter."""
 
 
 class Sequence:
@@ -39,14 +48,15 @@ class Sequence:
     Args:
         min_retained_answers: The latest answers are kept until acknowledged whatever their size. A client that keeps
             to this many operations in flight therefore never loses an answer with its connection.
+        next_seq_id: Number of the next new operation.
     """
 
-    def __init__(self, *, min_retained_answers: int) -> None:
+    def __init__(self, *, min_retained_answers: int, next_seq_id: int = 1) -> None:
         self._min_retained_answers = min_retained_answers
         self._entries: dict[int, Entry] = {}
         self._retained: deque[Entry] = deque()
         self._retained_bytes = 0
-        self.next_seq_id = 1
+        self.next_seq_id = next_seq_id
         self.unanswered = 0
 
     def receive(self, operation: Operation, answered: Answered) -> Entry | None:
@@ -71,10 +81,9 @@ class Sequence:
                 got=seq_id,
             )
         if seq_id == self.next_seq_id:
-            entry = Entry(seq_id, operation.digest(), [answered])
-            self._entries[seq_id] = entry
+            entry = Entry(seq_id, operation.digest(), operation, operation.kind, [answered])
             self.next_seq_id += 1
-            self.unanswered += 1
+            self.take_up(entry)
             return entry
         entry = self._entries.get(seq_id)
         if entry is None:
@@ -86,18 +95,17 @@ class Sequence:
                 got=seq_id,
             )
         if entry.digest != operation.digest():
-            raise error(
-                "SEQ_ID_CONFLICT",
-                f"seq_id {seq_id} was used before for another operation: another client works on this run. "
-                f"The next operation is {self.next_seq_id}; attach again to take the run over.",
-                expected=self.next_seq_id,
-                got=seq_id,
-            )
+            raise conflict(seq_id, self.next_seq_id)
         if entry.answer is not None:
             answered(entry.answer)
         else:
             entry.waiters.append(answered)
         return None
+
+    def take_up(self, entry: Entry) -> None:
+        """Waits for an operation's answer; one received by an earlier trainer is taken up so."""
+        self._entries[entry.seq_id] = entry
+        self.unanswered += 1
 
     def answer(self, entry: Entry, answer: bytes) -> None:
         """Records an operation's one answer and hands it to all who wait."""
@@ -122,6 +130,17 @@ class Sequence:
     def _release(self, entry: Entry) -> None:
         self._retained_bytes -= len(entry.answer or b"")
         del self._entries[entry.seq_id]
+
+
+def conflict(seq_id: int, next_seq_id: int) -> GradwireError:
+    """A number that came again with another operation."""
+    return error(
+        "SEQ_ID_CONFLICT",
+        f"seq_id {seq_id} was used before for another operation: another client works on this run. "
+        f"The next operation is {next_seq_id}; attach again to take the run over.",
+        expected=next_seq_id,
+        got=seq_id,
+    )
 
 
 def error_response(seq_id: int, exc: GradwireError) -> TrainResponse:

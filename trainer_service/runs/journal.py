@@ -1,0 +1,281 @@
+"""A run's journal: what it was asked, on disk before it is executed, and what came of it, after.
+
+One SQLite file a run, `journal.sqlite` in the run's folder, in WAL mode. Killing processes at any instant loses nothing
+that was committed, whatever `sync` is. Power loss and kernel crashes are another matter: with "full" every commit is on
+the platter before its operation is dispatched; with "normal" the file stays sound, but commits of the last moments may
+be missing from its end, so that the run comes back as it was some operations earlier, and its client is told so.
+
+Tables: `run` (name, value), what the run is; `operations`, by seq_id, as they came; `outcomes`, by seq_id, the encoded
+answer, and of it the error's reason, the metrics as JSON and the run's step, for whoever reads the file with sqlite3.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradwire.errors import from_status
+from gradwire.v1.trainer_service_pb2 import TrainResponse
+
+from trainer_service.config import Retention, Sync
+from trainer_service.runs.operation import Operation
+
+FILE_NAME = "journal.sqlite"
+_FORMAT = "1"
+_SCHEMA = """
+CREATE TABLE run (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE operations (
+    seq_id INTEGER PRIMARY KEY, kind TEXT NOT NULL, digest BLOB NOT NULL, received_s REAL NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0, request BLOB NOT NULL
+);
+CREATE TABLE outcomes (
+    seq_id INTEGER PRIMARY KEY, reason TEXT NOT NULL, step INTEGER NOT NULL, metrics TEXT NOT NULL, answer BLOB NOT NULL
+);
+"""
+_BUSY_TIMEOUT_S = 30.0
+"""How long a reader's moment may hold up the writer; no reader of ours takes this long."""
+_CHUNK_BYTES = 16 * 1024 * 1024
+_CHUNK_ROWS = 256
+
+
+class DamagedJournal(Exception):
+    """A file that is no journal of ours, or no longer; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run is, for as long as it is."""
+
+    run_id: str
+    owner: str
+    base_model: str
+    created_s: float
+    create_request: bytes
+    """Encoded CreateRunRequest."""
+    parent_run_id: str = ""
+    """The run it was forked from; "" for one made from the base model."""
+    parent_seq_id: int = 0
+    """Last operation of the parent that it contains."""
+    step: int = 0
+    """Optimizer steps applied."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation of the journal."""
+
+    seq_id: int
+    kind: str
+    digest: bytes
+    attempts: int
+    """Times it was sent to a worker after a death that may have been its doing, the first time included."""
+    request: bytes
+    """Encoded TrainRequest; empty for one that was refused before it could be written."""
+    reason: str | None
+    """Of the error it failed with; "" where it succeeded, None while it has no outcome."""
+    answer: bytes
+    """Encoded TrainResponse; empty while it has no outcome."""
+
+
+class RunFolder:
+    """A run's folder, held by this process alone until it is closed or dies.
+
+    Raises:
+        BlockingIOError: Another trainer holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def close(self) -> None:
+        """Lets another process have it."""
+        os.close(self._lock)
+
+
+def connect(folder: Path, *, sync: Sync = "normal") -> sqlite3.Connection:
+    """The journal in a run's folder, in autocommit mode; made where there is none."""
+    db = sqlite3.connect(folder / FILE_NAME, isolation_level=None, check_same_thread=False, timeout=_BUSY_TIMEOUT_S)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute(f"PRAGMA synchronous = {sync.upper()}")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def create(folder: Path, record: Record, *, sync: Sync = "normal") -> None:
+    """Writes a journal without operations, whole or not at all."""
+    with contextlib.closing(connect(folder, sync=sync)) as db:
+        values = {name: getattr(record, name) for name in Record.__dataclass_fields__}
+        rows = [("format", _FORMAT), *values.items()]
+        db.executescript(f"BEGIN; {_SCHEMA}")
+        db.executemany("INSERT INTO run VALUES (?, ?)", rows)
+        db.execute("COMMIT")
+
+
+def was_made(db: sqlite3.Connection) -> bool:
+    """Whether `create` got to its end."""
+    return db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'run'").fetchone()[0] > 0
+
+
+def read_record(db: sqlite3.Connection) -> Record:
+    """What the run is.
+
+    Raises:
+        DamagedJournal: It cannot be told.
+    """
+    try:
+        values = dict(db.execute("SELECT name, value FROM run"))
+    except sqlite3.Error as exc:
+        raise DamagedJournal(str(exc)) from exc
+    if values.get("format") != _FORMAT:
+        raise DamagedJournal(f"its format is {values.get('format')!r}, but this version reads {_FORMAT!r}")
+    return Record(**{name: values[name] for name in Record.__dataclass_fields__})
+
+
+def seq_ids(db: sqlite3.Connection) -> tuple[int, int, int]:
+    """(oldest operation kept, last operation, first one without outcome); an empty journal is (1, 0, 1)."""
+    oldest, last = db.execute("SELECT min(seq_id), max(seq_id) FROM operations").fetchone()
+    if last is None:
+        return 1, 0, 1
+    # Outcomes come in order but for operations refused at once, so the last without one is soon found from the end.
+    first = last + 1
+    for seq_id, outcome in db.execute(
+        "SELECT o.seq_id, a.seq_id FROM operations o LEFT JOIN outcomes a USING (seq_id) ORDER BY o.seq_id DESC"
+    ):
+        if outcome is None:
+            first = seq_id
+        elif first - seq_id > _CHUNK_ROWS:
+            break
+    return oldest, last, first
+
+
+def read(db: sqlite3.Connection, after: int, *, up_to: int | None = None) -> list[Row]:
+    """The next operations behind `after`, in order: some, not all; none at the end.
+
+    Args:
+        db: The journal.
+        after: A seq_id.
+        up_to: Last seq_id of interest.
+    """
+    rows: list[Row] = []
+    size_bytes = 0
+    for row in db.execute(
+        "SELECT o.seq_id, kind, digest, attempts, request, reason, answer FROM operations o "
+        "LEFT JOIN outcomes a USING (seq_id) WHERE o.seq_id > ? AND o.seq_id <= ? ORDER BY o.seq_id LIMIT ?",
+        (after, 2**62 if up_to is None else up_to, _CHUNK_ROWS),
+    ):
+        seq_id, kind, digest, attempts, request, reason, answer = row
+        rows.append(Row(seq_id, kind, digest, attempts, request, reason, answer or b""))
+        size_bytes += len(request) + len(answer or b"")
+        if size_bytes > _CHUNK_BYTES:
+            break
+    return rows
+
+
+def read_all(folder: Path, after: int, *, up_to: int | None = None) -> Iterator[list[Row]]:
+    """As `read`, to the end, with a connection of its own each time."""
+    while True:
+        with contextlib.closing(connect(folder)) as db:
+            rows = read(db, after, up_to=up_to)
+        if not rows:
+            return
+        yield rows
+        after = rows[-1].seq_id
+
+
+def seq_id_of_step(db: sqlite3.Connection, step: int) -> int | None:
+    """The operation that made the run's step `step`; None if it is not in the journal."""
+    found = db.execute(
+        "SELECT min(seq_id) FROM operations JOIN outcomes USING (seq_id) "
+        "WHERE kind = 'optim_step' AND reason = '' AND step = ?",
+        (step,),
+    ).fetchone()
+    return found[0]
+
+
+def insert_operation(db: sqlite3.Connection, operation: Operation, digest: bytes, *, received_s: float) -> None:
+    """Writes an operation down as it came."""
+    values = (operation.seq_id, operation.kind, digest, received_s, operation.encoded)
+    db.execute("INSERT INTO operations (seq_id, kind, digest, received_s, request) VALUES (?, ?, ?, ?, ?)", values)
+
+
+def insert_refused(db: sqlite3.Connection, seq_id: int, kind: str, digest: bytes, response: TrainResponse) -> None:
+    """Writes down an operation that was refused for want of room, without its content, so that its number is taken."""
+    values = (seq_id, kind, digest, time.time(), b"")
+    db.execute("INSERT INTO operations (seq_id, kind, digest, received_s, request) VALUES (?, ?, ?, ?, ?)", values)
+    insert_outcome(db, seq_id, response, response.SerializeToString(), step=0)
+
+
+def insert_outcome(db: sqlite3.Connection, seq_id: int, response: TrainResponse, answer: bytes, *, step: int) -> None:
+    """Writes down what came of an operation."""
+    kind = response.WhichOneof("result") or "error"
+    reason = from_status(response.error).reason if kind == "error" else ""
+    metrics = dict(getattr(getattr(response, kind), "metrics", {}))
+    values = (seq_id, reason, step, json.dumps(metrics), answer)
+    db.execute("INSERT INTO outcomes VALUES (?, ?, ?, ?, ?)", values)
+    if kind in ("optim_step", "load_state"):
+        db.execute("UPDATE run SET value = ? WHERE name = 'step'", (step,))
+
+
+def set_attempts(db: sqlite3.Connection, seq_id: int, attempts: int) -> None:
+    """Remembers how often an operation was tried."""
+    db.execute("UPDATE operations SET attempts = ? WHERE seq_id = ?", (attempts, seq_id))
+
+
+def prune(db: sqlite3.Connection, retention: Retention, *, snapshot_seq_id: int) -> None:
+    """Lets the oldest operations go.
+
+    Args:
+        db: The journal.
+        retention: What is kept.
+        snapshot_seq_id: Last operation contained in the oldest snapshot that recovery may have to start from.
+    """
+    if retention.keep_everything:
+        return
+    last = db.execute("SELECT max(seq_id) FROM operations").fetchone()[0]
+    if last is None:
+        return
+    cuts = [0]
+    if retention.keep_operations:
+        cuts.append(last - retention.keep_operations)
+    if retention.keep_s:
+        oldest_s = time.time() - retention.keep_s
+        found = db.execute("SELECT max(seq_id) FROM operations WHERE received_s < ?", (oldest_s,)).fetchone()
+        cuts.append(found[0] or 0)
+    if retention.keep_bytes:
+        size_bytes = 0
+        # The length of a blob is in its row's header, so this reads no requests.
+        for seq_id, row_bytes in db.execute(
+            "SELECT o.seq_id, length(request) + coalesce(length(answer), 0) FROM operations o "
+            "LEFT JOIN outcomes a USING (seq_id) ORDER BY o.seq_id DESC"
+        ):
+            size_bytes += row_bytes
+            if size_bytes > retention.keep_bytes:
+                cuts.append(seq_id)
+                break
+    # The last operation stays, since the next one's number is told from it.
+    cut = min(max(cuts), snapshot_seq_id, last - 1)
+    db.execute("DELETE FROM operations WHERE seq_id <= ?", (cut,))
+    db.execute("DELETE FROM outcomes WHERE seq_id <= ?", (cut,))
+
+
+def size_bytes(folder: Path) -> int:
+    """Bytes the journal takes on disk."""
+    total = 0
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(OSError):
+            total += os.lstat(folder / f"{FILE_NAME}{suffix}").st_size
+    return total

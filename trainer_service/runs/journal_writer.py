@@ -1,0 +1,258 @@
+"""Group commit: one thread writes the journals of all runs, and operations that arrive together share a commit.
+
+The event loop never waits for a disk. While the thread commits, what arrives queues up and becomes the next commit; an
+idle journal therefore writes at once, and a busy one writes rarely, without a timer.
+"""
+
+import asyncio
+import logging
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradwire.errors import GradwireError, error
+from gradwire.v1.trainer_service_pb2 import TrainResponse
+
+from trainer_service.config import Retention, Sync
+from trainer_service.runs import journal
+from trainer_service.runs.operation import Operation
+
+logger = logging.getLogger(__name__)
+
+Write = Callable[[sqlite3.Connection], object]
+Written = Callable[[GradwireError | None], object]
+"""Gets None once it is on disk, or STORAGE_FAILED."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    journal: "Journal"
+    writes: tuple[Write, ...]
+    written: Written
+    append: bool = False
+    """An operation, which must not be written when one before it was not."""
+    resume: bool = False
+    """The first operation after those that failed."""
+
+
+class JournalWriter:
+    """The thread. Made, and closed, on the event loop that its callbacks run on."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.commits = 0
+        """Transactions written."""
+        self.commit_s = 0.0
+        """Time spent writing them."""
+
+    def submit(self, job: _Job) -> None:
+        """Queues a job; jobs of one journal are written, and called back, in order."""
+        if self._thread is None:
+            self._loop = asyncio.get_running_loop()
+            # A daemon: what is not written when the process ends was not acknowledged to anybody.
+            self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+            self._thread.start()
+        self._jobs.put(job)
+
+    async def close(self) -> None:
+        """Ends the thread after what is queued."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            await asyncio.to_thread(self._thread.join)
+            self._thread = None
+
+    def _run(self) -> None:
+        open_ = True
+        while open_:
+            jobs = [self._jobs.get()]
+            while not self._jobs.empty():
+                jobs.append(self._jobs.get())
+            open_ = None not in jobs
+            by_journal: dict[Journal, list[_Job]] = {}
+            for job in jobs:
+                if job is not None:
+                    by_journal.setdefault(job.journal, []).append(job)
+            done: list[tuple[Written, GradwireError | None]] = []
+            for each, its_jobs in by_journal.items():
+                start = time.perf_counter()
+                done += zip((job.written for job in its_jobs), each.commit(its_jobs), strict=True)
+                self.commits += 1
+                self.commit_s += time.perf_counter() - start
+            assert self._loop is not None
+            try:
+                self._loop.call_soon_threadsafe(_call_back, done)
+            except RuntimeError:
+                return  # The loop is closed: this process is ending.
+
+
+def _call_back(done: list[tuple[Written, GradwireError | None]]) -> None:
+    for written, failure in done:
+        written(failure)
+
+
+class Journal:
+    """The writing end of one run's journal. On the event loop but for `commit`.
+
+    Args:
+        folder: The run's.
+        writer: Writes it.
+        sync: See journal.py.
+        retention: What `prune` keeps.
+    """
+
+    def __init__(self, folder: Path, writer: JournalWriter, *, sync: Sync, retention: Retention) -> None:
+        self.folder = folder
+        self.retention = retention
+        self._writer = writer
+        self._sync: Sync = sync
+        self._db: sqlite3.Connection | None = None  # The writer's thread alone uses it.
+        self._blocked = False  # The writer's: an operation could not be written, so none behind it may be.
+        self._appending = 0
+        self._failing = False
+        self._owed: list[Write] = []
+
+    def append(self, operation: Operation, digest: bytes, written: Written) -> None:
+        """Writes an operation down.
+
+        Args:
+            operation: It.
+            digest: Its digest.
+            written: Gets STORAGE_FAILED when it is not on disk. Every operation behind it that was handed in before
+                this call is then refused too, so that the journal never has a gap.
+        """
+        received_s = time.time()
+        if self._failing and self._appending:
+            failure = _refused(operation.seq_id, "an operation before it failed so")
+            asyncio.get_running_loop().call_soon(written, failure)
+            return
+        resume, self._failing = self._failing, False
+        self._appending += 1
+
+        def insert(db: sqlite3.Connection) -> None:
+            journal.insert_operation(db, operation, digest, received_s=received_s)
+
+        def done(failure: GradwireError | None) -> None:
+            self._appending -= 1
+            if failure is not None:
+                failure = _refused(operation.seq_id, failure.message)
+                self._failing = True
+            written(failure)
+
+        self._submit(insert, done, append=True, resume=resume)
+
+    def owe(self, write: Write) -> None:
+        """Something small that could not be written; goes before whatever is written next."""
+        self._owed.append(write)
+
+    def record(
+        self, seq_id: int, response: TrainResponse, answer: bytes, *, step: int, written: Callable[[], object]
+    ) -> None:
+        """Writes an outcome down. On a disk that is full it is kept, and written with what comes next; only if the
+        trainer dies before is the operation executed once more by its replay."""
+
+        def insert(db: sqlite3.Connection) -> None:
+            journal.insert_outcome(db, seq_id, response, answer, step=step)
+
+        def done(failure: GradwireError | None) -> None:
+            if failure is not None:
+                logger.error("An outcome waits for room on the disk.", extra={"fields": {"seq_id": seq_id}})
+                self._owed.append(insert)
+            written()
+
+        self._submit(insert, done)
+
+    def write(self, write: Write, written: Written = lambda failure: None) -> None:
+        """Writes anything else, in its turn."""
+        self._submit(write, written)
+
+    def _submit(self, write: Write, written: Written, *, append: bool = False, resume: bool = False) -> None:
+        owed, self._owed = self._owed, []
+
+        def done(failure: GradwireError | None) -> None:
+            if failure is not None:
+                self._owed = [*owed, *self._owed]
+            written(failure)
+
+        self._writer.submit(_Job(self, (*owed, write), done, append=append, resume=resume))
+
+    def set_attempts(self, seq_id: int, attempts: int) -> None:
+        """Remembers how often an operation was tried."""
+        self.write(lambda db: journal.set_attempts(db, seq_id, attempts))
+
+    def prune(self, *, snapshot_seq_id: int) -> None:
+        """Lets go of what neither recovery nor `retention` needs."""
+        self.write(lambda db: journal.prune(db, self.retention, snapshot_seq_id=snapshot_seq_id))
+
+    async def flush(self) -> None:
+        """Returns once everything handed in is on disk, or has failed."""
+        await self._call(lambda db: None)
+
+    async def close(self) -> None:
+        """Closes the file; the next write opens it again."""
+        await self._call(lambda db: None, close=True)
+
+    async def _call(self, write: Write, *, close: bool = False) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def done(failure: GradwireError | None) -> None:
+            if close:
+                self._disconnect()
+            if not future.done():
+                future.set_result(None)
+
+        self._submit(write, done)
+        await future
+
+    def commit(self, jobs: list[_Job]) -> list[GradwireError | None]:
+        """On the writer's thread: writes jobs in one transaction. Returns the failure of each, or None."""
+        try:
+            return self._transaction(jobs)
+        except (sqlite3.Error, OSError) as exc:
+            # Opened afresh next time: after an I/O error a connection may hold on to what is not on disk.
+            self._disconnect()
+            if len(jobs) > 1:
+                # One by one: where a large operation has no room, a small outcome may.
+                return [failure for job in jobs for failure in self.commit([job])]
+            logger.error("Writing a journal failed.", extra={"fields": {"folder": self.folder, "error": exc}})
+            self._blocked = self._blocked or jobs[0].append
+            return [error("STORAGE_FAILED", str(exc))]
+
+    def _transaction(self, jobs: list[_Job]) -> list[GradwireError | None]:
+        results: list[GradwireError | None] = []
+        blocked = self._blocked
+        if self._db is None:
+            self._db = journal.connect(self.folder, sync=self._sync)
+        self._db.execute("BEGIN IMMEDIATE")
+        for job in jobs:
+            blocked = blocked and not job.resume
+            if blocked and job.append:
+                results.append(error("STORAGE_FAILED", "an operation before it failed so"))
+                continue
+            for write in job.writes:
+                write(self._db)
+            results.append(None)
+        self._db.execute("COMMIT")
+        self._blocked = blocked
+        return results
+
+    def _disconnect(self) -> None:
+        db, self._db = self._db, None
+        if db is not None:
+            try:
+                db.close()
+            except sqlite3.Error:
+                logger.debug("Closing a journal failed.", exc_info=True)
+
+
+def _refused(seq_id: int, why: str) -> GradwireError:
+    return error(
+        "STORAGE_FAILED",
+        f"Operation {seq_id} was refused and had no effect: the trainer could not write it to its journal ({why}). "
+        "Make room on the disk that holds the trainer's --data-dir and go on with the next call; the run lost nothing.",
+    )

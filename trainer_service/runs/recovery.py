@@ -1,0 +1,212 @@
+"""Brings a run back onto a worker: the newest snapshot that is whole, then the journal behind it.
+
+What is executed again has its outcome already, and its answer is thrown away; what failed is not executed, but what its
+failure did is done again, since a failure such as memory that ran out need not come twice.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradwire.errors import GradwireError, error, from_status
+from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerFailOperation
+
+from trainer_service.fleet.worker import Reply, Worker
+from trainer_service.runs import journal
+from trainer_service.runs.journal import Row
+from trainer_service.runs.snapshots import Snapshot, list_snapshots
+
+logger = logging.getLogger(__name__)
+
+_AHEAD = 32
+"""Operations replayed and not yet answered: enough to keep the device busy, few enough to bound memory."""
+
+_UNCHANGED_BY = {"forward", "save_weights_for_sampler", "save_state"}
+"""Kinds that leave a run as it was; a forward that keeps its graph is the exception."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a run's state comes from.
+
+    Attributes:
+        folder: Holds the journal.
+        snapshots: Newest first.
+        from_base: Whether the journal reaches back to the base model.
+    """
+
+    folder: Path
+    snapshots: Sequence[Snapshot]
+    from_base: bool
+
+
+def find_source(folder: Path, *, forked: bool) -> Source:
+    """What a run's folder has to start from.
+
+    Args:
+        folder: The run's.
+        forked: Whether it began as another run's state rather than as the base model.
+    """
+    with contextlib.closing(journal.connect(folder)) as db:
+        oldest, _, _ = journal.seq_ids(db)
+    return Source(folder, list_snapshots(folder), from_base=oldest == 1 and not forked)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """How a run came back."""
+
+    snapshot_seq_id: int
+    """Last operation in the snapshot; 0 for the base model."""
+    replayed: int
+    """Operations behind it."""
+    load_s: float
+    """Time to load the snapshot or the base model."""
+    replay_s: float
+
+
+def command(worker: Worker, sent: WorkerCommand) -> "asyncio.Future[Reply]":
+    """Sends a command that is no operation, at once. The future raises the worker's error, or why no answer came."""
+    future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+
+    def deliver(outcome: Reply | GradwireError) -> None:
+        if future.done():
+            return
+        if isinstance(outcome, GradwireError):
+            future.set_exception(outcome)
+        elif outcome.event.done.HasField("error"):
+            future.set_exception(from_status(outcome.event.done.error))
+        else:
+            future.set_result(outcome)
+
+    worker.submit(sent, deliver)
+    return future
+
+
+def fail_command(run_id: str, request: TrainRequest, *, seq_id: int, kind: str, reason: str) -> WorkerCommand | None:
+    """The command that does what an operation's failure did; None if it did nothing."""
+    if kind not in ("forward_backward", "backward", "optim_step"):
+        return None
+    failed = WorkerFailOperation(seq_id=seq_id, kind=kind, reason=reason)
+    if kind == "backward":
+        failed.forward_seq_id = request.backward.forward_seq_id
+    return WorkerCommand(run_id=run_id, fail_operation=failed)
+
+
+def replay_of(run_id: str, row: Row) -> tuple[WorkerCommand, bytes] | None:
+    """The command, and encoded request, that does again what an operation with an outcome did; None if nothing."""
+    if row.reason:
+        failed = fail_command(
+            run_id, TrainRequest.FromString(row.request), seq_id=row.seq_id, kind=row.kind, reason=row.reason
+        )
+        return None if failed is None else (failed, b"")
+    if row.kind in _UNCHANGED_BY and not (
+        row.kind == "forward" and TrainRequest.FromString(row.request).forward.keep_graph
+    ):
+        return None
+    return WorkerCommand(run_id=run_id), row.request
+
+
+async def restore(
+    worker: Worker, run_id: str, request: CreateRunRequest, source: Source, *, up_to: int, as_run: str = ""
+) -> Restored:
+    """Makes the worker hold a run as it was after operation `up_to`.
+
+    Args:
+        worker: Which does not hold it.
+        run_id: The run.
+        request: What made it.
+        source: Where its state comes from.
+        up_to: A seq_id; 0 for a run without operations.
+        as_run: Under which name; "" under its own.
+
+    Raises:
+        GradwireError: RUN_LOST: there is nothing to start from. WORKER_DIED, DRAINING: no worker. The worker's own.
+    """
+    as_run = as_run or run_id
+    start_s = time.monotonic()
+    snapshot_seq_id = await _load(worker, as_run, request, source, up_to=up_to)
+    loaded_s = time.monotonic()
+    replayed = 0
+    ahead: deque[asyncio.Future[Reply | GradwireError]] = deque()
+    async for row in rows(source.folder, snapshot_seq_id, up_to=up_to):
+        sent = replay_of(as_run, row)
+        if sent is None:
+            continue
+        replayed += 1
+        ahead.append(operation(worker, *sent))
+        while len(ahead) > _AHEAD:
+            _check(await ahead.popleft(), as_run)
+    while ahead:
+        _check(await ahead.popleft(), as_run)
+    return Restored(snapshot_seq_id, replayed, loaded_s - start_s, time.monotonic() - loaded_s)
+
+
+def operation(worker: Worker, sent: WorkerCommand, request: bytes) -> "asyncio.Future[Reply | GradwireError]":
+    """Sends an operation, or what stands for one, at once; its outcome, as a value, since nobody may look."""
+    future: asyncio.Future[Reply | GradwireError] = asyncio.get_running_loop().create_future()
+
+    def deliver(outcome: Reply | GradwireError) -> None:
+        if not future.done():
+            future.set_result(outcome)
+
+    worker.submit(sent, deliver, request=request)
+    return future
+
+
+async def rows(folder: Path, after: int, *, up_to: int) -> AsyncIterator[Row]:
+    """The journal's operations behind `after` up to and with `up_to`, read on another thread."""
+    chunks = journal.read_all(folder, after, up_to=up_to)
+    while chunk := await asyncio.to_thread(next, chunks, None):
+        for row in chunk:
+            yield row
+
+
+async def _load(worker: Worker, run_id: str, request: CreateRunRequest, source: Source, *, up_to: int) -> int:
+    """Makes the run from the newest snapshot that can be loaded, or from the base model. Returns where it stands."""
+    failures: list[str] = []
+    for snapshot in source.snapshots:
+        # A snapshot may be newer than the last outcome that reached the journal; that operation is executed again.
+        if snapshot.seq_id > up_to:
+            continue
+        made = WorkerCreateRun(request=request, snapshot_folder=str(snapshot.folder))
+        try:
+            await command(worker, WorkerCommand(run_id=run_id, create_run=made))
+        except GradwireError as exc:
+            if exc.reason in ("WORKER_DIED", "WORKER_NOT_READY", "DRAINING", "LIMIT_EXCEEDED", "DEVICE_OUT_OF_MEMORY"):
+                raise
+            logger.error("Skipping a snapshot.", extra={"fields": {"folder": snapshot.folder, "why": exc.message}})
+            failures.append(f"{snapshot.folder.name}: {exc.message}")
+            continue
+        return snapshot.seq_id
+    if not source.from_base:
+        why = "; ".join(failures) or "there is none"
+        raise error(
+            "RUN_LOST",
+            f"{run_id} cannot be restored: no snapshot can be loaded ({why}), and its journal no longer reaches back "
+            "to the base model. Load a checkpoint into a new run.",
+            run_id=run_id,
+        )
+    await command(worker, WorkerCommand(run_id=run_id, create_run=WorkerCreateRun(request=request)))
+    return 0
+
+
+def _check(outcome: Reply | GradwireError, run_id: str) -> None:
+    """Raises where no answer came, and where what succeeded once fails now: the state would be another one."""
+    if isinstance(outcome, GradwireError):
+        raise outcome
+    event = outcome.event
+    failed = event.response.error if event.HasField("response") else event.done.error
+    if failed.message:
+        raise error(
+            "RUN_LOST",
+            f"{run_id} cannot be restored: an operation that succeeded once failed when its journal was replayed: "
+            f"{failed.message}",
+            run_id=run_id,
+        )

@@ -1,0 +1,299 @@
+"""A run on the worker: what was sent and not done yet, how it comes back after a death, and when it makes room.
+
+The worker may die at any point. What it held is then restored from a snapshot and the journal (recovery.py), what it
+had not done is sent again in order, and whoever waits for an answer waits a little longer.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from gradwire.errors import GradwireError, error
+from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainResponse
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDeleteRun, WorkerDropGraphs
+
+from trainer_service.config import SnapshotPolicy
+from trainer_service.fleet.worker import Reply, Worker
+from trainer_service.runs.journal import Record
+from trainer_service.runs.journal_writer import Journal
+from trainer_service.runs.recovery import command, fail_command, find_source, restore
+from trainer_service.runs.sequence import Entry
+from trainer_service.runs.snapshots import list_snapshots
+from trainer_service.runs.snapshotter import Snapshotter
+
+logger = logging.getLogger(__name__)
+
+MAX_DEATHS = 3
+"""Deaths of the worker under one operation after which it is given up; under a run's replay, the run."""
+_DIED = ("WORKER_DIED", "WORKER_NOT_READY", "DRAINING")
+
+
+class Owner(Protocol):
+    """Who is told what came of operations."""
+
+    def done(self, entry: Entry, response: TrainResponse, encoded: bytes) -> None:
+        """The worker executed it.
+
+        Args:
+            entry: The operation.
+            response: Its answer.
+            encoded: The same, as the worker encoded it.
+        """
+        ...
+
+    def failed(self, entry: Entry, failure: GradwireError) -> None:
+        """It will not be executed. What the failure does to the run is seen to."""
+        ...
+
+
+class Residence:
+    """One run's place on the worker.
+
+    Args:
+        record: The run.
+        journal: Its journal.
+        worker: Executes.
+        owner: Gets the answers.
+        snapshots: When they are due.
+        admit: Says why the worker has no room for one run more, if it has none.
+        live: Whether the worker holds the run already.
+        last_seq_id: Last operation in the journal.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        journal: Journal,
+        worker: Worker,
+        owner: Owner,
+        *,
+        snapshots: SnapshotPolicy,
+        admit: Callable[[], GradwireError | None],
+        live: bool,
+        last_seq_id: int,
+    ) -> None:
+        self._record = record
+        self._run_id = record.run_id
+        self._request = CreateRunRequest.FromString(record.create_request)
+        self._journal = journal
+        self._worker = worker
+        self._owner = owner
+        self._admit = admit
+        self.live = live
+        """Whether the worker holds the run, so that operations can be sent."""
+        self.lost: GradwireError | None = None
+        """Why the run cannot be had back."""
+        self._undone: dict[int, Entry] = {}  # In order.
+        self._last_seq_id = last_seq_id
+        self._snapshotter = Snapshotter(record.run_id, journal, worker, snapshots)
+        self._restoring: asyncio.Task[None] | None = None
+        self._epoch = 0  # Counts deaths.
+        self._replay_deaths = 0
+        self._closed = False
+
+    @property
+    def on_worker(self) -> bool:
+        """Whether the run takes room on the worker, or is about to."""
+        return self.live or self._restoring is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of the run is under way."""
+        return not self._undone and self._restoring is None and not self._snapshotter.busy
+
+    @property
+    def waiting(self) -> bool:
+        """Whether operations wait for the run to be live."""
+        return bool(self._undone) and not self.live
+
+    def take_up(self, entry: Entry) -> None:
+        """An operation that an earlier trainer wrote to the journal, in order, before anything is sent."""
+        self._undone[entry.seq_id] = entry
+
+    def send(self, entry: Entry) -> None:
+        """An operation that is on disk, in order: sends it, or has the run restored for it."""
+        self._undone[entry.seq_id] = entry
+        self._last_seq_id = entry.seq_id
+        if self.live:
+            self._send(entry)
+        else:
+            self.wake()
+
+    def wake(self) -> None:
+        """Brings the run back onto the worker, if it is not there, and a worker is."""
+        if self.lost is not None:
+            self._give_up(self.lost)
+        elif not (self.live or self._closed or self._restoring is not None or self._worker.ready is None):
+            task = asyncio.get_running_loop().create_task(self._restore(), name=f"restore-{self._run_id}")
+            self._restoring = task
+            task.add_done_callback(self._restored)
+
+    def worker_died(self) -> None:
+        """What the worker held is gone."""
+        self.live = False
+        self._epoch += 1
+
+    def drop_graphs(self) -> None:
+        """Lets the run's held graphs go."""
+        if self.live:
+            self._worker.submit(WorkerCommand(run_id=self._run_id, drop_graphs=WorkerDropGraphs()), lambda _: None)
+
+    async def unload(self) -> bool:
+        """Takes the run from the worker, leaving its state on disk. Whether it went; one that is in use stays."""
+        if not (self.live and self.idle):
+            return False
+        seq_id, epoch = self._last_seq_id, self._epoch
+        newest = next(iter(list_snapshots(self._journal.folder)), None)
+        at_its_beginning = seq_id == 0 and not self._record.parent_run_id
+        if not at_its_beginning and (newest is None or newest.seq_id != seq_id):
+            await self._snapshotter.take(seq_id)
+            newest = next(iter(list_snapshots(self._journal.folder)), None)
+            if newest is None or newest.seq_id != seq_id:
+                return False
+        if not self.idle or self._last_seq_id != seq_id or self._epoch != epoch:
+            return False
+        self.live = False
+        self._worker.submit(WorkerCommand(run_id=self._run_id, delete_run=WorkerDeleteRun()), lambda _: None)
+        await self._journal.close()
+        return True
+
+    async def let_go(self) -> None:
+        """The trainer stops: the run stays on disk as it is."""
+        self._closed = True
+        if self._restoring is not None:
+            self._restoring.cancel()
+            await asyncio.gather(self._restoring, return_exceptions=True)
+        self._snapshotter.cancel()
+        await self._journal.close()
+
+    async def close(self, gone: GradwireError) -> None:
+        """The run is deleted; whatever waits fails with `gone`, but for what the worker has already begun."""
+        self._closed = True
+        known = self.live or self._restoring is not None
+        if not self.live:
+            self._give_up(gone)
+        self.live = False
+        if self._restoring is not None:
+            self._restoring.cancel()
+        if known:
+            try:
+                await command(self._worker, WorkerCommand(run_id=self._run_id, delete_run=WorkerDeleteRun()))
+            except GradwireError as exc:
+                # When the worker dies instead, the run's memory is free all the same.
+                if exc.reason not in _DIED:
+                    raise
+        self._give_up(gone)
+
+    # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _send(self, entry: Entry) -> None:
+        if entry.failure is not None:
+            self._send_failure(entry, entry.failure)
+            return
+        entry.attempts += 1
+        self._worker.submit(
+            WorkerCommand(run_id=self._run_id),
+            lambda outcome: self._delivered(entry, outcome),
+            request=entry.operation.encoded,
+        )
+        self._snapshotter.sent(entry.kind, entry.seq_id)
+
+    def _delivered(self, entry: Entry, outcome: Reply | GradwireError) -> None:
+        if isinstance(outcome, GradwireError):
+            # It stays undone. Held against it is only a death during its own execution.
+            if "executing" not in outcome.metadata:
+                entry.attempts -= 1
+        elif self._undone.pop(entry.seq_id, None) is not None:
+            self._owner.done(entry, outcome.event.response, bytes(outcome.encoded_response))
+
+    def _send_failure(self, entry: Entry, failure: GradwireError) -> None:
+        request, seq_id = entry.operation.request, entry.seq_id
+        sent = fail_command(self._run_id, request, seq_id=seq_id, kind=entry.kind, reason=failure.reason)
+        if sent is None:
+            self._undone.pop(seq_id, None)
+            return
+
+        def delivered(outcome: Reply | GradwireError) -> None:
+            if not isinstance(outcome, GradwireError):
+                self._undone.pop(seq_id, None)
+
+        self._worker.submit(sent, delivered)
+
+    def _fail(self, entry: Entry, failure: GradwireError) -> None:
+        """Answers an operation without executing it; what that does to the run is still to be sent."""
+        if entry.failure is None:
+            entry.failure = failure
+            self._owner.failed(entry, failure)
+
+    def _give_up(self, failure: GradwireError) -> None:
+        for entry in list(self._undone.values()):
+            self._fail(entry, failure)
+        if self._closed or self.lost is not None:
+            self._undone.clear()
+
+    async def _restore(self) -> None:
+        epoch = self._epoch
+        if (full := self._admit()) is not None:
+            self._give_up(full)
+            return
+        # So that the journal has the outcome of everything that is not undone, and its callbacks were called.
+        await self._journal.flush()
+        up_to = next(iter(self._undone), self._last_seq_id + 1) - 1
+        source = await asyncio.to_thread(find_source, self._journal.folder, forked=bool(self._record.parent_run_id))
+        restored = await restore(self._worker, self._run_id, self._request, source, up_to=up_to)
+        await self._judge_first()
+        if self._epoch != epoch:
+            return
+        self._replay_deaths = 0
+        self.live = True
+        for entry in list(self._undone.values()):
+            self._send(entry)
+        fields = {"run_id": self._run_id, "snapshot": restored.snapshot_seq_id, "replayed": restored.replayed}
+        fields |= {"load_s": round(restored.load_s, 3), "replay_s": round(restored.replay_s, 3)}
+        logger.info("Run restored.", extra={"fields": fields})
+
+    async def _judge_first(self) -> None:
+        """Gives up the operation next in turn if the worker died under it too often, and else counts this try."""
+        for entry in list(self._undone.values()):
+            if entry.failure is not None:
+                continue
+            if entry.attempts >= MAX_DEATHS:
+                self._fail(entry, _poisoned(entry, self._run_id))
+                continue
+            if entry.attempts:
+                # On disk before it is tried again, since it may take the trainer along.
+                self._journal.set_attempts(entry.seq_id, entry.attempts + 1)
+                await self._journal.flush()
+            return
+
+    def _restored(self, task: "asyncio.Task[None]") -> None:
+        self._restoring = None
+        exc = None if task.cancelled() else task.exception()
+        if exc is None:
+            if self.waiting and any(entry.failure is None for entry in self._undone.values()):
+                self.wake()
+            return
+        if isinstance(exc, GradwireError) and exc.reason in _DIED:
+            self._replay_deaths += "executing" in exc.metadata
+            if self._replay_deaths < MAX_DEATHS:
+                self.wake()
+                return
+            exc = error("RUN_LOST", f"the worker died {MAX_DEATHS} times while it replayed {self._run_id}'s journal.")
+        if not isinstance(exc, GradwireError):
+            logger.error("Restoring a run failed.", extra={"fields": {"run_id": self._run_id}}, exc_info=exc)
+        text = f"{self._run_id} is lost: {exc} A restart of the trainer tries again; else create a new run."
+        self.lost = error("RUN_LOST", text, run_id=self._run_id)
+        logger.error("Run lost.", extra={"fields": {"run_id": self._run_id, "why": str(exc)}})
+        self._give_up(self.lost)
+
+
+def _poisoned(entry: Entry, run_id: str) -> GradwireError:
+    return error(
+        "OPERATION_POISONED",
+        f"Operation {entry.seq_id} ({entry.kind}) of {run_id} was given up: the worker died {entry.attempts} times "
+        "while it executed it. The run is as it was before this call, and goes on; the trainer's log says what each "
+        "death was of. Send less at once, or other data.",
+        seq_id=entry.seq_id,
+        deaths=entry.attempts,
+    )

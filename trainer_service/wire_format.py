@@ -1,0 +1,64 @@
+"""Looks at encoded protobuf messages without taking them apart.
+
+The trainer hands operations and answers on as they were encoded: parsing a large message costs next to nothing (its
+bytes fields share the input), but encoding it again about 3 ms a MiB. Ground floor.
+"""
+
+from collections.abc import Iterator
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+def fields(encoded: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
+    """The fields of a message that is known to be valid.
+
+    Yields:
+        Number, the whole field with its tag, and the content of a length-delimited one (else empty).
+
+    Raises:
+        ValueError: A group, which proto3 has not; only unknown fields can be one.
+    """
+    place = 0
+    while place < len(encoded):
+        start = place
+        tag, place = _varint(encoded, place)
+        wire_type = tag & 7
+        content = encoded[:0]
+        if wire_type == _BYTES:
+            size, place = _varint(encoded, place)
+            content = encoded[place : place + size]
+            place += size
+        elif wire_type == _VARINT:
+            _, place = _varint(encoded, place)
+        elif wire_type == _FIXED64:
+            place += 8
+        elif wire_type == _FIXED32:
+            place += 4
+        else:
+            raise ValueError(f"wire type {wire_type} at byte {start}")
+        yield tag >> 3, encoded[start:place], content
+
+
+def embed(number: int, content: bytes) -> tuple[bytes, bytes]:
+    """An encoded message as field `number` of another, in parts to be joined."""
+    return _encode_varint(number << 3 | _BYTES) + _encode_varint(len(content)), content
+
+
+def _varint(encoded: memoryview, place: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = encoded[place]
+        place += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, place
+        shift += 7
+
+
+def _encode_varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
