@@ -7,7 +7,7 @@ import torch
 from gradwire.codec import Batch
 
 from tests.tiny import VOCAB_SIZE
-from trainer_service.config import Limits
+from trainer_service.config import EngineSettings, Limits
 from trainer_service.engine.device import Device
 from trainer_service.engine.engine import Engine, ForwardResult
 from trainer_service.engine.losses import find_loss
@@ -17,9 +17,16 @@ CPU = Device(torch.device("cpu"), "cpu", torch.float32)
 CROSS_ENTROPY = find_loss("cross_entropy")
 
 
-def make_engine(folder: Path, checkpoint_dir: Path, *, limits: Limits | None = None, device: Device = CPU) -> Engine:
+def make_engine(
+    folder: Path,
+    checkpoint_dir: Path,
+    *,
+    limits: Limits | None = None,
+    device: Device = CPU,
+    settings: EngineSettings | None = None,
+) -> Engine:
     """An engine with one run, `RUN`."""
-    engine = Engine(str(folder), device=device, checkpoint_dir=checkpoint_dir, limits=limits)
+    engine = Engine(str(folder), device=device, checkpoint_dir=checkpoint_dir, limits=limits, settings=settings)
     engine.create_run(RUN)
     return engine
 

@@ -57,6 +57,7 @@ async def _trainer(args: argparse.Namespace) -> int:
         limits=config.Limits(
             max_runs=args.max_runs, max_runs_per_key=args.max_runs_per_key, max_disk_bytes=args.max_disk_bytes
         ),
+        engine=config.EngineSettings.from_arguments(args),
     )
     worker = WorkerSupervisor(
         WorkerSettings(
@@ -66,6 +67,7 @@ async def _trainer(args: argparse.Namespace) -> int:
             max_message_bytes=settings.limits.max_message_bytes,
             max_runs=settings.limits.max_runs,
             loss_module=settings.loss_module,
+            engine=settings.engine,
         )
     )
     server = TrainerServer(settings, worker)
@@ -163,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     trainer.add_argument("--tls-cert-file", type=Path, help="PEM; with --tls-key-file: serve TLS")
     trainer.add_argument("--tls-key-file", type=Path, help="PEM; the certificate's private key")
     trainer.add_argument("--tls-client-ca-file", type=Path, help="PEM; ask clients for a certificate from this root")
+    config.EngineSettings.add_arguments(trainer.add_argument_group("memory and precision"))
     jobs = commands.add_parser("jobs", parents=[common], help="start and stop trainers on this machine")
     jobs.set_defaults(command=_jobs)
     jobs.add_argument("--listen", default="127.0.0.1:7070", help="host:port; port 0 takes a free one")

@@ -1,8 +1,9 @@
 """Settings of the processes. Ground floor: imports nothing of ours but the SDK's wire half."""
 
+import argparse
 import ipaddress
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +40,70 @@ class Limits:
     """Sequences in one operation."""
     max_tokens: int = 4_194_304
     """Tokens in one operation."""
+
+
+Checkpointing = Literal["auto", "on", "off"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What a trainer's owner decides about memory and precision. The trainer hands them to its worker as it was given
+    them."""
+
+    compute_dtype: ComputeDtype = "auto"
+    """Of matrix products; "auto" is float32 on the CPU and bfloat16 on CUDA. Parameters, gradients and optimizer state
+    are float32 always."""
+    max_pack_tokens: int = 0
+    """Most tokens of one forward; 0 decides from memory. A longer sequence is a forward of its own."""
+    max_held_graph_bytes: int = 0
+    """Most that graphs of custom losses may hold; beyond it the oldest are dropped and computed again at their
+    backward. 0 decides from memory."""
+    activation_checkpointing: Checkpointing = "auto"
+    """Whether backward computes activations again instead of having them held; "auto" does so for forwards that would
+    not fit otherwise."""
+
+    @staticmethod
+    def add_arguments(parser: "argparse._ActionsContainer") -> None:
+        """Takes them on a command line."""
+        parser.add_argument(
+            "--compute-dtype",
+            choices=("auto", "float32", "bfloat16"),
+            default="auto",
+            help="of matrix products; auto: float32 on the CPU, bfloat16 on CUDA",
+        )
+        parser.add_argument("--max-pack-tokens", type=int, default=0, help="of one forward; 0 decides from memory")
+        parser.add_argument(
+            "--max-held-graph-bytes", type=int, default=0, help="held for custom losses; 0 decides from memory"
+        )
+        parser.add_argument(
+            "--activation-checkpointing",
+            choices=("auto", "on", "off"),
+            default="auto",
+            help="less memory, more time; auto: where a forward would not fit otherwise",
+        )
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> "EngineSettings":
+        """As the command line says.
+
+        Raises:
+            SettingsError: A number below 0.
+        """
+        settings = cls(**{item.name: getattr(arguments, item.name) for item in fields(cls)})
+        for name in ("max_pack_tokens", "max_held_graph_bytes"):
+            if getattr(settings, name) < 0:
+                option = f"--{name.replace('_', '-')}"
+                raise SettingsError(f"{option} is {getattr(settings, name)}; it must be at least 0.")
+        return settings
+
+    def command_line(self) -> list[str]:
+        """The same for another process."""
+        return [
+            part
+            for item in fields(self)
+            for part in (f"--{item.name.replace('_', '-')}", str(getattr(self, item.name)))
+        ]
 
 
 Sync = Literal["normal", "full"]
@@ -131,6 +196,7 @@ class TrainerConfig:
     exit_with_parent: bool = False
     """Stop when stdin reaches its end."""
     limits: Limits = field(default_factory=Limits)
+    engine: EngineSettings = field(default_factory=EngineSettings)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from gradwire.errors import invalid_field
 from gradwire.types import TensorData, model_input_tokens, to_array
 from gradwire.v1 import datum_pb2, tensor_pb2
+from gradwire.wire_format import Parts, embed
 
 _NUMPY_TYPES: dict[tensor_pb2.DataType, np.dtype[Any]] = {
     tensor_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
@@ -21,6 +22,11 @@ _NUMPY_TYPES: dict[tensor_pb2.DataType, np.dtype[Any]] = {
 }
 _WIRE_TYPES = {dtype: number for number, dtype in _NUMPY_TYPES.items()}
 _NAMES = {number: dtype.name for number, dtype in _NUMPY_TYPES.items()}
+_DATA = tensor_pb2.Tensor.DATA_FIELD_NUMBER
+_TOKENS = datum_pb2.DatumBatch.TOKENS_FIELD_NUMBER
+_CU_SEQLENS = datum_pb2.DatumBatch.CU_SEQLENS_FIELD_NUMBER
+_LOSS_FN_INPUTS = datum_pb2.DatumBatch.LOSS_FN_INPUTS_FIELD_NUMBER
+_MAP_KEY, _MAP_VALUE = 1, 2
 
 
 @dataclass(frozen=True)
@@ -117,13 +123,26 @@ def decode_tensor(tensor: tensor_pb2.Tensor, where: str) -> npt.NDArray[Any]:
     return flat.reshape(shape)
 
 
+def encoded_tensor(array: npt.NDArray[Any]) -> Parts:
+    """As encode_tensor, encoded, sharing memory with the array."""
+    wire_type = _WIRE_TYPES[array.dtype.newbyteorder("<")]
+    little = np.ascontiguousarray(array, dtype=_NUMPY_TYPES[wire_type])
+    about = tensor_pb2.Tensor(dtype=wire_type, shape=array.shape).SerializeToString()
+    return [*embed(_DATA, little.reshape(-1).view(np.uint8).data), about]
+
+
+def encoded_batch(batch: Batch) -> Parts:
+    """The batch as programs send it: an encoded DatumBatch, sharing memory with the arrays."""
+    parts = embed(_TOKENS, *encoded_tensor(batch.tokens_T)) + embed(_CU_SEQLENS, *encoded_tensor(batch.cu_seqlens))
+    for name, array in batch.loss_fn_inputs.items():
+        value = embed(_MAP_VALUE, *encoded_tensor(array))
+        parts += embed(_LOSS_FN_INPUTS, *embed(_MAP_KEY, name.encode()), *value)
+    return parts
+
+
 def encode_batch(batch: Batch) -> datum_pb2.DatumBatch:
-    """The batch as programs send it."""
-    return datum_pb2.DatumBatch(
-        tokens=encode_tensor(batch.tokens_T),
-        cu_seqlens=encode_tensor(batch.cu_seqlens),
-        loss_fn_inputs={name: encode_tensor(array) for name, array in batch.loss_fn_inputs.items()},
-    )
+    """As encoded_batch, as a message."""
+    return datum_pb2.DatumBatch.FromString(b"".join(encoded_batch(batch)))
 
 
 def decode_batch(data: Sequence[datum_pb2.Datum], batch: datum_pb2.DatumBatch | None) -> Batch:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from gradwire.errors import GradwireError
 from gradwire.v1.trainer_service_pb2 import TrainRequest, TrainResponse
+from gradwire.wire_format import Parts
 
 
 @dataclass(eq=False)
@@ -20,14 +21,21 @@ class Operation:
     """One message up and what to do with its answer."""
 
     request: TrainRequest
+    """All of it but `content`; gets its seq_id when it is sent."""
     answered: Callable[[TrainResponse], object]
     """Called once with the answer, an error answer included."""
     failed: Callable[[GradwireError], object]
     """Called once, instead, when no answer will come."""
+    content: Parts = field(default_factory=list)
+    """Large fields of the request, encoded."""
     size_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.size_bytes = self.request.ByteSize()
+        self.size_bytes = self.request.ByteSize() + sum(map(len, self.content))
+
+    def encode(self) -> bytes:
+        """The message as it is sent."""
+        return b"".join((self.request.SerializeToString(), *self.content))
 
 
 @dataclass(eq=False)

@@ -8,6 +8,7 @@ import logging
 import random
 import time
 import uuid
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -22,8 +23,8 @@ from gradwire.errors import (
 )
 from gradwire.order import Call, CallOrder, Operation
 from gradwire.transport import Connection
+from gradwire.v1 import trainer_service_pb2
 from gradwire.v1.trainer_service_pb2 import AttachRequest, Limits, TrainRequest, TrainResponse
-from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 
 logger = logging.getLogger("gradwire")
 
@@ -34,6 +35,7 @@ _WINDOW_BYTES = 64 * 1024 * 1024
 _MAX_BACKOFF_S = 2.0
 _BROKEN_CODES = {grpc.StatusCode.INTERNAL.value[0], grpc.StatusCode.UNKNOWN.value[0]}
 """What grpc itself calls a connection cut in the middle of a message; the trainer's own errors carry a reason."""
+_TRAIN = f"/{trainer_service_pb2.DESCRIPTOR.services_by_name['TrainerService'].full_name}/Train"
 _STATUS_TIMEOUT_S = 5.0
 """How long a broken stream's status may take to arrive."""
 
@@ -159,10 +161,11 @@ class RunStream:
     async def _attach_and_serve(self) -> None:
         """One connection's life. Raises _StreamLost when another one may go on, GradwireError when not."""
         self._attached = False
-        call = TrainerServiceStub(self._connection.channel()).Train(metadata=self._connection.metadata)
+        call = self._train()(metadata=self._connection.metadata)
         tasks: list[asyncio.Task[None]] = []
         try:
-            await call.write(TrainRequest(attach=AttachRequest(run_id=self._run_id, client_id=self._client_id)))
+            attach = AttachRequest(run_id=self._run_id, client_id=self._client_id)
+            await call.write(TrainRequest(attach=attach).SerializeToString())
             first = await call.read()
             if not isinstance(first, TrainResponse):
                 raise await self._ended(call)
@@ -185,6 +188,10 @@ class RunStream:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             call.cancel()
+
+    def _train(self) -> Any:
+        """The Train call over messages that are already encoded."""
+        return self._connection.channel().stream_stream(_TRAIN, None, TrainResponse.FromString)
 
     def _take_up(self, first: TrainResponse) -> None:
         """Agrees with the trainer on the next number."""
@@ -221,7 +228,7 @@ class RunStream:
 
     async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
         for operation in list(self._in_flight.values()):
-            await call.write(operation.request)
+            await call.write(operation.encode())
         while True:
             operation = self._order.next() if self._window_open() else None
             if operation is not None:
@@ -231,11 +238,11 @@ class RunStream:
                 self._in_flight[seq_id] = operation
                 operation.request.acked_seq_id = self._acked_sent = self._acked()
                 self._in_flight_bytes += operation.size_bytes
-                await call.write(operation.request)
+                await call.write(operation.encode())
             elif self._ack_due:
                 self._ack_due = False
                 self._acked_sent = self._acked()
-                await call.write(TrainRequest(acked_seq_id=self._acked_sent))
+                await call.write(TrainRequest(acked_seq_id=self._acked_sent).SerializeToString())
             else:
                 self._wake.clear()
                 await self._wake.wait()

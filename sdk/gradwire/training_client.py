@@ -3,15 +3,16 @@
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future as ConcurrentFuture
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+from google.protobuf.message import Message
 
 from gradwire import answers
-from gradwire.codec import Batch, batch_from_data, encode_batch, encode_tensor, split
+from gradwire.codec import Batch, batch_from_data, encoded_batch, encoded_tensor, split
 from gradwire.custom_loss import CustomLossFn, LossThread, run_custom_loss
 from gradwire.errors import UnimplementedError, from_status, invalid_field
 from gradwire.futures import APIFuture
@@ -34,6 +35,7 @@ from gradwire.v1.trainer_service_pb2 import (
     TrainResponse,
 )
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
+from gradwire.wire_format import Parts, embed
 
 logger = logging.getLogger("gradwire")
 
@@ -111,15 +113,8 @@ class TrainingClient:
             InvalidArgumentError: The data cannot be sent as it is; names the datum and input. Errors found by the
                 trainer come through the future.
         """
-        pieces = self._pieces(data)
-        requests = [
-            TrainRequest(
-                forward=ops.ForwardRequest(
-                    batch=encode_batch(piece), loss_fn=loss_fn, loss_fn_config=loss_fn_config or {}
-                )
-            )
-            for piece in pieces
-        ]
+        settings = ops.ForwardRequest(loss_fn=loss_fn, loss_fn_config=loss_fn_config or {})
+        requests = [_with_batch("forward", settings, piece) for piece in self._pieces(data)]
         if self._losses.current():
             # Inside a custom loss: waiting behind an optim_step that waits for this very loss would never end.
             return self._send("forward", requests, answers.forward_output, overtake=True)
@@ -140,14 +135,8 @@ class TrainingClient:
             InvalidArgumentError: As forward.
         """
         self._refuse_inside_loss("forward_backward")
-        requests = [
-            TrainRequest(
-                forward_backward=ops.ForwardBackwardRequest(
-                    batch=encode_batch(piece), loss_fn=loss_fn, loss_fn_config=loss_fn_config or {}
-                )
-            )
-            for piece in self._pieces(data)
-        ]
+        settings = ops.ForwardBackwardRequest(loss_fn=loss_fn, loss_fn_config=loss_fn_config or {})
+        requests = [_with_batch("forward_backward", settings, piece) for piece in self._pieces(data)]
         return self._send("forward_backward", requests, answers.forward_output)
 
     def forward_backward_custom(self, data: Iterable[Any], fn: CustomLossFn) -> APIFuture[ForwardBackwardOutput]:
@@ -325,7 +314,7 @@ class TrainingClient:
     def _send(
         self,
         what: str,
-        requests: list[TrainRequest],
+        requests: Sequence[TrainRequest | Parts],
         combine: Callable[[list[TrainResponse]], T],
         *,
         barrier: bool = False,
@@ -340,6 +329,18 @@ class TrainingClient:
         return APIFuture(gather.future, what)
 
 
+def _with_batch(kind: str, settings: Message, batch: Batch) -> Parts:
+    return _encoded(kind, settings, batch=encoded_batch(batch))
+
+
+def _encoded(kind: str, settings: Message, **large: Parts) -> Parts:
+    """An operation as a field of TrainRequest: its settings, and the fields that are large by name."""
+    content: Parts = [settings.SerializeToString()]
+    for name, parts in large.items():
+        content += embed(settings.DESCRIPTOR.fields_by_name[name].number, *parts)
+    return embed(TrainRequest.DESCRIPTOR.fields_by_name[kind].number, *content)
+
+
 class _Gather:
     """Collects the answers of one call's operations into one future. On the loop's thread after `operation`."""
 
@@ -352,8 +353,9 @@ class _Gather:
         self._missing = count
         self._combine = combine
 
-    def operation(self, request: TrainRequest) -> Operation:
-        """The next operation of the call; its answer takes the same place among the answers."""
+    def operation(self, request: TrainRequest | Parts) -> Operation:
+        """The next operation of the call, encoded where it is large; its answer takes the same place among the
+        answers."""
         place = next(self._places)
 
         def answered(response: TrainResponse) -> None:
@@ -368,7 +370,9 @@ class _Gather:
                 except Exception as exc:  # An answer we cannot read must reach the caller, not kill the stream.
                     self.fail(exc)
 
-        return Operation(request, answered=answered, failed=self.fail)
+        if isinstance(request, TrainRequest):
+            return Operation(request, answered=answered, failed=self.fail)
+        return Operation(TrainRequest(), answered=answered, failed=self.fail, content=request)
 
     def fail(self, exc: BaseException) -> None:
         """Fails the future, unless a piece already did."""
@@ -390,10 +394,8 @@ class _CustomCall:
         self._result = _Gather(len(pieces), self._output)
         forwards = _Gather(len(pieces), lambda responses: responses)
         forwards.future.add_done_callback(self._forwarded)
-        self._forwards = [
-            forwards.operation(TrainRequest(forward=ops.ForwardRequest(batch=encode_batch(piece), keep_graph=True)))
-            for piece in pieces
-        ]
+        settings = ops.ForwardRequest(keep_graph=True)
+        self._forwards = [forwards.operation(_with_batch("forward", settings, piece)) for piece in pieces]
         self._call = Call(deque(self._forwards), custom=True)
         self._forward_output = answers.forward_output([])
         self._loss = 0.0
@@ -429,10 +431,9 @@ class _CustomCall:
         start = 0
         backwards: list[Operation] = []
         for forward, count in zip(self._forwards, self._row_counts, strict=True):
-            request = ops.BackwardRequest(
-                forward_seq_id=forward.request.seq_id, gradients=encode_tensor(gradients_T[start : start + count])
-            )
-            backwards.append(self._result.operation(TrainRequest(backward=request)))
+            settings = ops.BackwardRequest(forward_seq_id=forward.request.seq_id)
+            gradients = encoded_tensor(gradients_T[start : start + count])
+            backwards.append(self._result.operation(_encoded("backward", settings, gradients=gradients)))
             start += count
         self._stream.overtake(backwards)
         self._stream.close_call(self._call)

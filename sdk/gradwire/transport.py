@@ -218,6 +218,12 @@ class Connection:
                 ("grpc.max_reconnect_backoff_ms", 1_000),
                 # Two clients in one process get a connection each, so that one's bulk does not delay the other.
                 ("grpc.use_local_subchannel_pool", 1),
+                # A megabyte and more in few system calls: grpc's defaults are made for small messages.
+                ("grpc.http2.max_frame_size", 1 << 22),
+                ("grpc.http2.lookahead_bytes", 1 << 24),
+                ("grpc.http2.write_buffer_size", 1 << 22),
+                ("grpc.experimental.tcp_read_chunk_size", 1 << 18),
+                ("grpc.experimental.tcp_max_read_chunk_size", 1 << 22),
             ]
             if self._credentials is not None:
                 self._channel = grpc.aio.secure_channel(self._target, self._credentials, options)

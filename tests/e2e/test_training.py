@@ -59,12 +59,13 @@ def forward_passes(trainer: TrainerProcess) -> float:
 
 def test_a_built_in_loss_learns(client: TrainingClient):
     batch = data(9, 5, 12)
-    losses = []
+    losses, steps = [], []
     for _ in range(8):
         future = client.forward_backward(batch, "cross_entropy")
-        client.optim_step(ADAM)
+        steps.append(client.optim_step(ADAM))
         losses.append(future.result(60).metrics["loss:sum"])
     assert losses[-1] < 0.8 * losses[0]
+    assert steps[-1].result(60).step == 8
     assert client.get_info().step == 8
 
 

@@ -1,9 +1,9 @@
 """What the engine computes is what an ordinary PyTorch loop computes, in float32.
 
-Tolerances: loss 1e-6 relative; logprobs 1e-4 absolute (nats); every parameter's gradient, by itself, 1e-5 in relative
-L2 norm; parameters after three AdamW steps 2e-3 of the distance they moved. That last one is with an eps of 1e-6: Adam
-divides by the gradient's own size, so with a far smaller eps a gradient that is 0 but for rounding moves its parameter
-a full step to either side, in plain PyTorch as here.
+Tolerances: loss 1e-6 relative; logprobs 1e-4 absolute (nats); every parameter's gradient, by itself, 2e-5 in relative
+L2 norm of plain PyTorch in float64; parameters after three AdamW steps 5e-3 of the distance they moved. That last one
+is with an eps of 1e-6: Adam divides by the gradient's own size, so with a far smaller eps a gradient that is 0 but for
+rounding moves its parameter a full step to either side, in plain PyTorch as here.
 """
 
 from collections.abc import Iterator
@@ -32,8 +32,8 @@ from trainer_service.engine.engine import Engine
 
 LOSS = 1e-6
 LOGPROBS = 1e-4
-GRADIENTS = 1e-5
-MOVED = 2e-3
+GRADIENTS = 2e-5
+MOVED = 5e-3
 tiny_only = pytest.mark.parametrize("case", ["tiny_llama"], indirect=True)
 
 
@@ -45,6 +45,11 @@ def engine(case: ModelCase, tmp_path: Path) -> Engine:
 @pytest.fixture
 def plain(case: ModelCase) -> PreTrainedModel:
     return load_plain(case.folder)
+
+
+@pytest.fixture
+def exact(case: ModelCase) -> PreTrainedModel:
+    return load_plain(case.folder, dtype=torch.float64)
 
 
 @pytest.fixture
@@ -72,23 +77,23 @@ def custom_backward(engine: Engine, batch: Batch, seq_id: int) -> tuple[float, n
 
 
 def test_built_in_loss_equals_plain_pytorch(
-    engine: Engine, plain: PreTrainedModel, sequences: list[PlainSequence]
+    engine: Engine, exact: PreTrainedModel, sequences: list[PlainSequence]
 ) -> None:
     found = engine.forward_backward(RUN, 1, to_batch(sequences), CROSS_ENTROPY)
-    loss, logprobs = plain_backward(plain, sequences, cross_entropy_of(sequences))
+    loss, logprobs = plain_backward(exact, sequences, cross_entropy_of(sequences))
     assert found.metrics["loss:sum"] == pytest.approx(loss, rel=LOSS)
     np.testing.assert_allclose(found.logprobs_TK, logprobs, rtol=0, atol=LOGPROBS)
-    assert worst_gradient_error(engine.live_model(RUN), plain) < GRADIENTS
+    assert worst_gradient_error(engine.live_model(RUN), exact) < GRADIENTS
 
 
 def test_custom_loss_equals_plain_pytorch(
-    engine: Engine, plain: PreTrainedModel, sequences: list[PlainSequence]
+    engine: Engine, exact: PreTrainedModel, sequences: list[PlainSequence]
 ) -> None:
     loss, logprobs = custom_backward(engine, to_batch(sequences, with_weights=False), 1)
-    plain_loss, plain_found = plain_backward(plain, sequences, coupled_loss)
+    plain_loss, plain_found = plain_backward(exact, sequences, coupled_loss)
     assert loss == pytest.approx(plain_loss, rel=LOSS)
     np.testing.assert_allclose(logprobs, plain_found, rtol=0, atol=LOGPROBS)
-    assert worst_gradient_error(engine.live_model(RUN), plain) < GRADIENTS
+    assert worst_gradient_error(engine.live_model(RUN), exact) < GRADIENTS
 
 
 @tiny_only
@@ -103,16 +108,16 @@ def test_soft_targets_equal_plain_pytorch(engine: Engine, plain: PreTrainedModel
 
 
 def test_accumulation_over_three_calls_equals_one_call(
-    engine: Engine, plain: PreTrainedModel, sequences: list[PlainSequence]
+    engine: Engine, exact: PreTrainedModel, sequences: list[PlainSequence]
 ) -> None:
     pieces = [to_batch(sequences).sequences(start, stop) for start, stop in ((0, 1), (1, 3), (3, 4))]
     losses = [
         engine.forward_backward(RUN, number, piece, CROSS_ENTROPY).metrics["loss:sum"]
         for number, piece in enumerate(pieces, 1)
     ]
-    loss, _ = plain_backward(plain, sequences, cross_entropy_of(sequences))
+    loss, _ = plain_backward(exact, sequences, cross_entropy_of(sequences))
     assert sum(losses) == pytest.approx(loss, rel=LOSS)
-    assert worst_gradient_error(engine.live_model(RUN), plain) < GRADIENTS
+    assert worst_gradient_error(engine.live_model(RUN), exact) < GRADIENTS
 
 
 @tiny_only

@@ -22,7 +22,7 @@ from gradwire.errors import (
 from gradwire.types import AdamParams
 
 from tests.engines import BATCH, CROSS_ENTROPY, RUN, forward_backward, make_batch, make_engine
-from trainer_service.config import Limits
+from trainer_service.config import EngineSettings, Limits
 from trainer_service.engine.engine import Engine, ForwardResult
 
 STEP = AdamParams(learning_rate=1e-2)
@@ -30,7 +30,8 @@ STEP = AdamParams(learning_rate=1e-2)
 
 @pytest.fixture
 def engine(tiny_llama: Path, tmp_path: Path) -> Engine:
-    return make_engine(tiny_llama, tmp_path)
+    # Small packs, so that BATCH takes two forwards: 9 tokens, then 5 and 3.
+    return make_engine(tiny_llama, tmp_path, settings=EngineSettings(max_pack_tokens=10))
 
 
 def params(engine: Engine, run_id: str = RUN) -> list[torch.Tensor]:
@@ -66,7 +67,8 @@ def test_metrics_count_what_was_done(engine: Engine) -> None:
             "num_tokens:sum": 17,
             "num_sequences:sum": 3,
             "num_loss_tokens:sum": 17,
-            "forward_passes:sum": 3,
+            "num_shared_tokens:sum": 0,
+            "forward_passes:sum": 2,
         }
     )
     step = engine.optim_step(RUN, 2, STEP)
@@ -267,7 +269,7 @@ def test_failed_forward_does_not_taint(engine: Engine, monkeypatch: pytest.Monke
 
 def out_of_memory_at(monkeypatch: pytest.MonkeyPatch, engine: Engine, *, forward: int) -> None:
     """Lets the given forward of the model, from 1, ask for more memory than there is."""
-    model, calls = engine.live_model(RUN), []
+    model, calls = engine.live_model(RUN).base_model, []
     real = model.forward
 
     def starved(*args: object, **kwargs: object) -> object:
@@ -284,11 +286,13 @@ def test_device_out_of_memory_says_what_to_do_and_the_run_goes_on(
 ) -> None:
     before = params(engine)
     with monkeypatch.context() as patched:
-        out_of_memory_at(patched, engine, forward=3)
+        out_of_memory_at(patched, engine, forward=2)
         with pytest.raises(DeviceOutOfMemoryError) as caught:
             forward_backward(engine, 1)
     assert "17 tokens" in caught.value.message
-    assert "fewer sequences" in caught.value.message
+    assert "at most 10 tokens" in caught.value.message
+    assert "--max-pack-tokens" in caught.value.message
+    assert caught.value.metadata["max_pack_tokens"] == "10"
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None, "the failed pass's tensors would live on in its frames"
     with pytest.raises(PriorOperationFailedError):

@@ -209,4 +209,8 @@ def test_torchrun_starts_the_engine_with_its_settings():
         *("--base-model", "fake"),
         *("--checkpoint-dir", "unused"),
         *("--max-context-length", "0"),
+        *("--compute-dtype", "auto"),
+        *("--max-pack-tokens", "0"),
+        *("--max-held-graph-bytes", "0"),
+        *("--activation-checkpointing", "auto"),
     ]

@@ -8,9 +8,9 @@ from gradwire.v1.datum_pb2 import DatumBatch
 from gradwire.v1.tensor_pb2 import DATA_TYPE_FLOAT32, Tensor
 from gradwire.v1.trainer_service_pb2 import TrainRequest, TrainResponse
 from gradwire.v1.worker_service_pb2 import WorkerCommand
+from gradwire.wire_format import embed, fields
 
 from trainer_service.runs.operation import Operation
-from trainer_service.wire_format import embed, fields
 
 
 def tensor(*values: int) -> Tensor:

@@ -20,7 +20,7 @@ from gradwire.v1.trainer_service_pb2 import LossInfo, ModelInfo
 from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerHello, WorkerReady
 from gradwire.version import __version__
 
-from trainer_service.config import Limits
+from trainer_service.config import EngineSettings, Limits
 from trainer_service.engine.connection import TrainerConnection
 from trainer_service.engine.ranks import Ranks
 from trainer_service.observability import configure_logging
@@ -87,6 +87,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint-dir", required=True, type=Path, help="where exports go")
     parser.add_argument("--max-context-length", type=int, default=0, help="tokens; 0 takes the model's own limit")
     parser.add_argument("--loss-module", default="", help="module with further losses")
+    EngineSettings.add_arguments(parser)
     parser.add_argument("--log-json", action="store_true", help="one JSON object a log line")
     return parser.parse_args()
 
@@ -109,7 +110,8 @@ def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, trainer: 
     transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
     num_threads = set_num_threads()
-    device = pick_device(ranks.local_rank)
+    settings = EngineSettings.from_arguments(arguments)
+    device = pick_device(ranks.local_rank, settings.compute_dtype)
     trainer.send(WorkerEvent(loading=f"loading {arguments.base_model} onto {device.name}"))
     logger.info("Loading.", extra={"fields": {"base_model": arguments.base_model, "num_threads": num_threads}})
     return Engine(
@@ -117,13 +119,13 @@ def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, trainer: 
         device=device,
         checkpoint_dir=arguments.checkpoint_dir,
         limits=limits,
+        settings=settings,
         max_context_length=arguments.max_context_length,
     )
 
 
 def _ready(engine: "Engine") -> WorkerEvent:
     from trainer_service.engine.losses import LOSSES
-    from trainer_service.engine.packing import BATCHING
 
     model = engine.model
     return WorkerEvent(
@@ -137,7 +139,7 @@ def _ready(engine: "Engine") -> WorkerEvent:
                 num_parameters=model.num_parameters,
                 dtype=model.dtype,
                 device=model.device,
-                batching=BATCHING,
+                batching=engine.traits.batching,
             ),
             losses=[
                 LossInfo(

@@ -16,9 +16,15 @@ class Counters:
     """Backwards of the model: one a microbatch."""
     tokens_total: int = 0
     """Tokens that went through a forward."""
+    shared_tokens_total: int = 0
+    """Tokens that did not have to, since a sequence with the same beginning went through with them."""
     optim_steps_total: int = 0
     held_graphs: int = 0
     """Graphs kept for custom losses now."""
+    held_graph_bytes: int = 0
+    """What they hold."""
+    recomputed_graphs_total: int = 0
+    """Forwards done again at the backward, since holding their graphs would have passed the budget."""
     runs: int = 0
     """Runs held now."""
     busy_seconds_total: float = 0.0

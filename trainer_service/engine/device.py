@@ -1,7 +1,7 @@
 """Where the model runs and in which precision: the one place that decides.
 
 Parameters, gradients and optimizer state are float32 everywhere. Matrix products run in float32 on the CPU and, under
-autocast, in bfloat16 on CUDA.
+autocast, in bfloat16 on CUDA; --compute-dtype asks for the other.
 """
 
 import contextlib
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from trainer_service.config import ComputeDtype
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,27 @@ class Device:
         if self.torch_device.type == "cuda":
             torch.cuda.synchronize(self.torch_device)
 
+    def total_bytes(self) -> int:
+        """Memory there is: the GPU's, or this machine's or control group's. Not what is free now: what is decided by it
+        (the shape of packs) must be the same after a restart, or the same log would lead to other bits."""
+        if self.torch_device.type == "cuda":
+            return torch.cuda.get_device_properties(self.torch_device).total_memory
+        return total_host_bytes()
+
     def release_cached_memory(self) -> None:
         """Gives memory that torch keeps for later back to the device."""
         if self.torch_device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def pick_device(local_rank: int = 0) -> Device:
-    """CUDA with bfloat16 compute where there is a GPU, otherwise the CPU in float32."""
+def pick_device(local_rank: int = 0, compute_dtype: ComputeDtype = "auto") -> Device:
+    """CUDA where there is a GPU, otherwise the CPU; "auto" computes in bfloat16 on the one, in float32 on the other."""
+    asked = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[compute_dtype]
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
-        return Device(device, f"{device} ({torch.cuda.get_device_name(device)})", torch.bfloat16)
-    return Device(torch.device("cpu"), "cpu", torch.float32)
+        return Device(device, f"{device} ({torch.cuda.get_device_name(device)})", asked or torch.bfloat16)
+    return Device(torch.device("cpu"), "cpu", asked or torch.float32)
 
 
 def set_num_threads() -> int:
@@ -67,6 +77,15 @@ def num_available_cpus() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cpus = min(cpus, max(1, round(int(quota) / int(period))))
     return cpus
+
+
+def total_host_bytes() -> int:
+    """Memory of this machine, or less where its control group grants less."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # No such file outside Linux's control groups, and "max" in place of a number where there is no limit.
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
 
 
 def out_of_memory(exc: BaseException) -> bool:

@@ -19,17 +19,19 @@ from gradwire.types import AdamParams
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trainer_service.config import Limits
+from trainer_service.config import EngineSettings, Limits
 from trainer_service.engine.checkpoints import Checkpoints, SavedCheckpoint
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device, out_of_memory
-from trainer_service.engine.logprobs import target_logprobs
 from trainer_service.engine.loss_totals import LossTotals
-from trainer_service.engine.losses.loss import Loss, LossInputs
+from trainer_service.engine.losses.loss import Loss
+from trainer_service.engine.memory import plan_memory
+from trainer_service.engine.microbatch import Columns, Forwards, Microbatch, gather
 from trainer_service.engine.models.load import describe, fetch, load_model
+from trainer_service.engine.models.runner import find_traits, prepare
 from trainer_service.engine.optim import AdamW
-from trainer_service.engine.packing import plan_microbatches
-from trainer_service.engine.run_state import HeldGraph, RunState
+from trainer_service.engine.packing import Pack, plan_packs
+from trainer_service.engine.run_state import HeldGraph, HeldPiece, RunState
 from trainer_service.engine.snapshots import restore_snapshot
 from trainer_service.engine.validation import check_gradients_shape
 
@@ -61,15 +63,6 @@ class OptimStepResult:
     metrics: dict[str, float]
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """A batch on the device; all of one operation crosses in one copy a column."""
-
-    tokens_T: Tensor
-    targets_TK: Tensor
-    inputs: Mapping[str, Tensor]
-
-
 class Engine:
     """Runs of one base model on one device.
 
@@ -78,6 +71,7 @@ class Engine:
         device: Where.
         checkpoint_dir: Where checkpoints go, in a folder a run.
         limits: max_runs is kept here; the rest is for those who check batches.
+        settings: What the trainer's owner decided about memory.
         max_context_length: Longest sequence taken, tokens; 0 takes the model's own limit.
 
     Raises:
@@ -91,6 +85,7 @@ class Engine:
         device: Device,
         checkpoint_dir: Path,
         limits: Limits | None = None,
+        settings: EngineSettings | None = None,
         max_context_length: int = 0,
     ) -> None:
         self.limits = limits or Limits()
@@ -102,6 +97,19 @@ class Engine:
         self.model = describe(self._spare, base_model=base_model, device=device, max_context_length=max_context_length)
         """What is trained, for GetServerInfo."""
         self._checkpoints = Checkpoints(checkpoint_dir, self.model, self._folder)
+        settings = settings or EngineSettings()
+        self.traits = find_traits(self._spare, device.torch_device, max_context_length=self.model.max_context_length)
+        """What the architecture allows."""
+        self.memory = plan_memory(device, self.traits, settings, num_parameters=self.model.num_parameters)
+        """How memory is shared out."""
+        self._forwards = Forwards(
+            device,
+            self.traits,
+            self.memory,
+            settings.activation_checkpointing,
+            self._spare.config.get_text_config().vocab_size,
+        )
+        prepare(self._spare, self.traits)
         self._runs: dict[str, RunState] = {}
 
     def create_run(self, run_id: str, *, lora_rank: int = 0) -> None:
@@ -126,8 +134,10 @@ class Engine:
         assert run_id not in self._runs
 
         def load() -> RunState:
-            model = self._spare or load_model(self._base_model, self._folder, self.device)
-            self._spare = None
+            model, self._spare = self._spare, None
+            if model is None:
+                model = load_model(self._base_model, self._folder, self.device)
+                prepare(model, self.traits)
             return RunState(run_id=run_id, model=model, optimizer=AdamW(model.parameters()))
 
         self._runs[run_id] = self._attempt(load, what=f"a run's {self.model.num_parameters} parameters")
@@ -169,18 +179,23 @@ class Engine:
 
         def work() -> ForwardResult:
             columns = self._to_device(batch, loss)
-            pieces: list[tuple[slice, Tensor]] = []
-            totals = LossTotals()
-            with torch.set_grad_enabled(keep_graph):
-                for microbatch in plan_microbatches(batch):
-                    logprobs_TK = self._logprobs(run, columns, microbatch.tokens)
-                    pieces.append((microbatch.tokens, logprobs_TK))
-                    if loss is not None:
-                        totals.add(loss, _loss_inputs(logprobs_TK, columns, microbatch.tokens), config)
-            metrics = _batch_metrics(batch, len(pieces)) | totals.metrics()
-            result = ForwardResult(_gather(pieces, columns.targets_TK), batch.cu_seqlens, metrics)
+            pieces: list[tuple[Microbatch, Tensor]] = []
+            held: list[HeldPiece] = []
+            totals = LossTotals(loss, config) if loss else None
+            for pack in self._plan(batch):
+                microbatch = Microbatch(pack, columns, self._forwards)
+                with_graph = keep_graph and self._make_room(microbatch, held)
+                with torch.set_grad_enabled(with_graph):
+                    logprobs_RK = self._logprobs(run, microbatch)
+                pieces.append((microbatch, logprobs_RK.detach()))
+                if keep_graph:
+                    held.append(HeldPiece(microbatch, logprobs_RK if with_graph else None))
+                if totals is not None:
+                    totals.add(pack, microbatch.loss_inputs(logprobs_RK))
+            metrics = _batch_metrics(batch, pieces) | (totals.metrics() if totals else {})
+            result = ForwardResult(gather(pieces, columns.targets_TK), batch.cu_seqlens, metrics)
             if keep_graph:
-                run.graphs[seq_id] = HeldGraph(pieces, result.logprobs_TK.shape, batch.num_sequences)
+                run.graphs[seq_id] = HeldGraph(held, result.logprobs_TK.shape, batch.num_sequences)
                 self._count_held()
             return result
 
@@ -199,15 +214,16 @@ class Engine:
 
         def work() -> ForwardResult:
             columns = self._to_device(batch, loss)
-            pieces: list[tuple[slice, Tensor]] = []
-            totals = LossTotals()
-            for microbatch in plan_microbatches(batch):
-                logprobs_TK = self._logprobs(run, columns, microbatch.tokens)
-                pieces.append((microbatch.tokens, logprobs_TK.detach()))
-                self._backward(totals.add(loss, _loss_inputs(logprobs_TK, columns, microbatch.tokens), config))
-            totals.check_finite(loss.name)
-            metrics = _batch_metrics(batch, len(pieces)) | totals.metrics()
-            result = ForwardResult(_gather(pieces, columns.targets_TK), batch.cu_seqlens, metrics)
+            pieces: list[tuple[Microbatch, Tensor]] = []
+            totals = LossTotals(loss, config)
+            for pack in self._plan(batch):
+                microbatch = Microbatch(pack, columns, self._forwards)
+                logprobs_RK = self._logprobs(run, microbatch)
+                pieces.append((microbatch, logprobs_RK.detach()))
+                self._backward(microbatch, totals.add(pack, microbatch.loss_inputs(logprobs_RK)))
+            totals.check_finite()
+            metrics = _batch_metrics(batch, pieces) | totals.metrics()
+            result = ForwardResult(gather(pieces, columns.targets_TK), batch.cu_seqlens, metrics)
             run.accumulation.add(num_loss_tokens=int(metrics["num_loss_tokens:sum"]), num_sequences=batch.num_sequences)
             return result
 
@@ -232,13 +248,19 @@ class Engine:
             check_gradients_shape(gradients_TK, run.peek_graph(forward_seq_id).shape, forward_seq_id)
             graph = run.take_graph(forward_seq_id)
             on_device_TK = self._copy(gradients_TK)
+            recomputed = 0
             while graph.pieces:
                 # Taken out, so that each microbatch's graph is freed before the next one's backward.
-                tokens, logprobs_TK = graph.pieces.pop(0)
-                self._backward(logprobs_TK, on_device_TK[tokens])
+                piece = graph.pieces.pop(0)
+                logprobs_RK = piece.logprobs_RK
+                if logprobs_RK is None:
+                    recomputed += 1
+                    logprobs_RK = self._logprobs(run, piece.microbatch)
+                self._backward(piece.microbatch, logprobs_RK, on_device_TK[piece.microbatch.rows_R])
+            self.counters.recomputed_graphs_total += recomputed
             num_loss_tokens = int(np.count_nonzero(gradients_TK))
             run.accumulation.add(num_loss_tokens=num_loss_tokens, num_sequences=graph.num_sequences)
-            return {"num_loss_tokens:sum": float(num_loss_tokens)}
+            return {"num_loss_tokens:sum": float(num_loss_tokens), "forward_passes:sum": float(recomputed)}
 
         try:
             return self._attempt(work, what=f"the backward of forward {forward_seq_id}", taints=(run, seq_id))
@@ -359,8 +381,17 @@ class Engine:
             raise error("RUN_NOT_FOUND", f'The worker holds no run "{run_id}".', run_id=run_id)
         return run
 
-    def _to_device(self, batch: Batch, loss: Loss | None) -> _Columns:
-        return _Columns(
+    def _plan(self, batch: Batch) -> list[Pack]:
+        packed = not self.traits.why_not_packed
+        return plan_packs(
+            batch.tokens_T,
+            batch.cu_seqlens,
+            max_tokens=self.memory.max_pack_tokens if packed else 1,
+            share=packed and not self.traits.why_not_shared,
+        )
+
+    def _to_device(self, batch: Batch, loss: Loss | None) -> Columns:
+        return Columns(
             tokens_T=self._copy(batch.tokens_T).long(),
             targets_TK=self._copy(batch.loss_fn_inputs["target_tokens"]),
             inputs={name: self._copy(batch.loss_fn_inputs[name]) for name in (loss.inputs if loss else ())},
@@ -371,18 +402,34 @@ class Engine:
         # not see what its caller does to an array later.
         return torch.from_numpy(np.array(array)).to(self.device.torch_device)
 
-    def _logprobs(self, run: RunState, columns: _Columns, tokens: slice) -> Tensor:
+    def _logprobs(self, run: RunState, microbatch: Microbatch) -> Tensor:
         """Logprobs of one microbatch's targets, float32, with a graph where grad is enabled."""
-        tokens_T = columns.tokens_T[tokens]
-        with self.device.autocast():
-            logits_TV = run.model(input_ids=tokens_T[None], use_cache=False).logits[0]
+        logprobs_RK = microbatch.logprobs(run.model)
         self.counters.forward_passes_total += 1
-        self.counters.tokens_total += len(tokens_T)
-        return target_logprobs(logits_TV, columns.targets_TK[tokens])
+        self.counters.tokens_total += microbatch.pack.num_tokens
+        self.counters.shared_tokens_total += microbatch.pack.num_shared_tokens
+        return logprobs_RK
 
-    def _backward(self, output: Tensor, gradient: Tensor | None = None) -> None:
-        output.backward(gradient)
+    def _backward(self, microbatch: Microbatch, output: Tensor, gradient: Tensor | None = None) -> None:
+        microbatch.backward(output, gradient)
         self.counters.backward_passes_total += 1
+
+    def _make_room(self, microbatch: Microbatch, own: list[HeldPiece]) -> bool:
+        """Lets the oldest graphs go until this one fits; whether it does. Those of the same forward stay.
+
+        What was let go is computed again at its backward, as this one would be, and its backward may never come.
+        """
+        budget = self.memory.max_held_graph_bytes - sum(piece.held_bytes for piece in own) - microbatch.held_bytes
+        others = [piece for run in self._runs.values() for graph in run.graphs.values() for piece in graph.pieces]
+        held = sum(piece.held_bytes for piece in others)
+        if budget < 0:
+            return False
+        for piece in sorted(others, key=lambda piece: piece.age):
+            if held <= budget:
+                break
+            held -= piece.held_bytes
+            piece.logprobs_RK = None
+        return True
 
     def _attempt(self, work: Callable[[], T], *, what: str, taints: tuple[RunState, int] | None = None) -> T:
         """Runs `work`. What it raises taints the accumulation; a device out of memory becomes an error that says so."""
@@ -401,35 +448,27 @@ class Engine:
         self.device.release_cached_memory()
         raise error(
             "DEVICE_OUT_OF_MEMORY",
-            f"{self.device.name} has no memory left for {what}. The run goes on; send shorter or fewer sequences a "
-            "call, send the backward of held custom losses sooner, or delete runs that are done.",
+            f"{self.device.name} has no memory left for {what}, in forwards of at most {self.memory.max_pack_tokens} "
+            f"tokens beside at most {self.memory.max_held_graph_bytes >> 20} MiB of held graphs. The run goes on. "
+            "Start the trainer with a smaller --max-pack-tokens or --max-held-graph-bytes, or with "
+            "--activation-checkpointing on, send shorter or fewer sequences a call, or delete runs that are done.",
             device=self.device.name,
             what=what,
+            max_pack_tokens=self.memory.max_pack_tokens,
+            max_held_graph_bytes=self.memory.max_held_graph_bytes,
         )
 
     def _count_held(self) -> None:
-        self.counters.held_graphs = sum(len(run.graphs) for run in self._runs.values())
+        graphs = [graph for run in self._runs.values() for graph in run.graphs.values()]
+        self.counters.held_graphs = len(graphs)
+        self.counters.held_graph_bytes = sum(piece.held_bytes for graph in graphs for piece in graph.pieces)
         self.counters.runs = len(self._runs)
 
 
-def _batch_metrics(batch: Batch, forward_passes: int) -> dict[str, float]:
+def _batch_metrics(batch: Batch, pieces: list[tuple[Microbatch, Tensor]]) -> dict[str, float]:
     return {
         "num_tokens:sum": float(batch.num_tokens),
         "num_sequences:sum": float(batch.num_sequences),
-        "forward_passes:sum": float(forward_passes),
+        "num_shared_tokens:sum": float(sum(microbatch.pack.num_shared_tokens for microbatch, _ in pieces)),
+        "forward_passes:sum": float(len(pieces)),
     }
-
-
-def _loss_inputs(logprobs_TK: Tensor, columns: _Columns, tokens: slice) -> LossInputs:
-    inputs = {name: values[tokens] for name, values in columns.inputs.items()}
-    # One microbatch, one datum.
-    cu_seqlens = torch.tensor([0, len(logprobs_TK)], device=logprobs_TK.device)
-    return LossInputs(logprobs_TK, inputs, cu_seqlens)
-
-
-def _gather(pieces: list[tuple[slice, Tensor]], like: Tensor) -> npt.NDArray[np.float32]:
-    """Per-token values of all microbatches in the batch's order, on the host."""
-    whole = torch.empty(like.shape, dtype=torch.float32, device=like.device)
-    for tokens, values in pieces:
-        whole[tokens] = values.detach()
-    return whole.cpu().numpy()

@@ -1,7 +1,8 @@
 """Adds up a loss over the microbatches of one operation."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import torch
 from gradwire.errors import error
@@ -9,42 +10,66 @@ from gradwire.metrics import combine_metrics
 from torch import Tensor
 
 from trainer_service.engine.losses.loss import Loss, LossInputs
+from trainer_service.engine.packing import Pack
 
 
 class LossTotals:
-    """Values kept on the device: one transfer at the end, not one a microbatch. One microbatch holds one datum."""
+    """Values kept on the device: one transfer at the end, not one a microbatch.
 
-    def __init__(self) -> None:
+    Args:
+        loss: Which.
+        config: What the caller set of its settings.
+    """
+
+    def __init__(self, loss: Loss, config: Mapping[str, float] | None) -> None:
+        self._loss = loss
+        self._settings = loss.settings(config)
         self._found: list[dict[str, Tensor]] = []
+        self._seen: list[tuple[Pack, LossInputs]] = []
 
-    def add(self, loss: Loss, inputs: LossInputs, config: Mapping[str, float] | None) -> Tensor:
+    def add(self, pack: Pack, inputs: LossInputs) -> Tensor:
         """Evaluates the loss on one microbatch; returns it with its graph."""
-        output = loss.fn(inputs, loss.settings(config))
+        output = self._loss.fn(inputs, self._settings)
         found = {**output.metrics, "loss:sum": output.loss, "num_loss_tokens:sum": output.num_loss_tokens}
         self._found.append({name: value.detach() for name, value in found.items()})
+        self._seen.append((pack, LossInputs(inputs.target_logprobs_TK.detach(), inputs.inputs, inputs.cu_seqlens)))
         return output.loss
 
     def metrics(self) -> dict[str, float]:
-        """By `name:reduction`; empty where no loss was evaluated."""
+        """By `name:reduction`."""
         return combine_metrics(self._on_host())
 
-    def _on_host(self) -> list[dict[str, float]]:
-        values = [value.double() for found in self._found for value in found.values()]
-        numbers = iter(torch.stack(values).tolist() if values else ())
-        return [{name: next(numbers) for name in found} for found in self._found]
-
-    def check_finite(self, name: str) -> None:
+    def check_finite(self) -> None:
         """Refuses a loss that is NaN or infinite.
 
         Raises:
             FailedPreconditionError: NON_FINITE, naming the datum.
         """
-        for number, found in enumerate(self._on_host()):
-            value = found["loss:sum"]
-            if not math.isfinite(value):
-                raise error(
-                    "NON_FINITE",
-                    f"{name} of data[{number}] is {value}. Nothing of this call is applied; look at that datum's "
-                    "loss inputs, or at the learning rate of the steps before.",
-                    datum=number,
-                )
+        values = [found["loss:sum"] for found in self._on_host()]
+        if all(math.isfinite(value) for value in values):
+            return
+        # Each finite by itself, their sum may still be infinite.
+        datum, value = min(self._not_finite(), default=(None, math.fsum(values)))
+        where = "the whole batch" if datum is None else f"data[{datum}]"
+        text = (
+            f"{self._loss.name} of {where} is {value}. Nothing of this call is applied; look at that datum's loss "
+            "inputs, or at the learning rate of the steps before."
+        )
+        raise error("NON_FINITE", text, **({} if datum is None else {"datum": datum}))
+
+    def _on_host(self) -> list[dict[str, float]]:
+        values = [value.double() for found in self._found for value in found.values()]
+        numbers = iter(torch.stack(values).tolist())
+        return [{name: next(numbers) for name in found} for found in self._found]
+
+    def _not_finite(self) -> Iterator[tuple[int, float]]:
+        """(number of the datum, its loss) of all whose loss is not finite."""
+        for pack, inputs in self._seen:
+            for sequence, (start, stop) in zip(pack.sequences, pairwise(pack.cu_seqlens.tolist()), strict=True):
+                rows = slice(start, stop)
+                own = {name: values[rows] for name, values in inputs.inputs.items()}
+                bounds = torch.tensor([0, stop - start], device=inputs.cu_seqlens.device)
+                alone = LossInputs(inputs.target_logprobs_TK[rows], own, bounds)
+                value = self._loss.fn(alone, self._settings).loss.item()
+                if not math.isfinite(value):
+                    yield sequence, value

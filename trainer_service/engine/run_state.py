@@ -1,5 +1,6 @@
 """What the worker holds for one run: parameters, accumulated gradients, held graphs, optimizer."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,9 +10,30 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
+from trainer_service.engine.microbatch import Microbatch
 from trainer_service.engine.optim import AdamW
 
 _REASONS_KEPT = 1024
+
+
+@dataclass
+class HeldPiece:
+    """One microbatch of a held graph.
+
+    Attributes:
+        microbatch: What to run again where the graph is gone.
+        logprobs_RK: With their graph; None where that would have passed the budget.
+        age: Larger is younger.
+    """
+
+    microbatch: Microbatch
+    logprobs_RK: Tensor | None
+    age: int = field(default_factory=itertools.count().__next__)
+
+    @property
+    def held_bytes(self) -> int:
+        """What the graph holds."""
+        return 0 if self.logprobs_RK is None else self.microbatch.held_bytes
 
 
 @dataclass(frozen=True)
@@ -19,12 +41,12 @@ class HeldGraph:
     """What a forward kept for its backward.
 
     Attributes:
-        pieces: Where a microbatch's tokens lie in the batch, and its logprobs with their graph.
+        pieces: One a microbatch.
         shape: Shape of all logprobs together, [T] or [T, K].
         num_sequences: Of the batch.
     """
 
-    pieces: list[tuple[slice, Tensor]]
+    pieces: list[HeldPiece]
     shape: tuple[int, ...]
     num_sequences: int
 

@@ -12,10 +12,10 @@ from gradwire.errors import GradwireError, error
 from gradwire.v1 import worker_service_pb2
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerReady
 from gradwire.version import __version__
+from gradwire.wire_format import embed, fields
 
 from trainer_service.fleet.worker import Deliver, Reply
 from trainer_service.processes import ProcessKey, process_key
-from trainer_service.wire_format import embed, fields
 
 logger = logging.getLogger(__name__)
 

@@ -9,14 +9,14 @@ import sys
 import tempfile
 from asyncio.subprocess import Process
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc.aio
 from gradwire.errors import GradwireError, error
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerReady
 
-from trainer_service.config import MAX_RUNS_VARIABLE
+from trainer_service.config import MAX_RUNS_VARIABLE, EngineSettings
 from trainer_service.fleet.link import Link, WorkerServicer, worker_service_handler
 from trainer_service.fleet.output import WorkerOutput
 from trainer_service.fleet.worker import Deliver
@@ -45,6 +45,7 @@ class WorkerSettings:
     max_message_bytes: int
     max_runs: int = 8
     loss_module: str = ""
+    engine: EngineSettings = field(default_factory=EngineSettings)
 
     def command(self, socket: str) -> list[str]:
         """The command line: torchrun, also for one rank."""
@@ -59,6 +60,7 @@ class WorkerSettings:
             *("--base-model", self.base_model, "--checkpoint-dir", str(self.checkpoint_dir)),
             *("--max-context-length", str(self.max_context_length)),
             *(("--loss-module", self.loss_module) if self.loss_module else ()),
+            *self.engine.command_line(),
         ]
 
 

@@ -73,6 +73,12 @@ class TrainerServer:
             ("grpc.max_receive_message_length", 2 * self._config.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
+            # A megabyte and more in few system calls: grpc's defaults are made for small messages.
+            ("grpc.http2.max_frame_size", 1 << 22),
+            ("grpc.http2.lookahead_bytes", 1 << 24),
+            ("grpc.http2.write_buffer_size", 1 << 22),
+            ("grpc.experimental.tcp_read_chunk_size", 1 << 18),
+            ("grpc.experimental.tcp_max_read_chunk_size", 1 << 22),
             # Clients ping to notice a dead trainer; grpc's default would cut them off for it.
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),

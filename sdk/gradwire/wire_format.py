@@ -1,10 +1,14 @@
-"""Looks at encoded protobuf messages without taking them apart.
+"""Encoded protobuf messages, looked at without taking them apart and put together without copying what is large.
 
-The trainer hands operations and answers on as they were encoded: parsing a large message costs next to nothing (its
-bytes fields share the input), but encoding it again about 3 ms a MiB. Ground floor.
+Parsing a large message costs next to nothing, but every message that a tensor is set in, and that one set in another,
+copies it once more. Here the large parts stay where they are until one join makes the bytes that are sent. Used by both
+sides.
 """
 
 from collections.abc import Iterator
+
+Parts = list[bytes | memoryview]
+"""An encoded message in pieces, to be joined; a memoryview is over single bytes."""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -39,9 +43,9 @@ def fields(encoded: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
         yield tag >> 3, encoded[start:place], content
 
 
-def embed(number: int, content: bytes) -> tuple[bytes, bytes]:
-    """An encoded message as field `number` of another, in parts to be joined."""
-    return _encode_varint(number << 3 | _BYTES) + _encode_varint(len(content)), content
+def embed(number: int, *content: bytes | memoryview) -> Parts:
+    """An encoded message, or anything else length-delimited, as field `number` of another."""
+    return [_encode_varint(number << 3 | _BYTES) + _encode_varint(sum(map(len, content))), *content]
 
 
 def _varint(encoded: memoryview, place: int) -> tuple[int, int]:

@@ -1,0 +1,195 @@
+"""Packed equals one by one equals plain transformers, on many architectures: logprobs, every gradient, in float32."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from tests.engines import CROSS_ENTROPY, RUN, make_engine
+from tests.numerics.plain import (
+    PlainSequence,
+    cross_entropy_of,
+    load_plain,
+    plain_backward,
+    random_sequences,
+    to_batch,
+    worst_gradient_error,
+)
+from tests.tiny import VOCAB_SIZE
+from trainer_service.config import EngineSettings
+from trainer_service.engine.engine import Engine
+
+LOSS = 1e-6
+LOGPROBS = 2e-5
+GRADIENTS = 1e-5
+WINDOW = 8
+"""Sliding windows are shorter than the sequences, and than what sequences share."""
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+_MIXED = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+PACKED: dict[str, dict[str, Any]] = {
+    "Llama": {"tie_word_embeddings": False},
+    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {"head_dim": 16},
+    "Mistral": {"sliding_window": WINDOW},
+    "Gemma2": {
+        **_MIXED,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "Gemma3": {**_MIXED, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "Phi3": {},
+    "GPTNeoX": {"use_parallel_residual": True},
+    "GPT2": {},
+    "Olmo2": {},
+    "Granite": {
+        "logits_scaling": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.7,
+        "embedding_multiplier": 2.0,
+    },
+    "Cohere": {"logit_scale": 0.25},
+    "Qwen3Moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "GptOss": {**_MIXED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": None},
+}
+ALONE: dict[str, dict[str, Any]] = {
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+    "Mamba": {"state_size": 4},
+}
+_CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+_MODELS = {"GPT2": "GPT2LMHeadModel"}
+
+
+def make_model(folder: Path, architecture: str) -> Path:
+    """A tiny random model of the architecture, as a Hugging Face folder."""
+    settings = {**_COMMON, **PACKED.get(architecture, {}), **ALONE.get(architecture, {})}
+    config = getattr(transformers, _CONFIGS.get(architecture, f"{architecture}Config"))(**settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, _MODELS.get(architecture, f"{architecture}ForCausalLM"))(config)
+    model.save_pretrained(folder / architecture)
+    return folder / architecture
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The model folder of an architecture; each is made once."""
+    root, made = tmp_path_factory.mktemp("architectures"), {}
+    return lambda architecture: made.get(architecture) or made.setdefault(architecture, make_model(root, architecture))
+
+
+def ragged(k: int | None = None, seed: int = 0) -> list[PlainSequence]:
+    """Sequences of many lengths, one of a single token, some beginning alike: two groups, one within the other."""
+    made = random_sequences((30, 1, 30, 11, 26, 17, 5, 22), vocab_size=VOCAB_SIZE, k=k, seed=seed)
+    for number, common in ((2, 20), (4, 20), (5, 16), (7, 9)):
+        made[number].tokens[:common] = made[0].tokens[:common]
+    # One that is the beginning of another.
+    made[3].tokens[:] = made[0].tokens[: len(made[3].tokens)]
+    return made
+
+
+def check(engine: Engine, plain: PreTrainedModel, sequences: list[PlainSequence]) -> dict[str, float]:
+    """One forward_backward on either side; returns the engine's metrics."""
+    found = engine.forward_backward(RUN, 1, to_batch(sequences), CROSS_ENTROPY)
+    loss, logprobs = plain_backward(plain, sequences, cross_entropy_of(sequences))
+    np.testing.assert_allclose(found.logprobs_TK, logprobs, rtol=0, atol=LOGPROBS)
+    weights = np.concatenate([sequence.weights for sequence in sequences])
+    # Against the size of what is added up: weights of both signs cancel.
+    assert found.metrics["loss:sum"] == pytest.approx(loss, abs=LOSS * float(np.abs(weights * logprobs).sum()))
+    assert worst_gradient_error(engine.live_model(RUN), plain) < GRADIENTS
+    return found.metrics
+
+
+@pytest.fixture(autouse=True)
+def share_short_beginnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences as short as these share what they have in common."""
+    monkeypatch.setattr("trainer_service.engine.packing.MIN_SHARED_TOKENS", 4)
+
+
+@pytest.mark.parametrize("architecture", PACKED)
+def test_packed_and_shared_equals_plain_transformers(
+    folder_of: Callable[[str], Path], architecture: str, tmp_path: Path
+) -> None:
+    folder = folder_of(architecture)
+    engine = make_engine(folder, tmp_path)
+    assert engine.traits.batching == "packed, shared beginnings once"
+    metrics = check(engine, load_plain(folder), ragged())
+    assert metrics["forward_passes:sum"] == 1
+    assert metrics["num_shared_tokens:sum"] >= 20
+
+
+@pytest.mark.parametrize("architecture", PACKED)
+def test_many_packs_soft_targets_and_checkpointing_equal_plain_transformers(
+    folder_of: Callable[[str], Path], architecture: str, tmp_path: Path
+) -> None:
+    folder = folder_of(architecture)
+    settings = EngineSettings(max_pack_tokens=50, activation_checkpointing="on")
+    metrics = check(make_engine(folder, tmp_path, settings=settings), load_plain(folder), ragged(k=3, seed=1))
+    assert metrics["forward_passes:sum"] > 1
+
+
+@pytest.mark.parametrize("architecture", ALONE)
+def test_recurrent_and_hybrid_models_run_one_sequence_at_a_time_and_say_so(
+    folder_of: Callable[[str], Path], architecture: str, tmp_path: Path
+) -> None:
+    folder = folder_of(architecture)
+    engine = make_engine(folder, tmp_path)
+    assert engine.traits.batching.startswith("one sequence at a time: it has layers of kind ")
+    sequences = ragged()
+    metrics = check(engine, load_plain(folder), sequences)
+    assert metrics["forward_passes:sum"] == len(sequences)
+    assert metrics["num_shared_tokens:sum"] == 0
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma2", "Mixtral"])
+def test_custom_losses_held_and_recomputed_equal_plain_transformers(
+    folder_of: Callable[[str], Path], architecture: str, tmp_path: Path
+) -> None:
+    folder, sequences = folder_of(architecture), ragged()
+    # Room for the graph of one forward of the two.
+    engine = make_engine(folder, tmp_path, settings=EngineSettings(max_pack_tokens=60, max_held_graph_bytes=900_000))
+    plain = load_plain(folder)
+    batch = to_batch(sequences, with_weights=False)
+    rng = np.random.default_rng(3)
+    gradients = rng.normal(size=batch.num_tokens).astype(np.float32)
+    for seq_id in (1, 2, 3):
+        engine.forward(RUN, seq_id, batch, keep_graph=True)
+    for seq_id in (2, 1, 3):
+        engine.backward(RUN, 10 + seq_id, forward_seq_id=seq_id, gradients_TK=seq_id * gradients)
+    assert engine.counters.recomputed_graphs_total > 0
+
+    def loss(logprobs: list[torch.Tensor]) -> torch.Tensor:
+        return 6 * (torch.cat(logprobs) * torch.tensor(gradients)).sum()
+
+    plain_backward(plain, sequences, loss)
+    assert worst_gradient_error(engine.live_model(RUN), plain) < GRADIENTS
+
+
+def test_answers_come_back_in_the_order_asked_as_if_each_were_alone(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, sequences = folder_of("Llama"), ragged()
+    engine = make_engine(folder, tmp_path)
+    whole = engine.forward(RUN, 1, to_batch(sequences)).logprobs_TK
+    parts = [engine.forward(RUN, 2, to_batch([sequence])).logprobs_TK for sequence in sequences]
+    np.testing.assert_allclose(whole, np.concatenate(parts), rtol=0, atol=LOGPROBS)
