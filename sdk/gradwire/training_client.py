@@ -333,6 +333,12 @@ def _with_batch(kind: str, settings: Message, batch: Batch) -> Parts:
     return _encoded(kind, settings, batch=encoded_batch(batch))
 
 
+def backward_content(forward_seq_id: int, gradients_T: np.ndarray) -> Parts:
+    """A backward as a field of TrainRequest, sharing memory with the gradients."""
+    settings = ops.BackwardRequest(forward_seq_id=forward_seq_id)
+    return _encoded("backward", settings, gradients=encoded_tensor(gradients_T))
+
+
 def _encoded(kind: str, settings: Message, **large: Parts) -> Parts:
     """An operation as a field of TrainRequest: its settings, and the fields that are large by name."""
     content: Parts = [settings.SerializeToString()]
@@ -431,9 +437,8 @@ class _CustomCall:
         start = 0
         backwards: list[Operation] = []
         for forward, count in zip(self._forwards, self._row_counts, strict=True):
-            settings = ops.BackwardRequest(forward_seq_id=forward.request.seq_id)
-            gradients = encoded_tensor(gradients_T[start : start + count])
-            backwards.append(self._result.operation(_encoded("backward", settings, gradients=gradients)))
+            content = backward_content(forward.request.seq_id, gradients_T[start : start + count])
+            backwards.append(self._result.operation(content))
             start += count
         self._stream.overtake(backwards)
         self._stream.close_call(self._call)
