@@ -209,9 +209,10 @@ class Commands:
         loss = find_loss(request.loss_fn) if request.loss_fn else None
         batch = self._checked_batch(request, loss)
         config, keep_graph = dict(request.loss_fn_config), request.keep_graph
+        staged = self._engine.stage(batch, loss)
 
         def work() -> Message:
-            found = self._engine.forward(run_id, seq_id, batch, keep_graph=keep_graph, loss=loss, config=config)
+            found = self._engine.forward(run_id, seq_id, staged, keep_graph=keep_graph, loss=loss, config=config)
             return ops.ForwardResponse(**_encoded(found, batch))
 
         return work
@@ -220,9 +221,10 @@ class Commands:
         loss = find_loss(request.loss_fn)
         batch = self._checked_batch(request, loss)
         config = dict(request.loss_fn_config)
+        staged = self._engine.stage(batch, loss)
 
         def work() -> Message:
-            found = self._engine.forward_backward(run_id, seq_id, batch, loss, config)
+            found = self._engine.forward_backward(run_id, seq_id, staged, loss, config)
             return ops.ForwardBackwardResponse(**_encoded(found, batch))
 
         return work

@@ -8,15 +8,13 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from gradwire.codec import Batch
 from gradwire.errors import error
 from gradwire.types import AdamParams
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainer_service.config import EngineSettings, Limits
@@ -26,33 +24,18 @@ from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.loss_totals import LossTotals
 from trainer_service.engine.losses.loss import Loss
 from trainer_service.engine.memory import plan_memory
-from trainer_service.engine.microbatch import Columns, Forwards, Microbatch, gather
+from trainer_service.engine.microbatch import Forwards
 from trainer_service.engine.models.load import describe, fetch, load_model
-from trainer_service.engine.models.runner import find_traits, prepare
+from trainer_service.engine.models.probe import find_traits
+from trainer_service.engine.models.runner import prepare
 from trainer_service.engine.optim import AdamW
-from trainer_service.engine.packing import Pack, plan_packs
-from trainer_service.engine.run_state import HeldGraph, HeldPiece, RunState
+from trainer_service.engine.passes import ForwardResult, Passes, Staged
+from trainer_service.engine.run_state import HeldGraph, RunState
 from trainer_service.engine.snapshots import restore_snapshot
-from trainer_service.engine.validation import check_gradients_shape
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Normalization = Literal["none", "num_loss_tokens", "num_sequences"]
-
-
-@dataclass(frozen=True)
-class ForwardResult:
-    """What a forward or forward_backward found.
-
-    Attributes:
-        logprobs_TK: Of the targets, natural log, float32, [T] or [T, K] as the targets.
-        cu_seqlens: The batch's, int64 [N + 1].
-        metrics: By `name:reduction`.
-    """
-
-    logprobs_TK: npt.NDArray[np.float32]
-    cu_seqlens: npt.NDArray[np.int64]
-    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -102,13 +85,9 @@ class Engine:
         """What the architecture allows."""
         self.memory = plan_memory(device, self.traits, settings, num_parameters=self.model.num_parameters)
         """How memory is shared out."""
-        self._forwards = Forwards(
-            device,
-            self.traits,
-            self.memory,
-            settings.activation_checkpointing,
-            self._spare.config.get_text_config().vocab_size,
-        )
+        vocab_size = self._spare.config.get_text_config().vocab_size
+        forwards = Forwards(device, self.traits, self.memory, settings.activation_checkpointing, vocab_size)
+        self._passes = Passes(forwards, self.counters, self._held_graphs)
         prepare(self._spare, self.traits)
         self._runs: dict[str, RunState] = {}
 
@@ -163,11 +142,28 @@ class Engine:
             self.device.release_cached_memory()
             self._count_held()
 
+    def stage(self, batch: Batch, loss: Loss | None = None) -> Batch | Staged:
+        """Does for a pass what can be done before its turn, on any thread; the verbs take either.
+
+        Args:
+            batch: Checked.
+            loss: The one that will be evaluated; None for none.
+
+        Returns:
+            The batch itself where the device has no memory to spare: in its turn it will be told so, or fit.
+        """
+        try:
+            return self._passes.stage(batch, loss)
+        except Exception as exc:
+            if not out_of_memory(exc):
+                raise
+            return batch
+
     def forward(
         self,
         run_id: str,
         seq_id: int,
-        batch: Batch,
+        batch: Batch | Staged,
         *,
         keep_graph: bool = False,
         loss: Loss | None = None,
@@ -178,31 +174,17 @@ class Engine:
         run = self._run(run_id)
 
         def work() -> ForwardResult:
-            columns = self._to_device(batch, loss)
-            pieces: list[tuple[Microbatch, Tensor]] = []
-            held: list[HeldPiece] = []
+            staged = batch if isinstance(batch, Staged) else self._passes.stage(batch, loss)
             totals = LossTotals(loss, config) if loss else None
-            for pack in self._plan(batch):
-                microbatch = Microbatch(pack, columns, self._forwards)
-                with_graph = keep_graph and self._make_room(microbatch, held)
-                with torch.set_grad_enabled(with_graph):
-                    logprobs_RK = self._logprobs(run, microbatch)
-                pieces.append((microbatch, logprobs_RK.detach()))
-                if keep_graph:
-                    held.append(HeldPiece(microbatch, logprobs_RK if with_graph else None))
-                if totals is not None:
-                    totals.add(pack, microbatch.loss_inputs(logprobs_RK))
-            metrics = _batch_metrics(batch, pieces) | (totals.metrics() if totals else {})
-            result = ForwardResult(gather(pieces, columns.targets_TK), batch.cu_seqlens, metrics)
-            if keep_graph:
-                run.graphs[seq_id] = HeldGraph(held, result.logprobs_TK.shape, batch.num_sequences)
-                self._count_held()
-            return result
+            return self._passes.forward(run, seq_id, staged, keep_graph=keep_graph, totals=totals)
 
-        return self._attempt(work, what=f"the forward of {batch.num_tokens} tokens")
+        try:
+            return self._attempt(work, what=f"the forward of {_num_tokens(batch)} tokens")
+        finally:
+            self._count_held()
 
     def forward_backward(
-        self, run_id: str, seq_id: int, batch: Batch, loss: Loss, config: Mapping[str, float] | None = None
+        self, run_id: str, seq_id: int, batch: Batch | Staged, loss: Loss, config: Mapping[str, float] | None = None
     ) -> ForwardResult:
         """A built-in loss, whose gradients are added to the run's. Whatever it raises taints the accumulation.
 
@@ -213,21 +195,11 @@ class Engine:
         run = self._run(run_id)
 
         def work() -> ForwardResult:
-            columns = self._to_device(batch, loss)
-            pieces: list[tuple[Microbatch, Tensor]] = []
-            totals = LossTotals(loss, config)
-            for pack in self._plan(batch):
-                microbatch = Microbatch(pack, columns, self._forwards)
-                logprobs_RK = self._logprobs(run, microbatch)
-                pieces.append((microbatch, logprobs_RK.detach()))
-                self._backward(microbatch, totals.add(pack, microbatch.loss_inputs(logprobs_RK)))
-            totals.check_finite()
-            metrics = _batch_metrics(batch, pieces) | totals.metrics()
-            result = ForwardResult(gather(pieces, columns.targets_TK), batch.cu_seqlens, metrics)
-            run.accumulation.add(num_loss_tokens=int(metrics["num_loss_tokens:sum"]), num_sequences=batch.num_sequences)
-            return result
+            staged = batch if isinstance(batch, Staged) else self._passes.stage(batch, loss)
+            return self._passes.forward_backward(run, staged, LossTotals(loss, config))
 
-        return self._attempt(work, what=f"the forward_backward of {batch.num_tokens} tokens", taints=(run, seq_id))
+        what = f"the forward_backward of {_num_tokens(batch)} tokens"
+        return self._attempt(work, what=what, taints=(run, seq_id))
 
     def backward(
         self, run_id: str, seq_id: int, *, forward_seq_id: int, gradients_TK: npt.NDArray[np.float32]
@@ -243,25 +215,7 @@ class Engine:
             DeviceOutOfMemoryError: As it says. Whatever is raised taints the accumulation.
         """
         run = self._run(run_id)
-
-        def work() -> dict[str, float]:
-            check_gradients_shape(gradients_TK, run.peek_graph(forward_seq_id).shape, forward_seq_id)
-            graph = run.take_graph(forward_seq_id)
-            on_device_TK = self._copy(gradients_TK)
-            recomputed = 0
-            while graph.pieces:
-                # Taken out, so that each microbatch's graph is freed before the next one's backward.
-                piece = graph.pieces.pop(0)
-                logprobs_RK = piece.logprobs_RK
-                if logprobs_RK is None:
-                    recomputed += 1
-                    logprobs_RK = self._logprobs(run, piece.microbatch)
-                self._backward(piece.microbatch, logprobs_RK, on_device_TK[piece.microbatch.rows_R])
-            self.counters.recomputed_graphs_total += recomputed
-            num_loss_tokens = int(np.count_nonzero(gradients_TK))
-            run.accumulation.add(num_loss_tokens=num_loss_tokens, num_sequences=graph.num_sequences)
-            return {"num_loss_tokens:sum": float(num_loss_tokens), "forward_passes:sum": float(recomputed)}
-
+        work = lambda: self._passes.backward(run, forward_seq_id=forward_seq_id, gradients_TK=gradients_TK)  # noqa: E731
         try:
             return self._attempt(work, what=f"the backward of forward {forward_seq_id}", taints=(run, seq_id))
         finally:
@@ -381,56 +335,6 @@ class Engine:
             raise error("RUN_NOT_FOUND", f'The worker holds no run "{run_id}".', run_id=run_id)
         return run
 
-    def _plan(self, batch: Batch) -> list[Pack]:
-        packed = not self.traits.why_not_packed
-        return plan_packs(
-            batch.tokens_T,
-            batch.cu_seqlens,
-            max_tokens=self.memory.max_pack_tokens if packed else 1,
-            share=packed and not self.traits.why_not_shared,
-        )
-
-    def _to_device(self, batch: Batch, loss: Loss | None) -> Columns:
-        return Columns(
-            tokens_T=self._copy(batch.tokens_T).long(),
-            targets_TK=self._copy(batch.loss_fn_inputs["target_tokens"]),
-            inputs={name: self._copy(batch.loss_fn_inputs[name]) for name in (loss.inputs if loss else ())},
-        )
-
-    def _copy(self, array: npt.NDArray[Any]) -> Tensor:
-        # A copy also on the CPU: arrays off the wire are read-only, which torch does not take, and a held graph must
-        # not see what its caller does to an array later.
-        return torch.from_numpy(np.array(array)).to(self.device.torch_device)
-
-    def _logprobs(self, run: RunState, microbatch: Microbatch) -> Tensor:
-        """Logprobs of one microbatch's targets, float32, with a graph where grad is enabled."""
-        logprobs_RK = microbatch.logprobs(run.model)
-        self.counters.forward_passes_total += 1
-        self.counters.tokens_total += microbatch.pack.num_tokens
-        self.counters.shared_tokens_total += microbatch.pack.num_shared_tokens
-        return logprobs_RK
-
-    def _backward(self, microbatch: Microbatch, output: Tensor, gradient: Tensor | None = None) -> None:
-        microbatch.backward(output, gradient)
-        self.counters.backward_passes_total += 1
-
-    def _make_room(self, microbatch: Microbatch, own: list[HeldPiece]) -> bool:
-        """Lets the oldest graphs go until this one fits; whether it does. Those of the same forward stay.
-
-        What was let go is computed again at its backward, as this one would be, and its backward may never come.
-        """
-        budget = self.memory.max_held_graph_bytes - sum(piece.held_bytes for piece in own) - microbatch.held_bytes
-        others = [piece for run in self._runs.values() for graph in run.graphs.values() for piece in graph.pieces]
-        held = sum(piece.held_bytes for piece in others)
-        if budget < 0:
-            return False
-        for piece in sorted(others, key=lambda piece: piece.age):
-            if held <= budget:
-                break
-            held -= piece.held_bytes
-            piece.logprobs_RK = None
-        return True
-
     def _attempt(self, work: Callable[[], T], *, what: str, taints: tuple[RunState, int] | None = None) -> T:
         """Runs `work`. What it raises taints the accumulation; a device out of memory becomes an error that says so."""
         try:
@@ -458,17 +362,15 @@ class Engine:
             max_held_graph_bytes=self.memory.max_held_graph_bytes,
         )
 
+    def _held_graphs(self) -> list[HeldGraph]:
+        return [graph for run in self._runs.values() for graph in run.graphs.values()]
+
     def _count_held(self) -> None:
-        graphs = [graph for run in self._runs.values() for graph in run.graphs.values()]
+        graphs = self._held_graphs()
         self.counters.held_graphs = len(graphs)
         self.counters.held_graph_bytes = sum(piece.held_bytes for graph in graphs for piece in graph.pieces)
         self.counters.runs = len(self._runs)
 
 
-def _batch_metrics(batch: Batch, pieces: list[tuple[Microbatch, Tensor]]) -> dict[str, float]:
-    return {
-        "num_tokens:sum": float(batch.num_tokens),
-        "num_sequences:sum": float(batch.num_sequences),
-        "num_shared_tokens:sum": float(sum(microbatch.pack.num_shared_tokens for microbatch, _ in pieces)),
-        "forward_passes:sum": float(len(pieces)),
-    }
+def _num_tokens(batch: Batch | Staged) -> int:
+    return batch.batch.num_tokens if isinstance(batch, Staged) else batch.num_tokens

@@ -176,11 +176,13 @@ def _backward_trained(
     counts_T = rows.sum_by_token((grad_RK != 0).any(-1).float(), num_tokens) > 0
     weight_VD = head.weight.to(ctx.compute_dtype)
     grad_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
-    for chunk in _chunks(num_tokens, len(weight_VD)):
-        counts_C = counts_T[chunk]
-        num_counted = int(counts_C.sum())
+    chunks = list(_chunks(num_tokens, len(weight_VD)))
+    # All at once: on CUDA each look at a number waits for the device.
+    numbers_counted = torch.stack([counts_T[chunk].sum() for chunk in chunks]).tolist()
+    for chunk, num_counted in zip(chunks, numbers_counted, strict=True):
         if not num_counted:
             continue
+        counts_C = counts_T[chunk]
         index, tokens = rows.of_chunk(chunk)
         targets, grads, own_tokens = targets_RK[index], grad_RK[index], tokens
         if num_counted < _FEW * len(counts_C):

@@ -1,0 +1,288 @@
+"""Finds out what an architecture allows by trying.
+
+Names and classes of architectures are not consulted: a loaded model is run over a few short sequences, one by one as it
+came and packed as we mean to, and what does not come out the same is not done. Where only long sequences would show the
+difference, its configuration says so.
+
+Shape suffixes: T tokens, D hidden size, V vocabulary, K targets a token.
+"""
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trainer_service.engine import attention
+from trainer_service.engine.attention import ATTENTION, PackAttention, pack_in_use
+from trainer_service.engine.logprobs import linear_logprobs, target_logprobs
+from trainer_service.engine.models.runner import (
+    HeadTraits,
+    Traits,
+    checkpointable_layers,
+    checkpointed,
+    head_of,
+    prepare,
+    quiet_transformers,
+    use_attention,
+)
+from trainer_service.engine.packing import Pack, plan_packs
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCE = 1e-4
+"""Largest difference, relative to the largest value, between two ways to compute the same in float32."""
+_PROBE_LENGTHS = (13, 21, 8)
+_PROBE_SHARED = 6
+"""Tokens that the first two sequences of the probe have in common."""
+_PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+"""Rotary embeddings whose frequencies change with the longest sequence of a forward."""
+
+
+def find_traits(model: PreTrainedModel, device: torch.device, *, max_context_length: int) -> Traits:
+    """Tries the model out. Leaves it as it was, but for what `prepare` does anyway.
+
+    Args:
+        model: In float32, on the device.
+        device: It.
+        max_context_length: Longest sequence there will be, tokens.
+    """
+    tokens = _probe_tokens(model)
+    with torch.no_grad():
+        alone = [_plain(model, ids.to(device)) for ids in tokens]
+    traits = Traits(
+        why_not_packed=_why_never_packed(model, max_context_length), head=_find_head(model, tokens, alone, device)
+    )
+    before = str(model.config._attn_implementation)
+    if not traits.why_not_packed:
+        traits = replace(traits, why_not_packed=_why_not(model, tokens, alone, device, max_context_length, share=False))
+    if not traits.why_not_packed:
+        traits = replace(traits, why_not_shared=_why_not(model, tokens, alone, device, max_context_length, share=True))
+    else:
+        use_attention(model, before)
+    if not traits.why_not_packed and device.type == "cuda":
+        attention.varlen_enabled = _varlen_is_right(model, device)
+    traits = _with_measured_bytes(model, traits, tokens[1], device)
+    logger.info("Found out what the model allows.", extra={"fields": {"batching": traits.batching}})
+    return traits
+
+
+def _probe_tokens(model: PreTrainedModel) -> list[Tensor]:
+    vocab_size = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(int(vocab_size), (length,), generator=generator) for length in _PROBE_LENGTHS]
+    tokens[1][:_PROBE_SHARED] = tokens[0][:_PROBE_SHARED]
+    # Different from there on, whatever was drawn.
+    tokens[1][_PROBE_SHARED] = (tokens[0][_PROBE_SHARED] + 1) % int(vocab_size)
+    return tokens
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """What the model itself finds for one sequence: hidden states [T, D] where it shows them, logits [T, V]."""
+
+    hidden_TD: Tensor | None
+    logits_TV: Tensor
+
+
+def _plain(model: PreTrainedModel, tokens_T: Tensor) -> _Plain:
+    with quiet_transformers():
+        base = model.base_model
+        hidden = None if base is model else base(input_ids=tokens_T[None], use_cache=False)
+        logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
+    found = getattr(hidden, "last_hidden_state", None)
+    return _Plain(None if found is None else found[0], logits_TV)
+
+
+def _find_head(
+    model: PreTrainedModel, tokens: Sequence[Tensor], alone: Sequence[_Plain], device: torch.device
+) -> HeadTraits | None:
+    """The head that makes the model's own logprobs of its hidden states; None if none of those we know does."""
+    linear = model.get_output_embeddings()
+    hidden_TD, logits_TV = alone[0].hidden_TD, alone[0].logits_TV
+    if not isinstance(linear, nn.Linear) or hidden_TD is None or hidden_TD.shape[-1] != linear.weight.shape[1]:
+        return None
+    config = model.config.get_text_config()
+    scales = [1.0]
+    scales += [float(value) for name in ("logit_scale", "lm_head_multiplier") if (value := getattr(config, name, None))]
+    scales += [1 / float(value) for name in ("logits_scaling",) if (value := getattr(config, name, None))]
+    softcap = getattr(config, "final_logit_softcapping", None)
+    targets_TK = torch.cat([tokens[0][1:], tokens[0][:1]]).to(device)[:, None].expand(-1, 3).clone()
+    targets_TK[:, 1] = 0
+    targets_TK[:, 2] = logits_TV.shape[1] - 1
+    with torch.no_grad():
+        wanted_TK = target_logprobs(logits_TV, targets_TK)
+        for scale in dict.fromkeys(scales):
+            for cap in dict.fromkeys((softcap, None)):
+                traits = HeadTraits(scale, cap)
+                if _close(linear_logprobs(hidden_TD, head_of(model, traits), targets_TK), wanted_TK):
+                    return traits
+    return None
+
+
+def _why_never_packed(model: PreTrainedModel, max_context_length: int) -> str:
+    """What only sequences longer than the probe's would show."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - _PACKABLE_LAYERS
+    if kinds:
+        return f"it has layers of kind {', '.join(sorted(map(str, kinds)))}"
+    if getattr(config, "attention_chunk_size", None):
+        return "its attention goes by chunks of the sequence"
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type") if isinstance(rope, dict) else None
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", 0)
+    if kind in _LENGTH_DEPENDENT_ROPE and max_context_length > (original or 0):
+        return f"its positions ({kind}) depend on the longest sequence of a forward"
+    return ""
+
+
+def _why_not(
+    model: PreTrainedModel,
+    tokens: Sequence[Tensor],
+    alone: Sequence[_Plain],
+    device: torch.device,
+    max_context_length: int,
+    *,
+    share: bool,
+) -> str:
+    """Why the probe's sequences in one pack do not come out as each alone, in a few words; empty if they do."""
+    bounds = np.cumsum([0, *map(len, tokens)]).astype(np.int64)
+    tokens_T = torch.cat(list(tokens))
+    (pack,) = plan_packs(
+        tokens_T.numpy().astype(np.int32),
+        bounds,
+        max_tokens=len(tokens_T),
+        share=share,
+        min_shared_tokens=_PROBE_SHARED,
+    )
+    assert share == (pack.num_shared_tokens > 0)
+    try:
+        with torch.no_grad(), quiet_transformers():
+            use_attention(model, ATTENTION)
+            packed = PackAttention.of(pack)
+            logits_TV = _packed_logits(model, pack, packed, tokens_T.to(device))
+    except Exception as exc:
+        return f"its packed forward fails ({type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''})"
+    if not packed.windows:
+        return "its attention does not go through transformers' interface"
+    window = _sliding_window(model)
+    if window and not any(packed.windows) and max_context_length > window:
+        return "its attention does not tell its sliding window"
+    if pack.token_of_row_R is not None:
+        logits_TV = logits_TV[torch.from_numpy(pack.token_of_row_R).to(device)]
+    for number, (start, stop) in zip(pack.sequences, pairwise(pack.cu_seqlens.tolist()), strict=True):
+        if not _close(logits_TV[start:stop], alone[number].logits_TV):
+            return "packed sequences see one another" if not share else "sequences do not come out the same"
+    return ""
+
+
+def _packed_logits(model: PreTrainedModel, pack: Pack, packed: PackAttention, tokens_T: Tensor) -> Tensor:
+    device = tokens_T.device
+    with pack_in_use(packed):
+        found = model(
+            input_ids=tokens_T[torch.from_numpy(pack.token_rows_T).to(device)][None],
+            position_ids=torch.from_numpy(pack.positions_T).to(device)[None],
+            use_cache=False,
+        )
+    return found.logits[0]
+
+
+def _sliding_window(model: PreTrainedModel) -> int:
+    """Tokens that some layer's attention is limited to; 0 for none."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return 0
+    return int(getattr(config, "sliding_window", None) or 0)
+
+
+def _close(got: Tensor, wanted: Tensor) -> bool:
+    """Whether two ways to compute the same came out the same; a NaN is not."""
+    return bool((got - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())
+
+
+def _with_measured_bytes(model: PreTrainedModel, traits: Traits, tokens_T: Tensor, device: torch.device) -> Traits:
+    """Runs one sequence with a graph and adds up what the graph holds."""
+    prepare(model, traits)
+    tokens_T = tokens_T.to(device)
+    (pack,) = plan_packs(
+        tokens_T.cpu().numpy().astype(np.int32), np.array([0, len(tokens_T)]), max_tokens=len(tokens_T), share=False
+    )
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def held_bytes(checkpointing: bool) -> int:
+        seen: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with (
+            torch.enable_grad(),
+            pack_in_use(None if traits.why_not_packed else PackAttention.of(pack)),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+            checkpointed(model) if checkpointing else contextlib.nullcontext(),
+            quiet_transformers(),
+        ):
+            extra: dict[str, Any] = {}
+            if not traits.why_not_packed:
+                extra["position_ids"] = torch.arange(len(tokens_T), device=device)[None]
+            # Kept until everything is added up, so that no address is used twice.
+            output = model.base_model(input_ids=tokens_T[None], use_cache=False, **extra)
+        total = sum(seen.values())
+        del output
+        return total
+
+    held = held_bytes(False)
+    layers = checkpointable_layers(model)
+    recomputing = 0
+    if layers:
+        hidden_size = int(model.config.get_text_config().hidden_size)
+        # Each layer's input is held by the checkpoint itself, where no hook sees it.
+        recomputing = held_bytes(True) + len(layers) * hidden_size * 4 * len(tokens_T)
+    return replace(
+        traits,
+        held_bytes_per_token=held // len(tokens_T),
+        checkpointed_bytes_per_token=recomputing // len(tokens_T) if recomputing < held else 0,
+    )
+
+
+def _varlen_is_right(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether torch's FlashAttention over variable lengths is there and finds what plain attention does."""
+    config = model.config.get_text_config()
+    num_heads = int(config.num_attention_heads)
+    num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
+    head_size = int(getattr(config, "head_dim", None) or config.hidden_size // num_heads)
+    generator = torch.Generator(device).manual_seed(0)
+    bounds = np.array([0, 13, 34])
+    (pack,) = plan_packs(np.arange(34, dtype=np.int32), bounds, max_tokens=34, share=False)
+
+    def draw(heads: int) -> Tensor:
+        return torch.randn(1, heads, 34, head_size, generator=generator, device=device, dtype=torch.bfloat16)
+
+    query, key, value = draw(num_heads), draw(num_kv_heads), draw(num_kv_heads)
+    module = nn.Module()
+    for window in (None, 5):
+        found: list[Tensor] = []
+        for enabled in (True, False):
+            attention.varlen_enabled = enabled
+            try:
+                with torch.no_grad(), pack_in_use(PackAttention.of(pack)):
+                    output, _ = attention.packed_attention(module, query, key, value, None, sliding_window=window)
+            except Exception as exc:
+                logger.warning("torch's variable-length attention cannot be used.", extra={"fields": {"why": str(exc)}})
+                return False
+            found.append(output.float())
+        if (found[0] - found[1]).abs().max() > 0.05:
+            logger.warning("torch's variable-length attention is wrong on this device; doing without.")
+            return False
+    return True
