@@ -14,6 +14,8 @@ import grpc
 import grpc.aio
 from gradwire.errors import GradwireError, error, from_rpc_error, to_status
 from gradwire.v1 import operation_pb2 as ops
+from gradwire.v1.sampling_service_pb2 import PromptLogprobs, SampledTokens, SampleResponse
+from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 from gradwire.v1.trainer_service_pb2 import (
     AttachRequest,
     CreateRunRequest,
@@ -52,6 +54,8 @@ class FakeWorker:
     poison: set[tuple[str, int]] = field(default_factory=set)
     """Operations, by run id and seq_id, that it dies of."""
     stopped: bool = False
+    sampling: dict[str, Deliver] = field(default_factory=dict)
+    """Sample requests begun and not ended, by sample_id."""
 
     def __post_init__(self) -> None:
         self.gate = asyncio.Event()
@@ -104,16 +108,21 @@ class FakeWorker:
         self.steps.clear()
         for callback in self._death_callbacks:
             callback(died)
-        pending, self._commands = self._commands, deque()
-        for number, (_, deliver) in enumerate(pending):
-            deliver(died if number else being_executed(died))
+        executing = bool(self._commands)
+        for number, deliver in enumerate(self._forget_pending()):
+            deliver(died if number or not executing else being_executed(died))
 
     async def stop(self) -> None:
         self.stopped, self.ready = True, None
-        pending, self._commands = self._commands, deque()
-        for _, deliver in pending:
+        for deliver in self._forget_pending():
             deliver(error("DRAINING", "The trainer stopped before this was done.", retry_after_s=5.0))
         self._task.cancel()
+
+    def _forget_pending(self) -> list[Deliver]:
+        pending = [*(deliver for _, deliver in self._commands), *self.sampling.values()]
+        self._commands.clear()
+        self.sampling.clear()
+        return pending
 
     async def _run(self) -> None:
         while True:
@@ -131,6 +140,10 @@ class FakeWorker:
                 continue
             self._commands.popleft()
             kind = command.WhichOneof("command") or ""
+            if kind in ("sample", "cancel_sample"):
+                self.executed.append((command.run_id, 0, kind))
+                self._sample(command, deliver)
+                continue
             if kind != "request":
                 self.executed.append((command.run_id, command.fail_operation.seq_id, kind))
                 done = WorkerDone()
@@ -159,6 +172,30 @@ class FakeWorker:
             folder = Path(command.snapshot_run.folder)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "manifest.json").write_text(str(self.steps[run_id]))
+
+    def _sample(self, command: WorkerCommand, deliver: Deliver) -> None:
+        """Token 7 max_tokens times; without max_tokens, once, and on until cancelled."""
+
+        def send(**event: Any) -> None:
+            deliver(Reply(WorkerEvent(command_id=command.command_id, **event), memoryview(b"")))
+
+        if command.HasField("cancel_sample"):
+            sampled = self.sampling.pop(command.cancel_sample.sample_id, None)
+            if sampled is not None:
+                sampled(error("CANCELLED", "Given up."))
+            send(done=WorkerDone())
+            return
+        request = command.sample.request
+        params = request.sampling_params
+        for _ in range(params.max_tokens if params.HasField("max_tokens") else 1):
+            send(sampled=SampleResponse(samples=[SampledTokens(tokens=[7], logprobs=[-1.0])]))
+        if params.HasField("max_tokens"):
+            if request.include_prompt_logprobs:
+                prompt = PromptLogprobs(logprobs=[-2.0] * (len(request.prompt.tokens) - 1))
+                send(sampled=SampleResponse(prompt=prompt))
+            send(done=WorkerDone())
+        else:
+            self.sampling[command.sample.sample_id] = deliver
 
     def _execute(self, run_id: str, request: TrainRequest) -> TrainResponse:
         failure = self.failures.get((run_id, request.seq_id))
@@ -200,6 +237,7 @@ class FrontEnd:
     worker: FakeWorker
     channel: grpc.aio.Channel
     stub: Any
+    sampling: Any
 
     @property
     def address(self) -> str:
@@ -280,7 +318,7 @@ async def front_end(
     unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     channel = grpc.aio.insecure_channel(server.address, unlimited)
     try:
-        yield FrontEnd(server, worker, channel, TrainerServiceStub(channel))
+        yield FrontEnd(server, worker, channel, TrainerServiceStub(channel), SamplingServiceStub(channel))
     finally:
         worker.gate.set()
         await channel.close()

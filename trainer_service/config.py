@@ -40,6 +40,14 @@ class Limits:
     """Sequences in one operation."""
     max_tokens: int = 4_194_304
     """Tokens in one operation."""
+    max_num_samples: int = 128
+    """Samples of one Sample request."""
+    max_topk_logprobs: int = 128
+    """Likeliest tokens asked for at one place."""
+    max_sample_requests: int = 1024
+    """Sample and ComputeLogprobs requests under way at once, of all clients together."""
+    max_snapshots: int = 4
+    """Snapshots of one run; the one unused longest makes room."""
 
 
 Checkpointing = Literal["auto", "on", "off"]

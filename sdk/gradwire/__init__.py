@@ -10,6 +10,7 @@ from gradwire.data import datum_from_tokens_weights
 from gradwire.errors import GradwireError
 from gradwire.futures import APIFuture
 from gradwire.jobs import TrainerJob, TrainerJobConfig, TrainerJobManager
+from gradwire.sampling_client import SamplingClient
 from gradwire.service_client import FiretitanServiceClient, ServiceClient
 from gradwire.training_client import TrainingClient
 from gradwire.transport import ClientTls
@@ -22,6 +23,10 @@ from gradwire.types import (
     LoraConfig,
     ModelInput,
     OptimStepResponse,
+    SampledSequence,
+    SampledToken,
+    SampleResponse,
+    SamplingParams,
     SaveWeightsResult,
     TensorData,
 )
@@ -40,6 +45,11 @@ __all__ = [
     "LoraConfig",
     "ModelInput",
     "OptimStepResponse",
+    "SampleResponse",
+    "SampledSequence",
+    "SampledToken",
+    "SamplingClient",
+    "SamplingParams",
     "SaveWeightsResult",
     "ServiceClient",
     "TensorData",

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from gradwire.codec import decode_tensor
 from gradwire.metrics import combine_metrics
+from gradwire.sampling_client import SamplerSource
 from gradwire.types import ForwardBackwardOutput, LossFnOutputs, OptimStepResponse, SaveWeightsResult, Timing
 from gradwire.v1.run_pb2 import RunState
 from gradwire.v1.trainer_service_pb2 import TrainResponse
@@ -79,6 +80,11 @@ def save_weights(responses: Sequence[TrainResponse]) -> SaveWeightsResult:
     return SaveWeightsResult(
         path=body.path, snapshot_name=body.path.rpartition("/")[2], uri=body.uri, size_bytes=body.size_bytes
     )
+
+
+def sampler_source(responses: Sequence[TrainResponse]) -> SamplerSource:
+    """What names the snapshot that save_weights_for_sampler made."""
+    return SamplerSource(model_path=responses[0].save_weights_for_sampler.path)
 
 
 def path(responses: Sequence[TrainResponse]) -> str:

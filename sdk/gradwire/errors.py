@@ -72,6 +72,7 @@ ERROR_CODES: dict[str, int] = {
     "CHECKPOINT_MISMATCH": code_pb2.FAILED_PRECONDITION,
     "DELTA_BASE_UNUSABLE": code_pb2.FAILED_PRECONDITION,
     "LOSS_FAILED": code_pb2.FAILED_PRECONDITION,
+    "SAMPLER_NOT_FOUND": code_pb2.NOT_FOUND,
 }
 
 
@@ -123,7 +124,7 @@ class InvalidArgumentError(GradwireError, ValueError):
 
 
 class NotFoundError(GradwireError, LookupError):
-    """No such run, trainer job or checkpoint."""
+    """No such run, trainer job, checkpoint or sampler."""
 
     default_code = code_pb2.NOT_FOUND
 

@@ -60,6 +60,14 @@ class APIFuture(Generic[T]):
         """The concurrent.futures.Future beneath."""
         return self._future
 
+    def cancel(self) -> bool:
+        """Gives the call up where that can be done: a sample can, an operation in its run's order cannot.
+
+        Returns:
+            Whether it was given up; `result` then raises OperationCancelledError.
+        """
+        return self._future.cancel()
+
     def done(self) -> bool:
         """Whether the answer is there."""
         return self._future.done()

@@ -1,5 +1,6 @@
 """The way in: connects to a trainer and makes training clients."""
 
+import functools
 import logging
 import os
 import time
@@ -9,8 +10,11 @@ from typing import Any
 
 from gradwire.answers import run_state_name
 from gradwire.errors import OperationTimeoutError, error
+from gradwire.sampling_client import SamplerSource, SamplingClient, load_tokenizer
 from gradwire.training_client import TrainingClient
 from gradwire.transport import ClientTls, Connection
+from gradwire.v1.sampling_service_pb2 import OpenSamplerRequest
+from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 from gradwire.v1.trainer_service_pb2 import (
     CreateRunRequest,
     GetRunRequest,
@@ -119,6 +123,30 @@ class ServiceClient:
             client.delete_run()
             raise
         return client
+
+    def create_sampling_client(
+        self, model_path: str | None = None, base_model: str | None = None, *, timeout_s: float | None = None
+    ) -> SamplingClient:
+        """A client of a sampler, waiting until the trainer has loaded it.
+
+        Args:
+            model_path: gradwire:// path that save_weights_for_sampler returned, or a snapshot's. Of one's own run.
+            base_model: Without a model_path: must be what the trainer serves; None or "" takes whatever that is.
+            timeout_s: Longest wait, seconds; None takes the client's.
+
+        Raises:
+            InvalidArgumentError: model_path is no such path.
+            NotFoundError: RUN_NOT_FOUND or SAMPLER_NOT_FOUND.
+            FailedPreconditionError: BASE_MODEL_MISMATCH names both models.
+        """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        self._wait_until_ready(timeout_s)
+        source = SamplerSource(base_model=base_model or "", model_path=model_path or "")
+        request = OpenSamplerRequest(sampler=source.message())
+        answer = self._connection.call(SamplingServiceStub, "OpenSampler", request, timeout_s=timeout_s)
+        return SamplingClient(
+            self._connection, source, get_tokenizer=functools.partial(load_tokenizer, answer.base_model)
+        )
 
     def training_client(self, run_id: str, *, timeout_s: float | None = None) -> TrainingClient:
         """Takes hold of a run that exists, after a script's restart for example. A client still attached is put off."""

@@ -17,6 +17,7 @@ from gradwire.custom_loss import CustomLossFn, LossThread, run_custom_loss
 from gradwire.errors import UnimplementedError, from_status, invalid_field
 from gradwire.futures import APIFuture
 from gradwire.order import Call, Operation
+from gradwire.sampling_client import SamplingClient
 from gradwire.stream import RunStream
 from gradwire.transport import LOOP, Connection
 from gradwire.types import (
@@ -205,6 +206,22 @@ class TrainingClient:
             save_weights_for_sampler=ops.SaveWeightsForSamplerRequest(name=name, overwrite=overwrite)
         )
         return self._send("save_weights_for_sampler", [request], answers.save_weights, barrier=True)
+
+    def save_weights_and_get_sampling_client(self, name: str | None = None) -> SamplingClient:
+        """A sampler of the parameters as they are at this place in the run's order; they are frozen in the trainer's
+        memory, and copied only once training changes them.
+
+        Returns at once: calls of the client wait for the snapshot, and `.result()` of it does too. A run has four
+        snapshots at most (get_server_info().limits.max_snapshots); beyond, the one unused longest goes. A snapshot goes
+        with its run, with its worker, and with this client of it.
+
+        Args:
+            name: Without meaning; users of tinker pass one.
+        """
+        self._refuse_inside_loss("save_weights_and_get_sampling_client")
+        request = TrainRequest(save_weights_for_sampler=ops.SaveWeightsForSamplerRequest(ephemeral=True))
+        source = self._send("save_weights_for_sampler", [request], answers.sampler_source, barrier=True)
+        return SamplingClient(self._connection, source.future(), get_tokenizer=self.get_tokenizer)
 
     def save_weights_for_sampler_ext(
         self, name: str, checkpoint_type: str = "base", *, overwrite: bool = False, timeout_s: float | None = None

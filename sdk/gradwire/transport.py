@@ -31,6 +31,11 @@ _CONNECT_TIMEOUT_S = 20.0
 """How long nobody may listen at all: a trainer listens within a second of its start, so a wrong address shows soon."""
 
 
+def is_passing(error: GradwireError) -> bool:
+    """Whether a call that failed so may be tried again as it is: the server is away, or not ready yet."""
+    return error.code == grpc.StatusCode.UNAVAILABLE.value[0] and error.reason in _RETRIED_REASONS
+
+
 class LoopThread:
     """An asyncio event loop on a daemon thread of its own, started on first use."""
 
@@ -252,7 +257,7 @@ class Connection:
                 return await getattr(stub(self.channel()), method)(request, metadata=self.metadata, timeout=remaining_s)
             except grpc.aio.AioRpcError as exc:
                 error = self.explain(exc, method, timeout_s)
-                if error.code != grpc.StatusCode.UNAVAILABLE.value[0] or error.reason not in _RETRIED_REASONS:
+                if not is_passing(error):
                     raise error from None
                 delay_s = error.retry_after_s or min(2.0, delay_s * 2)
                 if error.reason:

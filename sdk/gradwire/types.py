@@ -347,3 +347,70 @@ class SaveWeightsResult:
     snapshot_name: str
     uri: str
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen: first temperature, then top_k, then top_p."""
+
+    max_tokens: int | None = None
+    """At most so many tokens a sample; None for as many as the context has room for."""
+    seed: int | None = None
+    """Equal seeds choose equally, whatever else the trainer does; None takes a new one each time."""
+    stop: str | Sequence[str] | Sequence[int] | None = None
+    """Texts, or token ids, that end a sample and are part of it. None: the model's own end-of-sequence tokens; given,
+    those no longer count, and an empty list stops at nothing."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the likeliest token."""
+    top_k: int = -1
+    """Only the so many likeliest tokens are chosen from; -1 or 0 is off."""
+    top_p: float = 1.0
+    """Only the fewest likeliest tokens whose probabilities reach this sum are chosen from; 1 is off."""
+
+
+@dataclass(frozen=True)
+class SampledSequence:
+    """One sample.
+
+    Attributes:
+        tokens: Token ids, the one that stopped it included.
+        logprobs: Of each token, natural log, in the model's own distribution: before temperature, top_k and top_p.
+        stop_reason: "stop" for a stop token or text, "length" for max_tokens or a full context.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    stop_reason: str
+
+
+@dataclass(frozen=True)
+class SampleResponse:
+    """What SamplingClient.sample found.
+
+    Attributes:
+        sequences: The samples.
+        prompt_logprobs: Of the prompt's tokens, None for the first; None where they were not asked for.
+        topk_prompt_logprobs: At each place of the prompt the likeliest (token, logprob) pairs in falling order, None
+            for the first place; None where they were not asked for.
+    """
+
+    sequences: list[SampledSequence]
+    prompt_logprobs: list[float | None] | None = None
+    topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """One token of SamplingClient.stream.
+
+    Attributes:
+        sample: Which sample, from 0.
+        token: Its id.
+        logprob: As in SampledSequence.
+        stop_reason: With a sample's last token, as in SampledSequence; before it None.
+    """
+
+    sample: int
+    token: int
+    logprob: float
+    stop_reason: str | None = None

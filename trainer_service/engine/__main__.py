@@ -5,12 +5,13 @@ ends, with exit code 0, when the trainer ends the stream.
 """
 
 import argparse
+import contextlib
 import logging
 import os
-import queue
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,18 +23,17 @@ from gradwire.version import __version__
 
 from trainer_service.config import EngineSettings, Limits
 from trainer_service.engine.connection import TrainerConnection
+from trainer_service.engine.inbox import Inbox
 from trainer_service.engine.ranks import Ranks
 from trainer_service.observability import configure_logging
 from trainer_service.processes import die_with_parent
 
 if TYPE_CHECKING:
-    from trainer_service.engine.commands import Commands, Prepared
     from trainer_service.engine.engine import Engine
+    from trainer_service.engine.sampling.service import Sampling
 
 logger = logging.getLogger("trainer_service.engine")
 
-_COMMANDS_AHEAD = 8
-"""Commands decoded while one executes: enough to keep the device busy, few enough to bound memory."""
 _GOODBYE_S = 5.0
 """How long the trainer may take to end the stream after it was told that loading failed."""
 _ABANDON_S = 1.0
@@ -70,11 +70,12 @@ def main() -> int:
         engine = _load(arguments, ranks, limits, trainer)
     except Exception as exc:
         return _give_up(trainer, exc)
-    from trainer_service.engine.commands import Commands
+    from trainer_service.engine.sampling.service import Sampling
 
+    sampling = Sampling(engine, checkpoint_dir=arguments.checkpoint_dir, send=trainer.send)
     trainer.send(_ready(engine))
     logger.info("Ready.", extra={"fields": {"base_model": engine.model.base_model, "device": engine.model.device}})
-    _serve(trainer, Commands(engine, trainer.send), ranks)
+    _serve(trainer, engine, sampling, ranks)
     trainer.finish()
     logger.info("The trainer ended the stream.", extra={"fields": {"how": trainer.describe_end()}})
     return 0 if trainer.ended_cleanly() else 1
@@ -168,28 +169,34 @@ def _give_up(trainer: TrainerConnection, exc: Exception) -> int:
     return 0 if trainer.ended.wait(_GOODBYE_S) and trainer.ended_cleanly() else 1
 
 
-def _serve(trainer: TrainerConnection, commands: "Commands", ranks: Ranks) -> None:
-    """Executes commands in order until the stream ends. Decoding runs ahead on a thread of its own."""
-    inbox: queue.SimpleQueue[Prepared | None] = queue.SimpleQueue()
-    room = threading.Semaphore(_COMMANDS_AHEAD)
+def _serve(trainer: TrainerConnection, engine: "Engine", sampling: "Sampling", ranks: Ranks) -> None:
+    """Executes commands until the stream ends: operations in order, and between them as much sampling as they took."""
+    from trainer_service.engine.commands import Commands, overtakes
+
+    commands = Commands(engine, trainer.send, sampling)
+    inbox = Inbox(commands.prepare, overtakes)
 
     def read() -> None:
-        try:
-            for command in trainer.commands:
-                inbox.put(commands.prepare(command))
-                room.acquire()
-        except grpc.RpcError:
-            logger.debug("The stream broke off.")  # The end by another name; main() says how.
-        finally:
-            inbox.put(None)
+        # A stream that breaks off has ended, by another name; main() says how.
+        with contextlib.suppress(grpc.RpcError):
+            inbox.read(trainer.commands)
 
     threading.Thread(target=read, name="commands", daemon=True).start()
-    while (prepared := inbox.get()) is not None:
-        room.release()
-        if not trainer.ended.is_set():
-            answer = commands.execute(ranks.broadcast(prepared))
-            if answer is not None:
-                trainer.send(answer)
+    threading.Thread(target=inbox.decode, name="decode", daemon=True).start()
+    scheduler = sampling.scheduler
+    while not inbox.ended:
+        prepared, in_turn = inbox.take(wait=not scheduler.busy)
+        if trainer.ended.is_set():
+            continue
+        if prepared is None:
+            scheduler.run_for(0)
+            continue
+        started_s = time.monotonic()
+        event = commands.execute(ranks.broadcast(prepared))
+        if event is not None:
+            trainer.send(event)
+        if in_turn:
+            scheduler.run_for(time.monotonic() - started_s)
 
 
 def _abandon(trainer: TrainerConnection) -> None:

@@ -26,12 +26,16 @@ from trainer_service.engine.device import broken
 from trainer_service.engine.engine import Engine, ForwardResult, Normalization
 from trainer_service.engine.losses import find_loss
 from trainer_service.engine.losses.loss import Loss
+from trainer_service.engine.sampling.service import Sampling
 from trainer_service.engine.snapshots import SnapshotWriter, repeat_failure
 
 logger = logging.getLogger(__name__)
 
 Work = Callable[[], Message | None]
 """Executes a command; returns an operation's answer, None for a command that is not one."""
+
+_ANSWERED_LATER = ("snapshot_run", "sample")
+_SAMPLING = ("sample", "cancel_sample", "open_sampler", "close_sampler")
 
 _NORMALIZATIONS: dict[int, Normalization] = {
     ops.GRAD_ACCUMULATION_NORMALIZATION_UNSPECIFIED: "none",
@@ -63,17 +67,24 @@ class Prepared:
     answered_later: bool = False
 
 
+def overtakes(command: WorkerCommand) -> bool:
+    """Whether a command belongs to sampling, which does not wait for the operations before it."""
+    return command.WhichOneof("command") in _SAMPLING
+
+
 class Commands:
     """Executes the trainer's commands on an engine.
 
     Args:
         engine: It.
         send: Sends an answer that comes later, on another thread.
+        sampling: Sampling beside its runs; None refuses to sample.
     """
 
-    def __init__(self, engine: Engine, send: Callable[[WorkerEvent], object]) -> None:
+    def __init__(self, engine: Engine, send: Callable[[WorkerEvent], object], sampling: Sampling | None = None) -> None:
         self._engine = engine
         self._send = send
+        self._sampling = sampling
         self._snapshots = SnapshotWriter()
         self._operations: dict[str, Callable[[str, int, Any], Work]] = {
             "forward": self._forward,
@@ -102,7 +113,7 @@ class Commands:
                 raise error("PROTOCOL_VIOLATION", f'The worker was sent "{what}", which is no operation of a run.')
         except Exception as exc:
             work = self._refused(command.run_id, seq_id, what, exc)
-        return Prepared(command.command_id, seq_id, what, work, received_s, answered_later=what == "snapshot_run")
+        return Prepared(command.command_id, seq_id, what, work, received_s, answered_later=what in _ANSWERED_LATER)
 
     def execute(self, prepared: Prepared) -> WorkerEvent | None:
         """Executes a command on the device. Returns the answer; None where that comes later, by itself.
@@ -164,9 +175,11 @@ class Commands:
             "create_run": create,
             "fail_operation": fail,
             "snapshot_run": lambda: self._snapshot(command),
-            "delete_run": lambda: engine.delete_run(run_id),
+            "delete_run": lambda: self._delete_run(run_id, unload=command.delete_run.unload),
             "drop_graphs": lambda: engine.drop_graphs(run_id),
         }
+        if what in _SAMPLING and self._sampling is not None:
+            return self._prepare_sampling(what, command, self._sampling)
         if what not in others:
             raise error("PROTOCOL_VIOLATION", "The worker was sent a command that says nothing to do.")
         return others[what]
@@ -177,6 +190,24 @@ class Commands:
             self._send(WorkerEvent(command_id=command.command_id, done=done))
 
         self._snapshots.take(self._engine.run_state(command.run_id), Path(command.snapshot_run.folder), written)
+
+    def _prepare_sampling(self, what: str, command: WorkerCommand, sampling: Sampling) -> Work:
+        match what:
+            case "sample":
+                request = sampling.read(command.sample.request)
+                return lambda: sampling.start(command.command_id, command.sample, request)
+            case "cancel_sample":
+                return lambda: sampling.scheduler.cancel(command.cancel_sample.sample_id)
+            case "open_sampler":
+                model_path = command.open_sampler.sampler.model_path
+                return lambda: sampling.open(model_path)
+            case _:
+                return lambda: sampling.samplers.close(command.close_sampler.sampler.model_path)
+
+    def _delete_run(self, run_id: str, *, unload: bool) -> None:
+        if self._sampling is not None and not unload:
+            self._sampling.samplers.delete_run(run_id)
+        self._engine.delete_run(run_id)
 
     def _refused(self, run_id: str, seq_id: int | None, what: str, exc: Exception) -> Work:
         def work() -> None:
@@ -273,12 +304,25 @@ class Commands:
         return work
 
     def _save_weights_for_sampler(self, run_id: str, seq_id: int, request: ops.SaveWeightsForSamplerRequest) -> Work:
+        if request.ephemeral:
+            return self._freeze(run_id, seq_id, request)
         check_checkpoint_name(request.name)
         name, overwrite = request.name, request.overwrite
 
         def work() -> Message:
             saved = self._engine.save_weights_for_sampler(run_id, name, overwrite=overwrite)
             return ops.SaveWeightsForSamplerResponse(path=saved.path, uri=saved.uri, size_bytes=saved.size_bytes)
+
+        return work
+
+    def _freeze(self, run_id: str, seq_id: int, request: ops.SaveWeightsForSamplerRequest) -> Work:
+        if request.name or request.overwrite:
+            raise invalid_field("name", "and overwrite belong to checkpoints; an ephemeral snapshot has neither.")
+
+        def work() -> Message:
+            assert self._sampling is not None, "a worker without sampling"
+            path = self._sampling.samplers.snapshot(run_id, seq_id)
+            return ops.SaveWeightsForSamplerResponse(path=str(path))
 
         return work
 

@@ -30,6 +30,16 @@ class Counters:
     busy_seconds_total: float = 0.0
     """Time spent executing operations."""
 
+    sample_requests_total: int = 0
+    """Sample requests answered, failed and cancelled ones included."""
+    sample_requests: int = 0
+    """Sample requests under way now."""
+    prompt_tokens_total: int = 0
+    """Tokens of prompts taken in for sampling."""
+    sampled_tokens_total: int = 0
+    sampling_seconds_total: float = 0.0
+    """Time spent sampling, on top of busy_seconds_total."""
+
     def as_metrics(self) -> dict[str, float]:
         """By full name, such as gradwire_worker_tokens_total."""
         return {f"gradwire_worker_{item.name}": float(getattr(self, item.name)) for item in fields(self)}

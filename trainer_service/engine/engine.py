@@ -5,6 +5,7 @@ Shape suffixes: T tokens of one batch or microbatch, V vocabulary, K targets a t
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,11 +76,12 @@ class Engine:
         self.device = device
         self.counters = Counters()
         self._base_model = base_model
-        self._folder = fetch(base_model)
-        self._spare: PreTrainedModel | None = load_model(base_model, self._folder, device)
+        self.folder = fetch(base_model)
+        """Where the base model's files are."""
+        self._spare: PreTrainedModel | None = load_model(base_model, self.folder, device)
         self.model = describe(self._spare, base_model=base_model, device=device, max_context_length=max_context_length)
         """What is trained, for GetServerInfo."""
-        self._checkpoints = Checkpoints(checkpoint_dir, self.model, self._folder)
+        self._checkpoints = Checkpoints(checkpoint_dir, self.model, self.folder)
         settings = settings or EngineSettings()
         self.traits = find_traits(self._spare, device.torch_device, max_context_length=self.model.max_context_length)
         """What the architecture allows."""
@@ -90,6 +92,17 @@ class Engine:
         self._passes = Passes(forwards, self.counters, self._held_graphs)
         prepare(self._spare, self.traits)
         self._runs: dict[str, RunState] = {}
+        self._base: weakref.ref[PreTrainedModel] | None = weakref.ref(self._spare)
+        self.before_change: Callable[[PreTrainedModel], object] = lambda model: None
+        """Called before the parameters of a model change: somebody may be reading them."""
+
+    def base_model(self) -> PreTrainedModel:
+        """The base model, to be read: a copy that no run has changed, loaded anew where there is none."""
+        model = self._spare or (self._base and self._base())
+        if model is None:
+            model = self._attempt(self._load_base, what=f"the base model's {self.model.num_parameters} parameters")
+            self._base = weakref.ref(model)
+        return model
 
     def create_run(self, run_id: str, *, lora_rank: int = 0) -> None:
         """Makes a run with parameters of its own, equal to the base model's.
@@ -113,10 +126,7 @@ class Engine:
         assert run_id not in self._runs
 
         def load() -> RunState:
-            model, self._spare = self._spare, None
-            if model is None:
-                model = load_model(self._base_model, self._folder, self.device)
-                prepare(model, self.traits)
+            model, self._spare = self._spare or self._load_base(), None
             return RunState(run_id=run_id, model=model, optimizer=AdamW(model.parameters()))
 
         self._runs[run_id] = self._attempt(load, what=f"a run's {self.model.num_parameters} parameters")
@@ -247,6 +257,7 @@ class Engine:
             )
         # Without a loss token all gradients are zero, whatever they are divided by.
         divisor = max(1, accumulation.divisor(normalization))
+        self._will_change(run)
         result = self._attempt(
             lambda: run.optimizer.step(params, divisor=divisor), what="the optimizer's state, twice the parameters"
         )
@@ -312,7 +323,11 @@ class Engine:
     def load_state(self, run_id: str, path: str, *, with_optimizer: bool) -> int:
         """Loads resumable state; see Checkpoints.load_state. Returns the optimizer steps in it."""
         run = self._run(run_id)
-        work = lambda: self._checkpoints.load_state(run, path, with_optimizer=with_optimizer)  # noqa: E731
+
+        def work() -> int:
+            self._will_change(run)
+            return self._checkpoints.load_state(run, path, with_optimizer=with_optimizer)
+
         step = self._attempt(work, what=f"the state {path}")
         self._count_held()
         return step
@@ -328,6 +343,16 @@ class Engine:
             NotFoundError: RUN_NOT_FOUND.
         """
         return self._run(run_id)
+
+    def _load_base(self) -> PreTrainedModel:
+        model = load_model(self._base_model, self.folder, self.device)
+        prepare(model, self.traits)
+        return model
+
+    def _will_change(self, run: RunState) -> None:
+        if self._base is not None and self._base() is run.model:
+            self._base = None
+        self.before_change(run.model)
 
     def _run(self, run_id: str) -> RunState:
         run = self._runs.get(run_id)

@@ -57,7 +57,7 @@ class Link:
         self._last_command_id += 1
         command.command_id = self._last_command_id
         self._pending[command.command_id] = deliver
-        if command.HasField("snapshot_run"):
+        if command.WhichOneof("command") in ("snapshot_run", "sample"):
             self._in_background.add(command.command_id)
         encoded = command.SerializeToString()
         self.outgoing.put_nowait(b"".join((encoded, *embed(_REQUEST, request))) if request else encoded)
@@ -65,8 +65,10 @@ class Link:
     def answer(self, reply: Reply) -> None:
         """Hands an answer to whoever waits for it."""
         command_id = reply.event.command_id
-        deliver = self._pending.pop(command_id, None)
-        self._in_background.discard(command_id)
+        last = reply.event.WhichOneof("event") != "sampled"
+        deliver = self._pending.pop(command_id, None) if last else self._pending.get(command_id)
+        if last:
+            self._in_background.discard(command_id)
         if deliver is None:
             logger.error("The worker answered a command that nobody sent.", extra={"fields": {"id": command_id}})
             return
@@ -165,7 +167,7 @@ class WorkerServicer:
         if event.counters:
             link.counters.update(event.counters)
         match event.WhichOneof("event"):
-            case "response" | "done":
+            case "response" | "done" | "sampled":
                 link.answer(reply)
             case "loading":
                 link.status_message = event.loading

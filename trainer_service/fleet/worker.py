@@ -18,13 +18,16 @@ class Reply:
 
 
 Deliver = Callable[[Reply | GradwireError], None]
-"""Called once with the answer to a command, or with why none will come."""
+"""Called with the answer to a command, or with why none will come; that is the last call, and before it come the tokens
+of a sample command."""
 
 
 class Worker(Protocol):
-    """Executes commands in the order submitted and answers each exactly once. On the event loop's thread.
+    """Executes commands in the order submitted, but for those of sampling, which overtake, and answers each exactly
+    once. On the event loop's thread.
 
-    Answers come in that order too, but for snapshots, which are written while what is behind them executes.
+    Answers come in that order too, but for snapshots, which are written while what is behind them executes, and for
+    samples, which are generated between operations.
     """
 
     @property

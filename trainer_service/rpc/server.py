@@ -7,7 +7,8 @@ import signal
 
 import grpc
 import grpc.aio
-from gradwire.v1 import trainer_service_pb2
+from gradwire.v1 import sampling_service_pb2, trainer_service_pb2
+from gradwire.v1.sampling_service_pb2_grpc import add_SamplingServiceServicer_to_server
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 from gradwire.v1.trainer_service_pb2_grpc import add_TrainerServiceServicer_to_server
 from gradwire.version import __version__
@@ -19,12 +20,15 @@ from trainer_service.config import ServerTls, TrainerConfig, listens_on_loopback
 from trainer_service.fleet.worker import Worker
 from trainer_service.observability import Metrics
 from trainer_service.rpc.border import Border
+from trainer_service.rpc.sampling_servicer import SamplingServicer
 from trainer_service.rpc.trainer_servicer import TrainerServicer
 from trainer_service.runs.registry import Runs
+from trainer_service.runs.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
 SERVICE = trainer_service_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name
+SAMPLING_SERVICE = sampling_service_pb2.DESCRIPTOR.services_by_name["SamplingService"].full_name
 
 
 class TrainerServer:
@@ -53,6 +57,7 @@ class TrainerServer:
             detach_grace_s=config.detach_grace_s,
             observe=self._observe,
         )
+        self.sampling = Sampling(self.runs, worker, config.limits)
         self.metrics.in_flight.set_function(lambda: self.runs.unanswered)
         self.metrics.runs.set_function(lambda: len(self.runs))
         worker.on_ready(lambda: self._set_ready(True))
@@ -99,9 +104,11 @@ class TrainerServer:
             api_keys=self._api_keys,
         )
         add_TrainerServiceServicer_to_server(servicer, self._server)
+        sampling = SamplingServicer(self.sampling, base_model=self._config.base_model, draining=self._draining)
+        add_SamplingServiceServicer_to_server(sampling, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.reflection:
-            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            names = (SERVICE, SAMPLING_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         host, port = split_address(self._config.listen)
         bracketed = f"[{host}]" if ":" in host else host

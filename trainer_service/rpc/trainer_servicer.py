@@ -54,7 +54,7 @@ class TrainerServicer(TrainerServiceServicer):
         )
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Any) -> pb.CreateRunResponse:
-        self._refuse_while_draining()
+        refuse_while_draining(self._draining)
         return pb.CreateRunResponse(run=(await self._runs.create(request)).describe())
 
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:
@@ -69,7 +69,7 @@ class TrainerServicer(TrainerServiceServicer):
 
     async def Train(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:
         first = await read_attach(context)
-        self._refuse_while_draining()
+        refuse_while_draining(self._draining)
         run = self._runs.get(first.attach.run_id)
         run.acknowledge(first.acked_seq_id)
         stream = TrainStream(
@@ -112,7 +112,7 @@ class TrainerServicer(TrainerServiceServicer):
 
     async def _operation(self, kind: str, request: Any, context: grpc.aio.ServicerContext) -> Any:
         """One ordered operation as a unary call."""
-        self._refuse_while_draining()
+        refuse_while_draining(self._draining)
         run = self._runs.get(request.run_id)
         if run.attachment is not None:
             text = (
@@ -133,9 +133,15 @@ class TrainerServicer(TrainerServiceServicer):
             raise from_status(response.error)
         return getattr(response, kind)
 
-    def _refuse_while_draining(self) -> None:
-        if self._draining.is_set():
-            raise error("DRAINING", "The trainer is shutting down and takes no new work.", retry_after_s=5.0)
-
 
 _TIMES = ("queue", "execute", "transfer")
+
+
+def refuse_while_draining(draining: asyncio.Event) -> None:
+    """Takes no new work once the trainer shuts down.
+
+    Raises:
+        UnavailableError: DRAINING.
+    """
+    if draining.is_set():
+        raise error("DRAINING", "The trainer is shutting down and takes no new work.", retry_after_s=5.0)

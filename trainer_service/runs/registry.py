@@ -171,15 +171,23 @@ class Runs:
 
     # ── making ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _check(self, request: CreateRunRequest) -> None:
-        if request.base_model and not _same_model(request.base_model, self._base_model):
+    def check_base_model(self, base_model: str) -> None:
+        """Refuses a base model other than the one served; "" is whatever that is.
+
+        Raises:
+            GradwireError: BASE_MODEL_MISMATCH.
+        """
+        if base_model and not _same_model(base_model, self._base_model):
             raise error(
                 "BASE_MODEL_MISMATCH",
-                f"base_model is {request.base_model!r}, but this trainer serves {self._base_model!r}; ask for "
+                f"base_model is {base_model!r}, but this trainer serves {self._base_model!r}; ask for "
                 "that one, or start a trainer for yours.",
-                requested=request.base_model,
+                requested=base_model,
                 served=self._base_model,
             )
+
+    def _check(self, request: CreateRunRequest) -> None:
+        self.check_base_model(request.base_model)
         if request.lora_rank:
             raise error(
                 "NOT_IMPLEMENTED",

@@ -154,7 +154,7 @@ class Residence:
         if not self.idle or self._last_seq_id != seq_id or self._epoch != epoch:
             return False
         self.live = False
-        self._worker.submit(WorkerCommand(run_id=self._run_id, delete_run=WorkerDeleteRun()), lambda _: None)
+        self._worker.submit(WorkerCommand(run_id=self._run_id, delete_run=WorkerDeleteRun(unload=True)), lambda _: None)
         await self._journal.close()
         return True
 

@@ -1,4 +1,5 @@
 from google.rpc import status_pb2 as _status_pb2
+from gradwire.v1 import sampling_service_pb2 as _sampling_service_pb2
 from gradwire.v1 import trainer_service_pb2 as _trainer_service_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -35,7 +36,7 @@ class WorkerDone(_message.Message):
     def __init__(self, error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class WorkerEvent(_message.Message):
-    __slots__ = ("command_id", "counters", "hello", "loading", "ready", "failed", "response", "done")
+    __slots__ = ("command_id", "counters", "hello", "loading", "ready", "failed", "response", "done", "sampled")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +52,7 @@ class WorkerEvent(_message.Message):
     FAILED_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_FIELD_NUMBER: _ClassVar[int]
     command_id: int
     counters: _containers.ScalarMap[str, float]
     hello: WorkerHello
@@ -59,7 +61,8 @@ class WorkerEvent(_message.Message):
     failed: _status_pb2.Status
     response: _trainer_service_pb2.TrainResponse
     done: WorkerDone
-    def __init__(self, command_id: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., loading: _Optional[str] = ..., ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., failed: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., response: _Optional[_Union[_trainer_service_pb2.TrainResponse, _Mapping]] = ..., done: _Optional[_Union[WorkerDone, _Mapping]] = ...) -> None: ...
+    sampled: _sampling_service_pb2.SampleResponse
+    def __init__(self, command_id: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., loading: _Optional[str] = ..., ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., failed: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., response: _Optional[_Union[_trainer_service_pb2.TrainResponse, _Mapping]] = ..., done: _Optional[_Union[WorkerDone, _Mapping]] = ..., sampled: _Optional[_Union[_sampling_service_pb2.SampleResponse, _Mapping]] = ...) -> None: ...
 
 class WorkerCreateRun(_message.Message):
     __slots__ = ("request", "snapshot_folder")
@@ -70,8 +73,10 @@ class WorkerCreateRun(_message.Message):
     def __init__(self, request: _Optional[_Union[_trainer_service_pb2.CreateRunRequest, _Mapping]] = ..., snapshot_folder: _Optional[str] = ...) -> None: ...
 
 class WorkerDeleteRun(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("unload",)
+    UNLOAD_FIELD_NUMBER: _ClassVar[int]
+    unload: bool
+    def __init__(self, unload: bool = ...) -> None: ...
 
 class WorkerDropGraphs(_message.Message):
     __slots__ = ()
@@ -95,8 +100,34 @@ class WorkerSnapshotRun(_message.Message):
     folder: str
     def __init__(self, folder: _Optional[str] = ...) -> None: ...
 
+class WorkerSample(_message.Message):
+    __slots__ = ("sample_id", "request")
+    SAMPLE_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    sample_id: str
+    request: _sampling_service_pb2.SampleRequest
+    def __init__(self, sample_id: _Optional[str] = ..., request: _Optional[_Union[_sampling_service_pb2.SampleRequest, _Mapping]] = ...) -> None: ...
+
+class WorkerCancelSample(_message.Message):
+    __slots__ = ("sample_id",)
+    SAMPLE_ID_FIELD_NUMBER: _ClassVar[int]
+    sample_id: str
+    def __init__(self, sample_id: _Optional[str] = ...) -> None: ...
+
+class WorkerOpenSampler(_message.Message):
+    __slots__ = ("sampler",)
+    SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    sampler: _sampling_service_pb2.Sampler
+    def __init__(self, sampler: _Optional[_Union[_sampling_service_pb2.Sampler, _Mapping]] = ...) -> None: ...
+
+class WorkerCloseSampler(_message.Message):
+    __slots__ = ("sampler",)
+    SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    sampler: _sampling_service_pb2.Sampler
+    def __init__(self, sampler: _Optional[_Union[_sampling_service_pb2.Sampler, _Mapping]] = ...) -> None: ...
+
 class WorkerCommand(_message.Message):
-    __slots__ = ("command_id", "run_id", "create_run", "delete_run", "request", "drop_graphs", "fail_operation", "snapshot_run")
+    __slots__ = ("command_id", "run_id", "create_run", "delete_run", "request", "drop_graphs", "fail_operation", "snapshot_run", "sample", "cancel_sample", "open_sampler", "close_sampler")
     COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     CREATE_RUN_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +136,10 @@ class WorkerCommand(_message.Message):
     DROP_GRAPHS_FIELD_NUMBER: _ClassVar[int]
     FAIL_OPERATION_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_RUN_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    OPEN_SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_SAMPLER_FIELD_NUMBER: _ClassVar[int]
     command_id: int
     run_id: str
     create_run: WorkerCreateRun
@@ -113,4 +148,8 @@ class WorkerCommand(_message.Message):
     drop_graphs: WorkerDropGraphs
     fail_operation: WorkerFailOperation
     snapshot_run: WorkerSnapshotRun
-    def __init__(self, command_id: _Optional[int] = ..., run_id: _Optional[str] = ..., create_run: _Optional[_Union[WorkerCreateRun, _Mapping]] = ..., delete_run: _Optional[_Union[WorkerDeleteRun, _Mapping]] = ..., request: _Optional[_Union[_trainer_service_pb2.TrainRequest, _Mapping]] = ..., drop_graphs: _Optional[_Union[WorkerDropGraphs, _Mapping]] = ..., fail_operation: _Optional[_Union[WorkerFailOperation, _Mapping]] = ..., snapshot_run: _Optional[_Union[WorkerSnapshotRun, _Mapping]] = ...) -> None: ...
+    sample: WorkerSample
+    cancel_sample: WorkerCancelSample
+    open_sampler: WorkerOpenSampler
+    close_sampler: WorkerCloseSampler
+    def __init__(self, command_id: _Optional[int] = ..., run_id: _Optional[str] = ..., create_run: _Optional[_Union[WorkerCreateRun, _Mapping]] = ..., delete_run: _Optional[_Union[WorkerDeleteRun, _Mapping]] = ..., request: _Optional[_Union[_trainer_service_pb2.TrainRequest, _Mapping]] = ..., drop_graphs: _Optional[_Union[WorkerDropGraphs, _Mapping]] = ..., fail_operation: _Optional[_Union[WorkerFailOperation, _Mapping]] = ..., snapshot_run: _Optional[_Union[WorkerSnapshotRun, _Mapping]] = ..., sample: _Optional[_Union[WorkerSample, _Mapping]] = ..., cancel_sample: _Optional[_Union[WorkerCancelSample, _Mapping]] = ..., open_sampler: _Optional[_Union[WorkerOpenSampler, _Mapping]] = ..., close_sampler: _Optional[_Union[WorkerCloseSampler, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,332 @@
+"""The client of one sampler: frozen parameters that generate."""
+
+import asyncio
+import contextlib
+import queue
+import time
+import weakref
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future as ConcurrentFuture
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+
+from gradwire.errors import GradwireError, OperationCancelledError, invalid_field
+from gradwire.futures import APIFuture
+from gradwire.transport import LOOP, Connection, is_passing
+from gradwire.types import SampledSequence, SampledToken, SampleResponse, SamplingParams, model_input_tokens
+from gradwire.v1 import sampling_service_pb2 as pb
+from gradwire.v1.datum_pb2 import ModelInput
+from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
+
+_STOP_REASONS = {pb.STOP_REASON_LENGTH: "length", pb.STOP_REASON_STOP: "stop"}
+_CLOSE_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class SamplerSource:
+    """What names a sampler to the trainer; model_path "" is the base model."""
+
+    base_model: str = ""
+    model_path: str = ""
+
+    def message(self) -> pb.Sampler:
+        """The same for the wire."""
+        return pb.Sampler(model_path=self.model_path) if self.model_path else pb.Sampler(base_model=self.base_model)
+
+
+class SamplingClient:
+    """Generates from the base model, a checkpoint, or a snapshot. Made by ServiceClient and TrainingClient.
+
+    Calls return futures at once; make many, and the trainer works on them together. What is sampled is of frozen
+    parameters: optimizer steps taken later do not show through. Usable from any thread.
+
+    Logprobs are natural log and those of the model's own distribution, as forward of the same parameters computes them:
+    temperature, top_k and top_p choose tokens, they do not change what is reported. A loss that weighs by probabilities
+    (importance_sampling, ppo) therefore takes them as they are from samples drawn at temperature 1 with neither top_k
+    nor top_p; from others it corrects for the model's distribution, not for the narrower one they were drawn from.
+
+    Args:
+        connection: To the trainer.
+        source: Names the sampler, now or once an operation has been answered.
+        get_tokenizer: Loads the base model's tokenizer.
+        timeout_s: Longest that one call may take, seconds.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        source: "SamplerSource | ConcurrentFuture[SamplerSource]",
+        *,
+        get_tokenizer: Callable[[], Any],
+        timeout_s: float = 3600.0,
+    ) -> None:
+        self._connection = connection
+        self._get_tokenizer = get_tokenizer
+        self._timeout_s = timeout_s
+        self._source: ConcurrentFuture[SamplerSource]
+        if isinstance(source, SamplerSource):
+            self._source = ConcurrentFuture()
+            self._source.set_result(source)
+        else:
+            self._source = source
+        self._finalizer = weakref.finalize(self, _abandon, connection, self._source)
+        # At exit the loop is stopped; the snapshot goes with its run.
+        self._finalizer.atexit = False
+
+    # ── sampling ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def sample(
+        self,
+        prompt: Any,
+        num_samples: int = 1,
+        sampling_params: Any = None,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+    ) -> APIFuture[SampleResponse]:
+        """Continues a prompt. Cancelling the future frees its place on the trainer.
+
+        Args:
+            prompt: ModelInput, ours or tinker's, or token ids.
+            num_samples: Samples, whose prompt is computed once.
+            sampling_params: SamplingParams, ours or tinker's; None takes the defaults.
+            include_prompt_logprobs: Answer with the logprobs of the prompt's tokens too.
+            topk_prompt_logprobs: Answer with so many likeliest tokens at each place of the prompt too.
+
+        Raises:
+            InvalidArgumentError: Arguments that cannot be sent. What the trainer finds wrong comes through the future.
+        """
+        request = self._request(prompt, num_samples, sampling_params, include_prompt_logprobs, topk_prompt_logprobs)
+        return APIFuture(LOOP.submit(self._gather(request)), "sample")
+
+    def stream(self, prompt: Any, num_samples: int = 1, sampling_params: Any = None) -> Iterator[SampledToken]:
+        """Continues a prompt and yields tokens as they come; those of several samples take turns.
+
+        Leaving the loop early (`break`, or closing the iterator) gives the rest up and frees its place on the trainer.
+
+        Args:
+            prompt: As in `sample`.
+            num_samples: As there.
+            sampling_params: As there.
+
+        Raises:
+            GradwireError: What the call failed with, where the tokens end.
+        """
+        request = self._request(prompt, num_samples, sampling_params)
+        return self._iterate(request)
+
+    def compute_logprobs(self, prompt: Any) -> APIFuture[list[float | None]]:
+        """The logprob of every token of a prompt given those before it; None for the first.
+
+        Args:
+            prompt: As in `sample`.
+        """
+        request = self._request(prompt, 1, SamplingParams(max_tokens=0), include_prompt_logprobs=True)
+
+        async def compute() -> list[float | None]:
+            return (await self._gather(request)).prompt_logprobs or [None]
+
+        return APIFuture(LOOP.submit(compute()), "compute_logprobs")
+
+    # ── about the sampler ─────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def model_path(self) -> str:
+        """gradwire:// path of the checkpoint or snapshot, "" for the base model; waits for a snapshot to be made."""
+        return self._source.result().model_path
+
+    def result(self, timeout: float | None = None) -> "SamplingClient":
+        """This client, once its sampler is there: it is usable before, and its calls wait for it.
+
+        Raises:
+            GradwireError: Why there will be none.
+        """
+        APIFuture(self._source, "the sampler").result(timeout)
+        return self
+
+    async def result_async(self, timeout: float | None = None) -> "SamplingClient":
+        """As `result`, for coroutines."""
+        await APIFuture(self._source, "the sampler").result_async(timeout)
+        return self
+
+    def __await__(self) -> Generator[Any, None, "SamplingClient"]:
+        return self.result_async().__await__()
+
+    def get_tokenizer(self) -> Any:
+        """The base model's tokenizer, loaded here with transformers from the same hub id or folder."""
+        return self._get_tokenizer()
+
+    def close(self) -> None:
+        """Lets a snapshot go; the trainer frees it. A client that is forgotten does the same."""
+        self._finalizer()
+
+    def __enter__(self) -> "SamplingClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _request(
+        self,
+        prompt: Any,
+        num_samples: int,
+        sampling_params: Any,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+    ) -> pb.SampleRequest:
+        if not self._finalizer.alive:
+            raise OperationCancelledError("This SamplingClient is closed; make a new one.", reason="CANCELLED")
+        for name, count, lowest in (("num_samples", num_samples, 1), ("topk_prompt_logprobs", topk_prompt_logprobs, 0)):
+            if not isinstance(count, int) or not lowest <= count < 1 << 31:
+                raise invalid_field(name, f"is {count!r}; it must be an integer from {lowest}.")
+        try:
+            tokens = model_input_tokens(prompt, "prompt")
+            message = ModelInput(tokens=tokens)
+        except ValueError as exc:
+            raise invalid_field("prompt", f"cannot be read: {exc}") from exc
+        return pb.SampleRequest(
+            prompt=message,
+            num_samples=num_samples,
+            sampling_params=encode_sampling_params(SamplingParams() if sampling_params is None else sampling_params),
+            include_prompt_logprobs=include_prompt_logprobs,
+            topk_prompt_logprobs=topk_prompt_logprobs,
+        )
+
+    async def _responses(self, request: pb.SampleRequest) -> AsyncGenerator[pb.SampleResponse]:
+        """The trainer's messages. Until the first one it is tried again while the trainer is away or starting."""
+        source = await asyncio.wrap_future(self._source)
+        request.sampler.CopyFrom(source.message())
+        deadline = time.monotonic() + self._timeout_s
+        delay_s, begun = 0.1, False
+        while True:
+            stub = SamplingServiceStub(self._connection.channel())
+            left_s = max(0.01, deadline - time.monotonic())
+            call: Any = stub.Sample(request, metadata=self._connection.metadata, timeout=left_s)
+            try:
+                async for response in call:
+                    begun = True
+                    yield response
+                return
+            except grpc.aio.AioRpcError as exc:
+                failure = self._connection.explain(exc, "Sample", self._timeout_s)
+                if begun or not is_passing(failure):
+                    raise failure from None
+                delay_s = failure.retry_after_s or min(2.0, delay_s * 2)
+                if time.monotonic() + delay_s >= deadline:
+                    raise failure from None
+            finally:
+                call.cancel()  # Where the caller left; a call that is over takes no notice.
+            await asyncio.sleep(delay_s)
+
+    async def _gather(self, request: pb.SampleRequest) -> SampleResponse:
+        tokens: list[list[int]] = [[] for _ in range(request.num_samples)]
+        logprobs: list[list[float]] = [[] for _ in tokens]
+        reasons = ["length"] * len(tokens)
+        prompt = None
+        async with contextlib.aclosing(self._responses(request)) as responses:
+            async for response in responses:
+                if response.HasField("prompt"):
+                    prompt = response.prompt
+                for piece in response.samples:
+                    tokens[piece.sample].extend(piece.tokens)
+                    logprobs[piece.sample].extend(piece.logprobs)
+                    reasons[piece.sample] = _STOP_REASONS.get(piece.stop_reason, "length")
+        sequences = [SampledSequence(*each) for each in zip(tokens, logprobs, reasons, strict=True)]
+        if prompt is None:
+            return SampleResponse(sequences)
+        prompt_logprobs = [None, *prompt.logprobs] if request.include_prompt_logprobs else None
+        return SampleResponse(sequences, prompt_logprobs, _topk(prompt) if prompt.topk else None)
+
+    def _iterate(self, request: pb.SampleRequest) -> Iterator[SampledToken]:
+        arrived: queue.SimpleQueue[pb.SampleResponse | GradwireError | None] = queue.SimpleQueue()
+
+        async def read() -> None:
+            end: GradwireError | None = None
+            try:
+                async with contextlib.aclosing(self._responses(request)) as responses:
+                    async for response in responses:
+                        arrived.put(response)
+            except GradwireError as exc:
+                end = exc
+            finally:
+                arrived.put(end)
+
+        reading = LOOP.submit(read())
+        try:
+            while (got := arrived.get()) is not None:
+                if isinstance(got, GradwireError):
+                    raise got
+                for piece in got.samples:
+                    last = len(piece.tokens) - 1
+                    reason = _STOP_REASONS.get(piece.stop_reason)
+                    for place, (token, logprob) in enumerate(zip(piece.tokens, piece.logprobs, strict=True)):
+                        yield SampledToken(piece.sample, token, logprob, reason if place == last else None)
+        finally:
+            reading.cancel()
+
+
+def load_tokenizer(base_model: str) -> Any:
+    """The tokenizer of a hub id or folder."""
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(base_model)
+
+
+def encode_sampling_params(params: Any) -> pb.SamplingParams:
+    """SamplingParams, ours or tinker's, for the wire.
+
+    Raises:
+        InvalidArgumentError: A value that cannot be sent; the trainer checks ranges.
+    """
+    settings: dict[str, Any] = {}
+    for name, kind in (("max_tokens", int), ("seed", int), ("temperature", float), ("top_k", int), ("top_p", float)):
+        value = getattr(params, name, None)
+        if value is None:
+            continue
+        try:
+            settings[name] = kind(value)
+            pb.SamplingParams(**{name: settings[name]})
+        except (TypeError, ValueError, OverflowError):
+            what = "an integer" if kind is int else "a number"
+            lowest = " from 0" if name == "max_tokens" else ""
+            raise invalid_field(f"sampling_params.{name}", f"is {value!r}; it must be {what}{lowest}.") from None
+    stop = getattr(params, "stop", None)
+    if stop is not None:
+        settings["stop"] = _encode_stop(stop)
+    return pb.SamplingParams(**settings)
+
+
+def _encode_stop(stop: Any) -> pb.Stop:
+    entries: Sequence[Any] = [stop] if isinstance(stop, str) else list(stop)
+    if all(isinstance(entry, str) for entry in entries):
+        return pb.Stop(strings=entries)
+    try:
+        return pb.Stop(token_ids=[int(entry) for entry in entries])
+    except (TypeError, ValueError):
+        raise invalid_field(
+            "sampling_params.stop", f"is {stop!r}; it must be a text, texts, token ids, or None for the model's own."
+        ) from None
+
+
+def _topk(prompt: pb.PromptLogprobs) -> list[list[tuple[int, float]] | None]:
+    count = prompt.topk
+    pairs = list(zip(prompt.topk_tokens, prompt.topk_logprobs, strict=True))
+    return [None, *(pairs[start : start + count] for start in range(0, len(pairs), count))]
+
+
+def _abandon(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
+    """Lets a snapshot go, without waiting: nobody is left who could be told that it failed."""
+    path = "" if not source.done() or source.cancelled() or source.exception() else source.result().model_path
+    if "/snapshots/" not in path:
+        return
+
+    async def close() -> None:
+        request = pb.CloseSamplerRequest(sampler=pb.Sampler(model_path=path))
+        with contextlib.suppress(GradwireError, grpc.aio.AioRpcError, asyncio.CancelledError, RuntimeError):
+            stub = SamplingServiceStub(connection.channel())
+            await stub.CloseSampler(request, metadata=connection.metadata, timeout=_CLOSE_TIMEOUT_S)
+
+    LOOP.submit(close())

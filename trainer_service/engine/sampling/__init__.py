@@ -1,0 +1,1 @@
+"""Sampling: generates tokens with the very parameters that train, between the operations of runs."""

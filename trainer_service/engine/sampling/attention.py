@@ -1,0 +1,278 @@
+"""Attention of new tokens over cached ones, behind the interface through which transformers' models call any attention.
+
+One forward takes the new tokens of many requests end to end, in one row without padding: a piece of one prompt, or one
+token of every sample. This function writes their keys and values to each request's own cache and lets each see its own
+past, nothing else. `tokens_in_use` says whose tokens they are.
+
+Each request's attention is a computation of its own, so its numbers do not depend on who else is in the row.
+
+Shape suffixes: H query heads, J key/value heads, G query heads that share one of them, B samples of a request, N new
+tokens of each, P tokens of a shared prompt, S cached tokens, D key head size, E value head size.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from trainer_service.engine.sampling.cache import Block, Views
+
+ATTENTION = "gradwire_cached"
+"""What the function is called among transformers' attention implementations."""
+
+_UNDERSTOOD = {
+    "position_ids",
+    "output_attentions",
+    "use_cache",
+    "cache_position",
+    "output_hidden_states",
+    "return_dict",
+}
+"""Keyword arguments that models pass along and that change nothing here."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One request's tokens in a forward.
+
+    Attributes:
+        num_tokens: B · N of them.
+        own: Cache they are written to.
+        views: Of `own`.
+        prompt: Cache of the prompt that all samples share, read only; None where `own` holds it.
+    """
+
+    num_tokens: int
+    own: Block
+    views: Views
+    prompt: Views | None
+
+    @classmethod
+    def of(cls, own: Block, count: int, prompt: Block | None = None) -> "Part":
+        """`count` new tokens of each sample of a block, which makes room for them."""
+        own.reserve(count)
+        return cls(own.num_samples * count, own, own.views(count), None if prompt is None else prompt.views(0))
+
+
+class Tokens:
+    """All tokens of a forward: those of the parts, one after the other, and rows without a meaning behind them.
+
+    Args:
+        parts: In the order of the tokens.
+        num_padding: Rows behind them; attention gives them zeros.
+    """
+
+    def __init__(self, parts: list[Part], num_padding: int) -> None:
+        self.parts = parts
+        self.num_padding = num_padding
+        self.sizes = [part.num_tokens for part in parts] + [num_padding]
+        self.masks: dict[tuple[int, int, int | None], Tensor | None] = {}
+        self.layers_seen: set[int] = set()
+
+    def mask(self, count: int, length: int, window: int | None, device: torch.device) -> Tensor | None:
+        """Which of `length` tokens each of the last `count` sees, bool [N, S]; None for all or plain causal ones."""
+        if (window is None or length <= window) and count in (1, length):
+            return None
+        key = (count, length, window)
+        if key not in self.masks:
+            place = torch.arange(length, device=device)
+            distance = place[length - count :, None] - place
+            self.masks[key] = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        return self.masks[key]
+
+
+_in_use: Tokens | None = None
+# A plain global: one thread drives the device.
+
+
+@contextlib.contextmanager
+def tokens_in_use(tokens: Tokens) -> Iterator[None]:
+    """Attention within is about these tokens. Their caches hold them, where the forward succeeded."""
+    global _in_use
+    before, _in_use = _in_use, tokens
+    try:
+        yield
+    finally:
+        _in_use = before
+    for part in tokens.parts:
+        part.own.length += part.num_tokens // part.own.num_samples
+
+
+def cached_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of the tokens in use over their caches, as transformers' AttentionInterface calls it.
+
+    Args:
+        module: The attention layer; its `layer_idx` says which part of the caches is its own.
+        query: [1, H, tokens, D].
+        key: [1, J, tokens, D].
+        value: [1, J, tokens, E].
+        attention_mask: None: the tokens in use say who sees whom.
+        scaling: Of scores; None for 1/√D.
+        dropout: 0.
+        sliding_window: Tokens seen, oneself included; None for all.
+        softcap: Scores s become softcap · tanh(s / softcap).
+        s_aux: Sinks, one score a head that takes probability and gives nothing, [H].
+        is_causal: Anything but False.
+        kwargs: Nothing that changes scores.
+
+    Returns:
+        [1, tokens, H, E], and None for the weights.
+
+    Raises:
+        NotImplementedError: A model asks for something else; it cannot be served so.
+    """
+    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _UNDERSTOOD)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    layer = getattr(module, "layer_idx", None)
+    if unknown or not causal or attention_mask is not None or dropout or len(query) != 1 or layer is None:
+        raise NotImplementedError(f"attention with {', '.join(unknown) or 'a mask, dropout, or without causality'}")
+    assert _in_use is not None, "no tokens are in use"
+    tokens = _in_use
+    tokens.layers_seen.add(layer)
+    scores = Scores(scaling or query.shape[-1] ** -0.5, sliding_window, softcap, s_aux)
+    queries, keys, values = (states[0].split(tokens.sizes, dim=1) for states in (query, key, value))
+    outputs = [
+        _attend(tokens, part, layer, states, scores)
+        for part, *states in zip(tokens.parts, queries, keys, values, strict=False)
+    ]
+    if tokens.num_padding:
+        outputs.append(query.new_zeros(tokens.num_padding, query.shape[1], value.shape[-1]))
+    return torch.cat(outputs)[None], None
+
+
+AttentionInterface.register(ATTENTION, cached_attention)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How scores are made; see cached_attention."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks_H: Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether torch's kernels know them."""
+        return not self.softcap and self.sinks_H is None
+
+
+def _attend(tokens: Tokens, part: Part, layer: int, states: list[Tensor], scores: Scores) -> Tensor:
+    """[B · N, H, E] of one request, from its queries, keys and values, which are cached."""
+    query_HBN, key_JBN, value_JBN = states
+    views, num_samples = part.views, part.own.num_samples
+    new_keys, new_values = views.new_keys[layer], views.new_values[layer]
+    if num_samples == 1:
+        new_keys[0].copy_(key_JBN)
+        new_values[0].copy_(value_JBN)
+        if part.prompt is None:
+            return _attend_alone(tokens, query_HBN, views.keys[layer], views.values[layer], scores)
+    else:
+        new_keys.copy_(key_JBN.unflatten(1, (num_samples, -1)).transpose(0, 1))
+        new_values.copy_(value_JBN.unflatten(1, (num_samples, -1)).transpose(0, 1))
+    assert part.prompt is not None, "samples without a prompt"
+    return _attend_shared(
+        query_HBN,
+        (part.prompt.keys[layer], views.keys[layer]),
+        (part.prompt.values[layer], views.values[layer]),
+        scores,
+    )
+
+
+def _attend_alone(tokens: Tokens, query_HND: Tensor, keys_BJSD: Tensor, values_BJSE: Tensor, scores: Scores) -> Tensor:
+    """One sample's new tokens over all of its own, [N, H, E]."""
+    num_new, window, num_heads = query_HND.shape[1], scores.window, keys_BJSD.shape[1]
+    if window is not None and keys_BJSD.shape[2] > window + num_new:
+        # What no new token sees need not be read.
+        keys_BJSD, values_BJSE = keys_BJSD[:, :, -window - num_new :], values_BJSE[:, :, -window - num_new :]
+    length = keys_BJSD.shape[2]
+    mask_NS = tokens.mask(num_new, length, window, query_HND.device)
+    causal = mask_NS is None and num_new > 1
+    if scores.plain and num_new == 1 and mask_NS is None:
+        # Query heads that share a key head stand in as its queries: no key is copied for them.
+        query_BJGD = query_HND.unflatten(0, (num_heads, -1)).squeeze(2)[None]
+        output_BJGE = F.scaled_dot_product_attention(query_BJGD, keys_BJSD, values_BJSE, scale=scores.scaling)
+        return output_BJGE.flatten(0, 2)[None]
+    keys, values = _repeated(keys_BJSD, query_HND), _repeated(values_BJSE, query_HND)
+    if scores.plain:
+        output_BHNE = F.scaled_dot_product_attention(
+            query_HND[None], keys, values, attn_mask=mask_NS, is_causal=causal, scale=scores.scaling
+        )
+        return output_BHNE[0].transpose(0, 1)
+    if causal:
+        place = torch.arange(length, device=query_HND.device)
+        mask_NS = place[:, None] >= place
+    return _softmax(_raw(query_HND[None] @ keys.transpose(-1, -2), scores), mask_NS, scores, values)[0].transpose(0, 1)
+
+
+def _attend_shared(
+    query_HBD: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], scores: Scores
+) -> Tensor:
+    """One new token of each sample, over the prompt they share and each its own tokens, [B, H, E].
+
+    The prompt's keys are read once for all samples.
+    """
+    prompt_keys_JPD, own_keys_BJSD = keys[0][0], keys[1]
+    prompt_values_JPE, own_values_BJSE = values[0][0], values[1]
+    num_samples, num_heads, length = query_HBD.shape[1], len(prompt_keys_JPD), own_keys_BJSD.shape[2]
+    if scores.window is not None:
+        seen = max(0, scores.window - length)
+        start = max(0, prompt_keys_JPD.shape[1] - seen)
+        prompt_keys_JPD, prompt_values_JPE = prompt_keys_JPD[:, start:], prompt_values_JPE[:, start:]
+        own_keys_BJSD, own_values_BJSE = own_keys_BJSD[:, :, -scores.window :], own_values_BJSE[:, :, -scores.window :]
+    num_prompt = prompt_keys_JPD.shape[1]
+    # [H, B, D] → [J, B, G, D]: query heads that share a key head stand side by side.
+    query_JBGD = query_HBD.unflatten(0, (num_heads, -1)).transpose(1, 2)
+    over_prompt_JBGP = (query_JBGD.flatten(1, 2) @ prompt_keys_JPD.transpose(-1, -2)).unflatten(1, (num_samples, -1))
+    over_own_BJGS = query_JBGD.transpose(0, 1) @ own_keys_BJSD.transpose(-1, -2)
+    raw = _raw(torch.cat([over_prompt_JBGP.transpose(0, 1), over_own_BJGS], dim=-1), scores)
+    weights_BJG = _weights(raw.flatten(1, 2)[:, :, None], None, scores).squeeze(2).unflatten(1, (num_heads, -1))
+    weights_BJG = weights_BJG.to(own_values_BJSE.dtype)
+    from_prompt = weights_BJG[..., :num_prompt].transpose(0, 1).flatten(1, 2) @ prompt_values_JPE
+    from_own = weights_BJG[..., num_prompt:] @ own_values_BJSE
+    return (from_prompt.unflatten(1, (num_samples, -1)).transpose(0, 1) + from_own).flatten(1, 2)
+
+
+def _raw(products: Tensor, scores: Scores) -> Tensor:
+    products = products * scores.scaling
+    return torch.tanh(products / scores.softcap) * scores.softcap if scores.softcap else products
+
+
+def _weights(raw_BHNS: Tensor, mask_NS: Tensor | None, scores: Scores) -> Tensor:
+    raw = raw_BHNS.float()
+    if mask_NS is not None:
+        raw = raw.masked_fill(~mask_NS, float("-inf"))
+    if scores.sinks_H is None:
+        return torch.softmax(raw, dim=-1)
+    sinks = scores.sinks_H.float().view(1, -1, 1, 1).expand(*raw.shape[:-1], 1)
+    return torch.softmax(torch.cat([raw, sinks], dim=-1), dim=-1)[..., :-1]
+
+
+def _softmax(raw_BHNS: Tensor, mask_NS: Tensor | None, scores: Scores, values_BHSE: Tensor) -> Tensor:
+    return _weights(raw_BHNS, mask_NS, scores).to(values_BHSE.dtype) @ values_BHSE
+
+
+def _repeated(tokens_BJSD: Tensor, query_HND: Tensor) -> Tensor:
+    """Each key/value head once for every query head that reads it."""
+    times = query_HND.shape[0] // tokens_BJSD.shape[1]
+    return tokens_BJSD if times == 1 else tokens_BJSD.repeat_interleave(times, dim=1)

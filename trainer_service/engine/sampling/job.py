@@ -1,0 +1,145 @@
+"""One Sample request on its way: what its samples have so far, and what of it the client has not been sent."""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+from gradwire.errors import GradwireError, error
+from gradwire.v1 import sampling_service_pb2 as pb
+
+from trainer_service.engine.sampling import picking
+from trainer_service.engine.sampling.decoder import Sequences
+from trainer_service.engine.sampling.request import Request
+from trainer_service.engine.sampling.samplers import Sampler
+from trainer_service.engine.sampling.text import Text, Transcript
+
+_SEND_INTERVAL_S = 0.05
+"""Tokens that come faster travel together: a message each would cost trainer and client more than the tokens."""
+
+
+@dataclass
+class Sample:
+    """One sample of a request."""
+
+    number: int
+    random: np.random.Generator
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop_reason: pb.StopReason = pb.STOP_REASON_UNSPECIFIED
+    transcript: Transcript | None = None
+    num_sent: int = 0
+    ended: bool = False
+    """Whether its last tokens were sent."""
+
+
+class Job:
+    """A request under way.
+
+    Args:
+        command_id: The command to answer.
+        sample_id: Names it to cancel_sample.
+        request: What to generate.
+        sampler: Whose parameters.
+        text: The tokenizer, where the request needs it.
+    """
+
+    def __init__(self, command_id: int, sample_id: str, request: Request, sampler: Sampler, text: Text | None) -> None:
+        self.command_id = command_id
+        self.sample_id = sample_id
+        self.request = request
+        self.sampler = sampler
+        self.sequences = Sequences(request.num_samples)
+        self.num_prefilled = 0
+        """Tokens of the prompt taken in."""
+        self.samples = [
+            Sample(number, picking.generator(request.seed, number)) for number in range(request.num_samples)
+        ]
+        if text is not None:
+            for sample in self.samples:
+                sample.transcript = Transcript(text, request.stop_strings)
+        self.alive = list(self.samples)
+        """Those that have not ended, in the order in which the decoder knows them."""
+        self.prompt = pb.PromptLogprobs(topk=request.topk)
+        self._prompt_sent = not request.wants_prompt
+        self._last_sent_s = 0.0
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the whole prompt was taken in."""
+        return self.num_prefilled == len(self.request.prompt)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """What its caches come to hold at most."""
+        return len(self.request.prompt) + self.request.num_samples * self.request.max_tokens
+
+    def add_prompt(self, found: picking.PlaceLogprobs) -> None:
+        """Takes in what is known about the next places of the prompt."""
+        if self.request.prompt_logprobs:
+            self.prompt.logprobs.extend(found.logprobs)
+        self.prompt.topk_tokens.extend(found.topk_tokens)
+        self.prompt.topk_logprobs.extend(found.topk_logprobs)
+
+    def take(self, tokens: list[int], logprobs: list[float]) -> list[int]:
+        """One more token of every sample alive.
+
+        Returns:
+            Which of them go on, by their place among those alive before.
+
+        Raises:
+            FailedPreconditionError: NON_FINITE: the parameters give no probabilities.
+        """
+        request = self.request
+        for sample, token, logprob in zip(self.alive, tokens, logprobs, strict=True):
+            if not math.isfinite(logprob):
+                raise error(
+                    "NON_FINITE",
+                    f"The model gave no finite probabilities behind {len(request.prompt) + len(sample.tokens)} tokens: "
+                    "its parameters are NaN or infinite. Sample from an earlier checkpoint, and look at the losses and "
+                    "the learning rate of the last steps.",
+                )
+            sample.tokens.append(token)
+            sample.logprobs.append(logprob)
+            if token in request.stop_tokens or (
+                sample.transcript is not None and sample.transcript.stops(sample.tokens)
+            ):
+                sample.stop_reason = pb.STOP_REASON_STOP
+            elif len(sample.tokens) == request.max_tokens:
+                sample.stop_reason = pb.STOP_REASON_LENGTH
+        going_on = [place for place, sample in enumerate(self.alive) if not sample.stop_reason]
+        self.alive = [self.alive[place] for place in going_on]
+        return going_on
+
+    def response(self, *, now_s: float | None = None) -> pb.SampleResponse | None:
+        """What the client is to be sent now; None for nothing yet."""
+        now_s = time.monotonic() if now_s is None else now_s
+        if self.alive and now_s - self._last_sent_s < _SEND_INTERVAL_S:
+            return None
+        self._last_sent_s = now_s
+        response = pb.SampleResponse()
+        if not self._prompt_sent:
+            self._prompt_sent = True
+            response.prompt.CopyFrom(self.prompt)
+        for sample in self.samples:
+            if sample.ended or sample.num_sent == len(sample.tokens):
+                continue
+            sample.ended = sample.stop_reason != pb.STOP_REASON_UNSPECIFIED
+            response.samples.append(
+                pb.SampledTokens(
+                    sample=sample.number,
+                    tokens=sample.tokens[sample.num_sent :],
+                    logprobs=sample.logprobs[sample.num_sent :],
+                    stop_reason=sample.stop_reason,
+                    text=sample.transcript.unsent(sample.tokens, last=sample.ended)
+                    if sample.transcript is not None and self.request.with_text
+                    else "",
+                )
+            )
+            sample.num_sent = len(sample.tokens)
+        return response if response.samples or response.HasField("prompt") else None
+
+
+def cancelled() -> GradwireError:
+    """Why a request that was given up ended."""
+    return error("CANCELLED", "The request was given up by its client.")

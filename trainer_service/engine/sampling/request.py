@@ -1,0 +1,172 @@
+"""What a client asks to be generated, checked."""
+
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gradwire.errors import invalid_field
+from gradwire.v1.sampling_service_pb2 import SampleRequest, SamplingParams, Stop
+
+from trainer_service.config import Limits
+from trainer_service.engine.sampling.picking import Choice
+from trainer_service.engine.sampling.text import Text
+
+
+@dataclass(frozen=True)
+class Request:
+    """One Sample request.
+
+    Attributes:
+        prompt: Token ids.
+        num_samples: How many.
+        max_tokens: Of each sample; 0 generates none.
+        choice: How tokens are chosen.
+        seed: Of the samples' generators.
+        stop_tokens: Tokens that end a sample.
+        stop_strings: Texts that end one.
+        prompt_logprobs: Whether they are asked for.
+        topk: Likeliest tokens asked for at each place of the prompt.
+        with_text: Whether responses carry text.
+    """
+
+    prompt: list[int]
+    num_samples: int
+    max_tokens: int
+    choice: Choice
+    seed: int
+    stop_tokens: frozenset[int]
+    stop_strings: tuple[str, ...]
+    prompt_logprobs: bool
+    topk: int
+    with_text: bool
+
+    @property
+    def wants_prompt(self) -> bool:
+        """Whether anything about the prompt is asked for."""
+        return self.prompt_logprobs or self.topk > 0
+
+
+def read_request(
+    message: SampleRequest,
+    *,
+    vocab_size: int,
+    max_context_length: int,
+    limits: Limits,
+    eos_tokens: frozenset[int],
+    text: Callable[[], Text],
+) -> Request:
+    """The request of a message.
+
+    Args:
+        message: From a client.
+        vocab_size: Token ids are below it.
+        max_context_length: Prompt and sample together, tokens.
+        limits: The most there may be.
+        eos_tokens: What ends a sample where the message does not say.
+        text: The model's tokenizer; called only where it is needed.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD or SEQUENCE_TOO_LONG, with the field's path.
+        ResourceExhaustedError: LIMIT_EXCEEDED.
+    """
+    prompt = _prompt(message, vocab_size, text)
+    if len(prompt) > max_context_length:
+        raise invalid_field(
+            "prompt",
+            f"has {len(prompt)} tokens, but this trainer takes at most {max_context_length}; shorten it, or start a "
+            "trainer with a larger max_context_length if the model can take it.",
+            reason="SEQUENCE_TOO_LONG",
+            limit=max_context_length,
+            got=len(prompt),
+        )
+    num_samples = message.num_samples if message.HasField("num_samples") else 1
+    _check_range("num_samples", num_samples, 1, limits.max_num_samples)
+    _check_range("topk_prompt_logprobs", message.topk_prompt_logprobs, 0, min(limits.max_topk_logprobs, vocab_size))
+    params = message.sampling_params
+    stop_tokens, stop_strings = eos_tokens, ()
+    if params.HasField("stop"):
+        stop_tokens, stop_strings = _stop(params.stop, vocab_size)
+        if stop_strings:
+            text()  # So that a model without a tokenizer says so now.
+    return Request(
+        prompt=prompt,
+        num_samples=num_samples,
+        max_tokens=_max_tokens(params, len(prompt), max_context_length),
+        choice=_choice(params, vocab_size),
+        seed=params.seed if params.HasField("seed") else secrets.randbits(63),
+        stop_tokens=stop_tokens,
+        stop_strings=stop_strings,
+        prompt_logprobs=message.include_prompt_logprobs,
+        topk=message.topk_prompt_logprobs,
+        with_text=bool(message.prompt_text),
+    )
+
+
+def _prompt(message: SampleRequest, vocab_size: int, text: Callable[[], Text]) -> list[int]:
+    if message.prompt_text:
+        if message.prompt.tokens:
+            raise invalid_field("prompt_text", "and prompt are both set; send one of them.")
+        tokens = text().encode(message.prompt_text)
+        if not tokens:
+            raise invalid_field("prompt_text", "is no token in this model's tokenizer; write something more.")
+    else:
+        tokens = list(message.prompt.tokens)
+        if not tokens:
+            raise invalid_field("prompt", "has no tokens; it needs at least one to continue from.")
+    _check_tokens("prompt.tokens", tokens, vocab_size)
+    return tokens
+
+
+def _check_tokens(where: str, tokens: list[int], vocab_size: int) -> None:
+    for place, token in enumerate(tokens):
+        if not 0 <= token < vocab_size:
+            raise invalid_field(f"{where}[{place}]", f"is {token}; token ids of this model are 0 to {vocab_size - 1}.")
+
+
+def _check_range(where: str, got: int, lowest: int, highest: int) -> None:
+    if not lowest <= got <= highest:
+        raise invalid_field(where, f"is {got}; it must be {lowest} to {highest}.", limit=highest, got=got)
+
+
+def _max_tokens(params: SamplingParams, num_prompt: int, max_context_length: int) -> int:
+    room = max_context_length - num_prompt
+    if not params.HasField("max_tokens"):
+        if not room:
+            raise invalid_field(
+                "prompt",
+                f"has {num_prompt} tokens and fills the context, so nothing can be generated; shorten it, or pass "
+                "max_tokens=0 for the prompt's logprobs alone.",
+            )
+        return room
+    if params.max_tokens > room:
+        raise invalid_field(
+            "sampling_params.max_tokens",
+            f"is {params.max_tokens}, but behind a prompt of {num_prompt} tokens the context of {max_context_length} "
+            f"has room for {room}.",
+            limit=room,
+            got=params.max_tokens,
+        )
+    return params.max_tokens
+
+
+def _choice(params: SamplingParams, vocab_size: int) -> Choice:
+    temperature = params.temperature if params.HasField("temperature") else 1.0
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise invalid_field(
+            "sampling_params.temperature", f"is {temperature:g}; it must be a number from 0, which takes the likeliest."
+        )
+    if params.top_k < -1:
+        raise invalid_field("sampling_params.top_k", f"is {params.top_k}; it must be at least 1, or -1 or 0 for off.")
+    top_p = params.top_p if params.HasField("top_p") else 1.0
+    if not 0 < top_p <= 1:
+        raise invalid_field("sampling_params.top_p", f"is {top_p:g}; it must be above 0 and at most 1, which is off.")
+    return Choice(temperature, max(0, min(params.top_k, vocab_size)), top_p)
+
+
+def _stop(stop: Stop, vocab_size: int) -> tuple[frozenset[int], tuple[str, ...]]:
+    _check_tokens("sampling_params.stop.token_ids", list(stop.token_ids), vocab_size)
+    for place, string in enumerate(stop.strings):
+        if not string:
+            raise invalid_field(f"sampling_params.stop.strings[{place}]", "is empty, which every text holds.")
+    return frozenset(stop.token_ids), tuple(stop.strings)

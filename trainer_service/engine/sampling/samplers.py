@@ -1,0 +1,195 @@
+"""Whose parameters generate: the base model's, a snapshot's, a checkpoint's.
+
+A sampler is frozen, and yet a snapshot copies nothing when it is made: it reads the run's own parameters until they are
+about to change, and takes its copy then. Where they never do, or it is not wanted any longer by then, none is made.
+"""
+
+import copy
+import itertools
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gradwire.errors import GradwireError, error
+from transformers import PreTrainedModel
+
+from trainer_service.engine.device import Device, out_of_memory
+from trainer_service.engine.sampling.decoder import Decoder
+from trainer_service.sampler_path import SAMPLER_WEIGHTS, SNAPSHOTS, SamplerPath
+
+logger = logging.getLogger(__name__)
+
+_MAX_LOADED = 2
+"""Checkpoints held loaded; the one unused longest makes room."""
+_USES = itertools.count()
+
+
+@dataclass(eq=False)
+class Sampler:
+    """Frozen parameters that generate.
+
+    Attributes:
+        path: SamplerPath, or None for the base model.
+        decoder: Runs them.
+        version: Which folder a checkpoint was loaded from, so that one saved anew under its name is noticed.
+        gone: Why it cannot be used any more, once that is so.
+    """
+
+    path: SamplerPath | None
+    decoder: Decoder
+    version: object = None
+    gone: GradwireError | None = None
+    last_used: int = field(default_factory=_USES.__next__)
+
+
+class Samplers:
+    """The samplers of a worker.
+
+    Args:
+        device: Where.
+        checkpoint_dir: Where checkpoints are, in a folder a run.
+        base: Gives the base model; parameters of it that may be trained are no harm.
+        live_model: Gives a run's model.
+        load: Loads a checkpoint's folder.
+        max_snapshots: Of one run.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        checkpoint_dir: Path,
+        base: Callable[[], PreTrainedModel],
+        live_model: Callable[[str], PreTrainedModel],
+        load: Callable[[Path], PreTrainedModel],
+        max_snapshots: int,
+    ) -> None:
+        self._device = device
+        self._checkpoint_dir = checkpoint_dir
+        self._get_base = base
+        self._live_model = live_model
+        self._load = load
+        self._max_snapshots = max_snapshots
+        self._held: dict[SamplerPath | None, Sampler] = {}
+        self._dropped: dict[SamplerPath, str] = {}
+        self._alive: weakref.WeakSet[Sampler] = weakref.WeakSet()
+        # Those held, and those let go that requests under way still use: they stay frozen all the same.
+        self._pattern: Decoder | None = None
+
+    def find(self, model_path: str) -> Sampler:
+        """The sampler of a model_path, loaded if need be; "" is the base model.
+
+        Raises:
+            InvalidArgumentError: INVALID_FIELD: it is no such path.
+            NotFoundError: SAMPLER_NOT_FOUND.
+        """
+        path = SamplerPath.parse(model_path) if model_path else None
+        held = self._held.get(path)
+        if path is None:
+            held = held or self._hold(Sampler(None, self._decoder(self._get_base())))
+        elif path.kind == SAMPLER_WEIGHTS:
+            held = self._checkpoint(path, held)
+        elif held is None:
+            why = self._dropped.get(path, "the worker has none of that number, or was restarted since it was made")
+            raise error(
+                "SAMPLER_NOT_FOUND",
+                f"There is no snapshot {path}: {why}. Make it again with save_weights_and_get_sampling_client, or save "
+                "parameters that must last with save_weights_for_sampler.",
+                model_path=str(path),
+            )
+        held.last_used = next(_USES)
+        return held
+
+    def snapshot(self, run_id: str, seq_id: int) -> SamplerPath:
+        """Freezes a run's parameters as they are. Beyond max_snapshots of a run, the one unused longest goes."""
+        path = SamplerPath.snapshot(run_id, seq_id)
+        if path in self._held:
+            return path  # The operation is replayed, and what it makes is here still.
+        own = [held for held in self._held.values() if _is_snapshot_of(held.path, run_id)]
+        for held in sorted(own, key=lambda held: held.last_used)[: max(0, len(own) + 1 - self._max_snapshots)]:
+            self._drop(held, f"it made room for a newer one, since a run has {self._max_snapshots} at most")
+        self._hold(Sampler(path, self._decoder(self._live_model(run_id))))
+        return path
+
+    def close(self, model_path: str) -> None:
+        """Frees a snapshot; anything else is passed over."""
+        path = SamplerPath.parse(model_path) if model_path else None
+        held = self._held.get(path)
+        if path is not None and path.kind == SNAPSHOTS and held is not None:
+            self._drop(held, "it was closed")
+
+    def delete_run(self, run_id: str) -> None:
+        """Frees the snapshots of a run that is deleted."""
+        for held in list(self._held.values()):
+            if _is_snapshot_of(held.path, run_id):
+                self._drop(held, "its run was deleted")
+
+    def before_change(self, model: PreTrainedModel) -> None:
+        """The parameters of a model are about to change: who reads them takes a copy, or goes where none fits."""
+        readers = [sampler for sampler in self._alive if sampler.decoder.model is model]
+        if not readers:
+            return
+        try:
+            frozen = copy.deepcopy(model)
+        except Exception as exc:
+            if not out_of_memory(exc):
+                raise
+            for sampler in readers:
+                logger.warning("A sampler was dropped.", extra={"fields": {"sampler": str(sampler.path or "base")}})
+                self._drop(sampler, "its run trained on, and there was no memory left for a copy of its parameters")
+                sampler.gone = error(
+                    "DEVICE_OUT_OF_MEMORY",
+                    f"{self._device.name} has no memory left for a frozen copy of the parameters this sampled from.",
+                    device=self._device.name,
+                )
+            return
+        for parameter in frozen.parameters():
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        for sampler in readers:
+            sampler.decoder = self._decoder(frozen)
+
+    def _checkpoint(self, path: SamplerPath, held: Sampler | None) -> Sampler:
+        folder = self._checkpoint_dir / path.key
+        try:
+            version = folder.stat().st_ino, folder.stat().st_mtime_ns
+        except OSError:
+            if held is not None:
+                self._drop(held, "")
+            raise error(
+                "SAMPLER_NOT_FOUND",
+                f"There is no checkpoint {path}; save_weights_for_sampler makes one.",
+                model_path=str(path),
+            ) from None
+        if held is None or held.version != version:
+            loaded = [one for one in self._held.values() if one.path is not None and one.path.kind == SAMPLER_WEIGHTS]
+            for one in sorted(loaded, key=lambda one: one.last_used)[: max(0, len(loaded) + 1 - _MAX_LOADED)]:
+                self._drop(one, "")
+            held = self._hold(Sampler(path, self._decoder(self._load(folder)), version))
+        return held
+
+    def _decoder(self, model: PreTrainedModel) -> Decoder:
+        """The decoder of a model; what was found out about the first holds for all of the architecture."""
+        if self._pattern is None:
+            self._pattern = Decoder.of(model, self._device)
+            return self._pattern
+        pattern = self._pattern
+        return Decoder(model, self._device, pattern.shape, pattern.why_alone, pattern.cache_argument)
+
+    def _hold(self, sampler: Sampler) -> Sampler:
+        self._held[sampler.path] = sampler
+        self._alive.add(sampler)
+        return sampler
+
+    def _drop(self, sampler: Sampler, why: str) -> None:
+        """Forgets a sampler. Requests under way finish with it, unless `gone` says they cannot."""
+        if self._held.get(sampler.path) is sampler:
+            del self._held[sampler.path]
+        if sampler.path is not None and why:
+            self._dropped[sampler.path] = why
+
+
+def _is_snapshot_of(path: SamplerPath | None, run_id: str) -> bool:
+    return path is not None and path.kind == SNAPSHOTS and path.run_id == run_id

@@ -1,0 +1,104 @@
+"""Sampling as the worker's commands see it: requests in, tokens out, samplers made and let go."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gradwire.v1 import sampling_service_pb2 as pb
+from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerSample
+from transformers import GenerationConfig, PreTrainedModel
+
+from trainer_service.engine.engine import Engine
+from trainer_service.engine.models.load import load_model
+from trainer_service.engine.sampling.job import Job
+from trainer_service.engine.sampling.request import Request, read_request
+from trainer_service.engine.sampling.samplers import Samplers
+from trainer_service.engine.sampling.scheduler import Scheduler
+from trainer_service.engine.sampling.text import Text
+
+_CACHE_SHARE = 0.1
+"""Part of the device's memory that caches may take."""
+
+
+class Sampling:
+    """Sampling beside an engine's runs. All but `read` is for the device thread.
+
+    Args:
+        engine: Whose models.
+        checkpoint_dir: Where checkpoints are, in a folder a run.
+        send: Takes events for the trainer.
+    """
+
+    def __init__(self, engine: Engine, *, checkpoint_dir: Path, send: Callable[[WorkerEvent], object]) -> None:
+        self._engine = engine
+        self._text: Text | None = None
+        self._eos_tokens = _eos_tokens(engine.folder, engine.base_model())
+        self.samplers = Samplers(
+            engine.device,
+            checkpoint_dir=checkpoint_dir,
+            base=engine.base_model,
+            live_model=engine.live_model,
+            load=self._load,
+            max_snapshots=engine.limits.max_snapshots,
+        )
+        engine.before_change = self.samplers.before_change
+        self.scheduler = Scheduler(
+            engine.device,
+            engine.counters,
+            send,
+            max_cache_bytes=int(engine.device.total_bytes() * _CACHE_SHARE),
+        )
+
+    def read(self, message: pb.SampleRequest) -> Request:
+        """Checks a request; on any one thread.
+
+        Raises:
+            GradwireError: What is wrong with it; see read_request.
+        """
+        model = self._engine.model
+        return read_request(
+            message,
+            vocab_size=model.vocab_size,
+            max_context_length=model.max_context_length,
+            limits=self._engine.limits,
+            eos_tokens=self._eos_tokens,
+            text=self._tokenizer,
+        )
+
+    def start(self, command_id: int, command: WorkerSample, request: Request) -> None:
+        """Lets a request join; what is generated is sent as it comes.
+
+        Raises:
+            GradwireError: Its sampler is not there.
+        """
+        sampler = self.samplers.find(command.request.sampler.model_path)
+        text = self._tokenizer() if request.with_text or request.stop_strings else None
+        self.scheduler.start(Job(command_id, command.sample_id, request, sampler, text))
+
+    def open(self, model_path: str) -> None:
+        """Loads a sampler.
+
+        Raises:
+            GradwireError: It is not there.
+        """
+        self.samplers.find(model_path)
+
+    def _tokenizer(self) -> Text:
+        if self._text is None:
+            self._text = Text(self._engine.folder)
+        return self._text
+
+    def _load(self, folder: Path) -> PreTrainedModel:
+        model = load_model(str(folder), folder, self._engine.device)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        return model
+
+
+def _eos_tokens(folder: Path, model: PreTrainedModel) -> frozenset[int]:
+    """What ends a sequence of this model: its generation_config says, or else its config."""
+    found = model.config.get_text_config().eos_token_id
+    if (folder / "generation_config.json").is_file():
+        found = GenerationConfig.from_pretrained(folder).eos_token_id or found
+    if found is None:
+        return frozenset()
+    return frozenset(found if isinstance(found, list | tuple) else [found])

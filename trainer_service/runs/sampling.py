@@ -1,0 +1,113 @@
+"""Sample requests on their way through the trainer: whose sampler, how many at once, and back again if given up."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator
+
+from gradwire.errors import GradwireError, error, from_status
+from gradwire.v1 import sampling_service_pb2 as pb
+from gradwire.v1.worker_service_pb2 import (
+    WorkerCancelSample,
+    WorkerCloseSampler,
+    WorkerCommand,
+    WorkerOpenSampler,
+    WorkerSample,
+)
+
+from trainer_service.config import Limits
+from trainer_service.fleet.worker import Reply, Worker
+from trainer_service.runs.registry import Runs
+from trainer_service.sampler_path import SamplerPath
+
+
+class Sampling:
+    """Sends requests to the worker and brings tokens back, for the current caller.
+
+    Args:
+        runs: Whose run a sampler is of.
+        worker: Generates.
+        limits: The most there may be.
+    """
+
+    def __init__(self, runs: Runs, worker: Worker, limits: Limits) -> None:
+        self._runs = runs
+        self._worker = worker
+        self._limits = limits
+        self._under_way: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    async def sample(self, request: pb.SampleRequest) -> AsyncGenerator[pb.SampleResponse]:
+        """Tokens as they come. Leaving it early gives the request up.
+
+        Raises:
+            GradwireError: The sampler is not the caller's, LIMIT_EXCEEDED, or the worker's own.
+        """
+        self._check(request.sampler)
+        if len(self) >= self._limits.max_sample_requests:
+            raise error(
+                "LIMIT_EXCEEDED",
+                f"{len(self)} sample requests are under way, and this trainer takes at most "
+                f"{self._limits.max_sample_requests} at once; wait for some, or ask for num_samples of one prompt.",
+                retry_after_s=1.0,
+                limit=self._limits.max_sample_requests,
+                got=len(self) + 1,
+            )
+        sample_id = uuid.uuid4().hex
+        outcomes: asyncio.Queue[Reply | GradwireError] = asyncio.Queue()
+        self._under_way.add(sample_id)
+        done = False
+        try:
+            command = WorkerCommand(sample=WorkerSample(sample_id=sample_id, request=request))
+            self._worker.submit(command, outcomes.put_nowait)
+            while True:
+                outcome = await outcomes.get()
+                if not isinstance(outcome, GradwireError) and outcome.event.HasField("sampled"):
+                    yield outcome.event.sampled
+                    continue
+                done = True
+                _raise_failure(outcome)
+                return
+        finally:
+            self._under_way.discard(sample_id)
+            if not done:
+                command = WorkerCommand(cancel_sample=WorkerCancelSample(sample_id=sample_id))
+                self._worker.submit(command, lambda _: None)
+
+    async def open(self, sampler: pb.Sampler) -> None:
+        """Loads a sampler.
+
+        Raises:
+            GradwireError: As sample.
+        """
+        self._check(sampler)
+        await self._command(WorkerCommand(open_sampler=WorkerOpenSampler(sampler=sampler)))
+
+    async def close(self, sampler: pb.Sampler) -> None:
+        """Frees a snapshot; anything else is passed over.
+
+        Raises:
+            GradwireError: As sample.
+        """
+        self._check(sampler)
+        await self._command(WorkerCommand(close_sampler=WorkerCloseSampler(sampler=sampler)))
+
+    def _check(self, sampler: pb.Sampler) -> None:
+        """Whether the current caller may use a sampler."""
+        if sampler.WhichOneof("source") == "model_path":
+            self._runs.get(SamplerPath.parse(sampler.model_path).run_id)
+        else:
+            self._runs.check_base_model(sampler.base_model)
+
+    async def _command(self, command: WorkerCommand) -> None:
+        future: asyncio.Future[Reply | GradwireError] = asyncio.get_running_loop().create_future()
+        self._worker.submit(command, lambda outcome: None if future.done() else future.set_result(outcome))
+        _raise_failure(await future)
+
+
+def _raise_failure(outcome: Reply | GradwireError) -> None:
+    if isinstance(outcome, GradwireError):
+        raise outcome
+    if outcome.event.done.HasField("error"):
+        raise from_status(outcome.event.done.error)
