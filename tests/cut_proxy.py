@@ -20,6 +20,8 @@ class CutProxy:
         self._open: list[socket.socket] = []
         self._lock = threading.Lock()
         self._closed = False
+        self._flowing = threading.Event()
+        self._flowing.set()
         self.refusing = False
         """Whether new connections are closed at once."""
         self.connections = 0
@@ -42,9 +44,15 @@ class CutProxy:
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
 
+    def stall(self, seconds: float) -> None:
+        """Forwards nothing for a while; connections stay open."""
+        self._flowing.clear()
+        threading.Timer(seconds, self._flowing.set).start()
+
     def close(self) -> None:
         """Ends the proxy."""
         self._closed = True
+        self._flowing.set()
         self._listener.close()
         self.cut()
 
@@ -58,7 +66,11 @@ class CutProxy:
                 client.close()
                 continue
             self.connections += 1
-            server = socket.create_connection(self._target)
+            try:
+                server = socket.create_connection(self._target)
+            except OSError:
+                client.close()  # The server is away.
+                continue
             with self._lock:
                 self._open += [client, server]
             threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
@@ -73,6 +85,7 @@ class CutProxy:
                         self.cut_after_bytes = None
                         self.cut()
                         return
+                self._flowing.wait()
                 sink.sendall(data)
         for each in (source, sink):
             with contextlib.suppress(OSError):

@@ -5,14 +5,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from gradwire.errors import error
+from gradwire.errors import GradwireError, error
 
 from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPath
 from trainer_service.engine.models.export import export
 from trainer_service.engine.models.load import ModelDescription
 from trainer_service.engine.run_state import RunState
 from trainer_service.engine.state_files import capture, open_state, write_state
-from trainer_service.folders import settle
+from trainer_service.folders import read_manifest, settle
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Checkpoints:
         place = CheckpointPath(run.run_id, STATE, name)
         folder = place.folder(self._root)
         about = self._about(run, place, ttl_seconds)
+        if (size_bytes := _saved_before(folder, about)) is not None:
+            return _saved(place, folder, size_bytes)
         size_bytes = write_state(capture(run, gradients=False), folder, about=about, overwrite=overwrite)
         return _saved(place, folder, size_bytes)
 
@@ -96,6 +98,8 @@ class Checkpoints:
         place = CheckpointPath(run.run_id, SAMPLER_WEIGHTS, name)
         folder = place.folder(self._root)
         about = self._about(run, place, ttl_seconds)
+        if (size_bytes := _saved_before(folder, about)) is not None:
+            return _saved(place, folder, size_bytes)
         size_bytes = export(run.model, source=self._source, folder=folder, about=about, overwrite=overwrite)
         return _saved(place, folder, size_bytes)
 
@@ -106,6 +110,7 @@ class Checkpoints:
             "kind": place.kind,
             "name": place.name,
             "step": run.step,
+            "seq_id": run.saving_seq_id,
             "base_model": self._model.base_model,
             "architecture": self._model.architecture,
             "created_at": now.isoformat(timespec="milliseconds"),
@@ -113,6 +118,18 @@ class Checkpoints:
             if ttl_seconds is None
             else (now + timedelta(seconds=ttl_seconds)).isoformat(timespec="milliseconds"),
         }
+
+
+def _saved_before(folder: Path, about: dict[str, Any]) -> int | None:
+    """Size of the checkpoint that this very operation wrote before its worker died and it was sent again, if it did."""
+    if not about["seq_id"] or not folder.is_dir():
+        return None
+    try:
+        manifest = read_manifest(folder)
+    except GradwireError:
+        return None
+    same = all(manifest.about.get(key) == about[key] for key in ("run_id", "seq_id"))
+    return manifest.size_bytes if same else None
 
 
 def _saved(place: CheckpointPath, folder: Path, size_bytes: int) -> SavedCheckpoint:

@@ -310,6 +310,7 @@ class Commands:
         name, overwrite = request.name, request.overwrite
 
         def work() -> Message:
+            self._engine.run_state(run_id).saving_seq_id = seq_id
             saved = self._engine.save_weights_for_sampler(run_id, name, overwrite=overwrite)
             return ops.SaveWeightsForSamplerResponse(path=saved.path, uri=saved.uri, size_bytes=saved.size_bytes)
 
@@ -333,6 +334,7 @@ class Commands:
         name, overwrite = request.name, request.overwrite
 
         def work() -> Message:
+            self._engine.run_state(run_id).saving_seq_id = seq_id
             saved = self._engine.save_state(run_id, name, overwrite=overwrite, ttl_seconds=ttl_seconds)
             return ops.SaveStateResponse(path=saved.path, size_bytes=saved.size_bytes)
 

@@ -87,6 +87,8 @@ class RunState:
     optimizer: AdamW
     step: int = 0
     """Optimizer steps applied."""
+    saving_seq_id: int = 0
+    """The operation that saves it now; a checkpoint remembers which made it."""
     accumulation: Accumulation = field(default_factory=Accumulation)
     graphs: dict[int, HeldGraph] = field(default_factory=dict)
     """By the seq_id of their forward."""

@@ -20,7 +20,7 @@ from trainer_service.config import MAX_RUNS_VARIABLE, EngineSettings
 from trainer_service.fleet.link import Link, WorkerServicer, worker_service_handler
 from trainer_service.fleet.output import WorkerOutput
 from trainer_service.fleet.worker import Deliver
-from trainer_service.processes import kill_all, start_child, stop_child
+from trainer_service.processes import ProcessKey, kill_all, process_key, start_child, stop_child
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,9 @@ _EXIT_DETAIL_S = 1.0
 """How long the end of a broken stream's process is waited for, to say what ended it. torchrun looks every 0.1 s."""
 _DISMISS_GRACE_S = 2.0
 """How long a worker may take to leave by itself once its stream was ended."""
+_FOLDER_PARENT = "/tmp"  # noqa: S108  (the folder itself is made by mkdtemp)
+_FOLDER_PREFIX = "gradwire-worker-"
+"""Of the folder in /tmp with the worker's socket; behind it, the trainer's process id and when it started."""
 _STOP_GRACE_S = 5.0
 """How long torchrun may take to leave after SIGTERM."""
 
@@ -121,8 +124,10 @@ class WorkerSupervisor:
 
     async def start(self) -> None:
         """Opens the socket and starts the first worker; returns before the model is loaded."""
+        own = process_key(os.getpid()) or ProcessKey(os.getpid(), 0)
         # Short, because a socket's path may have 107 bytes; private, because who opens it commands the worker.
-        self._folder = tempfile.mkdtemp(prefix="gradwire-", dir="/tmp")
+        _remove_left_behind()
+        self._folder = tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{own.pid}-{own.started}-", dir=_FOLDER_PARENT)
         # Twice the limit of one message: an operation travels inside a command, and a little larger.
         largest = 2 * self._settings.max_message_bytes
         options = [("grpc.max_receive_message_length", largest), ("grpc.max_send_message_length", largest)]
@@ -240,6 +245,17 @@ class WorkerSupervisor:
             for task in (exited, closed, told):
                 task.cancel()
         return output.explain(process.returncode)
+
+
+def _remove_left_behind() -> None:
+    """Removes the folders of trainers that were killed."""
+    for folder in Path(_FOLDER_PARENT).glob(f"{_FOLDER_PREFIX}*-*-*"):
+        pid, started, _ = folder.name.removeprefix(_FOLDER_PREFIX).split("-", 2)
+        if not (pid.isdigit() and started.isdigit()) or not Path("/proc/self").exists():
+            continue
+        if process_key(int(pid)) != ProcessKey(int(pid), int(started)):
+            # Another user's cannot be removed, and need not be.
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stopped() -> GradwireError:

@@ -18,6 +18,7 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerFailOperation
 
 from trainer_service.fleet.worker import Reply, Worker
+from trainer_service.folders import settle
 from trainer_service.runs import journal
 from trainer_service.runs.journal import Row
 from trainer_service.runs.snapshots import Snapshot, list_snapshots
@@ -53,6 +54,8 @@ def find_source(folder: Path, *, forked: bool) -> Source:
         folder: The run's.
         forked: Whether it began as another run's state rather than as the base model.
     """
+    # No worker holds the run, so what is half written there was left by one that died.
+    settle(folder / "snapshots")
     with contextlib.closing(journal.connect(folder)) as db:
         oldest, _, _ = journal.seq_ids(db)
     return Source(folder, list_snapshots(folder), from_base=oldest == 1 and not forked)

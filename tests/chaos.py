@@ -1,0 +1,285 @@
+"""A training loop, and an adversary that kills and cuts what it runs on; for tests and benchmarks/chaos.py."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gradwire import AdamParams, Datum, ServiceClient, TrainingClient, datum_from_tokens_weights
+from gradwire.errors import GradwireError
+from gradwire.futures import APIFuture
+
+from tests.cut_proxy import CutProxy
+from tests.trainer_process import descendants, wait_gone
+
+FAULTS = ("worker", "trainer", "both", "cut", "cut in a message", "stall")
+ANSWER_S = 180.0
+"""How long one answer may take, faults included."""
+
+
+def make_data(seed: int) -> list[Datum]:
+    """A few short sequences."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, 40, rng.integers(1, 5))
+    return [
+        datum_from_tokens_weights(rng.integers(3, 127, n + 1), rng.uniform(0, 1, n + 1).astype(np.float32))
+        for n in lengths
+    ]
+
+
+def margin_loss(data: list[Datum], logprobs_list: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+    """A loss that couples its datums."""
+    sums = torch.stack([logprobs.sum() for logprobs in logprobs_list])
+    loss = torch.logsumexp(-0.01 * sums, 0)
+    return loss, {"spread": (sums.max() - sums.min()).item()}
+
+
+class Loop:
+    """A seeded training loop: built-in and custom losses, accumulation, failures, saves, calls far ahead.
+
+    Args:
+        client: Of a fresh run.
+        seed: Of its data.
+        steps: Optimizer steps.
+    """
+
+    def __init__(self, client: TrainingClient, *, seed: int, steps: int) -> None:
+        self._client = client
+        self._seed = seed
+        self._steps = steps
+        self._futures: list[APIFuture[Any]] = []
+        self.answered = 0
+        """Answers so far."""
+
+    def run(self) -> list[str]:
+        """Every answer, in call order, as text with every digit."""
+        for number in range(self._steps):
+            self._step(number)
+            # Up to three steps ahead of the answers.
+            while len(self._futures) - self.answered > 12:
+                self._wait_for_one()
+        while self.answered < len(self._futures):
+            self._wait_for_one()
+        return [_told(future) for future in self._futures]
+
+    def _wait_for_one(self) -> None:
+        self._futures[self.answered].exception(ANSWER_S)
+        self.answered += 1
+
+    def _step(self, number: int) -> None:
+        client, call = self._client, self._futures.append
+        seed = self._seed * 1000 + number * 10
+        if number % 3 != 1:
+            call(client.forward_backward(make_data(seed), "cross_entropy"))
+        if number % 3 != 0:
+            call(client.forward_backward_custom(make_data(seed + 1), margin_loss))
+        if number % 5 == 4:
+            # Refused, and with it the step: the gradients are gone, here as there.
+            call(client.forward_backward(make_data(seed + 2), "no such loss"))
+        if number % 4 == 3:
+            call(client.forward(make_data(seed + 3)))
+        params = AdamParams(learning_rate=1e-2 / (1 + number), weight_decay=0.01, grad_clip_norm=1.0)
+        call(client.optim_step(params, grad_accumulation_normalization="num_loss_tokens"))
+        if number % 6 == 5:
+            call(client.save_state(f"at-{number}"))
+
+
+def _told(future: APIFuture[Any]) -> str:
+    try:
+        answer = future.result(0)
+    except GradwireError as exc:
+        return f"{exc.reason}: {exc.metadata}"
+    if hasattr(answer, "loss_fn_outputs"):
+        logprobs = [output["logprobs"].to_numpy().tobytes() for output in answer.loss_fn_outputs]
+        return f"{hashlib.sha256(b''.join(logprobs)).hexdigest()} {sorted(answer.metrics.items())!r}"
+    if hasattr(answer, "metrics"):
+        return f"step {answer.step} {sorted(answer.metrics.items())!r}"
+    return "saved" if isinstance(answer, str) else repr(answer)
+
+
+class Trainer:
+    """A trainer at a fixed address that can be killed and started again.
+
+    Args:
+        model: Folder of its base model.
+        folder: Its data, log and ready file.
+        *arguments: More of its command line.
+    """
+
+    def __init__(self, model: Path, folder: Path, *arguments: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.log = folder / "trainer.log"
+        self.data_dir = folder / "data"
+        self._ready_file = folder / "ready.json"
+        self._command = [sys.executable, "-m", "trainer_service", "trainer", "--base-model", str(model)]
+        self._command += ["--listen", self.address, "--data-dir", str(self.data_dir)]
+        self._command += ["--ready-file", str(self._ready_file), *arguments]
+        self._seen: set[int] = set()
+        self.start()
+
+    def start(self) -> None:
+        """Starts it, and returns once it listens."""
+        self._ready_file.unlink(missing_ok=True)
+        with self.log.open("ab") as out:
+            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(self._command, stdout=out, stderr=out, env=env)
+        deadline = time.monotonic() + 60
+        while not self._ready_file.exists():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.01)
+
+    def worker_pids(self) -> list[int]:
+        """The engine's processes, torchrun left out; none while there is none."""
+        found: list[int] = []
+        for pid in descendants(self.process.pid):
+            self._seen.add(pid)
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"trainer_service.engine" in command and b"torch.distributed.run" not in command:
+                found.append(pid)
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._seen.update(descendants(self.process.pid))
+        self.process.kill()
+        self.process.wait(10)
+
+    def kill_worker(self) -> bool:
+        """SIGKILL to the worker's own process. Whether there was one."""
+        pids = self.worker_pids()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        return bool(pids)
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.kill()
+
+    def stop(self) -> None:
+        """SIGTERM; it must exit 0, and no process it ever had may be left."""
+        self._seen.update(descendants(self.process.pid))
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(60)
+        assert code == 0, self.log.read_text()
+        assert wait_gone(sorted(self._seen)) == []
+
+
+@dataclass
+class Adversary:
+    """Does one thing after the other to a trainer and the connections to it, at random instants, until told to stop.
+
+    Attributes:
+        trainer: Its victim.
+        proxy: Between client and trainer.
+        seed: Of what it does and when.
+        faults: What it may do, from FAULTS.
+        progress: Answers its victim's client has; it often waits for more of them, and sometimes not.
+        at_most: Faults in all.
+        done: What it did.
+    """
+
+    trainer: Trainer
+    proxy: CutProxy
+    seed: int
+    faults: tuple[str, ...]
+    progress: Callable[[], int]
+    at_most: int
+    done: list[tuple[float, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._stop = threading.Event()
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="adversary")
+
+    def start(self) -> None:
+        """Begins."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends, with the trainer running."""
+        self._stop.set()
+        self._thread.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def _run(self) -> None:
+        rng = random.Random(self.seed)
+        order = [*self.faults]
+        rng.shuffle(order)
+        try:
+            while not self._stop.is_set() and len(self.done) < self.at_most:
+                # Each kind once before chance alone decides.
+                self._do(order.pop() if order else rng.choice(self.faults), rng)
+                if rng.random() < 0.7:
+                    self._wait_for_progress(rng.randint(1, 12))
+                    self._stop.wait(rng.uniform(0, 0.05))
+                else:
+                    # During the recovery from the last one, as likely as not.
+                    self._stop.wait(rng.uniform(0, 6))
+        except BaseException as exc:
+            self.failure = exc
+
+    def _wait_for_progress(self, answers: int) -> None:
+        wanted = self.progress() + answers
+        while self.progress() < wanted and not self._stop.is_set():
+            self._stop.wait(0.002)
+
+    def _do(self, fault: str, rng: random.Random) -> None:
+        self.done.append((time.time(), fault))
+        if fault in ("trainer", "both"):
+            if fault == "both" and rng.random() < 0.5:
+                self.trainer.kill_worker()
+            self.trainer.kill()
+            time.sleep(rng.uniform(0, 0.5))
+            self.trainer.start()
+        elif fault == "worker":
+            self.trainer.kill_worker()
+        elif fault == "cut":
+            self.proxy.cut()
+        elif fault == "cut in a message":
+            self.proxy.cut_after_bytes = rng.randint(1, 3000)
+        else:
+            self.proxy.stall(rng.uniform(0, 1))
+
+
+def state_digests(trainer: Trainer, client: TrainingClient, name: str) -> dict[str, str]:
+    """Digests of a run's parameters and optimizer state, through a checkpoint."""
+    client.save_state(name, overwrite=True).result(ANSWER_S)
+    manifest = trainer.data_dir / "checkpoints" / client.run_id / "state" / name / "manifest.json"
+    files = json.loads(manifest.read_text())["files"]
+    return {name: files[name]["sha256"] for name in ("parameters.safetensors", "optimizer.safetensors")}
+
+
+def left_behind(trainer: Trainer) -> list[str]:
+    """What a trainer that has stopped should not have left: half-written folders, sockets."""
+    partial = [str(path) for pattern in (".partial-*", ".replaced-*") for path in trainer.data_dir.rglob(pattern)]
+    return partial + [str(path) for path in Path("/tmp").glob(f"gradwire-worker-{trainer.process.pid}-*")]
+
+
+def undisturbed(trainer: Trainer, *, seed: int, steps: int) -> tuple[list[str], dict[str, str]]:
+    """What the loop's answers, and its final state, are when nothing happens."""
+    with ServiceClient(f"http://{trainer.address}") as service, service.create_training_client() as client:
+        answers = Loop(client, seed=seed, steps=steps).run()
+        digests = state_digests(trainer, client, "final")
+        client.delete_run()
+    return answers, digests
