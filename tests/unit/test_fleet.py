@@ -102,7 +102,8 @@ async def test_a_killed_worker_is_noticed_at_once_and_a_fresh_one_started():
         assert died.reason == "WORKER_DIED"
         assert isinstance(died, UnavailableError)
         assert "signal SIGKILL" in died.message
-        assert deaths == [died]
+        assert [death.message for death in deaths] == [died.message]
+        assert died.metadata == {"executing": "True"}
         assert await ready(supervisor) != pid
         assert (await submit(supervisor)).event.response.optim_step.step == 1
         assert supervisor.counters["gradwire_worker_restarts_total"] == 1
