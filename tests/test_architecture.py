@@ -11,7 +11,16 @@ ROOT = Path(__file__).parents[1]
 SERVER = ROOT / "trainer_service"
 SDK = ROOT / "sdk" / "gradwire"
 
-GROUND = {"access", "checkpoint_path", "config", "folders", "observability", "processes", "sampler_path"}
+GROUND = {
+    "access",
+    "adapter_path",
+    "checkpoint_path",
+    "config",
+    "folders",
+    "observability",
+    "processes",
+    "sampler_path",
+}
 """Imported by all; import only each other."""
 DOORS = {
     "rpc": {"runs", "fleet", "jobs", "checkpoints"},

@@ -40,6 +40,7 @@ async def _trainer(args: argparse.Namespace) -> int:
         metrics_listen=None if args.metrics_port is None else f"{args.metrics_host}:{args.metrics_port}",
         data_dir=args.data_dir.resolve(),
         max_context_length=args.max_context_length,
+        adapter_dir=args.adapter_dir,
         loss_module=args.loss_module,
         api_keys=config.read_api_keys(),
         api_key_file=args.api_key_file,
@@ -148,6 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     trainer.add_argument("--metrics-host", default="127.0.0.1", help="default: 127.0.0.1")
     trainer.add_argument(
         "--max-context-length", type=int, default=0, help="longest sequence, tokens; 0: the model's own"
+    )
+    trainer.add_argument(
+        "--adapter-dir", type=Path, help="peft adapters that runs may start from; default: adapters in --data-dir"
     )
     trainer.add_argument(
         "--loss-module", default="", metavar="MODULE", help="take this Python module's LOSSES beside the built-in ones"

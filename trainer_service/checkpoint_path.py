@@ -27,8 +27,8 @@ class CheckpointPath:
     name: str
 
     @classmethod
-    def parse(cls, path: str) -> "CheckpointPath":
-        """The checkpoint a path names.
+    def parse(cls, path: str, *, field: str = "path") -> "CheckpointPath":
+        """The checkpoint a path names; `field` is what the caller calls the path.
 
         Raises:
             InvalidArgumentError: INVALID_FIELD: it is not of this form, or would lead elsewhere.
@@ -42,7 +42,7 @@ class CheckpointPath:
         )
         if not well_formed:
             raise invalid_field(
-                "path",
+                field,
                 f"is {_shown(path)}; it must be gradwire://<run_id>/{STATE}/<name> or "
                 f"gradwire://<run_id>/{SAMPLER_WEIGHTS}/<name>, as saving returned it.",
             )

@@ -184,6 +184,8 @@ class TrainerConfig:
     """How they are."""
     max_context_length: int = 0
     """Longest sequence taken, tokens; 0 takes the model's own limit."""
+    adapter_dir: Path | None = None
+    """Where adapters may lie that LoRA runs start from; None takes "adapters" in data_dir."""
     loss_module: str = ""
     """Python module whose LOSSES the worker takes beside the built-in ones; "" for none."""
     api_keys: tuple[str, ...] = ()

@@ -31,7 +31,7 @@ class TrainerJobConfig:
     """Hub id, or a folder on the control plane's host."""
     _: KW_ONLY
     lora_rank: int = 0
-    """0 trains all parameters; LoRA is not built yet (UnimplementedError)."""
+    """For the record: each run says its own lora_rank when it is made."""
     max_context_length: int | None = None
     """Longest sequence taken, tokens; None or 0 takes the model's own limit."""
     learning_rate: float | None = None

@@ -62,30 +62,88 @@ class ServiceClient:
         self._clients: weakref.WeakSet[TrainingClient] = weakref.WeakSet()
 
     def create_training_client(
-        self, base_model: str = "", lora_rank: int = 0, *, display_name: str = "", timeout_s: float | None = None
+        self,
+        base_model: str = "",
+        lora_rank: int = 0,
+        *,
+        lora_alpha: float | None = None,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
+        adapter_path: str = "",
+        display_name: str = "",
+        timeout_s: float | None = None,
     ) -> TrainingClient:
         """Makes a run from the base model, waiting until the trainer has loaded it.
 
         Args:
             base_model: Must be what the trainer serves; "" takes whatever that is.
-            lora_rank: 0 trains all parameters. Above 0 is not built yet (UnimplementedError).
+            lora_rank: 0 trains all parameters; above 0 an adapter of that rank, beside a base model that all such runs
+                share.
+            lora_alpha: The adapter is scaled by lora_alpha / lora_rank; None is 32.
+            seed: Of the adapter's first matrices; None is 0. The second ones are zero, so training starts from the
+                base model.
+            train_mlp: Adapt the feed-forward layers; None does.
+            train_attn: Adapt the attention layers; None does.
+            train_unembed: Adapt the head, the layer that makes logits; None does.
+            adapter_path: Starts from an adapter instead, with its own rank, alpha and layers: the path that
+                save_weights_for_sampler of a LoRA run returned, or a folder saved by peft below the trainer's
+                --adapter-dir.
             display_name: Your name for the run.
             timeout_s: Longest wait, seconds; None takes the client's.
 
         Raises:
+            InvalidArgumentError: A LoRA setting out of range or without lora_rank, an adapter of another model.
+            NotFoundError: There is no such adapter.
             FailedPreconditionError: BASE_MODEL_MISMATCH names both models; PROTOCOL_VERSION_UNSUPPORTED both versions.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         self._wait_until_ready(timeout_s)
+        settings: dict[str, Any] = {
+            "lora_alpha": lora_alpha,
+            "seed": seed,
+            "train_mlp": train_mlp,
+            "train_attn": train_attn,
+            "train_unembed": train_unembed,
+        }
         request = CreateRunRequest(
-            request_id=uuid.uuid4().hex, base_model=base_model, lora_rank=lora_rank, display_name=display_name
+            request_id=uuid.uuid4().hex,
+            base_model=base_model,
+            lora_rank=lora_rank,
+            display_name=display_name,
+            adapter_path=adapter_path,
+            # What is None is absent, and the trainer's default.
+            **{name: value for name, value in settings.items() if value is not None},
         )
         answer = self._connection.call(TrainerServiceStub, "CreateRun", request, timeout_s=timeout_s)
         return self._client(answer.run, timeout_s)
 
-    def create_lora_training_client(self, base_model: str = "", rank: int = 32, **settings: Any) -> TrainingClient:
-        """Not built yet: the trainer answers UNIMPLEMENTED."""
-        return self.create_training_client(base_model, lora_rank=rank)
+    def create_lora_training_client(
+        self,
+        base_model: str = "",
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        *,
+        lora_alpha: float | None = None,
+        display_name: str = "",
+        timeout_s: float | None = None,
+    ) -> TrainingClient:
+        """As create_training_client with lora_rank=rank, under the names users of tinker know."""
+        return self.create_training_client(
+            base_model,
+            rank,
+            lora_alpha=lora_alpha,
+            seed=seed,
+            train_mlp=train_mlp,
+            train_attn=train_attn,
+            train_unembed=train_unembed,
+            display_name=display_name,
+            timeout_s=timeout_s,
+        )
 
     def create_training_client_from_state(
         self, path: str, *, display_name: str = "", timeout_s: float | None = None

@@ -194,16 +194,19 @@ class TrainingClient:
 
     # ── saving and loading ────────────────────────────────────────────────────────────────────────────────────────
 
-    def save_weights_for_sampler(self, name: str, *, overwrite: bool = False) -> APIFuture[SaveWeightsResult]:
-        """Exports the parameters as a Hugging Face folder on the trainer's host.
+    def save_weights_for_sampler(
+        self, name: str, *, overwrite: bool = False, merged: bool = False
+    ) -> APIFuture[SaveWeightsResult]:
+        """Exports the parameters on the trainer's host: as a Hugging Face folder, those of a LoRA run as a peft folder.
 
         Args:
             name: Letters, digits, '.', '_' and '-'.
+            merged: Of a LoRA run: a Hugging Face folder with the adapter added into the base model's weights.
             overwrite: Replace a checkpoint of that name; otherwise a taken name is refused (AlreadyExistsError).
         """
         self._refuse_inside_loss("save_weights_for_sampler")
         request = TrainRequest(
-            save_weights_for_sampler=ops.SaveWeightsForSamplerRequest(name=name, overwrite=overwrite)
+            save_weights_for_sampler=ops.SaveWeightsForSamplerRequest(name=name, overwrite=overwrite, merged=merged)
         )
         return self._send("save_weights_for_sampler", [request], answers.save_weights, barrier=True)
 
@@ -224,7 +227,13 @@ class TrainingClient:
         return SamplingClient(self._connection, source.future(), get_tokenizer=self.get_tokenizer)
 
     def save_weights_for_sampler_ext(
-        self, name: str, checkpoint_type: str = "base", *, overwrite: bool = False, timeout_s: float | None = None
+        self,
+        name: str,
+        checkpoint_type: str = "base",
+        *,
+        overwrite: bool = False,
+        merged: bool = False,
+        timeout_s: float | None = None,
     ) -> SaveWeightsResult:
         """As save_weights_for_sampler, but waits.
 
@@ -232,13 +241,14 @@ class TrainingClient:
             name: As there.
             checkpoint_type: "base", all parameters. "delta" is not built yet.
             overwrite: As there.
+            merged: As there.
             timeout_s: Longest wait, seconds; None waits until it is done or given up.
         """
         if checkpoint_type == "delta":
             raise UnimplementedError('checkpoint_type "delta" is not built yet; use "base".', reason="NOT_IMPLEMENTED")
         if checkpoint_type != "base":
             raise invalid_field("checkpoint_type", f'is {checkpoint_type!r}; it must be "base".')
-        return self.save_weights_for_sampler(name, overwrite=overwrite).result(timeout_s)
+        return self.save_weights_for_sampler(name, overwrite=overwrite, merged=merged).result(timeout_s)
 
     def save_state(self, name: str, *, ttl_seconds: int | None = None, overwrite: bool = False) -> APIFuture[str]:
         """Saves parameters, optimizer state and counters on the trainer, whole or not at all.

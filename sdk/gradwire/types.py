@@ -229,13 +229,18 @@ class AdamParams:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What create_lora_training_client trains. Not in this version: the trainer answers UNIMPLEMENTED."""
+    """Settings of a LoRA run, as create_lora_training_client(**vars(config)) takes them."""
 
     rank: int = 32
+    """Of the adapter's matrices."""
     seed: int | None = None
+    """Of its first matrices; None is 0."""
     train_unembed: bool = True
+    """Adapt the head, the layer that makes logits."""
     train_mlp: bool = True
+    """Adapt the feed-forward layers."""
     train_attn: bool = True
+    """Adapt the attention layers."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from gradwire.errors import (
     NotFoundError,
     PriorOperationFailedError,
     ResourceExhaustedError,
-    UnimplementedError,
 )
 from gradwire.types import AdamParams
 
@@ -395,11 +394,6 @@ def test_as_many_runs_as_announced_and_no_more(tiny_llama: Path, tmp_path: Path)
     assert caught.value.reason == "LIMIT_EXCEEDED"
     engine.delete_run("run-2")
     engine.create_run("run-3")
-
-
-def test_lora_is_not_there_yet_and_says_so(engine: Engine) -> None:
-    with pytest.raises(UnimplementedError, match="lora_rank is 8"):
-        engine.create_run("run-2", lora_rank=8)
 
 
 def test_taken_name_is_refused(engine: Engine, tmp_path: Path) -> None:

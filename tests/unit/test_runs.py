@@ -11,7 +11,6 @@ from gradwire.errors import (
     NotFoundError,
     ResourceExhaustedError,
     UnavailableError,
-    UnimplementedError,
     error,
 )
 from gradwire.v1 import operation_pb2 as ops
@@ -134,9 +133,9 @@ async def test_a_folder_is_the_same_model_however_it_is_spelt(tmp_path: Path):
     await runs.create(CreateRunRequest(base_model=str(tmp_path / "link")))
 
 
-async def test_lora_is_refused_in_a_sentence():
-    with pytest.raises(UnimplementedError, match="lora_rank is 8"):
-        await make_runs(FakeWorker()).create(CreateRunRequest(lora_rank=8))
+async def test_the_worker_says_the_lora_rank():
+    run = await make_runs(FakeWorker()).create(CreateRunRequest(lora_rank=8))
+    assert run.describe().lora_rank == 8
 
 
 async def test_no_more_runs_than_the_limit_even_when_asked_at_once():

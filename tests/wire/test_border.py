@@ -205,13 +205,13 @@ async def test_metrics_count_calls_operations_and_what_the_worker_counts():
             trainer.worker.counters = {"gradwire_worker_forward_passes_total": 3, "gradwire_worker_held_graphs": 1}
             run_id = await trainer.create_run()
             await assert_still_trains(trainer, run_id)
-            await error_of(trainer.create_run(lora_rank=4))
+            await error_of(trainer.create_run(base_model="another"))
             text = await asyncio.to_thread(_read, f"http://{address}/metrics")
         finally:
             stop()
     for line in (
         'gradwire_calls_total{code="OK",method="/gradwire.v1.TrainerService/CreateRun"} 1.0',
-        'gradwire_calls_total{code="UNIMPLEMENTED",method="/gradwire.v1.TrainerService/CreateRun"} 1.0',
+        'gradwire_calls_total{code="FAILED_PRECONDITION",method="/gradwire.v1.TrainerService/CreateRun"} 1.0',
         'gradwire_operations_total{kind="optim_step",outcome="ok"} 1.0',
         'gradwire_operation_execute_ms_count{kind="optim_step"} 1.0',
         "gradwire_operations_in_flight 0.0",

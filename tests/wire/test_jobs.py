@@ -158,7 +158,6 @@ def test_trainer_deaf_to_sigterm_is_killed(manager: TrainerJobManager):
         (TrainerJobConfig("m", max_context_length=1), InvalidArgumentError, "max_context_length is 1"),
         (TrainerJobConfig("m", display_name="x" * 101), InvalidArgumentError, "display_name has 101 characters"),
         (TrainerJobConfig("m", display_name="a\nb"), InvalidArgumentError, "display_name"),
-        (TrainerJobConfig("m", lora_rank=8), UnimplementedError, "lora_rank is 8"),
     ],
 )
 def test_config_that_cannot_be_is_refused_by_name(

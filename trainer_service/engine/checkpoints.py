@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from gradwire.errors import GradwireError, error
+from transformers import PreTrainedModel
 
 from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPath
+from trainer_service.engine.models.adapter_files import save_adapter
 from trainer_service.engine.models.export import export
 from trainer_service.engine.models.load import ModelDescription
 from trainer_service.engine.run_state import RunState
@@ -87,9 +89,22 @@ class Checkpoints:
         return files.step
 
     def save_weights_for_sampler(
-        self, run: RunState, name: str, *, overwrite: bool = False, ttl_seconds: int | None = None
+        self,
+        run: RunState,
+        name: str,
+        *,
+        merged: PreTrainedModel | None = None,
+        overwrite: bool = False,
+        ttl_seconds: int | None = None,
     ) -> SavedCheckpoint:
-        """The parameters as a Hugging Face folder.
+        """The parameters as a Hugging Face folder, or an adapter as a peft folder.
+
+        Args:
+            run: It.
+            name: Of the checkpoint.
+            merged: Of a LoRA run: the model to write in place of its adapter.
+            overwrite: Replace what is there.
+            ttl_seconds: How long it is kept; None for ever.
 
         Raises:
             AlreadyExistsError: CHECKPOINT_EXISTS.
@@ -100,7 +115,11 @@ class Checkpoints:
         about = self._about(run, place, ttl_seconds)
         if (size_bytes := _saved_before(folder, about)) is not None:
             return _saved(place, folder, size_bytes)
-        size_bytes = export(run.model, source=self._source, folder=folder, about=about, overwrite=overwrite)
+        if run.adapter is not None and merged is None:
+            size_bytes = save_adapter(run.adapter, folder, about=about, overwrite=overwrite)
+        else:
+            model = merged or run.model
+            size_bytes = export(model, source=self._source, folder=folder, about=about, overwrite=overwrite)
         return _saved(place, folder, size_bytes)
 
     def _about(self, run: RunState, place: CheckpointPath, ttl_seconds: int | None) -> dict[str, Any]:
@@ -113,6 +132,7 @@ class Checkpoints:
             "seq_id": run.saving_seq_id,
             "base_model": self._model.base_model,
             "architecture": self._model.architecture,
+            "lora_rank": run.lora_rank,
             "created_at": now.isoformat(timespec="milliseconds"),
             "expires_at": None
             if ttl_seconds is None

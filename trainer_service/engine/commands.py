@@ -17,7 +17,7 @@ from gradwire.codec import Batch, decode_batch, decode_tensor, encode_tensor
 from gradwire.errors import GradwireError, error, invalid_field, to_status
 from gradwire.types import AdamParams
 from gradwire.v1 import operation_pb2 as ops
-from gradwire.v1.trainer_service_pb2 import TrainResponse
+from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainResponse
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent
 
 from trainer_service.checkpoint_path import CheckpointPath, check_checkpoint_name, check_ttl_seconds
@@ -26,6 +26,7 @@ from trainer_service.engine.device import broken
 from trainer_service.engine.engine import Engine, ForwardResult, Normalization
 from trainer_service.engine.losses import find_loss
 from trainer_service.engine.losses.loss import Loss
+from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.sampling.service import Sampling
 from trainer_service.engine.snapshots import SnapshotWriter, repeat_failure
 
@@ -162,8 +163,10 @@ class Commands:
         engine, run_id = self._engine, command.run_id
         created, failed = command.create_run, command.fail_operation
 
+        lora = _lora_settings(created.request)
+
         def create() -> None:
-            engine.create_run(run_id, lora_rank=created.request.lora_rank)
+            engine.create_run(run_id, lora=lora, adapter=created.request.adapter_path)
             if created.snapshot_folder:
                 engine.restore_run(run_id, Path(created.snapshot_folder))
 
@@ -307,11 +310,11 @@ class Commands:
         if request.ephemeral:
             return self._freeze(run_id, seq_id, request)
         check_checkpoint_name(request.name)
-        name, overwrite = request.name, request.overwrite
+        name, overwrite, merged = request.name, request.overwrite, request.merged
 
         def work() -> Message:
             self._engine.run_state(run_id).saving_seq_id = seq_id
-            saved = self._engine.save_weights_for_sampler(run_id, name, overwrite=overwrite)
+            saved = self._engine.save_weights_for_sampler(run_id, name, merged=merged, overwrite=overwrite)
             return ops.SaveWeightsForSamplerResponse(path=saved.path, uri=saved.uri, size_bytes=saved.size_bytes)
 
         return work
@@ -348,6 +351,29 @@ class Commands:
             return ops.LoadStateResponse(step=self._engine.load_state(run_id, path, with_optimizer=with_optimizer))
 
         return work
+
+
+def _lora_settings(request: CreateRunRequest) -> LoraSettings | None:
+    """What a request says of LoRA; None where all parameters train, or an adapter decides.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD: it says something that would have no effect.
+    """
+    names = ("lora_alpha", "seed", "train_mlp", "train_attn", "train_unembed")
+    given: dict[str, Any] = {name: getattr(request, name) for name in names if request.HasField(name)}
+    if given and request.adapter_path:
+        raise invalid_field(
+            next(iter(given)), "is set together with adapter_path; an adapter decides that itself. Leave it out."
+        )
+    if given and not request.lora_rank:
+        raise invalid_field(
+            next(iter(given)), "is set, but lora_rank is 0, which trains all parameters; set lora_rank."
+        )
+    if request.adapter_path or not request.lora_rank:
+        return None
+    if "lora_alpha" in given:
+        given["alpha"] = given.pop("lora_alpha")
+    return LoraSettings(rank=request.lora_rank, **given)
 
 
 def _encoded(found: ForwardResult, batch: Batch) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Shape suffixes: T tokens of one batch or microbatch, V vocabulary, K targets a t
 """
 
 import logging
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,10 @@ from trainer_service.engine.losses.loss import Loss
 from trainer_service.engine.memory import plan_memory
 from trainer_service.engine.microbatch import Forwards
 from trainer_service.engine.models.load import describe, fetch, load_model
+from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.models.probe import find_traits
 from trainer_service.engine.models.runner import prepare
-from trainer_service.engine.optim import AdamW
+from trainer_service.engine.new_runs import NewRuns
 from trainer_service.engine.passes import ForwardResult, Passes, Staged
 from trainer_service.engine.run_state import HeldGraph, RunState
 from trainer_service.engine.snapshots import restore_snapshot
@@ -78,44 +78,45 @@ class Engine:
         self._base_model = base_model
         self.folder = fetch(base_model)
         """Where the base model's files are."""
-        self._spare: PreTrainedModel | None = load_model(base_model, self.folder, device)
-        self.model = describe(self._spare, base_model=base_model, device=device, max_context_length=max_context_length)
+        first = load_model(base_model, self.folder, device)
+        self.model = describe(first, base_model=base_model, device=device, max_context_length=max_context_length)
         """What is trained, for GetServerInfo."""
         self._checkpoints = Checkpoints(checkpoint_dir, self.model, self.folder)
         settings = settings or EngineSettings()
-        self.traits = find_traits(self._spare, device.torch_device, max_context_length=self.model.max_context_length)
+        self.traits = find_traits(first, device.torch_device, max_context_length=self.model.max_context_length)
         """What the architecture allows."""
         self.memory = plan_memory(device, self.traits, settings, num_parameters=self.model.num_parameters)
         """How memory is shared out."""
-        vocab_size = self._spare.config.get_text_config().vocab_size
+        vocab_size = first.config.get_text_config().vocab_size
         forwards = Forwards(device, self.traits, self.memory, settings.activation_checkpointing, vocab_size)
         self._passes = Passes(forwards, self.counters, self._held_graphs)
-        prepare(self._spare, self.traits)
+        prepare(first, self.traits)
+        self._new_runs = NewRuns(base_model, first=first, load=self._load_base, forward=self._try_forward)
         self._runs: dict[str, RunState] = {}
-        self._base: weakref.ref[PreTrainedModel] | None = weakref.ref(self._spare)
         self.before_change: Callable[[PreTrainedModel], object] = lambda model: None
         """Called before the parameters of a model change: somebody may be reading them."""
 
     def base_model(self) -> PreTrainedModel:
         """The base model, to be read: a copy that no run has changed, loaded anew where there is none."""
-        model = self._spare or (self._base and self._base())
-        if model is None:
-            model = self._attempt(self._load_base, what=f"the base model's {self.model.num_parameters} parameters")
-            self._base = weakref.ref(model)
-        return model
+        what = f"the base model's {self.model.num_parameters} parameters"
+        return self._attempt(self._new_runs.base_model, what=what)
 
-    def create_run(self, run_id: str, *, lora_rank: int = 0) -> None:
-        """Makes a run with parameters of its own, equal to the base model's.
+    def adapted_model(self, folder: Path) -> PreTrainedModel:
+        """The base model with the adapter in a folder, to be read."""
+        return self._attempt(lambda: self._new_runs.adapted_model(folder), what="an adapter")
+
+    def create_run(self, run_id: str, *, lora: LoraSettings | None = None, adapter: str = "") -> None:
+        """Makes a run with parameters of its own, equal to the base model's, or with an adapter beside a shared one.
+
+        Args:
+            run_id: Its name.
+            lora: Trains a new adapter.
+            adapter: Trains the adapter in this folder.
 
         Raises:
-            UnimplementedError: lora_rank above 0.
+            InvalidArgumentError: INVALID_FIELD: settings or an adapter that do not fit the model.
             ResourceExhaustedError: LIMIT_EXCEEDED: as many runs as there may be.
         """
-        if lora_rank > 0:
-            raise error(
-                "NOT_IMPLEMENTED",
-                f"lora_rank is {lora_rank}, but this version trains all parameters only; pass lora_rank=0.",
-            )
         if len(self._runs) >= self.limits.max_runs:
             raise error(
                 "LIMIT_EXCEEDED",
@@ -125,11 +126,12 @@ class Engine:
             )
         assert run_id not in self._runs
 
-        def load() -> RunState:
-            model, self._spare = self._spare or self._load_base(), None
-            return RunState(run_id=run_id, model=model, optimizer=AdamW(model.parameters()))
+        def make() -> RunState:
+            if adapter:
+                return self._new_runs.from_adapter(run_id, Path(adapter))
+            return self._new_runs.lora(run_id, lora) if lora else self._new_runs.full(run_id)
 
-        self._runs[run_id] = self._attempt(load, what=f"a run's {self.model.num_parameters} parameters")
+        self._runs[run_id] = self._attempt(make, what=f"a run's {self.model.num_parameters} parameters")
         self._count_held()
 
     def restore_run(self, run_id: str, snapshot_folder: Path) -> None:
@@ -149,6 +151,7 @@ class Engine:
     def delete_run(self, run_id: str) -> None:
         """Frees a run's memory; its exports stay. A run that is not there is passed over."""
         if self._runs.pop(run_id, None) is not None:
+            self._new_runs.deleted(run_id)
             self.device.release_cached_memory()
             self._count_held()
 
@@ -299,14 +302,22 @@ class Engine:
             self._runs[run_id].drop_graphs("was dropped because the client went away")
             self._count_held()
 
-    def save_weights_for_sampler(self, run_id: str, name: str, *, overwrite: bool = False) -> SavedCheckpoint:
-        """Exports the parameters as a Hugging Face folder.
+    def save_weights_for_sampler(
+        self, run_id: str, name: str, *, merged: bool = False, overwrite: bool = False
+    ) -> SavedCheckpoint:
+        """Exports the parameters as a Hugging Face folder; those of a LoRA run, unless merged, as a peft folder.
 
         Raises:
             AlreadyExistsError: CHECKPOINT_EXISTS.
             FailedPreconditionError: STORAGE_FAILED.
         """
-        return self._checkpoints.save_weights_for_sampler(self._run(run_id), name, overwrite=overwrite)
+        run = self._run(run_id)
+
+        def work() -> SavedCheckpoint:
+            model = self._new_runs.merged(run) if merged and run.adapter is not None else None
+            return self._checkpoints.save_weights_for_sampler(run, name, merged=model, overwrite=overwrite)
+
+        return self._attempt(work, what="the merged weights")
 
     def save_state(
         self, run_id: str, name: str, *, overwrite: bool = False, ttl_seconds: int | None = None
@@ -349,9 +360,14 @@ class Engine:
         prepare(model, self.traits)
         return model
 
+    def _try_forward(self, model: PreTrainedModel) -> None:
+        """A forward of two tokens, as training makes it."""
+        batch = Batch(np.zeros(2, dtype=np.int32), np.array([0, 2]), {"target_tokens": np.zeros(2, dtype=np.int64)})
+        for microbatch in self._passes.stage(batch, None).microbatches:
+            microbatch.logprobs(model)
+
     def _will_change(self, run: RunState) -> None:
-        if self._base is not None and self._base() is run.model:
-            self._base = None
+        self._new_runs.will_change(run)
         self.before_change(run.model)
 
     def _run(self, run_id: str) -> RunState:

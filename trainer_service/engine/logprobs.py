@@ -7,7 +7,7 @@ d logprob / d hidden = (W[target] − softmax · W) is found in the forward, wha
 
 Everything after the matrix product is float32. Shape suffixes: T tokens of one pack, D hidden size, V vocabulary, C
 tokens of a chunk, R rows (a row is answered by one token; with shared beginnings a token answers several), K targets a
-row.
+row, L rank of what an adapter adds to the head.
 """
 
 from collections.abc import Iterator
@@ -24,6 +24,21 @@ _FEW = 0.9
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to a head's weight: scale · b · a.
+
+    Attributes:
+        a: [L, D].
+        b: [V, L].
+        scale: Of the product.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
 class Head:
     """The linear layer from hidden states to logits, and what the model does to logits after it.
 
@@ -32,12 +47,14 @@ class Head:
         bias: [V] or None.
         scale: Logits are multiplied by this.
         softcap: Then a logit z becomes softcap · tanh(z / softcap); None leaves it.
+        low_rank: Added to the weight; None adds nothing.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    low_rank: LowRank | None = None
 
 
 def linear_logprobs(
@@ -67,8 +84,14 @@ def linear_logprobs(
     # detached: its gradient is added in backward, behind autograd's back.
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
     plain = Head(weight, bias, head.scale, head.softcap)
-    keep = "gradients" if not head.weight.requires_grad else "logits" if keep_logits else "nothing"
-    logprobs_RK = _LinearLogprobs.apply(hidden_TD, columns_RK, rows, head, plain, keep, compute_dtype)
+    frozen = not head.weight.requires_grad and head.low_rank is None
+    keep = "gradients" if frozen else "logits" if keep_logits else "nothing"
+    low_TL = b_VL = None
+    if (low_rank := head.low_rank) is not None:
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            low_TL = (hidden_TD.to(compute_dtype) @ low_rank.a.to(compute_dtype).T).mul(low_rank.scale)
+        b_VL = low_rank.b
+    logprobs_RK = _LinearLogprobs.apply(hidden_TD, low_TL, b_VL, columns_RK, rows, head, plain, keep, compute_dtype)
     assert isinstance(logprobs_RK, Tensor)
     return logprobs_RK.view(targets_RK.shape)
 
@@ -114,6 +137,8 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,
         hidden_TD: Tensor,
+        low_TL: Tensor | None,
+        b_VL: Tensor | None,
         targets_RK: Tensor,
         rows: _Rows,
         trained: Head,
@@ -124,7 +149,8 @@ class _LinearLogprobs(torch.autograd.Function):
         with torch.autocast(hidden_TD.device.type, enabled=False):
             num_tokens, num_targets = len(hidden_TD), len(head.weight)
             weight_VD, hidden_cast_TD = head.weight.to(compute_dtype), hidden_TD.to(compute_dtype)
-            if not ctx.needs_input_grad[0]:
+            b_cast_VL = None if b_VL is None else b_VL.to(compute_dtype)
+            if not any(ctx.needs_input_grad[:3]):
                 keep = "nothing"
             float32 = {"dtype": torch.float32, "device": hidden_TD.device}
             logits_TV = torch.empty(num_tokens, num_targets, **float32) if keep == "logits" else None
@@ -133,8 +159,9 @@ class _LinearLogprobs(torch.autograd.Function):
             expected_TD = torch.empty_like(hidden_TD, dtype=torch.float32) if keep == "gradients" else None
             slope_RK = torch.ones_like(logprobs_RK) if expected_TD is not None and head.softcap else None
             for chunk in _chunks(num_tokens, num_targets):
+                low = None if low_TL is None or b_cast_VL is None else (low_TL[chunk], b_cast_VL)
                 logits_CV = _logits(
-                    hidden_cast_TD[chunk], weight_VD, head, None if logits_TV is None else logits_TV[chunk]
+                    hidden_cast_TD[chunk], weight_VD, head, None if logits_TV is None else logits_TV[chunk], low
                 )
                 lse_T[chunk] = lse_C = torch.logsumexp(logits_CV, dim=-1)
                 index, tokens = rows.of_chunk(chunk)
@@ -147,7 +174,7 @@ class _LinearLogprobs(torch.autograd.Function):
                         weights_CV.mul_(_slope(logits_CV, head.softcap))
                     expected_TD[chunk] = (weights_CV.to(compute_dtype) @ weight_VD).float()
             ctx.save_for_backward(
-                hidden_cast_TD if keep != "gradients" else None, targets_RK, lse_T, expected_TD, slope_RK
+                hidden_cast_TD if keep != "gradients" else None, targets_RK, lse_T, expected_TD, slope_RK, low_TL, b_VL
             )
             ctx.logits_TV, ctx.rows, ctx.trained, ctx.head = logits_TV, rows, trained, head
             ctx.hidden_dtype, ctx.compute_dtype = hidden_TD.dtype, compute_dtype
@@ -156,17 +183,46 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_RK: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_TD, targets_RK, lse_T, expected_TD, slope_RK = ctx.saved_tensors
+        hidden_TD, targets_RK, lse_T, expected_TD, slope_RK, low_TL, b_VL = ctx.saved_tensors
+        low = None
         if expected_TD is not None:
             grad_TD = _backward_frozen(ctx, grad_RK, targets_RK, expected_TD, slope_RK)
         else:
             logits_TV, ctx.logits_TV = ctx.logits_TV, None
-            grad_TD = _backward_trained(ctx, grad_RK, hidden_TD, targets_RK, lse_T, logits_TV)
-        return grad_TD.to(ctx.hidden_dtype), None, None, None, None, None, None
+            if low_TL is not None:
+                low = _LowRankGradients(low_TL, b_VL.to(low_TL.dtype))
+            grad_TD = _backward_trained(ctx, grad_RK, hidden_TD, targets_RK, lse_T, logits_TV, low)
+        grad_low_TL, grad_b_VL = (None, None) if low is None else (low.grad_low_TL, low.grad_b_VL)
+        return grad_TD.to(ctx.hidden_dtype), grad_low_TL, grad_b_VL, None, None, None, None, None, None
+
+
+class _LowRankGradients:
+    """Gradients of a head's low-rank part, gathered chunk by chunk.
+
+    Args:
+        low_TL: scale · hidden · aᵀ.
+        b_VL: In the same dtype.
+    """
+
+    def __init__(self, low_TL: Tensor, b_VL: Tensor) -> None:
+        self.low_TL, self.b_VL = low_TL, b_VL
+        self.grad_low_TL = torch.zeros_like(low_TL)
+        self.grad_b_VL = torch.zeros_like(b_VL, dtype=torch.float32)
+
+    def add(self, place: Any, gradient_CV: Tensor) -> None:
+        """Of the tokens at `place`, given the gradient of their logits."""
+        self.grad_low_TL[place] = gradient_CV @ self.b_VL
+        self.grad_b_VL += (gradient_CV.T @ self.low_TL[place]).float()
 
 
 def _backward_trained(
-    ctx: Any, grad_RK: Tensor, hidden_TD: Tensor, targets_RK: Tensor, lse_T: Tensor, logits_TV: Tensor | None
+    ctx: Any,
+    grad_RK: Tensor,
+    hidden_TD: Tensor,
+    targets_RK: Tensor,
+    lse_T: Tensor,
+    logits_TV: Tensor | None,
+    low: _LowRankGradients | None,
 ) -> Tensor:
     """d/d hidden; d/d weight and d/d bias are added where they belong."""
     head, rows = ctx.head, ctx.rows
@@ -202,7 +258,8 @@ def _backward_trained(
         else:
             place = chunk
         hidden_CD = hidden_TD[place]
-        logits_CV = _logits(hidden_CD, weight_VD, head) if logits_TV is None else logits_TV[place]
+        parts = None if low is None else (low.low_TL[place], low.b_VL)
+        logits_CV = _logits(hidden_CD, weight_VD, head, low=parts) if logits_TV is None else logits_TV[place]
         slope_CV = _slope(logits_CV, head.softcap) if head.softcap else None
         # d logprob_k / d logits = onehot(target_k) − softmax(logits), in place of the logits.
         gradient_CV = logits_CV.sub_(lse_T[place, None]).exp_().mul_(-sum_T[place, None])
@@ -217,7 +274,10 @@ def _backward_trained(
             gradient_CV.mul_(head.scale)
         cast_CV = gradient_CV.to(ctx.compute_dtype)
         grad_TD[place] = (cast_CV @ weight_VD).float()
-        _add_grad(ctx.trained.weight, cast_CV.T, hidden_CD)
+        if ctx.trained.weight.requires_grad:
+            _add_grad(ctx.trained.weight, cast_CV.T, hidden_CD)
+        if low is not None:
+            low.add(place, cast_CV)
         if ctx.trained.bias is not None and ctx.trained.bias.requires_grad:
             bias = ctx.trained.bias
             total_V = gradient_CV.sum(0)
@@ -242,13 +302,25 @@ def _backward_frozen(
     return grad_TD * head.scale
 
 
-def _logits(hidden_CD: Tensor, weight_VD: Tensor, head: Head, out_CV: Tensor | None = None) -> Tensor:
-    """Logits of a chunk, float32, in `out_CV` if given."""
+def _logits(
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    head: Head,
+    out_CV: Tensor | None = None,
+    low: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Logits of a chunk, float32, in `out_CV` if given; `low` is the low-rank part's [C, L] and [V, L]."""
     if weight_VD.dtype == torch.float32:
         logits_CV = torch.mm(hidden_CD, weight_VD.T, out=out_CV) if out_CV is not None else hidden_CD @ weight_VD.T
     else:
         product_CV = _mm(hidden_CD, weight_VD.T)
         logits_CV = product_CV if out_CV is None else out_CV.copy_(product_CV)
+    if low is not None:
+        low_CL, b_VL = low
+        if low_CL.dtype == torch.float32:
+            logits_CV.addmm_(low_CL, b_VL.T)
+        else:
+            logits_CV.add_(_mm(low_CL, b_VL.T))
     if head.bias is not None:
         logits_CV.add_(head.bias.float())
     if head.scale != 1.0:

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from gradwire.errors import GradwireError, error
+from peft import PeftModel
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from trainer_service.engine.microbatch import Microbatch
+from trainer_service.engine.models.lora import adapter_rank
 from trainer_service.engine.optim import AdamW
 
 _REASONS_KEPT = 1024
@@ -85,6 +87,8 @@ class RunState:
     run_id: str
     model: PreTrainedModel
     optimizer: AdamW
+    adapter: PeftModel | None = None
+    """Of a LoRA run: peft's view of `model`."""
     step: int = 0
     """Optimizer steps applied."""
     saving_seq_id: int = 0
@@ -95,6 +99,11 @@ class RunState:
     _gone: OrderedDict[int, str] = field(default_factory=OrderedDict)
     """Why a graph is not there any more, for the sentence; the latest only."""
 
+    @property
+    def lora_rank(self) -> int:
+        """0 where all parameters train."""
+        return 0 if self.adapter is None else adapter_rank(self.adapter)
+
     def trained_parameters(self) -> dict[str, Parameter]:
         """What trains, by name; a tied parameter once."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -102,7 +111,7 @@ class RunState:
     def clear_gradients(self) -> None:
         """Forgets gradients and the mark of a failed pass."""
         # None, not zeros: the next backward then puts its own buffer here instead of adding to one.
-        for parameter in self.model.parameters():
+        for parameter in self.trained_parameters().values():
             parameter.grad = None
         self.accumulation = Accumulation()
 

@@ -51,6 +51,7 @@ class TrainerServer:
             worker,
             base_model=config.base_model,
             data_dir=config.data_dir,
+            adapter_dir=config.adapter_dir,
             runs_dir=config.runs_dir or config.data_dir / "runs",
             durability=config.durability,
             limits=config.limits,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gradwire.errors import error, invalid_field
+from gradwire.errors import invalid_field
 from gradwire.v1 import trainer_job_service_pb2 as pb
 from gradwire.v1.trainer_job_service_pb2_grpc import TrainerJobServiceServicer
 
@@ -40,7 +40,7 @@ def read_spec(request: pb.CreateTrainerJobRequest) -> TrainerJobSpec:
     """The trainer wanted.
 
     Raises:
-        GradwireError: INVALID_FIELD names what cannot be; NOT_IMPLEMENTED for LoRA.
+        GradwireError: INVALID_FIELD names what cannot be.
     """
     if not request.base_model.strip():
         raise invalid_field("base_model", "is empty; it must be a hub id or a folder on the control plane's host.")
@@ -52,11 +52,6 @@ def read_spec(request: pb.CreateTrainerJobRequest) -> TrainerJobSpec:
         )
     if request.max_context_length == 1:
         raise invalid_field("max_context_length", "is 1; it must be at least 2 tokens, or 0 for the model's own limit.")
-    if request.lora_rank:
-        raise error(
-            "NOT_IMPLEMENTED",
-            f"lora_rank is {request.lora_rank}, but this version trains all parameters only; use lora_rank=0.",
-        )
     return TrainerJobSpec(
         base_model=request.base_model,
         display_name=request.display_name,

@@ -11,11 +11,12 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from gradwire.errors import GradwireError, error
+from gradwire.errors import GradwireError, error, invalid_field
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun
 
 from trainer_service.access import current_caller
+from trainer_service.adapter_path import adapter_folder, adapter_rank, adapter_run_id, copy_adapter
 from trainer_service.config import Durability, Limits
 from trainer_service.fleet.worker import Worker
 from trainer_service.runs import journal as journal_file
@@ -28,6 +29,9 @@ from trainer_service.runs.stored import StoredRun, open_stored_run, stored_run_f
 
 logger = logging.getLogger(__name__)
 
+_ADAPTER = "adapter"
+"""Folder of a run with a copy of the adapter it started from: what the caller named may change or go, and a run is
+restored from what it was."""
 _STOP_GRACE_S = 2.0
 """How long what is under way, such as a run being deleted, may take when the trainer stops."""
 
@@ -41,6 +45,8 @@ class Runs:
         limits: The most there may be.
         runs_dir: A folder a run: journal and snapshots. Several trainers may share it.
         data_dir: What limits.max_disk_bytes counts; None counts nothing.
+        adapter_dir: Where adapters lie that runs may start from, beside those saved here; None takes "adapters" in
+            data_dir.
         detach_grace_s: See RunSettings.
         observe: See RunSettings.
         durability: How runs are kept.
@@ -56,9 +62,12 @@ class Runs:
         detach_grace_s: float,
         observe: Observe,
         data_dir: Path | None = None,
+        adapter_dir: Path | None = None,
         durability: Durability | None = None,
     ) -> None:
         self._data_dir = data_dir
+        root = data_dir or runs_dir.parent
+        self._adapter_roots = {"checkpoint_dir": root / "checkpoints", "adapter_dir": adapter_dir or root / "adapters"}
         self._runs_dir = runs_dir
         self._worker = worker
         self._base_model = base_model
@@ -146,8 +155,8 @@ class Runs:
         """A new run, or the one that the same request_id made.
 
         Raises:
-            GradwireError: BASE_MODEL_MISMATCH, NOT_IMPLEMENTED, LIMIT_EXCEEDED, STORAGE_FAILED, WORKER_NOT_READY, or
-                the worker's own.
+            GradwireError: BASE_MODEL_MISMATCH, INVALID_FIELD, CHECKPOINT_NOT_FOUND, LIMIT_EXCEEDED, STORAGE_FAILED,
+                WORKER_NOT_READY, or the worker's own.
         """
         self._check(request)
         return await self._once(request.request_id, self._create(request))
@@ -188,11 +197,6 @@ class Runs:
 
     def _check(self, request: CreateRunRequest) -> None:
         self.check_base_model(request.base_model)
-        if request.lora_rank:
-            raise error(
-                "NOT_IMPLEMENTED",
-                f"lora_rank is {request.lora_rank}, but LoRA is not built yet; use 0 to train all parameters.",
-            )
 
     async def _once(self, request_id: str, making: Coroutine[Any, Any, Run]) -> Run:
         """What `making` makes, or made under the same request_id of the same owner."""
@@ -229,8 +233,12 @@ class Runs:
             raise error(
                 "WORKER_NOT_READY", f"The worker is not ready: {self._worker.status_message}.", retry_after_s=0.5
             )
+        run_id = f"run-{secrets.token_hex(6)}"
+        adapter: Path | None = None
+        if request.adapter_path:
+            adapter, request = self._with_adapter(run_id, request)
         record = Record(
-            run_id=f"run-{secrets.token_hex(6)}",
+            run_id=run_id,
             owner=current_caller.get().owner,
             base_model=self._base_model,
             created_s=time.time(),
@@ -241,7 +249,7 @@ class Runs:
         live = True
         journal = self._journal(self._runs_dir / record.run_id)
         try:
-            await self._write_down(record)
+            await self._write_down(record, adapter)
             sent = WorkerCommand(run_id=record.run_id, create_run=WorkerCreateRun(request=request))
             await command(self._worker, sent)
         except GradwireError as exc:
@@ -279,13 +287,32 @@ class Runs:
             got=active + 1,
         )
 
-    async def _write_down(self, record: Record) -> None:
-        """Makes the run's folder and journal."""
+    def _with_adapter(self, run_id: str, request: CreateRunRequest) -> tuple[Path, CreateRunRequest]:
+        """(where the adapter is that the run starts from, the request with where the run will have its own copy)."""
+        if (owner := adapter_run_id(request.adapter_path)) in self._runs:
+            self.get(owner)
+        folder = adapter_folder(request.adapter_path, **self._adapter_roots)
+        changed = CreateRunRequest()
+        changed.CopyFrom(request)
+        changed.lora_rank = adapter_rank(folder, request.adapter_path)
+        if request.lora_rank not in (0, changed.lora_rank):
+            raise invalid_field(
+                "lora_rank",
+                f"is {request.lora_rank}, but the adapter at {request.adapter_path} has rank {changed.lora_rank}; "
+                "leave it out.",
+            )
+        changed.adapter_path = str((self._runs_dir / run_id / _ADAPTER).absolute())
+        return folder, changed
+
+    async def _write_down(self, record: Record, adapter: Path | None) -> None:
+        """Makes the run's folder and journal, with a copy of the adapter it starts from."""
         path = self._runs_dir / record.run_id
 
         def make() -> RunFolder:
             path.mkdir(parents=True)
             folder = RunFolder(path)
+            if adapter is not None:
+                copy_adapter(adapter, path / _ADAPTER)
             journal_file.create(path, record, sync=self._durability.sync)
             return folder
 

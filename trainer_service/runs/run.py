@@ -300,6 +300,7 @@ class Run:
         message = RunMessage(
             run_id=self.run_id,
             base_model=self.record.base_model,
+            lora_rank=self.create_request.lora_rank,
             state=RUN_STATE_LOST if self.lost else RUN_STATE_ACTIVE,
             next_seq_id=self.next_seq_id,
             step=self.step,

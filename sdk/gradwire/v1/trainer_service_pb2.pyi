@@ -99,16 +99,28 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, software_version: _Optional[str] = ..., min_protocol_version: _Optional[int] = ..., max_protocol_version: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ..., losses: _Optional[_Iterable[_Union[LossInfo, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., ready: bool = ..., status_message: _Optional[str] = ...) -> None: ...
 
 class CreateRunRequest(_message.Message):
-    __slots__ = ("request_id", "base_model", "lora_rank", "display_name")
+    __slots__ = ("request_id", "base_model", "lora_rank", "display_name", "lora_alpha", "seed", "train_mlp", "train_attn", "train_unembed", "adapter_path")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     LORA_RANK_FIELD_NUMBER: _ClassVar[int]
     DISPLAY_NAME_FIELD_NUMBER: _ClassVar[int]
+    LORA_ALPHA_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_MLP_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_ATTN_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_UNEMBED_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_PATH_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     base_model: str
     lora_rank: int
     display_name: str
-    def __init__(self, request_id: _Optional[str] = ..., base_model: _Optional[str] = ..., lora_rank: _Optional[int] = ..., display_name: _Optional[str] = ...) -> None: ...
+    lora_alpha: float
+    seed: int
+    train_mlp: bool
+    train_attn: bool
+    train_unembed: bool
+    adapter_path: str
+    def __init__(self, request_id: _Optional[str] = ..., base_model: _Optional[str] = ..., lora_rank: _Optional[int] = ..., display_name: _Optional[str] = ..., lora_alpha: _Optional[float] = ..., seed: _Optional[int] = ..., train_mlp: bool = ..., train_attn: bool = ..., train_unembed: bool = ..., adapter_path: _Optional[str] = ...) -> None: ...
 
 class CreateRunResponse(_message.Message):
     __slots__ = ("run",)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer_service.engine.attention import ATTENTION
 from trainer_service.engine.logprobs import Head, linear_logprobs, target_logprobs
+from trainer_service.engine.models.lora import low_rank_of
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,11 @@ def run(
 def head_of(model: PreTrainedModel, traits: HeadTraits) -> Head:
     """A model's head with the parameters it has now."""
     linear: Any = model.get_output_embeddings()
-    return Head(linear.weight, getattr(linear, "bias", None), traits.scale, traits.softcap)
+    low_rank = None
+    if isinstance(linear, LoraLayer):
+        low_rank = low_rank_of(linear)
+        linear = linear.get_base_layer()
+    return Head(linear.weight, getattr(linear, "bias", None), traits.scale, traits.softcap, low_rank)
 
 
 def checkpointable_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:

@@ -4,7 +4,6 @@ A sampler is frozen, and yet a snapshot copies nothing when it is made: it reads
 about to change, and takes its copy then. Where they never do, or it is not wanted any longer by then, none is made.
 """
 
-import copy
 import itertools
 import logging
 import weakref
@@ -16,6 +15,7 @@ from gradwire.errors import GradwireError, error
 from transformers import PreTrainedModel
 
 from trainer_service.engine.device import Device, out_of_memory
+from trainer_service.engine.models.lora import frozen_copy
 from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.sampler_path import SAMPLER_WEIGHTS, SNAPSHOTS, SamplerPath
 
@@ -132,7 +132,7 @@ class Samplers:
         if not readers:
             return
         try:
-            frozen = copy.deepcopy(model)
+            frozen = frozen_copy(model)
         except Exception as exc:
             if not out_of_memory(exc):
                 raise
@@ -145,9 +145,6 @@ class Samplers:
                     device=self._device.name,
                 )
             return
-        for parameter in frozen.parameters():
-            parameter.grad = None
-            parameter.requires_grad_(False)
         for sampler in readers:
             sampler.decoder = self._decoder(frozen)
 

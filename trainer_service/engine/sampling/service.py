@@ -7,6 +7,7 @@ from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerSample
 from transformers import GenerationConfig, PreTrainedModel
 
+from trainer_service.adapter_path import CONFIG as ADAPTER_CONFIG
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.load import load_model
 from trainer_service.engine.sampling.job import Job
@@ -88,6 +89,8 @@ class Sampling:
         return self._text
 
     def _load(self, folder: Path) -> PreTrainedModel:
+        if (folder / ADAPTER_CONFIG).is_file():
+            return self._engine.adapted_model(folder)
         model = load_model(str(folder), folder, self._engine.device)
         for parameter in model.parameters():
             parameter.requires_grad_(False)

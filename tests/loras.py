@@ -1,0 +1,71 @@
+"""LoRA runs in this process, and what plain peft makes of the same."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from tests.engines import CPU
+from tests.numerics.plain import load_plain
+from trainer_service.config import EngineSettings, Limits
+from trainer_service.engine.engine import Engine
+from trainer_service.engine.models.lora import LoraSettings
+
+BODY = LoraSettings(rank=4, alpha=8.0, seed=1, train_unembed=False)
+ALL = LoraSettings(rank=4, alpha=8.0, seed=1)
+
+
+def lora_engine(folder: Path, checkpoint_dir: Path, **runs: LoraSettings) -> Engine:
+    """An engine with these LoRA runs."""
+    engine = Engine(
+        str(folder), device=CPU, checkpoint_dir=checkpoint_dir, limits=Limits(max_runs=8), settings=EngineSettings()
+    )
+    for run_id, settings in runs.items():
+        engine.create_run(run_id, lora=settings)
+    return engine
+
+
+def adapter(engine: Engine, run_id: str) -> dict[str, nn.Parameter]:
+    """What trains of a run, by peft's names."""
+    return engine.run_state(run_id).trained_parameters()
+
+
+def randomize(engine: Engine, run_id: str, *, seed: int = 0) -> None:
+    """Gives an adapter random values: it starts as zero, which many mistakes do not show on."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter(engine, run_id).values():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def plain_peft(folder: Path, settings: LoraSettings, **config: Any) -> PeftModel:
+    """The model with peft's own LoRA layers, as a script would make it."""
+    names = [
+        name
+        for name, module in load_plain(folder).named_modules()
+        if isinstance(module, nn.Linear) and (settings.train_unembed or name != "lm_head")
+    ]
+    defaults = {"r": settings.rank, "lora_alpha": settings.alpha, "target_modules": names, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(load_plain(folder), LoraConfig(**{**defaults, **config}))  # pyright: ignore[reportArgumentType]
+    assert isinstance(model, PeftModel)
+    return model.eval()
+
+
+def same_adapter(model: PeftModel, engine: Engine, run_id: str) -> dict[str, nn.Parameter]:
+    """Copies a run's adapter into plain peft's; its parameters by the same names."""
+    wrapped: Any = model.get_base_model()
+    theirs = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    ours = adapter(engine, run_id)
+    assert theirs.keys() == ours.keys()
+    with torch.no_grad():
+        for name, parameter in theirs.items():
+            parameter.copy_(ours[name])
+    return theirs
+
+
+def gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """Its gradient, which is there."""
+    assert parameter.grad is not None
+    return parameter.grad

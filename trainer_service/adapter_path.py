@@ -1,0 +1,85 @@
+"""The adapter a run starts from. Paths come from callers, and must lead nowhere else; no torch. Ground floor."""
+
+import json
+import shutil
+from pathlib import Path
+
+from gradwire.errors import error, invalid_field
+
+from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, CheckpointPath
+from trainer_service.folders import sync
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""The two files of an adapter, as peft writes them."""
+_SCHEME = "gradwire://"
+
+
+def adapter_run_id(path: str) -> str:
+    """The run that saved an adapter; "" for a path that names a folder."""
+    return CheckpointPath.parse(path, field="adapter_path").run_id if path.startswith(_SCHEME) else ""
+
+
+def adapter_folder(path: str, *, checkpoint_dir: Path, adapter_dir: Path) -> Path:
+    """The folder an adapter_path names.
+
+    Args:
+        path: gradwire://<run_id>/sampler_weights/<name>, as save_weights_for_sampler of a LoRA run returned it, or a
+            folder below adapter_dir: relative to it, or absolute.
+        checkpoint_dir: Where checkpoints are.
+        adapter_dir: Where the trainer's owner puts adapters that runs may start from.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD: it is no such path, leads elsewhere, or no adapter is there.
+        NotFoundError: CHECKPOINT_NOT_FOUND.
+    """
+    if path.startswith(_SCHEME):
+        place = CheckpointPath.parse(path, field="adapter_path")
+        if place.kind != SAMPLER_WEIGHTS:
+            raise invalid_field(
+                "adapter_path", f"is {path}, a resumable state; load that into a LoRA run with load_state instead."
+            )
+        folder = place.folder(checkpoint_dir)
+    else:
+        root = adapter_dir.resolve()
+        # resolve() follows links, so that one leading out of the folder is found out too.
+        folder = (root / path).resolve() if "\0" not in path and len(path) < 4096 else root
+        if folder == root or not folder.is_relative_to(root):
+            raise invalid_field(
+                "adapter_path",
+                f"is {path[:200]!r}; it must be gradwire://<run_id>/{SAMPLER_WEIGHTS}/<name>, or name a folder below "
+                f"this trainer's --adapter-dir, {adapter_dir}.",
+            )
+    if not folder.is_dir():
+        raise error("CHECKPOINT_NOT_FOUND", f"There is no adapter {path}: {folder} is no folder.", path=path)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise invalid_field(
+                "adapter_path",
+                f"is {path}, which has no {name}; it must be a folder that peft saved, with weights in safetensors.",
+            )
+    return folder
+
+
+def adapter_rank(folder: Path, path: str) -> int:
+    """The LoRA rank an adapter's configuration says.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD: it says none.
+    """
+    try:
+        rank = json.loads((folder / CONFIG).read_bytes())["r"]
+        if type(rank) is not int or not 0 < rank < 1 << 31:
+            raise ValueError(f"r is {rank!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
+        why = "says no rank r" if isinstance(exc, KeyError) else f"cannot be read: {exc}"
+        raise invalid_field("adapter_path", f"is {path}, whose {CONFIG} {why}.") from exc
+    return rank
+
+
+def copy_adapter(folder: Path, to: Path) -> None:
+    """Copies an adapter's two files, and forces them to the disk."""
+    to.mkdir()
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(folder / name, to / name)
+        sync(to / name)
+    sync(to)

@@ -1,0 +1,135 @@
+"""Adapters as folders that plain peft opens: adapter_config.json and adapter_model.safetensors."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from gradwire.errors import GradwireError, invalid_field
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trainer_service.adapter_path import CONFIG, WEIGHTS
+from trainer_service.engine.models.lora import ADAPTER, Targets, inner, lora_layers, wrap
+from trainer_service.folders import whole_folder
+
+_FREE = {
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("inference_mode", "init_lora_weights", "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config"),
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+}
+"""What an adapter's configuration may say as it likes: the rest must be peft's default, or it is not plain LoRA."""
+_LEAVES_BASE_ALONE = (True, False, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights with which an adapter belongs to the base model as it is."""
+
+
+def save_adapter(model: PeftModel, folder: Path, *, about: Mapping[str, Any], overwrite: bool) -> int:
+    """Writes an adapter, whole or not at all. Returns the size of all files, bytes.
+
+    Raises:
+        AlreadyExistsError: CHECKPOINT_EXISTS: the folder is there and overwrite is off.
+        FailedPreconditionError: STORAGE_FAILED: the disk is full or cannot be written; nothing is left behind.
+    """
+    needed_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    with whole_folder(folder, about=about, overwrite=overwrite, needed_bytes=needed_bytes) as writer:
+        try:
+            # Embeddings do not train here; by itself peft would save them along with an adapter of the head.
+            model.save_pretrained(str(writer.path), save_embedding_layers=False)
+        except SafetensorError as exc:
+            # What it makes of a failed write.
+            raise OSError(str(exc)) from exc
+        # A form for people to fill in.
+        (writer.path / "README.md").unlink(missing_ok=True)
+    return writer.size_bytes
+
+
+def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_model: str) -> PeftModel:
+    """A model that computes what base model and adapter do, and trains the adapter.
+
+    Args:
+        base: Frozen.
+        targets: Of it.
+        folder: Of the adapter, made by anybody's peft.
+        base_model: Name of the base model.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD: it is no plain LoRA adapter of this model.
+    """
+    config = _read_config(folder)
+    weights = _read_weights(folder)
+    try:
+        model = wrap(base, config, base_model=base_model)
+    except ValueError as exc:
+        # peft's, about layers that are not there.
+        raise _refused(f"does not fit this model: {_first_line(exc)}") from exc
+    eligible = {*targets.attn, *targets.mlp, *targets.unembed}
+    for name, _ in lora_layers(inner(model)):
+        if name not in eligible:
+            raise _refused(f"adapts {name}, which is no linear layer that this model's forward calls.")
+    try:
+        found: Any = set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
+    except RuntimeError as exc:
+        raise _refused(f"has matrices of other sizes than this model: {_last_line(exc)}") from exc
+    missing = [key for key in found.missing_keys if ".lora_" in key]
+    for keys, what in ((missing, "lacks"), (found.unexpected_keys, "has unknown")):
+        if keys:
+            raise _refused(f"{what} {len(keys)} tensors, {keys[0]} for one.")
+    return model
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    try:
+        raw = json.loads((folder / CONFIG).read_bytes())
+        config = PeftConfig.from_pretrained(str(folder)) if isinstance(raw, dict) else None
+    except (ValueError, TypeError, KeyError, OSError) as exc:
+        raise _refused(f"has an {CONFIG} that cannot be read: {_first_line(exc)}") from exc
+    if not isinstance(config, LoraConfig):
+        kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
+        raise _refused(f"is of peft_type {kind}; it must be LORA.")
+    for field in dataclasses.fields(config):
+        value, usual = getattr(config, field.name), _default(field)
+        if field.name not in _FREE and field.init and not field.name.startswith("_") and value and value != usual:
+            raise _refused(f"has {field.name}={value!r} in {CONFIG}; only plain LoRA can be trained on here.")
+    if config.init_lora_weights not in _LEAVES_BASE_ALONE:
+        raise _refused(
+            f"was started with init_lora_weights={config.init_lora_weights!r}, which changes the base model; convert "
+            "it with peft's path_initial_model_for_weight_conversion.",
+        )
+    # Its weights come from the file, dropout is off, and it trains.
+    config.init_lora_weights, config.lora_dropout, config.inference_mode = True, 0.0, False
+    return config
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as exc:
+        raise _refused(f"has an {WEIGHTS} that cannot be read: {_first_line(exc)}") from exc
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise _refused(f"has a tensor that is not finite, {name}.")
+    return weights
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _refused(why: str) -> GradwireError:
+    return invalid_field("adapter_path", f"names an adapter that {why}")
+
+
+def _first_line(exc: BaseException) -> str:
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+
+
+def _last_line(exc: BaseException) -> str:
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[-1].strip()

@@ -1,0 +1,302 @@
+"""LoRA: runs that each train a small adapter beside one frozen base model.
+
+A run gets a model of its own: a copy of the base model's modules whose parameters are the base model's, tensor for
+tensor, and whose linear layers peft has wrapped. So there is nothing to switch between runs and nothing that one could
+leave behind for another; a further run costs its adapter, and a few megabytes of Python objects.
+
+What an adapter is, how it starts, its files and its configuration are peft's. The product is ours: one autograd
+function a layer, which adds the low-rank part into the base layer's output and makes no further tensors of that size.
+
+Shape suffixes: T tokens, I and O a layer's inputs and outputs, R the LoRA rank.
+"""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from gradwire.errors import invalid_field
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from trainer_service.engine.logprobs import LowRank
+
+ADAPTER = "default"
+"""What peft calls the one adapter of a model."""
+_ROUTERS = {"router", "gate", "shared_expert_gate"}
+"""Linear layers that choose experts; no part of attention or MLP."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What a new adapter is like.
+
+    Attributes:
+        rank: R, at least 1.
+        alpha: The low-rank part is scaled by alpha / rank.
+        seed: Of the first matrices; the second are zero, so that training starts from the base model.
+        train_mlp: Adapt the feed-forward layers.
+        train_attn: Adapt the attention layers.
+        train_unembed: Adapt the head, the layer that makes logits.
+    """
+
+    rank: int = 32
+    alpha: float = 32.0
+    seed: int = 0
+    train_mlp: bool = True
+    train_attn: bool = True
+    train_unembed: bool = True
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Layers that an adapter can be put beside, by name in the model."""
+
+    attn: tuple[str, ...]
+    mlp: tuple[str, ...]
+    unembed: tuple[str, ...]
+
+
+def find_targets(model: PreTrainedModel, forward: Callable[[], object]) -> Targets:
+    """The layers that a forward really calls: one whose weight is read past it would not notice its adapter.
+
+    Args:
+        model: The base model.
+        forward: One forward of it, as training makes it.
+    """
+    called: set[str] = set()
+    head = model.get_output_embeddings()
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    hooks = [module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in linear.items()]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    attn: list[str] = []
+    mlp: list[str] = []
+    for name, module in linear.items():
+        if module is head or name not in called or name.rpartition(".")[2] in _ROUTERS:
+            continue
+        (attn if "attn" in name or "attention" in name else mlp).append(name)
+    unembed = [name for name, module in linear.items() if module is head and isinstance(module, nn.Linear)]
+    return Targets(tuple(attn), tuple(mlp), tuple(unembed))
+
+
+def new_adapter(base: PreTrainedModel, targets: Targets, settings: LoraSettings, *, base_model: str) -> PeftModel:
+    """A model that computes what the base model does, and trains an adapter.
+
+    Args:
+        base: Frozen.
+        targets: Of it.
+        settings: What is asked for.
+        base_model: Its name, for the adapter's configuration.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD: a setting out of range, or nothing that would train.
+    """
+    names = _chosen(base, targets, settings)
+    linear = dict(base.named_modules())
+    config = LoraConfig(
+        r=settings.rank,
+        # An int where it is one, as every other reader expects; peft only divides by it.
+        lora_alpha=int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=_shortest(base, names),
+        fan_in_fan_out=all(isinstance(linear[name], Conv1D) for name in names),
+        task_type="CAUSAL_LM",
+    )
+    return wrap(base, config, base_model=base_model, seed=settings.seed)
+
+
+def wrap(base: PreTrainedModel, config: LoraConfig, *, base_model: str, seed: int = 0) -> PeftModel:
+    """The base model, tensor for tensor, with a new adapter of that configuration: float32, on the base's device."""
+    config._register_custom_module({nn.Linear: FusedLoraLinear})
+    with _quiet_peft(), torch.random.fork_rng(devices=[]):
+        # peft makes adapters on the CPU, whatever the device, so the seed decides.
+        torch.manual_seed(seed)
+        model = get_peft_model(shared_copy(base), config, autocast_adapter_dtype=True)
+    assert isinstance(model, PeftModel)
+    # peft takes the folder that the model was loaded from, which may be a cache's.
+    model.peft_config[ADAPTER].base_model_name_or_path = base_model
+    # Nothing in a model that drops out, as in every other model here.
+    model.eval()
+    return model
+
+
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Modules of its own, and the same parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def freeze(model: PreTrainedModel) -> None:
+    """Makes a model a base model, which adapters train beside."""
+    for parameter in model.parameters():
+        parameter.grad = None
+        parameter.requires_grad_(False)
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose parameters never change: what trains is copied, and what does not is shared."""
+    frozen = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
+    made = copy.deepcopy(model, {id(tensor): tensor for tensor in frozen})
+    freeze(made)
+    return made
+
+
+def inner(model: PeftModel) -> PreTrainedModel:
+    """The transformers model that peft wrapped layers of."""
+    found: Any = model.get_base_model()
+    return found
+
+
+def adapter_rank(model: PeftModel) -> int:
+    """The rank its configuration says; single layers may have another."""
+    config: Any = model.peft_config[ADAPTER]
+    return int(config.r)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """Adapted layers by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def low_rank_of(layer: LoraLayer) -> LowRank:
+    """What a linear layer's adapter adds to its weight."""
+    a, b = (cast(nn.Linear, group[ADAPTER]).weight for group in (layer.lora_A, layer.lora_B))
+    return LowRank(a, b, layer.scaling[ADAPTER])
+
+
+def merged(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
+    """A plain model with adapters added to the weights they stand beside; those are new, the rest is shared.
+
+    peft's own merging adds in place, which here would be into the base model of every run.
+    """
+    made = shared_copy(base)
+    for name, layer in lora_layers(model):
+        module: Any = made.get_submodule(name)
+        plain: Any = layer
+        with torch.no_grad():
+            delta_OI = plain.get_delta_weight(ADAPTER).to("cpu", torch.float32)
+            weight_OI = module.weight.detach().to("cpu", torch.float32) + delta_OI
+        module.weight = nn.Parameter(weight_OI.to(module.weight.dtype), requires_grad=False)
+    head: Any = made.get_output_embeddings()
+    embedding: Any = made.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        # Tied in the base model perhaps, and not any more.
+        made.config.get_text_config().tie_word_embeddings = made.config.tie_word_embeddings = False
+    return made
+
+
+class FusedLoraLinear(PeftLinear):
+    """peft's layer with one autograd function for all of it."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[…, I] → […, O]."""
+        base: Any = self.base_layer
+        if self.disable_adapters or self.merged or self.lora_variant or args or kwargs or self.training:
+            return super().forward(x, *args, **kwargs)
+        a_RI, b_OR = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        product = _LoraLinear.apply(x, base.weight, base.bias, a_RI, b_OR, self.scaling[ADAPTER])
+        assert isinstance(product, Tensor)
+        return product
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x · Wᵀ + bias + scale · (x · Aᵀ) · Bᵀ, W and bias without gradients."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+    ) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            x_TI, a_cast_RI, b_cast_OR = x.reshape(-1, x.shape[-1]).to(dtype), a_RI.to(dtype), b_OR.to(dtype)
+            low_TR = x_TI @ a_cast_RI.T
+            product_TO = torch.nn.functional.linear(
+                x_TI, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype)
+            )
+            product_TO.addmm_(low_TR, b_cast_OR.T, alpha=scale)
+        ctx.save_for_backward(x_TI, low_TR, weight_OI, a_RI, b_OR)
+        ctx.scale, ctx.shape, ctx.x_dtype = scale, x.shape, x.dtype
+        return product_TO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_TI, low_TR, weight_OI, a_RI, b_OR = ctx.saved_tensors
+        dtype = x_TI.dtype
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_TO = grad.reshape(-1, grad.shape[-1]).to(dtype)
+            grad_low_TR = (grad_TO @ b_OR.to(dtype)).mul_(ctx.scale)
+            grad_b_OR = (grad_TO.T @ low_TR).mul_(ctx.scale).to(b_OR.dtype) if ctx.needs_input_grad[4] else None
+            grad_a_RI = (grad_low_TR.T @ x_TI).to(a_RI.dtype) if ctx.needs_input_grad[3] else None
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                grad_x_TI = grad_TO @ weight_OI.to(dtype)
+                grad_x = grad_x_TI.addmm_(grad_low_TR, a_RI.to(dtype)).to(ctx.x_dtype).view(ctx.shape)
+        return grad_x, None, None, grad_a_RI, grad_b_OR, None
+
+
+def check_settings(settings: LoraSettings, *, hidden_size: int) -> None:
+    """Refuses settings out of range.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD.
+    """
+    if not 1 <= settings.rank <= hidden_size:
+        raise invalid_field(
+            "lora_rank",
+            f"is {settings.rank}; it must be 1 to {hidden_size}, the model's hidden size, or 0 for no LoRA.",
+        )
+    if not (settings.alpha > 0 and math.isfinite(settings.alpha)):
+        raise invalid_field("lora_alpha", f"is {settings.alpha:g}; it must be a finite number above 0.")
+
+
+def _chosen(base: PreTrainedModel, targets: Targets, settings: LoraSettings) -> list[str]:
+    """Names of the layers to adapt."""
+    names: list[str] = []
+    for field, wanted, found in (
+        ("train_attn", settings.train_attn, targets.attn),
+        ("train_mlp", settings.train_mlp, targets.mlp),
+        ("train_unembed", settings.train_unembed, targets.unembed),
+    ):
+        if wanted and not found:
+            raise invalid_field(
+                field, f"is true, but {type(base).__name__} has no linear layer of that kind to adapt; pass false."
+            )
+        names += found if wanted else ()
+    if not names:
+        raise invalid_field(
+            "train_attn", "is false, and so are train_mlp and train_unembed; nothing would train. Set one of them."
+        )
+    return names
+
+
+def _shortest(base: PreTrainedModel, names: list[str]) -> list[str]:
+    """Last parts of the names where they say as much, which is what people and servers of adapters expect."""
+    last = {name.rpartition(".")[2] for name in names}
+    alike = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in last}
+    return sorted(last if alike == set(names) else names)
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Without warnings of what is so on purpose: an adapter of the head alone where head and embedding are tied."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        # peft reads an attribute that transformers has renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
