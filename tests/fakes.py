@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import grpc
 import grpc.aio
 from gradwire.errors import GradwireError, error, from_rpc_error, to_status
 from gradwire.v1 import operation_pb2 as ops
+from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from gradwire.v1.sampling_service_pb2 import PromptLogprobs, SampledTokens, SampleResponse
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 from gradwire.v1.trainer_service_pb2 import (
@@ -27,9 +29,11 @@ from gradwire.v1.trainer_service_pb2 import (
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent, WorkerReady
 
+from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPath
 from trainer_service.config import Limits, TrainerConfig
 from trainer_service.fleet.link import being_executed
 from trainer_service.fleet.worker import Deliver, Reply
+from trainer_service.folders import whole_folder
 from trainer_service.rpc.server import TrainerServer
 
 READY = WorkerReady(
@@ -53,6 +57,8 @@ class FakeWorker:
     """Operations, by run id and seq_id, that answer with an error."""
     poison: set[tuple[str, int]] = field(default_factory=set)
     """Operations, by run id and seq_id, that it dies of."""
+    checkpoint_dir: Path | None = None
+    """Where saves go; front_end sets it."""
     stopped: bool = False
     sampling: dict[str, Deliver] = field(default_factory=dict)
     """Sample requests begun and not ended, by sample_id."""
@@ -197,6 +203,15 @@ class FakeWorker:
         else:
             self.sampling[command.sample.sample_id] = deliver
 
+    def save(self, path: CheckpointPath, size_bytes: int = 3_000_000, **about: Any) -> str:
+        """Writes a checkpoint of zeros, and replaces one. Returns its path."""
+        assert self.checkpoint_dir is not None
+        about = {"created_at": datetime.now(UTC).isoformat(), "step": 3, "architecture": "Fake", **about}
+        with whole_folder(path.folder(self.checkpoint_dir), about=about, overwrite=True) as writer:
+            (writer.path / "zeros").write_bytes(bytes(size_bytes))
+            (writer.path / "name").write_text(path.name)
+        return str(path)
+
     def _execute(self, run_id: str, request: TrainRequest) -> TrainResponse:
         failure = self.failures.get((run_id, request.seq_id))
         if failure is not None:
@@ -218,6 +233,14 @@ class FakeWorker:
                 return TrainResponse(zero_grad=ops.ZeroGradResponse())
             case "cancel":
                 return TrainResponse(cancel=ops.CancelResponse())
+            case "save_state" if self.checkpoint_dir is not None:
+                path = self.save(CheckpointPath(run_id, STATE, request.save_state.name))
+                return TrainResponse(save_state=ops.SaveStateResponse(path=path))
+            case "save_weights_for_sampler" if self.checkpoint_dir is not None:
+                path = self.save(CheckpointPath(run_id, SAMPLER_WEIGHTS, request.save_weights_for_sampler.name))
+                return TrainResponse(save_weights_for_sampler=ops.SaveWeightsForSamplerResponse(path=path))
+            case "load_state":
+                return TrainResponse(load_state=ops.LoadStateResponse())
             case other:
                 return TrainResponse(error=to_status(error("NOT_IMPLEMENTED", f"{other} is not built yet.")))
 
@@ -238,6 +261,11 @@ class FrontEnd:
     channel: grpc.aio.Channel
     stub: Any
     sampling: Any
+
+    @property
+    def checkpoints(self) -> Any:
+        """CheckpointService's stub."""
+        return CheckpointServiceStub(self.channel)
 
     @property
     def address(self) -> str:
@@ -311,6 +339,7 @@ async def front_end(
     config = TrainerConfig(
         **{"base_model": "fake", "listen": "127.0.0.1:0", "drain_timeout_s": 2.0, **settings}, limits=limits or Limits()
     )
+    worker.checkpoint_dir = config.checkpoint_dir
     server = TrainerServer(config, worker)
     await server.start()
     if worker.ready is not None:

@@ -170,7 +170,7 @@ def test_import_gradwire_is_light():
         "trainer_service.runs.registry",
         "trainer_service.fleet.supervisor",
         "trainer_service.jobs.local",
-        "trainer_service.checkpoints",
+        "trainer_service.checkpoints.catalog",
     ],
 )
 def test_the_front_ends_never_load_torch(module: str):

@@ -39,6 +39,7 @@ async def _trainer(args: argparse.Namespace) -> int:
         listen=args.listen,
         metrics_listen=None if args.metrics_port is None else f"{args.metrics_host}:{args.metrics_port}",
         data_dir=args.data_dir.resolve(),
+        storage_url=args.storage_url,
         max_context_length=args.max_context_length,
         adapter_dir=args.adapter_dir,
         loss_module=args.loss_module,
@@ -63,7 +64,7 @@ async def _trainer(args: argparse.Namespace) -> int:
     worker = WorkerSupervisor(
         WorkerSettings(
             base_model=settings.base_model,
-            checkpoint_dir=settings.data_dir / "checkpoints",
+            checkpoint_dir=settings.checkpoint_dir,
             max_context_length=settings.max_context_length,
             max_message_bytes=settings.limits.max_message_bytes,
             max_runs=settings.limits.max_runs,
@@ -71,7 +72,10 @@ async def _trainer(args: argparse.Namespace) -> int:
             engine=settings.engine,
         )
     )
-    server = TrainerServer(settings, worker)
+    try:
+        server = TrainerServer(settings, worker)
+    except ValueError as exc:
+        raise config.SettingsError(f"--storage-url: {exc}") from exc
     # Before anything is started, so that a signal in between is not lost.
     ends = [asyncio.create_task(wait_for_signal())]
     if settings.exit_with_parent:
@@ -144,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     trainer = commands.add_parser("trainer", parents=[common], help="serve one base model")
     trainer.set_defaults(command=_trainer)
     trainer.add_argument("--base-model", required=True, help="hub id or folder of a Hugging Face causal LM")
+    trainer.add_argument(
+        "--storage-url", default="", help="keep checkpoints there too, such as s3://bucket/prefix; default: here alone"
+    )
     trainer.add_argument("--listen", default="127.0.0.1:7777", help="host:port; port 0 takes a free one")
     trainer.add_argument("--metrics-port", type=int, help="serve Prometheus metrics there; 0 takes a free port")
     trainer.add_argument("--metrics-host", default="127.0.0.1", help="default: 127.0.0.1")

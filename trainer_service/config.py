@@ -177,7 +177,10 @@ class TrainerConfig:
     metrics_listen: str | None = None
     """host:port of the Prometheus endpoint; None serves none."""
     data_dir: Path = field(default_factory=lambda: default_data_dir())
-    """Where checkpoints go."""
+    """Where checkpoints go, to begin with."""
+    storage_url: str = ""
+    """Object store, or another file system, that checkpoints are kept in beyond this machine; "" keeps them in
+    data_dir alone."""
     runs_dir: Path | None = None
     """Where runs are kept, a folder each; None: `runs` in data_dir."""
     durability: Durability = field(default_factory=Durability)
@@ -207,6 +210,11 @@ class TrainerConfig:
     """Stop when stdin reaches its end."""
     limits: Limits = field(default_factory=Limits)
     engine: EngineSettings = field(default_factory=EngineSettings)
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Folder that trainer and worker share."""
+        return self.data_dir / "checkpoints"
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ A reader sees the old folder or the new one, never half of one; whoever wrote ma
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ SPARE_BYTES = 16 << 20
 """Room left on the disk beyond what is known to be needed, for small files and the file system's own."""
 
 _CHUNK_BYTES = 8 << 20
+_PARTIAL = ".partial-"
+_REPLACED = ".replaced-"
 _MAX_MANIFEST_BYTES = 16 << 20
-_being_written: set[Path] = set()
-_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,13 @@ class DigestedFile:
         while left:
             left = left[self._file.write(left) :]
 
-    def close(self) -> str:
-        """Closes it. Returns its digest, hex."""
+    def close(self) -> None:
+        """Closes it."""
         self._file.close()
+
+    @property
+    def digest(self) -> str:
+        """Of what was written so far, hex."""
         return self._hash.hexdigest()
 
 
@@ -127,7 +131,8 @@ class FolderWriter:
         try:
             yield file
         finally:
-            self._digests[name] = file.close()
+            file.close()
+            self._digests[name] = file.digest
 
     def finish(self) -> None:
         """Digests what was not, forces everything to the disk, the manifest last."""
@@ -153,7 +158,7 @@ def whole_folder(
 ) -> Iterator[FolderWriter]:
     """Writes a folder aside, and puts it in its place when the block ends without an exception.
 
-    Only one process may write below `folder.parent`; any number of its threads may.
+    Any number of threads and processes of one machine may write beside each other.
 
     Args:
         folder: Where it goes.
@@ -165,21 +170,22 @@ def whole_folder(
         AlreadyExistsError: CHECKPOINT_EXISTS: the folder is there and overwrite is off.
         FailedPreconditionError: STORAGE_FAILED: the disk is full or cannot be written; nothing is left behind.
     """
-    partial = folder.with_name(f".partial-{folder.name}-{uuid.uuid4().hex[:8]}")
-    with _lock:
-        _being_written.add(partial)
+    partial = folder.with_name(f"{_PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}")
     try:
-        settle(folder.parent)
         _refuse_taken(folder, overwrite)
         folder.parent.mkdir(parents=True, exist_ok=True)
+        settle(folder.parent)
         _check_space(folder.parent, needed_bytes + SPARE_BYTES)
-        partial.mkdir()
-        writer = FolderWriter(partial, about)
-        yield writer
-        writer.finish()
-        with _lock:
-            _refuse_taken(folder, overwrite)
-            _swap_in(partial, folder)
+        with contextlib.ExitStack() as stack:
+            with alone(folder.parent):
+                partial.mkdir()
+                stack.enter_context(alone(partial))
+            writer = FolderWriter(partial, about)
+            yield writer
+            writer.finish()
+            with alone(folder.parent):
+                _refuse_taken(folder, overwrite)
+                _swap_in(partial, folder)
     except OSError as exc:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(exc, GradwireError):
@@ -188,26 +194,27 @@ def whole_folder(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    finally:
-        with _lock:
-            _being_written.discard(partial)
 
 
 def settle(parent: Path) -> None:
     """Removes what a process left below `parent` that was killed while it wrote.
 
-    A folder killed between its two renames comes back. By the process that writes there only.
+    A folder killed between its two renames comes back. What another process or thread is writing stays: it holds a
+    lock, which the kernel takes away with its death.
     """
-    with _lock:
-        for left in parent.glob(".replaced-*"):
-            original = left.with_name(left.name.removeprefix(".replaced-"))
+    if not parent.is_dir():
+        return
+    with alone(parent):
+        for left in parent.glob(f"{_REPLACED}*"):
+            original = left.with_name(left.name.removeprefix(_REPLACED))
             if original.exists():
                 shutil.rmtree(left)
             else:
                 left.rename(original)
-        for left in parent.glob(".partial-*"):
-            if left not in _being_written:
-                shutil.rmtree(left)
+        for left in parent.glob(f"{_PARTIAL}*"):
+            # Held by who writes it, or gone meanwhile.
+            with contextlib.suppress(OSError), alone(left, wait=False):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -248,6 +255,17 @@ def verify(folder: Path, manifest: Manifest) -> None:
             if isinstance(exc, GradwireError):
                 raise
             raise damaged(folder.name, name, f"cannot be read: {exc}") from exc
+
+
+@contextlib.contextmanager
+def alone(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Holds a folder against others who do the same; with wait off, BlockingIOError where one of them has it."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def sha256_of(path: Path) -> str:
@@ -295,7 +313,7 @@ def _check_space(where: Path, needed_bytes: int) -> None:
 
 
 def _swap_in(partial: Path, folder: Path) -> None:
-    replaced = folder.with_name(f".replaced-{folder.name}")
+    replaced = folder.with_name(f"{_REPLACED}{folder.name}")
     if folder.exists():
         folder.rename(replaced)
     partial.rename(folder)

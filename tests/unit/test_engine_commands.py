@@ -279,6 +279,18 @@ def test_states_are_saved_and_loaded(driver: Driver, tmp_path: Path) -> None:
     assert missing.reason == "CHECKPOINT_NOT_FOUND"
 
 
+def test_a_save_executed_again_after_its_worker_died_is_not_refused_for_what_it_wrote_itself(driver: Driver) -> None:
+    for kind, request in (
+        ("save_state", TrainRequest(seq_id=7, save_state={"name": "a"})),
+        ("save_weights_for_sampler", TrainRequest(seq_id=7, save_weights_for_sampler={"name": "a"})),
+    ):
+        command = driver.command(request=request)
+        for _ in range(2):
+            assert driver.execute(command).response.WhichOneof("result") == kind
+        command.request.seq_id = 8
+        assert from_status(driver.execute(command).response.error).reason == "CHECKPOINT_EXISTS"
+
+
 @pytest.mark.parametrize("name", ["../escape", "/etc/x", "a\x01", "a\n", "x" * 10_000, "", ".a", "a/b"])
 def test_states_stay_in_their_folder(driver: Driver, tmp_path: Path, name: str) -> None:
     assert driver.refused(save_state=ops.SaveStateRequest(name=name)).field_violations[0][0] == "name"

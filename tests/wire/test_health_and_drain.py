@@ -63,6 +63,7 @@ async def test_the_real_grpcurl_lists_and_describes_what_is_served():
     async with front_end() as trainer:
         listed = await asyncio.to_thread(grpcurl, trainer.address, "list")
         assert listed.stdout.split() == [
+            "gradwire.v1.CheckpointService",
             "gradwire.v1.TrainerService",
             "grpc.health.v1.Health",
             "grpc.reflection.v1alpha.ServerReflection",

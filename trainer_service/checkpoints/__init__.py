@@ -1,5 +1,5 @@
-"""The catalog of checkpoints (names, manifests, time to live) and their storage. No torch.
+"""Checkpoints as the trainer sees them: the catalog (names, manifests, owners, time to live) and the store. No torch.
 
-For now exports are written by the worker under `checkpoint_dir`, and this room is empty; resumable state, listing,
-deleting and downloading belong here.
+The worker writes them, whole or not at all, to the local folder; the catalog reads that folder and, where there is one,
+the store, which outlives the machine.
 """

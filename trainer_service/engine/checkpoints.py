@@ -30,8 +30,7 @@ class Checkpoints:
     """The checkpoints of a worker's runs.
 
     Args:
-        root: Folder that holds them, at `<run_id>/<kind>/<name>`. Nobody else may write there while this lives, but
-            for whole folders put in place and removed.
+        root: Folder that holds them, at `<run_id>/<kind>/<name>`; other trainers may share it.
         model: What its runs start from.
         source: Folder of that model.
     """
@@ -40,8 +39,9 @@ class Checkpoints:
         self._root = root
         self._model = model
         self._source = source
-        for parent in root.glob("*/*/"):
-            settle(parent)
+        for kind in (STATE, SAMPLER_WEIGHTS):
+            for parent in root.glob(f"*/{kind}/"):
+                settle(parent)
 
     def save_state(
         self, run: RunState, name: str, *, overwrite: bool = False, ttl_seconds: int | None = None

@@ -4,10 +4,14 @@ import asyncio
 import contextlib
 import logging
 import signal
+from collections.abc import Coroutine
+from typing import Any
 
 import grpc
 import grpc.aio
-from gradwire.v1 import sampling_service_pb2, trainer_service_pb2
+from gradwire.errors import GradwireError
+from gradwire.v1 import checkpoint_service_pb2, sampling_service_pb2, trainer_service_pb2
+from gradwire.v1.checkpoint_service_pb2_grpc import add_CheckpointServiceServicer_to_server
 from gradwire.v1.sampling_service_pb2_grpc import add_SamplingServiceServicer_to_server
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 from gradwire.v1.trainer_service_pb2_grpc import add_TrainerServiceServicer_to_server
@@ -16,16 +20,24 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from trainer_service.access import ApiKeys
+from trainer_service.checkpoints.catalog import Catalog
+from trainer_service.checkpoints.storage import Storage
 from trainer_service.config import ServerTls, TrainerConfig, listens_on_loopback, split_address
 from trainer_service.fleet.worker import Worker
 from trainer_service.observability import Metrics
 from trainer_service.rpc.border import Border
+from trainer_service.rpc.checkpoint_gate import CheckpointGate
+from trainer_service.rpc.checkpoint_servicer import CheckpointServicer
 from trainer_service.rpc.sampling_servicer import SamplingServicer
 from trainer_service.rpc.trainer_servicer import TrainerServicer
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.sampling import Sampling
 
 logger = logging.getLogger(__name__)
+
+CHECKPOINT_SERVICE = checkpoint_service_pb2.DESCRIPTOR.services_by_name["CheckpointService"].full_name
+_SWEEP_INTERVAL_S = 30.0
+"""How long an expired checkpoint may stay on disk; nobody sees it meanwhile."""
 
 SERVICE = trainer_service_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name
 SAMPLING_SERVICE = sampling_service_pb2.DESCRIPTOR.services_by_name["SamplingService"].full_name
@@ -44,6 +56,8 @@ class TrainerServer:
         self._worker = worker
         self._draining = asyncio.Event()
         self._api_keys = ApiKeys(config.api_keys, config.api_key_file)
+        storage = Storage(config.storage_url) if config.storage_url else None
+        self.catalog = Catalog(config.checkpoint_dir, storage)
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self.metrics = Metrics()
         self.metrics.add_worker_counters(lambda: worker.counters)
@@ -57,6 +71,7 @@ class TrainerServer:
             limits=config.limits,
             detach_grace_s=config.detach_grace_s,
             observe=self._observe,
+            refuse_load=self._refuse_load,
         )
         self.sampling = Sampling(self.runs, worker, config.limits)
         self.metrics.in_flight.set_function(lambda: self.runs.unanswered)
@@ -103,13 +118,16 @@ class TrainerServer:
             limits=self._config.limits,
             draining=self._draining,
             api_keys=self._api_keys,
+            gate=CheckpointGate(self.catalog),
         )
+        add_CheckpointServiceServicer_to_server(CheckpointServicer(self.catalog), self._server)
         add_TrainerServiceServicer_to_server(servicer, self._server)
         sampling = SamplingServicer(self.sampling, base_model=self._config.base_model, draining=self._draining)
         add_SamplingServiceServicer_to_server(sampling, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.reflection:
-            names = (SERVICE, SAMPLING_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            ours = (SERVICE, CHECKPOINT_SERVICE, SAMPLING_SERVICE)
+            names = (*ours, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         host, port = split_address(self._config.listen)
         bracketed = f"[{host}]" if ":" in host else host
@@ -122,8 +140,10 @@ class TrainerServer:
             raise OSError(f"cannot listen on {self._config.listen}: {exc}") from exc
         self.runs.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self._health.set(CHECKPOINT_SERVICE, health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
+        self._in_background(self._sweep())
         self.address = f"{bracketed}:{port}"
         if self._config.tls is None and self._api_keys.required and not listens_on_loopback(self._config.listen):
             logger.warning("API keys cross the network in plaintext; give --tls-cert-file, or put TLS in front.")
@@ -148,9 +168,31 @@ class TrainerServer:
         logger.info("Stopped.")
 
     def _set_ready(self, ready: bool) -> None:
-        task = asyncio.get_running_loop().create_task(self._set_health(ready and not self._draining.is_set()))
+        self._in_background(self._set_health(ready and not self._draining.is_set()))
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    async def _sweep(self) -> None:
+        """Deletes expired checkpoints, and stores what could not be stored before, until drained."""
+        while not self._draining.is_set():
+            try:
+                await asyncio.to_thread(self.catalog.sweep)
+            except Exception as exc:
+                # A store out of reach, a full disk: the next round may fare better.
+                logger.warning("Checkpoints could not be swept.", extra={"fields": {"error": str(exc)}})
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._draining.wait(), _SWEEP_INTERVAL_S)
+
+    def _refuse_load(self, path: str) -> GradwireError | None:
+        """Why the current caller may not load what is at a path."""
+        try:
+            self.catalog.find(path)
+        except GradwireError as exc:
+            return exc
+        return None
 
     async def _set_health(self, ready: bool) -> None:
         status = health_pb2.HealthCheckResponse

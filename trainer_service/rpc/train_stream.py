@@ -11,10 +11,11 @@ from gradwire.v1.trainer_service_pb2 import AttachResponse, TrainRequest, TrainR
 
 from trainer_service.access import ApiKeys, current_caller
 from trainer_service.rpc.border import Malformed, Received
+from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.runs.attachment import Attachment
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.run import Run
-from trainer_service.runs.sequence import error_response
+from trainer_service.runs.sequence import Answered, error_response
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class TrainStream:
         max_in_flight: See above.
         draining: Set when the trainer shuts down.
         api_keys: Asked now and then whether the client's key still opens the trainer.
+        gate: The way of saves and loads.
     """
 
     def __init__(
@@ -47,7 +49,10 @@ class TrainStream:
         max_in_flight: int,
         draining: asyncio.Event,
         api_keys: ApiKeys,
+        gate: CheckpointGate,
     ) -> None:
+        self._gate = gate
+        self._storing: set[asyncio.Task[None]] = set()
         self._api_keys = api_keys
         self._run = run
         self._context = context
@@ -99,7 +104,9 @@ class TrainStream:
             if self._draining.is_set() or attachment.taken.done():
                 # Not ours to take in any more; what ends the stream is under way.
                 await asyncio.Event().wait()
-            self._receive(Operation(received.message, received.encoded))
+            operation = Operation(received.message, received.encoded)
+            await self._gate.before(self._run, operation)
+            self._receive(operation)
             await self._run.room(self._max_in_flight)
             while self._outgoing.qsize() >= self._max_in_flight or self._unwritten_bytes >= MAX_UNWRITTEN_BYTES:
                 self._written.clear()
@@ -117,7 +124,7 @@ class TrainStream:
         if not request.seq_id:
             raise error("PROTOCOL_VIOLATION", f"The {kind} message has no seq_id; operations count from 1.")
         try:
-            self._run.submit(operation, self._put)
+            self._run.submit(operation, self._put_when_stored(operation) if self._gate.stores(operation) else self._put)
         except GradwireError as exc:
             # The part fails, not the pipe.
             self._put(error_response(request.seq_id, exc).SerializeToString())
@@ -125,6 +132,17 @@ class TrainStream:
     def _put(self, answer: bytes) -> None:
         self._unwritten_bytes += len(answer)
         self._outgoing.put_nowait(answer)
+
+    def _put_when_stored(self, operation: Operation) -> Answered:
+        async def put(answer: bytes) -> None:
+            self._put(await self._gate.after(operation, answer))
+
+        def answered(answer: bytes) -> None:
+            task = asyncio.get_running_loop().create_task(put(answer))
+            self._storing.add(task)
+            task.add_done_callback(self._storing.discard)
+
+        return answered
 
     async def _write(self) -> None:
         while True:
@@ -137,6 +155,7 @@ class TrainStream:
     async def _quiet(self) -> None:
         """Waits until everything received is answered and written."""
         await self._run.quiet()
+        await asyncio.gather(*self._storing)
         await self._outgoing.join()
 
     async def _until_taken(self, attachment: Attachment) -> None:

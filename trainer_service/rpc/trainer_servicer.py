@@ -13,6 +13,7 @@ from gradwire.version import PROTOCOL_VERSION, __version__
 from trainer_service.access import ApiKeys
 from trainer_service.config import MIN_PROTOCOL_VERSION, Limits
 from trainer_service.fleet.worker import Worker
+from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.rpc.train_stream import TrainStream, read_attach
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
@@ -27,11 +28,20 @@ class TrainerServicer(TrainerServiceServicer):
         limits: The most a client may send.
         draining: Set when the trainer shuts down.
         api_keys: Keys that open it; a stream whose key is revoked ends.
+        gate: The way of saves and loads.
     """
 
     def __init__(
-        self, runs: Runs, worker: Worker, *, limits: Limits, draining: asyncio.Event, api_keys: ApiKeys
+        self,
+        runs: Runs,
+        worker: Worker,
+        *,
+        limits: Limits,
+        draining: asyncio.Event,
+        api_keys: ApiKeys,
+        gate: CheckpointGate,
     ) -> None:
+        self._gate = gate
         self._api_keys = api_keys
         self._runs = runs
         self._worker = worker
@@ -78,6 +88,7 @@ class TrainerServicer(TrainerServiceServicer):
             max_in_flight=self._limits.max_in_flight_operations,
             draining=self._draining,
             api_keys=self._api_keys,
+            gate=self._gate,
         )
         await stream.serve(first.attach.client_id)
 
@@ -121,11 +132,15 @@ class TrainerServicer(TrainerServiceServicer):
             )
             raise error("RUN_ATTACHED", text, run_id=run.run_id)
         await run.room(self._limits.max_in_flight_operations)
+        await self._gate.before(run, Operation.made(pb.TrainRequest(**{kind: request})))
         seq_id = request.seq_id if request.HasField("seq_id") else run.next_seq_id
         # Both said by the call itself; without them a repeat is the same operation however it is sent.
         request.ClearField("run_id")
         request.ClearField("seq_id")
-        response = await run.execute(Operation.made(pb.TrainRequest(seq_id=seq_id, **{kind: request})))
+        operation = Operation.made(pb.TrainRequest(seq_id=seq_id, **{kind: request}))
+        response = await run.execute(operation)
+        if self._gate.stores(operation):
+            response.MergeFromString(await self._gate.after(operation, response.SerializeToString()))
         context.set_trailing_metadata(
             tuple((f"gradwire-{part}-ms", f"{getattr(response, f'{part}_ms'):.3f}") for part in _TIMES)
         )

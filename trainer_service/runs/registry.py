@@ -7,7 +7,7 @@ import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from trainer_service.runs import journal as journal_file
 from trainer_service.runs.disk import disk_full
 from trainer_service.runs.journal import Record, RunFolder
 from trainer_service.runs.journal_writer import Journal, JournalWriter
+from trainer_service.runs.operation import Operation
 from trainer_service.runs.recovery import command
 from trainer_service.runs.run import Observe, Run, RunSettings
 from trainer_service.runs.stored import StoredRun, open_stored_run, stored_run_folders
@@ -50,6 +51,7 @@ class Runs:
         detach_grace_s: See RunSettings.
         observe: See RunSettings.
         durability: How runs are kept.
+        refuse_load: Says why the current caller may not load the state at a path; None when it may.
     """
 
     def __init__(
@@ -64,7 +66,9 @@ class Runs:
         data_dir: Path | None = None,
         adapter_dir: Path | None = None,
         durability: Durability | None = None,
+        refuse_load: Callable[[str], GradwireError | None] = lambda path: None,
     ) -> None:
+        self._refuse_load = refuse_load
         self._data_dir = data_dir
         root = data_dir or runs_dir.parent
         self._adapter_roots = {"checkpoint_dir": root / "checkpoints", "adapter_dir": adapter_dir or root / "adapters"}
@@ -375,9 +379,11 @@ class Runs:
                 if over and await run.residence.unload():
                     logger.info("Unloaded an idle run.", extra={"fields": {"run_id": run.run_id}})
 
-    def _refuse(self, kind: str) -> GradwireError | None:
-        """Why an operation of this kind may not run now, if it may not."""
-        if self._data_dir is None or not self._limits.max_disk_bytes or not kind.startswith("save_"):
+    def _refuse(self, operation: Operation) -> GradwireError | None:
+        """Why an operation may not run now, for the current caller, if it may not."""
+        if operation.kind == "load_state":
+            return self._refuse_load(operation.request.load_state.path)
+        if self._data_dir is None or not self._limits.max_disk_bytes or not operation.kind.startswith("save_"):
             return None
         return disk_full(self._data_dir, max_disk_bytes=self._limits.max_disk_bytes)
 

@@ -46,8 +46,8 @@ class RunSettings:
     """Says why the worker has no room for a run, if it has none."""
     background: Callable[[Coroutine[Any, Any, object]], object]
     """Runs what nobody waits for."""
-    refuse: Callable[[str], GradwireError | None] = lambda kind: None
-    """Says, by kind, why an operation may not run now; None when it may."""
+    refuse: Callable[[Operation], GradwireError | None] = lambda operation: None
+    """Says why an operation may not run now, for the current caller; None when it may."""
     snapshots: SnapshotPolicy = field(default_factory=SnapshotPolicy)
 
 
@@ -138,7 +138,7 @@ class Run:
             return
         if entry is not None:
             entry.received_s = time.perf_counter()
-            entry.failure = self.residence.lost or self._settings.refuse(entry.kind)
+            entry.failure = self.residence.lost or self._settings.refuse(operation)
             self._journal.append(operation, entry.digest, lambda failure: self._journalled(entry, failure))
 
     def take_up(self, rows: list[Row]) -> None:
