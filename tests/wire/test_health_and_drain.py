@@ -64,6 +64,7 @@ async def test_the_real_grpcurl_lists_and_describes_what_is_served():
         listed = await asyncio.to_thread(grpcurl, trainer.address, "list")
         assert listed.stdout.split() == [
             "gradwire.v1.CheckpointService",
+            "gradwire.v1.SamplingService",
             "gradwire.v1.TrainerService",
             "grpc.health.v1.Health",
             "grpc.reflection.v1alpha.ServerReflection",
