@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from gradwire.errors import GradwireError, invalid_field
-from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -85,13 +85,22 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
 
 def _read_config(folder: Path) -> LoraConfig:
     try:
-        raw = json.loads((folder / CONFIG).read_bytes())
-        config = PeftConfig.from_pretrained(str(folder)) if isinstance(raw, dict) else None
-    except (ValueError, TypeError, KeyError, OSError) as exc:
+        raw: Any = json.loads((folder / CONFIG).read_bytes())
+        if not isinstance(raw, dict):
+            raise ValueError(f"it is a {type(raw).__name__}")
+    except (ValueError, OSError, RecursionError) as exc:
         raise _refused(f"has an {CONFIG} that cannot be read: {_first_line(exc)}") from exc
-    if not isinstance(config, LoraConfig):
-        kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
-        raise _refused(f"is of peft_type {kind}; it must be LORA.")
+    if raw.get("peft_type") != "LORA":
+        raise _refused(f"is of peft_type {raw.get('peft_type')}; it must be LORA.")
+    # What a newer peft says and this one does not know matters unless it is off.
+    unknown = sorted(raw.keys() - {field.name for field in dataclasses.fields(LoraConfig)})
+    for name in unknown:
+        if raw.pop(name):
+            raise _refused(f"has {name} in {CONFIG}, which the trainer's peft does not know; upgrade that.")
+    try:
+        config = LoraConfig(**raw)
+    except (ValueError, TypeError, KeyError) as exc:
+        raise _refused(f"has an {CONFIG} that cannot be read: {_first_line(exc)}") from exc
     for field in dataclasses.fields(config):
         value, usual = getattr(config, field.name), _default(field)
         if field.name not in _FREE and field.init and not field.name.startswith("_") and value and value != usual:
