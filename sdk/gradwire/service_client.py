@@ -13,14 +13,17 @@ from gradwire.errors import OperationTimeoutError, error
 from gradwire.sampling_client import SamplerSource, SamplingClient, load_tokenizer
 from gradwire.training_client import TrainingClient
 from gradwire.transport import ClientTls, Connection
+from gradwire.types import ReplayDifference, ReplayReport
 from gradwire.v1.sampling_service_pb2 import OpenSamplerRequest
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 from gradwire.v1.trainer_service_pb2 import (
     CreateRunRequest,
+    ForkRunRequest,
     GetRunRequest,
     GetServerInfoRequest,
     GetServerInfoResponse,
     ListRunsRequest,
+    ReplayRunRequest,
 )
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 from gradwire.version import PROTOCOL_VERSION, __version__
@@ -212,6 +215,42 @@ class ServiceClient:
         answer = self._connection.call(TrainerServiceStub, "GetRun", GetRunRequest(run_id=run_id), timeout_s=timeout_s)
         return self._client(answer.run, timeout_s)
 
+    def fork_run(
+        self, run_id: str, step: int | None = None, *, display_name: str = "", timeout_s: float | None = None
+    ) -> TrainingClient:
+        """Makes a run with the state another one had after a step. The other is left as it is, and may go on meanwhile.
+
+        Args:
+            run_id: The run to fork.
+            step: Optimizer steps applied in the state wanted; None takes as many as the run has now.
+            display_name: Your name for the new run.
+            timeout_s: Longest wait, seconds; None takes the client's.
+
+        Raises:
+            InvalidArgumentError: The run's journal does not have that step; the message says which it has.
+            FailedPreconditionError: RUN_LOST: the journal, or a snapshot, that far back has been let go.
+        """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        request = ForkRunRequest(run_id=run_id, step=step, request_id=uuid.uuid4().hex, display_name=display_name)
+        answer = self._connection.call(TrainerServiceStub, "ForkRun", request, timeout_s=timeout_s)
+        return self._client(answer.run, timeout_s)
+
+    def replay_run(self, run_id: str, *, timeout_s: float | None = None) -> ReplayReport:
+        """Executes a run's journal again, aside, and compares every answer with the one it got.
+
+        On one CPU setup a run replays bit for bit; on other devices, and after a change of software, it may not. While
+        it lasts, a copy of the run is on the worker.
+        """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        found = self._connection.call(
+            TrainerServiceStub, "ReplayRun", ReplayRunRequest(run_id=run_id), timeout_s=timeout_s
+        )
+        difference = None
+        if found.HasField("difference"):
+            names = ReplayDifference.__dataclass_fields__
+            difference = ReplayDifference(**{name: getattr(found.difference, name) for name in names})
+        return ReplayReport(found.after_seq_id, found.compared, found.not_compared, difference)
+
     def _wait_until_ready(self, timeout_s: float) -> None:
         """Waits until the trainer has loaded its model; says so if that takes a while."""
         start = time.monotonic()
@@ -230,7 +269,9 @@ class ServiceClient:
     def _client(self, run: Any, timeout_s: float) -> TrainingClient:
         # Asked again: the model's limits are known only once it is loaded, and a run says that it is.
         info = self.get_server_info(timeout_s=timeout_s)
-        client = TrainingClient(self._connection, run, info, reconnect_timeout_s=self._reconnect_timeout_s)
+        client = TrainingClient(
+            self._connection, run, info, reconnect_timeout_s=self._reconnect_timeout_s, made=self._clients.add
+        )
         self._clients.add(client)
         return client
 

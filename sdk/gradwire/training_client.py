@@ -1,6 +1,7 @@
 """The client of one run: every call returns a future at once, is sent in call order, and executes in that order."""
 
 import logging
+import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +31,7 @@ from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.run_pb2 import Run
 from gradwire.v1.trainer_service_pb2 import (
     DeleteRunRequest,
+    ForkRunRequest,
     GetRunRequest,
     GetServerInfoResponse,
     TrainRequest,
@@ -86,7 +88,10 @@ class TrainingClient:
         server_info: GetServerInfoResponse,
         *,
         reconnect_timeout_s: float = 120.0,
+        made: "Callable[[TrainingClient], object]" = lambda client: None,
     ) -> None:
+        self._made = made
+        self._reconnect_timeout_s = reconnect_timeout_s
         self.run_id = run.run_id
         self.base_model = run.base_model
         self._connection = connection
@@ -302,6 +307,27 @@ class TrainingClient:
             max_context_length=model.max_context_length,
             num_parameters=model.num_parameters,
         )
+
+    def fork(self, step: int | None = None, *, display_name: str = "", timeout_s: float = 600.0) -> "TrainingClient":
+        """A client of a new run with the state this one had after a step; see ServiceClient.fork_run.
+
+        Args:
+            step: Optimizer steps applied in the state wanted; None takes as many as are applied now, calls that were
+                not answered yet left out.
+            display_name: Your name for the new run.
+            timeout_s: Longest wait, seconds.
+        """
+        request = ForkRunRequest(run_id=self.run_id, step=step, request_id=uuid.uuid4().hex, display_name=display_name)
+        answer = self._connection.call(TrainerServiceStub, "ForkRun", request, timeout_s=timeout_s)
+        client = TrainingClient(
+            self._connection,
+            answer.run,
+            self._server_info,
+            reconnect_timeout_s=self._reconnect_timeout_s,
+            made=self._made,
+        )
+        self._made(client)
+        return client
 
     def get_tokenizer(self) -> Any:
         """The base model's tokenizer, loaded here with transformers from the same hub id or folder."""

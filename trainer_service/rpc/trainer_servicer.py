@@ -73,6 +73,28 @@ class TrainerServicer(TrainerServiceServicer):
     async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:
         return pb.ListRunsResponse(runs=[run.describe() for run in self._runs.list()])
 
+    async def ForkRun(self, request: pb.ForkRunRequest, context: Any) -> pb.ForkRunResponse:
+        refuse_while_draining(self._draining)
+        return pb.ForkRunResponse(run=(await self._runs.fork(request)).describe())
+
+    async def ReplayRun(self, request: pb.ReplayRunRequest, context: Any) -> pb.ReplayRunResponse:
+        refuse_while_draining(self._draining)
+        found = await self._runs.replay(request.run_id)
+        response = pb.ReplayRunResponse(
+            after_seq_id=found.after_seq_id, compared=found.compared, not_compared=found.not_compared
+        )
+        if (difference := found.difference) is not None:
+            response.difference.CopyFrom(
+                pb.ReplayDifference(
+                    seq_id=difference.seq_id,
+                    kind=difference.kind,
+                    step=difference.step,
+                    recorded_digest=difference.recorded,
+                    replayed_digest=difference.replayed,
+                )
+            )
+        return response
+
     async def DeleteRun(self, request: pb.DeleteRunRequest, context: Any) -> pb.DeleteRunResponse:
         await self._runs.delete(request.run_id)
         return pb.DeleteRunResponse()

@@ -61,6 +61,8 @@ class Record:
     """The run it was forked from; "" for one made from the base model."""
     parent_seq_id: int = 0
     """Last operation of the parent that it contains."""
+    parent_step: int = 0
+    """Optimizer steps applied then."""
     step: int = 0
     """Optimizer steps applied."""
 
@@ -201,13 +203,22 @@ def read_all(folder: Path, after: int, *, up_to: int | None = None) -> Iterator[
 
 
 def seq_id_of_step(db: sqlite3.Connection, step: int) -> int | None:
-    """The operation that made the run's step `step`; None if it is not in the journal."""
+    """The last operation that made the run's step `step`; None if there is none in the journal."""
     found = db.execute(
-        "SELECT min(seq_id) FROM operations JOIN outcomes USING (seq_id) "
+        "SELECT max(seq_id) FROM operations JOIN outcomes USING (seq_id) "
         "WHERE kind = 'optim_step' AND reason = '' AND step = ?",
         (step,),
     ).fetchone()
     return found[0]
+
+
+def steps(db: sqlite3.Connection) -> tuple[int, int]:
+    """(first, last) optimizer step made by an operation in the journal; zeros where there is none."""
+    found = db.execute(
+        "SELECT min(step), max(step) FROM operations JOIN outcomes USING (seq_id) "
+        "WHERE kind = 'optim_step' AND reason = ''"
+    ).fetchone()
+    return found[0] or 0, found[1] or 0
 
 
 def insert_operation(db: sqlite3.Connection, operation: Operation, digest: bytes, *, received_s: float) -> None:

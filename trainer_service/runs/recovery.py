@@ -18,7 +18,6 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerFailOperation
 
 from trainer_service.fleet.worker import Reply, Worker
-from trainer_service.folders import settle
 from trainer_service.runs import journal
 from trainer_service.runs.journal import Row
 from trainer_service.runs.snapshots import Snapshot, list_snapshots
@@ -54,8 +53,6 @@ def find_source(folder: Path, *, forked: bool) -> Source:
         folder: The run's.
         forked: Whether it began as another run's state rather than as the base model.
     """
-    # No worker holds the run, so what is half written there was left by one that died.
-    settle(folder / "snapshots")
     with contextlib.closing(journal.connect(folder)) as db:
         oldest, _, _ = journal.seq_ids(db)
     return Source(folder, list_snapshots(folder), from_base=oldest == 1 and not forked)
@@ -134,7 +131,7 @@ async def restore(
     """
     as_run = as_run or run_id
     start_s = time.monotonic()
-    snapshot_seq_id = await _load(worker, as_run, request, source, up_to=up_to)
+    snapshot_seq_id = await load(worker, as_run, request, source, up_to=up_to)
     loaded_s = time.monotonic()
     replayed = 0
     ahead: deque[asyncio.Future[Reply | GradwireError]] = deque()
@@ -171,7 +168,7 @@ async def rows(folder: Path, after: int, *, up_to: int) -> AsyncIterator[Row]:
             yield row
 
 
-async def _load(worker: Worker, run_id: str, request: CreateRunRequest, source: Source, *, up_to: int) -> int:
+async def load(worker: Worker, run_id: str, request: CreateRunRequest, source: Source, *, up_to: int) -> int:
     """Makes the run from the newest snapshot that can be loaded, or from the base model. Returns where it stands."""
     failures: list[str] = []
     for snapshot in source.snapshots:

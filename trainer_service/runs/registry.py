@@ -1,18 +1,19 @@
 """All runs of a trainer, those of the trainer before it included."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 from gradwire.errors import GradwireError, error, invalid_field
-from gradwire.v1.trainer_service_pb2 import CreateRunRequest
+from gradwire.v1.trainer_service_pb2 import CreateRunRequest, ForkRunRequest
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun
 
 from trainer_service.access import current_caller
@@ -20,13 +21,15 @@ from trainer_service.adapter_path import adapter_folder, adapter_rank, adapter_r
 from trainer_service.config import Durability, Limits
 from trainer_service.fleet.worker import Worker
 from trainer_service.runs import journal as journal_file
+from trainer_service.runs import time_travel
 from trainer_service.runs.disk import disk_full
 from trainer_service.runs.journal import Record, RunFolder
 from trainer_service.runs.journal_writer import Journal, JournalWriter
 from trainer_service.runs.operation import Operation
-from trainer_service.runs.recovery import command
+from trainer_service.runs.recovery import Source, command, find_source
 from trainer_service.runs.run import Observe, Run, RunSettings
 from trainer_service.runs.stored import StoredRun, open_stored_run, stored_run_folders
+from trainer_service.runs.time_travel import Replayed
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +168,33 @@ class Runs:
         self._check(request)
         return await self._once(request.request_id, self._create(request))
 
+    async def fork(self, request: ForkRunRequest) -> Run:
+        """A new run that begins as another was after one of its steps, or the one that the same request_id made.
+
+        Raises:
+            GradwireError: RUN_NOT_FOUND, LIMIT_EXCEEDED, STORAGE_FAILED, WORKER_NOT_READY, WORKER_DIED. INVALID_FIELD:
+                the journal does not reach to that step. RUN_LOST: it no longer reaches back far enough.
+        """
+        return await self._once(request.request_id, self._fork(self.get(request.run_id), request))
+
+    async def replay(self, run_id: str) -> Replayed:
+        """Executes a run's journal again, aside, and compares the answers.
+
+        Raises:
+            GradwireError: RUN_NOT_FOUND, LIMIT_EXCEEDED, WORKER_NOT_READY, WORKER_DIED.
+        """
+        run = self.get(run_id)
+        up_to = await run.settled()
+        async with self._room():
+            return await time_travel.replay(
+                self._worker,
+                run_id=run_id,
+                source=await self._source(run),
+                request=run.create_request,
+                up_to=up_to,
+                as_run=f"{run_id}-replay-{secrets.token_hex(3)}",
+            )
+
     async def delete(self, run_id: str) -> None:
         """Frees the run and removes it from the disk.
 
@@ -232,11 +262,7 @@ class Runs:
             self._by_request_id.pop(key, None)
 
     async def _create(self, request: CreateRunRequest) -> Run:
-        self._check_limits()
-        if self._worker.ready is None:
-            raise error(
-                "WORKER_NOT_READY", f"The worker is not ready: {self._worker.status_message}.", retry_after_s=0.5
-            )
+        self._check_own_limit()
         run_id = f"run-{secrets.token_hex(6)}"
         adapter: Path | None = None
         if request.adapter_path:
@@ -248,29 +274,90 @@ class Runs:
             created_s=time.time(),
             create_request=request.SerializeToString(),
         )
-        # Counted at once, so that runs made at the same time count against each other.
-        self._being_made += 1
         live = True
-        journal = self._journal(self._runs_dir / record.run_id)
-        try:
+        async with self._room():
             await self._write_down(record, adapter)
-            sent = WorkerCommand(run_id=record.run_id, create_run=WorkerCreateRun(request=request))
-            await command(self._worker, sent)
-        except GradwireError as exc:
-            if exc.reason != "WORKER_DIED":
+            try:
+                sent = WorkerCommand(run_id=record.run_id, create_run=WorkerCreateRun(request=request))
+                await command(self._worker, sent)
+            except GradwireError as exc:
+                if exc.reason != "WORKER_DIED":
+                    self._forget(record.run_id)
+                    raise
+                # It is on disk, so the next worker can make it.
+                live = False
+        return self._add(record, live=live)
+
+    async def _fork(self, parent: Run, request: ForkRunRequest) -> Run:
+        self._check_own_limit()
+        await parent.settled()
+        step = request.step if request.HasField("step") else parent.step
+        forked_at_step = parent.record.parent_step if parent.record.parent_run_id else None
+        seq_id = await asyncio.to_thread(time_travel.seq_id_of_step, parent.folder, step, forked_at_step=forked_at_step)
+        made = CreateRunRequest()
+        made.CopyFrom(parent.create_request)
+        made.request_id, made.display_name = request.request_id, request.display_name
+        run_id = f"run-{secrets.token_hex(6)}"
+        adapter: Path | None = None
+        if made.adapter_path:
+            # Its parent may be deleted.
+            adapter, made.adapter_path = Path(made.adapter_path), str((self._runs_dir / run_id / _ADAPTER).absolute())
+        record = Record(
+            run_id=run_id,
+            owner=current_caller.get().owner,
+            base_model=self._base_model,
+            created_s=time.time(),
+            create_request=made.SerializeToString(),
+            parent_run_id=parent.run_id,
+            parent_seq_id=seq_id,
+            parent_step=step,
+            step=step,
+        )
+        async with self._room():
+            await self._write_down(record, adapter)
+            try:
+                await time_travel.fork(
+                    self._worker,
+                    source_run_id=parent.run_id,
+                    source=await self._source(parent),
+                    request=parent.create_request,
+                    seq_id=seq_id,
+                    run_id=record.run_id,
+                    folder=self._runs_dir / record.run_id,
+                )
+            except BaseException:
                 self._forget(record.run_id)
                 raise
-            # It is on disk, so the next worker can make it.
-            live = False
-        finally:
-            self._being_made -= 1
+        return self._add(record, live=True)
+
+    def _add(self, record: Record, *, live: bool) -> Run:
+        journal = self._journal(self._runs_dir / record.run_id)
+        # The worker may have died between its answer and now.
+        live = live and self._worker.ready is not None
         run = self._runs[record.run_id] = Run(record, journal, self._settings, live=live)
         return run
 
-    def _check_limits(self) -> None:
+    async def _source(self, run: Run) -> Source:
+        return await asyncio.to_thread(find_source, run.folder, forked=bool(run.record.parent_run_id))
+
+    @contextlib.asynccontextmanager
+    async def _room(self) -> AsyncGenerator[None]:
+        """Room on the worker for one run more, while it is being made."""
         active = self._being_made + sum(run.residence.on_worker for run in self._runs.values())
         if active >= self._limits.max_runs:
             raise self._full(active)
+        if self._worker.ready is None:
+            raise error(
+                "WORKER_NOT_READY", f"The worker is not ready: {self._worker.status_message}.", retry_after_s=0.5
+            )
+        # Counted at once, so that runs made at the same time count against each other.
+        self._being_made += 1
+        try:
+            yield
+        finally:
+            self._being_made -= 1
+
+    def _check_own_limit(self) -> None:
         caller = current_caller.get()
         own = sum(not run.lost and run.owner == caller.owner for run in self._runs.values())
         if self._limits.max_runs_per_key and own >= self._limits.max_runs_per_key:
@@ -315,9 +402,14 @@ class Runs:
         def make() -> RunFolder:
             path.mkdir(parents=True)
             folder = RunFolder(path)
-            if adapter is not None:
-                copy_adapter(adapter, path / _ADAPTER)
-            journal_file.create(path, record, sync=self._durability.sync)
+            try:
+                if adapter is not None:
+                    copy_adapter(adapter, path / _ADAPTER)
+                journal_file.create(path, record, sync=self._durability.sync)
+            except BaseException:
+                folder.close()
+                shutil.rmtree(path, ignore_errors=True)
+                raise
             return folder
 
         try:

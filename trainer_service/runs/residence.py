@@ -15,6 +15,7 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDeleteRun, Worke
 
 from trainer_service.config import SnapshotPolicy
 from trainer_service.fleet.worker import Reply, Worker
+from trainer_service.folders import settle
 from trainer_service.runs.journal import Record
 from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.recovery import command, fail_command, find_source, restore
@@ -106,6 +107,11 @@ class Residence:
     def waiting(self) -> bool:
         """Whether operations wait for the run to be live."""
         return bool(self._undone) and not self.live
+
+    @property
+    def last_done_seq_id(self) -> int:
+        """Last operation before those still to be done."""
+        return next(iter(self._undone), self._last_seq_id + 1) - 1
 
     def take_up(self, entry: Entry) -> None:
         """An operation that an earlier trainer wrote to the journal, in order, before anything is sent."""
@@ -239,7 +245,9 @@ class Residence:
             return
         # So that the journal has the outcome of everything that is not undone, and its callbacks were called.
         await self._journal.flush()
-        up_to = next(iter(self._undone), self._last_seq_id + 1) - 1
+        up_to = self.last_done_seq_id
+        # No worker holds the run, so what is half written among its snapshots was left by one that died.
+        await asyncio.to_thread(settle, self._journal.folder / "snapshots")
         source = await asyncio.to_thread(find_source, self._journal.folder, forked=bool(self._record.parent_run_id))
         restored = await restore(self._worker, self._run_id, self._request, source, up_to=up_to)
         await self._judge_first()

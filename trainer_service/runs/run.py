@@ -284,6 +284,11 @@ class Run:
         loop = asyncio.get_running_loop()
         self._drop_timer = loop.call_later(self._settings.detach_grace_s, self.residence.drop_graphs)
 
+    async def settled(self) -> int:
+        """Returns once everything answered so far is on disk: the last operation of which that holds."""
+        await self._journal.flush()
+        return self.residence.last_done_seq_id
+
     async def delete(self) -> None:
         """Ends the run: its client's stream, its operations, its memory and what it has on disk."""
         self._stop_drop_timer()

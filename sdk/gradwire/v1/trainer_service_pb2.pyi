@@ -160,6 +160,56 @@ class DeleteRunResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ForkRunRequest(_message.Message):
+    __slots__ = ("run_id", "step", "request_id", "display_name")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    DISPLAY_NAME_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    step: int
+    request_id: str
+    display_name: str
+    def __init__(self, run_id: _Optional[str] = ..., step: _Optional[int] = ..., request_id: _Optional[str] = ..., display_name: _Optional[str] = ...) -> None: ...
+
+class ForkRunResponse(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: _run_pb2.Run
+    def __init__(self, run: _Optional[_Union[_run_pb2.Run, _Mapping]] = ...) -> None: ...
+
+class ReplayRunRequest(_message.Message):
+    __slots__ = ("run_id",)
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    def __init__(self, run_id: _Optional[str] = ...) -> None: ...
+
+class ReplayDifference(_message.Message):
+    __slots__ = ("seq_id", "kind", "step", "recorded_digest", "replayed_digest")
+    SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    RECORDED_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    seq_id: int
+    kind: str
+    step: int
+    recorded_digest: str
+    replayed_digest: str
+    def __init__(self, seq_id: _Optional[int] = ..., kind: _Optional[str] = ..., step: _Optional[int] = ..., recorded_digest: _Optional[str] = ..., replayed_digest: _Optional[str] = ...) -> None: ...
+
+class ReplayRunResponse(_message.Message):
+    __slots__ = ("after_seq_id", "compared", "not_compared", "difference")
+    AFTER_SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    COMPARED_FIELD_NUMBER: _ClassVar[int]
+    NOT_COMPARED_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    after_seq_id: int
+    compared: int
+    not_compared: int
+    difference: ReplayDifference
+    def __init__(self, after_seq_id: _Optional[int] = ..., compared: _Optional[int] = ..., not_compared: _Optional[int] = ..., difference: _Optional[_Union[ReplayDifference, _Mapping]] = ...) -> None: ...
+
 class AttachRequest(_message.Message):
     __slots__ = ("run_id", "client_id")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]

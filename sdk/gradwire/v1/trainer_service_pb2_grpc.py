@@ -56,6 +56,16 @@ class TrainerServiceStub(object):
                 request_serializer=gradwire_dot_v1_dot_trainer__service__pb2.ListRunsRequest.SerializeToString,
                 response_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.ListRunsResponse.FromString,
                 _registered_method=True)
+        self.ForkRun = channel.unary_unary(
+                '/gradwire.v1.TrainerService/ForkRun',
+                request_serializer=gradwire_dot_v1_dot_trainer__service__pb2.ForkRunRequest.SerializeToString,
+                response_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.ForkRunResponse.FromString,
+                _registered_method=True)
+        self.ReplayRun = channel.unary_unary(
+                '/gradwire.v1.TrainerService/ReplayRun',
+                request_serializer=gradwire_dot_v1_dot_trainer__service__pb2.ReplayRunRequest.SerializeToString,
+                response_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.ReplayRunResponse.FromString,
+                _registered_method=True)
         self.DeleteRun = channel.unary_unary(
                 '/gradwire.v1.TrainerService/DeleteRun',
                 request_serializer=gradwire_dot_v1_dot_trainer__service__pb2.DeleteRunRequest.SerializeToString,
@@ -145,8 +155,22 @@ class TrainerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForkRun(self, request, context):
+        """Makes a run with the state another one had after some step. Needs that much of the other's journal.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReplayRun(self, request, context):
+        """Executes a run's journal again, aside, and compares every answer with the one it got.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteRun(self, request, context):
-        """Frees a run's memory and forgets it. Its saved checkpoints stay.
+        """Frees a run's memory and removes its journal and snapshots. Its saved checkpoints stay.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -244,6 +268,16 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.ListRuns,
                     request_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.ListRunsRequest.FromString,
                     response_serializer=gradwire_dot_v1_dot_trainer__service__pb2.ListRunsResponse.SerializeToString,
+            ),
+            'ForkRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkRun,
+                    request_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.ForkRunRequest.FromString,
+                    response_serializer=gradwire_dot_v1_dot_trainer__service__pb2.ForkRunResponse.SerializeToString,
+            ),
+            'ReplayRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplayRun,
+                    request_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.ReplayRunRequest.FromString,
+                    response_serializer=gradwire_dot_v1_dot_trainer__service__pb2.ReplayRunResponse.SerializeToString,
             ),
             'DeleteRun': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteRun,
@@ -410,6 +444,60 @@ class TrainerService(object):
             '/gradwire.v1.TrainerService/ListRuns',
             gradwire_dot_v1_dot_trainer__service__pb2.ListRunsRequest.SerializeToString,
             gradwire_dot_v1_dot_trainer__service__pb2.ListRunsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.TrainerService/ForkRun',
+            gradwire_dot_v1_dot_trainer__service__pb2.ForkRunRequest.SerializeToString,
+            gradwire_dot_v1_dot_trainer__service__pb2.ForkRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplayRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.TrainerService/ReplayRun',
+            gradwire_dot_v1_dot_trainer__service__pb2.ReplayRunRequest.SerializeToString,
+            gradwire_dot_v1_dot_trainer__service__pb2.ReplayRunResponse.FromString,
             options,
             channel_credentials,
             insecure,
