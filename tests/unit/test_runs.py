@@ -23,6 +23,11 @@ from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
 
 
+@pytest.fixture(autouse=True)
+def folders_go_with_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
 def make_runs(worker: FakeWorker, **settings: Any) -> Runs:
     settings = {"base_model": "fake", "limits": Limits(), "detach_grace_s": 60.0, **settings}
     runs_dir = settings.pop("runs_dir", None) or Path(tempfile.mkdtemp(prefix="gradwire-test-"))
