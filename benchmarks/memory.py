@@ -1,7 +1,8 @@
 """Rows about memory, each side measured in a process of its own: `python memory.py SIDE [ARGUMENTS]` prints bytes."""
 
-import ctypes
 import gc
+import itertools
+import json
 import subprocess
 import sys
 import tempfile
@@ -10,13 +11,16 @@ from pathlib import Path
 
 import torch
 from side_by_side import Row, Setting
+from torch.profiler import ProfilerActivity, profile
+
+from trainer_service.config import EngineSettings
 
 VOCAB_SIZE = 150_000
 HIDDEN_SIZE = 64
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that `work` had beside what was there before it."""
+    """The most that tensors took in `work` beside those there before it: what torch allocates, on either device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -24,17 +28,13 @@ def peak_bytes(work: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _status_bytes("VmRSS")
-    # 5: the peak counts from here.
-    Path("/proc/self/clear_refs").write_text("5")
-    work()
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            work()
+        profiler.export_chrome_trace(trace.name)
+        events = json.loads(Path(trace.name).read_text())["traceEvents"]
+    steps = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    return max(0, *itertools.accumulate(size for _, size in steps))
 
 
 def measure_padded(model: str, scale: int) -> int:
@@ -47,12 +47,13 @@ def measure_padded(model: str, scale: int) -> int:
     return peak_bytes(lambda: loop.forward_backward(_data(vocab, scale)))
 
 
-def measure_engine(model: str, checkpointing: str, scale: int) -> int:
+def measure_engine(model: str, checkpointing: str, max_pack_tokens: int, scale: int) -> int:
     """A pass of the engine, with gradients already there."""
     from service import InProcess
 
     with tempfile.TemporaryDirectory() as folder:
-        engine = InProcess(model, Path(folder), compute_dtype="float32", activation_checkpointing=checkpointing)
+        settings = EngineSettings("float32", max_pack_tokens, activation_checkpointing=checkpointing)  # pyright: ignore[reportArgumentType]
+        engine = InProcess(model, Path(folder), settings)
         vocab = engine.engine.model.vocab_size
         engine.forward_backward(_data(vocab, 8))
         return peak_bytes(lambda: engine.forward_backward(_data(vocab, scale)))
@@ -74,7 +75,7 @@ def measure(side: str, *arguments: str) -> int:
     if side == "padded":
         return measure_padded(arguments[0], int(arguments[1]))
     if side == "engine":
-        return measure_engine(arguments[0], arguments[1], int(arguments[2]))
+        return measure_engine(arguments[0], arguments[1], int(arguments[2]), int(arguments[3]))
     return measure_head(int(arguments[0]))
 
 
@@ -101,8 +102,12 @@ def over_weights_and_gradients(setting: Setting) -> list[Row]:
     scale = setting.pick(1, 8)
     padded = _measured(setting, "padded", setting.model, scale)
     rows: list[Row] = []
-    for checkpointing, goal, what in (("off", 4, ""), ("on", 30, ", activation checkpointing on")):
-        engine = _measured(setting, "engine", setting.model, checkpointing, scale)
+    for checkpointing, pack_tokens, goal, what in (
+        ("off", 0, 4, ""),
+        ("off", setting.pick(256, 32), 4, ", --max-pack-tokens 256"),
+        ("on", 0, 30, ", activation checkpointing on"),
+    ):
+        engine = _measured(setting, "engine", setting.model, checkpointing, pack_tokens, scale)
         rows.append(
             Row(
                 f"peak memory above weights and gradients, padded loop over engine, float32{what}",

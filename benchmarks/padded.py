@@ -9,7 +9,7 @@ from service import InProcess, built_in, make_data, trainer, vocab_size
 from side_by_side import Row, Setting, interleave, ms, ratio
 from torch import Tensor, nn
 
-from trainer_service.config import ComputeDtype
+from trainer_service.config import ComputeDtype, EngineSettings
 
 RAGGED = (200, 100, 64, 44, 40, 32)
 """Lengths; padded to the longest they are 2.5 times as many tokens."""
@@ -119,7 +119,7 @@ def over_matmul_floor(setting: Setting) -> list[Row]:
 
 
 def _floor_row(setting: Setting, dtype: torch.dtype, name: ComputeDtype, goal: float) -> Row:
-    engine = InProcess(setting.model, setting.folder, compute_dtype=name)
+    engine = InProcess(setting.model, setting.folder, EngineSettings(compute_dtype=name))
     data = ragged(setting, engine.engine.model.vocab_size)
     tokens = sum(datum.model_input.length for datum in data)
     floor = MatmulFloor(engine.engine._run("run").model, tokens, dtype)

@@ -15,7 +15,7 @@ from gradwire import AdamParams, Datum, ModelInput, ServiceClient, TrainingClien
 from gradwire.codec import batch_from_data
 from side_by_side import Setting
 
-from trainer_service.config import ComputeDtype, EngineSettings
+from trainer_service.config import EngineSettings
 from trainer_service.engine.device import pick_device, set_num_threads
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.losses import find_loss
@@ -64,13 +64,13 @@ def two_pass(client: TrainingClient, data: list[Datum]) -> None:
 class InProcess:
     """The engine without a service around it."""
 
-    def __init__(self, model: str, folder: Path, *, compute_dtype: ComputeDtype = "auto", **settings: str) -> None:
+    def __init__(self, model: str, folder: Path, settings: EngineSettings | None = None) -> None:
         set_num_threads()
         self.engine = Engine(
             model,
-            device=pick_device(compute_dtype=compute_dtype),
+            device=pick_device(compute_dtype=(settings or EngineSettings()).compute_dtype),
             checkpoint_dir=folder,
-            settings=EngineSettings(compute_dtype=compute_dtype, **settings),  # pyright: ignore[reportArgumentType]
+            settings=settings,
         )
         self.engine.create_run("run")
         self._loss = find_loss("cross_entropy")

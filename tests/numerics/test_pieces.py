@@ -10,6 +10,7 @@ from trainer_service.engine import logprobs as logprobs_module
 from trainer_service.engine.logprobs import target_logprobs
 from trainer_service.engine.losses import find_loss
 from trainer_service.engine.losses.loss import LossInputs
+from trainer_service.engine.models.embedding import add_rows_in_place
 from trainer_service.engine.optim import AdamW
 
 
@@ -146,3 +147,24 @@ def test_step_that_ran_out_of_memory_can_be_tried_again(monkeypatch: pytest.Monk
     AdamW(plain).step(AdamParams())
     for parameter, wanted in zip(ours, plain, strict=True):
         assert torch.equal(parameter, wanted)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_embeddings_that_add_their_rows_in_place_get_the_gradient_of_plain_ones(padding_idx: int | None) -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Embedding(11, 5, padding_idx=padding_idx)
+    model = torch.nn.Module()
+    ours = torch.nn.Embedding(11, 5, padding_idx=padding_idx)
+    ours.load_state_dict(plain.state_dict())
+    model.get_input_embeddings = lambda: ours  # type: ignore[assignment]
+    add_rows_in_place(model)
+    for seed in range(2):
+        tokens = torch.randint(11, (2, 20), generator=torch.Generator().manual_seed(seed))
+        upstream = torch.randn(2, 20, 5)
+        for table in (plain, ours):
+            found = table(tokens)
+            torch.testing.assert_close(found, plain.weight[tokens])
+            found.backward(upstream)
+    assert plain.weight.grad is not None
+    assert ours.weight.grad is not None
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad)

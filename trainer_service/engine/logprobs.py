@@ -19,6 +19,10 @@ from torch import Tensor
 
 _CHUNK_ELEMENTS = 1 << 25
 """Logits at a time: 128 MiB in float32. With smaller chunks the head's gradient is read and written too often."""
+_CPU_CHUNK_ELEMENTS = 1 << 23
+"""On a CPU, where logits are not overwritten in place: hardly slower, and what is needed beside them is smaller."""
+_FRUGAL_CHUNK_ELEMENTS = 1 << 21
+"""Where memory comes first, on a CPU."""
 _FEW = 0.9
 """Below this part of tokens with a gradient, the others are left out of backward."""
 
@@ -64,6 +68,7 @@ def linear_logprobs(
     token_of_row_R: Tensor | None = None,
     *,
     keep_logits: bool = False,
+    frugal: bool = False,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """log softmax(head(hidden))[target].
@@ -74,6 +79,7 @@ def linear_logprobs(
         targets_RK: Token ids, int64, [R] or [R, K].
         token_of_row_R: The token that answers each row, int64; None where row r is token r.
         keep_logits: Keep all logits for the backward, T · V floats, in place of computing them again.
+        frugal: Take as little memory as can be, for some time more.
         compute_dtype: Of the matrix products.
 
     Returns:
@@ -91,7 +97,12 @@ def linear_logprobs(
         with torch.autocast(hidden_TD.device.type, enabled=False):
             low_TL = (hidden_TD.to(compute_dtype) @ low_rank.a.to(compute_dtype).T).mul(low_rank.scale)
         b_VL = low_rank.b
-    logprobs_RK = _LinearLogprobs.apply(hidden_TD, low_TL, b_VL, columns_RK, rows, head, plain, keep, compute_dtype)
+    elements = _CHUNK_ELEMENTS
+    if hidden_TD.device.type == "cpu":
+        elements = min(elements, _FRUGAL_CHUNK_ELEMENTS if frugal else _CPU_CHUNK_ELEMENTS)
+    logprobs_RK = _LinearLogprobs.apply(
+        hidden_TD, low_TL, b_VL, columns_RK, rows, head, plain, keep, elements, compute_dtype
+    )
     assert isinstance(logprobs_RK, Tensor)
     return logprobs_RK.view(targets_RK.shape)
 
@@ -144,6 +155,7 @@ class _LinearLogprobs(torch.autograd.Function):
         trained: Head,
         head: Head,
         keep: str,
+        chunk_elements: int,
         compute_dtype: torch.dtype,
     ) -> Tensor:
         with torch.autocast(hidden_TD.device.type, enabled=False):
@@ -158,7 +170,7 @@ class _LinearLogprobs(torch.autograd.Function):
             logprobs_RK = torch.empty(targets_RK.shape, **float32)
             expected_TD = torch.empty_like(hidden_TD, dtype=torch.float32) if keep == "gradients" else None
             slope_RK = torch.ones_like(logprobs_RK) if expected_TD is not None and head.softcap else None
-            for chunk in _chunks(num_tokens, num_targets):
+            for chunk in _chunks(num_tokens, num_targets, chunk_elements):
                 low = None if low_TL is None or b_cast_VL is None else (low_TL[chunk], b_cast_VL)
                 logits_CV = _logits(
                     hidden_cast_TD[chunk], weight_VD, head, None if logits_TV is None else logits_TV[chunk], low
@@ -178,6 +190,8 @@ class _LinearLogprobs(torch.autograd.Function):
             )
             ctx.logits_TV, ctx.rows, ctx.trained, ctx.head = logits_TV, rows, trained, head
             ctx.hidden_dtype, ctx.compute_dtype = hidden_TD.dtype, compute_dtype
+            # Kept logits are overwritten where they are, so that larger chunks take no more memory.
+            ctx.chunk_elements = _CHUNK_ELEMENTS if logits_TV is not None else chunk_elements
             return logprobs_RK
 
     @staticmethod
@@ -193,7 +207,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 low = _LowRankGradients(low_TL, b_VL.to(low_TL.dtype))
             grad_TD = _backward_trained(ctx, grad_RK, hidden_TD, targets_RK, lse_T, logits_TV, low)
         grad_low_TL, grad_b_VL = (None, None) if low is None else (low.grad_low_TL, low.grad_b_VL)
-        return grad_TD.to(ctx.hidden_dtype), grad_low_TL, grad_b_VL, None, None, None, None, None, None
+        return grad_TD.to(ctx.hidden_dtype), grad_low_TL, grad_b_VL, *(None,) * 7
 
 
 class _LowRankGradients:
@@ -232,7 +246,7 @@ def _backward_trained(
     counts_T = rows.sum_by_token((grad_RK != 0).any(-1).float(), num_tokens) > 0
     weight_VD = head.weight.to(ctx.compute_dtype)
     grad_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
-    chunks = list(_chunks(num_tokens, len(weight_VD)))
+    chunks = list(_chunks(num_tokens, len(weight_VD), ctx.chunk_elements))
     # All at once: on CUDA each look at a number waits for the device.
     numbers_counted = torch.stack([counts_T[chunk].sum() for chunk in chunks]).tolist()
     for chunk, num_counted in zip(chunks, numbers_counted, strict=True):
@@ -351,8 +365,8 @@ def _add_grad(weight: Tensor, left: Tensor, right: Tensor) -> None:
         weight.grad.addmm_(left, right)
 
 
-def _chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
-    size = max(1, _CHUNK_ELEMENTS // vocab_size)
+def _chunks(num_tokens: int, vocab_size: int, elements: int) -> Iterator[slice]:
+    size = max(1, elements // vocab_size)
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
 

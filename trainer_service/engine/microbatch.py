@@ -60,7 +60,8 @@ class Forwards:
 
     def keeps_logits(self, num_tokens: int) -> bool:
         """Whether a forward of that many tokens keeps its logits for the backward."""
-        return num_tokens * self.vocab_size * _FLOAT_BYTES <= self.memory.logits_bytes
+        fits = num_tokens * self.vocab_size * _FLOAT_BYTES <= self.memory.logits_bytes
+        return fits and not self.checkpoints(num_tokens)
 
     def held_bytes(self, num_tokens: int) -> int:
         """What the graph of a forward holds."""

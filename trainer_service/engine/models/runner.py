@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer_service.engine.attention import ATTENTION
 from trainer_service.engine.logprobs import Head, linear_logprobs, target_logprobs
+from trainer_service.engine.models.embedding import add_rows_in_place
 from trainer_service.engine.models.lora import low_rank_of
 
 
@@ -62,6 +63,7 @@ def prepare(model: PreTrainedModel, traits: Traits) -> None:
     """Readies a freshly loaded model of the architecture that `traits` were found for."""
     if not traits.why_not_packed:
         use_attention(model, ATTENTION)
+    add_rows_in_place(model)
     for layer in checkpointable_layers(model):
         # While it checkpoints a layer has to believe that it trains, and what it then drops is to be nothing.
         for name, value in vars(layer).items():
@@ -113,6 +115,7 @@ def run(
         targets_RK,
         token_of_row_R,
         keep_logits=keep_logits,
+        frugal=checkpointing,
         compute_dtype=compute_dtype,
     )
 
