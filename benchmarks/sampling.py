@@ -1,0 +1,138 @@
+"""Sampled tokens a second, beside transformers.generate on the same model in the same process.
+
+    python benchmarks/sampling.py                SmolLM2-135M-Instruct, about two minutes on two cores
+    python benchmarks/sampling.py --rounds 5     medians over more rounds
+
+Greedy on both sides, no end-of-sequence token, the same prompts of 40 to 300 tokens, the same parameters in the same
+dtype. Ours is what the worker runs: requests through the scheduler, logprobs included, without gRPC.
+"""
+
+import argparse
+import random
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from side_by_side import interleave, print_table, ratio
+
+from trainer_service.engine.counters import Counters
+from trainer_service.engine.device import pick_device, set_num_threads
+from trainer_service.engine.models.load import fetch, load_model
+from trainer_service.engine.sampling.decoder import Decoder
+from trainer_service.engine.sampling.job import Job
+from trainer_service.engine.sampling.picking import Choice
+from trainer_service.engine.sampling.request import Request
+from trainer_service.engine.sampling.samplers import Sampler
+from trainer_service.engine.sampling.scheduler import Scheduler
+
+ROOT = Path(__file__).resolve().parents[1]
+GREEDY = Choice(temperature=0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base-model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--alone", type=int, default=2, help="of the requests, those also run one by one")
+    arguments = parser.parse_args()
+    set_num_threads()
+    device = pick_device()
+    model: Any = load_model(arguments.base_model, fetch(arguments.base_model), device)
+    model.generation_config.update(eos_token_id=None, pad_token_id=0, do_sample=False)
+    sampler = Sampler(None, Decoder.of(model, device))
+    rng = random.Random(0)
+    prompts = [_tokens(rng, rng.randrange(40, 300)) for _ in range(arguments.requests)]
+    shared = _tokens(rng, 256)
+    separate = [_tokens(rng, 256) for _ in range(8)]
+    max_tokens, alone = arguments.max_tokens, prompts[: arguments.alone]
+
+    def ours(prompts: Sequence[list[int]], *, num_samples: int = 1, max_tokens: int = max_tokens) -> list[Job]:
+        scheduler = Scheduler(device, Counters(), lambda event: None, max_cache_bytes=4 << 30)
+        jobs = [_job(sampler, prompt, num_samples, max_tokens) for prompt in prompts]
+        for job in jobs:
+            scheduler.start(job)
+        while scheduler.busy:
+            scheduler.step()
+        return jobs
+
+    def generate(prompts: Sequence[list[int]]) -> torch.Tensor:
+        longest = max(map(len, prompts))
+        rows = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        with torch.no_grad(), device.autocast():
+            return model.generate(
+                rows.to(device.torch_device), attention_mask=mask.to(device.torch_device), max_new_tokens=max_tokens
+            )
+
+    own_tokens = [job.samples[0].tokens for job in ours(alone)]
+    assert own_tokens == [generate([prompt])[0, len(prompt) :].tolist() for prompt in alone], "other tokens"
+    times = interleave(
+        {
+            "ours": lambda: ours(prompts),
+            "batch": lambda: generate(prompts),
+            "alone": lambda: [generate([prompt]) for prompt in alone],
+            "shared": lambda: ours([shared], num_samples=8, max_tokens=1),
+            "separate": lambda: ours(separate, max_tokens=1),
+        },
+        rounds=arguments.rounds,
+        warmup=1,
+    )
+    count = len(prompts) * max_tokens
+    alone_per_token = [seconds / (len(alone) * max_tokens) for seconds in times["alone"]]
+    ours_per_token = [seconds / count for seconds in times["ours"]]
+    rows = [
+        (
+            f"{len(prompts)} requests at once over transformers.generate one by one",
+            f"{_rate(ours_per_token)} / {_rate(alone_per_token)} tokens/s",
+            f"{ratio(alone_per_token, ours_per_token):.2f}",
+            "at least 4",
+        ),
+        (
+            "the same over transformers.generate on the padded batch",
+            f"{_rate(ours_per_token)} / {_rate([seconds / count for seconds in times['batch']])} tokens/s",
+            f"{ratio(times['batch'], times['ours']):.2f}",
+            "at least 1.0",
+        ),
+        (
+            "prefill of 256 tokens, 8 samples of one prompt over 8 prompts",
+            f"{1000 * statistics.median(times['shared']):.0f} / {1000 * statistics.median(times['separate']):.0f} ms",
+            f"{ratio(times['separate'], times['shared']):.2f}",
+            "at least 5",
+        ),
+    ]
+    print(
+        f"{model.config.architectures}, {device.name}, {torch.get_num_threads()} threads, {arguments.rounds} rounds\n"
+    )
+    print_table(("what", "measured", "ratio", "goal"), rows)
+
+
+def _tokens(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(1000, 40_000) for _ in range(count)]
+
+
+def _job(sampler: Sampler, prompt: list[int], num_samples: int, max_tokens: int) -> Job:
+    request = Request(
+        prompt=prompt,
+        num_samples=num_samples,
+        max_tokens=max_tokens,
+        choice=GREEDY,
+        seed=0,
+        stop_tokens=frozenset(),
+        stop_strings=(),
+        prompt_logprobs=False,
+        topk=0,
+        with_text=False,
+    )
+    return Job(0, "", request, sampler, None)
+
+
+def _rate(seconds_per_token: list[float]) -> str:
+    return f"{1 / statistics.median(seconds_per_token):.0f}"
+
+
+if __name__ == "__main__":
+    main()
