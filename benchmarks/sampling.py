@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import interleave, print_table, ratio
+from side_by_side import Row, interleave, print_table, ratio
 
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import pick_device, set_num_threads
@@ -85,19 +85,19 @@ def main() -> None:
     alone_per_token = [seconds / (len(alone) * max_tokens) for seconds in times["alone"]]
     ours_per_token = [seconds / count for seconds in times["ours"]]
     rows = [
-        (
+        Row(
             f"{len(prompts)} requests at once over transformers.generate one by one",
             f"{_rate(ours_per_token)} / {_rate(alone_per_token)} tokens/s",
             f"{ratio(alone_per_token, ours_per_token):.2f}",
             "at least 4",
         ),
-        (
+        Row(
             "the same over transformers.generate on the padded batch",
             f"{_rate(ours_per_token)} / {_rate([seconds / count for seconds in times['batch']])} tokens/s",
             f"{ratio(times['batch'], times['ours']):.2f}",
             "at least 1.0",
         ),
-        (
+        Row(
             "prefill of 256 tokens, 8 samples of one prompt over 8 prompts",
             f"{1000 * statistics.median(times['shared']):.0f} / {1000 * statistics.median(times['separate']):.0f} ms",
             f"{ratio(times['separate'], times['shared']):.2f}",

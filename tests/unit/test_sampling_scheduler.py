@@ -1,0 +1,260 @@
+"""Turns between requests, room, cancelling, and samplers that stay frozen: on a tiny model, in this process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from gradwire.errors import GradwireError, from_status
+from gradwire.types import AdamParams
+from gradwire.v1 import sampling_service_pb2 as pb
+from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerSample
+
+from tests.engines import RUN, forward_backward, make_engine
+from trainer_service.engine.engine import Engine
+from trainer_service.engine.sampling import decoder as decoder_module
+from trainer_service.engine.sampling import samplers as samplers_module
+from trainer_service.engine.sampling import scheduler as scheduler_module
+from trainer_service.engine.sampling.service import Sampling
+
+
+class Worker:
+    """An engine with a run, and sampling beside it."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.engine: Engine = make_engine(model, folder)
+        self.events: list[WorkerEvent] = []
+        self.sampling = Sampling(self.engine, checkpoint_dir=folder, send=self.events.append)
+        self.scheduler = self.sampling.scheduler
+        self.last = 0
+
+    def start(
+        self, *, max_tokens: int = 8, path: str = "", prompt: tuple[int, ...] = (5, 6, 7), num_samples: int = 1
+    ) -> int:
+        """Begins a greedy request; returns its command_id."""
+        self.last += 1
+        stop = pb.Stop()
+        params = pb.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=stop)
+        sampler = pb.Sampler(model_path=path)
+        request = pb.SampleRequest(sampling_params=params, sampler=sampler, num_samples=num_samples)
+        request.prompt.tokens.extend(prompt)
+        command = WorkerSample(sample_id=str(self.last), request=request)
+        self.sampling.start(self.last, command, self.sampling.read(request))
+        return self.last
+
+    def finish(self) -> None:
+        while self.scheduler.busy:
+            self.scheduler.step()
+
+    def tokens(self, command_id: int) -> list[int]:
+        """Of the first sample, as far as they were sent."""
+        found = []
+        for event in self.events:
+            if event.command_id == command_id:
+                found += [token for piece in event.sampled.samples if not piece.sample for token in piece.tokens]
+        return found
+
+    def failure(self, command_id: int) -> GradwireError | None:
+        """What a request ended with."""
+        (done,) = (event.done for event in self.events if event.command_id == command_id and event.HasField("done"))
+        return from_status(done.error) if done.HasField("error") else None
+
+    def train(self) -> None:
+        forward_backward(self.engine)
+        self.engine.optim_step(RUN, 2, AdamParams(learning_rate=0.1))
+
+
+@pytest.fixture
+def worker(tiny_llama: Path, tmp_path: Path) -> Worker:
+    return Worker(tiny_llama, tmp_path)
+
+
+def test_a_request_that_comes_later_is_decoded_beside_those_under_way(worker: Worker):
+    first = worker.start(max_tokens=30)
+    for _ in range(5):
+        worker.scheduler.step()
+    second = worker.start(max_tokens=3)
+    for _ in range(4):
+        worker.scheduler.step()
+    assert worker.failure(second) is None
+    assert len(worker.tokens(second)) == 3
+    assert worker.scheduler.busy
+    worker.finish()
+    assert len(worker.tokens(first)) == 30
+    assert worker.engine.counters.sample_requests_total == 2
+
+
+def test_prompts_do_not_keep_those_who_decode_waiting_for_long(worker: Worker, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scheduler_module, "_PREFILLS_PER_DECODE", 2)
+    first = worker.start(max_tokens=20)
+    worker.scheduler.step()
+    for _ in range(12):
+        worker.start(max_tokens=1)
+    counters = worker.engine.counters
+    before = counters.sampled_tokens_total
+    for _ in range(9):
+        worker.scheduler.step()
+    # Three times two prompts, whose one token each comes with them, and three tokens of the first request.
+    assert counters.sampled_tokens_total - before == 9
+    worker.finish()
+    assert len(worker.tokens(first)) == 20
+
+
+def test_a_long_prompt_is_taken_in_by_pieces_between_which_others_go_on(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(worker.scheduler, "_piece", 4)
+    long = worker.start(max_tokens=2, prompt=tuple(range(10, 50)))
+    short = worker.start(max_tokens=1)
+    for _ in range(3):
+        worker.scheduler.step()
+    assert worker.tokens(short)
+    assert not worker.tokens(long)
+    worker.finish()
+    assert len(worker.tokens(long)) == 2
+
+
+def test_two_samplers_take_turns(worker: Worker):
+    path = str(worker.sampling.samplers.snapshot(RUN, 1))
+    requests = [worker.start(max_tokens=10), worker.start(max_tokens=10, path=path)]
+    for _ in range(2 + 2 * 9):
+        worker.scheduler.step()
+    assert not worker.scheduler.busy
+    assert [len(worker.tokens(request)) for request in requests] == [10, 10]
+
+
+def test_requests_that_find_no_room_wait_their_turn_and_one_too_large_runs_alone(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(worker.scheduler, "_max_cache_bytes", 1)
+    requests = [worker.start(max_tokens=4) for _ in range(3)]
+    for _ in range(4):
+        worker.scheduler.step()
+    assert [len(worker.tokens(request)) for request in requests] == [4, 0, 0]
+    worker.finish()
+    assert [len(worker.tokens(request)) for request in requests] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_a_cancelled_request_ends_at_once_and_frees_its_room(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, steps: int
+):
+    monkeypatch.setattr(scheduler_module, "_MAX_ROWS", 8)
+    given_up = worker.start(max_tokens=50, num_samples=8)
+    waiting = worker.start(max_tokens=4)
+    for _ in range(steps):
+        worker.scheduler.step()
+    worker.scheduler.cancel(str(given_up))
+    worker.scheduler.cancel("nobody's")
+    failure = worker.failure(given_up)
+    assert failure is not None
+    assert failure.reason == "CANCELLED"
+    worker.finish()
+    assert len(worker.tokens(waiting)) == 4
+
+
+def test_a_slice_is_bounded_and_makes_at_least_one_step(worker: Worker, monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr(scheduler_module.time, "monotonic", lambda: now[0])
+    step = worker.scheduler.step
+
+    def slow_step() -> None:
+        step()
+        now[0] += 0.2
+
+    monkeypatch.setattr(worker.scheduler, "step", slow_step)
+    worker.start(max_tokens=50)
+    for asked, took in ((0.0, 0.2), (0.3, 0.4), (60.0, 0.6)):
+        before = now[0]
+        worker.scheduler.run_for(asked)
+        assert now[0] - before == pytest.approx(took)
+
+
+def test_a_snapshot_copies_nothing_until_the_run_trains_and_stays_as_it_was(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+):
+    live = worker.engine.live_model(RUN)
+    path = worker.sampling.samplers.snapshot(RUN, 1)
+    sampler = worker.sampling.samplers.find(str(path))
+    assert sampler.decoder.model is live
+    before = worker.start(path=str(path))
+    worker.finish()
+    half_way = worker.start(path=str(path), max_tokens=8)
+    for _ in range(4):
+        worker.scheduler.step()
+    worker.train()
+    assert sampler.decoder.model is not live
+    worker.finish()
+    after = worker.start(path=str(path))
+    worker.finish()
+    assert worker.tokens(before) == worker.tokens(half_way) == worker.tokens(after)
+
+
+def test_a_sampler_let_go_while_it_generates_stays_frozen_to_the_end(worker: Worker):
+    path = str(worker.sampling.samplers.snapshot(RUN, 1))
+    wanted = worker.start(path=path, max_tokens=12)
+    worker.finish()
+    under_way = worker.start(path=path, max_tokens=12)
+    for _ in range(3):
+        worker.scheduler.step()
+    worker.sampling.samplers.close(path)
+    worker.train()
+    worker.finish()
+    assert worker.tokens(under_way) == worker.tokens(wanted)
+
+
+def test_where_no_memory_is_left_for_a_copy_training_goes_on_and_the_sampler_goes(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+):
+    def no_memory(model: object) -> object:
+        raise torch.OutOfMemoryError("no memory")
+
+    path = str(worker.sampling.samplers.snapshot(RUN, 1))
+    under_way = worker.start(path=path, max_tokens=12)
+    worker.scheduler.step()
+    monkeypatch.setattr(samplers_module, "frozen_copy", no_memory)
+    worker.train()
+    worker.finish()
+    failure = worker.failure(under_way)
+    assert failure is not None
+    assert failure.reason == "DEVICE_OUT_OF_MEMORY"
+    with pytest.raises(GradwireError, match="no memory left for a copy"):
+        worker.start(path=path)
+
+
+def test_what_fails_in_a_step_ends_its_requests_and_no_others(worker: Worker, monkeypatch: pytest.MonkeyPatch):
+    worker.sampling.samplers.find("")
+    worker.train()
+    path = str(worker.sampling.samplers.snapshot(RUN, 3))
+    good, bad = worker.start(max_tokens=6), worker.start(max_tokens=6, path=path)
+    for _ in range(4):
+        worker.scheduler.step()
+    with torch.no_grad():
+        next(worker.engine.live_model(RUN).parameters()).fill_(float("nan"))
+    worker.finish()
+    failure = worker.failure(bad)
+    assert failure is not None
+    assert failure.reason == "NON_FINITE"
+    assert worker.failure(good) is None
+    assert len(worker.tokens(good)) == 6
+
+
+def test_a_model_that_cannot_be_decoded_together_is_decoded_alone_and_then_without_a_cache(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    together = Worker(tiny_llama, tmp_path / "together")
+    wanted = together.start(max_tokens=12, num_samples=2)
+    together.finish()
+    assert not together.sampling.samplers.find("").decoder.why_alone
+
+    def refuse(self: object) -> object:
+        raise NotImplementedError("attention of its own")
+
+    monkeypatch.setattr(decoder_module.Decoder, "_find_shape", refuse)
+    for cache_arguments in (("past_key_values",), ()):
+        monkeypatch.setattr(decoder_module, "_CACHE_ARGUMENTS", cache_arguments)
+        alone = Worker(tiny_llama, tmp_path / f"alone{len(cache_arguments)}")
+        got = alone.start(max_tokens=12, num_samples=2)
+        alone.finish()
+        decoder = alone.sampling.samplers.find("").decoder
+        assert (decoder.why_alone, bool(decoder.cache_argument)) == ("attention of its own", bool(cache_arguments))
+        assert alone.tokens(got) == together.tokens(wanted)
