@@ -25,6 +25,8 @@ from sums import (
     tiny_service,
 )
 
+AT_ONCE = 500
+"""Requests sent before the first is waited for; a trainer takes 1024 at once."""
 TopK = list[list[tuple[int, float]] | None]
 
 
@@ -41,6 +43,8 @@ def soft_datum(tokens: list[int], topk: TopK, k: int) -> gradwire.Datum:
 
 def ask(teacher: gradwire.SamplingClient, problems: list[Problem], k: int) -> list[gradwire.Datum]:
     """The teacher answers, and says at each place of its answer what else it would have said."""
+    if len(problems) > AT_ONCE:
+        return ask(teacher, problems[:AT_ONCE], k) + ask(teacher, problems[AT_ONCE:], k)
     params = gradwire.SamplingParams(max_tokens=NUM_ANSWER_TOKENS, temperature=1.0, stop=[])
     answers = [teacher.sample(prompt(problem), 1, params) for problem in problems]
     texts = [
@@ -66,16 +70,17 @@ def divergence(data: list[gradwire.Datum], outputs: list[dict[str, gradwire.Tens
 
 def main() -> None:
     options = parser(__doc__, steps=400, plot="distill.png")
-    options.add_argument("--sums", type=int, default=64, help="a step")
+    options.add_argument("--sums", type=int, default=4000, help="that the teacher answers, once each")
+    options.add_argument("--batch-size", type=int, default=64)
     options.add_argument("--topk", type=int, default=8)
     options.add_argument("--learning-rate", type=float, default=2e-3)
-    options.set_defaults(supervised_steps=500)
+    options.set_defaults(supervised_steps=800)
     args = options.parse_args()
     problems, held_out = split_problems(held_out=args.held_out)
     rng = random.Random(4)  # noqa: S311
 
     with (
-        tiny_service() as service,
+        tiny_service(args.base_url) as service,
         service.create_training_client() as teaching,
         service.create_training_client() as student,
     ):
@@ -83,6 +88,7 @@ def main() -> None:
         teacher = teaching.save_weights_and_get_sampling_client()
         print(f"Teacher: {accuracy(teacher, held_out):.1%} of {len(held_out)} held-out sums right", flush=True)
         held_out_data = ask(teacher, held_out, args.topk)
+        taught = ask(teacher, problems[: args.sums], args.topk)
         right: list[tuple[float, float]] = []
         distance: list[tuple[float, float]] = []
         start_s = time.monotonic()
@@ -95,8 +101,7 @@ def main() -> None:
                 print(f"{text}, {time.monotonic() - start_s:.0f} s", flush=True)
             if step == args.steps:
                 break
-            data = ask(teacher, rng.sample(problems, args.sums), args.topk)
-            student.forward_backward(data, "cross_entropy")
+            student.forward_backward(rng.sample(taught, args.batch_size), "cross_entropy")
             rate = args.learning_rate * min(1.0, (step + 1) / 20)
             adam_params = gradwire.AdamParams(rate, grad_clip_norm=1.0)
             student.optim_step(adam_params, grad_accumulation_normalization="num_sequences")

@@ -2,8 +2,9 @@
 
     python examples/dpo.py                     about a minute on two cores; no model to fetch
 
-Pairs are a right and a wrong answer to the same sum. The model starts from what little it learnt of sums, and so does
-the reference; pairs never trained on say whether the preference carries over.
+The model has learnt to write sums in either of two ways, the last digit first or the first digit first, half of the
+time each. Pairs are both ways of writing one right answer, and the preference is for the last digit first; sums never
+trained on say whether it carries over.
 
 Source: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290
 """
@@ -18,12 +19,10 @@ from sums import Problem, answer, datum, parser, save_plot, split_problems, supe
 Pair = tuple[Problem, list[int], list[int]]
 
 
-def make_pair(problem: Problem, rng: random.Random) -> Pair:
-    """A sum, its right answer, and one that is wrong in a digit."""
-    rejected = answer(problem)
-    place = rng.randrange(2)
-    rejected[place] = (rejected[place] + rng.randrange(1, 10)) % 10
-    return problem, answer(problem), rejected
+def make_pairs(problems: list[Problem]) -> list[Pair]:
+    """Sums whose answer is not the same both ways: the way that is preferred, and the other."""
+    both = [(problem, answer(problem), answer(problem)[::-1]) for problem in problems]
+    return [pair for pair in both if pair[1] != pair[2]]
 
 
 def to_data(pairs: list[Pair]) -> list[gradwire.Datum]:
@@ -56,41 +55,49 @@ def dpo_loss(reference: list[float], beta: float) -> Any:
 
 
 def preference(client: gradwire.TrainingClient, pairs: list[Pair]) -> float:
-    """In how many pairs the chosen answer is likelier than the rejected one."""
+    """In how many pairs, of all, the chosen answer is likelier than the rejected one."""
     outputs = client.forward(to_data(pairs)).result().loss_fn_outputs
     scores = [sum(output["logprobs"].tolist()[-3:]) for output in outputs]
     return sum(chosen > rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)) / len(pairs)
 
 
 def main() -> None:
-    options = parser(__doc__, steps=80, plot="dpo.png")
-    options.add_argument("--pairs", type=int, default=64, help="a step")
+    options = parser(__doc__, steps=40, plot="dpo.png")
+    options.add_argument("--pairs", type=int, default=32, help="a step")
     options.add_argument("--beta", type=float, default=0.3)
-    options.add_argument("--learning-rate", type=float, default=1e-3)
+    options.add_argument("--learning-rate", type=float, default=3e-4)
     options.set_defaults(supervised_steps=200)
     args = options.parse_args()
     problems, unseen = split_problems(held_out=args.held_out)
     rng = random.Random(3)  # noqa: S311
-    held_out = [make_pair(problem, rng) for problem in unseen]
+    pairs, held_out = make_pairs(problems), make_pairs(unseen)
 
-    with tiny_service() as service, service.create_training_client() as client:
-        supervised(client, problems, steps=args.supervised_steps)
+    with tiny_service(args.base_url) as service, service.create_training_client() as client:
+        either = random.Random(5)  # noqa: S311
+        supervised(
+            client,
+            problems,
+            steps=args.supervised_steps,
+            write=lambda problem: answer(problem)[:: either.choice((1, -1))],
+        )
         reference = client.save_weights_and_get_sampling_client()
         preferred = [(0.0, preference(client, held_out))]
-        print(f"Right answer preferred in {len(held_out)} held-out pairs, before: {preferred[0][1]:.1%}", flush=True)
+        print(
+            f"Last digit first preferred in {len(held_out)} held-out pairs, before: {preferred[0][1]:.1%}", flush=True
+        )
         start_s = time.monotonic()
         for step in range(1, args.steps + 1):
-            data = to_data([make_pair(problem, rng) for problem in rng.sample(problems, args.pairs)])
+            data = to_data(rng.sample(pairs, args.pairs))
             loss = dpo_loss(answer_logprobs(reference, data), args.beta)
             output = client.forward_backward_custom(data, loss)
             adam_params = gradwire.AdamParams(args.learning_rate, grad_clip_norm=1.0)
             client.optim_step(adam_params, grad_accumulation_normalization="num_sequences")
-            if step % 10 == 0 or step == args.steps:
+            if step % 5 == 0 or step == args.steps:
                 preferred.append((step, preference(client, held_out)))
                 per_pair = output.result().metrics["loss:sum"] / args.pairs
                 text = f"step {step}: loss a pair {per_pair:.3f}, held-out pairs {preferred[-1][1]:.1%}"
                 print(f"{text}, {time.monotonic() - start_s:.0f} s", flush=True)
-    save_plot(args.plot, "DPO on sums", {"held-out pairs, right answer preferred": preferred}, ylabel="share")
+    save_plot(args.plot, "DPO on sums", {"held-out pairs, chosen answer likelier": preferred}, ylabel="share")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Reinforcement learning with a reward in your own Python: GRPO on sums, from a model that gets few of them right.
 
-    python examples/rl_arithmetic.py                     about two minutes on two cores; no model to fetch
+    python examples/rl_arithmetic.py                     three minutes on two cores; no model to fetch
     python examples/rl_arithmetic.py --loss ppo
 
 Every step samples eight answers to each of 32 sums from the parameters as they are, scores them (1 for right, 0 for
@@ -60,7 +60,7 @@ def main() -> None:
     params = gradwire.SamplingParams(max_tokens=NUM_ANSWER_TOKENS, temperature=1.0, stop=[])
     rewards_by_step: list[tuple[float, float]] = []
 
-    with tiny_service() as service, service.create_training_client() as client:
+    with tiny_service(args.base_url) as service, service.create_training_client() as client:
         supervised(client, problems, steps=args.supervised_steps)
         checked = [(0.0, accuracy(client.save_weights_and_get_sampling_client(), held_out))]
         print(f"Right on {len(held_out)} sums never trained on, before: {checked[0][1]:.1%}", flush=True)

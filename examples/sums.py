@@ -10,7 +10,7 @@ import os
 import random
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gradwire
@@ -20,7 +20,7 @@ NUM_ANSWER_TOKENS = 3
 Problem = tuple[int, int]
 
 
-def split_problems(seed: int = 0, held_out: int = 1000) -> tuple[list[Problem], list[Problem]]:
+def split_problems(seed: int = 0, held_out: int = 500) -> tuple[list[Problem], list[Problem]]:
     """All ten thousand sums in random order: those to train on, and those never shown."""
     problems = [(a, b) for a in range(100) for b in range(100)]
     random.Random(seed).shuffle(problems)  # noqa: S311  (an order, not a secret)
@@ -54,11 +54,18 @@ def accuracy(sampler: gradwire.SamplingClient, problems: list[Problem]) -> float
     return sum(found == answer(problem) for found, problem in zip(answers, problems, strict=True)) / len(problems)
 
 
-def supervised(client: gradwire.TrainingClient, problems: list[Problem], *, steps: int, batch_size: int = 64) -> None:
-    """Trains on right answers."""
+def supervised(
+    client: gradwire.TrainingClient,
+    problems: list[Problem],
+    *,
+    steps: int,
+    batch_size: int = 64,
+    write: Callable[[Problem], list[int]] = answer,
+) -> None:
+    """Trains on answers as `write` gives them."""
     rng = random.Random(1)  # noqa: S311
     for step in range(steps):
-        batch = [datum(problem, answer(problem)) for problem in rng.sample(problems, batch_size)]
+        batch = [datum(problem, write(problem)) for problem in rng.sample(problems, batch_size)]
         client.forward_backward(batch, "cross_entropy")
         rate = 2e-3 * min(1.0, (step + 1) / 20)
         client.optim_step(
@@ -70,16 +77,16 @@ def supervised(client: gradwire.TrainingClient, problems: list[Problem], *, step
 def parser(description: str | None, *, steps: int, plot: str) -> argparse.ArgumentParser:
     """What the three take from the command line."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--base-url", help="a running trainer over a model of make_model; without it one is started here")
     made.add_argument("--steps", type=int, default=steps)
     made.add_argument("--supervised-steps", type=int, default=300, help="on right answers, before")
-    made.add_argument("--held-out", type=int, default=1000, help="sums never trained on")
+    made.add_argument("--held-out", type=int, default=500, help="sums never trained on")
     made.add_argument("--plot", type=Path, default=Path(plot))
     return made
 
 
-@contextlib.contextmanager
-def tiny_service() -> Iterator[gradwire.ServiceClient]:
-    """A trainer of this machine over a random model of four layers, stopped at the end."""
+def make_model(folder: str) -> None:
+    """Writes a random model of four layers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -93,11 +100,21 @@ def tiny_service() -> Iterator[gradwire.ServiceClient]:
         eos_token_id=None,
         bos_token_id=None,
     )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def tiny_service(base_url: str | None) -> Iterator[gradwire.ServiceClient]:
+    """A trainer of this machine over such a model, stopped at the end; or one that serves it already."""
+    if base_url:
+        with gradwire.ServiceClient(base_url) as service:
+            yield service
+        return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # More only get into each other's way in a model so small.
     api_key = secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as folder, gradwire.TrainerJobManager(api_key) as jobs:
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        make_model(folder)
         endpoint = jobs.create_and_wait(gradwire.TrainerJobConfig(folder, display_name="sums"))
         with gradwire.ServiceClient(endpoint.base_url, api_key) as service:
             yield service

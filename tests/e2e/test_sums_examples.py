@@ -1,0 +1,58 @@
+"""The examples that learn sums, in a small form: each starts from its trainer's random model and learns something."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.trainer_process import running_trainer
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs an example against one trainer; returns what it printed. Its plot must be there."""
+    folder = tmp_path_factory.mktemp("sums")
+    make = "import sys, sums; sums.make_model(sys.argv[1])"
+    made = [sys.executable, "-c", make, str(folder / "model")]
+    subprocess.run(made, cwd=ROOT / "examples", check=True, capture_output=True, timeout=60)
+    with running_trainer(folder / "model", folder) as trainer:
+        trainer.wait_ready()
+
+        def run(name: str, *arguments: str) -> str:
+            plot = folder / f"{name}.png"
+            command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--base-url", trainer.base_url]
+            command += ["--plot", str(plot), "--held-out", "60", *arguments]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert plot.read_bytes().startswith(b"\x89PNG")
+            return done.stdout
+
+        yield run
+
+
+def test_dpo_makes_the_chosen_answer_likelier_in_held_out_pairs(run: Run):
+    output = run("dpo", "--supervised-steps", "30", "--steps", "15")
+    before, *_, after = (float(share) for share in re.findall(r"held-out pairs(?:, before:)? ([0-9.]+)%", output))
+    assert after > before + 5, output
+
+
+def test_distillation_brings_the_student_nearer_to_its_teacher(run: Run):
+    output = run("distill", "--supervised-steps", "30", "--steps", "24", "--sums", "200", "--batch-size", "32")
+    first, *_, last = (float(nats) for nats in re.findall(r"([0-9.]+) nats from the teacher", output))
+    assert last < first / 2, output
+
+
+@pytest.mark.parametrize("loss", ["importance_sampling", "ppo"])
+def test_reinforcement_learning_goes_through_its_steps(run: Run, loss: str):
+    output = run("rl_arithmetic", "--supervised-steps", "30", "--steps", "3", "--sums", "16", "--loss", loss)
+    rewards = re.findall(r"first and last steps: ([0-9.]+) ([0-9.]+)", output)
+    assert rewards, output
+    assert 0 <= float(rewards[0][1]) <= 1
