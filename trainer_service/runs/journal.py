@@ -26,6 +26,9 @@ from trainer_service.config import Retention, Sync
 from trainer_service.runs.operation import Operation
 
 FILE_NAME = "journal.sqlite"
+_RESERVE = "reserve"
+_RESERVE_BYTES = 4 * 1024 * 1024
+"""Some dozens of commits."""
 _FORMAT = "1"
 _SCHEMA = """
 CREATE TABLE run (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -129,6 +132,22 @@ def create(folder: Path, record: Record, *, sync: Sync = "normal") -> None:
         db.executescript(f"BEGIN; {_SCHEMA}")
         db.executemany("INSERT INTO run VALUES (?, ?)", rows)
         db.execute("COMMIT")
+    make_reserve(folder)
+
+
+def make_reserve(folder: Path) -> None:
+    """Takes room on the disk that refusals are written in once it is full; as much as there is."""
+    with contextlib.suppress(OSError), (folder / _RESERVE).open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
+
+
+def spend_reserve(folder: Path) -> bool:
+    """Gives that room back. Whether there was any."""
+    try:
+        (folder / _RESERVE).unlink()
+    except OSError:
+        return False
+    return True
 
 
 def was_made(db: sqlite3.Connection) -> bool:

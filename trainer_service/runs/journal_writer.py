@@ -112,6 +112,7 @@ class Journal:
         self._writer = writer
         self._sync: Sync = sync
         self._db: sqlite3.Connection | None = None  # The writer's thread alone uses it.
+        self._reserve_spent = False  # The writer's too.
         self._blocked = False  # The writer's: an operation could not be written, so none behind it may be.
         self._appending = 0
         self._failing = False
@@ -147,8 +148,10 @@ class Journal:
         self._submit(insert, done, append=True, resume=resume)
 
     def owe(self, write: Write) -> None:
-        """Something small that could not be written; goes before whatever is written next."""
+        """Something small that could not be written: tried again at once, in the room kept for it, and else before
+        whatever is written next."""
         self._owed.append(write)
+        self.write(lambda db: None)
 
     def record(
         self, seq_id: int, response: TrainResponse, answer: bytes, *, step: int, written: Callable[[], object]
@@ -219,6 +222,7 @@ class Journal:
             if len(jobs) > 1:
                 # One by one: where a large operation has no room, a small outcome may.
                 return [failure for job in jobs for failure in self.commit([job])]
+            self._reserve_spent = journal.spend_reserve(self.folder) or self._reserve_spent
             logger.error("Writing a journal failed.", extra={"fields": {"folder": self.folder, "error": exc}})
             self._blocked = self._blocked or jobs[0].append
             return [error("STORAGE_FAILED", str(exc))]
@@ -239,6 +243,10 @@ class Journal:
             results.append(None)
         self._db.execute("COMMIT")
         self._blocked = blocked
+        if self._reserve_spent and any(job.append and not refused for job, refused in zip(jobs, results, strict=True)):
+            # There is room again.
+            self._reserve_spent = False
+            journal.make_reserve(self.folder)
         return results
 
     def _disconnect(self) -> None:
