@@ -50,7 +50,7 @@ async def test_an_operation_is_answered_by_its_number_with_its_times():
     response = await run.execute(step(1))
     assert (response.seq_id, response.optim_step.step) == (1, 1)
     assert response.execute_ms == pytest.approx(20)
-    assert 0 < response.transfer_ms < 20
+    assert response.transfer_ms > 0
     assert run.describe().step == 1
 
 
