@@ -3,8 +3,8 @@
     python benchmarks/journal.py [--rounds 400] [--step-ms 5730]
 
 Both sides are a trainer's Runs in this process over a worker that answers at once, one with journals on disk, one with
-journals that keep nothing; rounds interleave them. An operation is written before it is sent and its outcome after, so a
-round trip waits for two commits. The last rows are what the two operations of a step add to it: --step-ms is its time
+journals that keep nothing; rounds interleave them. An operation is written before it is sent and its outcome after, so
+a round trip waits for two commits. The last rows are what the two operations of a step add to it: --step-ms is its time
 without, from the table of benchmarks/README.md for SmolLM2-135M and 500 tokens.
 """
 
