@@ -39,6 +39,7 @@ WIRE_HALF = {
     "gradwire.version",
     "gradwire.metrics",
     "gradwire.wire_format",
+    "gradwire.delta",
 }
 """What the server may import of the SDK."""
 TORCH = {"torch", "transformers", "safetensors", "peft", "accelerate"}
@@ -138,7 +139,7 @@ def test_the_sdk_knows_no_server_and_imports_torch_only_inside_functions():
 def test_the_wire_half_stands_alone():
     """The server loads it, so it must not pull the client half in by itself."""
     wrong: list[str] = []
-    for name in ("errors", "codec", "types", "version", "metrics", "wire_format"):
+    for name in ("errors", "codec", "types", "version", "metrics", "wire_format", "delta"):
         wrong += complaints(SDK / f"{name}.py", WIRE_HALF)
     assert wrong == []
 

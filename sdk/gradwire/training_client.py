@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from gradwire import answers
 from gradwire.codec import Batch, batch_from_data, encoded_batch, encoded_tensor, split
 from gradwire.custom_loss import CustomLossFn, LossThread, run_custom_loss
-from gradwire.errors import UnimplementedError, from_status, invalid_field
+from gradwire.errors import from_status, invalid_field
 from gradwire.futures import APIFuture
 from gradwire.order import Call, Operation
 from gradwire.sampling_client import SamplingClient
@@ -28,6 +28,7 @@ from gradwire.types import (
     SaveWeightsResult,
 )
 from gradwire.v1 import operation_pb2 as ops
+from gradwire.v1.checkpoint_pb2 import CHECKPOINT_TYPE_BASE, CHECKPOINT_TYPE_DELTA
 from gradwire.v1.run_pb2 import Run
 from gradwire.v1.trainer_service_pb2 import (
     DeleteRunRequest,
@@ -45,6 +46,7 @@ logger = logging.getLogger("gradwire")
 T = TypeVar("T")
 
 GradAccumulationNormalization = Literal["none", "num_loss_tokens", "num_sequences"]
+_CHECKPOINT_TYPES = {"base": CHECKPOINT_TYPE_BASE, "delta": CHECKPOINT_TYPE_DELTA}
 _NORMALIZATIONS = {
     "none": ops.GRAD_ACCUMULATION_NORMALIZATION_NONE,
     "num_loss_tokens": ops.GRAD_ACCUMULATION_NORMALIZATION_NUM_LOSS_TOKENS,
@@ -244,16 +246,23 @@ class TrainingClient:
 
         Args:
             name: As there.
-            checkpoint_type: "base", all parameters. "delta" is not built yet.
+            checkpoint_type: "base", all parameters; "delta", only what changed since this run's newest base, without
+                loss, smaller, and loadable as long as that base is there.
             overwrite: As there.
             merged: As there.
             timeout_s: Longest wait, seconds; None waits until it is done or given up.
+
+        Raises:
+            FailedPreconditionError: DELTA_BASE_UNUSABLE: no base was saved, or it is not as it was saved.
         """
-        if checkpoint_type == "delta":
-            raise UnimplementedError('checkpoint_type "delta" is not built yet; use "base".', reason="NOT_IMPLEMENTED")
-        if checkpoint_type != "base":
-            raise invalid_field("checkpoint_type", f'is {checkpoint_type!r}; it must be "base".')
-        return self.save_weights_for_sampler(name, overwrite=overwrite, merged=merged).result(timeout_s)
+        if checkpoint_type not in _CHECKPOINT_TYPES:
+            raise invalid_field("checkpoint_type", f'is {checkpoint_type!r}; it must be "base" or "delta".')
+        self._refuse_inside_loss("save_weights_for_sampler_ext")
+        request = ops.SaveWeightsForSamplerRequest(
+            name=name, overwrite=overwrite, merged=merged, checkpoint_type=_CHECKPOINT_TYPES[checkpoint_type]
+        )
+        sent = [TrainRequest(save_weights_for_sampler=request)]
+        return self._send("save_weights_for_sampler", sent, answers.save_weights, barrier=True).result(timeout_s)
 
     def save_state(self, name: str, *, ttl_seconds: int | None = None, overwrite: bool = False) -> APIFuture[str]:
         """Saves parameters, optimizer state and counters on the trainer, whole or not at all.

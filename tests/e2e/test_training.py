@@ -18,7 +18,6 @@ from gradwire.errors import (
     NoGradientsError,
     OperationCancelledError,
     PriorOperationFailedError,
-    UnimplementedError,
 )
 
 from tests.trainer_process import TrainerProcess
@@ -320,11 +319,21 @@ def test_answers_carry_their_times(client: TrainingClient):
     assert output.timing.transfer_ms > 0
 
 
-def test_what_is_not_built_yet_says_so(client: TrainingClient):
-    with pytest.raises(UnimplementedError, match="delta"):
-        client.save_weights_for_sampler_ext("a", checkpoint_type="delta")
-    client.forward_backward(data(4), "cross_entropy")
-    assert client.optim_step(ADAM).result(60).step == 1
+def test_a_delta_is_sampled_from_as_the_weights_it_stands_for(service: ServiceClient, client: TrainingClient):
+    with pytest.raises(FailedPreconditionError, match="has saved no base"):
+        client.save_weights_for_sampler_ext("early", checkpoint_type="delta")
+    client.save_weights_for_sampler_ext("base")
+    client.forward_backward(data(6), "cross_entropy")
+    client.optim_step(ADAM)
+    delta = client.save_weights_for_sampler_ext("delta", checkpoint_type="delta")
+    whole = client.save_weights_for_sampler_ext("whole")
+    found = [
+        service.create_sampling_client(model_path=saved.path).compute_logprobs([5, 6, 7]).result(60)
+        for saved in (delta, whole)
+    ]
+    assert found[0] == found[1]
+    with pytest.raises(ValueError, match='"base" or "delta"'):
+        client.save_weights_for_sampler_ext("a", checkpoint_type="gamma")
 
 
 def test_another_model_is_refused_naming_both(service: ServiceClient, trainer: TrainerProcess):

@@ -9,8 +9,9 @@ from gradwire.errors import GradwireError, error
 from transformers import PreTrainedModel
 
 from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPath
-from trainer_service.engine.models.adapter_files import save_adapter
-from trainer_service.engine.models.export import export
+from trainer_service.engine.deltas import save_delta
+from trainer_service.engine.models.adapter_files import save_adapter, write_adapter
+from trainer_service.engine.models.export import export, write_model
 from trainer_service.engine.models.load import ModelDescription
 from trainer_service.engine.run_state import RunState
 from trainer_service.engine.state_files import capture, open_state, write_state
@@ -94,6 +95,7 @@ class Checkpoints:
         name: str,
         *,
         merged: PreTrainedModel | None = None,
+        delta: bool = False,
         overwrite: bool = False,
         ttl_seconds: int | None = None,
     ) -> SavedCheckpoint:
@@ -103,19 +105,29 @@ class Checkpoints:
             run: It.
             name: Of the checkpoint.
             merged: Of a LoRA run: the model to write in place of its adapter.
+            delta: Only what changed since the run's newest base.
             overwrite: Replace what is there.
             ttl_seconds: How long it is kept; None for ever.
 
         Raises:
             AlreadyExistsError: CHECKPOINT_EXISTS.
-            FailedPreconditionError: STORAGE_FAILED.
+            FailedPreconditionError: STORAGE_FAILED. DELTA_BASE_UNUSABLE: there is no base, or not as it was saved.
         """
         place = CheckpointPath(run.run_id, SAMPLER_WEIGHTS, name)
         folder = place.folder(self._root)
         about = self._about(run, place, ttl_seconds)
         if (size_bytes := _saved_before(folder, about)) is not None:
             return _saved(place, folder, size_bytes)
-        if run.adapter is not None and merged is None:
+        if delta:
+
+            def write(full: Path) -> None:
+                if run.adapter is not None and merged is None:
+                    write_adapter(run.adapter, full)
+                else:
+                    write_model(merged or run.model, self._source, full)
+
+            size_bytes = save_delta(write, folder, about=about, overwrite=overwrite)
+        elif run.adapter is not None and merged is None:
             size_bytes = save_adapter(run.adapter, folder, about=about, overwrite=overwrite)
         else:
             model = merged or run.model

@@ -17,6 +17,7 @@ from gradwire.codec import Batch, decode_batch, decode_tensor, encode_tensor
 from gradwire.errors import GradwireError, error, invalid_field, to_status
 from gradwire.types import AdamParams
 from gradwire.v1 import operation_pb2 as ops
+from gradwire.v1.checkpoint_pb2 import CHECKPOINT_TYPE_DELTA, CheckpointType
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainResponse
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent
 
@@ -311,10 +312,13 @@ class Commands:
             return self._freeze(run_id, seq_id, request)
         check_checkpoint_name(request.name)
         name, overwrite, merged = request.name, request.overwrite, request.merged
+        if request.checkpoint_type not in CheckpointType.values():
+            raise invalid_field("checkpoint_type", f"is {request.checkpoint_type}; it must be BASE or DELTA.")
+        delta = request.checkpoint_type == CHECKPOINT_TYPE_DELTA
 
         def work() -> Message:
             self._engine.run_state(run_id).saving_seq_id = seq_id
-            saved = self._engine.save_weights_for_sampler(run_id, name, merged=merged, overwrite=overwrite)
+            saved = self._engine.save_weights_for_sampler(run_id, name, merged=merged, delta=delta, overwrite=overwrite)
             return ops.SaveWeightsForSamplerResponse(path=saved.path, uri=saved.uri, size_bytes=saved.size_bytes)
 
         return work

@@ -303,7 +303,7 @@ class Engine:
             self._count_held()
 
     def save_weights_for_sampler(
-        self, run_id: str, name: str, *, merged: bool = False, overwrite: bool = False
+        self, run_id: str, name: str, *, merged: bool = False, delta: bool = False, overwrite: bool = False
     ) -> SavedCheckpoint:
         """Exports the parameters as a Hugging Face folder; those of a LoRA run, unless merged, as a peft folder.
 
@@ -315,7 +315,7 @@ class Engine:
 
         def work() -> SavedCheckpoint:
             model = self._new_runs.merged(run) if merged and run.adapter is not None else None
-            return self._checkpoints.save_weights_for_sampler(run, name, merged=model, overwrite=overwrite)
+            return self._checkpoints.save_weights_for_sampler(run, name, merged=model, delta=delta, overwrite=overwrite)
 
         return self._attempt(work, what="the merged weights")
 

@@ -1,3 +1,4 @@
+from gradwire.v1 import checkpoint_pb2 as _checkpoint_pb2
 from gradwire.v1 import datum_pb2 as _datum_pb2
 from gradwire.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
@@ -209,20 +210,22 @@ class CancelResponse(_message.Message):
     def __init__(self, dropped: _Optional[int] = ...) -> None: ...
 
 class SaveWeightsForSamplerRequest(_message.Message):
-    __slots__ = ("run_id", "seq_id", "name", "overwrite", "ephemeral", "merged")
+    __slots__ = ("run_id", "seq_id", "name", "overwrite", "ephemeral", "merged", "checkpoint_type")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     SEQ_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     OVERWRITE_FIELD_NUMBER: _ClassVar[int]
     EPHEMERAL_FIELD_NUMBER: _ClassVar[int]
     MERGED_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_TYPE_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     seq_id: int
     name: str
     overwrite: bool
     ephemeral: bool
     merged: bool
-    def __init__(self, run_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., name: _Optional[str] = ..., overwrite: bool = ..., ephemeral: bool = ..., merged: bool = ...) -> None: ...
+    checkpoint_type: _checkpoint_pb2.CheckpointType
+    def __init__(self, run_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., name: _Optional[str] = ..., overwrite: bool = ..., ephemeral: bool = ..., merged: bool = ..., checkpoint_type: _Optional[_Union[_checkpoint_pb2.CheckpointType, str]] = ...) -> None: ...
 
 class SaveWeightsForSamplerResponse(_message.Message):
     __slots__ = ("path", "uri", "size_bytes")

@@ -38,15 +38,20 @@ def save_adapter(model: PeftModel, folder: Path, *, about: Mapping[str, Any], ov
     """
     needed_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     with whole_folder(folder, about=about, overwrite=overwrite, needed_bytes=needed_bytes) as writer:
-        try:
-            # Embeddings do not train here; by itself peft would save them along with an adapter of the head.
-            model.save_pretrained(str(writer.path), save_embedding_layers=False)
-        except SafetensorError as exc:
-            # What it makes of a failed write.
-            raise OSError(str(exc)) from exc
-        # A form for people to fill in.
-        (writer.path / "README.md").unlink(missing_ok=True)
+        write_adapter(model, writer.path)
     return writer.size_bytes
+
+
+def write_adapter(model: PeftModel, folder: Path) -> None:
+    """Writes the files of an adapter. Raises OSError where that fails."""
+    try:
+        # Embeddings do not train here; by itself peft would save them along with an adapter of the head.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    except SafetensorError as exc:
+        # What it makes of a failed write.
+        raise OSError(str(exc)) from exc
+    # A form for people to fill in.
+    (folder / "README.md").unlink(missing_ok=True)
 
 
 def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_model: str) -> PeftModel:

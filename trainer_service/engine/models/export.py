@@ -46,13 +46,18 @@ def export(model: PreTrainedModel, *, source: Path, folder: Path, about: Mapping
     """
     needed_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     with whole_folder(folder, about=about, overwrite=overwrite, needed_bytes=needed_bytes) as writer:
-        try:
-            model.save_pretrained(writer.path)
-        except SafetensorError as exc:
-            # What it makes of a failed write.
-            raise OSError(str(exc)) from exc
-        _copy_tokenizer(source, writer.path)
+        write_model(model, source, writer.path)
     return writer.size_bytes
+
+
+def write_model(model: PreTrainedModel, source: Path, folder: Path) -> None:
+    """Writes the files of an export; see there. Raises OSError where that fails."""
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as exc:
+        # What it makes of a failed write.
+        raise OSError(str(exc)) from exc
+    _copy_tokenizer(source, folder)
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

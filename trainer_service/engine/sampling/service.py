@@ -8,6 +8,7 @@ from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerSample
 from transformers import GenerationConfig, PreTrainedModel
 
 from trainer_service.adapter_path import CONFIG as ADAPTER_CONFIG
+from trainer_service.engine.deltas import whole_weights
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.load import load_model
 from trainer_service.engine.sampling.job import Job
@@ -89,9 +90,10 @@ class Sampling:
         return self._text
 
     def _load(self, folder: Path) -> PreTrainedModel:
-        if (folder / ADAPTER_CONFIG).is_file():
-            return self._engine.adapted_model(folder)
-        model = load_model(str(folder), folder, self._engine.device)
+        with whole_weights(folder) as whole:
+            if (whole / ADAPTER_CONFIG).is_file():
+                return self._engine.adapted_model(whole)
+            model = load_model(str(folder), whole, self._engine.device)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         return model

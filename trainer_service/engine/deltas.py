@@ -1,0 +1,113 @@
+"""Saving sampler weights as a delta to the run's last base, and making them whole again to load them."""
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gradwire import delta as deltas
+from gradwire.errors import GradwireError, error
+
+from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, CheckpointPath
+from trainer_service.folders import MANIFEST, Manifest, read_manifest, whole_folder
+
+_COPY_BYTES = 8 << 20
+
+
+def save_delta(write: Callable[[Path], None], folder: Path, *, about: Mapping[str, Any], overwrite: bool) -> int:
+    """Writes what changed since the newest base beside `folder`, whole or not at all.
+
+    Args:
+        write: Writes all the weights into an empty folder, as a base has them.
+        folder: Where the delta goes.
+        about: For its manifest, to which the base's path is added.
+        overwrite: Replace what is there.
+
+    Returns:
+        Size of all files, bytes.
+
+    Raises:
+        AlreadyExistsError: CHECKPOINT_EXISTS.
+        FailedPreconditionError: DELTA_BASE_UNUSABLE: the run has saved no base, or it is not as it was saved.
+            STORAGE_FAILED: nothing is left behind.
+    """
+    base, manifest = _newest_base(folder)
+    base_path = str(CheckpointPath(about["run_id"], SAMPLER_WEIGHTS, base.name))
+    about = {**about, "checkpoint_type": "delta", "base_path": base_path}
+    needed_bytes = 2 * manifest.size_bytes
+    with whole_folder(folder, about=about, overwrite=overwrite, needed_bytes=needed_bytes) as writer:
+        full = writer.path / ".full"
+        full.mkdir()
+        write(full)
+        _write_delta(base, manifest, full, writer.path, base_path)
+        for path in full.iterdir():
+            if path.suffix != ".safetensors":
+                path.rename(writer.path / path.name)
+        shutil.rmtree(full)
+    return writer.size_bytes
+
+
+@contextlib.contextmanager
+def whole_weights(folder: Path) -> Iterator[Path]:
+    """A folder that holds all of a checkpoint's weights, for as long as the block runs.
+
+    Raises:
+        DataLossError: CHECKPOINT_DAMAGED.
+        FailedPreconditionError: DELTA_BASE_UNUSABLE: the base of a delta is gone, or is another by now.
+    """
+    description = deltas.describe(folder)
+    if description is None:
+        yield folder
+        return
+    base = folder.with_name(CheckpointPath.parse(description["base"]["path"]).name)
+    with tempfile.TemporaryDirectory(prefix="gradwire-delta-") as made:
+        deltas.expand_folder(folder, base, Path(made))
+        yield Path(made)
+
+
+def _newest_base(folder: Path) -> tuple[Path, Manifest]:
+    found: list[tuple[str, Path, Manifest]] = []
+    for file in folder.parent.glob(f"*/{MANIFEST}"):
+        if file.parent != folder and not file.parent.name.startswith("."):
+            with contextlib.suppress(GradwireError):
+                manifest = read_manifest(file.parent)
+                if not manifest.about.get("base_path"):
+                    found.append((str(manifest.about.get("created_at")), file.parent, manifest))
+    if not found:
+        raise error(
+            "DELTA_BASE_UNUSABLE",
+            f'"{folder.name}" cannot be saved as a delta: this run has saved no base to build on. Save one with '
+            'checkpoint_type "base" first.',
+            name=folder.name,
+        )
+    _, base, manifest = max(found, key=lambda one: one[:2])
+    return base, manifest
+
+
+def _write_delta(base: Path, manifest: Manifest, full: Path, out: Path, base_path: str) -> None:
+    names = sorted(path.name for path in full.glob("*.safetensors"))
+    if names != sorted(name for name in manifest.files if name.endswith(".safetensors")):
+        raise deltas.unusable_base(out.name, f"{base.name} has other files, since it was saved in another form")
+    sizes: dict[str, list[int]] = {}
+    files: dict[str, dict[str, Any]] = {}
+    # Chunks first, since the header that comes before them says how long they are.
+    with tempfile.TemporaryFile(dir=out) as chunks:
+        for name in names:
+            entry = manifest.files[name]
+            if (full / name).stat().st_size != entry.size_bytes:
+                raise deltas.unusable_base(
+                    out.name, f"{name} of {base.name} has another size, since it has other tensors"
+                )
+            sizes[name], base_sha256, sha256 = deltas.write_chunks(base / name, full / name, chunks)
+            if base_sha256 != entry.sha256:
+                raise deltas.unusable_base(out.name, f"{name} of {base.name} is damaged")
+            files[name] = {"size_bytes": entry.size_bytes, "sha256": sha256}
+        chunks.seek(0)
+        with (out / deltas.TENSORS).open("xb") as file:
+            file.write(deltas.safetensors_header(sizes))
+            shutil.copyfileobj(chunks, file, _COPY_BYTES)
+    of_base = {"path": base_path, "files": {name: manifest.files[name].sha256 for name in names}}
+    (out / deltas.DESCRIPTION).write_text(json.dumps({"base": of_base, "files": files}, indent=2))
