@@ -50,7 +50,7 @@ class RunsWithoutJournal(Runs):
     """As Runs."""
 
     def _journal(self, path: Path) -> Journal:
-        return NoJournal(path, self._writer, sync="normal", retention=self._durability.retention)
+        return NoJournal(path, self.journal_writer, sync="normal", retention=self._durability.retention)
 
 
 def operation(kind: str, size_bytes: int) -> Callable[[int], Operation]:

@@ -235,7 +235,7 @@ class Adversary:
                     self._stop.wait(rng.uniform(0, 0.05))
                 else:
                     # During the recovery from the last one, as likely as not.
-                    self._stop.wait(rng.uniform(0, 6))
+                    self._stop.wait(rng.uniform(0, 4))
         except BaseException as exc:
             self.failure = exc
 
@@ -276,9 +276,12 @@ def left_behind(trainer: Trainer) -> list[str]:
     return partial + [str(path) for path in Path("/tmp").glob(f"gradwire-worker-{trainer.process.pid}-*")]
 
 
-def undisturbed(trainer: Trainer, *, seed: int, steps: int) -> tuple[list[str], dict[str, str]]:
+def undisturbed(trainer: Trainer, *, seed: int, steps: int, lora_rank: int = 0) -> tuple[list[str], dict[str, str]]:
     """What the loop's answers, and its final state, are when nothing happens."""
-    with ServiceClient(f"http://{trainer.address}") as service, service.create_training_client() as client:
+    with (
+        ServiceClient(f"http://{trainer.address}") as service,
+        service.create_training_client(lora_rank=lora_rank) as client,
+    ):
         answers = Loop(client, seed=seed, steps=steps).run()
         digests = state_digests(trainer, client, "final")
         client.delete_run()

@@ -94,6 +94,8 @@ class Metrics:
             "gradwire_operations_in_flight", "Operations received and not yet answered.", registry=self.registry
         )
         self.runs = Gauge("gradwire_runs", "Runs held.", registry=self.registry)
+        self.journal_commits = Gauge("gradwire_journal_commits", "Transactions written.", registry=self.registry)
+        self.journal_seconds = Gauge("gradwire_journal_seconds", "Time spent writing them.", registry=self.registry)
 
     def add_worker_counters(self, read: Callable[[], Mapping[str, float]]) -> None:
         """Exports what the worker counts, under its own names, as it stands when asked."""

@@ -1,7 +1,8 @@
-"""Worker and trainer killed, connections cut and stalled, again and again, under a training loop."""
+"""Worker and trainer killed, connections cut and stalled, again and again, under training loops."""
 
 import contextlib
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gradwire import ServiceClient
@@ -10,31 +11,38 @@ from tests.chaos import FAULTS, Adversary, Loop, Trainer, left_behind, state_dig
 from tests.cut_proxy import cut_proxy
 
 SEED = 4
-STEPS = 60
+STEPS = 30
+LORA_RANKS = (0, 4)
+"""A run that trains all parameters and one with an adapter, side by side."""
 
 
-def test_a_loop_under_an_adversary_is_bit_identical_to_an_undisturbed_one(tiny_llama: Path, tmp_path: Path):
+def test_loops_under_an_adversary_are_bit_identical_to_undisturbed_ones(tiny_llama: Path, tmp_path: Path):
     with (
         Trainer(tiny_llama, tmp_path, "--snapshot-steps", "7") as trainer,
         cut_proxy(trainer.address) as proxy,
         ServiceClient(proxy.base_url, reconnect_timeout_s=120) as service,
+        ThreadPoolExecutor() as threads,
     ):
-        answers, digests = undisturbed(trainer, seed=SEED, steps=STEPS)
-        client = service.create_training_client()
-        loop = Loop(client, seed=SEED, steps=STEPS)
-        adversary = Adversary(trainer, proxy, SEED, FAULTS, lambda: loop.answered, at_most=len(FAULTS) + 1)
+        wanted = [undisturbed(trainer, seed=SEED, steps=STEPS, lora_rank=rank) for rank in LORA_RANKS]
+        clients = [service.create_training_client(lora_rank=rank) for rank in LORA_RANKS]
+        loops = [Loop(client, seed=SEED, steps=STEPS) for client in clients]
+        adversary = Adversary(
+            trainer, proxy, SEED, FAULTS, lambda: sum(loop.answered for loop in loops), at_most=len(FAULTS)
+        )
         adversary.start()
         try:
-            disturbed = loop.run()
+            got = list(threads.map(lambda loop: loop.run(), loops))
         finally:
             adversary.stop()
-        assert len(adversary.done) >= len(FAULTS)
-        # Every future, once, with the right value.
-        assert disturbed == answers
-        assert state_digests(trainer, client, "final") == digests
-        journal = trainer.data_dir / "runs" / client.run_id / "journal.sqlite"
+        assert {fault for _, fault in adversary.done} == set(FAULTS)
+        for client, disturbed, (answers, digests) in zip(clients, got, wanted, strict=True):
+            # Every future, once, with the right value.
+            assert disturbed == answers
+            assert state_digests(trainer, client, "final") == digests
+        journals = [trainer.data_dir / "runs" / client.run_id / "journal.sqlite" for client in clients]
         trainer.stop()
         assert left_behind(trainer) == []
-    with contextlib.closing(sqlite3.connect(journal)) as db:
-        [(operations, outcomes)] = db.execute("SELECT max(seq_id), (SELECT count(*) FROM outcomes) FROM operations")
-    assert operations == outcomes
+    for journal in journals:
+        with contextlib.closing(sqlite3.connect(journal)) as db:
+            [(operations, outcomes)] = db.execute("SELECT max(seq_id), (SELECT count(*) FROM outcomes) FROM operations")
+        assert operations == outcomes

@@ -90,6 +90,26 @@ def test_a_run_restored_in_the_middle_of_an_accumulation_goes_on_bit_for_bit(dri
     np.testing.assert_array_equal(logprobs(engine), undisturbed)
 
 
+def test_a_run_with_an_adapter_is_restored_too(driver: Driver, tmp_path: Path):
+    engine = driver.engine
+    engine.delete_run(RUN)
+    request = CreateRunRequest(lora_rank=4, seed=3)
+    made = WorkerCreateRun(request=request)
+    assert not driver.command(create_run=made).done.HasField("error")
+    forward_backward(engine, 1)
+    step(engine, 2)
+    driver.snapshot(tmp_path / "snapshot")
+    forward_backward(engine, 3)
+    step(engine, 4)
+    undisturbed = logprobs(engine)
+    engine.delete_run(RUN)
+    made.snapshot_folder = str(tmp_path / "snapshot")
+    assert not driver.command(create_run=made).done.HasField("error")
+    forward_backward(engine, 3)
+    step(engine, 4)
+    np.testing.assert_array_equal(logprobs(engine), undisturbed)
+
+
 def test_what_runs_behind_a_snapshot_is_not_in_it(driver: Driver, tmp_path: Path):
     before = logprobs(driver.engine)
     driver.snapshot(tmp_path / "snapshot")

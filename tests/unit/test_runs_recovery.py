@@ -79,6 +79,15 @@ async def test_what_was_journalled_is_answered_by_the_next_trainer(tmp_path: Pat
         assert operations(second) == [(0, "create_run"), *((n, "optim_step") for n in (1, 2, 3, 4))]
 
 
+async def test_operations_that_arrive_together_share_a_commit(tmp_path: Path):
+    async with trainer(tmp_path, FakeWorker()) as runs:
+        run = await runs.create(CreateRunRequest())
+        before = runs.journal_writer.commits
+        await asyncio.gather(*(run.execute(step(seq_id)) for seq_id in range(1, 65)))
+        # 64 operations and 64 outcomes.
+        assert runs.journal_writer.commits - before < 64
+
+
 async def test_a_repeat_with_other_content_is_refused_by_the_next_trainer_too(tmp_path: Path):
     async with trainer(tmp_path, FakeWorker()) as runs:
         run = await runs.create(CreateRunRequest())

@@ -76,6 +76,8 @@ class TrainerServer:
         self.sampling = Sampling(self.runs, worker, config.limits)
         self.metrics.in_flight.set_function(lambda: self.runs.unanswered)
         self.metrics.runs.set_function(lambda: len(self.runs))
+        self.metrics.journal_commits.set_function(lambda: self.runs.journal_writer.commits)
+        self.metrics.journal_seconds.set_function(lambda: self.runs.journal_writer.commit_s)
         worker.on_ready(lambda: self._set_ready(True))
         worker.on_death(lambda _: self._set_ready(False))
         self._server: grpc.aio.Server | None = None

@@ -80,7 +80,8 @@ class Runs:
         self._base_model = base_model
         self._limits = limits
         self._durability = durability or Durability()
-        self._writer = JournalWriter()
+        self.journal_writer = JournalWriter()
+        """Writes all their journals."""
         self._settings = RunSettings(
             worker=worker,
             observe=observe,
@@ -128,7 +129,7 @@ class Runs:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_STOP_GRACE_S)
         await asyncio.gather(*(run.residence.let_go() for run in self._runs.values()))
-        await self._writer.close()
+        await self.journal_writer.close()
         for folder in self._folders.values():
             folder.close()
 
@@ -419,7 +420,7 @@ class Runs:
             raise error("STORAGE_FAILED", text) from exc
 
     def _journal(self, path: Path) -> Journal:
-        return Journal(path, self._writer, sync=self._durability.sync, retention=self._durability.retention)
+        return Journal(path, self.journal_writer, sync=self._durability.sync, retention=self._durability.retention)
 
     def _forget(self, run_id: str) -> None:
         if (folder := self._folders.pop(run_id, None)) is not None:
