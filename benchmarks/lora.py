@@ -1,0 +1,188 @@
+"""What a LoRA run costs beside a full-parameter run, and eight of them beside one. Prints one table.
+
+    python benchmarks/lora.py [--rounds 5] [--model FOLDER] [--quick]
+
+On engines in this process, where runs are switched; the sides of a row are interleaved, and a ratio is the median of
+the rounds' own ratios. Memory is measured in a process of its own a side: what it holds beyond what it held before it
+had a model.
+"""
+
+import argparse
+import ctypes
+import datetime
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# Before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.pop("OMP_NUM_THREADS", None)
+
+import torch
+from gradwire.codec import Batch, batch_from_data
+from gradwire.types import AdamParams
+from memory import _status_bytes
+from service import make_data, tiny_model
+from side_by_side import Row, interleave, ms, print_table, ratio
+
+from trainer_service.config import Limits
+from trainer_service.engine.device import pick_device
+from trainer_service.engine.engine import Engine
+from trainer_service.engine.losses import find_loss
+from trainer_service.engine.models.lora import LoraSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_RUNS = 8
+CROSS_ENTROPY = find_loss("cross_entropy")
+ADAM = AdamParams(learning_rate=1e-5)
+BODY = LoraSettings(rank=8, train_unembed=False)
+"""Rank 8: at 32 an adapter of a model as small as SmolLM2-135M has 7 % of its parameters."""
+
+
+class Runs:
+    """An engine, and steps of its runs."""
+
+    def __init__(self, model: str, folder: Path, batch: Batch) -> None:
+        self.engine = Engine(model, device=pick_device(), checkpoint_dir=folder, limits=Limits(max_runs=NUM_RUNS + 4))
+        self._batch = batch
+
+    def step(self, run_id: str) -> None:
+        """One whole step."""
+        self.engine.forward_backward(run_id, 1, self._batch, CROSS_ENTROPY)
+        self.engine.optim_step(run_id, 2, ADAM)
+
+    def optimizer_bytes(self, run_id: str) -> int:
+        """What AdamW holds for a run."""
+        run = self.engine.run_state(run_id)
+        states = [run.optimizer.state_of(parameter) for parameter in run.trained_parameters().values()]
+        return sum(tensor.nbytes for state in states for tensor in state.values())
+
+
+def step_rows(model: str, folder: Path, batch: Batch, rounds: int, *, wide: int) -> list[Row]:
+    """A LoRA step over a full-parameter step."""
+    runs = Runs(model, folder, batch)
+    kinds = {
+        "rank 8, all but the head": BODY,
+        "rank 8": LoraSettings(rank=8),
+        f"rank {wide}, all but the head": LoraSettings(rank=wide, train_unembed=False),
+    }
+    runs.engine.create_run("full")
+    for name, settings in kinds.items():
+        runs.engine.create_run(name, lora=settings)
+    sides = {name: lambda name=name: runs.step(name) for name in ("full", *kinds)}
+    times = interleave(sides, rounds=rounds)
+    full_bytes = runs.optimizer_bytes("full")
+    rows: list[Row] = []
+    for name in kinds:
+        goals = ("at most 0.75", "below 0.03") if name == "rank 8, all but the head" else ("", "")
+        measured = f"{ms(times[name])} / {ms(times['full'])}"
+        rows.append(
+            Row(f"LoRA step over full step, {name}", measured, f"{ratio(times[name], times['full']):.3f}", goals[0])
+        )
+        part = runs.optimizer_bytes(name)
+        measured = f"{part / 2**20:.1f} / {full_bytes / 2**20:.1f} MiB"
+        rows.append(Row(f"optimizer state, {name}", measured, f"{part / full_bytes:.4f}", goals[1]))
+    return rows
+
+
+def interleaved_row(model: str, folder: Path, batch: Batch, rounds: int) -> Row:
+    """Steps of eight runs in turns, over the same steps run by run."""
+    runs = Runs(model, folder, batch)
+    names = [f"run-{number}" for number in range(NUM_RUNS)]
+    for name in names:
+        runs.engine.create_run(name, lora=BODY)
+    steps = 2
+
+    def in_turns() -> None:
+        for _ in range(steps):
+            for name in names:
+                runs.step(name)
+
+    def one_after_the_other() -> None:
+        for name in names:
+            for _ in range(steps):
+                runs.step(name)
+
+    for name in names:
+        runs.step(name)
+    times = interleave({"in turns": in_turns, "after": one_after_the_other}, rounds=rounds, warmup=0)
+    measured = f"{ms(times['in turns'])} / {ms(times['after'])}"
+    what = f"{NUM_RUNS} runs in turns over one after the other, {steps} steps each"
+    return Row(what, measured, f"{ratio(times['in turns'], times['after']):.3f}", "at most 1.05")
+
+
+def measure_memory(model: str, num_runs: int, tokens: int) -> int:
+    """Bytes that an engine with that many LoRA runs holds after two steps of each."""
+    before = _status_bytes("VmRSS")
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Runs(model, Path(folder), _batch(model, tokens))
+        for number in range(num_runs):
+            runs.engine.create_run(str(number), lora=BODY)
+        for _ in range(2):
+            for number in range(num_runs):
+                runs.step(str(number))
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        return _status_bytes("VmRSS") - before
+
+
+def memory_row(model: str, tokens: int) -> Row:
+    """Eight runs over one."""
+    found = [
+        int(
+            subprocess.run(
+                [sys.executable, __file__, "--memory", str(count), "--tokens", str(tokens), "--model", model],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout.split()[-1]
+        )
+        for count in (NUM_RUNS, 1)
+    ]
+    measured = " / ".join(f"{size / 2**20:.0f} MiB" for size in found)
+    return Row(f"memory of {NUM_RUNS} runs over one", measured, f"{found[0] / found[1]:.3f}", "at most 1.3")
+
+
+def _batch(model: str, tokens: int) -> Batch:
+    """Four sequences."""
+    vocab_size = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
+    return batch_from_data(make_data(vocab_size, [tokens // 4] * 4))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=256, help="of a batch of four sequences")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: that it runs, not how fast")
+    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory:
+        print(measure_memory(args.model, args.memory, args.tokens))
+        return
+    rounds, tokens = (1, 40) if args.quick else (args.rounds, args.tokens)
+    with tempfile.TemporaryDirectory() as scratch:
+        model = tiny_model(Path(scratch), 1000) if args.quick else args.model
+        batch = _batch(model, tokens)
+        rows = step_rows(model, Path(scratch), batch, rounds, wide=16 if args.quick else 32)
+        gc.collect()
+        rows.append(interleaved_row(model, Path(scratch), batch, max(1, rounds - 2)))
+        rows.append(memory_row(model, tokens))
+    device = f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu"
+    day = datetime.datetime.now(datetime.UTC).date()
+    print(
+        f"{day}, {platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}, {Path(model).name}, "
+        f"{tokens} tokens, {rounds} rounds\n"
+    )
+    print_table(("what", device, "ratio", "goal"), rows)
+
+
+if __name__ == "__main__":
+    main()

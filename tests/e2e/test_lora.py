@@ -1,0 +1,122 @@
+"""LoRA runs over the wire: made, saved, sampled from, started from, brought back after a death."""
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import numpy as np
+import pytest
+from gradwire import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams, ServiceClient, TrainingClient
+from gradwire.errors import InvalidArgumentError, NotFoundError
+
+from tests.trainer_process import TrainerProcess, running_trainer
+
+ADAM = AdamParams(learning_rate=1e-2)
+SETTINGS = {"lora_rank": 4, "lora_alpha": 8, "seed": 1}
+DATA = [
+    Datum(
+        ModelInput.from_ints([3 + n, 40, 50, 60]),
+        {"target_tokens": [40, 50, 60, 70 + n], "weights": np.ones(4, dtype=np.float32)},
+    )
+    for n in range(3)
+]
+
+
+def logprobs(client: TrainingClient) -> np.ndarray:
+    outputs = client.forward(DATA).result(60).loss_fn_outputs
+    return np.concatenate([output["logprobs"].to_numpy() for output in outputs])
+
+
+def train(client: TrainingClient, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        losses.append(client.forward_backward(DATA, "cross_entropy").result(60).metrics["loss:sum"])
+        client.optim_step(ADAM).result(60)
+    return losses
+
+
+def test_two_lora_runs_learn_side_by_side_and_are_what_they_say(service: ServiceClient):
+    one = service.create_training_client(**SETTINGS)
+    two = service.create_lora_training_client(**{**vars(LoraConfig(rank=2)), "train_mlp": False})
+    assert (one.get_info().lora_rank, two.get_info().lora_rank) == (4, 2)
+    start = logprobs(one)
+    np.testing.assert_allclose(logprobs(two), start, atol=1e-5)
+    for client in (one, two):
+        losses = train(client, 3)
+        assert losses == sorted(losses, reverse=True)
+    assert not np.allclose(logprobs(one), logprobs(two))
+    for client in (one, two):
+        client.delete_run()
+
+
+def test_a_saved_adapter_is_sampled_from_and_starts_another_run(service: ServiceClient):
+    client = service.create_training_client(**SETTINGS)
+    train(client, 3)
+    saved = client.save_weights_for_sampler("a").result(60)
+    assert (Path(unquote(urlparse(saved.uri).path)) / "adapter_config.json").is_file()
+    wanted = logprobs(client)
+    params = SamplingParams(max_tokens=5, temperature=0)
+    prompt = ModelInput.from_ints([3, 40, 50])
+    samples = [
+        sampler.sample(prompt, 1, params).result(60).sequences[0].tokens
+        for sampler in (
+            service.create_sampling_client(saved.path),
+            client.save_weights_and_get_sampling_client(),
+            service.create_sampling_client(client.save_weights_for_sampler("m", merged=True).result(60).path),
+        )
+    ]
+    assert samples[0] == samples[1] == samples[2]
+    frozen = client.save_weights_and_get_sampling_client()
+    train(client, 2)
+    assert frozen.sample(prompt, 1, params).result(60).sequences[0].tokens == samples[0]
+    again = service.create_training_client(adapter_path=saved.path)
+    assert again.get_info().lora_rank == 4
+    np.testing.assert_array_equal(logprobs(again), wanted)
+    client.delete_run()
+    again.delete_run()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exception", "text"),
+    [
+        ({"lora_rank": 4, "lora_alpha": -1}, InvalidArgumentError, "lora_alpha is -1; it must be a finite number"),
+        ({"train_mlp": False}, InvalidArgumentError, "train_mlp is set, but lora_rank is 0"),
+        ({"lora_rank": 1000}, InvalidArgumentError, "lora_rank is 1000; it must be 1 to 32"),
+        ({"adapter_path": "../../etc"}, InvalidArgumentError, "below this trainer's --adapter-dir"),
+        ({"adapter_path": "nobody"}, NotFoundError, "There is no adapter nobody"),
+        ({"adapter_path": "gradwire://run-9/sampler_weights/a"}, NotFoundError, "There is no adapter gradwire://"),
+    ],
+)
+def test_what_cannot_be_is_refused(service: ServiceClient, arguments: dict, exception: type[Exception], text: str):
+    with pytest.raises(exception, match=text):
+        service.create_training_client(**arguments)
+
+
+def kill_worker(trainer: TrainerProcess) -> None:
+    os.kill(trainer.worker_pid(), signal.SIGKILL)
+
+
+def test_lora_runs_come_back_after_a_death_as_they_were(tiny_llama: Path, tmp_path: Path):
+    with (
+        running_trainer(tiny_llama, tmp_path) as trainer,
+        ServiceClient(trainer.base_url, timeout_s=60) as service,
+    ):
+        trainer.wait_ready()
+        new = service.create_training_client(**SETTINGS)
+        train(new, 2)
+        place = Path(unquote(urlparse(new.save_weights_for_sampler("a").result(60).uri).path))
+        (tmp_path / "data" / "adapters").mkdir()
+        shutil.copytree(place, tmp_path / "data" / "adapters" / "mine")
+        started = service.create_training_client(adapter_path="mine")
+        train(started, 1)
+        # What a run started from may go; it has a copy of its own.
+        shutil.rmtree(tmp_path / "data" / "adapters" / "mine")
+        before = [logprobs(client) for client in (new, started)]
+        kill_worker(trainer)
+        time.sleep(0.1)
+        for client, wanted in zip((new, started), before, strict=True):
+            np.testing.assert_array_equal(logprobs(client), wanted)
+        assert train(started, 1)
