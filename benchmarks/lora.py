@@ -26,7 +26,6 @@ os.environ.pop("OMP_NUM_THREADS", None)
 import torch
 from gradwire.codec import Batch, batch_from_data
 from gradwire.types import AdamParams
-from memory import _status_bytes
 from service import make_data, tiny_model
 from side_by_side import Row, interleave, ms, print_table, ratio
 
@@ -118,7 +117,7 @@ def interleaved_row(model: str, folder: Path, batch: Batch, rounds: int) -> Row:
 
 def measure_memory(model: str, num_runs: int, tokens: int) -> int:
     """Bytes that an engine with that many LoRA runs holds after two steps of each."""
-    before = _status_bytes("VmRSS")
+    before = _held_bytes()
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(model, Path(folder), _batch(model, tokens))
         for number in range(num_runs):
@@ -128,9 +127,15 @@ def measure_memory(model: str, num_runs: int, tokens: int) -> int:
                 runs.step(str(number))
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        return _status_bytes("VmRSS") - before
+        return _held_bytes() - before
+
+
+def _held_bytes() -> int:
+    """What this process holds of the host's memory."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
 
 
 def memory_row(model: str, tokens: int) -> Row:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 import numpy as np
@@ -15,7 +16,7 @@ from gradwire.errors import InvalidArgumentError, NotFoundError
 from tests.trainer_process import TrainerProcess, running_trainer
 
 ADAM = AdamParams(learning_rate=1e-2)
-SETTINGS = {"lora_rank": 4, "lora_alpha": 8, "seed": 1}
+SETTINGS: dict[str, Any] = {"lora_rank": 4, "lora_alpha": 8, "seed": 1}
 DATA = [
     Datum(
         ModelInput.from_ints([3 + n, 40, 50, 60]),
@@ -40,7 +41,7 @@ def train(client: TrainingClient, steps: int) -> list[float]:
 
 def test_two_lora_runs_learn_side_by_side_and_are_what_they_say(service: ServiceClient):
     one = service.create_training_client(**SETTINGS)
-    two = service.create_lora_training_client(**{**vars(LoraConfig(rank=2)), "train_mlp": False})
+    two = service.create_lora_training_client(**vars(LoraConfig(rank=2, train_mlp=False)))
     assert (one.get_info().lora_rank, two.get_info().lora_rank) == (4, 2)
     start = logprobs(one)
     np.testing.assert_allclose(logprobs(two), start, atol=1e-5)
@@ -90,7 +91,9 @@ def test_a_saved_adapter_is_sampled_from_and_starts_another_run(service: Service
         ({"adapter_path": "gradwire://run-9/sampler_weights/a"}, NotFoundError, "There is no adapter gradwire://"),
     ],
 )
-def test_what_cannot_be_is_refused(service: ServiceClient, arguments: dict, exception: type[Exception], text: str):
+def test_what_cannot_be_is_refused(
+    service: ServiceClient, arguments: dict[str, Any], exception: type[Exception], text: str
+):
     with pytest.raises(exception, match=text):
         service.create_training_client(**arguments)
 
