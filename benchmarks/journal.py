@@ -29,11 +29,12 @@ from gradwire.v1.datum_pb2 import DatumBatch
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest
 
 from tests.fakes import FakeWorker
-from trainer_service.config import Durability, Limits, SnapshotPolicy, Sync
-from trainer_service.runs.journal_writer import Journal
+from trainer_service.config import Durability, Limits, Retention, SnapshotPolicy, Sync
+from trainer_service.runs.journal_writer import Journal, JournalWriter
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
+from trainer_service.runs.store import RunStore
 
 
 class NoJournal(Journal):
@@ -46,11 +47,12 @@ class NoJournal(Journal):
         asyncio.get_running_loop().call_soon(written)
 
 
-class RunsWithoutJournal(Runs):
-    """As Runs."""
+class NoStore(RunStore):
+    """Runs on disk whose journals keep nothing."""
 
-    def _journal(self, path: Path) -> Journal:
-        return NoJournal(path, self.journal_writer, sync="normal", retention=self._durability.retention)
+    def journal(self, run_id: str) -> Journal:
+        """See NoJournal."""
+        return NoJournal(self.folder(run_id), JournalWriter(), sync="normal", retention=Retention())
 
 
 def operation(kind: str, size_bytes: int) -> Callable[[int], Operation]:
@@ -85,15 +87,18 @@ async def sides(folder: Path) -> tuple[dict[str, Run], list[Runs]]:
     runs: dict[str, Run] = {}
     syncs: dict[str, Sync] = {"none": "normal", "normal": "normal", "full": "full"}
     for name, sync in syncs.items():
-        made = (RunsWithoutJournal if name == "none" else Runs)(
+        durability = Durability(sync=sync, snapshots=SnapshotPolicy(interval_s=0), idle_lease_s=0)
+        made = Runs(
             FakeWorker(),
             base_model="fake",
             limits=Limits(),
             runs_dir=folder / name,
             detach_grace_s=60,
             observe=lambda kind, response: None,
-            durability=Durability(sync=sync, snapshots=SnapshotPolicy(interval_s=0), idle_lease_s=0),
+            durability=durability,
         )
+        if name == "none":
+            made.store = NoStore(folder / name, made.journal_writer, durability)
         made.start()
         everything.append(made)
         runs[name] = await made.create(CreateRunRequest())

@@ -5,8 +5,6 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
-import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
@@ -17,25 +15,21 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, ForkRunRequest
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun
 
 from trainer_service.access import current_caller
-from trainer_service.adapter_path import adapter_folder, adapter_rank, adapter_run_id, copy_adapter
+from trainer_service.adapter_path import adapter_folder, adapter_rank, adapter_run_id
 from trainer_service.config import Durability, Limits
 from trainer_service.fleet.worker import Worker
-from trainer_service.runs import journal as journal_file
 from trainer_service.runs import time_travel
 from trainer_service.runs.disk import disk_full
-from trainer_service.runs.journal import Record, RunFolder
-from trainer_service.runs.journal_writer import Journal, JournalWriter
+from trainer_service.runs.journal import Record
+from trainer_service.runs.journal_writer import JournalWriter
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.recovery import Source, command, find_source
 from trainer_service.runs.run import Observe, Run, RunSettings
-from trainer_service.runs.stored import StoredRun, open_stored_run, stored_run_folders
+from trainer_service.runs.store import RunStore, StoredRun
 from trainer_service.runs.time_travel import Replayed
 
 logger = logging.getLogger(__name__)
 
-_ADAPTER = "adapter"
-"""Folder of a run with a copy of the adapter it started from: what the caller named may change or go, and a run is
-restored from what it was."""
 _STOP_GRACE_S = 2.0
 """How long what is under way, such as a run being deleted, may take when the trainer stops."""
 
@@ -75,13 +69,14 @@ class Runs:
         self._data_dir = data_dir
         root = data_dir or runs_dir.parent
         self._adapter_roots = {"checkpoint_dir": root / "checkpoints", "adapter_dir": adapter_dir or root / "adapters"}
-        self._runs_dir = runs_dir
         self._worker = worker
         self._base_model = base_model
         self._limits = limits
         self._durability = durability or Durability()
         self.journal_writer = JournalWriter()
         """Writes all their journals."""
+        self.store = RunStore(runs_dir, self.journal_writer, self._durability)
+        """Their folders."""
         self._settings = RunSettings(
             worker=worker,
             observe=observe,
@@ -93,7 +88,6 @@ class Runs:
             snapshots=self._durability.snapshots,
         )
         self._runs: dict[str, Run] = {}
-        self._folders: dict[str, RunFolder] = {}
         self._being_made = 0
         self._by_request_id: dict[tuple[str, str], asyncio.Future[Run]] = {}
         self._tasks: set[asyncio.Task[object]] = set()
@@ -107,8 +101,7 @@ class Runs:
     def start(self) -> None:
         """Takes up the runs an earlier trainer left, and unloads idle ones from now on."""
         start_s = time.monotonic()
-        stored = [self._open(folder) for folder in stored_run_folders(self._runs_dir)]
-        for found in sorted(filter(None, stored), key=lambda found: found.record.created_s):
+        for found in self.store.open_all(lambda record: _same_model(record.base_model, self._base_model)):
             self._take_up(found)
         if self._runs:
             fields = {"runs": len(self._runs), "took_s": round(time.monotonic() - start_s, 3)}
@@ -129,9 +122,7 @@ class Runs:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_STOP_GRACE_S)
         await asyncio.gather(*(run.residence.let_go() for run in self._runs.values()))
-        await self.journal_writer.close()
-        for folder in self._folders.values():
-            folder.close()
+        await self.store.close()
 
     def get(self, run_id: str) -> Run:
         """The run, for the current caller.
@@ -210,8 +201,7 @@ class Runs:
             if made.done() and not made.cancelled() and made.exception() is None and made.result() is run:
                 del self._by_request_id[key]
         await run.delete()
-        await asyncio.to_thread(shutil.rmtree, run.folder, ignore_errors=True)
-        self._folders.pop(run.run_id).close()
+        await self.store.remove(run.run_id)
 
     # ── making ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -277,13 +267,13 @@ class Runs:
         )
         live = True
         async with self._room():
-            await self._write_down(record, adapter)
+            await self.store.write_down(record, adapter)
             try:
                 sent = WorkerCommand(run_id=record.run_id, create_run=WorkerCreateRun(request=request))
                 await command(self._worker, sent)
             except GradwireError as exc:
                 if exc.reason != "WORKER_DIED":
-                    self._forget(record.run_id)
+                    self.store.forget(record.run_id)
                     raise
                 # It is on disk, so the next worker can make it.
                 live = False
@@ -302,7 +292,7 @@ class Runs:
         adapter: Path | None = None
         if made.adapter_path:
             # Its parent may be deleted.
-            adapter, made.adapter_path = Path(made.adapter_path), str((self._runs_dir / run_id / _ADAPTER).absolute())
+            adapter, made.adapter_path = Path(made.adapter_path), str(self.store.adapter_folder(run_id))
         record = Record(
             run_id=run_id,
             owner=current_caller.get().owner,
@@ -315,7 +305,7 @@ class Runs:
             step=step,
         )
         async with self._room():
-            await self._write_down(record, adapter)
+            await self.store.write_down(record, adapter)
             try:
                 await time_travel.fork(
                     self._worker,
@@ -324,18 +314,17 @@ class Runs:
                     request=parent.create_request,
                     seq_id=seq_id,
                     run_id=record.run_id,
-                    folder=self._runs_dir / record.run_id,
+                    folder=self.store.folder(record.run_id),
                 )
             except BaseException:
-                self._forget(record.run_id)
+                self.store.forget(record.run_id)
                 raise
         return self._add(record, live=True)
 
     def _add(self, record: Record, *, live: bool) -> Run:
-        journal = self._journal(self._runs_dir / record.run_id)
         # The worker may have died between its answer and now.
         live = live and self._worker.ready is not None
-        run = self._runs[record.run_id] = Run(record, journal, self._settings, live=live)
+        run = self._runs[record.run_id] = Run(record, self.store.journal(record.run_id), self._settings, live=live)
         return run
 
     async def _source(self, run: Run) -> Source:
@@ -393,55 +382,17 @@ class Runs:
                 f"is {request.lora_rank}, but the adapter at {request.adapter_path} has rank {changed.lora_rank}; "
                 "leave it out.",
             )
-        changed.adapter_path = str((self._runs_dir / run_id / _ADAPTER).absolute())
+        changed.adapter_path = str(self.store.adapter_folder(run_id))
         return folder, changed
-
-    async def _write_down(self, record: Record, adapter: Path | None) -> None:
-        """Makes the run's folder and journal, with a copy of the adapter it starts from."""
-        path = self._runs_dir / record.run_id
-
-        def make() -> RunFolder:
-            path.mkdir(parents=True)
-            folder = RunFolder(path)
-            try:
-                if adapter is not None:
-                    copy_adapter(adapter, path / _ADAPTER)
-                journal_file.create(path, record, sync=self._durability.sync)
-            except BaseException:
-                folder.close()
-                shutil.rmtree(path, ignore_errors=True)
-                raise
-            return folder
-
-        try:
-            self._folders[record.run_id] = await asyncio.to_thread(make)
-        except (OSError, sqlite3.Error) as exc:
-            text = f"The run could not be written down in {path.parent} ({exc}). Make room there and try again."
-            raise error("STORAGE_FAILED", text) from exc
-
-    def _journal(self, path: Path) -> Journal:
-        return Journal(path, self.journal_writer, sync=self._durability.sync, retention=self._durability.retention)
-
-    def _forget(self, run_id: str) -> None:
-        if (folder := self._folders.pop(run_id, None)) is not None:
-            folder.close()
-        shutil.rmtree(self._runs_dir / run_id, ignore_errors=True)
 
     # ── taking up ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _open(self, path: Path) -> StoredRun | None:
-        found = open_stored_run(path)
-        if found is not None and not _same_model(found.record.base_model, self._base_model):
-            found.folder.close()
-            return None
-        return found
-
     def _take_up(self, found: StoredRun) -> None:
         record = found.record
-        run = Run(record, self._journal(found.folder.path), self._settings, next_seq_id=found.next_seq_id)
+        journal = self.store.journal(record.run_id)
+        run = Run(record, journal, self._settings, next_seq_id=found.next_seq_id)
         run.take_up(found.undone)
         self._runs[record.run_id] = run
-        self._folders[record.run_id] = found.folder
         if run.create_request.request_id:
             made: asyncio.Future[Run] = asyncio.get_running_loop().create_future()
             made.set_result(run)
