@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from gradwire import AdamParams, ServiceClient, TrainingClient, datum_from_tokens_weights
+from gradwire.v1.checkpoint_service_pb2 import DeleteCheckpointRequest
+from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 
 from benchmarks.processes import num_handles, resident_mib
 from tests.tiny import make_tiny_llama
@@ -31,7 +33,7 @@ def _loss(data: object, logprobs_list: list[torch.Tensor]) -> tuple[torch.Tensor
     return -torch.stack([logprobs.sum() for logprobs in logprobs_list]).sum(), {}
 
 
-def _round(client: TrainingClient, number: int) -> None:
+def _round(service: ServiceClient, client: TrainingClient, number: int) -> None:
     data = [datum_from_tokens_weights([3 + (number + i) % 90 for i in range(n)], [1.0] * n) for n in (9, 17, 30)]
     for _ in range(10):
         client.forward_backward(data, "cross_entropy")
@@ -39,8 +41,11 @@ def _round(client: TrainingClient, number: int) -> None:
         client.optim_step(AdamParams(learning_rate=1e-6))
     path = client.save_state("state", overwrite=True).result(120)
     client.load_state_with_optimizer(path).result(120)
-    client.save_weights_for_sampler_ext("base", overwrite=True)
-    client.save_weights_for_sampler_ext("delta", "delta", overwrite=True)
+    base = client.save_weights_for_sampler_ext("base", overwrite=True).path
+    delta = client.save_weights_for_sampler_ext("delta", "delta", overwrite=True).path
+    for saved in (delta, base, path):
+        request = DeleteCheckpointRequest(path=saved)
+        service._connection.call(CheckpointServiceStub, "DeleteCheckpoint", request, timeout_s=60)
 
 
 def main() -> int:
@@ -59,7 +64,7 @@ def main() -> int:
             start_s, number = time.monotonic(), 0
             while (passed_s := time.monotonic() - start_s) < minutes * 60:
                 with service.create_training_client() as client:
-                    _round(client, number)
+                    _round(service, client, number)
                     client.delete_run()
                 number += 1
                 if passed_s >= 60 * (len(rows) + 1):

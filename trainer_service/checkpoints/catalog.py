@@ -269,6 +269,7 @@ class Catalog:
         # Gone at once, in one piece; then its bytes.
         with contextlib.suppress(FileNotFoundError):
             path.folder(self._root).rename(trash)
+        self._manifests.pop(path.folder(self._root) / MANIFEST, None)
         shutil.rmtree(trash, ignore_errors=True)
 
     def _all(self) -> Iterator[Checkpoint]:
