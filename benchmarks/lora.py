@@ -1,6 +1,6 @@
 """What a LoRA run costs beside a full-parameter run, and eight of them beside one. Prints one table.
 
-    python benchmarks/lora.py [--rounds 5] [--model FOLDER] [--quick]
+    python benchmarks/lora.py [--rows step,turns,memory] [--rounds 5] [--cpu-time] [--quick]
 
 On engines in this process, where runs are switched; the sides of a row are interleaved, and a ratio is the median of
 the rounds' own ratios. Memory is measured in a process of its own a side: what it holds beyond what it held before it
@@ -17,6 +17,8 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch is imported.
@@ -37,6 +39,7 @@ from trainer_service.engine.models.lora import LoraSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_RUNS = 8
+Clock = Callable[[], float]
 CROSS_ENTROPY = find_loss("cross_entropy")
 ADAM = AdamParams(learning_rate=1e-5)
 BODY = LoraSettings(rank=8, train_unembed=False)
@@ -62,7 +65,7 @@ class Runs:
         return sum(tensor.nbytes for state in states for tensor in state.values())
 
 
-def step_rows(model: str, folder: Path, batch: Batch, rounds: int, *, wide: int) -> list[Row]:
+def step_rows(model: str, folder: Path, batch: Batch, rounds: int, clock: Clock, *, wide: int) -> list[Row]:
     """A LoRA step over a full-parameter step."""
     runs = Runs(model, folder, batch)
     kinds = {
@@ -74,7 +77,7 @@ def step_rows(model: str, folder: Path, batch: Batch, rounds: int, *, wide: int)
     for name, settings in kinds.items():
         runs.engine.create_run(name, lora=settings)
     sides = {name: lambda name=name: runs.step(name) for name in ("full", *kinds)}
-    times = interleave(sides, rounds=rounds)
+    times = interleave(sides, rounds=rounds, clock=clock)
     full_bytes = runs.optimizer_bytes("full")
     rows: list[Row] = []
     for name in kinds:
@@ -89,7 +92,7 @@ def step_rows(model: str, folder: Path, batch: Batch, rounds: int, *, wide: int)
     return rows
 
 
-def interleaved_row(model: str, folder: Path, batch: Batch, rounds: int) -> Row:
+def interleaved_row(model: str, folder: Path, batch: Batch, rounds: int, clock: Clock) -> Row:
     """Steps of eight runs in turns, over the same steps run by run."""
     runs = Runs(model, folder, batch)
     names = [f"run-{number}" for number in range(NUM_RUNS)]
@@ -109,7 +112,7 @@ def interleaved_row(model: str, folder: Path, batch: Batch, rounds: int) -> Row:
 
     for name in names:
         runs.step(name)
-    times = interleave({"in turns": in_turns, "after": one_after_the_other}, rounds=rounds, warmup=0)
+    times = interleave({"in turns": in_turns, "after": one_after_the_other}, rounds=rounds, warmup=0, clock=clock)
     measured = f"{ms(times['in turns'])} / {ms(times['after'])}"
     what = f"{NUM_RUNS} runs in turns over one after the other, {steps} steps each"
     return Row(what, measured, f"{ratio(times['in turns'], times['after']):.3f}", "at most 1.05")
@@ -166,6 +169,8 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=256, help="of a batch of four sequences")
+    parser.add_argument("--rows", default="step,turns,memory", help="some of them; default: %(default)s")
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of this process's CPU, for a busy machine")
     parser.add_argument("--quick", action="store_true", help="a tiny model: that it runs, not how fast")
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -176,10 +181,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = tiny_model(Path(scratch), 1000) if args.quick else args.model
         batch = _batch(model, tokens)
-        rows = step_rows(model, Path(scratch), batch, rounds, wide=16 if args.quick else 32)
-        gc.collect()
-        rows.append(interleaved_row(model, Path(scratch), batch, max(1, rounds - 2)))
-        rows.append(memory_row(model, tokens))
+        clock = time.process_time if args.cpu_time else time.perf_counter
+        rows: list[Row] = []
+        if "step" in args.rows:
+            rows += step_rows(model, Path(scratch), batch, rounds, clock, wide=16 if args.quick else 32)
+            gc.collect()
+        if "turns" in args.rows:
+            rows.append(interleaved_row(model, Path(scratch), batch, max(1, rounds - 2), clock))
+        if "memory" in args.rows:
+            rows.append(memory_row(model, tokens))
     device = f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu"
     day = datetime.datetime.now(datetime.UTC).date()
     print(
