@@ -3,7 +3,7 @@
     python benchmarks/sampling.py                SmolLM2-135M-Instruct, about two minutes on two cores
     python benchmarks/sampling.py --rounds 5     medians over more rounds
 
-Greedy on both sides, no end-of-sequence token, the same prompts of 40 to 300 tokens, the same parameters in the same
+Greedy on both sides, no end-of-sequence token, the same prompts of 16 to 96 tokens, the same parameters in the same
 dtype. Ours is what the worker runs: requests through the scheduler, logprobs included, without gRPC.
 """
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--base-model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--alone", type=int, default=2, help="of the requests, those also run one by one")
     arguments = parser.parse_args()
     set_num_threads()
@@ -45,7 +45,7 @@ def main() -> None:
     model.generation_config.update(eos_token_id=None, pad_token_id=0, do_sample=False)
     sampler = Sampler(None, Decoder.of(model, device))
     rng = random.Random(0)
-    prompts = [_tokens(rng, rng.randrange(40, 300)) for _ in range(arguments.requests)]
+    prompts = [_tokens(rng, rng.randrange(16, 97)) for _ in range(arguments.requests)]
     shared = _tokens(rng, 256)
     separate = [_tokens(rng, 256) for _ in range(8)]
     max_tokens, alone = arguments.max_tokens, prompts[: arguments.alone]

@@ -83,7 +83,8 @@ def main() -> None:
                 ]
             if data:
                 client.forward_backward(data, args.loss)
-                adam_params = gradwire.AdamParams(args.learning_rate, grad_clip_norm=1.0)
+                rate = args.learning_rate * (1 - 0.9 * step / args.steps)
+                adam_params = gradwire.AdamParams(rate, grad_clip_norm=1.0)
                 client.optim_step(adam_params, grad_accumulation_normalization="num_loss_tokens")
             rewards_by_step.append((step, statistics.mean(rewards)))
             if step % 25 == 0 or step == args.steps:

@@ -20,6 +20,7 @@ from transformers import (
 
 from tests.engines import CPU
 from trainer_service.engine.counters import Counters
+from trainer_service.engine.device import Device
 from trainer_service.engine.sampling import scheduler as scheduler_module
 from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.job import Job
@@ -77,9 +78,9 @@ class Bench:
     scheduler: Scheduler
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Bench":
-        sampler = Sampler(None, Decoder.of(model, CPU))
-        return cls(sampler, Scheduler(CPU, Counters(), lambda event: None, max_cache_bytes=1 << 30))
+    def of(cls, model: PreTrainedModel, device: Device = CPU) -> "Bench":
+        sampler = Sampler(None, Decoder.of(model, device))
+        return cls(sampler, Scheduler(device, Counters(), lambda event: None, max_cache_bytes=1 << 30))
 
     def start(self, *requests: Request) -> list[Job]:
         jobs = [Job(number, str(number), request, self.sampler, None) for number, request in enumerate(requests)]
@@ -167,6 +168,23 @@ def test_a_seeded_request_gets_the_same_tokens_and_logprobs_bit_for_bit_in_whate
         assert [sample.tokens for sample in one.samples] == [sample.tokens for sample in other.samples]
         assert [sample.logprobs for sample in one.samples] == [sample.logprobs for sample in other.samples]
     assert len({tuple(sample.tokens) for sample in alone[0].samples}) == 3
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2, softcapped, one layer of 8 tokens"])
+def test_in_bfloat16_logprobs_are_those_of_a_plain_forward_to_a_few_of_its_steps(name: str):
+    model = make_model(name)
+    device = Device(torch.device("cpu"), "cpu", torch.bfloat16)
+    bench = Bench.of(model, device)
+    assert not bench.sampler.decoder.why_alone
+    for job in bench.run(*(make_request(list(prompt), 12, num_samples=2) for prompt in PROMPTS)):
+        prompt = job.request.prompt
+        for sample in job.samples:
+            with device.autocast(), torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + sample.tokens]), use_cache=False).logits[0].float()
+            rows = torch.arange(len(prompt) - 1, len(prompt) + 11)
+            wanted = torch.log_softmax(logits, -1)[rows, sample.tokens]
+            step = 2.0**-8 * float(logits.abs().max())
+            assert float((torch.tensor(sample.logprobs) - wanted).abs().max()) < 8 * step
 
 
 def test_a_stop_token_ends_its_sample_alone_and_is_part_of_it():
