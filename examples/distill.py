@@ -69,7 +69,7 @@ def divergence(data: list[gradwire.Datum], outputs: list[dict[str, gradwire.Tens
 
 
 def main() -> None:
-    options = parser(__doc__, steps=400, plot="distill.png")
+    options = parser(__doc__, steps=300, plot="distill.png")
     options.add_argument("--sums", type=int, default=4000, help="that the teacher answers, once each")
     options.add_argument("--batch-size", type=int, default=64)
     options.add_argument("--topk", type=int, default=8)
