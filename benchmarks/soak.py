@@ -71,6 +71,9 @@ def main() -> int:
                     rows.append([value for pid in pids for value in (resident_mib(pid), num_handles(pid))])
                     cells = " | ".join(f"{value:.0f}" for value in rows[-1])
                     print(f"| {passed_s / 60:.0f} | {10 * number} | {cells} |", flush=True)
+    if not rows:
+        print("Too short for a verdict: the first row comes after a minute.")
+        return 0
     first, last = rows[0], rows[-1]
     grew = [
         after > before * _MAX_GROWTH if place % 2 == 0 else after > before + _MAX_MORE_HANDLES
