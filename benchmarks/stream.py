@@ -72,7 +72,7 @@ class Flight:
     """A client of the Arrow Flight server."""
 
     def __init__(self, address: str) -> None:
-        import pyarrow.flight as fl
+        import pyarrow.flight as fl  # pyright: ignore[reportMissingImports]
 
         self._client: Any = fl.connect(f"grpc://{address}")
         self._descriptor = fl.FlightDescriptor.for_path("exchange")
@@ -97,7 +97,7 @@ class Flight:
 
 def record_batch(num_tokens: int) -> Any:
     """What one message of the service carries, as Arrow has it."""
-    import pyarrow as pa
+    import pyarrow as pa  # pyright: ignore[reportMissingImports]
 
     arrays = (np.zeros(num_tokens, np.int32), np.zeros(num_tokens, np.int64), np.ones(num_tokens, np.float32))
     return pa.record_batch([pa.array(array) for array in arrays], names=["tokens", "target_tokens", "weights"])

@@ -41,8 +41,8 @@ async def raw_grpc() -> None:
 
 def flight() -> None:
     """An Arrow Flight server, in C++ but for what it does with a batch."""
-    import pyarrow as pa
-    import pyarrow.flight as fl
+    import pyarrow as pa  # pyright: ignore[reportMissingImports]
+    import pyarrow.flight as fl  # pyright: ignore[reportMissingImports]
 
     schema = pa.schema([("logprobs", pa.float32())])
 
