@@ -67,7 +67,7 @@ def test_every_grpcurl_command_of_the_readme_works(trainer: TrainerProcess):
     health, info, created = documents(asked)[-3:]
     assert health == {"status": "SERVING"}
     assert info["ready"] is True
-    assert [loss["name"] for loss in info["losses"]] == ["cross_entropy"]
+    assert "cross_entropy" in [loss["name"] for loss in info["losses"]]
 
     trained = bash(second, trainer.address, RUN=created["run"]["run_id"])
     forward_backward, optim_step, run = documents(trained)
