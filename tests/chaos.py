@@ -100,7 +100,8 @@ def _told(future: APIFuture[Any]) -> str:
     try:
         answer = future.result(0)
     except GradwireError as exc:
-        return f"{exc.reason}: {exc.metadata}"
+        # Sorted: a map has no order of its own on the wire.
+        return f"{exc.reason}: {sorted(exc.metadata.items())}"
     if hasattr(answer, "loss_fn_outputs"):
         logprobs = [output["logprobs"].to_numpy().tobytes() for output in answer.loss_fn_outputs]
         return f"{hashlib.sha256(b''.join(logprobs)).hexdigest()} {sorted(answer.metrics.items())!r}"

@@ -28,19 +28,17 @@ def save(folder, version):
 for line in sys.stdin:
     folder, version, delay_s = line.split()
     started = time.perf_counter()
-    if float(delay_s) < 0:
-        save(folder, int(version))
-    else:
-        # A child a save: torch is loaded once.
-        pid = os.fork()
-        if pid == 0:
-            try:
-                save(folder, int(version))
-            finally:
-                os._exit(0)
+    # A child a save: torch is loaded once.
+    pid = os.fork()
+    if pid == 0:
+        try:
+            save(folder, int(version))
+        finally:
+            os._exit(0)
+    if float(delay_s) >= 0:
         time.sleep(float(delay_s))
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    os.waitpid(pid, 0)
     print(time.perf_counter() - started, flush=True)
 """
 

@@ -132,14 +132,14 @@ async def test_a_key_may_have_so_many_runs_and_lost_ones_do_not_count():
 
 async def test_a_full_disk_allowance_refuses_saves_in_order_and_everything_else_goes_on(tmp_path: Path):
     (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "old").write_bytes(bytes(1_000_000))
-    async with front_end(data_dir=tmp_path, limits=Limits(max_disk_bytes=1_000_000)) as trainer:
+    (tmp_path / "kept" / "old").write_bytes(bytes(20_000_000))
+    async with front_end(data_dir=tmp_path, limits=Limits(max_disk_bytes=20_000_000)) as trainer:
         stream = await trainer.attach(await trainer.create_run())
         await stream.send(1, save_weights_for_sampler={"name": "first"})
         await stream.send(2, zero_grad={})
         refused = (await stream.receive()).error
         assert refused.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
-        assert "and it may keep at most 1000000" in refused.message
+        assert "and it may keep at most 20000000" in refused.message
         assert (await stream.receive()).WhichOneof("result") == "zero_grad"
         (tmp_path / "kept" / "old").unlink()
         await stream.send(3, save_weights_for_sampler={"name": "second"})
