@@ -9,7 +9,7 @@ piece, L tokens of a segment, M tokens of its ancestors.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,16 +23,12 @@ from trainer_service.engine.packing import Pack, Piece
 ATTENTION = "gradwire_packed"
 """What the function is called among transformers' attention implementations."""
 
-_UNDERSTOOD = {
-    "position_ids",
-    "output_attentions",
-    "use_cache",
-    "cache_position",
-    "output_hidden_states",
-    "output_router_logits",
-    "return_dict",
-}
-"""Keyword arguments that models pass along and that change nothing here."""
+UNDERSTOOD = frozenset(
+    {"position_ids", "output_attentions", "use_cache", "cache_position", "output_hidden_states", "return_dict"}
+)
+"""Keyword arguments that models pass along and that change no score."""
+_UNDERSTOOD_OF_PACKS = UNDERSTOOD | {"output_router_logits"}
+"""Mixtures of experts pack as other models do."""
 
 
 @dataclass
@@ -131,10 +127,9 @@ def packed_attention(
     Raises:
         NotImplementedError: A model asks for something else; it cannot be packed.
     """
-    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _UNDERSTOOD)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if unknown or not causal or attention_mask is not None or dropout or len(query) != 1:
-        raise NotImplementedError(f"attention with {', '.join(unknown) or 'a mask, dropout, or without causality'}")
+    plain = causal and attention_mask is None and not dropout and len(query) == 1
+    check_understood(kwargs, _UNDERSTOOD_OF_PACKS, plain=plain)
     assert _in_use is not None, "no pack is in use"
     pack = _in_use
     pack.windows.append(sliding_window)
@@ -160,6 +155,22 @@ def packed_attention(
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
+
+
+def check_understood(kwargs: Mapping[str, Any], understood: frozenset[str], *, plain: bool) -> None:
+    """Refuses what a model asks of its attention beyond what an attention function of ours does.
+
+    Args:
+        kwargs: Further arguments it was called with.
+        understood: Those that change nothing.
+        plain: Whether the others ask for causal attention of one row and no more.
+
+    Raises:
+        NotImplementedError: Naming them.
+    """
+    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in understood)
+    if unknown or not plain:
+        raise NotImplementedError(f"attention with {', '.join(unknown) or 'a mask, dropout, or without causality'}")
 
 
 def _segments(tokens_HT: Tensor, piece: Piece) -> Tensor:
@@ -191,7 +202,8 @@ def _attend(
     if not softcap and s_aux is None:
         if grouped and mask is not None:
             # With a mask torch falls back to a slow kernel unless keys come repeated.
-            key_GJND, value_GJNE = _repeated(key_GJND, query_GHLD), _repeated(value_GJNE, query_GHLD)
+            num_heads = query_GHLD.shape[1]
+            key_GJND, value_GJNE = repeated_heads(key_GJND, num_heads), repeated_heads(value_GJNE, num_heads)
             grouped = False
         return F.scaled_dot_product_attention(
             query_GHLD,
@@ -202,7 +214,7 @@ def _attend(
             scale=scaling,
             enable_gqa=grouped,
         )
-    key, value = _repeated(key_GJND, query_GHLD), _repeated(value_GJNE, query_GHLD)
+    key, value = (repeated_heads(tokens, query_GHLD.shape[1]) for tokens in (key_GJND, value_GJNE))
     scores = query_GHLD @ key.transpose(-1, -2) * (scaling or query_GHLD.shape[-1] ** -0.5)
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
@@ -216,18 +228,21 @@ def _attend(
     return weights[..., : key.shape[2]] @ value
 
 
-def _repeated(tokens_GJND: Tensor, query_GHLD: Tensor) -> Tensor:
-    """Each key/value head once for every query head that reads it."""
-    times = query_GHLD.shape[1] // tokens_GJND.shape[1]
+def repeated_heads(tokens_GJND: Tensor, num_heads: int) -> Tensor:
+    """Each key/value head once for every query head that reads it, [G, H, N, D]."""
+    times = num_heads // tokens_GJND.shape[1]
     return tokens_GJND if times == 1 else tokens_GJND.repeat_interleave(times, dim=1)
 
 
 def _mask(length: int, num_before: int, window: int | None, like: Tensor) -> Tensor:
-    """[L, M + L] in float32: a token sees its ancestors, itself and what is between, at most `window` tokens."""
+    """[L, M + L]: a token sees its ancestors, itself and what is between, at most `window` tokens.
+
+    In the dtype of `like`, so that it is cast once a pack and not once a layer; 0 and −inf are exact in any.
+    """
     place = torch.arange(num_before + length, device=like.device)
     distance = place[num_before:, None] - place
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    return torch.zeros(seen.shape, device=like.device).masked_fill_(~seen, float("-inf"))
+    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
 
 
 def _varlen_serves(query: Tensor, key: Tensor, value: Tensor, softcap: float | None, s_aux: Tensor | None) -> bool:

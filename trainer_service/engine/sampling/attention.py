@@ -20,20 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from trainer_service.engine.attention import UNDERSTOOD, check_understood, repeated_heads
 from trainer_service.engine.sampling.cache import Block, Views
 
 ATTENTION = "gradwire_cached"
 """What the function is called among transformers' attention implementations."""
-
-_UNDERSTOOD = {
-    "position_ids",
-    "output_attentions",
-    "use_cache",
-    "cache_position",
-    "output_hidden_states",
-    "return_dict",
-}
-"""Keyword arguments that models pass along and that change nothing here."""
 
 
 @dataclass(frozen=True)
@@ -140,11 +131,11 @@ def cached_attention(
     Raises:
         NotImplementedError: A model asks for something else; it cannot be served so.
     """
-    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _UNDERSTOOD)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     layer = getattr(module, "layer_idx", None)
-    if unknown or not causal or attention_mask is not None or dropout or len(query) != 1 or layer is None:
-        raise NotImplementedError(f"attention with {', '.join(unknown) or 'a mask, dropout, or without causality'}")
+    plain = causal and attention_mask is None and not dropout and len(query) == 1 and layer is not None
+    check_understood(kwargs, UNDERSTOOD, plain=plain)
+    assert layer is not None
     assert _in_use is not None, "no tokens are in use"
     tokens = _in_use
     tokens.layers_seen.add(layer)
@@ -213,7 +204,7 @@ def _attend_alone(tokens: Tokens, query_HND: Tensor, keys_BJSD: Tensor, values_B
         query_BJGD = query_HND.unflatten(0, (num_heads, -1)).squeeze(2)[None]
         output_BJGE = F.scaled_dot_product_attention(query_BJGD, keys_BJSD, values_BJSE, scale=scores.scaling)
         return output_BJGE.flatten(0, 2)[None]
-    keys, values = _repeated(keys_BJSD, query_HND), _repeated(values_BJSE, query_HND)
+    keys, values = (repeated_heads(tokens, len(query_HND)) for tokens in (keys_BJSD, values_BJSE))
     if scores.plain:
         output_BHNE = F.scaled_dot_product_attention(
             query_HND[None], keys, values, attn_mask=mask_NS, is_causal=causal, scale=scores.scaling
@@ -270,9 +261,3 @@ def _weights(raw_BHNS: Tensor, mask_NS: Tensor | None, scores: Scores) -> Tensor
 
 def _softmax(raw_BHNS: Tensor, mask_NS: Tensor | None, scores: Scores, values_BHSE: Tensor) -> Tensor:
     return _weights(raw_BHNS, mask_NS, scores).to(values_BHSE.dtype) @ values_BHSE
-
-
-def _repeated(tokens_BJSD: Tensor, query_HND: Tensor) -> Tensor:
-    """Each key/value head once for every query head that reads it."""
-    times = query_HND.shape[0] // tokens_BJSD.shape[1]
-    return tokens_BJSD if times == 1 else tokens_BJSD.repeat_interleave(times, dim=1)
