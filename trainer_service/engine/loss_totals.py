@@ -26,10 +26,12 @@ class LossTotals:
         self._settings = loss.settings(config)
         self._found: list[dict[str, Tensor]] = []
         self._seen: list[tuple[Pack, LossInputs]] = []
+        self._numbers: list[dict[str, float]] | None = None
 
     def add(self, pack: Pack, inputs: LossInputs) -> Tensor:
         """Evaluates the loss on one microbatch; returns it with its graph."""
         output = self._loss.fn(inputs, self._settings)
+        self._numbers = None
         found = {**output.metrics, "loss:sum": output.loss, "num_loss_tokens:sum": output.num_loss_tokens}
         self._found.append({name: value.detach() for name, value in found.items()})
         self._seen.append((pack, LossInputs(inputs.target_logprobs_TK.detach(), inputs.inputs, inputs.cu_seqlens)))
@@ -58,9 +60,12 @@ class LossTotals:
         raise error("NON_FINITE", text, **({} if datum is None else {"datum": datum}))
 
     def _on_host(self) -> list[dict[str, float]]:
+        if self._numbers is not None:
+            return self._numbers
         values = [value.double() for found in self._found for value in found.values()]
         numbers = iter(torch.stack(values).tolist())
-        return [{name: next(numbers) for name in found} for found in self._found]
+        self._numbers = [{name: next(numbers) for name in found} for found in self._found]
+        return self._numbers
 
     def _not_finite(self) -> Iterator[tuple[int, float]]:
         """(number of the datum, its loss) of all whose loss is not finite."""
