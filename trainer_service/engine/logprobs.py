@@ -90,18 +90,20 @@ def linear_logprobs(
     # detached: its gradient is added in backward, behind autograd's back.
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
     plain = Head(weight, bias, head.scale, head.softcap)
-    frozen = not head.weight.requires_grad and head.low_rank is None
-    keep = "gradients" if frozen else "logits" if keep_logits else "nothing"
+    elements = _CHUNK_ELEMENTS
+    if hidden_TD.device.type == "cpu":
+        elements = min(elements, _FRUGAL_CHUNK_ELEMENTS if frugal else _CPU_CHUNK_ELEMENTS)
+    if not head.weight.requires_grad and head.low_rank is None:
+        logprobs_RK = _FrozenLogprobs.apply(hidden_TD, columns_RK, rows, plain, elements, compute_dtype)
+        assert isinstance(logprobs_RK, Tensor)
+        return logprobs_RK.view(targets_RK.shape)
     low_TL = b_VL = None
     if (low_rank := head.low_rank) is not None:
         with torch.autocast(hidden_TD.device.type, enabled=False):
             low_TL = (hidden_TD.to(compute_dtype) @ low_rank.a.to(compute_dtype).T).mul(low_rank.scale)
         b_VL = low_rank.b
-    elements = _CHUNK_ELEMENTS
-    if hidden_TD.device.type == "cpu":
-        elements = min(elements, _FRUGAL_CHUNK_ELEMENTS if frugal else _CPU_CHUNK_ELEMENTS)
     logprobs_RK = _LinearLogprobs.apply(
-        hidden_TD, low_TL, b_VL, columns_RK, rows, head, plain, keep, elements, compute_dtype
+        hidden_TD, low_TL, b_VL, columns_RK, rows, head, plain, keep_logits, elements, compute_dtype
     )
     assert isinstance(logprobs_RK, Tensor)
     return logprobs_RK.view(targets_RK.shape)
@@ -154,7 +156,7 @@ class _LinearLogprobs(torch.autograd.Function):
         rows: _Rows,
         trained: Head,
         head: Head,
-        keep: str,
+        keep_logits: bool,
         chunk_elements: int,
         compute_dtype: torch.dtype,
     ) -> Tensor:
@@ -162,14 +164,11 @@ class _LinearLogprobs(torch.autograd.Function):
             num_tokens, num_targets = len(hidden_TD), len(head.weight)
             weight_VD, hidden_cast_TD = head.weight.to(compute_dtype), hidden_TD.to(compute_dtype)
             b_cast_VL = None if b_VL is None else b_VL.to(compute_dtype)
-            if not any(ctx.needs_input_grad[:3]):
-                keep = "nothing"
             float32 = {"dtype": torch.float32, "device": hidden_TD.device}
-            logits_TV = torch.empty(num_tokens, num_targets, **float32) if keep == "logits" else None
+            keep = keep_logits and any(ctx.needs_input_grad[:3])
+            logits_TV = torch.empty(num_tokens, num_targets, **float32) if keep else None
             lse_T = torch.empty(num_tokens, **float32)
             logprobs_RK = torch.empty(targets_RK.shape, **float32)
-            expected_TD = torch.empty_like(hidden_TD, dtype=torch.float32) if keep == "gradients" else None
-            slope_RK = torch.ones_like(logprobs_RK) if expected_TD is not None and head.softcap else None
             for chunk in _chunks(num_tokens, num_targets, chunk_elements):
                 low = None if low_TL is None or b_cast_VL is None else (low_TL[chunk], b_cast_VL)
                 logits_CV = _logits(
@@ -177,17 +176,8 @@ class _LinearLogprobs(torch.autograd.Function):
                 )
                 lse_T[chunk] = lse_C = torch.logsumexp(logits_CV, dim=-1)
                 index, tokens = rows.of_chunk(chunk)
-                found_RK = logits_CV[tokens].gather(-1, targets_RK[index])
-                logprobs_RK[index] = found_RK - lse_C[tokens, None]
-                if expected_TD is not None:
-                    weights_CV = torch.sub(logits_CV, lse_C[:, None]).exp_()
-                    if head.softcap and slope_RK is not None:
-                        slope_RK[index] = _slope(found_RK, head.softcap)
-                        weights_CV.mul_(_slope(logits_CV, head.softcap))
-                    expected_TD[chunk] = (weights_CV.to(compute_dtype) @ weight_VD).float()
-            ctx.save_for_backward(
-                hidden_cast_TD if keep != "gradients" else None, targets_RK, lse_T, expected_TD, slope_RK, low_TL, b_VL
-            )
+                logprobs_RK[index] = logits_CV[tokens].gather(-1, targets_RK[index]) - lse_C[tokens, None]
+            ctx.save_for_backward(hidden_cast_TD, targets_RK, lse_T, low_TL, b_VL)
             ctx.logits_TV, ctx.rows, ctx.trained, ctx.head = logits_TV, rows, trained, head
             ctx.hidden_dtype, ctx.compute_dtype = hidden_TD.dtype, compute_dtype
             # Kept logits are overwritten where they are, so that larger chunks take no more memory.
@@ -197,15 +187,10 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_RK: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_TD, targets_RK, lse_T, expected_TD, slope_RK, low_TL, b_VL = ctx.saved_tensors
-        low = None
-        if expected_TD is not None:
-            grad_TD = _backward_frozen(ctx, grad_RK, targets_RK, expected_TD, slope_RK)
-        else:
-            logits_TV, ctx.logits_TV = ctx.logits_TV, None
-            if low_TL is not None:
-                low = _LowRankGradients(low_TL, b_VL.to(low_TL.dtype))
-            grad_TD = _backward_trained(ctx, grad_RK, hidden_TD, targets_RK, lse_T, logits_TV, low)
+        hidden_TD, targets_RK, lse_T, low_TL, b_VL = ctx.saved_tensors
+        logits_TV, ctx.logits_TV = ctx.logits_TV, None
+        low = None if low_TL is None else _LowRankGradients(low_TL, b_VL.to(low_TL.dtype))
+        grad_TD = _backward_trained(ctx, grad_RK, hidden_TD, targets_RK, lse_T, logits_TV, low)
         grad_low_TL, grad_b_VL = (None, None) if low is None else (low.grad_low_TL, low.grad_b_VL)
         return grad_TD.to(ctx.hidden_dtype), grad_low_TL, grad_b_VL, *(None,) * 7
 
@@ -299,21 +284,66 @@ def _backward_trained(
     return grad_TD
 
 
-def _backward_frozen(
-    ctx: Any, grad_RK: Tensor, targets_RK: Tensor, expected_TD: Tensor, slope_RK: Tensor | None
-) -> Tensor:
-    """d/d hidden of a head that is not trained: Σ_k g_k · W[target_k] − Σ_k g_k · softmax · W."""
-    head, rows = ctx.head, ctx.rows
-    grad_TD = expected_TD * -rows.sum_by_token(grad_RK.sum(-1), len(expected_TD))[:, None]
-    own_RK = grad_RK if slope_RK is None else grad_RK * slope_RK
-    index, tokens = rows.of_chunk(slice(0, len(expected_TD)))
-    for column in range(targets_RK.shape[1]):
-        own_RD = head.weight[targets_RK[index, column]].float() * own_RK[index, column, None]
-        if isinstance(tokens, slice):
-            grad_TD += own_RD
-        else:
-            grad_TD.index_add_(0, tokens, own_RD)
-    return grad_TD * head.scale
+class _FrozenLogprobs(torch.autograd.Function):
+    """The same for a frozen head: d logprob / d hidden = W[target] − softmax · W, found in the forward."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        hidden_TD: Tensor,
+        targets_RK: Tensor,
+        rows: _Rows,
+        head: Head,
+        chunk_elements: int,
+        compute_dtype: torch.dtype,
+    ) -> Tensor:
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            weight_VD, hidden_cast_TD = head.weight.to(compute_dtype), hidden_TD.to(compute_dtype)
+            float32 = {"dtype": torch.float32, "device": hidden_TD.device}
+            logprobs_RK = torch.empty(targets_RK.shape, **float32)
+            expected_TD = torch.empty(hidden_TD.shape, **float32) if ctx.needs_input_grad[0] else None
+            slope_RK = torch.empty_like(logprobs_RK) if expected_TD is not None and head.softcap else None
+            chunks = list(_chunks(len(hidden_TD), len(weight_VD), chunk_elements))
+            scratch_CV = None
+            if weight_VD.dtype == torch.float32:
+                # Fresh memory costs a CPU as much as a pass over it, so all chunks' logits are made in the same place.
+                scratch_CV = torch.empty(chunks[0].stop, len(weight_VD), **float32)
+            for chunk in chunks:
+                place = None if scratch_CV is None else scratch_CV[: chunk.stop - chunk.start]
+                logits_CV = _logits(hidden_cast_TD[chunk], weight_VD, head, place)
+                index, tokens = rows.of_chunk(chunk)
+                found_RK = logits_CV[tokens].gather(-1, targets_RK[index])
+                slope_CV = None
+                if slope_RK is not None and head.softcap:
+                    slope_RK[index], slope_CV = _slope(found_RK, head.softcap), _slope(logits_CV, head.softcap)
+                max_C = logits_CV.amax(-1)
+                weights_CV = logits_CV.sub_(max_C[:, None]).exp_()
+                sum_C = weights_CV.sum(-1)
+                logprobs_RK[index] = found_RK - (max_C + sum_C.log())[tokens, None]
+                if expected_TD is not None:
+                    if slope_CV is not None:
+                        weights_CV.mul_(slope_CV)
+                    expected_TD[chunk] = (weights_CV.to(compute_dtype) @ weight_VD).float().div_(sum_C[:, None])
+            ctx.save_for_backward(targets_RK, expected_TD, slope_RK)
+            ctx.rows, ctx.head, ctx.hidden_dtype = rows, head, hidden_TD.dtype
+            return logprobs_RK
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_RK: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """d/d hidden: Σ_k g_k · W[target_k] − Σ_k g_k · softmax · W."""
+        targets_RK, expected_TD, slope_RK = ctx.saved_tensors
+        head, rows = ctx.head, ctx.rows
+        grad_TD = expected_TD * -rows.sum_by_token(grad_RK.sum(-1), len(expected_TD))[:, None]
+        own_RK = grad_RK if slope_RK is None else grad_RK * slope_RK
+        index, tokens = rows.of_chunk(slice(0, len(expected_TD)))
+        for column in range(targets_RK.shape[1]):
+            own_RD = head.weight[targets_RK[index, column]].float() * own_RK[index, column, None]
+            if isinstance(tokens, slice):
+                grad_TD += own_RD
+            else:
+                grad_TD.index_add_(0, tokens, own_RD)
+        return (grad_TD * head.scale).to(ctx.hidden_dtype), *(None,) * 5
 
 
 def _logits(

@@ -96,6 +96,8 @@ class RunState:
     accumulation: Accumulation = field(default_factory=Accumulation)
     graphs: dict[int, HeldGraph] = field(default_factory=dict)
     """By the seq_id of their forward."""
+    _trained: dict[str, Parameter] = field(default_factory=dict)
+    """To walk through all modules takes milliseconds."""
     _gone: OrderedDict[int, str] = field(default_factory=OrderedDict)
     """Why a graph is not there any more, for the sentence; the latest only."""
 
@@ -105,8 +107,11 @@ class RunState:
         return 0 if self.adapter is None else adapter_rank(self.adapter)
 
     def trained_parameters(self) -> dict[str, Parameter]:
-        """What trains, by name; a tied parameter once."""
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        """What trains, by name; a tied parameter once. The same for as long as the run is there."""
+        if not self._trained:
+            named = self.model.named_parameters()
+            self._trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+        return self._trained
 
     def clear_gradients(self) -> None:
         """Forgets gradients and the mark of a failed pass."""

@@ -14,7 +14,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -214,7 +214,10 @@ class FusedLoraLinear(PeftLinear):
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x · Wᵀ + bias + scale · (x · Aᵀ) · Bᵀ, W and bias without gradients."""
+    """x · Wᵀ + bias + scale · (x · Aᵀ) · Bᵀ, W and bias without gradients.
+
+    Thin products are made as [R, …], which on a CPU takes a third of the time of […, R].
+    """
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -222,32 +225,36 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with torch.autocast(kind, enabled=False):
-            x_TI, a_cast_RI, b_cast_OR = x.reshape(-1, x.shape[-1]).to(dtype), a_RI.to(dtype), b_OR.to(dtype)
-            low_TR = x_TI @ a_cast_RI.T
-            product_TO = torch.nn.functional.linear(
-                x_TI, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype)
-            )
-            product_TO.addmm_(low_TR, b_cast_OR.T, alpha=scale)
-        ctx.save_for_backward(x_TI, low_TR, weight_OI, a_RI, b_OR)
+        with _without_autocast(kind):
+            x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
+            low_RT = (a_RI.to(dtype) @ x_TI.T).mul_(scale)
+            bias_cast_O = None if bias_O is None else bias_O.to(dtype)
+            product_TO = torch.nn.functional.linear(x_TI, weight_OI.to(dtype), bias_cast_O)
+            product_TO.addmm_(low_RT.T, b_OR.to(dtype).T)
+        ctx.save_for_backward(x_TI, low_RT, weight_OI, a_RI, b_OR)
         ctx.scale, ctx.shape, ctx.x_dtype = scale, x.shape, x.dtype
         return product_TO.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_TI, low_TR, weight_OI, a_RI, b_OR = ctx.saved_tensors
+        x_TI, low_RT, weight_OI, a_RI, b_OR = ctx.saved_tensors
         dtype = x_TI.dtype
-        with torch.autocast(grad.device.type, enabled=False):
+        with _without_autocast(grad.device.type):
             grad_TO = grad.reshape(-1, grad.shape[-1]).to(dtype)
-            grad_low_TR = (grad_TO @ b_OR.to(dtype)).mul_(ctx.scale)
-            grad_b_OR = (grad_TO.T @ low_TR).mul_(ctx.scale).to(b_OR.dtype) if ctx.needs_input_grad[4] else None
-            grad_a_RI = (grad_low_TR.T @ x_TI).to(a_RI.dtype) if ctx.needs_input_grad[3] else None
+            grad_low_RT = (b_OR.to(dtype).T @ grad_TO.T).mul_(ctx.scale)
+            grad_b_OR = (low_RT @ grad_TO).T.to(b_OR.dtype).contiguous() if ctx.needs_input_grad[4] else None
+            grad_a_RI = (grad_low_RT @ x_TI).to(a_RI.dtype) if ctx.needs_input_grad[3] else None
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x_TI = grad_TO @ weight_OI.to(dtype)
-                grad_x = grad_x_TI.addmm_(grad_low_TR, a_RI.to(dtype)).to(ctx.x_dtype).view(ctx.shape)
+                grad_x = grad_x_TI.addmm_(grad_low_RT.T, a_RI.to(dtype)).to(ctx.x_dtype).view(ctx.shape)
         return grad_x, None, None, grad_a_RI, grad_b_OR, None
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Products in the dtype they are given. To enter torch.autocast takes tens of microseconds: only where it is on."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def check_settings(settings: LoraSettings, *, hidden_size: int) -> None:
