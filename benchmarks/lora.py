@@ -2,19 +2,17 @@
 
     python benchmarks/lora.py [--rows step,turns,memory] [--rounds 5] [--cpu-time] [--quick]
 
-On engines in this process, where runs are switched; the sides of a row are interleaved, and a ratio is the median of
-the rounds' own ratios. Memory is measured in a process of its own a side: what it holds beyond what it held before it
-had a model.
+Steps are made on engines in this process, where runs are switched; the sides of a row are interleaved, and a ratio is
+the median of the rounds' own ratios. Memory is that of a trainer's worker, as its owner sees it.
 """
 
 import argparse
-import ctypes
+import contextlib
 import datetime
 import gc
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,14 +23,18 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.pop("OMP_NUM_THREADS", None)
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch
+from gradwire import ServiceClient
 from gradwire.codec import Batch, batch_from_data
 from gradwire.types import AdamParams
 from service import make_data, tiny_model
 from side_by_side import Row, interleave, ms, print_table, ratio
 
+from tests.trainer_process import running_trainer
 from trainer_service.config import Limits
-from trainer_service.engine.device import pick_device
+from trainer_service.engine.device import num_available_cpus, pick_device
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.losses import find_loss
 from trainer_service.engine.models.lora import LoraSettings
@@ -118,50 +120,46 @@ def interleaved_row(model: str, folder: Path, batch: Batch, rounds: int, clock: 
     return Row(what, measured, f"{ratio(times['in turns'], times['after']):.3f}", "at most 1.05")
 
 
-def measure_memory(model: str, num_runs: int, tokens: int) -> int:
-    """Bytes that an engine with that many LoRA runs holds after two steps of each."""
-    before = _held_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(model, Path(folder), _batch(model, tokens))
-        for number in range(num_runs):
-            runs.engine.create_run(str(number), lora=BODY)
-        for _ in range(2):
-            for number in range(num_runs):
-                runs.step(str(number))
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        return _held_bytes() - before
+def memory_row(model: str, folder: Path, tokens: int) -> Row:
+    """What the worker of a trainer holds with eight runs, over what it held with the first; each has made two steps."""
+    data = make_data(_vocab_size(model), [tokens // 4] * 4)
+    (folder / "trainer").mkdir()
+    env = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": str(num_available_cpus())}
+    held: list[int] = []
+    with (
+        running_trainer(Path(model), folder / "trainer", env=env) as trainer,
+        ServiceClient(trainer.base_url) as service,
+        contextlib.ExitStack() as stack,
+    ):
+        trainer.wait_ready()
+        for _ in range(NUM_RUNS):
+            client = stack.enter_context(service.create_training_client(lora_rank=BODY.rank, train_unembed=False))
+            for _ in range(2):
+                client.forward_backward(data, "cross_entropy")
+                client.optim_step(ADAM).result(600)
+            held.append(_held_bytes(trainer.worker_pid()))
+    further = (held[-1] - held[0]) / (NUM_RUNS - 1)
+    measured = f"{held[-1] / 2**20:.0f} / {held[0] / 2**20:.0f} MiB; {further / 2**20:.1f} MiB a further run"
+    what = f"the worker's memory with {NUM_RUNS} runs over one"
+    return Row(what, measured, f"{held[-1] / held[0]:.3f}", "at most 1.3")
 
 
-def _held_bytes() -> int:
-    """What this process holds of the host's memory."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    lines = Path("/proc/self/status").read_text().splitlines()
+def _held_bytes(pid: int) -> int:
+    """What a process has of the host's memory, its libraries included; with a GPU, what is taken of that one's."""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
-
-
-def memory_row(model: str, tokens: int) -> Row:
-    """Eight runs over one."""
-    found = [
-        int(
-            subprocess.run(
-                [sys.executable, __file__, "--memory", str(count), "--tokens", str(tokens), "--model", model],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout.split()[-1]
-        )
-        for count in (NUM_RUNS, 1)
-    ]
-    measured = " / ".join(f"{size / 2**20:.0f} MiB" for size in found)
-    return Row(f"memory of {NUM_RUNS} runs over one", measured, f"{found[0] / found[1]:.3f}", "at most 1.3")
 
 
 def _batch(model: str, tokens: int) -> Batch:
     """Four sequences."""
-    vocab_size = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
-    return batch_from_data(make_data(vocab_size, [tokens // 4] * 4))
+    return batch_from_data(make_data(_vocab_size(model), [tokens // 4] * 4))
+
+
+def _vocab_size(model: str) -> int:
+    return json.loads((Path(model) / "config.json").read_text())["vocab_size"]
 
 
 def main() -> None:
@@ -172,11 +170,7 @@ def main() -> None:
     parser.add_argument("--rows", default="step,turns,memory", help="some of them; default: %(default)s")
     parser.add_argument("--cpu-time", action="store_true", help="seconds of this process's CPU, for a busy machine")
     parser.add_argument("--quick", action="store_true", help="a tiny model: that it runs, not how fast")
-    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.memory:
-        print(measure_memory(args.model, args.memory, args.tokens))
-        return
     rounds, tokens = (1, 40) if args.quick else (args.rounds, args.tokens)
     with tempfile.TemporaryDirectory() as scratch:
         model = tiny_model(Path(scratch), 1000) if args.quick else args.model
@@ -189,7 +183,7 @@ def main() -> None:
         if "turns" in args.rows:
             rows.append(interleaved_row(model, Path(scratch), batch, max(1, rounds - 2), clock))
         if "memory" in args.rows:
-            rows.append(memory_row(model, tokens))
+            rows.append(memory_row(model, Path(scratch), tokens))
     device = f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu"
     day = datetime.datetime.now(datetime.UTC).date()
     print(

@@ -2,6 +2,7 @@
 
     python benchmarks/sampling.py                SmolLM2-135M-Instruct, about two minutes on two cores
     python benchmarks/sampling.py --rounds 5     medians over more rounds
+    python benchmarks/sampling.py --quick        a tiny model: that it runs, not how fast
 
 Greedy on both sides, no end-of-sequence token, the same prompts of 16 to 96 tokens, the same parameters in the same
 dtype. Ours is what the worker runs: requests through the scheduler, logprobs included, without gRPC.
@@ -10,11 +11,13 @@ dtype. Ours is what the worker runs: requests through the scheduler, logprobs in
 import argparse
 import random
 import statistics
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from service import tiny_model
 from side_by_side import Row, interleave, print_table, ratio
 
 from trainer_service.engine.counters import Counters
@@ -38,16 +41,26 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--alone", type=int, default=2, help="of the requests, those also run one by one")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, and little to do")
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.quick:
+            arguments.base_model = tiny_model(Path(scratch), 1000)
+            arguments.rounds, arguments.requests, arguments.max_tokens, arguments.alone = 1, 3, 4, 1
+        _measure(arguments)
+
+
+def _measure(arguments: argparse.Namespace) -> None:
     set_num_threads()
     device = pick_device()
     model: Any = load_model(arguments.base_model, fetch(arguments.base_model), device)
+    vocab_size = model.config.vocab_size
     model.generation_config.update(eos_token_id=None, pad_token_id=0, do_sample=False)
     sampler = Sampler(None, Decoder.of(model, device))
     rng = random.Random(0)
-    prompts = [_tokens(rng, rng.randrange(16, 97)) for _ in range(arguments.requests)]
-    shared = _tokens(rng, 256)
-    separate = [_tokens(rng, 256) for _ in range(8)]
+    prompts = [_tokens(rng, rng.randrange(16, 97), vocab_size) for _ in range(arguments.requests)]
+    shared = _tokens(rng, 256, vocab_size)
+    separate = [_tokens(rng, 256, vocab_size) for _ in range(8)]
     max_tokens, alone = arguments.max_tokens, prompts[: arguments.alone]
 
     def ours(prompts: Sequence[list[int]], *, num_samples: int = 1, max_tokens: int = max_tokens) -> list[Job]:
@@ -110,8 +123,8 @@ def main() -> None:
     print_table(("what", "measured", "ratio", "goal"), rows)
 
 
-def _tokens(rng: random.Random, count: int) -> list[int]:
-    return [rng.randrange(1000, 40_000) for _ in range(count)]
+def _tokens(rng: random.Random, count: int, vocab_size: int) -> list[int]:
+    return [rng.randrange(vocab_size // 48, vocab_size * 5 // 6) for _ in range(count)]
 
 
 def _job(sampler: Sampler, prompt: list[int], num_samples: int, max_tokens: int) -> Job:

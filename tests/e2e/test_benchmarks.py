@@ -10,18 +10,36 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+def table(script: str, *arguments: str) -> list[list[str]]:
+    """Rows of the table that a script prints, as cells; every one has figures."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--quick", *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert ran.returncode == 0, ran.stderr
+    lines = [line for line in ran.stdout.splitlines() if line.startswith("|")][2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    for what, measured, *others in rows:
+        assert what
+        assert any(character.isdigit() for character in measured), rows
+        assert "nan" not in [measured, *others], rows
+    return rows
+
+
 @pytest.mark.slow
 def test_every_row_of_the_table_is_measured():
     rows = "custom,service,padded,floor,memory,head,shared,client,datums,optimizer"
     if importlib.util.find_spec("pyarrow") is not None:
         rows += ",stream"
-    command = [sys.executable, str(ROOT / "benchmarks" / "engine.py"), "--quick", "--rows", rows]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=110)
-    assert ran.returncode == 0, ran.stderr
-    table = [line for line in ran.stdout.splitlines() if line.startswith("|")][2:]
-    assert len(table) >= 20, ran.stdout
-    for line in table:
-        what, measured, *_ = (cell.strip() for cell in line.strip("|").split("|"))
-        assert what
-        assert any(character.isdigit() for character in measured), line
-        assert "nan" not in measured, line
+    assert len(table("engine.py", "--rows", rows)) >= 20
+
+
+@pytest.mark.slow
+def test_lora_is_measured():
+    rows = table("lora.py")
+    assert len(rows) == 8
+    assert all(float(ratio) > 0 for _, _, ratio, _ in rows), rows
+
+
+def test_sampling_is_measured():
+    rows = table("sampling.py")
+    assert len(rows) == 3
+    assert all(float(ratio) > 0 for _, _, ratio, _ in rows), rows
