@@ -1,5 +1,6 @@
 """Sampling against transformers.generate and the trainer's own forward, over architectures that differ."""
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
 from tests.engines import CPU
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device
+from trainer_service.engine.sampling import decoder as decoder_module
 from trainer_service.engine.sampling import scheduler as scheduler_module
 from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.job import Job
@@ -145,6 +147,32 @@ def test_logprobs_of_samples_and_prompts_are_those_of_a_plain_forward(name: str,
         assert torch.allclose(
             torch.tensor(list(job.prompt.topk_logprobs)), likeliest.values.flatten(), atol=1e-5, rtol=0
         )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, softcapped, one layer of 8 tokens"])
+@pytest.mark.parametrize("max_copied", [0, 4096])
+def test_long_samples_have_the_logprobs_of_a_plain_forward_and_do_not_depend_on_their_company(
+    name: str, max_copied: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Prompts of several pieces, shared or copied, and samples that outgrow one size of slot after the other."""
+    monkeypatch.setattr(decoder_module, "_MAX_COPIED", max_copied)
+    model = make_model(name)
+    bench = Bench.of(model)
+    rng = random.Random(0)
+    lengths = [(40, 30, 1), (120, 90, 2), (300, 100, 1), (480, 60, 2), (5, 130, 3)]
+    requests = [
+        make_request([rng.randrange(VOCAB_SIZE) for _ in range(prompt)], new, num_samples=count, seed=prompt)
+        for prompt, new, count in lengths
+    ]
+    together = bench.run(*requests)
+    for request, job in zip(requests, together, strict=True):
+        prompt = request.prompt
+        (alone,) = bench.run(request)
+        for sample, other in zip(job.samples, alone.samples, strict=True):
+            assert (sample.tokens, sample.logprobs) == (other.tokens, other.logprobs)
+            whole = own_logprobs(model, prompt + sample.tokens)
+            rows = torch.arange(len(prompt) - 1, len(prompt) + len(sample.tokens) - 1)
+            assert torch.allclose(torch.tensor(sample.logprobs), whole[rows, sample.tokens], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mamba, which has no keys"])

@@ -85,6 +85,7 @@ def test_a_request_that_comes_later_is_decoded_beside_those_under_way(worker: Wo
 
 def test_prompts_do_not_keep_those_who_decode_waiting_for_long(worker: Worker, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(scheduler_module, "_PREFILLS_PER_DECODE", 2)
+    monkeypatch.setattr(worker.scheduler, "_piece", 5)
     first = worker.start(max_tokens=20)
     worker.scheduler.step()
     for _ in range(12):
@@ -97,6 +98,20 @@ def test_prompts_do_not_keep_those_who_decode_waiting_for_long(worker: Worker, m
     assert counters.sampled_tokens_total - before == 9
     worker.finish()
     assert len(worker.tokens(first)) == 20
+
+
+def test_prompts_of_one_sampler_are_taken_in_together_as_far_as_a_step_goes(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(worker.scheduler, "_piece", 8)
+    for number in range(4):
+        worker.start(max_tokens=1, prompt=(5, 6, 7)[: 3 - number % 2])
+    counters = worker.engine.counters
+    steps = []
+    while worker.scheduler.busy:
+        worker.scheduler.step()
+        steps.append(counters.prompt_tokens_total)
+    assert steps == [8, 10]
 
 
 def test_a_long_prompt_is_taken_in_by_pieces_between_which_others_go_on(

@@ -1,13 +1,14 @@
 """Attention of new tokens over cached ones, behind the interface through which transformers' models call any attention.
 
-One forward takes the new tokens of many requests end to end, in one row without padding: a piece of one prompt, or one
+One forward takes the new tokens of many requests end to end, in one row without padding: pieces of prompts, or one
 token of every sample. This function writes their keys and values to each request's own cache and lets each see its own
 past, nothing else. `tokens_in_use` says whose tokens they are.
 
-Each request's attention is a computation of its own, so its numbers do not depend on who else is in the row.
+What is computed for a sample depends on its own tokens alone, so its numbers do not depend on who else is in the row.
 
 Shape suffixes: H query heads, J key/value heads, G query heads that share one of them, B samples of a request, N new
-tokens of each, P tokens of a shared prompt, S cached tokens, D key head size, E value head size.
+tokens of each, P tokens of a shared prompt, S cached tokens, n slots, C tokens a slot has room for, D key head size, E
+value head size.
 """
 
 import contextlib
@@ -21,15 +22,18 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from trainer_service.engine.attention import UNDERSTOOD, check_understood, repeated_heads
-from trainer_service.engine.sampling.cache import Block, Views
+from trainer_service.engine.sampling.cache import BLOCK, Block, Views
+from trainer_service.engine.sampling.slots import Group
 
 ATTENTION = "gradwire_cached"
 """What the function is called among transformers' attention implementations."""
+_ROWS = 4
+"""Queries of a key head are padded to a multiple of this: on the CPU products of fewer rows add up in another order."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One request's tokens in a forward.
+    """A piece of a prompt, or one token of each of several samples that share one, in a forward.
 
     Attributes:
         num_tokens: B · N of them.
@@ -47,32 +51,39 @@ class Part:
     def of(cls, own: Block, count: int, prompt: Block | None = None) -> "Part":
         """`count` new tokens of each sample of a block, which makes room for them."""
         own.reserve(count)
-        return cls(own.num_samples * count, own, own.views(count), None if prompt is None else prompt.views(0))
+        whole_blocks = prompt is None and own.length > 0
+        views = own.views(count, whole_blocks=whole_blocks)
+        return cls(own.num_samples * count, own, views, None if prompt is None else prompt.views(0))
 
 
 class Tokens:
-    """All tokens of a forward: those of the parts, one after the other, and rows without a meaning behind them.
+    """All tokens of a forward: those of the parts, those of the groups, and rows without a meaning behind them.
 
     Args:
         parts: In the order of the tokens.
+        groups: Likewise.
         num_padding: Rows behind them; attention gives them zeros.
     """
 
-    def __init__(self, parts: list[Part], num_padding: int) -> None:
+    def __init__(self, parts: list[Part], groups: list[Group], num_padding: int) -> None:
         self.parts = parts
+        self.groups = groups
         self.num_padding = num_padding
-        self.sizes = [part.num_tokens for part in parts] + [num_padding]
-        self.masks: dict[tuple[int, int, int | None], Tensor | None] = {}
+        self.sizes = [part.num_tokens for part in parts] + [len(group.slots) for group in groups] + [num_padding]
+        self.masks: dict[tuple[int, int, int, int | None], Tensor | None] = {}
         self.layers_seen: set[int] = set()
 
-    def mask(self, count: int, length: int, window: int | None, device: torch.device) -> Tensor | None:
-        """Which of `length` tokens each of the last `count` sees, bool [N, S]; None for all or plain causal ones."""
-        if (window is None or length <= window) and count in (1, length):
+    def mask(self, count: int, first: int, length: int, window: int | None, device: torch.device) -> Tensor | None:
+        """Which of `length` keys each of `count` tokens sees that begin at place `first`, bool [N, S].
+
+        None where that is plain causal attention.
+        """
+        if (window is None or length <= window) and count == length:
             return None
-        key = (count, length, window)
+        key = (count, first, length, window)
         if key not in self.masks:
             place = torch.arange(length, device=device)
-            distance = place[length - count :, None] - place
+            distance = place[first : first + count, None] - place
             self.masks[key] = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         return self.masks[key]
 
@@ -92,6 +103,9 @@ def tokens_in_use(tokens: Tokens) -> Iterator[None]:
         _in_use = before
     for part in tokens.parts:
         part.own.length += part.num_tokens // part.own.num_samples
+    for group in tokens.groups:
+        for slot in group.slots:
+            slot.length += 1
 
 
 def cached_attention(
@@ -140,10 +154,12 @@ def cached_attention(
     tokens = _in_use
     tokens.layers_seen.add(layer)
     scores = Scores(scaling or query.shape[-1] ** -0.5, sliding_window, softcap, s_aux)
-    queries, keys, values = (states[0].split(tokens.sizes, dim=1) for states in (query, key, value))
-    outputs = [
-        _attend(tokens, part, layer, states, scores)
-        for part, *states in zip(tokens.parts, queries, keys, values, strict=False)
+    split = list(zip(*(states[0].split(tokens.sizes, dim=1) for states in (query, key, value)), strict=True))
+    num_parts = len(tokens.parts)
+    outputs = [_attend(tokens, part, layer, states, scores) for part, states in zip(tokens.parts, split, strict=False)]
+    outputs += [
+        _attend_slots(group, layer, states, scores)
+        for group, states in zip(tokens.groups, split[num_parts:], strict=False)
     ]
     if tokens.num_padding:
         outputs.append(query.new_zeros(tokens.num_padding, query.shape[1], value.shape[-1]))
@@ -168,20 +184,14 @@ class Scores:
         return not self.softcap and self.sinks_H is None
 
 
-def _attend(tokens: Tokens, part: Part, layer: int, states: list[Tensor], scores: Scores) -> Tensor:
+def _attend(tokens: Tokens, part: Part, layer: int, states: tuple[Tensor, ...], scores: Scores) -> Tensor:
     """[B · N, H, E] of one request, from its queries, keys and values, which are cached."""
     query_HBN, key_JBN, value_JBN = states
     views, num_samples = part.views, part.own.num_samples
-    new_keys, new_values = views.new_keys[layer], views.new_values[layer]
-    if num_samples == 1:
-        new_keys[0].copy_(key_JBN)
-        new_values[0].copy_(value_JBN)
-        if part.prompt is None:
-            return _attend_alone(tokens, query_HBN, views.keys[layer], views.values[layer], scores)
-    else:
-        new_keys.copy_(key_JBN.unflatten(1, (num_samples, -1)).transpose(0, 1))
-        new_values.copy_(value_JBN.unflatten(1, (num_samples, -1)).transpose(0, 1))
-    assert part.prompt is not None, "samples without a prompt"
+    views.new_keys[layer].copy_(key_JBN.unflatten(1, (num_samples, -1)).transpose(0, 1))
+    views.new_values[layer].copy_(value_JBN.unflatten(1, (num_samples, -1)).transpose(0, 1))
+    if part.prompt is None:
+        return _attend_prompt(tokens, part.own.length, query_HBN, views.keys[layer][0], views.values[layer][0], scores)
     return _attend_shared(
         query_HBN,
         (part.prompt.keys[layer], views.keys[layer]),
@@ -190,30 +200,53 @@ def _attend(tokens: Tokens, part: Part, layer: int, states: list[Tensor], scores
     )
 
 
-def _attend_alone(tokens: Tokens, query_HND: Tensor, keys_BJSD: Tensor, values_BJSE: Tensor, scores: Scores) -> Tensor:
-    """One sample's new tokens over all of its own, [N, H, E]."""
-    num_new, window, num_heads = query_HND.shape[1], scores.window, keys_BJSD.shape[1]
-    if window is not None and keys_BJSD.shape[2] > window + num_new:
-        # What no new token sees need not be read.
-        keys_BJSD, values_BJSE = keys_BJSD[:, :, -window - num_new :], values_BJSE[:, :, -window - num_new :]
-    length = keys_BJSD.shape[2]
-    mask_NS = tokens.mask(num_new, length, window, query_HND.device)
-    causal = mask_NS is None and num_new > 1
-    if scores.plain and num_new == 1 and mask_NS is None:
-        # Query heads that share a key head stand in as its queries: no key is copied for them.
-        query_BJGD = query_HND.unflatten(0, (num_heads, -1)).squeeze(2)[None]
-        output_BJGE = F.scaled_dot_product_attention(query_BJGD, keys_BJSD, values_BJSE, scale=scores.scaling)
-        return output_BJGE.flatten(0, 2)[None]
-    keys, values = (repeated_heads(tokens, len(query_HND)) for tokens in (keys_BJSD, values_BJSE))
+def _attend_prompt(
+    tokens: Tokens, first: int, query_HND: Tensor, keys_JSD: Tensor, values_JSE: Tensor, scores: Scores
+) -> Tensor:
+    """A prompt's new tokens, from place `first` on, over those before and themselves, [N, H, E]."""
+    num_new, window = query_HND.shape[1], scores.window
+    if window is not None:
+        # Blocks that no new token sees need not be read.
+        start = max(0, (first + 1 - window) // BLOCK * BLOCK)
+        first, keys_JSD, values_JSE = first - start, keys_JSD[:, start:], values_JSE[:, start:]
+    length = keys_JSD.shape[1]
+    mask_NS = tokens.mask(num_new, first, length, window, query_HND.device)
+    # With a mask torch falls back to a slow kernel unless keys come repeated.
+    keys, values = (repeated_heads(held[None], len(query_HND)) for held in (keys_JSD, values_JSE))
     if scores.plain:
         output_BHNE = F.scaled_dot_product_attention(
-            query_HND[None], keys, values, attn_mask=mask_NS, is_causal=causal, scale=scores.scaling
+            query_HND[None], keys, values, attn_mask=mask_NS, is_causal=mask_NS is None, scale=scores.scaling
         )
         return output_BHNE[0].transpose(0, 1)
-    if causal:
-        place = torch.arange(length, device=query_HND.device)
-        mask_NS = place[:, None] >= place
+    if mask_NS is None:
+        mask_NS = torch.ones(num_new, length, dtype=torch.bool, device=query_HND.device).tril()
     return _softmax(_raw(query_HND[None] @ keys.transpose(-1, -2), scores), mask_NS, scores, values)[0].transpose(0, 1)
+
+
+def _attend_slots(group: Group, layer: int, states: tuple[Tensor, ...], scores: Scores) -> Tensor:
+    """One new token of every slot over its own past, [n, H, E]."""
+    query_HnD, key_JnD, value_JnE = states
+    keys, values = group.keys[layer], group.values[layer]
+    for held, new in ((keys, key_JnD), (values, value_JnE)):
+        held.view(-1, held.shape[-1]).index_copy_(0, group.index_nJ, new.transpose(0, 1).flatten(0, 1).to(held.dtype))
+    window, num_heads = scores.window, keys.shape[1]
+    if start := group.start(window):
+        keys, values = keys[:, :, start:], values[:, :, start:]
+    # [H, n, D] → [n, J, G, D]: query heads that share a key head stand in as its queries, so no key is copied for them.
+    query_nJGD = query_HnD.transpose(0, 1).unflatten(1, (num_heads, -1))
+    if scores.plain:
+        count = query_nJGD.shape[2]
+        output_nJGE = F.scaled_dot_product_attention(
+            F.pad(query_nJGD, (0, 0, 0, -count % _ROWS)),
+            keys,
+            values,
+            attn_mask=group.bias(window, query_nJGD),
+            scale=scores.scaling,
+        )
+        return output_nJGE[:, :, :count].flatten(1, 2)
+    raw_nJGC = _raw(query_nJGD @ keys.transpose(-1, -2), scores)
+    weights_nHC = _weights(raw_nJGC.flatten(1, 2)[:, :, None], group.mask(window), scores).squeeze(2)
+    return (weights_nHC.to(values.dtype).unflatten(1, (num_heads, -1)) @ values).flatten(1, 2)
 
 
 def _attend_shared(

@@ -1,8 +1,6 @@
-"""Keys and values of the tokens a request has been through.
+"""Keys and values of a prompt, and of samples that share one.
 
-A request's samples begin alike: the prompt is held once, and each sample holds only what it generated itself. A single
-sample has no need of that and simply goes on behind its prompt. A block is one tensor over all layers, so that a step
-makes its views of it once and not once a layer.
+A block is one tensor over all layers, so that a step makes its views of it once and not once a layer.
 
 Shape suffixes: L layers, B samples, J key/value heads, S tokens there is room for, D key head size, E value head size.
 """
@@ -12,10 +10,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_ROOM = 64
-"""Tokens a block is made larger by, at least."""
+BLOCK = 512
+"""Keys that torch's attention on the CPU goes through at a time."""
+_CAPACITIES = (64, 128, 192, 384, BLOCK)
 _GROWTH = 1.5
 """A full block becomes this much larger: what is copied on the way is then a constant share."""
+
+
+def capacity(length: int) -> int:
+    """How many keys attention is given for `length`, the rest of them masked.
+
+    On the CPU a token's numbers are then, to the last bit, nearly always those of a pass over its whole sequence, as
+    training makes it: attention goes through BLOCK keys at a time, the matrix products in it through 192, and masked
+    zeros at the end of a block add nothing. From 193 to 383 the products halve what there is, which no capacity has.
+    """
+    return next((size for size in _CAPACITIES if length <= size), -(-length // BLOCK) * BLOCK)
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,15 @@ class CacheShape:
     def bytes_per_token(self) -> int:
         """Keys and values of all layers."""
         return self.num_layers * self.num_heads * (self.key_size + self.value_size) * self.dtype.itemsize
+
+    def zeros(self, num_samples: int, room: int) -> tuple[Tensor, Tensor]:
+        """Room for keys and values of `room` tokens a sample, [L, B, J, S, D or E].
+
+        Zeros, since what is masked is multiplied by 0, which only finite numbers survive.
+        """
+        sizes = (self.num_layers, num_samples, self.num_heads, room)
+        options = {"dtype": self.dtype, "device": self.device}
+        return torch.zeros(*sizes, self.key_size, **options), torch.zeros(*sizes, self.value_size, **options)
 
 
 class Block:
@@ -61,14 +79,20 @@ class Block:
         values[:, :, :, : self.length] = self._values[:, :, :, : self.length]
         self._keys, self._values = keys, values
 
-    def views(self, count: int) -> "Views":
-        """Where the next `count` tokens are written, and everything up to them, layer by layer."""
+    def views(self, count: int, *, whole_blocks: bool = False) -> "Views":
+        """Where the next `count` tokens are written, and everything up to them, layer by layer.
+
+        Args:
+            count: Of tokens there was made room for.
+            whole_blocks: With room behind them, up to their `capacity`.
+        """
         stop = self.length + count
+        end = capacity(stop) if whole_blocks else stop
         return Views(
             self._keys[:, :, :, self.length : stop].unbind(),
             self._values[:, :, :, self.length : stop].unbind(),
-            self._keys[:, :, :, :stop].unbind(),
-            self._values[:, :, :, :stop].unbind(),
+            self._keys[:, :, :, :end].unbind(),
+            self._values[:, :, :, :end].unbind(),
         )
 
     def keep(self, samples: list[int]) -> None:
@@ -77,12 +101,12 @@ class Block:
         self._keys, self._values = self._keys.index_select(1, index), self._values.index_select(1, index)
         self.num_samples = len(samples)
 
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first sample, [L, J, tokens, D or E]."""
+        return self._keys[:, 0, :, : self.length], self._values[:, 0, :, : self.length]
+
     def _allocate(self, room: int) -> tuple[Tensor, Tensor]:
-        shape = self._shape
-        room = -(-room // _ROOM) * _ROOM
-        sizes = (shape.num_layers, self.num_samples, shape.num_heads, room)
-        options = {"dtype": shape.dtype, "device": shape.device}
-        return torch.empty(*sizes, shape.key_size, **options), torch.empty(*sizes, shape.value_size, **options)
+        return self._shape.zeros(self.num_samples, capacity(room))
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,17 @@ from transformers import DynamicCache, PreTrainedModel
 
 from trainer_service.engine.device import Device
 from trainer_service.engine.sampling.attention import ATTENTION, Part, Tokens, tokens_in_use
-from trainer_service.engine.sampling.cache import Block, CacheShape
+from trainer_service.engine.sampling.cache import Block, CacheShape, capacity
+from trainer_service.engine.sampling.slots import Group, Slot, Slots
 
 logger = logging.getLogger(__name__)
 
-MIN_ROWS = 8
-"""Forwards have at least this many rows. On the CPU a matrix product of one to three rows adds up in another order than
-one of more, whose rows come out the same however many there are: so a sample's numbers do not depend on its company."""
+_ROWS = 16
+"""Forwards have a multiple of this many rows. On the CPU a matrix product of few rows, or of some odd number of them,
+adds up in another order than others, whose rows come out the same however many there are, and as in training: so the
+numbers of a sample do not depend on its company."""
+_MAX_COPIED = 4096
+"""Tokens of a prompt that are copied for its samples, all together; beyond, they share it."""
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 _TRIAL = (3, 7, 5, 2, 11, 6, 4, 9)
 _TRIAL_TOLERANCE = 1e-3
@@ -45,8 +49,11 @@ class Sequences:
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
         self.prompt: Block | None = None
+        """While the prompt is taken in, and where samples share it to the end."""
         self.own: Block | None = None
-        """What each of several samples generated; None where one sample goes on in `prompt`."""
+        """What each of the samples that share a prompt generated."""
+        self.slots: list[Slot] = []
+        """Of samples that do not."""
         self.caches: list[Any] = []
         """Where samples are decoded by themselves: of the prompt at first, then one a sample."""
         self.length = 0
@@ -57,8 +64,32 @@ class Sequences:
         self.num_samples = len(samples)
         if self.own is not None:
             self.own.keep(samples)
+        elif self.slots:
+            kept = [self.slots[sample] for sample in samples]
+            for slot in self.slots:
+                if slot not in kept:
+                    slot.free()
+            self.slots = kept
         elif self.caches:
             self.caches = [self.caches[sample] for sample in samples]
+
+    def close(self) -> None:
+        """Lets go of everything."""
+        for slot in self.slots:
+            slot.free()
+        self.slots, self.caches = [], []
+        self.prompt = self.own = None
+
+
+def num_cached_tokens(num_samples: int, num_prompt: int, max_tokens: int) -> int:
+    """Tokens that a request's caches have room for in the end."""
+    if _shares_prompt(num_samples, num_prompt):
+        return capacity(num_prompt) + num_samples * capacity(max_tokens)
+    return num_samples * capacity(num_prompt + max_tokens)
+
+
+def _shares_prompt(num_samples: int, num_prompt: int) -> bool:
+    return num_samples > 1 and num_samples * num_prompt > _MAX_COPIED
 
 
 @dataclass
@@ -80,6 +111,7 @@ class Decoder:
     cache_argument: str = ""
     _configs: list[Any] = field(init=False)
     _arguments: frozenset[str] = field(init=False)
+    _slots: Slots | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         # Modules share a few config objects; each says which attention its modules use.
@@ -112,66 +144,112 @@ class Decoder:
             decoder.shape = decoder._find_shape()
         return decoder
 
-    def prefill(self, sequences: Sequences, tokens: list[int], *, all_logits: bool) -> Tensor:
-        """Takes the next tokens of a prompt in.
+    def with_model(self, model: PreTrainedModel) -> "Decoder":
+        """The same over another copy of the model, which goes on with what is cached."""
+        decoder = Decoder(model, self.device, self.shape, self.why_alone, self.cache_argument)
+        decoder._slots = self._slots
+        return decoder
+
+    def prefill(self, batch: list[Sequences], tokens: list[list[int]], *, all_logits: list[bool]) -> list[Tensor]:
+        """Takes the next tokens of prompts in.
 
         Args:
-            sequences: Whose prompt.
-            tokens: N of them.
-            all_logits: Whether the logits behind each are wanted, or only those behind the last.
+            batch: Whose prompts.
+            tokens: N of each.
+            all_logits: Whether the logits behind each token are wanted, or only those behind the last, of each.
 
         Returns:
-            float32 [N, V] or [1, V].
+            float32 [N, V] or [1, V] of each.
         """
-        wanted = list(range(len(tokens))) if all_logits else [len(tokens) - 1]
-        positions = list(range(sequences.length, sequences.length + len(tokens)))
-        if self.shape is None:
-            if not sequences.caches:
-                sequences.caches = [self._new_cache()]
-            logits_NV = self._forward_alone(sequences.caches[0], tokens, positions)[wanted]
-        else:
-            if sequences.prompt is None:
-                sequences.prompt = Block(self.shape, 1, len(tokens) + 1)
-            logits_NV = self._forward([Part.of(sequences.prompt, len(tokens))], tokens, positions, wanted)
-        sequences.length += len(tokens)
-        return logits_NV
+        prefill = self._prefill_alone if self.shape is None else self._prefill_together
+        found = prefill(batch, tokens, all_logits)
+        for sequences, own in zip(batch, tokens, strict=True):
+            sequences.length += len(own)
+        return found
 
     def branch(self, sequences: Sequences) -> None:
         """The prompt is complete: from here each sample goes its own way."""
+        count = sequences.num_samples
         if self.shape is None:
-            sequences.caches += [copy.deepcopy(sequences.caches[0]) for _ in range(sequences.num_samples - 1)]
-        elif sequences.num_samples > 1:
-            sequences.own = Block(self.shape, sequences.num_samples, 1)
+            sequences.caches += [copy.deepcopy(sequences.caches[0]) for _ in range(count - 1)]
+            return
+        assert sequences.prompt is not None, "branch before prefill"
+        if _shares_prompt(count, sequences.length):
+            sequences.own = Block(self.shape, count, 1)
+            return
+        if self._slots is None:
+            self._slots = Slots(self.shape)
+        sequences.slots = [self._slots.add(sequences.prompt) for _ in range(count)]
+        sequences.prompt = None
 
     def decode(self, batch: list[Sequences], tokens: list[int]) -> Tensor:
-        """One more token of every sample.
+        """One more token of every sample there is.
 
         Args:
-            batch: Requests.
+            batch: All requests whose prompts are complete.
             tokens: Of their samples, one after the other.
 
         Returns:
             Logits behind them, float32 [tokens, V].
         """
-        if self.shape is None:
-            logits_NV = self._decode_alone(batch, tokens)
-        else:
-            parts, positions = [], []
-            for sequences in batch:
-                assert sequences.prompt is not None, "decode before prefill"
-                own, prompt = sequences.own, sequences.prompt
-                parts.append(Part.of(prompt, 1) if own is None else Part.of(own, 1, prompt))
-                positions += [sequences.length] * sequences.num_samples
-            logits_NV = self._forward(parts, tokens, positions, list(range(len(tokens))))
+        logits_NV = self._decode_alone(batch, tokens) if self.shape is None else self._decode_together(batch, tokens)
         for sequences in batch:
             sequences.length += 1
         return logits_NV
 
-    def _forward(self, parts: list[Part], tokens: list[int], positions: list[int], wanted: list[int]) -> Tensor:
-        num_padding = max(0, MIN_ROWS - len(tokens))
-        in_use = Tokens(parts, num_padding)
+    def _prefill_together(
+        self, batch: list[Sequences], tokens: list[list[int]], all_logits: list[bool]
+    ) -> list[Tensor]:
+        assert self.shape is not None
+        parts: list[Part] = []
+        inputs: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        for sequences, own, every in zip(batch, tokens, all_logits, strict=True):
+            if sequences.prompt is None:
+                sequences.prompt = Block(self.shape, 1, len(own))
+            parts.append(Part.of(sequences.prompt, len(own)))
+            inputs += own
+            positions += range(sequences.length, sequences.length + len(own))
+            wanted += range(len(inputs) - len(own) if every else len(inputs) - 1, len(inputs))
+        logits_NV = self._forward(parts, [], inputs, positions, wanted)
+        return list(logits_NV.split([len(own) if every else 1 for own, every in zip(tokens, all_logits, strict=True)]))
+
+    def _decode_together(self, batch: list[Sequences], tokens: list[int]) -> Tensor:
+        parts: list[Part] = []
+        order: list[int] = []
+        positions: list[int] = []
+        row_of: dict[Slot, int] = {}
+        for sequences in batch:
+            rows = range(len(positions), len(positions) + sequences.num_samples)
+            positions += [sequences.length] * len(rows)
+            if sequences.own is None:
+                row_of.update(zip(sequences.slots, rows, strict=True))
+            else:
+                parts.append(Part.of(sequences.own, 1, sequences.prompt))
+                order += rows
+        groups: list[Group] = []
+        if self._slots is not None:
+            for slot in row_of:
+                self._slots.reserve(slot)
+            groups = self._slots.groups()
+            order += [row_of[slot] for group in groups for slot in group.slots]
+        place = {row: number for number, row in enumerate(order)}
+        return self._forward(
+            parts,
+            groups,
+            [tokens[row] for row in order],
+            [positions[row] for row in order],
+            [place[row] for row in range(len(tokens))],
+        )
+
+    def _forward(
+        self, parts: list[Part], groups: list[Group], tokens: list[int], positions: list[int], wanted: list[int]
+    ) -> Tensor:
+        num_padding = -len(tokens) % _ROWS
+        in_use = Tokens(parts, groups, num_padding)
         # The head's rows are padded as well, for the same reason.
-        rows = wanted + [wanted[0]] * max(0, MIN_ROWS - len(wanted))
+        rows = wanted + [wanted[0]] * (-len(wanted) % _ROWS)
         device = self.device.torch_device
         logits_to_keep = (
             torch.tensor(rows, device=device) if self._takes("logits_to_keep") and len(rows) < len(tokens) else None
@@ -188,7 +266,8 @@ class Decoder:
                 raise NotImplementedError("layers that share their keys")
         if logits_to_keep is not None:
             return logits_NV[: len(wanted)].float()
-        return (logits_NV[: len(tokens)] if len(wanted) == len(tokens) else logits_NV[wanted]).float()
+        in_order = wanted == list(range(len(wanted)))
+        return (logits_NV[: len(wanted)] if in_order else logits_NV[wanted]).float()
 
     def _new_cache(self) -> Any:
         """The model's own, or else the tokens themselves."""
@@ -212,6 +291,16 @@ class Decoder:
                 .logits[0]
                 .float()
             )
+
+    def _prefill_alone(self, batch: list[Sequences], tokens: list[list[int]], all_logits: list[bool]) -> list[Tensor]:
+        found: list[Tensor] = []
+        for sequences, own, every in zip(batch, tokens, all_logits, strict=True):
+            if not sequences.caches:
+                sequences.caches = [self._new_cache()]
+            positions = list(range(sequences.length, sequences.length + len(own)))
+            logits_NV = self._forward_alone(sequences.caches[0], own, positions)
+            found.append(logits_NV if every else logits_NV[-1:])
+        return found
 
     def _decode_alone(self, batch: list[Sequences], tokens: list[int]) -> Tensor:
         rows, place = [], 0
@@ -255,9 +344,8 @@ class Decoder:
         """Decodes two samples of one prompt, and a third beside them, as the model itself computes them."""
         tokens = [token % self.model.config.get_text_config().vocab_size for token in _TRIAL]
         pair, single = Sequences(2), Sequences(1)
-        self.prefill(pair, tokens[:2], all_logits=False)
-        self.prefill(pair, tokens[2:5], all_logits=False)
-        self.prefill(single, tokens[:3], all_logits=False)
+        self.prefill([pair], [tokens[:2]], all_logits=[False])
+        self.prefill([pair, single], [tokens[2:5], tokens[:3]], all_logits=[False, False])
         self.branch(pair)
         self.branch(single)
         self.decode([pair, single], [tokens[5], tokens[6], tokens[3]])

@@ -9,7 +9,7 @@ from gradwire.errors import GradwireError, error
 from gradwire.v1 import sampling_service_pb2 as pb
 
 from trainer_service.engine.sampling import picking
-from trainer_service.engine.sampling.decoder import Sequences
+from trainer_service.engine.sampling.decoder import Sequences, num_cached_tokens
 from trainer_service.engine.sampling.request import Request
 from trainer_service.engine.sampling.samplers import Sampler
 from trainer_service.engine.sampling.text import Text, Transcript
@@ -72,7 +72,7 @@ class Job:
     @property
     def num_cached_tokens(self) -> int:
         """What its caches come to hold at most."""
-        return len(self.request.prompt) + self.request.num_samples * self.request.max_tokens
+        return num_cached_tokens(self.request.num_samples, len(self.request.prompt), self.request.max_tokens)
 
     def add_prompt(self, found: picking.PlaceLogprobs) -> None:
         """Takes in what is known about the next places of the prompt."""

@@ -146,7 +146,7 @@ class Samplers:
                 )
             return
         for sampler in readers:
-            sampler.decoder = self._decoder(frozen)
+            sampler.decoder = sampler.decoder.with_model(frozen)
 
     def _checkpoint(self, path: SamplerPath, held: Sampler | None) -> Sampler:
         folder = self._checkpoint_dir / path.key

@@ -1,6 +1,6 @@
 """Which request goes on next, and by how much.
 
-A step is small: one piece of one prompt, or one token of every sample of one sampler. The worker runs steps between
+A step is small: pieces of prompts, or one token of every sample, of one sampler. The worker runs steps between
 operations of runs (worker loop in engine/__main__.py), so neither waits long for the other. Requests join and leave the
 batch between steps.
 """
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 _MAX_ROWS = 256
 """Samples decoded at once."""
-_PREFILLS_PER_DECODE = 8
-"""Pieces of prompts taken in between two tokens of those that are further. A fuller batch is worth some waiting."""
+_PREFILLS_PER_DECODE = 4
+"""Steps with prompts between two tokens of those that are further. A fuller batch is worth some waiting."""
 _CPU_PIECE, _GPU_PIECE = 256, 2048
-"""Tokens of a prompt at a time: well below a second's work. Where the cuts are depends on the prompt alone, and with it
-every number."""
+"""Tokens of prompts at a time: well below a second's work. Where a prompt is cut depends on it alone, and so does every
+number."""
 _MAX_SLICE_S = 0.5
 """The most that an operation waits for sampling."""
 
@@ -82,7 +82,7 @@ class Scheduler:
                 break
 
     def step(self) -> None:
-        """One piece of a prompt, or one token of a sampler's samples.
+        """Pieces of prompts, or one token of all samples, of one sampler.
 
         Raises:
             Exception: The device is beyond use; the process must end.
@@ -91,8 +91,8 @@ class Scheduler:
         self._admit()
         if self._prefilling and (not self._decoding or self._prefills < _PREFILLS_PER_DECODE):
             self._prefills += 1
-            job = self._prefilling.popleft()
-            self._attempt([job], lambda: self._prefill(job))
+            prompts = self._next_prompts()
+            self._attempt(prompts, lambda: self._prefill(prompts))
         elif self._decoding:
             self._prefills = 0
             sampler = self._turns[0]
@@ -114,10 +114,28 @@ class Scheduler:
                 return
             self._prefilling.append(self._waiting.popleft())
 
-    def _prefill(self, job: Job) -> None:
-        request, decoder, start = job.request, job.sampler.decoder, job.num_prefilled
-        tokens = request.prompt[start : start + self._piece]
-        logits_NV = decoder.prefill(job.sequences, tokens, all_logits=request.wants_prompt)
+    def _next_prompts(self) -> list[Job]:
+        """The first request in line, and those of the same sampler whose next pieces fit beside its own."""
+        room, taken = self._piece, []
+        for job in list(self._prefilling):
+            size = min(self._piece, len(job.request.prompt) - job.num_prefilled)
+            if size <= room and (not taken or job.sampler is taken[0].sampler):
+                room -= size
+                taken.append(job)
+                self._prefilling.remove(job)
+        return taken
+
+    def _prefill(self, batch: list[Job]) -> None:
+        pieces = [job.request.prompt[job.num_prefilled :][: self._piece] for job in batch]
+        logits = batch[0].sampler.decoder.prefill(
+            [job.sequences for job in batch], pieces, all_logits=[job.request.wants_prompt for job in batch]
+        )
+        for job, tokens, logits_NV in zip(batch, pieces, logits, strict=True):
+            self._take_in(job, tokens, logits_NV)
+
+    def _take_in(self, job: Job, tokens: list[int], logits_NV: picking.Tensor) -> None:
+        """A piece of a prompt was computed."""
+        request, start = job.request, job.num_prefilled
         job.num_prefilled += len(tokens)
         self._counters.prompt_tokens_total += len(tokens)
         if request.wants_prompt and (targets := request.prompt[start + 1 : start + 1 + len(tokens)]):
@@ -129,7 +147,7 @@ class Scheduler:
             self._send_response(job)
             self._end(job, None)
         else:
-            decoder.branch(job.sequences)
+            job.sampler.decoder.branch(job.sequences)
             self._decoding.append(job)
             if job.sampler not in self._turns:
                 self._turns.append(job.sampler)
@@ -199,6 +217,7 @@ class Scheduler:
         for line in (self._waiting, self._prefilling, self._decoding):
             if job in line:
                 line.remove(job)
+        job.sequences.close()
         if job.sampler in self._turns and not any(other.sampler is job.sampler for other in self._decoding):
             self._turns.remove(job.sampler)
         self._counters.sample_requests_total += 1

@@ -1,0 +1,172 @@
+"""Keys and values of samples that are decoded together.
+
+Samples of about the same length stand in one tensor, a slot each, and one call of attention serves them all. How large
+a slot is follows from its sample's own length, and what lies behind the sample's tokens is masked, so that nobody's
+numbers depend on who else is there.
+
+Shape suffixes: L layers, n slots, J key/value heads, C tokens a slot has room for, D key head size, E value head size.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trainer_service.engine.sampling.cache import BLOCK, Block, CacheShape, capacity
+
+
+@dataclass(eq=False)
+class Slot:
+    """One sample's place.
+
+    Attributes:
+        pool: Where it is.
+        number: Which place there.
+        length: Tokens held.
+    """
+
+    pool: "Pool"
+    number: int
+    length: int
+
+    def free(self) -> None:
+        """Gives the place up."""
+        self.pool.remove(self)
+
+
+class Pool:
+    """Slots of one capacity, those in use first.
+
+    Args:
+        shape: Of a token.
+        size: C, tokens a slot has room for.
+    """
+
+    def __init__(self, shape: CacheShape, size: int) -> None:
+        self._shape = shape
+        self.size = size
+        self.slots: list[Slot] = []
+        self.keys, self.values = shape.zeros(0, size)
+
+    def add(self, length: int) -> Slot:
+        """A slot for a sample of `length` tokens, which the caller copies there."""
+        count = len(self.slots)
+        if count == self.keys.shape[1]:
+            room = count + max(8, count // 2)
+            keys, values = self._shape.zeros(room, self.size)
+            keys[:, :count], values[:, :count] = self.keys, self.values
+            self.keys, self.values = keys, values
+        slot = Slot(self, count, length)
+        self.slots.append(slot)
+        return slot
+
+    def remove(self, slot: Slot) -> None:
+        """Frees a slot; the last one takes its place."""
+        last = self.slots.pop()
+        if last is not slot:
+            for held in (self.keys, self.values):
+                held[:, slot.number, :, : last.length] = held[:, last.number, :, : last.length]
+            last.number = slot.number
+            self.slots[last.number] = last
+        if not self.slots:
+            self.keys, self.values = self._shape.zeros(0, self.size)
+
+
+class Slots:
+    """All slots of one model.
+
+    Args:
+        shape: Of a token.
+    """
+
+    def __init__(self, shape: CacheShape) -> None:
+        self._shape = shape
+        self._pools: dict[int, Pool] = {}
+
+    def add(self, prompt: Block) -> Slot:
+        """A slot that begins with what the first sample of a block has been through."""
+        slot = self._pool(prompt.length).add(prompt.length)
+        keys, values = prompt.held()
+        slot.pool.keys[:, slot.number, :, : slot.length] = keys
+        slot.pool.values[:, slot.number, :, : slot.length] = values
+        return slot
+
+    def reserve(self, slot: Slot) -> None:
+        """Makes room for one more token."""
+        old, number, length = slot.pool, slot.number, slot.length
+        if length < old.size:
+            return
+        new = self._pool(length + 1).add(length)
+        new.pool.keys[:, new.number, :, :length] = old.keys[:, number, :, :length]
+        new.pool.values[:, new.number, :, :length] = old.values[:, number, :, :length]
+        old.remove(slot)
+        # The caller's slot is the one that goes on.
+        new.pool.slots[new.number] = slot
+        slot.pool, slot.number = new.pool, new.number
+
+    def groups(self) -> list["Group"]:
+        """All slots, by capacity, as a forward takes them."""
+        return [Group.of(pool) for _, pool in sorted(self._pools.items()) if pool.slots]
+
+    def _pool(self, length: int) -> Pool:
+        size = capacity(length)
+        if size not in self._pools:
+            self._pools[size] = Pool(self._shape, size)
+        return self._pools[size]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One more token of every slot of a pool, during one forward.
+
+    Attributes:
+        slots: n of them, in the order of the tokens.
+        keys: By layer, [n, J, C, D]; the new ones are written there.
+        values: Likewise, [n, J, C, E].
+        index_nJ: Where the new ones go, counted over slots, heads and places.
+        lengths_n: Tokens of each slot, the new one included.
+    """
+
+    slots: list[Slot]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    index_nJ: Tensor
+    lengths_n: Tensor
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _biases: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pool: Pool) -> "Group":
+        """A pool's."""
+        count, num_heads, device = len(pool.slots), pool.keys.shape[2], pool.keys.device
+        lengths_n = torch.tensor([slot.length for slot in pool.slots], device=device)
+        heads_nJ = torch.arange(count * num_heads, device=device).view(count, num_heads)
+        index_nJ = (heads_nJ * pool.size + lengths_n[:, None]).flatten()
+        keys, values = pool.keys[:, :count].unbind(), pool.values[:, :count].unbind()
+        return cls(list(pool.slots), keys, values, index_nJ, lengths_n + 1)
+
+    def start(self, window: int | None) -> int:
+        """First place that may be seen; whole blocks before it are left out."""
+        size = self.keys[0].shape[2]
+        shortest = size - BLOCK + 1
+        return 0 if window is None else max(0, (shortest - window) // BLOCK * BLOCK)
+
+    def mask(self, window: int | None) -> Tensor:
+        """Which places from `start` on each slot's new token sees, bool [n, 1, 1, C]."""
+        if window not in self._masks:
+            place = torch.arange(self.start(window), self.keys[0].shape[2], device=self.lengths_n.device)
+            lengths_n1 = self.lengths_n[:, None]
+            seen_nC = place < lengths_n1
+            if window is not None:
+                seen_nC &= place >= lengths_n1 - window
+            self._masks[window] = seen_nC[:, None, None]
+        return self._masks[window]
+
+    def bias(self, window: int | None, like: Tensor) -> Tensor:
+        """The mask as it is added to scores: 0 or −inf, in the dtype of `like`."""
+        key = (window, like.dtype)
+        if key not in self._biases:
+            mask = self.mask(window)
+            bias = torch.zeros(mask.shape, dtype=like.dtype, device=like.device)
+            self._biases[key] = bias.masked_fill_(~mask, float("-inf"))
+        return self._biases[key]
