@@ -1,10 +1,22 @@
-"""How much of the disk saving may use."""
+"""How much of the disk saving may use, and whether there is any left."""
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 
 from gradwire.errors import GradwireError, error
+
+_LEAST_BYTES = 1024 * 1024
+"""What opening a journal takes, and some."""
+
+
+def has_no_room(folder: Path) -> bool:
+    """Whether what failed in a folder may have failed for want of room, and may go well once there is some."""
+    try:
+        return shutil.disk_usage(folder).free < _LEAST_BYTES
+    except OSError:
+        return False
 
 
 def disk_full(data_dir: Path, *, max_disk_bytes: int) -> GradwireError | None:

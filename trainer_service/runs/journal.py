@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ FILE_NAME = "journal.sqlite"
 _RESERVE = "reserve"
 _RESERVE_BYTES = 4 * 1024 * 1024
 """Some dozens of commits."""
+CHECKPOINT_PAGES = 512
+"""Pages of the log after which SQLite copies it into the file."""
 _FORMAT = "1"
 _SCHEMA = """
 CREATE TABLE run (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -80,7 +83,7 @@ class Row:
     attempts: int
     """Times it was sent to a worker after a death that may have been its doing, the first time included."""
     request: bytes
-    """Encoded TrainRequest; empty for one that was refused before it could be written."""
+    """Encoded TrainRequest; empty for one that was refused for want of room, unless it is a cancel, which is small."""
     reason: str | None
     """Of the error it failed with; "" where it succeeded, None while it has no outcome."""
     answer: bytes
@@ -116,7 +119,7 @@ def connect(folder: Path, *, sync: Sync = "normal") -> sqlite3.Connection:
         # write, so 5 s. An operation of a few bytes takes 0.02 ms more.
         db.execute("PRAGMA page_size = 65536")
         db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA wal_autocheckpoint = 512")
+        db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         db.execute(f"PRAGMA synchronous = {sync.upper()}")
     except BaseException:
         db.close()
@@ -135,10 +138,26 @@ def create(folder: Path, record: Record, *, sync: Sync = "normal") -> None:
     make_reserve(folder)
 
 
-def make_reserve(folder: Path) -> None:
-    """Takes room on the disk that refusals are written in once it is full; as much as there is."""
-    with contextlib.suppress(OSError), (folder / _RESERVE).open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
+def make_reserve(folder: Path) -> bool:
+    """Takes room on the disk that answers are written in once it is full. Whether there was enough."""
+    try:
+        with (folder / _RESERVE).open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
+    except OSError:
+        spend_reserve(folder)
+        return False
+    return True
+
+
+def has_reserve(folder: Path) -> bool:
+    """Whether that room is kept."""
+    return (folder / _RESERVE).exists()
+
+
+def has_room(folder: Path, size_bytes: int) -> bool:
+    """Whether an operation of that size leaves the room of a reserve."""
+    # What is written goes to the log first and is copied from there.
+    return shutil.disk_usage(folder).free >= _RESERVE_BYTES + 2 * size_bytes
 
 
 def spend_reserve(folder: Path) -> bool:
@@ -246,10 +265,14 @@ def insert_operation(db: sqlite3.Connection, operation: Operation, digest: bytes
     db.execute("INSERT INTO operations (seq_id, kind, digest, received_s, request) VALUES (?, ?, ?, ?, ?)", values)
 
 
-def insert_refused(db: sqlite3.Connection, seq_id: int, kind: str, digest: bytes, response: TrainResponse) -> None:
+def insert_refused(db: sqlite3.Connection, operation: Operation, digest: bytes, response: TrainResponse) -> None:
     """Writes down an operation that was refused for want of room, without its content, so that its number is taken."""
-    values = (seq_id, kind, digest, time.time(), b"")
-    db.execute("INSERT INTO operations (seq_id, kind, digest, received_s, request) VALUES (?, ?, ?, ?, ?)", values)
+    seq_id, kind = operation.seq_id, operation.kind
+    values = (seq_id, kind, digest, time.time(), operation.encoded if kind == "cancel" else b"")
+    # A commit that failed may be found whole in the log when the file is opened again; what was answered counts.
+    db.execute(
+        "INSERT OR REPLACE INTO operations (seq_id, kind, digest, received_s, request) VALUES (?, ?, ?, ?, ?)", values
+    )
     insert_outcome(db, seq_id, response, response.SerializeToString(), step=0)
 
 
@@ -259,7 +282,7 @@ def insert_outcome(db: sqlite3.Connection, seq_id: int, response: TrainResponse,
     reason = from_status(response.error).reason if kind == "error" else ""
     metrics = dict(getattr(getattr(response, kind), "metrics", {}))
     values = (seq_id, reason, step, json.dumps(metrics), answer)
-    db.execute("INSERT INTO outcomes VALUES (?, ?, ?, ?, ?)", values)
+    db.execute("INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?, ?, ?)", values)
     if kind in ("optim_step", "load_state"):
         db.execute("UPDATE run SET value = ? WHERE name = 'step'", (step,))
 

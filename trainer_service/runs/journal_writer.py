@@ -31,12 +31,16 @@ Written = Callable[[GradwireError | None], object]
 @dataclass(frozen=True)
 class _Job:
     journal: "Journal"
-    writes: tuple[Write, ...]
+    write: Write
     written: Written
     append: bool = False
     """An operation, which must not be written when one before it was not."""
     resume: bool = False
     """The first operation after those that failed."""
+    size_bytes: int = 0
+    """Of an operation."""
+    keep: bool = False
+    """Small, and not given up: while there is no room it waits, and is written before whatever is written next."""
 
 
 class JournalWriter:
@@ -114,9 +118,9 @@ class Journal:
         self._db: sqlite3.Connection | None = None  # The writer's thread alone uses it.
         self._reserve_spent = False  # The writer's too.
         self._blocked = False  # The writer's: an operation could not be written, so none behind it may be.
+        self._owed: list[Write] = []  # The writer's: what waits for room, in order.
         self._appending = 0
         self._failing = False
-        self._owed: list[Write] = []
 
     def append(self, operation: Operation, digest: bytes, written: Written) -> None:
         """Writes an operation down.
@@ -145,13 +149,13 @@ class Journal:
                 self._failing = True
             written(failure)
 
-        self._submit(insert, done, append=True, resume=resume)
+        size_bytes = len(operation.encoded)
+        self._writer.submit(_Job(self, insert, done, append=True, resume=resume, size_bytes=size_bytes))
 
-    def owe(self, write: Write) -> None:
-        """Something small that could not be written: tried again at once, in the room kept for it, and else before
-        whatever is written next."""
-        self._owed.append(write)
-        self.write(lambda db: None)
+    def owe(self, write: Write, written: Callable[[], object]) -> None:
+        """Something small that must not be missing, written in the room kept for it. If even that is gone it waits,
+        and is written before whatever is written next. `written` is called in either case."""
+        self._writer.submit(_Job(self, write, lambda failure: written(), keep=True))
 
     def record(
         self, seq_id: int, response: TrainResponse, answer: bytes, *, step: int, written: Callable[[], object]
@@ -162,27 +166,11 @@ class Journal:
         def insert(db: sqlite3.Connection) -> None:
             journal.insert_outcome(db, seq_id, response, answer, step=step)
 
-        def done(failure: GradwireError | None) -> None:
-            if failure is not None:
-                logger.error("An outcome waits for room on the disk.", extra={"fields": {"seq_id": seq_id}})
-                self._owed.append(insert)
-            written()
-
-        self._submit(insert, done)
+        self.owe(insert, written)
 
     def write(self, write: Write, written: Written = lambda failure: None) -> None:
         """Writes anything else, in its turn."""
-        self._submit(write, written)
-
-    def _submit(self, write: Write, written: Written, *, append: bool = False, resume: bool = False) -> None:
-        owed, self._owed = self._owed, []
-
-        def done(failure: GradwireError | None) -> None:
-            if failure is not None:
-                self._owed = [*owed, *self._owed]
-            written(failure)
-
-        self._writer.submit(_Job(self, (*owed, write), done, append=append, resume=resume))
+        self._writer.submit(_Job(self, write, written))
 
     def set_attempts(self, seq_id: int, attempts: int) -> None:
         """Remembers how often an operation was tried."""
@@ -209,7 +197,7 @@ class Journal:
             if not future.done():
                 future.set_result(None)
 
-        self._submit(write, done)
+        self.write(write, done)
         await future
 
     def commit(self, jobs: list[_Job]) -> list[GradwireError | None]:
@@ -217,14 +205,19 @@ class Journal:
         try:
             return self._transaction(jobs)
         except (sqlite3.Error, OSError) as exc:
-            # Opened afresh next time: after an I/O error a connection may hold on to what is not on disk.
-            self._disconnect()
+            self._give_back(exc)
             if len(jobs) > 1:
                 # One by one: where a large operation has no room, a small outcome may.
                 return [failure for job in jobs for failure in self.commit([job])]
-            self._reserve_spent = journal.spend_reserve(self.folder) or self._reserve_spent
+            [job] = jobs
+            if journal.spend_reserve(self.folder):
+                self._spend(True)
+                if not job.append:
+                    return self.commit(jobs)
             logger.error("Writing a journal failed.", extra={"fields": {"folder": self.folder, "error": exc}})
-            self._blocked = self._blocked or jobs[0].append
+            self._blocked = self._blocked or job.append
+            if job.keep:
+                self._owed.append(job.write)
             return [error("STORAGE_FAILED", str(exc))]
 
     def _transaction(self, jobs: list[_Job]) -> list[GradwireError | None]:
@@ -232,22 +225,47 @@ class Journal:
         blocked = self._blocked
         if self._db is None:
             self._db = journal.connect(self.folder, sync=self._sync)
+            # It may have been spent by a trainer that was killed before there was room again.
+            self._spend(self._reserve_spent or not journal.has_reserve(self.folder))
         self._db.execute("BEGIN IMMEDIATE")
+        for write in self._owed:
+            write(self._db)
         for job in jobs:
             blocked = blocked and not job.resume
+            if job.append and not blocked and self._reserve_spent:
+                # The room that the reserve gave is for answers; one operation could take it all.
+                blocked = not journal.has_room(self.folder, job.size_bytes)
             if blocked and job.append:
-                results.append(error("STORAGE_FAILED", "an operation before it failed so"))
+                results.append(error("STORAGE_FAILED", "the disk is full"))
                 continue
-            for write in job.writes:
-                write(self._db)
+            job.write(self._db)
             results.append(None)
         self._db.execute("COMMIT")
+        self._owed.clear()
         self._blocked = blocked
         if self._reserve_spent and any(job.append and not refused for job, refused in zip(jobs, results, strict=True)):
             # There is room again.
-            self._reserve_spent = False
-            journal.make_reserve(self.folder)
+            self._spend(not journal.make_reserve(self.folder))
         return results
+
+    def _spend(self, spent: bool) -> None:
+        self._reserve_spent = spent
+        if self._db is not None:
+            # Copying the log into the file takes room too, which is then for what is owed.
+            self._db.execute(f"PRAGMA wal_autocheckpoint = {0 if spent else journal.CHECKPOINT_PAGES}")
+
+    def _give_back(self, exc: sqlite3.Error | OSError) -> None:
+        """After a failure: undoes what was written of a transaction."""
+        if self._db is not None and getattr(exc, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            try:
+                # Not closed: that would move the log into the file, and take the room that is left.
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                return
+            except sqlite3.Error:
+                logger.debug("Rolling back failed.", exc_info=True)
+        # Opened afresh next time: after an I/O error a connection may hold on to what is not on disk.
+        self._disconnect()
 
     def _disconnect(self) -> None:
         db, self._db = self._db, None

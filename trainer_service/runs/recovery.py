@@ -91,7 +91,9 @@ def command(worker: Worker, sent: WorkerCommand) -> "asyncio.Future[Reply]":
 
 def fail_command(run_id: str, request: TrainRequest, *, seq_id: int, kind: str, reason: str) -> WorkerCommand | None:
     """The command that does what an operation's failure did; None if it did nothing."""
-    if kind not in ("forward_backward", "backward", "optim_step"):
+    # A cancel that could not be written down must not let a step go through without the loss it was of.
+    taints = kind == "cancel" and request.cancel.taint
+    if kind not in ("forward_backward", "backward", "optim_step") and not taints:
         return None
     failed = WorkerFailOperation(seq_id=seq_id, kind=kind, reason=reason)
     if kind == "backward":

@@ -6,6 +6,7 @@ had not done is sent again in order, and whoever waits for an answer waits a lit
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDeleteRun, Worke
 from trainer_service.config import SnapshotPolicy
 from trainer_service.fleet.worker import Reply, Worker
 from trainer_service.folders import settle
+from trainer_service.runs.disk import has_no_room
 from trainer_service.runs.journal import Record
 from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.recovery import command, fail_command, find_source, restore
@@ -27,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 3
 """Deaths of the worker under one operation after which it is given up; under a run's replay, the run."""
+_MAX_DISK_FAILURES = 3
+"""Failures to read a run's files, with room on their disk, after which the run is lost; without room it waits."""
+_DISK_RETRY_S = 1.0
+"""Between two attempts."""
 _DIED = ("WORKER_DIED", "WORKER_NOT_READY", "DRAINING")
 
 
@@ -90,7 +96,7 @@ class Residence:
         self._snapshotter = Snapshotter(record.run_id, journal, worker, snapshots)
         self._restoring: asyncio.Task[None] | None = None
         self._epoch = 0  # Counts deaths.
-        self._replay_deaths = 0
+        self._replay_deaths = self._disk_failures = 0
         self._closed = False
 
     @property
@@ -253,7 +259,7 @@ class Residence:
         await self._judge_first()
         if self._epoch != epoch:
             return
-        self._replay_deaths = 0
+        self._replay_deaths = self._disk_failures = 0
         self.live = True
         for entry in list(self._undone.values()):
             self._send(entry)
@@ -288,6 +294,14 @@ class Residence:
                 self.wake()
                 return
             exc = error("RUN_LOST", f"the worker died {MAX_DEATHS} times while it replayed {self._run_id}'s journal.")
+        if isinstance(exc, sqlite3.Error | OSError):
+            # There may be room again since it failed.
+            self._disk_failures += not has_no_room(self._journal.folder)
+            if self._disk_failures < _MAX_DISK_FAILURES:
+                fields = {"run_id": self._run_id, "why": exc}
+                logger.error("A run waits for the disk to be restored.", extra={"fields": fields})
+                asyncio.get_running_loop().call_later(_DISK_RETRY_S, self.wake)
+                return
         if not isinstance(exc, GradwireError):
             logger.error("Restoring a run failed.", extra={"fields": {"run_id": self._run_id}}, exc_info=exc)
         text = f"{self._run_id} is lost: {exc} A restart of the trainer tries again; else create a new run."

@@ -5,6 +5,7 @@ outcome is in the journal too.
 """
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import closing
@@ -206,9 +207,12 @@ class Run:
         if failure is not None:
             entry.failure = failure
             response = error_response(entry.seq_id, failure)
-            seq_id, kind, digest = entry.seq_id, entry.kind, entry.digest
-            self._journal.owe(lambda db: journal_file.insert_refused(db, seq_id, kind, digest, response))
-            self._answer(entry, response)
+            operation, digest = entry.operation, entry.digest
+            # Answered once its number is taken on disk, if there is any room at all.
+            self._journal.owe(
+                lambda db: journal_file.insert_refused(db, operation, digest, response),
+                lambda: self._answer(entry, response),
+            )
         elif entry.failure is not None:
             self.failed(entry, entry.failure)
         self.residence.send(entry)
@@ -254,8 +258,16 @@ class Run:
             with closing(journal_file.connect(self.folder)) as db:
                 return journal_file.read(db, operation.seq_id - 1, up_to=operation.seq_id)
 
-        exc = released
-        if self._deleted is None and (rows := await asyncio.to_thread(look)) and rows[0].answer:
+        exc, rows = released, list[Row]()
+        if self._deleted is None:
+            try:
+                rows = await asyncio.to_thread(look)
+            except (sqlite3.Error, OSError) as failed:
+                exc = error(
+                    "STORAGE_FAILED",
+                    f"Operation {operation.seq_id} was executed, but its answer cannot be read: {failed}.",
+                )
+        if rows and rows[0].answer:
             if rows[0].digest == operation.digest():
                 answered(rows[0].answer)
                 return

@@ -14,6 +14,7 @@ from gradwire.errors import GradwireError, error
 from trainer_service.adapter_path import copy_adapter
 from trainer_service.config import Durability
 from trainer_service.runs import journal
+from trainer_service.runs.disk import has_no_room
 from trainer_service.runs.journal import DamagedJournal, Record, Row, RunFolder
 from trainer_service.runs.journal_writer import Journal, JournalWriter
 
@@ -107,7 +108,11 @@ class RunStore:
         self._held.pop(run_id).close()
 
     def open_all(self, wanted: Callable[[Record], bool]) -> list[StoredRun]:
-        """Takes hold of the runs there are, oldest first, but for those others hold and those not wanted."""
+        """Takes hold of the runs there are, oldest first, but for those others hold and those not wanted.
+
+        Raises:
+            OSError: The disk is so full that a run's journal cannot be opened.
+        """
         found: list[StoredRun] = []
         for path in stored_run_folders(self._runs_dir):
             run = open_stored_run(path)
@@ -134,7 +139,11 @@ def stored_run_folders(runs_dir: Path) -> list[Path]:
 
 
 def open_stored_run(path: Path) -> StoredRun | None:
-    """A run; None where another trainer holds it, or where it cannot be read, which is told and left as it is."""
+    """A run; None where another trainer holds it, or where it cannot be read, which is told and left as it is.
+
+    Raises:
+        OSError: The disk is so full that it cannot be opened.
+    """
     try:
         folder = RunFolder(path)
     except BlockingIOError:
@@ -143,19 +152,37 @@ def open_stored_run(path: Path) -> StoredRun | None:
         logger.error("A run cannot be read.", extra={"fields": {"folder": path, "why": exc}})
         return None
     try:
-        with contextlib.closing(journal.connect(path)) as db:
-            if not journal.was_made(db):
-                # Its trainer died while it was being made, and nobody ever heard of it.
-                shutil.rmtree(path, ignore_errors=True)
-                folder.close()
-                return None
-            record = journal.read_record(db)
-            _, last, first_undone = journal.seq_ids(db)
-            undone: list[Row] = []
-            while chunk := journal.read(db, undone[-1].seq_id if undone else first_undone - 1):
-                undone += chunk
+        try:
+            stored = _read_stored_run(folder)
+        except (sqlite3.Error, OSError):
+            # Opening a journal may take a little room, which may have been there a moment too late.
+            if has_no_room(path):
+                journal.spend_reserve(path)
+            stored = _read_stored_run(folder)
     except (DamagedJournal, sqlite3.Error, OSError) as exc:
-        logger.error("A run's journal is damaged; it is left as it is.", extra={"fields": {"folder": path, "why": exc}})
         folder.close()
+        if has_no_room(path) and not isinstance(exc, DamagedJournal):
+            # Not passed over: its client would take it for gone.
+            raise OSError(
+                f"{path} cannot be opened, since its disk is full ({exc}); make room and start again"
+            ) from exc
+        logger.error("A run's journal is damaged; it is left as it is.", extra={"fields": {"folder": path, "why": exc}})
         return None
+    if stored is None:
+        # Its trainer died while it was being made, and nobody ever heard of it.
+        shutil.rmtree(path, ignore_errors=True)
+        folder.close()
+    return stored
+
+
+def _read_stored_run(folder: RunFolder) -> StoredRun | None:
+    """What a run's journal says; None where it was never made."""
+    with contextlib.closing(journal.connect(folder.path)) as db:
+        if not journal.was_made(db):
+            return None
+        record = journal.read_record(db)
+        _, last, first_undone = journal.seq_ids(db)
+        undone: list[Row] = []
+        while chunk := journal.read(db, undone[-1].seq_id if undone else first_undone - 1):
+            undone += chunk
     return StoredRun(folder, record, last + 1, undone)
