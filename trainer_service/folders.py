@@ -196,6 +196,19 @@ def whole_folder(
         raise
 
 
+def refuse_without_room(folder: Path, needed_bytes: int) -> None:
+    """Says at once that a folder cannot be written, before what goes into it is made.
+
+    Raises:
+        FailedPreconditionError: STORAGE_FAILED: the disk has less than that, and some.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(folder.parent, needed_bytes + SPARE_BYTES)
+    except OSError as exc:
+        raise _storage_failed(folder, str(exc)) from exc
+
+
 def settle(parent: Path) -> None:
     """Removes what a process left below `parent` that was killed while it wrote.
 

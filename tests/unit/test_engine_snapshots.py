@@ -1,6 +1,7 @@
 """Snapshots of a run on the worker: what goes on from one is what never stopped."""
 
 import threading
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,14 @@ from gradwire.v1.worker_service_pb2 import (
 )
 
 from tests.engines import BATCH, RUN, forward_backward, make_batch, make_engine
+from trainer_service import folders
+from trainer_service.config import SnapshotPolicy
 from trainer_service.engine.commands import Commands
 from trainer_service.engine.engine import Engine
+from trainer_service.engine.state_files import State
+from trainer_service.runs.snapshots import SnapshotClock
 
+DiskUsage = namedtuple("DiskUsage", "total used free")
 ADAM = AdamParams(learning_rate=1e-2)
 
 
@@ -170,3 +176,22 @@ def test_what_a_failure_did_is_done_again_without_executing_anything(driver: Dri
     assert engine.run_state(RUN).accumulation.failed_seq_id == 4
     answer = driver.command(request=TrainRequest(seq_id=5, optim_step=ops.OptimStepRequest()))
     assert "Operation 4 failed" in answer.response.error.message
+
+
+def test_a_snapshot_the_disk_has_no_room_for_is_refused_before_anything_is_copied(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    copied: list[object] = []
+    monkeypatch.setattr(State, "copied", copied.append)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: DiskUsage(total=1 << 30, used=1 << 30, free=0))
+    assert "MiB are needed, and 0 MiB are free" in driver.snapshot(tmp_path / "snapshot").done.error.message
+    assert copied == []
+
+
+def test_a_snapshot_that_failed_is_due_again_behind_the_next_step():
+    clock = SnapshotClock(SnapshotPolicy(every_steps=7, interval_s=0))
+    clock.taken()
+    clock.failed()
+    assert [clock.operation(kind) for kind in ("forward_backward", "optim_step")] == [False, True]
+    clock.taken()
+    assert [clock.operation("optim_step") for _ in range(7)] == [False] * 6 + [True]

@@ -11,6 +11,7 @@ from gradwire.errors import GradwireError, error
 
 from trainer_service.engine.run_state import RunState
 from trainer_service.engine.state_files import State, capture, open_state, write_state
+from trainer_service.folders import refuse_without_room
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +44,14 @@ class SnapshotWriter:
 
         Raises:
             OperationCancelledError: CANCELLED: the run holds graphs, which no snapshot can.
+            FailedPreconditionError: STORAGE_FAILED: the disk has no room for it; nothing was copied.
         """
         if run.graphs:
             text = f"No snapshot was taken of {run.run_id}: {len(run.graphs)} custom losses are under way."
             raise error("CANCELLED", text)
-        job = _Job(capture(run, gradients=True).copied(), folder, run.run_id, written)
+        state = capture(run, gradients=True)
+        refuse_without_room(folder, state.size_bytes)
+        job = _Job(state.copied(), folder, run.run_id, written)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
             self._thread.start()
@@ -92,7 +96,7 @@ def repeat_failure(run: RunState, *, seq_id: int, kind: str, reason: str, forwar
         reason: What it failed with.
         forward_seq_id: Of a backward: whose graph it named.
     """
-    if kind in ("forward_backward", "backward"):
+    if kind in ("forward_backward", "backward", "cancel"):
         run.taint(seq_id)
     if kind == "backward" and reason not in ("NO_HELD_GRAPH", "INVALID_FIELD", "STORAGE_FAILED"):
         run.drop_graphs("was used by an earlier backward; one forward serves one backward", [forward_seq_id])

@@ -29,6 +29,7 @@ class SnapshotClock:
         self._policy = policy
         self._steps = 0
         self._last_s = time.monotonic()
+        self._overdue = False
 
     def operation(self, kind: str) -> bool:
         """An operation was sent to the worker. Whether a snapshot is due right behind it."""
@@ -40,13 +41,19 @@ class SnapshotClock:
         if kind != "optim_step":
             # After a step there are no gradients and no graphs to keep. Where steps are very far apart, never mind.
             return interval_s > 0 and waited_s >= 3 * interval_s
+        if self._overdue:
+            return True
         self._steps += 1
         by_steps = 0 < self._policy.every_steps <= self._steps
         return by_steps or (interval_s > 0 and waited_s >= interval_s)
 
     def taken(self) -> None:
         """One is being taken."""
-        self._steps, self._last_s = 0, time.monotonic()
+        self._steps, self._last_s, self._overdue = 0, time.monotonic(), False
+
+    def failed(self) -> None:
+        """It was not: tried again behind the next step. One behind a load_state must not be missing for long."""
+        self._overdue = True
 
 
 def snapshot_folder(run_folder: Path, seq_id: int) -> Path:

@@ -75,6 +75,7 @@ class Snapshotter:
             if not isinstance(exc, GradwireError) or exc.reason not in ("WORKER_DIED", "WORKER_NOT_READY", "DRAINING"):
                 fields = {"run_id": self._run_id, "seq_id": seq_id, "why": exc}
                 logger.warning("No snapshot; the one before stays.", extra={"fields": fields})
+                self._clock.failed()
             return False
         finally:
             self._task = None
