@@ -24,6 +24,7 @@ from gradwire.errors import (
 from gradwire.order import Call, CallOrder, Operation
 from gradwire.transport import Connection
 from gradwire.v1 import trainer_service_pb2
+from gradwire.v1.operation_pb2 import CancelRequest
 from gradwire.v1.trainer_service_pb2 import AttachRequest, Limits, TrainRequest, TrainResponse
 
 logger = logging.getLogger("gradwire")
@@ -68,6 +69,7 @@ class RunStream:
         self._in_flight: dict[int, Operation] = {}
         self._in_flight_bytes = 0
         self._next_seq_id = 1
+        self._refused: dict[int, TrainRequest] = {}  # See _remember_refused.
         self._acked_sent = 0
         self._ack_timer: asyncio.TimerHandle | None = None
         self._ack_due = False
@@ -196,14 +198,19 @@ class RunStream:
     def _take_up(self, first: TrainResponse) -> None:
         """Agrees with the trainer on the next number."""
         expected = first.attached.next_seq_id
-        oldest = min(self._in_flight, default=self._next_seq_id)
-        if expected < oldest:
+        answered = [seq_id for seq_id in range(expected, self._next_seq_id) if seq_id not in self._in_flight]
+        if lost := [seq_id for seq_id in answered if seq_id not in self._refused]:
             raise error(
                 "RUN_LOST",
-                f"{self._run_id}: the trainer expects operation {expected}, but answered up to {oldest - 1} before: "
+                f"{self._run_id}: the trainer expects operation {expected}, but answered up to {max(lost)} before: "
                 "it lost part of the run. Create a new run.",
                 expected=expected,
             )
+        for seq_id in answered:
+            again = Operation(self._refused[seq_id], answered=lambda _: None, failed=lambda _: None)
+            self._in_flight[seq_id] = again
+            self._in_flight_bytes += again.size_bytes
+        self._in_flight = dict(sorted(self._in_flight.items()))
         # Beyond ours: another client used the run since; its numbers are taken.
         self._next_seq_id = max(self._next_seq_id, expected)
         self._attached = True
@@ -259,7 +266,21 @@ class RunStream:
             self._wake.set()
             if self._ack_timer is None:
                 self._ack_timer = asyncio.get_running_loop().call_later(_ACK_DELAY_S, self._acknowledge)
+            self._remember_refused(operation, response)
             operation.answered(response)
+
+    def _remember_refused(self, operation: Operation, response: TrainResponse) -> None:
+        """A trainer whose disk is so full that not even a refusal can be written down has forgotten it when it is
+        killed, and the number is free again: what then takes its place leaves on the run the mark of the refusal."""
+        if response.WhichOneof("result") != "error" or from_status(response.error).reason != "STORAGE_FAILED":
+            # Written down, and with it what was refused before.
+            if self._refused:
+                self._refused = {n: kept for n, kept in self._refused.items() if n > response.seq_id}
+            return
+        request = TrainRequest.FromString(operation.encode())
+        taint = request.WhichOneof("operation") in ("forward_backward", "backward") or request.cancel.taint
+        cancel = CancelRequest(forward_seq_ids=[response.seq_id], taint=taint)
+        self._refused[response.seq_id] = TrainRequest(seq_id=response.seq_id, cancel=cancel)
 
     def _acknowledge(self) -> None:
         self._ack_timer = None
