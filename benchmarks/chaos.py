@@ -1,11 +1,15 @@
 """Training loops under an adversary, each compared with the same loop undisturbed. Prints a table.
 
-    python benchmarks/chaos.py [--trials 100] [--at-once 4] [--faults 4] [--steps 40] [--seed 0]
+    python benchmarks/chaos.py [--trials 100] [--at-once 4] [--faults 5] [--kinds a,b] [--steps 40] [--seed 0]
 
-One trainer on a tiny random model serves all trials, some at once. A trial is a fresh run and a seeded loop (built-in
-and custom losses, accumulation, failing calls, saves, calls far ahead) while worker, trainer or both get SIGKILL and
-connections are cut and stalled at random instants, recoveries included. It counts as identical when every answer and,
-at the end, parameters and optimizer state are those of the undisturbed loop, bit for bit.
+One trainer on a tiny random model serves all trials, some at once. A trial is a fresh run (every fourth one LoRA) and a
+seeded loop (built-in and custom losses, accumulation, failing calls, saves, calls far ahead) while worker, trainer or
+both get SIGKILL, connections are cut and stalled and the disk gets full, at random instants, recoveries included. It
+counts as identical when every answer and, at the end, parameters and optimizer state, its own and a fork's, are those
+of the undisturbed loop, bit for bit. What a full disk refuses is called again, as a user would (tests/chaos.py, Loop).
+
+The disk that gets full is one of its own, in memory; without the right to mount one, run it as
+`unshare --user --map-root-user --mount python benchmarks/chaos.py`.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -34,7 +39,11 @@ from gradwire import ServiceClient
 
 from tests.chaos import FAULTS, Adversary, Loop, Trainer, left_behind, state_digests, undisturbed
 from tests.cut_proxy import cut_proxy
+from tests.full_disk import SmallDisk, small_disk
 from tests.tiny import make_tiny_llama
+
+DISK_BYTES = 384 << 20
+"""Of the disk that gets full."""
 
 
 def main() -> int:
@@ -42,26 +51,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--at-once", type=int, default=4, help="trials that share their faults")
-    parser.add_argument("--faults", type=int, default=4, help="at most, for trials at once")
+    parser.add_argument("--faults", type=int, default=5, help="at most, for trials at once")
+    parser.add_argument("--kinds", default=",".join(FAULTS), help="of faults; default: %(default)s")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps a trial")
     parser.add_argument("--seed", type=int, default=0, help="of the first trial")
     args = parser.parse_args()
     faults: collections.Counter[str] = collections.Counter()
-    answers = different = 0
+    counts = Counts()
     kills: list[float] = []
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make_tiny_llama(folder / "model")
-        with Trainer(model, folder, "--snapshot-steps", "7", "--max-runs", str(args.at_once)) as trainer:
+        with (
+            small_disk(folder / "disk", DISK_BYTES) as disk,
+            # Room for a fork.
+            Trainer(
+                model, folder, "--snapshot-steps", "7", "--max-runs", str(args.at_once + 1), data_dir=disk.path / "data"
+            ) as trainer,
+        ):
             for first in range(args.seed, args.seed + args.trials, args.at_once):
                 seeds = range(first, min(first + args.at_once, args.seed + args.trials))
-                done, told, wrong = trials(trainer, seeds, steps=args.steps, at_most=args.faults)
+                done, counted = trials(
+                    trainer, disk, seeds, steps=args.steps, kinds=tuple(args.kinds.split(",")), at_most=args.faults
+                )
                 faults.update(fault for _, fault in done)
                 kills += [at for at, fault in done if fault in ("worker", "trainer", "both")]
-                answers += told
-                different += wrong
-                outcome = f"{wrong} DIFFERENT" if wrong else "identical"
+                counts += counted
+                outcome = f"{counted.different} DIFFERENT" if counted.different else "identical"
                 told_faults = [fault for _, fault in done]
                 print(f"trials {seeds[0]} to {seeds[-1]}: {outcome}; {told_faults}", file=sys.stderr, flush=True)
             trainer.stop()
@@ -70,8 +87,9 @@ def main() -> int:
     kinds = ", ".join(f"{faults[fault]} {fault}" for fault in FAULTS)
     rows: list[tuple[str, ...]] = [
         ("what", "measured"),
-        ("trials, bit-identical / all", f"{args.trials - different} / {args.trials}"),
-        ("answers compared", str(answers)),
+        ("trials, bit-identical / all", f"{args.trials - counts.different} / {args.trials}"),
+        ("answers compared", str(counts.answers)),
+        ("calls refused on the full disk, and made again", str(counts.refused)),
         ("faults", f"{faults.total()}: {kinds}"),
         ("processes and half-written files left", str(len(left))),
         ("time", f"{(time.monotonic() - start) / 60:.0f} min"),
@@ -84,7 +102,7 @@ def main() -> int:
         for part, times in zip(PARTS, zip(*recoveries, strict=True), strict=False)
     ]
     print_table(parts)
-    return 1 if different or left else 0
+    return 1 if counts.different or left else 0
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
@@ -94,33 +112,61 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |", flush=True)
 
 
-def trials(trainer: Trainer, seeds: range, *, steps: int, at_most: int) -> tuple[list[tuple[float, str]], int, int]:
-    """Loops side by side. Returns the faults they had, how many answers were compared, and how many loops differed."""
-    wanted = [undisturbed(trainer, seed=seed, steps=steps) for seed in seeds]
+@dataclass(frozen=True)
+class Counts:
+    """What came of trials."""
+
+    answers: int = 0
+    """Compared."""
+    different: int = 0
+    """Trials."""
+    refused: int = 0
+    """Answers that were refusals, the disk being full."""
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*(one + another for one, another in zip(astuple(self), astuple(other), strict=True)))
+
+
+def trials(
+    trainer: Trainer, disk: SmallDisk, seeds: range, *, steps: int, kinds: tuple[str, ...], at_most: int
+) -> tuple[list[tuple[float, str]], Counts]:
+    """Loops side by side. Returns the faults they had, and what came of them."""
+    lora_ranks = [4 if seed % 4 == 3 else 0 for seed in seeds]
+    wanted = [
+        undisturbed(trainer, seed=seed, steps=steps, lora_rank=lora_rank)
+        for seed, lora_rank in zip(seeds, lora_ranks, strict=True)
+    ]
     with (
         cut_proxy(trainer.address) as proxy,
         ServiceClient(proxy.base_url, reconnect_timeout_s=300) as service,
         ThreadPoolExecutor(len(seeds)) as threads,
     ):
-        clients = [service.create_training_client() for _ in seeds]
+        clients = [service.create_training_client(lora_rank=lora_rank) for lora_rank in lora_ranks]
         loops = [Loop(client, seed=seed, steps=steps) for client, seed in zip(clients, seeds, strict=True)]
         adversary = Adversary(
-            trainer, proxy, seeds[0], FAULTS, lambda: sum(loop.answered for loop in loops), at_most=at_most
+            trainer, disk, proxy, seeds[0], kinds, lambda: sum(loop.answered for loop in loops), at_most=at_most
         )
         adversary.start()
         try:
             got = list(threads.map(lambda loop: loop.run(), loops))
         finally:
             adversary.stop()
-        wrong = 0
-        for seed, client, (answers, digests), disturbed in zip(seeds, clients, wanted, got, strict=True):
-            same = disturbed == answers and state_digests(trainer, client, "final") == digests
-            wrong += not (same and executed_once(trainer.data_dir / "runs" / client.run_id))
-            for number, (one, other) in enumerate(zip(disturbed, answers, strict=True)):
-                if one != other:
-                    print(f"trial {seed}, call {number}:\n  got    {one}\n  wanted {other}", file=sys.stderr)
+        counts = Counts()
+        for seed, client, loop, (answers, digests), told in zip(seeds, clients, loops, wanted, got, strict=True):
+            same = told == answers and state_digests(trainer.data_dir, client, "final") == digests
+            same = same and executed_once(trainer.data_dir / "runs" / client.run_id)
+            with client.fork() as fork:
+                same = same and state_digests(trainer.data_dir, fork, "fork") == digests
+                fork.delete_run()
+            for place, wanted_answer in answers.items():
+                if told[place] != wanted_answer:
+                    print(
+                        f"trial {seed}, call {place}:\n  got    {told[place]}\n  wanted {wanted_answer}",
+                        file=sys.stderr,
+                    )
+            counts = counts + Counts(answers=len(answers), different=not same, refused=loop.refused)
             client.delete_run()
-    return adversary.done, sum(len(answers) for answers, _ in wanted), wrong
+    return adversary.done, counts
 
 
 def executed_once(run_folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """A training loop, and an adversary that kills and cuts what it runs on; for tests and benchmarks/chaos.py."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -22,9 +23,10 @@ from gradwire.errors import GradwireError
 from gradwire.futures import APIFuture
 
 from tests.cut_proxy import CutProxy
+from tests.full_disk import FileLimit, SmallDisk
 from tests.trainer_process import descendants, wait_gone
 
-FAULTS = ("worker", "trainer", "both", "cut", "cut in a message", "stall")
+FAULTS = ("worker", "trainer", "both", "cut", "cut in a message", "stall", "full disk")
 ANSWER_S = 180.0
 """How long one answer may take, faults included."""
 
@@ -49,6 +51,10 @@ def margin_loss(data: list[Datum], logprobs_list: list[torch.Tensor]) -> tuple[t
 class Loop:
     """A seeded training loop: built-in and custom losses, accumulation, failures, saves, calls far ahead.
 
+    On a full disk calls are refused. The loop then does what a careful script does: it waits for all it called, since
+    calls behind a refused one may have been taken once there was room, loads the last state it saved, and goes on from
+    there. What it is told again must be what it was told the first time.
+
     Args:
         client: Of a fresh run.
         seed: Of its data.
@@ -59,27 +65,76 @@ class Loop:
         self._client = client
         self._seed = seed
         self._steps = steps
-        self._futures: list[APIFuture[Any]] = []
+        self._calls: list[tuple[Place, APIFuture[Any]]] = []
+        self._told: dict[Place, str] = {}
+        self._saved = (-1, "")
         self.answered = 0
-        """Answers so far."""
+        """Answers so far, refusals among them."""
+        self.refused = 0
+        """Of them, those that a full disk refused; what had to be called again for it counts as an answer."""
 
-    def run(self) -> list[str]:
-        """Every answer, in call order, as text with every digit."""
-        for number in range(self._steps):
-            self._step(number)
+    def run(self) -> dict["Place", str]:
+        """Every answer, by its place, as text with every digit."""
+        number = -1
+        while number < self._steps or self._calls:
+            if number < self._steps:
+                self._step(number)
+                number += 1
             # Up to three steps ahead of the answers.
-            while len(self._futures) - self.answered > 12:
-                self._wait_for_one()
-        while self.answered < len(self._futures):
-            self._wait_for_one()
-        return [_told(future) for future in self._futures]
+            if not self._wait_for(12 if number < self._steps and self._saved[1] else 0):
+                number = self._go_back()
+        return self._told
 
-    def _wait_for_one(self) -> None:
-        self._futures[self.answered].exception(ANSWER_S)
-        self.answered += 1
+    def _call(self, place: "Place", future: APIFuture[Any]) -> None:
+        self._calls.append((place, future))
+
+    def _wait_for(self, ahead: int) -> bool:
+        """Waits until at most `ahead` calls are unanswered. Whether none was refused."""
+        while len(self._calls) > ahead:
+            place, future = self._calls[0]
+            exc = future.exception(ANSWER_S)
+            self.answered += 1
+            if isinstance(exc, GradwireError) and exc.reason == "STORAGE_FAILED":
+                self.refused += 1
+                return False
+            del self._calls[0]
+            told = _told(future)
+            assert self._told.setdefault(place, told) == told, f"{place}: {told}, but before: {self._told[place]}"
+            if told == "saved":
+                self._saved = place[0], future.result(0)
+        return True
+
+    def _go_back(self) -> int:
+        """After a refusal: to the last state saved. The step to go on with."""
+        for _, future in self._calls:
+            future.exception(ANSWER_S)
+            self.answered += 1
+        self._calls.clear()
+        number, path = self._saved
+        while True:
+            time.sleep(0.2)
+            if not path:
+                return number
+            try:
+                self._client.load_state_with_optimizer(path).result(ANSWER_S)
+                return number + 1
+            except GradwireError as exc:
+                if exc.reason != "STORAGE_FAILED":
+                    raise
+                self.answered += 1
+                self.refused += 1
 
     def _step(self, number: int) -> None:
-        client, call = self._client, self._futures.append
+        client = self._client
+        if number < 0:
+            # What to go back to.
+            self._call((number, 0), client.save_state("start", overwrite=True))
+            return
+        places = itertools.count()
+
+        def call(future: APIFuture[Any]) -> None:
+            self._call((number, next(places)), future)
+
         seed = self._seed * 1000 + number * 10
         if number % 3 != 1:
             call(client.forward_backward(make_data(seed), "cross_entropy"))
@@ -93,15 +148,20 @@ class Loop:
         params = AdamParams(learning_rate=1e-2 / (1 + number), weight_decay=0.01, grad_clip_norm=1.0)
         call(client.optim_step(params, grad_accumulation_normalization="num_loss_tokens"))
         if number % 6 == 5:
-            call(client.save_state(f"at-{number}"))
+            call(client.save_state(f"at-{number}", overwrite=True))
+
+
+Place = tuple[int, int]
+"""Of a call: step, and number within the step."""
 
 
 def _told(future: APIFuture[Any]) -> str:
     try:
         answer = future.result(0)
     except GradwireError as exc:
-        # Sorted: a map has no order of its own on the wire.
-        return f"{exc.reason}: {sorted(exc.metadata.items())}"
+        # Sorted: a map has no order of its own on the wire. Numbers of operations shift when calls were refused.
+        metadata = {name: value for name, value in exc.metadata.items() if not name.endswith("seq_id")}
+        return f"{exc.reason}: {sorted(metadata.items())}"
     if hasattr(answer, "loss_fn_outputs"):
         logprobs = [output["logprobs"].to_numpy().tobytes() for output in answer.loss_fn_outputs]
         return f"{hashlib.sha256(b''.join(logprobs)).hexdigest()} {sorted(answer.metrics.items())!r}"
@@ -115,15 +175,16 @@ class Trainer:
 
     Args:
         model: Folder of its base model.
-        folder: Its data, log and ready file.
+        folder: Its log and ready file.
         *arguments: More of its command line.
+        data_dir: Its data; None keeps it in `folder`.
     """
 
-    def __init__(self, model: Path, folder: Path, *arguments: str) -> None:
+    def __init__(self, model: Path, folder: Path, *arguments: str, data_dir: Path | None = None) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
         self.log = folder / "trainer.log"
-        self.data_dir = folder / "data"
+        self.data_dir = data_dir or folder / "data"
         self._ready_file = folder / "ready.json"
         self._command = [sys.executable, "-m", "trainer_service", "trainer", "--base-model", str(model)]
         self._command += ["--listen", self.address, "--data-dir", str(self.data_dir)]
@@ -155,6 +216,10 @@ class Trainer:
             if b"trainer_service.engine" in command and b"torch.distributed.run" not in command:
                 found.append(pid)
         return found
+
+    def pids(self) -> list[int]:
+        """Its process and those below it."""
+        return [self.process.pid, *descendants(self.process.pid)]
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -191,6 +256,7 @@ class Adversary:
 
     Attributes:
         trainer: Its victim.
+        disk: What it fills, with the victim's data on it.
         proxy: Between client and trainer.
         seed: Of what it does and when.
         faults: What it may do, from FAULTS.
@@ -200,6 +266,7 @@ class Adversary:
     """
 
     trainer: Trainer
+    disk: SmallDisk | FileLimit
     proxy: CutProxy
     seed: int
     faults: tuple[str, ...]
@@ -225,12 +292,10 @@ class Adversary:
 
     def _run(self) -> None:
         rng = random.Random(self.seed)
-        order = [*self.faults]
-        rng.shuffle(order)
+        self._order = rng.sample(self.faults, len(self.faults))
         try:
             while not self._stop.is_set() and len(self.done) < self.at_most:
-                # Each kind once before chance alone decides.
-                self._do(order.pop() if order else rng.choice(self.faults), rng)
+                self._do(self._next(rng), rng)
                 if rng.random() < 0.7:
                     self._wait_for_progress(rng.randint(1, 12))
                     self._stop.wait(rng.uniform(0, 0.05))
@@ -239,6 +304,10 @@ class Adversary:
                     self._stop.wait(rng.uniform(0, 4))
         except BaseException as exc:
             self.failure = exc
+
+    def _next(self, rng: random.Random) -> str:
+        """Each kind once before chance alone decides."""
+        return self._order.pop() if self._order else rng.choice(self.faults)
 
     def _wait_for_progress(self, answers: int) -> None:
         wanted = self.progress() + answers
@@ -255,6 +324,8 @@ class Adversary:
             self.trainer.start()
         elif fault == "worker":
             self.trainer.kill_worker()
+        elif fault == "full disk":
+            self._fill_disk(rng)
         elif fault == "cut":
             self.proxy.cut()
         elif fault == "cut in a message":
@@ -262,11 +333,22 @@ class Adversary:
         else:
             self.proxy.stall(rng.uniform(0, 1))
 
+    def _fill_disk(self, rng: random.Random) -> None:
+        """For a moment, or until what was killed meanwhile may be back."""
+        self.disk.fill()
+        try:
+            self._stop.wait(rng.uniform(0, 1))
+            if (fault := self._next(rng)) != "full disk":
+                self._do(fault, rng)
+                self._stop.wait(rng.choice([0.5, 15]))
+        finally:
+            self.disk.free()
 
-def state_digests(trainer: Trainer, client: TrainingClient, name: str) -> dict[str, str]:
+
+def state_digests(data_dir: Path, client: TrainingClient, name: str) -> dict[str, str]:
     """Digests of a run's parameters and optimizer state, through a checkpoint."""
     client.save_state(name, overwrite=True).result(ANSWER_S)
-    manifest = trainer.data_dir / "checkpoints" / client.run_id / "state" / name / "manifest.json"
+    manifest = data_dir / "checkpoints" / client.run_id / "state" / name / "manifest.json"
     files = json.loads(manifest.read_text())["files"]
     return {name: files[name]["sha256"] for name in ("parameters.safetensors", "optimizer.safetensors")}
 
@@ -277,13 +359,15 @@ def left_behind(trainer: Trainer) -> list[str]:
     return partial + [str(path) for path in Path("/tmp").glob(f"gradwire-worker-{trainer.process.pid}-*")]
 
 
-def undisturbed(trainer: Trainer, *, seed: int, steps: int, lora_rank: int = 0) -> tuple[list[str], dict[str, str]]:
+def undisturbed(
+    trainer: Trainer, *, seed: int, steps: int, lora_rank: int = 0
+) -> tuple[dict[Place, str], dict[str, str]]:
     """What the loop's answers, and its final state, are when nothing happens."""
     with (
         ServiceClient(f"http://{trainer.address}") as service,
         service.create_training_client(lora_rank=lora_rank) as client,
     ):
         answers = Loop(client, seed=seed, steps=steps).run()
-        digests = state_digests(trainer, client, "final")
+        digests = state_digests(trainer.data_dir, client, "final")
         client.delete_run()
     return answers, digests
