@@ -2,14 +2,19 @@
 
 import random
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
-from gradwire.v1 import checkpoint_service_pb2, sampling_service_pb2, trainer_service_pb2
+from gradwire.v1 import checkpoint_service_pb2, sampling_service_pb2, trainer_job_service_pb2, trainer_service_pb2
 
+TRAINER = (trainer_service_pb2, checkpoint_service_pb2, sampling_service_pb2)
+"""What a trainer serves."""
+JOBS = (trainer_job_service_pb2,)
+"""What the control plane serves."""
 TIMEOUT_S = 60.0
 """From which on a call counts as hanging."""
 _SAMPLE_S = 1.0
@@ -29,9 +34,8 @@ _STRINGS = (
 )
 
 
-def methods() -> dict[str, Any]:
-    """Descriptors of every method of the public services, by path."""
-    files = (trainer_service_pb2, checkpoint_service_pb2, sampling_service_pb2)
+def methods(files: Iterable[Any]) -> dict[str, Any]:
+    """Descriptors of every method of the files' services, by path."""
     return {
         f"/{service.full_name}/{method.name}": method
         for file in files
@@ -120,7 +124,7 @@ class Frames:
             case FieldDescriptor.CPPTYPE_STRING if field.type == FieldDescriptor.TYPE_BYTES:
                 return rng.randbytes(rng.choice((0, 1, 4, 12, 64)))
             case FieldDescriptor.CPPTYPE_STRING:
-                path = f"gradwire://{self._run_id}/state/{rng.choice(_STRINGS)}"
+                path = f"gradwire://{self._run_id}/{rng.choice(('state', 'sampler_weights'))}/{rng.choice(_STRINGS)}"
                 return rng.choice((*_STRINGS, self._run_id, path))
             case FieldDescriptor.CPPTYPE_BOOL:
                 return rng.random() < 0.5
@@ -138,27 +142,38 @@ class Frames:
                 return rng.choice((0, 1, 2, 3, 7, 2**64 - 1))
 
 
-def send_frames(address: str, frames: Frames, count: int) -> Counter[str]:
+def send_frames(
+    address: str, frames: Frames, count: int, *, files: Iterable[Any] = TRAINER, api_key: str = ""
+) -> Counter[str]:
     """Sends frames over every method and the stream; how often each status came.
+
+    Args:
+        address: host:port of a server.
+        frames: What is sent.
+        count: How many, at least.
+        files: Whose services it serves.
+        api_key: That opens it.
 
     Raises:
         AssertionError: A call hung, or was answered INTERNAL or UNKNOWN.
     """
     seen: Counter[str] = Counter()
-    known = methods()
+    known = methods(files)
+    streams = [_TRAIN] * 6 if _TRAIN in known else []
+    metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
     # Not grpc.aio, whose calls report a write that comes too late as INTERNAL in place of the status that came.
     with grpc.insecure_channel(address) as channel:
         while sum(seen.values()) < count:
-            path = frames.rng.choice([*known, *[_TRAIN] * 6])
+            path = frames.rng.choice([*known, *streams])
             if path == _TRAIN:
                 sent = [
                     frames.attach(),
                     *(frames.frame(known[path].input_type) for _ in range(frames.rng.randrange(6))),
                 ]
-                code = _stream(channel, sent)
+                code = _stream(channel, sent, metadata)
             else:
                 sent = [frames.frame(known[path].input_type)]
-                code = _call(channel, path, known[path].server_streaming, sent[0])
+                code = _call(channel, path, known[path].server_streaming, sent[0], metadata)
             said = f"{path} answered {code} to {[frame.hex() for frame in sent]}"
             assert not code.startswith(("INTERNAL", "UNKNOWN")), said
             assert code != "DEADLINE_EXCEEDED" or path.endswith("/Sample"), said
@@ -166,21 +181,22 @@ def send_frames(address: str, frames: Frames, count: int) -> Counter[str]:
     return seen
 
 
-def _call(channel: grpc.Channel, path: str, streams: bool, frame: bytes) -> str:
+def _call(channel: grpc.Channel, path: str, streams: bool, frame: bytes, metadata: Any) -> str:
+    timeout_s = _SAMPLE_S if path.endswith("/Sample") else TIMEOUT_S
     try:
         if not streams:
-            channel.unary_unary(path)(frame, timeout=TIMEOUT_S)
+            channel.unary_unary(path)(frame, timeout=timeout_s, metadata=metadata)
             return "OK"
-        for _ in channel.unary_stream(path)(frame, timeout=_SAMPLE_S if path.endswith("/Sample") else TIMEOUT_S):
+        for _ in channel.unary_stream(path)(frame, timeout=timeout_s, metadata=metadata):
             pass
     except grpc.RpcError as exc:
         return _code(exc)
     return "OK"
 
 
-def _stream(channel: grpc.Channel, sent: list[bytes]) -> str:
+def _stream(channel: grpc.Channel, sent: list[bytes], metadata: Any) -> str:
     try:
-        for _ in channel.stream_stream(_TRAIN)(iter(sent), timeout=TIMEOUT_S):
+        for _ in channel.stream_stream(_TRAIN)(iter(sent), timeout=TIMEOUT_S, metadata=metadata):
             pass
     except grpc.RpcError as exc:
         return _code(exc)

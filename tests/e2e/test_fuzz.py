@@ -14,8 +14,10 @@ def test_every_frame_is_answered_with_a_status_and_a_step_works_after_all(
     trainer: TrainerProcess, service: ServiceClient
 ):
     before = {run["run_id"] for run in service.list_runs()}
-    client = service.create_training_client()
+    # With an adapter, a state and a name that frames find, for forks, loads and runs that start from it.
+    client = service.create_training_client(lora_rank=2)
     client.save_state("a").result(60)
+    client.save_weights_for_sampler("a").result(60)
     worker = trainer.worker_pid()
     run_id = client.run_id
     client.close()

@@ -27,6 +27,7 @@ from gradwire.v1.trainer_job_service_pb2 import CreateTrainerJobRequest
 from gradwire.v1.trainer_job_service_pb2_grpc import TrainerJobServiceStub
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.frames import JOBS, Frames, send_frames
 from tests.jobs_process import API_KEY, running_jobs
 from tests.trainer_process import descendants, wait_gone
 
@@ -238,3 +239,10 @@ def test_trainers_end_with_the_control_plane(tmp_path: Path, how: str):
             process.send_signal(signal.SIGKILL if how == "sigkill" else signal.SIGTERM)
         assert process.wait(20) == (-signal.SIGKILL if how == "sigkill" else 0)
         assert wait_gone(below) == []
+
+
+def test_frames_no_client_would_send_are_answered_with_a_status(manager: TrainerJobManager, base_url: str):
+    job = manager.create_and_wait(TrainerJobConfig("quick"))
+    seen = send_frames(base_url.removeprefix("http://"), Frames(1, job.job_id), 80, files=JOBS, api_key=API_KEY)
+    assert {"OK", "INVALID_ARGUMENT", "NOT_FOUND"} <= set(seen)
+    assert manager.get(manager.create_and_wait(TrainerJobConfig("quick")).job_id).state == "ready"

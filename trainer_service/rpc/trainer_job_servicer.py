@@ -9,6 +9,7 @@ from gradwire.v1.trainer_job_service_pb2_grpc import TrainerJobServiceServicer
 from trainer_service.jobs.trainer_job import TrainerJob, TrainerJobs, TrainerJobSpec
 
 _MAX_NAME_LENGTH = 100
+_MAX_PATH_LENGTH = 4096
 
 
 class TrainerJobServicer(TrainerJobServiceServicer):
@@ -44,6 +45,13 @@ def read_spec(request: pb.CreateTrainerJobRequest) -> TrainerJobSpec:
     """
     if not request.base_model.strip():
         raise invalid_field("base_model", "is empty; it must be a hub id or a folder on the control plane's host.")
+    if len(request.base_model) > _MAX_PATH_LENGTH or not request.base_model.isprintable():
+        # It goes onto a command line.
+        raise invalid_field(
+            "base_model",
+            f"has {len(request.base_model)} characters, or some that do not print; it must be at most "
+            f"{_MAX_PATH_LENGTH} printable characters.",
+        )
     if len(request.display_name) > _MAX_NAME_LENGTH or not request.display_name.isprintable():
         raise invalid_field(
             "display_name",
