@@ -339,3 +339,26 @@ def test_peft_itself_makes_what_is_refused_here_as_it_should() -> None:
         if name not in _FREE and getattr(config, name) and getattr(config, name) != _default(field)
     ]
     assert changed == []
+
+
+def test_a_learning_rate_moves_an_adapter_of_a_bfloat16_model_by_just_that(tmp_path: Path):
+    """In bfloat16, 1e-3 would be 0.00099945."""
+    folder = make_tiny_llama(tmp_path / "model")
+    model: Any = load_plain(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    engine = lora_engine(folder, tmp_path / "checkpoints", lora=ALL)
+    before = {name: parameter.detach().clone() for name, parameter in adapter(engine, "lora").items()}
+    engine.forward_backward("lora", 1, make_batch(5, 9), CROSS_ENTROPY)
+    engine.optim_step("lora", 2, AdamParams(learning_rate=1e-3))
+    run = engine.run_state("lora")
+    moved = 0
+    for name, parameter in adapter(engine, "lora").items():
+        moments = run.optimizer.state_of(parameter)
+        assert {parameter.dtype, *(tensor.dtype for tensor in moments.values())} == {torch.float32}
+        # AdamW's first step goes by the learning rate, whatever the gradient, but for eps. B begins as 0.
+        if ".lora_B" in name:
+            assert not before[name].any()
+            steps = parameter.detach().abs()
+            torch.testing.assert_close(steps[steps > 0], torch.full_like(steps[steps > 0], 1e-3), rtol=1e-5, atol=0)
+            moved += int((steps > 0).sum())
+    assert moved > 100

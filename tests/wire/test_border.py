@@ -8,14 +8,15 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from gradwire.errors import GradwireError, from_rpc_error
+from gradwire import ServiceClient, service_client
+from gradwire.errors import FailedPreconditionError, GradwireError, from_rpc_error
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.tensor_pb2 import Tensor
 from gradwire.v1.trainer_service_pb2 import AttachRequest, CreateRunRequest, GetServerInfoRequest, TrainRequest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.fakes import FrontEnd, Stream, front_end
+from tests.fakes import FrontEnd, Stream, front_end, front_end_on_a_thread
 from trainer_service.config import Limits
 from trainer_service.runs.registry import Runs
 
@@ -225,3 +226,17 @@ async def test_metrics_count_calls_operations_and_what_the_worker_counts():
 def _read(url: str) -> str:
     with urllib.request.urlopen(url, timeout=5) as response:
         return response.read().decode()
+
+
+def test_the_sdk_refuses_a_trainer_of_another_protocol_version_naming_both(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(service_client, "PROTOCOL_VERSION", 2)
+    with (
+        front_end_on_a_thread() as trainer,
+        ServiceClient(f"http://{trainer.address}") as service,
+        pytest.raises(
+            FailedPreconditionError, match=r"speaks protocol version 2, but the trainer .* speaks 1 to 1"
+        ) as no,
+    ):
+        service.create_training_client()
+    assert no.value.reason == "PROTOCOL_VERSION_UNSUPPORTED"
+    assert trainer.worker.executed == []
