@@ -67,6 +67,9 @@ class EngineSettings:
     max_held_graph_bytes: int = 0
     """Most that graphs of custom losses may hold; beyond it the oldest are dropped and computed again at their
     backward. 0 decides from memory."""
+    max_device_adapter_bytes: int = 0
+    """Most that adapters of LoRA runs may hold on the device, gradients and optimizer state included; beyond it those
+    unused longest wait in the host's memory. 0 decides from memory; on the CPU, where it is the same, all stay."""
     activation_checkpointing: Checkpointing = "auto"
     """Whether backward computes activations again instead of having them held; "auto" does so for forwards that would
     not fit otherwise."""
@@ -85,6 +88,12 @@ class EngineSettings:
             "--max-held-graph-bytes", type=int, default=0, help="held for custom losses; 0 decides from memory"
         )
         parser.add_argument(
+            "--max-device-adapter-bytes",
+            type=int,
+            default=0,
+            help="beyond it idle adapters wait in host memory; 0 decides from memory",
+        )
+        parser.add_argument(
             "--activation-checkpointing",
             choices=("auto", "on", "off"),
             default="auto",
@@ -99,7 +108,7 @@ class EngineSettings:
             SettingsError: A number below 0.
         """
         settings = cls(**{item.name: getattr(arguments, item.name) for item in fields(cls)})
-        for name in ("max_pack_tokens", "max_held_graph_bytes"):
+        for name in ("max_pack_tokens", "max_held_graph_bytes", "max_device_adapter_bytes"):
             if getattr(settings, name) < 0:
                 option = f"--{name.replace('_', '-')}"
                 raise SettingsError(f"{option} is {getattr(settings, name)}; it must be at least 0.")

@@ -213,5 +213,6 @@ def test_torchrun_starts_the_engine_with_its_settings():
         *("--compute-dtype", "auto"),
         *("--max-pack-tokens", "0"),
         *("--max-held-graph-bytes", "0"),
+        *("--max-device-adapter-bytes", "0"),
         *("--activation-checkpointing", "auto"),
     ]

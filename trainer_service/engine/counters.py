@@ -27,6 +27,8 @@ class Counters:
     """Forwards done again at the backward, since holding their graphs would have passed the budget."""
     runs: int = 0
     """Runs held now."""
+    adapters_in_host_memory: int = 0
+    """Adapters of those that wait there for their run's next operation."""
     busy_seconds_total: float = 0.0
     """Time spent executing operations."""
 

@@ -31,6 +31,7 @@ from trainer_service.engine.models.probe import find_traits
 from trainer_service.engine.models.runner import prepare
 from trainer_service.engine.new_runs import NewRuns
 from trainer_service.engine.passes import ForwardResult, Passes, Staged
+from trainer_service.engine.residency import Residency
 from trainer_service.engine.run_state import HeldGraph, RunState
 from trainer_service.engine.snapshots import restore_snapshot
 
@@ -93,6 +94,7 @@ class Engine:
         prepare(first, self.traits)
         self._new_runs = NewRuns(base_model, first=first, load=self._load_base, forward=self._try_forward)
         self._runs: dict[str, RunState] = {}
+        self._residency = Residency(self.memory.max_device_adapter_bytes, self.counters)
         self.before_change: Callable[[PreTrainedModel], object] = lambda model: None
         """Called before the parameters of a model change: somebody may be reading them."""
 
@@ -131,7 +133,8 @@ class Engine:
                 return self._new_runs.from_adapter(run_id, Path(adapter))
             return self._new_runs.lora(run_id, lora) if lora else self._new_runs.full(run_id)
 
-        self._runs[run_id] = self._attempt(make, what=f"a run's {self.model.num_parameters} parameters")
+        what = "an adapter" if lora or adapter else f"a run's {self.model.num_parameters} parameters"
+        self._runs[run_id] = self._attempt(make, what=what)
         self._count_held()
 
     def restore_run(self, run_id: str, snapshot_folder: Path) -> None:
@@ -152,6 +155,7 @@ class Engine:
         """Frees a run's memory; its exports stay. A run that is not there is passed over."""
         if self._runs.pop(run_id, None) is not None:
             self._new_runs.deleted(run_id)
+            self._residency.forget(run_id)
             self.device.release_cached_memory()
             self._count_held()
 
@@ -205,7 +209,7 @@ class Engine:
             FailedPreconditionError: NON_FINITE: the loss is NaN or infinite.
             DeviceOutOfMemoryError: As it says.
         """
-        run = self._run(run_id)
+        run = self._run(run_id, taints=seq_id)
 
         def work() -> ForwardResult:
             staged = batch if isinstance(batch, Staged) else self._passes.stage(batch, loss)
@@ -227,7 +231,7 @@ class Engine:
             InvalidArgumentError: Gradients not shaped as the logprobs; the graph stays held.
             DeviceOutOfMemoryError: As it says. Whatever is raised taints the accumulation.
         """
-        run = self._run(run_id)
+        run = self._run(run_id, taints=seq_id)
         work = lambda: self._passes.backward(run, forward_seq_id=forward_seq_id, gradients_TK=gradients_TK)  # noqa: E731
         try:
             return self._attempt(work, what=f"the backward of forward {forward_seq_id}", taints=(run, seq_id))
@@ -344,8 +348,10 @@ class Engine:
         return step
 
     def live_model(self, run_id: str) -> PreTrainedModel:
-        """A run's own model, for measurements and tests that look inside."""
-        return self._run(run_id).model
+        """A run's own model, to be read until it changes; see before_change."""
+        run = self._run(run_id)
+        run.being_read = True
+        return run.model
 
     def run_state(self, run_id: str) -> RunState:
         """What is held for a run, for the thread that calls the verbs.
@@ -369,11 +375,15 @@ class Engine:
     def _will_change(self, run: RunState) -> None:
         self._new_runs.will_change(run)
         self.before_change(run.model)
+        run.being_read = False
 
-    def _run(self, run_id: str) -> RunState:
+    def _run(self, run_id: str, *, taints: int | None = None) -> RunState:
+        """A run, all of it on the device; `taints` is the pass that has failed if it does not fit."""
         run = self._runs.get(run_id)
         if run is None:
             raise error("RUN_NOT_FOUND", f'The worker holds no run "{run_id}".', run_id=run_id)
+        failed = None if taints is None else (run, taints)
+        self._attempt(lambda: self._residency.use(run), what="an adapter that was in host memory", taints=failed)
         return run
 
     def _attempt(self, work: Callable[[], T], *, what: str, taints: tuple[RunState, int] | None = None) -> T:

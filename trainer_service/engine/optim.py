@@ -69,6 +69,10 @@ class AdamW:
         """Takes over what state_of gave, on the parameter's device."""
         self._optimizer.state[parameter] = dict(state)
 
+    def drop_state_of(self, parameter: nn.Parameter) -> None:
+        """Forgets what state_of gives, to be loaded again before the parameter's next step."""
+        self._optimizer.state.pop(parameter, None)
+
     def clear_state(self) -> None:
         """Starts afresh."""
         self._optimizer.state.clear()

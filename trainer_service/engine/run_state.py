@@ -91,6 +91,8 @@ class RunState:
     """Of a LoRA run: peft's view of `model`."""
     step: int = 0
     """Optimizer steps applied."""
+    being_read: bool = False
+    """Whether somebody else may be reading its parameters where they are."""
     saving_seq_id: int = 0
     """The operation that saves it now; a checkpoint remembers which made it."""
     accumulation: Accumulation = field(default_factory=Accumulation)
