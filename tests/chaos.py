@@ -178,12 +178,16 @@ class Trainer:
         folder: Its log and ready file.
         *arguments: More of its command line.
         data_dir: Its data; None keeps it in `folder`.
+        threads: Of its worker.
     """
 
-    def __init__(self, model: Path, folder: Path, *arguments: str, data_dir: Path | None = None) -> None:
+    def __init__(
+        self, model: Path, folder: Path, *arguments: str, data_dir: Path | None = None, threads: str = "1"
+    ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
         self.log = folder / "trainer.log"
+        self._threads = threads
         self.data_dir = data_dir or folder / "data"
         self._ready_file = folder / "ready.json"
         self._command = [sys.executable, "-m", "trainer_service", "trainer", "--base-model", str(model)]
@@ -196,7 +200,7 @@ class Trainer:
         """Starts it, and returns once it listens."""
         self._ready_file.unlink(missing_ok=True)
         with self.log.open("ab") as out:
-            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            env = {**os.environ, "OMP_NUM_THREADS": self._threads}
             self.process = subprocess.Popen(self._command, stdout=out, stderr=out, env=env)
         deadline = time.monotonic() + 60
         while not self._ready_file.exists():

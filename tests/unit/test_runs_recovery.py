@@ -14,6 +14,7 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest
 
 from tests.fakes import FakeWorker
 from trainer_service.config import Durability, Limits, Retention, SnapshotPolicy
+from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
@@ -286,3 +287,25 @@ async def test_a_damaged_journal_is_told_and_left_as_it_is(tmp_path: Path, caplo
         assert len(runs) == 1
     assert "A run's journal is damaged" in caplog.text
     assert (run.folder / "journal.sqlite").read_bytes() == b"garbage" * 1000
+
+
+async def test_a_snapshot_under_way_prunes_no_journal_of_a_run_that_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pruned: list[int] = []
+    monkeypatch.setattr(Journal, "prune", lambda journal, *, snapshot_seq_id: pruned.append(snapshot_seq_id))
+    worker = FakeWorker()
+    async with trainer(tmp_path, worker, durability=EVERY_2_STEPS) as runs:
+        run = await runs.create(CreateRunRequest())
+        await run.execute(step(1))
+        worker.gate.clear()
+        run.submit(step(2), lambda answer: None)
+        # The step and the snapshot behind it, and then the deletion.
+        await asyncio.wait_for(worker.has_waiting(2), 5)
+        deleting = asyncio.create_task(runs.delete(run.run_id))
+        await asyncio.wait_for(worker.has_waiting(3), 5)
+        worker.gate.set()
+        await asyncio.wait_for(deleting, 5)
+        await asyncio.sleep(0.1)
+        assert not run.folder.exists()
+    assert pruned == []

@@ -159,7 +159,8 @@ class Residence:
         newest = next(iter(list_snapshots(self._journal.folder)), None)
         at_its_beginning = seq_id == 0 and not self._record.parent_run_id
         if not at_its_beginning and (newest is None or newest.seq_id != seq_id):
-            await self._snapshotter.take(seq_id)
+            # Not awaited itself: it is cancelled when the run is deleted meanwhile.
+            await asyncio.wait({self._snapshotter.take(seq_id)})
             newest = next(iter(list_snapshots(self._journal.folder)), None)
             if newest is None or newest.seq_id != seq_id:
                 return False
@@ -182,6 +183,7 @@ class Residence:
     async def close(self, gone: GradwireError) -> None:
         """The run is deleted; whatever waits fails with `gone`, but for what the worker has already begun."""
         self._closed = True
+        self._snapshotter.cancel()
         known = self.live or self._restoring is not None
         if not self.live:
             self._give_up(gone)
