@@ -1,9 +1,11 @@
 """Loading models, and exports that plain transformers loads."""
 
 import errno
+import gc
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +180,18 @@ def test_what_a_killed_worker_left_is_cleared_and_what_it_moved_comes_back(tiny_
     (folder / ".partial-a-0123").mkdir()
     engine.save_weights_for_sampler(RUN, "b")
     assert sorted(path.name for path in folder.iterdir()) == ["a", "b"]
+
+
+def test_a_deleted_run_s_parameters_go_at_once(tiny_llama: Path, tmp_path: Path) -> None:
+    """Not when Python next looks for cycles: until then a large model's would not fit beside the next one's."""
+    engine = make_engine(tiny_llama, tmp_path / "checkpoints")
+    forward_backward(engine)
+    engine.optim_step(RUN, 1, AdamParams())
+    alive = weakref.WeakSet(engine.run_state(RUN).trained_parameters().values())
+    assert alive
+    gc.disable()
+    try:
+        engine.delete_run(RUN)
+        assert not list(alive)
+    finally:
+        gc.enable()

@@ -16,18 +16,15 @@ def add_rows_in_place(model: nn.Module) -> None:
     table: Any = getattr(model, "get_input_embeddings", lambda: None)()
     # Subclasses scale or otherwise change what they look up; options other than these change the gradient.
     if type(table) is nn.Embedding and table.max_norm is None and not table.scale_grad_by_freq and not table.sparse:
-        table.forward = _Lookup(table)
+        # Its class, not its `forward`: that would hold it, and a table in a cycle outlives its model.
+        table.__class__ = _Table
 
 
-class _Lookup:
-    def __init__(self, table: nn.Embedding) -> None:
-        self._table = table
-
-    def __call__(self, input: Tensor) -> Tensor:
-        weight = self._table.weight
-        if not (weight.requires_grad and torch.is_grad_enabled()):
-            return F.embedding(input, weight)
-        found = _Rows.apply(weight, input, self._table)
+class _Table(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.weight.requires_grad and torch.is_grad_enabled()):
+            return F.embedding(input, self.weight)
+        found = _Rows.apply(self.weight, input, self)
         assert isinstance(found, Tensor)
         return found
 
