@@ -13,33 +13,21 @@ Tensors stream: one is never held twice, and on the way from a device to the dis
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from gradwire.errors import GradwireError, error
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Parameter
 
 from trainer_service.engine.run_state import Accumulation, RunState
-from trainer_service.folders import DigestedFile, Manifest, damaged, read_manifest, verify, whole_folder
+from trainer_service.engine.tensor_files import DTYPES, read_tensors, write_tensors
+from trainer_service.folders import Manifest, damaged, read_manifest, verify, whole_folder
 
-_CHUNK_BYTES = 8 << 20
 _COUNTERS = "state.json"
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
-"""As safetensors names them."""
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -126,7 +114,7 @@ def write_state(state: State, folder: Path, *, about: Mapping[str, Any], overwri
         for name, tensors in state._groups().items():
             if tensors:
                 with writer.create(f"{name}.safetensors") as file:
-                    _write_tensors(file, tensors)
+                    write_tensors(file, tensors)
         with writer.create(_COUNTERS) as file:
             file.write(json.dumps(state.counters, indent=2).encode())
     return writer.size_bytes
@@ -167,57 +155,59 @@ class StateFiles:
             DataLossError: CHECKPOINT_DAMAGED.
         """
         trained = run.trained_parameters()
-        with ExitStack() as stack:
-            files = {name: self._open(name, stack) for name in ("parameters", "optimizer", "gradients", "rng")}
-            self._check_parameters(files["parameters"], trained)
-            for name in ("optimizer", "gradients"):
-                self._check_like_parameters(name, files[name], trained)
-            with torch.no_grad():
-                for name, parameter in trained.items():
-                    parameter.copy_(files["parameters"].get_tensor(name))
-            run.clear_gradients()
-            run.drop_graphs("was dropped when a state was loaded")
-            run.optimizer.clear_state()
-            run.step = self.step
-            if optimizer:
-                for name, parameter in trained.items():
-                    _load_moments(run, name, parameter, files["optimizer"])
-            if gradients:
-                for name in files["gradients"].keys():  # noqa: SIM118  (safetensors' reader is no mapping)
-                    trained[name].grad = files["gradients"].get_tensor(name).to(trained[name].device, copy=True)
-                run.accumulation = Accumulation(**self.counters["accumulation"])
-            if rng:
-                _load_rng(files["rng"])
+        parameters, moments, accumulated = (self._read(name) for name in ("parameters", "optimizer", "gradients"))
+        generators = self._read("rng")
+        self._check_parameters(parameters, trained)
+        self._check_like_parameters("optimizer", moments, trained)
+        self._check_like_parameters("gradients", accumulated, trained)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(parameters[name])
+        run.clear_gradients()
+        run.drop_graphs("was dropped when a state was loaded")
+        run.optimizer.clear_state()
+        run.step = self.step
+        if optimizer:
+            for name, parameter in trained.items():
+                _load_moments(run, name, parameter, moments)
+        if gradients:
+            for name, gradient in accumulated.items():
+                trained[name].grad = gradient.to(trained[name].device, copy=True)
+            run.accumulation = Accumulation(**self.counters["accumulation"])
+        if rng:
+            _load_rng(generators)
 
-    def _open(self, name: str, stack: ExitStack) -> Any:
+    def _read(self, name: str) -> dict[str, Tensor]:
+        """Tensors of a group, as views of its file; none where there is no file since it would have been empty."""
         file = f"{name}.safetensors"
         if file not in self.manifest.files:
-            return _NoTensors()
+            return {}
         try:
-            return stack.enter_context(safe_open(self.folder / file, framework="pt"))  # pyright: ignore[reportArgumentType]
-        except (OSError, SafetensorError) as exc:
+            return read_tensors(self.folder / file)
+        except OSError as exc:
             raise damaged(self.folder.name, file, f"cannot be read: {exc}") from exc
+        except ValueError as exc:
+            raise damaged(self.folder.name, file, str(exc)) from exc
 
-    def _check_parameters(self, file: Any, trained: Mapping[str, Tensor]) -> None:
-        stored, wanted = set(file.keys()), set(trained)
+    def _check_parameters(self, tensors: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
+        stored, wanted = set(tensors), set(trained)
         if missing := sorted(wanted - stored):
             raise self._mismatch(f"it lacks {len(missing)} of the parameters this run trains, {missing[0]} for one")
         if unknown := sorted(stored - wanted):
             raise self._mismatch(f"it has {len(unknown)} parameters this run does not train, {unknown[0]} for one")
         for name, parameter in trained.items():
-            self._check_tensor("parameters", name, file.get_slice(name), parameter)
+            self._check_tensor("parameters", name, tensors[name], parameter)
 
-    def _check_like_parameters(self, group: str, file: Any, trained: Mapping[str, Tensor]) -> None:
-        for key in file.keys():  # noqa: SIM118
-            moment, name = key.split(".", 1) if group == "optimizer" else ("", key)
+    def _check_like_parameters(self, group: str, tensors: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
+        for key, tensor in tensors.items():
+            moment, _, name = key.partition(".") if group == "optimizer" else ("", "", key)
             if name not in trained or (group == "optimizer" and moment not in _MOMENTS):
                 raise damaged(self.folder.name, f"{group}.safetensors", f"has an unknown tensor {key!r}")
             like = torch.empty(()) if moment == "step" else trained[name]
-            self._check_tensor(group, key, file.get_slice(key), like)
+            self._check_tensor(group, key, tensor, like)
 
-    def _check_tensor(self, group: str, key: str, stored: Any, like: Tensor) -> None:
-        got = stored.get_dtype(), list(stored.get_shape())
-        wanted = _DTYPES[like.dtype], list(like.shape)
+    def _check_tensor(self, group: str, key: str, stored: Tensor, like: Tensor) -> None:
+        got, wanted = ((DTYPES[tensor.dtype], list(tensor.shape)) for tensor in (stored, like))
         if got != wanted:
             what = f"{key} of {group} is {got[0]} {got[1]}, and this run needs {wanted[0]} {wanted[1]}"
             raise self._mismatch(what)
@@ -249,50 +239,17 @@ def open_state(folder: Path) -> StateFiles:
     return StateFiles(folder, manifest, counters)
 
 
-class _NoTensors:
-    """Stands for a file that is not there because it would have been empty."""
-
-    def keys(self) -> list[str]:
-        return []
-
-
-def _write_tensors(file: DigestedFile, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file; its own writer takes all tensors at once, on the host, in memory."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    # The format wants tensors to begin at a multiple of 8.
-    encoded += b" " * (-len(encoded) % 8)
-    file.write(len(encoded).to_bytes(8, "little") + encoded)
-    for tensor in tensors.values():
-        for chunk in _chunks(tensor.detach()):
-            file.write(chunk)
-
-
-def _chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """A tensor's bytes, row-major and (as every machine torch runs on) little-endian."""
-    flat = tensor.reshape(-1)
-    length = max(1, _CHUNK_BYTES // tensor.element_size())
-    for start in range(0, flat.numel(), length):
-        chunk: Any = flat[start : start + length].cpu().view(torch.uint8).numpy()
-        yield memoryview(chunk)
-
-
-def _load_moments(run: RunState, name: str, parameter: Parameter, file: Any) -> None:
-    stored = {moment: f"{moment}.{name}" for moment in _MOMENTS if f"{moment}.{name}" in file.keys()}  # noqa: SIM118
+def _load_moments(run: RunState, name: str, parameter: Parameter, tensors: Mapping[str, Tensor]) -> None:
+    stored = {moment: tensors[key] for moment in _MOMENTS if (key := f"{moment}.{name}") in tensors}
     if stored:
-        # A copy: what safetensors returns is a view of the file.
+        # Copies, since these are views of the file.
         run.optimizer.load_state_of(
-            parameter, {moment: file.get_tensor(key).to(parameter.device, copy=True) for moment, key in stored.items()}
+            parameter, {moment: tensor.to(parameter.device, copy=True) for moment, tensor in stored.items()}
         )
 
 
-def _load_rng(file: Any) -> None:
-    names = file.keys()
-    if "cpu" in names:
-        torch.set_rng_state(file.get_tensor("cpu").clone())
-    if "cuda" in names and torch.cuda.is_available():
-        torch.cuda.set_rng_state(file.get_tensor("cuda").clone())
+def _load_rng(tensors: Mapping[str, Tensor]) -> None:
+    if "cpu" in tensors:
+        torch.set_rng_state(tensors["cpu"].clone())
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"].clone())

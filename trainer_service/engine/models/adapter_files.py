@@ -10,12 +10,12 @@ import torch
 from gradwire.errors import GradwireError, invalid_field
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainer_service.adapter_path import CONFIG, WEIGHTS
 from trainer_service.engine.models.lora import ADAPTER, Targets, inner, lora_layers, wrap
+from trainer_service.engine.tensor_files import read_tensors
 from trainer_service.folders import whole_folder
 
 _FREE = {
@@ -122,9 +122,11 @@ def _read_config(folder: Path) -> LoraConfig:
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     try:
-        weights = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as exc:
+        weights = read_tensors(folder / WEIGHTS)
+    except OSError as exc:
         raise _refused(f"has an {WEIGHTS} that cannot be read: {_first_line(exc)}") from exc
+    except ValueError as exc:
+        raise _refused(f"has an {WEIGHTS} that cannot be read: it {_first_line(exc)}.") from exc
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise _refused(f"has a tensor that is not finite, {name}.")
