@@ -9,11 +9,13 @@ import weakref
 from typing import Any
 
 from gradwire.answers import run_state_name
+from gradwire.downloads import get_checkpoint
 from gradwire.errors import OperationTimeoutError, error
 from gradwire.sampling_client import SamplerSource, SamplingClient, load_tokenizer
 from gradwire.training_client import TrainingClient
 from gradwire.transport import ClientTls, Connection
 from gradwire.types import ReplayDifference, ReplayReport
+from gradwire.v1.checkpoint_pb2 import Checkpoint
 from gradwire.v1.sampling_service_pb2 import OpenSamplerRequest
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 from gradwire.v1.trainer_service_pb2 import (
@@ -153,6 +155,8 @@ class ServiceClient:
     ) -> TrainingClient:
         """Makes a run that begins with the parameters of a saved state; its optimizer starts afresh.
 
+        Of a LoRA run's state it makes a LoRA run of the same rank, alpha and layers.
+
         Args:
             path: As save_state returned it.
             display_name: Your name for the run.
@@ -160,7 +164,8 @@ class ServiceClient:
 
         Raises:
             NotFoundError: There is no such state.
-            FailedPreconditionError: CHECKPOINT_MISMATCH: it is of another model than the trainer's.
+            FailedPreconditionError: CHECKPOINT_MISMATCH: it is of another model than the trainer's, or of a LoRA
+                run and does not say of which layers.
             DataLossError: CHECKPOINT_DAMAGED.
         """
         return self._from_state(path, display_name, timeout_s, with_optimizer=False)
@@ -175,7 +180,8 @@ class ServiceClient:
         self, path: str, display_name: str, timeout_s: float | None, *, with_optimizer: bool
     ) -> TrainingClient:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        client = self.create_training_client(display_name=display_name, timeout_s=timeout_s)
+        state = get_checkpoint(self._connection, path, timeout_s=timeout_s)
+        client = self.create_training_client(display_name=display_name, timeout_s=timeout_s, **_lora_arguments(state))
         try:
             load = client.load_state_with_optimizer if with_optimizer else client.load_state
             load(path).result(timeout_s)
@@ -322,6 +328,23 @@ class ServiceClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _lora_arguments(state: Checkpoint) -> dict[str, Any]:
+    """Arguments of create_training_client that make a run which can load a state."""
+    if not state.lora_rank:
+        return {}
+    if not state.HasField("lora"):
+        raise error(
+            "CHECKPOINT_MISMATCH",
+            f"{state.path} was saved by a LoRA run of rank {state.lora_rank} and does not say which layers it adapts: "
+            "it is of an older version, or its run was started from an adapter that no settings make. To go on, call "
+            "create_training_client with the lora_… settings or the adapter_path of that run, and load_state or "
+            "load_state_with_optimizer on the client.",
+            path=state.path,
+        )
+    names = ("lora_alpha", "train_mlp", "train_attn", "train_unembed")
+    return {"lora_rank": state.lora_rank, **{name: getattr(state.lora, name) for name in names}}
 
 
 FiretitanServiceClient = ServiceClient

@@ -1,8 +1,11 @@
 """LoRA runs over the wire: made, saved, sampled from, started from, brought back after a death."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from urllib.parse import unquote, urlparse
 import numpy as np
 import pytest
 from gradwire import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams, ServiceClient, TrainingClient
-from gradwire.errors import InvalidArgumentError, NotFoundError
+from gradwire.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 
 from tests.trainer_process import TrainerProcess, running_trainer
 
@@ -78,6 +81,82 @@ def test_a_saved_adapter_is_sampled_from_and_starts_another_run(service: Service
     np.testing.assert_array_equal(logprobs(again), wanted)
     client.delete_run()
     again.delete_run()
+
+
+GO_ON = """
+import json, sys
+from gradwire import ServiceClient
+from tests.e2e.test_lora import train
+with ServiceClient(sys.argv[1]) as service:
+    make = getattr(service, "create_training_client_from_state" + sys.argv[3])
+    with make(sys.argv[2], display_name="resumed") as client:
+        print(json.dumps([client.run_id, client.get_info().lora_rank, train(client, 3)]))
+"""
+
+
+def gone_on(service: ServiceClient, path: str, how: str = "_with_optimizer") -> tuple[TrainingClient, int, list[float]]:
+    """Resumes a state and trains three steps in another process: the client, its rank, the losses."""
+    command = [sys.executable, "-c", GO_ON, service.base_url, path, how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert not done.returncode, done.stderr
+    run_id, rank, losses = json.loads(done.stdout)
+    return service.training_client(run_id), rank, losses
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, {"lora_rank": 2, "train_mlp": False, "train_unembed": False}])
+def test_a_client_from_a_lora_state_goes_on_as_if_it_had_never_stopped(
+    service: ServiceClient, settings: dict[str, Any]
+):
+    client = service.create_training_client(**settings)
+    train(client, 3)
+    path = client.save_state("s", overwrite=True).result(60)
+    losses, wanted = train(client, 3), logprobs(client)
+    client.delete_run()
+    resumed, rank, again = gone_on(service, path)
+    assert (rank, again) == (settings["lora_rank"], losses)
+    np.testing.assert_array_equal(logprobs(resumed), wanted)
+    resumed.delete_run()
+    # Without its optimizer: the same parameters, and other ones after the next step.
+    fresh, rank, again = gone_on(service, path, "")
+    assert (rank, again[0]) == (settings["lora_rank"], losses[0])
+    assert again[1:] != losses[1:]
+    fresh.delete_run()
+
+
+def test_a_run_started_from_an_adapter_leaves_states_that_make_its_like(service: ServiceClient):
+    client = service.create_training_client(**SETTINGS, train_mlp=False)
+    train(client, 2)
+    started = service.create_training_client(adapter_path=client.save_weights_for_sampler("b").result(60).path)
+    train(started, 2)
+    resumed = service.create_training_client_from_state_with_optimizer(started.save_state("s").result(60))
+    assert train(resumed, 2) == train(started, 2)
+    for one in (client, started, resumed):
+        one.delete_run()
+
+
+def test_a_lora_state_that_does_not_say_its_layers_says_what_to_do(tiny_llama: Path, tmp_path: Path):
+    with (
+        running_trainer(tiny_llama, tmp_path) as trainer,
+        ServiceClient(trainer.base_url, timeout_s=60) as service,
+    ):
+        trainer.wait_ready()
+        client = service.create_training_client(**SETTINGS)
+        train(client, 1)
+        path = client.save_state("s").result(60)
+        # As versions before this wrote it.
+        [file] = tmp_path.glob("data/checkpoints/*/state/s/manifest.json")
+        manifest = json.loads(file.read_text())
+        assert manifest.pop("lora") == {"alpha": 8.0, "train_mlp": True, "train_attn": True, "train_unembed": True}
+        file.write_text(json.dumps(manifest))
+        with pytest.raises(
+            FailedPreconditionError, match=r"run of rank 4 .* To go on, call create_training_client"
+        ) as caught:
+            service.create_training_client_from_state(path)
+        assert caught.value.reason == "CHECKPOINT_MISMATCH"
+        assert len(service.list_runs()) == 1
+        same = service.create_training_client(**SETTINGS)
+        same.load_state_with_optimizer(path).result(60)
+        assert train(same, 1) == train(client, 1)
 
 
 @pytest.mark.parametrize(

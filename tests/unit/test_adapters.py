@@ -210,6 +210,25 @@ def test_an_adapter_that_does_not_fit_is_refused_in_a_sentence(
     engine.create_run("next", lora=BODY)
 
 
+def test_an_adapter_that_no_settings_make_says_so_in_its_state(
+    engine: Engine, tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = saved_folder(engine, tmp_path)
+
+    def said(**config: Any) -> Any:
+        copied = shutil.copytree(folder, tmp_path / "copied")
+        spoilt(copied, **config)
+        engine.create_run("next", adapter=str(copied))
+        saved = engine.save_state("next", "s", overwrite=True)
+        engine.delete_run("next")
+        shutil.rmtree(copied)
+        return json.loads((Path(saved.uri.removeprefix("file://")) / "manifest.json").read_text())["lora"]
+
+    assert said() == {"alpha": ALL.alpha, "train_mlp": True, "train_attn": True, "train_unembed": True}
+    assert said(use_rslora=True) is None
+    assert said(alpha_pattern={"q_proj": 1}) is None
+
+
 def test_adapters_lead_nowhere_but_to_checkpoints_and_the_owners_folder(tmp_path: Path) -> None:
     roots = {"checkpoint_dir": tmp_path / "checkpoints", "adapter_dir": tmp_path / "adapters"}
     inside = [roots["adapter_dir"] / "mine", roots["checkpoint_dir"] / "run-1" / "sampler_weights" / "a"]

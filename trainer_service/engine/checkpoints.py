@@ -17,6 +17,9 @@ from trainer_service.engine.run_state import RunState
 from trainer_service.engine.state_files import capture, open_state, write_state
 from trainer_service.folders import read_manifest, settle
 
+_LAYOUT = ("alpha", "train_mlp", "train_attn", "train_unembed")
+"""Of LoRA settings: what a run must be made with to load the state of another, beside the rank."""
+
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
@@ -145,6 +148,7 @@ class Checkpoints:
             "base_model": self._model.base_model,
             "architecture": self._model.architecture,
             "lora_rank": run.lora_rank,
+            "lora": None if run.lora is None else {name: getattr(run.lora, name) for name in _LAYOUT},
             "created_at": now.isoformat(timespec="milliseconds"),
             "expires_at": None
             if ttl_seconds is None

@@ -124,7 +124,8 @@ class NewRuns:
             raise
         model = lora.inner(adapter)
         optimizer = AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
-        return RunState(run_id=run_id, model=model, optimizer=optimizer, adapter=adapter)
+        settings = lora.settings_of(adapter, self._targets)
+        return RunState(run_id=run_id, model=model, optimizer=optimizer, adapter=adapter, lora=settings)
 
     def _loaded(self, base: PreTrainedModel, targets: Targets, folder: Path) -> PeftModel:
         return load_adapter(base, targets, folder, base_model=self._base_model)

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from trainer_service.engine.microbatch import Microbatch
-from trainer_service.engine.models.lora import adapter_rank
+from trainer_service.engine.models.lora import LoraSettings, adapter_rank
 from trainer_service.engine.optim import AdamW
 
 _REASONS_KEPT = 1024
@@ -89,6 +89,8 @@ class RunState:
     optimizer: AdamW
     adapter: PeftModel | None = None
     """Of a LoRA run: peft's view of `model`."""
+    lora: LoraSettings | None = None
+    """Of a LoRA run: what makes another of the same layout, where anything does."""
     step: int = 0
     """Optimizer steps applied."""
     being_read: bool = False

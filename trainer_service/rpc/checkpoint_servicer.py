@@ -85,6 +85,9 @@ def _message(checkpoint: Checkpoint, *, files: bool = False) -> messages.Checkpo
         checkpoint_type=_TYPES.get(about.get("checkpoint_type", ""), messages.CHECKPOINT_TYPE_BASE),
         base_path=checkpoint.base_path,
     )
+    if lora := about.get("lora"):
+        flags = {name: lora[name] for name in ("train_mlp", "train_attn", "train_unembed")}
+        made.lora.CopyFrom(messages.LoraLayout(lora_alpha=lora["alpha"], **flags))
     made.created_at.FromDatetime(checkpoint.created_at)
     if checkpoint.expires_at is not None:
         made.expires_at.FromDatetime(checkpoint.expires_at)

@@ -165,6 +165,24 @@ def adapter_rank(model: PeftModel) -> int:
     return int(config.r)
 
 
+def settings_of(model: PeftModel, targets: Targets) -> LoraSettings | None:
+    """What makes a new adapter of the same layers, rank and scale; None where nothing does, as for some of peft's own.
+
+    The seed is not in it: what the adapter started from is gone.
+    """
+    layers = dict(lora_layers(inner(model)))
+    kinds = {"train_attn": targets.attn, "train_mlp": targets.mlp, "train_unembed": targets.unembed}
+    trained = {field: bool(names) and layers.keys() >= set(names) for field, names in kinds.items()}
+    covered = {name for field, names in kinds.items() if trained[field] for name in names}
+    rank = adapter_rank(model)
+    shapes = {(layer.r[ADAPTER], float(layer.lora_alpha[ADAPTER]), layer.scaling[ADAPTER]) for layer in layers.values()}
+    alpha = next(iter(shapes))[1]
+    # Its scale too, since there are adapters scaled otherwise (rslora), and layers of a rank of their own.
+    if layers.keys() != covered or shapes != {(rank, alpha, alpha / rank)}:
+        return None
+    return LoraSettings(rank=rank, alpha=alpha, **trained)
+
+
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """Adapted layers by name."""
     for name, module in model.named_modules():
