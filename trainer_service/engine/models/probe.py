@@ -224,7 +224,8 @@ def _with_measured_bytes(model: PreTrainedModel, traits: Traits, tokens_T: Tenso
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in parameters:
                 seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            # Detached: one that an operation returned and saves would keep its own graph for ever, with the parameters.
+            return tensor.detach()
 
         with (
             torch.enable_grad(),
