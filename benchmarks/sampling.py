@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sampled_logprobs import mismatch
 from service import tiny_model
 from side_by_side import Row, interleave, print_table, ratio
 
@@ -116,6 +117,12 @@ def _measure(arguments: argparse.Namespace) -> None:
             f"{ratio(times['separate'], times['shared']):.2f}",
             "at least 5",
         ),
+    ]
+    model_path, many = arguments.base_model, arguments.requests
+    rows += [
+        mismatch(model_path, "float32", num_prompts=many, num_samples=1, max_tokens=max_tokens, goal="1e-5"),
+        mismatch(model_path, "float32", num_prompts=2, num_samples=8, max_tokens=max_tokens, goal="1e-5"),
+        mismatch(model_path, "bfloat16", num_prompts=many, num_samples=1, max_tokens=max_tokens, goal="a few ulps"),
     ]
     print(
         f"{model.config.architectures}, {device.name}, {torch.get_num_threads()} threads, {arguments.rounds} rounds\n"

@@ -29,6 +29,8 @@ ATTENTION = "gradwire_cached"
 """What the function is called among transformers' attention implementations."""
 _ROWS = 4
 """Queries of a key head are padded to a multiple of this: on the CPU products of fewer rows add up in another order."""
+_VECTOR = 16
+"""Keys are padded to a multiple of this: on the CPU the exponentials of what is left over come out otherwise."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ class Part:
     def of(cls, own: Block, count: int, prompt: Block | None = None) -> "Part":
         """`count` new tokens of each sample of a block, which makes room for them."""
         own.reserve(count)
-        whole_blocks = prompt is None and own.length > 0
-        views = own.views(count, whole_blocks=whole_blocks)
+        views = own.views(count, with_room=prompt is None)
         return cls(own.num_samples * count, own, views, None if prompt is None else prompt.views(0))
 
 
@@ -78,12 +79,11 @@ class Tokens:
 
         None where that is plain causal attention.
         """
-        if (window is None or length <= window) and count == length:
+        if first == 0 and (window is None or length <= window):
             return None
         key = (count, first, length, window)
         if key not in self.masks:
-            place = torch.arange(length, device=device)
-            distance = place[first : first + count, None] - place
+            distance = torch.arange(first, first + count, device=device)[:, None] - torch.arange(length, device=device)
             self.masks[key] = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         return self.masks[key]
 
@@ -205,22 +205,26 @@ def _attend_prompt(
 ) -> Tensor:
     """A prompt's new tokens, from place `first` on, over those before and themselves, [N, H, E]."""
     num_new, window = query_HND.shape[1], scores.window
-    if window is not None:
+    query_BHND = F.pad(query_HND, (0, 0, 0, -num_new % _VECTOR))[None]
+    if first == 0:
+        keys_JSD, values_JSE = keys_JSD[:, : query_BHND.shape[2]], values_JSE[:, : query_BHND.shape[2]]
+    elif window is not None:
         # Blocks that no new token sees need not be read.
         start = max(0, (first + 1 - window) // BLOCK * BLOCK)
         first, keys_JSD, values_JSE = first - start, keys_JSD[:, start:], values_JSE[:, start:]
-    length = keys_JSD.shape[1]
-    mask_NS = tokens.mask(num_new, first, length, window, query_HND.device)
+    mask_NS = tokens.mask(query_BHND.shape[2], first, keys_JSD.shape[1], window, query_HND.device)
     # With a mask torch falls back to a slow kernel unless keys come repeated.
     keys, values = (repeated_heads(held[None], len(query_HND)) for held in (keys_JSD, values_JSE))
     if scores.plain:
         output_BHNE = F.scaled_dot_product_attention(
-            query_HND[None], keys, values, attn_mask=mask_NS, is_causal=mask_NS is None, scale=scores.scaling
+            query_BHND, keys, values, attn_mask=mask_NS, is_causal=mask_NS is None, scale=scores.scaling
         )
-        return output_BHNE[0].transpose(0, 1)
-    if mask_NS is None:
-        mask_NS = torch.ones(num_new, length, dtype=torch.bool, device=query_HND.device).tril()
-    return _softmax(_raw(query_HND[None] @ keys.transpose(-1, -2), scores), mask_NS, scores, values)[0].transpose(0, 1)
+    else:
+        if mask_NS is None:
+            mask_NS = torch.ones(query_BHND.shape[2], keys.shape[2], dtype=torch.bool, device=keys.device).tril()
+        weights_BHNS = _weights(_raw(query_BHND @ keys.transpose(-1, -2), scores), mask_NS, scores)
+        output_BHNE = weights_BHNS.to(values.dtype) @ values
+    return output_BHNE[0, :, :num_new].transpose(0, 1)
 
 
 def _attend_slots(group: Group, layer: int, states: tuple[Tensor, ...], scores: Scores) -> Tensor:
@@ -290,7 +294,3 @@ def _weights(raw_BHNS: Tensor, mask_NS: Tensor | None, scores: Scores) -> Tensor
         return torch.softmax(raw, dim=-1)
     sinks = scores.sinks_H.float().view(1, -1, 1, 1).expand(*raw.shape[:-1], 1)
     return torch.softmax(torch.cat([raw, sinks], dim=-1), dim=-1)[..., :-1]
-
-
-def _softmax(raw_BHNS: Tensor, mask_NS: Tensor | None, scores: Scores, values_BHSE: Tensor) -> Tensor:
-    return _weights(raw_BHNS, mask_NS, scores).to(values_BHSE.dtype) @ values_BHSE

@@ -79,15 +79,15 @@ class Block:
         values[:, :, :, : self.length] = self._values[:, :, :, : self.length]
         self._keys, self._values = keys, values
 
-    def views(self, count: int, *, whole_blocks: bool = False) -> "Views":
+    def views(self, count: int, *, with_room: bool = False) -> "Views":
         """Where the next `count` tokens are written, and everything up to them, layer by layer.
 
         Args:
             count: Of tokens there was made room for.
-            whole_blocks: With room behind them, up to their `capacity`.
+            with_room: And, behind them, up to their `capacity`.
         """
         stop = self.length + count
-        end = capacity(stop) if whole_blocks else stop
+        end = capacity(stop) if with_room else stop
         return Views(
             self._keys[:, :, :, self.length : stop].unbind(),
             self._values[:, :, :, self.length : stop].unbind(),
