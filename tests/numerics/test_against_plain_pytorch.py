@@ -1,6 +1,6 @@
 """What the engine computes is what an ordinary PyTorch loop computes, in float32.
 
-Tolerances: loss 1e-6 relative; logprobs 1e-4 absolute (nats); every parameter's gradient, by itself, 2e-5 in relative
+Tolerances: loss 2e-6 relative; logprobs 1e-4 absolute (nats); every parameter's gradient, by itself, 2e-5 in relative
 L2 norm of plain PyTorch in float64; parameters after three AdamW steps 5e-3 of the distance they moved. That last one
 is with an eps of 1e-6: Adam divides by the gradient's own size, so with a far smaller eps a gradient that is 0 but for
 rounding moves its parameter a full step to either side, in plain PyTorch as here.
@@ -30,7 +30,7 @@ from tests.numerics.plain import (
 )
 from trainer_service.engine.engine import Engine
 
-LOSS = 1e-6
+LOSS = 2e-6
 LOGPROBS = 1e-4
 GRADIENTS = 2e-5
 MOVED = 5e-3
