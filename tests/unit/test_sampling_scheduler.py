@@ -253,6 +253,26 @@ def test_what_fails_in_a_step_ends_its_requests_and_no_others(worker: Worker, mo
     assert len(worker.tokens(good)) == 6
 
 
+def test_a_request_that_ended_before_another_of_its_batch_failed_is_answered_once(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+):
+    branch = decoder_module.Decoder.branch
+
+    def failing(decoder: decoder_module.Decoder, sequences: decoder_module.Sequences) -> None:
+        if sequences.num_samples == 2:
+            raise RuntimeError("something unforeseen")
+        branch(decoder, sequences)
+
+    monkeypatch.setattr(decoder_module.Decoder, "branch", failing)
+    ended, failed = worker.start(max_tokens=1), worker.start(num_samples=2)
+    worker.finish()
+    assert worker.failure(ended) is None
+    assert len(worker.tokens(ended)) == 1
+    failure = worker.failure(failed)
+    assert failure is not None
+    assert failure.reason == "INTERNAL"
+
+
 def test_a_model_that_cannot_be_decoded_together_is_decoded_alone_and_then_without_a_cache(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

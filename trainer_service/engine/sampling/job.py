@@ -61,6 +61,8 @@ class Job:
         self.alive = list(self.samples)
         """Those that have not ended, in the order in which the decoder knows them."""
         self.prompt = pb.PromptLogprobs(topk=request.topk)
+        self.done = False
+        """Whether it was answered to its end."""
         self._prompt_sent = not request.wants_prompt
         self._last_sent_s = 0.0
 

@@ -214,6 +214,9 @@ class Scheduler:
             self._send(WorkerEvent(command_id=job.command_id, sampled=response))
 
     def _end(self, job: Job, failure: GradwireError | None) -> None:
+        if job.done:
+            return  # Before what went wrong for others of its batch.
+        job.done = True
         for line in (self._waiting, self._prefilling, self._decoding):
             if job in line:
                 line.remove(job)
