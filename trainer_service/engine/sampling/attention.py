@@ -71,16 +71,11 @@ class Tokens:
         self.groups = groups
         self.num_padding = num_padding
         self.sizes = [part.num_tokens for part in parts] + [len(group.slots) for group in groups] + [num_padding]
-        self.masks: dict[tuple[int, int, int, int | None], Tensor | None] = {}
+        self.masks: dict[tuple[int, int, int, int | None], Tensor] = {}
         self.layers_seen: set[int] = set()
 
-    def mask(self, count: int, first: int, length: int, window: int | None, device: torch.device) -> Tensor | None:
-        """Which of `length` keys each of `count` tokens sees that begin at place `first`, bool [N, S].
-
-        None where that is plain causal attention.
-        """
-        if first == 0 and (window is None or length <= window):
-            return None
+    def mask(self, count: int, first: int, length: int, window: int | None, device: torch.device) -> Tensor:
+        """Which of `length` keys each of `count` tokens sees that begin at place `first`, bool [N, S]."""
         key = (count, first, length, window)
         if key not in self.masks:
             distance = torch.arange(first, first + count, device=device)[:, None] - torch.arange(length, device=device)
@@ -212,16 +207,16 @@ def _attend_prompt(
         # Blocks that no new token sees need not be read.
         start = max(0, (first + 1 - window) // BLOCK * BLOCK)
         first, keys_JSD, values_JSE = first - start, keys_JSD[:, start:], values_JSE[:, start:]
-    mask_NS = tokens.mask(query_BHND.shape[2], first, keys_JSD.shape[1], window, query_HND.device)
+    count, length = query_BHND.shape[2], keys_JSD.shape[1]
+    causal = scores.plain and first == 0 and (window is None or length <= window)
+    mask_NS = None if causal else tokens.mask(count, first, length, window, query_HND.device)
     # With a mask torch falls back to a slow kernel unless keys come repeated.
     keys, values = (repeated_heads(held[None], len(query_HND)) for held in (keys_JSD, values_JSE))
     if scores.plain:
         output_BHNE = F.scaled_dot_product_attention(
-            query_BHND, keys, values, attn_mask=mask_NS, is_causal=mask_NS is None, scale=scores.scaling
+            query_BHND, keys, values, attn_mask=mask_NS, is_causal=causal, scale=scores.scaling
         )
     else:
-        if mask_NS is None:
-            mask_NS = torch.ones(query_BHND.shape[2], keys.shape[2], dtype=torch.bool, device=keys.device).tril()
         weights_BHNS = _weights(_raw(query_BHND @ keys.transpose(-1, -2), scores), mask_NS, scores)
         output_BHNE = weights_BHNS.to(values.dtype) @ values
     return output_BHNE[0, :, :num_new].transpose(0, 1)

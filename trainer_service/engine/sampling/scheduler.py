@@ -118,15 +118,18 @@ class Scheduler:
         """The first request in line, and those of the same sampler whose next pieces fit beside its own."""
         room, taken = self._piece, []
         for job in list(self._prefilling):
-            size = min(self._piece, len(job.request.prompt) - job.num_prefilled)
+            size = len(self._next_piece(job))
             if size <= room and (not taken or job.sampler is taken[0].sampler):
                 room -= size
                 taken.append(job)
                 self._prefilling.remove(job)
         return taken
 
+    def _next_piece(self, job: Job) -> list[int]:
+        return job.request.prompt[job.num_prefilled : job.num_prefilled + self._piece]
+
     def _prefill(self, batch: list[Job]) -> None:
-        pieces = [job.request.prompt[job.num_prefilled :][: self._piece] for job in batch]
+        pieces = [self._next_piece(job) for job in batch]
         logits = batch[0].sampler.decoder.prefill(
             [job.sequences for job in batch], pieces, all_logits=[job.request.wants_prompt for job in batch]
         )

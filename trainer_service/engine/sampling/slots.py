@@ -29,6 +29,11 @@ class Slot:
     number: int
     length: int
 
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, [L, J, tokens, D or E]."""
+        place = (slice(None), self.number, slice(None), slice(self.length))
+        return self.pool.keys[place], self.pool.values[place]
+
     def free(self) -> None:
         """Gives the place up."""
         self.pool.remove(self)
@@ -48,15 +53,16 @@ class Pool:
         self.slots: list[Slot] = []
         self.keys, self.values = shape.zeros(0, size)
 
-    def add(self, length: int) -> Slot:
-        """A slot for a sample of `length` tokens, which the caller copies there."""
+    def add(self, keys: Tensor, values: Tensor) -> Slot:
+        """A slot that begins with a copy of these, [L, J, tokens, D or E]."""
         count = len(self.slots)
         if count == self.keys.shape[1]:
             room = count + max(8, count // 2)
-            keys, values = self._shape.zeros(room, self.size)
-            keys[:, :count], values[:, :count] = self.keys, self.values
-            self.keys, self.values = keys, values
-        slot = Slot(self, count, length)
+            old_keys, old_values = self.keys, self.values
+            self.keys, self.values = self._shape.zeros(room, self.size)
+            self.keys[:, :count], self.values[:, :count] = old_keys, old_values
+        slot = Slot(self, count, keys.shape[2])
+        _copy((keys, values), slot)
         self.slots.append(slot)
         return slot
 
@@ -64,9 +70,9 @@ class Pool:
         """Frees a slot; the last one takes its place."""
         last = self.slots.pop()
         if last is not slot:
-            for held in (self.keys, self.values):
-                held[:, slot.number, :, : last.length] = held[:, last.number, :, : last.length]
+            held = last.held()
             last.number = slot.number
+            _copy(held, last)
             self.slots[last.number] = last
         if not self.slots:
             self.keys, self.values = self._shape.zeros(0, self.size)
@@ -85,21 +91,14 @@ class Slots:
 
     def add(self, prompt: Block) -> Slot:
         """A slot that begins with what the first sample of a block has been through."""
-        slot = self._pool(prompt.length).add(prompt.length)
-        keys, values = prompt.held()
-        slot.pool.keys[:, slot.number, :, : slot.length] = keys
-        slot.pool.values[:, slot.number, :, : slot.length] = values
-        return slot
+        return self._pool(prompt.length).add(*prompt.held())
 
     def reserve(self, slot: Slot) -> None:
         """Makes room for one more token."""
-        old, number, length = slot.pool, slot.number, slot.length
-        if length < old.size:
+        if slot.length < slot.pool.size:
             return
-        new = self._pool(length + 1).add(length)
-        new.pool.keys[:, new.number, :, :length] = old.keys[:, number, :, :length]
-        new.pool.values[:, new.number, :, :length] = old.values[:, number, :, :length]
-        old.remove(slot)
+        new = self._pool(slot.length + 1).add(*slot.held())
+        slot.free()
         # The caller's slot is the one that goes on.
         new.pool.slots[new.number] = slot
         slot.pool, slot.number = new.pool, new.number
@@ -113,6 +112,11 @@ class Slots:
         if size not in self._pools:
             self._pools[size] = Pool(self._shape, size)
         return self._pools[size]
+
+
+def _copy(held: tuple[Tensor, Tensor], slot: Slot) -> None:
+    for here, there in zip(slot.held(), held, strict=True):
+        here.copy_(there)
 
 
 @dataclass(frozen=True)
