@@ -34,12 +34,14 @@ class _Waiting:
 class _Adapter:
     run: RunState
     full_bytes: int
+    held_bytes: int = 0
+    """What it had on the device when it was last measured."""
     waiting: dict[Parameter, _Waiting] = field(default_factory=dict)
 
-    def held_bytes(self) -> int:
-        """What it has on the device now."""
+    def measure(self) -> None:
+        """Finds out what it has on the device."""
         optimizer = self.run.optimizer
-        return sum(
+        self.held_bytes = sum(
             p.nbytes + (0 if p.grad is None else p.grad.nbytes) + sum(t.nbytes for t in optimizer.state_of(p).values())
             for p in self.run.trained_parameters().values()
         )
@@ -68,20 +70,27 @@ class Residency:
             return
         own = self._adapters.pop(run.run_id, None) or _Adapter(run, _full_bytes(run))
         others = list(self._adapters.values())
+        if others:
+            # Only a run's own operations change what it holds, so one measure after its turn is enough.
+            others[-1].measure()
         self._adapters[run.run_id] = own
-        held = own.full_bytes + sum(other.held_bytes() for other in others)
+        held = own.full_bytes + sum(other.held_bytes for other in others)
         for other in others:
             # A held graph has the parameters in it.
             if held > self._max_device_bytes and not other.waiting and not other.run.graphs:
-                held -= other.held_bytes()
+                held -= other.held_bytes
                 _send_away(other)
-                held += other.held_bytes()
+                other.measure()
+                held += other.held_bytes
         _bring_back(own)
-        self._counters.adapters_in_host_memory = sum(bool(other.waiting) for other in others)
+        self._count_waiting()
 
     def forget(self, run_id: str) -> None:
         """The run is deleted."""
         self._adapters.pop(run_id, None)
+        self._count_waiting()
+
+    def _count_waiting(self) -> None:
         self._counters.adapters_in_host_memory = sum(bool(adapter.waiting) for adapter in self._adapters.values())
 
 
