@@ -173,9 +173,8 @@ def whole_folder(
     partial = folder.with_name(f"{_PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}")
     try:
         _refuse_taken(folder, overwrite)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         settle(folder.parent)
-        _check_space(folder.parent, needed_bytes + SPARE_BYTES)
+        refuse_without_room(folder, needed_bytes)
         with contextlib.ExitStack() as stack:
             with alone(folder.parent):
                 partial.mkdir()

@@ -95,16 +95,15 @@ def linear_logprobs(
         elements = min(elements, _FRUGAL_CHUNK_ELEMENTS if frugal else _CPU_CHUNK_ELEMENTS)
     if not head.weight.requires_grad and head.low_rank is None:
         logprobs_RK = _FrozenLogprobs.apply(hidden_TD, columns_RK, rows, plain, elements, compute_dtype)
-        assert isinstance(logprobs_RK, Tensor)
-        return logprobs_RK.view(targets_RK.shape)
-    low_TL = b_VL = None
-    if (low_rank := head.low_rank) is not None:
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            low_TL = (hidden_TD.to(compute_dtype) @ low_rank.a.to(compute_dtype).T).mul(low_rank.scale)
-        b_VL = low_rank.b
-    logprobs_RK = _LinearLogprobs.apply(
-        hidden_TD, low_TL, b_VL, columns_RK, rows, head, plain, keep_logits, elements, compute_dtype
-    )
+    else:
+        low_TL = b_VL = None
+        if (low_rank := head.low_rank) is not None:
+            with torch.autocast(hidden_TD.device.type, enabled=False):
+                low_TL = (hidden_TD.to(compute_dtype) @ low_rank.a.to(compute_dtype).T).mul(low_rank.scale)
+            b_VL = low_rank.b
+        logprobs_RK = _LinearLogprobs.apply(
+            hidden_TD, low_TL, b_VL, columns_RK, rows, head, plain, keep_logits, elements, compute_dtype
+        )
     assert isinstance(logprobs_RK, Tensor)
     return logprobs_RK.view(targets_RK.shape)
 
