@@ -5,19 +5,16 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from gradwire import Datum, ModelInput
+import samples
+from gradwire import datum_from_tokens_weights
 from gradwire.codec import batch_from_data
 from service import InProcess
 from side_by_side import Row
 
 from trainer_service.config import ComputeDtype, EngineSettings
-from trainer_service.engine.counters import Counters
 from trainer_service.engine.sampling.decoder import Decoder
-from trainer_service.engine.sampling.job import Job
 from trainer_service.engine.sampling.picking import Choice
-from trainer_service.engine.sampling.request import Request
 from trainer_service.engine.sampling.samplers import Sampler
-from trainer_service.engine.sampling.scheduler import Scheduler
 
 
 def mismatch(
@@ -41,23 +38,16 @@ def mismatch(
         vocab = engine.model.vocab_size
         prompts = [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
         sampler = Sampler(None, decoder)
-        scheduler = Scheduler(engine.device, Counters(), lambda event: None, max_cache_bytes=4 << 30)
-        jobs = [
-            Job(0, "", _request(prompt, num_samples, max_tokens, seed), sampler, None)
-            for seed, prompt in enumerate(prompts)
-        ]
-        for job in jobs:
-            scheduler.start(job)
-        while scheduler.busy:
-            scheduler.step()
-        samples = [(job.request.prompt, sample) for job in jobs for sample in job.samples]
-        data = [_datum(prompt + sample.tokens) for prompt, sample in samples]
+        jobs = samples.generate(sampler, prompts, num_samples=num_samples, max_tokens=max_tokens, choice=Choice())
+        made = [(job.request.prompt, sample) for job in jobs for sample in job.samples]
+        sequences = [prompt + sample.tokens for prompt, sample in made]
+        data = [datum_from_tokens_weights(tokens, np.ones(len(tokens))) for tokens in sequences]
         answer = engine.forward("run", 1, batch_from_data(data))
     rows = np.split(answer.logprobs_TK, answer.cu_seqlens[1:-1])
     differences = np.concatenate(
         [
             np.abs(own[len(prompt) - 1 :] - np.asarray(sample.logprobs, dtype=np.float32))
-            for (prompt, sample), own in zip(samples, rows, strict=True)
+            for (prompt, sample), own in zip(made, rows, strict=True)
         ]
     )
     same = np.mean(differences == 0)
@@ -67,23 +57,3 @@ def mismatch(
         f"max {differences.max():.1e}",
         goal,
     )
-
-
-def _request(prompt: list[int], num_samples: int, max_tokens: int, seed: int) -> Request:
-    return Request(
-        prompt=prompt,
-        num_samples=num_samples,
-        max_tokens=max_tokens,
-        choice=Choice(),
-        seed=seed,
-        stop_tokens=frozenset(),
-        stop_strings=(),
-        prompt_logprobs=False,
-        topk=0,
-        with_text=False,
-    )
-
-
-def _datum(tokens: list[int]) -> Datum:
-    weights = np.ones(len(tokens) - 1, dtype=np.float32)
-    return Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": np.array(tokens[1:]), "weights": weights})

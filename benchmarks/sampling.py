@@ -16,23 +16,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import samples
 import torch
 from sampled_logprobs import mismatch
 from service import tiny_model
 from side_by_side import Row, interleave, print_table, ratio
 
-from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import pick_device, set_num_threads
 from trainer_service.engine.models.load import fetch, load_model
 from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.job import Job
 from trainer_service.engine.sampling.picking import Choice
-from trainer_service.engine.sampling.request import Request
 from trainer_service.engine.sampling.samplers import Sampler
-from trainer_service.engine.sampling.scheduler import Scheduler
 
 ROOT = Path(__file__).resolve().parents[1]
-GREEDY = Choice(temperature=0.0)
 
 
 def main() -> None:
@@ -65,13 +62,9 @@ def _measure(arguments: argparse.Namespace) -> None:
     max_tokens, alone = arguments.max_tokens, prompts[: arguments.alone]
 
     def ours(prompts: Sequence[list[int]], *, num_samples: int = 1, max_tokens: int = max_tokens) -> list[Job]:
-        scheduler = Scheduler(device, Counters(), lambda event: None, max_cache_bytes=4 << 30)
-        jobs = [_job(sampler, prompt, num_samples, max_tokens) for prompt in prompts]
-        for job in jobs:
-            scheduler.start(job)
-        while scheduler.busy:
-            scheduler.step()
-        return jobs
+        return samples.generate(
+            sampler, prompts, num_samples=num_samples, max_tokens=max_tokens, choice=Choice(temperature=0.0)
+        )
 
     def generate(prompts: Sequence[list[int]]) -> torch.Tensor:
         longest = max(map(len, prompts))
@@ -132,22 +125,6 @@ def _measure(arguments: argparse.Namespace) -> None:
 
 def _tokens(rng: random.Random, count: int, vocab_size: int) -> list[int]:
     return [rng.randrange(vocab_size // 48, vocab_size * 5 // 6) for _ in range(count)]
-
-
-def _job(sampler: Sampler, prompt: list[int], num_samples: int, max_tokens: int) -> Job:
-    request = Request(
-        prompt=prompt,
-        num_samples=num_samples,
-        max_tokens=max_tokens,
-        choice=GREEDY,
-        seed=0,
-        stop_tokens=frozenset(),
-        stop_strings=(),
-        prompt_logprobs=False,
-        topk=0,
-        with_text=False,
-    )
-    return Job(0, "", request, sampler, None)
 
 
 def _rate(seconds_per_token: list[float]) -> str:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -27,6 +28,21 @@ DATA = [
     )
     for n in range(3)
 ]
+
+
+@pytest.fixture
+def own_trainer(tiny_llama: Path, tmp_path: Path) -> Iterator[TrainerProcess]:
+    """A ready trainer process that a test may break; its data are in `tmp_path`."""
+    with running_trainer(tiny_llama, tmp_path) as running:
+        running.wait_ready()
+        yield running
+
+
+@pytest.fixture
+def own_service(own_trainer: TrainerProcess) -> Iterator[ServiceClient]:
+    """A connection to it."""
+    with ServiceClient(own_trainer.base_url, timeout_s=60) as connected:
+        yield connected
 
 
 def logprobs(client: TrainingClient) -> np.ndarray:
@@ -134,29 +150,24 @@ def test_a_run_started_from_an_adapter_leaves_states_that_make_its_like(service:
         one.delete_run()
 
 
-def test_a_lora_state_that_does_not_say_its_layers_says_what_to_do(tiny_llama: Path, tmp_path: Path):
-    with (
-        running_trainer(tiny_llama, tmp_path) as trainer,
-        ServiceClient(trainer.base_url, timeout_s=60) as service,
-    ):
-        trainer.wait_ready()
-        client = service.create_training_client(**SETTINGS)
-        train(client, 1)
-        path = client.save_state("s").result(60)
-        # As versions before this wrote it.
-        [file] = tmp_path.glob("data/checkpoints/*/state/s/manifest.json")
-        manifest = json.loads(file.read_text())
-        assert manifest.pop("lora") == {"alpha": 8.0, "train_mlp": True, "train_attn": True, "train_unembed": True}
-        file.write_text(json.dumps(manifest))
-        with pytest.raises(
-            FailedPreconditionError, match=r"run of rank 4 .* To go on, call create_training_client"
-        ) as caught:
-            service.create_training_client_from_state(path)
-        assert caught.value.reason == "CHECKPOINT_MISMATCH"
-        assert len(service.list_runs()) == 1
-        same = service.create_training_client(**SETTINGS)
-        same.load_state_with_optimizer(path).result(60)
-        assert train(same, 1) == train(client, 1)
+def test_a_lora_state_that_does_not_say_its_layers_says_what_to_do(own_service: ServiceClient, tmp_path: Path):
+    client = own_service.create_training_client(**SETTINGS)
+    train(client, 1)
+    path = client.save_state("s").result(60)
+    # As versions before this wrote it.
+    [file] = tmp_path.glob("data/checkpoints/*/state/s/manifest.json")
+    manifest = json.loads(file.read_text())
+    assert manifest.pop("lora") == {"alpha": 8.0, "train_mlp": True, "train_attn": True, "train_unembed": True}
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(
+        FailedPreconditionError, match=r"run of rank 4 .* To go on, call create_training_client"
+    ) as caught:
+        own_service.create_training_client_from_state(path)
+    assert caught.value.reason == "CHECKPOINT_MISMATCH"
+    assert len(own_service.list_runs()) == 1
+    same = own_service.create_training_client(**SETTINGS)
+    same.load_state_with_optimizer(path).result(60)
+    assert train(same, 1) == train(client, 1)
 
 
 @pytest.mark.parametrize(
@@ -181,24 +192,21 @@ def kill_worker(trainer: TrainerProcess) -> None:
     os.kill(trainer.worker_pid(), signal.SIGKILL)
 
 
-def test_lora_runs_come_back_after_a_death_as_they_were(tiny_llama: Path, tmp_path: Path):
-    with (
-        running_trainer(tiny_llama, tmp_path) as trainer,
-        ServiceClient(trainer.base_url, timeout_s=60) as service,
-    ):
-        trainer.wait_ready()
-        new = service.create_training_client(**SETTINGS)
-        train(new, 2)
-        place = Path(unquote(urlparse(new.save_weights_for_sampler("a").result(60).uri).path))
-        (tmp_path / "data" / "adapters").mkdir()
-        shutil.copytree(place, tmp_path / "data" / "adapters" / "mine")
-        started = service.create_training_client(adapter_path="mine")
-        train(started, 1)
-        # What a run started from may go; it has a copy of its own.
-        shutil.rmtree(tmp_path / "data" / "adapters" / "mine")
-        before = [logprobs(client) for client in (new, started)]
-        kill_worker(trainer)
-        time.sleep(0.1)
-        for client, wanted in zip((new, started), before, strict=True):
-            np.testing.assert_array_equal(logprobs(client), wanted)
-        assert train(started, 1)
+def test_lora_runs_come_back_after_a_death_as_they_were(
+    own_trainer: TrainerProcess, own_service: ServiceClient, tmp_path: Path
+):
+    new = own_service.create_training_client(**SETTINGS)
+    train(new, 2)
+    place = Path(unquote(urlparse(new.save_weights_for_sampler("a").result(60).uri).path))
+    (tmp_path / "data" / "adapters").mkdir()
+    shutil.copytree(place, tmp_path / "data" / "adapters" / "mine")
+    started = own_service.create_training_client(adapter_path="mine")
+    train(started, 1)
+    # What a run started from may go; it has a copy of its own.
+    shutil.rmtree(tmp_path / "data" / "adapters" / "mine")
+    before = [logprobs(client) for client in (new, started)]
+    kill_worker(own_trainer)
+    time.sleep(0.1)
+    for client, wanted in zip((new, started), before, strict=True):
+        np.testing.assert_array_equal(logprobs(client), wanted)
+    assert train(started, 1)
