@@ -37,7 +37,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from gradwire import ServiceClient
 
-from tests.chaos import FAULTS, Adversary, Loop, Trainer, left_behind, state_digests, undisturbed
+from tests.chaos import FAULTS, Adversary, Loop, Trainer, forget, left_behind, state_digests, undisturbed
 from tests.cut_proxy import cut_proxy
 from tests.full_disk import SmallDisk, small_disk
 from tests.tiny import make_tiny_llama
@@ -157,7 +157,7 @@ def trials(
             same = same and executed_once(trainer.data_dir / "runs" / client.run_id)
             with client.fork() as fork:
                 same = same and state_digests(trainer.data_dir, fork, "fork") == digests
-                fork.delete_run()
+                forget(trainer.data_dir, fork)
             for place, wanted_answer in answers.items():
                 if told[place] != wanted_answer:
                     print(
@@ -165,7 +165,7 @@ def trials(
                         file=sys.stderr,
                     )
             counts = counts + Counts(answers=len(answers), different=not same, refused=loop.refused)
-            client.delete_run()
+            forget(trainer.data_dir, client)
     return adversary.done, counts
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -357,6 +358,12 @@ def state_digests(data_dir: Path, client: TrainingClient, name: str) -> dict[str
     return {name: files[name]["sha256"] for name in ("parameters.safetensors", "optimizer.safetensors")}
 
 
+def forget(data_dir: Path, client: TrainingClient) -> None:
+    """Deletes a run and what it saved, which many trials would fill a small disk with."""
+    client.delete_run()
+    shutil.rmtree(data_dir / "checkpoints" / client.run_id, ignore_errors=True)
+
+
 def left_behind(trainer: Trainer) -> list[str]:
     """What a trainer that has stopped should not have left: half-written folders, sockets."""
     partial = [str(path) for pattern in (".partial-*", ".replaced-*") for path in trainer.data_dir.rglob(pattern)]
@@ -373,5 +380,5 @@ def undisturbed(
     ):
         answers = Loop(client, seed=seed, steps=steps).run()
         digests = state_digests(trainer.data_dir, client, "final")
-        client.delete_run()
+        forget(trainer.data_dir, client)
     return answers, digests
