@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -20,7 +21,7 @@ from gradwire.v1.trainer_service_pb2 import TrainRequest
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerHello
 from gradwire.v1.worker_service_pb2_grpc import WorkerServiceStub
 
-from tests.trainer_process import wait_gone
+from tests.trainer_process import descendants, wait_gone
 from trainer_service.fleet import supervisor as supervisor_module
 from trainer_service.fleet.supervisor import WorkerSettings, WorkerSupervisor
 
@@ -41,8 +42,8 @@ def behaves(*behaviours: str) -> Callable[[str], list[str]]:
 
 
 @contextlib.asynccontextmanager
-async def supervised(command: Callable[[str], list[str]]) -> AsyncIterator[WorkerSupervisor]:
-    supervisor = WorkerSupervisor(SETTINGS, command=command)
+async def supervised(command: Callable[[str], list[str]], **settings: Any) -> AsyncIterator[WorkerSupervisor]:
+    supervisor = WorkerSupervisor(dataclasses.replace(SETTINGS, **settings), command=command)
     await supervisor.start()
     try:
         yield supervisor
@@ -131,6 +132,21 @@ async def test_a_worker_that_never_starts_is_given_up_after_several_tries(monkey
         reason = await asyncio.wait_for(supervisor.gave_up, 20)
         assert "no such device" in reason
         assert supervisor.counters["gradwire_worker_restarts_total"] == 1
+
+
+async def test_a_worker_that_hangs_before_hello_is_killed_and_the_next_one_works(caplog: pytest.LogCaptureFixture):
+    async with supervised(behaves("never-says-hello", "work"), start_timeout_s=2.0) as supervisor:
+        hanging: set[int] = set()
+        while not hanging:
+            hanging = set(descendants(os.getpid()))
+            await asyncio.sleep(0.02)
+        pid = await ready(supervisor, timeout_s=30)
+        assert wait_gone(list(hanging - {pid})) == []
+        assert (await submit(supervisor)).event.response.optim_step.step == 1
+        assert supervisor.counters["gradwire_worker_restarts_total"] == 1
+    ended = [record for record in caplog.records if record.getMessage() == "Worker ended."]
+    reason = ended[0].fields["reason"]  # pyright: ignore[reportAttributeAccessIssue]
+    assert reason == "The worker process did not attach within 2 s and was killed."
 
 
 async def test_a_failed_load_after_a_good_one_is_tried_again():

@@ -41,7 +41,8 @@ class Link:
         self.counters: dict[str, float] = {}
         self.rank0: ProcessKey | None = None
         """The worker's own process, below torchrun."""
-        self.attached = False
+        self.attached = asyncio.Event()
+        """Set once the worker has said hello."""
         self.closed = asyncio.Event()
         """Set once the worker's stream has ended."""
         self.dismissed = asyncio.Event()
@@ -124,7 +125,7 @@ class WorkerServicer:
         first = await context.read()
         hello = first.event.hello if isinstance(first, Reply) else None
         link = self._current()
-        if hello is None or link is None or link.attached or not _same(hello.token, link.token):
+        if hello is None or link is None or link.attached.is_set() or not _same(hello.token, link.token):
             logger.warning("Turned away a caller on the worker's socket.")
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "Not a worker this trainer started.")
             return
@@ -135,7 +136,7 @@ class WorkerServicer:
             link.failure = error("TRAINER_JOB_FAILED", text)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
             return
-        link.attached = True
+        link.attached.set()
         link.rank0 = process_key(hello.pid)
         logger.info("Worker attached.", extra={"fields": {"pid": hello.pid, "ranks": hello.world_size}})
         tasks = [

@@ -38,15 +38,17 @@ class WorkerOutput:
         """Set once torchrun said how a rank ended."""
         self._task = asyncio.create_task(self._read(), name="worker-output")
 
-    def explain(self, exit_code: int | None) -> str:
+    def explain(self, exit_code: int | None, *, how: str = "lost its connection") -> str:
         """What the process died of, in a sentence.
 
         Args:
             exit_code: Of the process; None while it lives.
+            how: What happened to it, if it lives.
         """
         # torchrun's own exit code is always 1; the rank's says more.
         code = exit_code if self._rank_exit_code is None else self._rank_exit_code
-        how = "lost its connection" if code is None else f"ended ({_describe(code)})"
+        if code is not None:
+            how = f"ended ({_describe(code)})"
         last = self._lines[-1] if self._lines else ""
         return f"The worker process {how}." + (f" Its last words: {last[:_MAX_QUOTED_CHARS]}" if last else "")
 

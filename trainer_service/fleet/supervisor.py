@@ -49,6 +49,9 @@ class WorkerSettings:
     max_runs: int = 8
     loss_module: str = ""
     engine: EngineSettings = field(default_factory=EngineSettings)
+    start_timeout_s: float = 300.0
+    """How long it may take to attach, 0 for ever; loading its model, of which it tells, comes after. One that hangs
+    before, at a driver or a file system that does not answer, is killed and started again."""
 
     def command(self, socket: str) -> list[str]:
         """The command line: torchrun, also for one rank."""
@@ -148,7 +151,7 @@ class WorkerSupervisor:
             link.fail_pending(_stopped())
             link.dismissed.set()
         if self._task is not None:
-            if link is not None and link.attached:
+            if link is not None and link.attached.is_set():
                 # Its stream ended, the worker leaves by itself, and torchrun after it, without a word of complaint.
                 await asyncio.wait({self._task}, timeout=_DISMISS_GRACE_S)
             self._task.cancel()
@@ -235,14 +238,19 @@ class WorkerSupervisor:
         exited = asyncio.create_task(process.wait())
         closed = asyncio.create_task(link.closed.wait())
         told = asyncio.create_task(output.rank_failed.wait())
+        attached = asyncio.create_task(link.attached.wait())
         try:
+            timeout_s = self._settings.start_timeout_s or None
+            done, _ = await asyncio.wait({exited, attached}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                return output.explain(None, how=f"did not attach within {timeout_s:g} s and was killed")
             await asyncio.wait({exited, closed}, return_when=asyncio.FIRST_COMPLETED)
             # What ended it is known a moment later, and worth that moment to those who are told.
             await asyncio.wait({exited, told}, timeout=_EXIT_DETAIL_S, return_when=asyncio.FIRST_COMPLETED)
             if exited.done():
                 await output.drain()
         finally:
-            for task in (exited, closed, told):
+            for task in (exited, closed, told, attached):
                 task.cancel()
         return output.explain(process.returncode)
 
