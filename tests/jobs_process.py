@@ -1,4 +1,7 @@
-"""A real control plane over fake trainers; `python -m tests.jobs_process READY_FILE DATA_DIR` is its process."""
+"""A real control plane over fake trainers.
+
+Its process is `python -m tests.jobs_process READY_FILE DATA_DIR STORAGE_URL`.
+"""
 
 import asyncio
 import contextlib
@@ -17,12 +20,12 @@ API_KEY = "key-of-the-tests"
 
 
 @contextlib.contextmanager
-def running_jobs(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def running_jobs(folder: Path, *, storage_url: str = "") -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The control plane's process and base_url; it is stopped with SIGTERM and must leave nothing behind."""
     ready_file, log = folder / "jobs.json", folder / "jobs.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.jobs_process", str(ready_file), str(folder / "data")],
+            [sys.executable, "-m", "tests.jobs_process", str(ready_file), str(folder / "data"), storage_url],
             env={**os.environ, "GRADWIRE_API_KEY": API_KEY},
             stdin=subprocess.PIPE,
             stdout=out,
@@ -51,12 +54,13 @@ def main() -> int:
     from trainer_service.rpc.jobs_server import serve_jobs
 
     configure_logging(as_json=False)
-    ready_file, data_dir = (Path(argument) for argument in sys.argv[1:])
+    ready_file, data_dir, storage_url = sys.argv[1:]
     config = JobsConfig(
         listen="127.0.0.1:0",
-        data_dir=data_dir,
+        data_dir=Path(data_dir),
+        storage_url=storage_url,
         api_keys=read_api_keys(),
-        ready_file=ready_file,
+        ready_file=Path(ready_file),
         exit_with_parent=True,
     )
     jobs = LocalJobs(config, trainer_command=(sys.executable, "-m", "tests.fake_trainer"), stop_grace_s=1.5)

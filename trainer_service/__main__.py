@@ -34,6 +34,7 @@ async def _trainer(args: argparse.Namespace) -> int:
     from trainer_service.rpc.server import TrainerServer, wait_for_signal
 
     config.check_base_model(args.base_model)
+    _check_storage_url(args.storage_url)
     settings = config.TrainerConfig(
         base_model=args.base_model,
         listen=args.listen,
@@ -70,12 +71,10 @@ async def _trainer(args: argparse.Namespace) -> int:
             max_runs=settings.limits.max_runs,
             loss_module=settings.loss_module,
             engine=settings.engine,
+            start_timeout_s=args.worker_start_timeout_s,
         )
     )
-    try:
-        server = TrainerServer(settings, worker)
-    except ValueError as exc:
-        raise config.SettingsError(f"--storage-url: {exc}") from exc
+    server = TrainerServer(settings, worker)
     # Before anything is started, so that a signal in between is not lost.
     ends = [asyncio.create_task(wait_for_signal())]
     if settings.exit_with_parent:
@@ -101,6 +100,17 @@ async def _trainer(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_storage_url(url: str) -> None:
+    """Refuses a URL of no known scheme, or one whose package is not installed."""
+    from trainer_service.checkpoints.storage import Storage
+
+    try:
+        if url:
+            Storage(url)
+    except ValueError as exc:
+        raise config.SettingsError(f"--storage-url: {exc}") from exc
+
+
 def _durability(args: argparse.Namespace) -> config.Durability:
     return config.Durability(
         sync=args.journal_sync,
@@ -119,9 +129,12 @@ async def _jobs(args: argparse.Namespace) -> int:
     from trainer_service.jobs.local import LocalJobs
     from trainer_service.rpc.jobs_server import serve_jobs
 
+    # Told now, rather than by the first trainer.
+    _check_storage_url(args.storage_url)
     settings = config.JobsConfig(
         listen=args.listen,
         data_dir=args.data_dir.resolve(),
+        storage_url=args.storage_url,
         api_keys=config.read_api_keys(),
         api_key_file=args.api_key_file,
         allow_no_api_key=args.allow_no_api_key,
@@ -136,6 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--data-dir", type=Path, default=config.default_data_dir(), help="default: $GRADWIRE_HOME or ~/.gradwire"
     )
+    common.add_argument(
+        "--storage-url",
+        default=os.environ.get("GRADWIRE_STORAGE_URL", ""),
+        help="keep checkpoints there too, such as s3://bucket/prefix; default: $GRADWIRE_STORAGE_URL, or here alone",
+    )
     common.add_argument("--api-key-file", type=Path, help="a line: `key`, `name key` or `name key admin`; see README")
     common.add_argument("--allow-no-api-key", action="store_true", help="listen beyond loopback without a key")
     common.add_argument("--ready-file", type=Path, help="gets the address as JSON once listening")
@@ -148,9 +166,6 @@ def _parser() -> argparse.ArgumentParser:
     trainer = commands.add_parser("trainer", parents=[common], help="serve one base model")
     trainer.set_defaults(command=_trainer)
     trainer.add_argument("--base-model", required=True, help="hub id or folder of a Hugging Face causal LM")
-    trainer.add_argument(
-        "--storage-url", default="", help="keep checkpoints there too, such as s3://bucket/prefix; default: here alone"
-    )
     trainer.add_argument("--listen", default="127.0.0.1:7777", help="host:port; port 0 takes a free one")
     trainer.add_argument("--metrics-port", type=int, help="serve Prometheus metrics there; 0 takes a free port")
     trainer.add_argument("--metrics-host", default="127.0.0.1", help="default: 127.0.0.1")
@@ -167,6 +182,12 @@ def _parser() -> argparse.ArgumentParser:
     trainer.add_argument("--drain-timeout-s", type=float, default=30.0, help="for queued work after SIGTERM")
     trainer.add_argument(
         "--detach-grace-s", type=float, default=180.0, help="how long a vanished client's graphs are kept"
+    )
+    trainer.add_argument(
+        "--worker-start-timeout-s",
+        type=float,
+        default=300.0,
+        help="a worker that hangs so long before it loads its model is started again; default: %(default)g; 0: never",
     )
     _add_durability(trainer)
     defaults = config.Limits()

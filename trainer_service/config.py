@@ -234,6 +234,8 @@ class JobsConfig:
     """host:port; port 0 takes a free one."""
     data_dir: Path = field(default_factory=lambda: default_data_dir())
     """Where trainers' logs and checkpoints go."""
+    storage_url: str = ""
+    """Of the trainers, see TrainerConfig."""
     api_keys: tuple[str, ...] = ()
     """Entries of keys that open the control plane and the trainers it starts, see access.ApiKeys."""
     api_key_file: Path | None = None

@@ -61,6 +61,8 @@ def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
         (["trainer", "--base-model", "m", "--api-key-file", "no/such"], "No such file"),
         (["trainer", "--base-model", "m", "--listen", "nowhere"], 'must be "host:port"'),
         (["trainer", "--base-model", "./no/such/folder"], "--base-model ./no/such/folder does not exist"),
+        (["trainer", "--base-model", "m", "--storage-url", "nope://x"], "--storage-url: nope://x cannot be used"),
+        (["jobs", "--storage-url", "nope://x"], "--storage-url: nope://x cannot be used as a store"),
         (["trainer", "--base-model", "m", "--listen", "192.0.2.1:1", "--allow-no-api-key"], "cannot listen on"),
     ],
 )

@@ -60,6 +60,17 @@ def test_create_and_wait_returns_a_ready_trainer_and_delete_stops_it(manager: Tr
     assert manager.list() == []
 
 
+def test_trainers_keep_checkpoints_where_the_control_plane_was_told_to(tmp_path: Path):
+    with (
+        running_jobs(tmp_path, storage_url="s3://bucket/prefix") as (process, base_url),
+        TrainerJobManager(API_KEY, base_url=base_url) as manager,
+    ):
+        manager.create_and_wait(TrainerJobConfig("quick"))
+        lines = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in descendants(process.pid)]
+        (trainer,) = (line for line in lines if b"tests.fake_trainer" in line)
+        assert trainer[trainer.index(b"--storage-url") + 1] == b"s3://bucket/prefix"
+
+
 def test_deleting_twice_is_no_error_and_an_unknown_job_is(manager: TrainerJobManager):
     job = manager.create(TrainerJobConfig("loading"))
     manager.delete(job.job_id)

@@ -167,6 +167,8 @@ class LocalJobs:
         command += ["--data-dir", str(self._config.data_dir), "--runs-dir", str(job.folder / "runs")]
         command += ["--ready-file", str(job.folder / "ready.json")]
         command += ["--drain-timeout-s", str(_DRAIN_TIMEOUT_S), "--exit-with-parent"]
+        if self._config.storage_url:
+            command += ["--storage-url", self._config.storage_url]
         if job.spec.max_context_length:
             command += ["--max-context-length", str(job.spec.max_context_length)]
         if self._config.api_key_file is not None:
