@@ -14,9 +14,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SCHEME = "gradwire://"
 
 
-def adapter_run_id(path: str) -> str:
-    """The run that saved an adapter; "" for a path that names a folder."""
-    return CheckpointPath.parse(path, field="adapter_path").run_id if path.startswith(_SCHEME) else ""
+def is_checkpoint(path: str) -> bool:
+    """Whether an adapter_path names a checkpoint, rather than a folder."""
+    return path.startswith(_SCHEME)
 
 
 def adapter_folder(path: str, *, checkpoint_dir: Path, adapter_dir: Path) -> Path:
@@ -32,7 +32,7 @@ def adapter_folder(path: str, *, checkpoint_dir: Path, adapter_dir: Path) -> Pat
         InvalidArgumentError: INVALID_FIELD: it is no such path, leads elsewhere, or no adapter is there.
         NotFoundError: CHECKPOINT_NOT_FOUND.
     """
-    if path.startswith(_SCHEME):
+    if is_checkpoint(path):
         place = CheckpointPath.parse(path, field="adapter_path")
         if place.kind != SAMPLER_WEIGHTS:
             raise invalid_field(

@@ -197,14 +197,14 @@ class ServiceClient:
         """A client of a sampler, waiting until the trainer has loaded it.
 
         Args:
-            model_path: gradwire:// path that save_weights_for_sampler returned, or a snapshot's. Of one's own run.
+            model_path: gradwire:// path that save_weights_for_sampler returned, or a snapshot's. One's own.
             base_model: Without a model_path: must be what the trainer serves; None or "" takes whatever that is.
             timeout_s: Longest wait, seconds; None takes the client's.
 
         Raises:
             InvalidArgumentError: model_path is no such path.
-            NotFoundError: RUN_NOT_FOUND or SAMPLER_NOT_FOUND.
-            FailedPreconditionError: BASE_MODEL_MISMATCH names both models.
+            NotFoundError: RUN_NOT_FOUND, SAMPLER_NOT_FOUND or CHECKPOINT_NOT_FOUND.
+            FailedPreconditionError: BASE_MODEL_MISMATCH names both models. CHECKPOINT_MISMATCH: of another base model.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         self._wait_until_ready(timeout_s)

@@ -178,7 +178,11 @@ def test_a_lora_state_that_does_not_say_its_layers_says_what_to_do(own_service: 
         ({"lora_rank": 1000}, InvalidArgumentError, "lora_rank is 1000; it must be 1 to 32"),
         ({"adapter_path": "../../etc"}, InvalidArgumentError, "below this trainer's --adapter-dir"),
         ({"adapter_path": "nobody"}, NotFoundError, "There is no adapter nobody"),
-        ({"adapter_path": "gradwire://run-9/sampler_weights/a"}, NotFoundError, "There is no adapter gradwire://"),
+        (
+            {"adapter_path": "gradwire://run-9/sampler_weights/a"},
+            NotFoundError,
+            "There is no checkpoint gradwire://run-9",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(

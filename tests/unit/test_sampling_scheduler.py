@@ -1,5 +1,6 @@
 """Turns between requests, room, cancelling, and samplers that stay frozen: on a tiny model, in this process."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerSample
 
 from tests.engines import RUN, forward_backward, make_engine
+from tests.tiny import make_tiny_llama
 from trainer_service.engine.engine import Engine
+from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.sampling import decoder as decoder_module
 from trainer_service.engine.sampling import samplers as samplers_module
 from trainer_service.engine.sampling import scheduler as scheduler_module
@@ -293,3 +296,28 @@ def test_a_model_that_cannot_be_decoded_together_is_decoded_alone_and_then_witho
         decoder = alone.sampling.samplers.find("").decoder
         assert (decoder.why_alone, bool(decoder.cache_argument)) == ("attention of its own", bool(cache_arguments))
         assert alone.tokens(got) == together.tokens(wanted)
+
+
+def test_another_models_checkpoint_is_refused_saying_whose_it_is(tiny_llama: Path, tmp_path: Path):
+    worker = Worker(make_tiny_llama(tmp_path / "untied", tied=False), tmp_path)
+    saved = make_engine(tiny_llama, tmp_path)
+    saved.save_weights_for_sampler(RUN, "tied")
+    saved.create_run("lora", lora=LoraSettings(rank=2, alpha=32.0, seed=0))
+    saved.save_weights_for_sampler("lora", "adapter")
+    (folder,) = tmp_path.glob("*/sampler_weights/adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 3}))
+    worker.engine.save_weights_for_sampler(RUN, "foreign")
+    manifest = tmp_path / RUN / "sampler_weights" / "foreign" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("LlamaForCausalLM", "GPT2LMHeadModel"))
+    for run_id, name, why in (
+        (RUN, "tied", "is of a model with other parameters"),
+        ("lora", "adapter", "names an adapter that "),
+        (RUN, "foreign", "is of a GPT2LMHeadModel, and this trainer serves a LlamaForCausalLM"),
+    ):
+        with pytest.raises(GradwireError) as caught:
+            worker.start(path=f"gradwire://{run_id}/sampler_weights/{name}")
+        assert caught.value.reason == "CHECKPOINT_MISMATCH"
+        assert f'The checkpoint "{name}" {why}' in caught.value.message
+    worker.start()
+    worker.finish()

@@ -1,16 +1,21 @@
 """SamplingService over a fake worker: streams, cancelling, owners, limits."""
 
 import asyncio
+import uuid
+from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
+from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.datum_pb2 import ModelInput
+from gradwire.v1.trainer_service_pb2 import CreateRunRequest, DeleteRunRequest
 
 from tests.fakes import FakeWorker, FrontEnd, front_end
 from tests.wire.test_border import error_of, with_key
+from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, CheckpointPath
 from trainer_service.config import Limits
 
 KEYS = ("alice alices-key", "bob bobs-key", "ops ops-key admin")
@@ -95,7 +100,7 @@ def test_every_call_of_the_service_names_a_sampler():
 @pytest.mark.parametrize("place", ["sampler_weights/final", "snapshots/3"])
 async def test_a_sampler_of_somebody_elses_run_answers_as_one_that_does_not_exist(method: str, place: str):
     async with front_end(api_keys=KEYS) as trainer:
-        created = await trainer.stub.CreateRun(_create(), metadata=ALICE)
+        created = await trainer.stub.CreateRun(CreateRunRequest(), metadata=ALICE)
         run_id = created.run.run_id
         told = []
         for asked, metadata in ((run_id, BOB), ("run-000000000000", BOB)):
@@ -109,10 +114,46 @@ async def test_a_sampler_of_somebody_elses_run_answers_as_one_that_does_not_exis
 
 async def test_an_owner_and_an_admin_may_use_a_runs_samplers():
     async with front_end(api_keys=KEYS) as trainer:
-        run_id = (await trainer.stub.CreateRun(_create(), metadata=ALICE)).run.run_id
+        run_id = (await trainer.stub.CreateRun(CreateRunRequest(), metadata=ALICE)).run.run_id
         sampler = pb.Sampler(model_path=f"gradwire://{run_id}/snapshots/1")
         for metadata in (ALICE, OPS):
             assert await outcome(trainer, "Sample", request(sampler=sampler), metadata)
+
+
+async def test_what_a_deleted_run_saved_is_still_its_owners_to_use_and_nobody_elses(tmp_path: Path):
+    async with front_end(api_keys=KEYS, data_dir=tmp_path) as trainer:
+        run_id = (await trainer.stub.CreateRun(CreateRunRequest(), metadata=ALICE)).run.run_id
+        save = ops.SaveWeightsForSamplerRequest(run_id=run_id, name="final")
+        path = (await trainer.stub.SaveWeightsForSampler(save, metadata=ALICE)).path
+        await trainer.stub.DeleteRun(DeleteRunRequest(run_id=run_id), metadata=ALICE)
+        adapter = CheckpointPath.parse(path).folder(tmp_path / "checkpoints")
+        (adapter / "adapter_config.json").write_text('{"r": 4}')
+        (adapter / "adapter_model.safetensors").write_bytes(b"")
+        uses = (
+            lambda key: outcome(trainer, "Sample", request(sampler=pb.Sampler(model_path=path)), key),
+            lambda key: trainer.stub.CreateRun(CreateRunRequest(adapter_path=path), metadata=key),
+        )
+        for use in uses:
+            for key in (ALICE, OPS):
+                assert await use(key)
+            assert (await error_of(use(BOB))).reason == "CHECKPOINT_NOT_FOUND"
+
+
+async def test_a_sampler_that_is_only_in_the_store_is_fetched_with_its_base_before_the_worker_is_asked(tmp_path: Path):
+    url = f"memory://{uuid.uuid4().hex}"
+    base, delta = (CheckpointPath("run-1", SAMPLER_WEIGHTS, name) for name in ("base", "delta"))
+    async with front_end(data_dir=tmp_path / "one", storage_url=url) as trainer:
+        trainer.worker.save(base)
+        trainer.worker.save(delta, base_path=str(base))
+        await asyncio.to_thread(trainer.server.catalog.sweep)
+    async with front_end(data_dir=tmp_path / "two", storage_url=url, api_keys=KEYS) as trainer:
+        places = [place.folder(trainer.server.catalog.root) for place in (base, delta)]
+        message = request(sampler=pb.Sampler(model_path=str(delta)))
+        # It was saved where nobody had a name.
+        assert (await error_of(outcome(trainer, "Sample", message, BOB))).reason == "CHECKPOINT_NOT_FOUND"
+        assert [place.exists() for place in places] == [False, False]
+        assert await outcome(trainer, "Sample", message, OPS)
+        assert [(place / "zeros").exists() for place in places] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -130,9 +171,3 @@ async def test_another_base_model_is_refused_naming_both():
     async with front_end() as trainer:
         refused = await error_of(outcome(trainer, "Sample", request(sampler=pb.Sampler(base_model="other"))))
         assert (refused.reason, refused.metadata) == ("BASE_MODEL_MISMATCH", {"requested": "other", "served": "fake"})
-
-
-def _create() -> Any:
-    from gradwire.v1.trainer_service_pb2 import CreateRunRequest
-
-    return CreateRunRequest()

@@ -72,7 +72,7 @@ class Catalog:
 
     def __init__(self, root: Path, storage: Storage | None = None) -> None:
         self.storage = storage
-        self._root = root
+        self.root = root
         self._lock = threading.RLock()
         self._manifests: dict[Path, tuple[object, Manifest]] = {}
         self._owners: dict[str, str | None] = {}
@@ -100,14 +100,14 @@ class Catalog:
         ]
         return sorted(found, key=lambda checkpoint: (checkpoint.created_at, checkpoint.path), reverse=True)
 
-    def find(self, path: str) -> Checkpoint:
-        """The checkpoint at a path, for the current caller.
+    def find(self, path: str, *, field: str = "path") -> Checkpoint:
+        """The checkpoint at a path, for the current caller; `field` is what the caller calls the path.
 
         Raises:
             InvalidArgumentError: INVALID_FIELD: it is no path.
             NotFoundError: CHECKPOINT_NOT_FOUND, whether there is none, it has expired, or it is somebody else's.
         """
-        parsed = CheckpointPath.parse(path)
+        parsed = CheckpointPath.parse(path, field=field)
         manifest = self._local(parsed) or (self.storage.manifest(parsed) if self.storage else None)
         if manifest is not None:
             checkpoint = Checkpoint(parsed, manifest, self._owner(parsed.run_id))
@@ -125,7 +125,7 @@ class Catalog:
         """Says whose the checkpoints of a run will be; before it saves one."""
         if self._owners.get(run_id) == owner:
             return
-        folder = self._root / run_id
+        folder = self.root / run_id
         folder.mkdir(parents=True, exist_ok=True)
         with _opened(folder) as handle:
             _replace(handle, OWNER, write_owner(owner))
@@ -138,7 +138,7 @@ class Catalog:
             FailedPreconditionError: STORAGE_FAILED: it stays here, and `sweep` tries again.
         """
         parsed = CheckpointPath.parse(path)
-        folder = parsed.folder(self._root)
+        folder = parsed.folder(self.root)
         if self.storage is None or (folder / _STORED).exists():
             return
         with self._lock:
@@ -151,17 +151,21 @@ class Catalog:
                 if _read_at(handle, MANIFEST) == manifest.to_json().encode():
                     os.close(os.open(_STORED, os.O_WRONLY | os.O_CREAT, 0o644, dir_fd=handle))
 
-    def fetch(self, path: str) -> None:
-        """Makes a checkpoint that is only in the store one the worker can read.
+    def fetch(self, path: str, *, field: str = "path") -> None:
+        """Makes a checkpoint that is only in the store one the worker can read, with the base it builds on.
 
         Raises:
             As find and storage; FailedPreconditionError: STORAGE_FAILED: the disk is full.
         """
-        found = self.find(path)
-        target = found.path.folder(self._root)
-        if self.storage is None or self._local(found.path) is not None:
+        found = self.find(path, field=field)
+        if self.storage is None:
             return
-        aside = self._root / _INCOMING / uuid.uuid4().hex
+        if found.base_path:
+            self.fetch(found.base_path)
+        target = found.path.folder(self.root)
+        if self._local(found.path) is not None:
+            return
+        aside = self.root / _INCOMING / uuid.uuid4().hex
         aside.mkdir(parents=True)
         try:
             with alone(aside):
@@ -198,7 +202,7 @@ class Catalog:
 
             if self.storage is not None and (stored := self.storage.manifest(found.path)) is not None:
                 self.storage.replace_manifest(found.path, changed(stored))
-            with contextlib.suppress(FileNotFoundError), _opened(found.path.folder(self._root)) as folder:
+            with contextlib.suppress(FileNotFoundError), _opened(found.path.folder(self.root)) as folder:
                 # Read from the folder it is written to, which may have been replaced since it was found.
                 local = changed(Manifest.from_json(_read_at(folder, MANIFEST)))
                 _replace(folder, MANIFEST, local.to_json().encode())
@@ -229,7 +233,7 @@ class Catalog:
             AbortedError: CHECKPOINT_CHANGED: the file is not the one of that digest.
         """
         handle, manifest = None, found.manifest
-        with contextlib.suppress(FileNotFoundError), _opened(found.path.folder(self._root)) as folder:
+        with contextlib.suppress(FileNotFoundError), _opened(found.path.folder(self.root)) as folder:
             # The manifest again, of the very folder the file is read from.
             manifest = Manifest.from_json(_read_at(folder, MANIFEST))
             if name in manifest.files:
@@ -264,12 +268,12 @@ class Catalog:
     def _remove(self, path: CheckpointPath) -> None:
         if self.storage is not None:
             self.storage.delete(path)
-        trash = self._root / _TRASH / uuid.uuid4().hex
+        trash = self.root / _TRASH / uuid.uuid4().hex
         trash.parent.mkdir(parents=True, exist_ok=True)
         # Gone at once, in one piece; then its bytes.
         with contextlib.suppress(FileNotFoundError):
-            path.folder(self._root).rename(trash)
-        self._manifests.pop(path.folder(self._root) / MANIFEST, None)
+            path.folder(self.root).rename(trash)
+        self._manifests.pop(path.folder(self.root) / MANIFEST, None)
         shutil.rmtree(trash, ignore_errors=True)
 
     def _all(self) -> Iterator[Checkpoint]:
@@ -280,14 +284,14 @@ class Catalog:
 
     def _local_paths(self) -> Iterator[CheckpointPath]:
         for kind in (STATE, SAMPLER_WEIGHTS):
-            for file in self._root.glob(f"*/{kind}/*/{MANIFEST}"):
-                run_id, _, name, _ = file.relative_to(self._root).parts
+            for file in self.root.glob(f"*/{kind}/*/{MANIFEST}"):
+                run_id, _, name, _ = file.relative_to(self.root).parts
                 # Not those being written, whose names begin with a dot.
                 with contextlib.suppress(GradwireError):
                     yield CheckpointPath.parse(str(CheckpointPath(run_id, kind, name)))
 
     def _local(self, path: CheckpointPath) -> Manifest | None:
-        file = path.folder(self._root) / MANIFEST
+        file = path.folder(self.root) / MANIFEST
         try:
             stat = file.stat()
             stamp = stat.st_mtime_ns, stat.st_size, stat.st_ino
@@ -305,7 +309,7 @@ class Catalog:
     def _owner(self, run_id: str) -> str | None:
         if self._owners.get(run_id) is None:
             try:
-                self._owners[run_id] = read_owner((self._root / run_id / OWNER).read_bytes())
+                self._owners[run_id] = read_owner((self.root / run_id / OWNER).read_bytes())
             except OSError:
                 self._owners[run_id] = self.storage.owner(run_id) if self.storage else None
         return self._owners[run_id]

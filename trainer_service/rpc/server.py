@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from gradwire.errors import GradwireError
 from gradwire.v1 import checkpoint_service_pb2, sampling_service_pb2, trainer_service_pb2
 from gradwire.v1.checkpoint_service_pb2_grpc import add_CheckpointServiceServicer_to_server
 from gradwire.v1.sampling_service_pb2_grpc import add_SamplingServiceServicer_to_server
@@ -71,9 +70,9 @@ class TrainerServer:
             limits=config.limits,
             detach_grace_s=config.detach_grace_s,
             observe=self._observe,
-            refuse_load=self._refuse_load,
+            catalog=self.catalog,
         )
-        self.sampling = Sampling(self.runs, worker, config.limits)
+        self.sampling = Sampling(self.runs, worker, self.catalog, config.limits)
         self.metrics.in_flight.set_function(lambda: self.runs.unanswered)
         self.metrics.runs.set_function(lambda: len(self.runs))
         self.metrics.journal_commits.set_function(lambda: self.runs.journal_writer.commits)
@@ -187,14 +186,6 @@ class TrainerServer:
                 logger.warning("Checkpoints could not be swept.", extra={"fields": {"error": str(exc)}})
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._draining.wait(), _SWEEP_INTERVAL_S)
-
-    def _refuse_load(self, path: str) -> GradwireError | None:
-        """Why the current caller may not load what is at a path."""
-        try:
-            self.catalog.find(path)
-        except GradwireError as exc:
-            return exc
-        return None
 
     async def _set_health(self, ready: bool) -> None:
         status = health_pb2.HealthCheckResponse

@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, ForkRunRequest
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun
 
 from trainer_service.access import current_caller
-from trainer_service.adapter_path import adapter_folder, adapter_rank, adapter_run_id
+from trainer_service.adapter_path import adapter_folder, adapter_rank, is_checkpoint
+from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.config import Durability, Limits
 from trainer_service.fleet.worker import Worker
 from trainer_service.runs import time_travel
@@ -48,7 +49,7 @@ class Runs:
         detach_grace_s: See RunSettings.
         observe: See RunSettings.
         durability: How runs are kept.
-        refuse_load: Says why the current caller may not load the state at a path; None when it may.
+        catalog: What runs load and start from, for whom it is; None is that of data_dir alone.
     """
 
     def __init__(
@@ -63,12 +64,12 @@ class Runs:
         data_dir: Path | None = None,
         adapter_dir: Path | None = None,
         durability: Durability | None = None,
-        refuse_load: Callable[[str], GradwireError | None] = lambda path: None,
+        catalog: Catalog | None = None,
     ) -> None:
-        self._refuse_load = refuse_load
         self._data_dir = data_dir
         root = data_dir or runs_dir.parent
-        self._adapter_roots = {"checkpoint_dir": root / "checkpoints", "adapter_dir": adapter_dir or root / "adapters"}
+        self._catalog = catalog or Catalog(root / "checkpoints")
+        self._adapter_roots = {"checkpoint_dir": self._catalog.root, "adapter_dir": adapter_dir or root / "adapters"}
         self._worker = worker
         self._base_model = base_model
         self._limits = limits
@@ -257,7 +258,7 @@ class Runs:
         run_id = f"run-{secrets.token_hex(6)}"
         adapter: Path | None = None
         if request.adapter_path:
-            adapter, request = self._with_adapter(run_id, request)
+            adapter, request = await self._with_adapter(run_id, request)
         record = Record(
             run_id=run_id,
             owner=current_caller.get().owner,
@@ -368,10 +369,10 @@ class Runs:
             got=active + 1,
         )
 
-    def _with_adapter(self, run_id: str, request: CreateRunRequest) -> tuple[Path, CreateRunRequest]:
+    async def _with_adapter(self, run_id: str, request: CreateRunRequest) -> tuple[Path, CreateRunRequest]:
         """(where the adapter is that the run starts from, the request with where the run will have its own copy)."""
-        if (owner := adapter_run_id(request.adapter_path)) in self._runs:
-            self.get(owner)
+        if is_checkpoint(request.adapter_path):
+            await asyncio.to_thread(self._catalog.fetch, request.adapter_path, field="adapter_path")
         folder = adapter_folder(request.adapter_path, **self._adapter_roots)
         changed = CreateRunRequest()
         changed.CopyFrom(request)
@@ -430,6 +431,13 @@ class Runs:
         if self._data_dir is None or not self._limits.max_disk_bytes or not operation.kind.startswith("save_"):
             return None
         return disk_full(self._data_dir, max_disk_bytes=self._limits.max_disk_bytes)
+
+    def _refuse_load(self, path: str) -> GradwireError | None:
+        try:
+            self._catalog.find(path)
+        except GradwireError as exc:
+            return exc
+        return None
 
     def _background(self, coroutine: Coroutine[Any, Any, object]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

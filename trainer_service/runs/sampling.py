@@ -14,10 +14,11 @@ from gradwire.v1.worker_service_pb2 import (
     WorkerSample,
 )
 
+from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.config import Limits
 from trainer_service.fleet.worker import Reply, Worker
 from trainer_service.runs.registry import Runs
-from trainer_service.sampler_path import SamplerPath
+from trainer_service.sampler_path import SNAPSHOTS, SamplerPath
 
 
 class Sampling:
@@ -26,12 +27,14 @@ class Sampling:
     Args:
         runs: Whose run a sampler is of.
         worker: Generates.
+        catalog: Where saved samplers are; those that are only in its store are fetched first.
         limits: The most there may be.
     """
 
-    def __init__(self, runs: Runs, worker: Worker, limits: Limits) -> None:
+    def __init__(self, runs: Runs, worker: Worker, catalog: Catalog, limits: Limits) -> None:
         self._runs = runs
         self._worker = worker
+        self._catalog = catalog
         self._limits = limits
         self._under_way: set[str] = set()
 
@@ -44,7 +47,7 @@ class Sampling:
         Raises:
             GradwireError: The sampler is not the caller's, LIMIT_EXCEEDED, or the worker's own.
         """
-        self._check(request.sampler)
+        await self._check(request.sampler)
         if len(self) >= self._limits.max_sample_requests:
             raise error(
                 "LIMIT_EXCEEDED",
@@ -81,7 +84,7 @@ class Sampling:
         Raises:
             GradwireError: As sample.
         """
-        self._check(sampler)
+        await self._check(sampler)
         await self._command(WorkerCommand(open_sampler=WorkerOpenSampler(sampler=sampler)))
 
     async def close(self, sampler: pb.Sampler) -> None:
@@ -90,15 +93,21 @@ class Sampling:
         Raises:
             GradwireError: As sample.
         """
-        self._check(sampler)
+        await self._check(sampler)
         await self._command(WorkerCommand(close_sampler=WorkerCloseSampler(sampler=sampler)))
 
-    def _check(self, sampler: pb.Sampler) -> None:
-        """Whether the current caller may use a sampler."""
-        if sampler.WhichOneof("source") == "model_path":
-            self._runs.get(SamplerPath.parse(sampler.model_path).run_id)
-        else:
+    async def _check(self, sampler: pb.Sampler) -> None:
+        """Whether the current caller may use a sampler, which the worker can read from then on."""
+        if sampler.WhichOneof("source") != "model_path":
             self._runs.check_base_model(sampler.base_model)
+            return
+        path = SamplerPath.parse(sampler.model_path)
+        if path.kind == SNAPSHOTS:
+            self._runs.get(path.run_id)
+        elif self._catalog.storage is None:
+            self._catalog.find(sampler.model_path)
+        else:
+            await asyncio.to_thread(self._catalog.fetch, sampler.model_path)
 
     async def _command(self, command: WorkerCommand) -> None:
         future: asyncio.Future[Reply | GradwireError] = asyncio.get_running_loop().create_future()

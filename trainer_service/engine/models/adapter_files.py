@@ -115,6 +115,8 @@ def _read_config(folder: Path) -> LoraConfig:
             f"was started with init_lora_weights={config.init_lora_weights!r}, which changes the base model; convert "
             "it with peft's path_initial_model_for_weight_conversion.",
         )
+    # peft warns where it is not the name that the base model has here, and takes that one in any case.
+    config.base_model_name_or_path = None
     # Its weights come from the file, dropout is off, and it trains.
     config.init_lora_weights, config.lora_dropout, config.inference_mode = True, 0.0, False
     return config

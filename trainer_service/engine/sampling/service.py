@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from gradwire.errors import GradwireError, InvalidArgumentError, error
 from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerSample
 from transformers import GenerationConfig, PreTrainedModel
@@ -16,6 +18,7 @@ from trainer_service.engine.sampling.request import Request, read_request
 from trainer_service.engine.sampling.samplers import Samplers
 from trainer_service.engine.sampling.scheduler import Scheduler
 from trainer_service.engine.sampling.text import Text
+from trainer_service.folders import read_manifest
 
 _CACHE_SHARE = 0.1
 """Part of the device's memory that caches may take."""
@@ -33,7 +36,9 @@ class Sampling:
     def __init__(self, engine: Engine, *, checkpoint_dir: Path, send: Callable[[WorkerEvent], object]) -> None:
         self._engine = engine
         self._text: Text | None = None
-        self._eos_tokens = _eos_tokens(engine.folder, engine.base_model())
+        base = engine.base_model()
+        self._eos_tokens = _eos_tokens(engine.folder, base)
+        self._shapes = _shapes(base)
         self.samplers = Samplers(
             engine.device,
             checkpoint_dir=checkpoint_dir,
@@ -90,13 +95,41 @@ class Sampling:
         return self._text
 
     def _load(self, folder: Path) -> PreTrainedModel:
+        self._check_architecture(folder)
         with whole_weights(folder) as whole:
             if (whole / ADAPTER_CONFIG).is_file():
-                return self._engine.adapted_model(whole)
+                return self._adapted(folder, whole)
             model = load_model(str(folder), whole, self._engine.device)
+        # It may have more: the head of merged weights, which the base model shares with its embedding.
+        if not self._shapes.items() <= _shapes(model).items():
+            raise _mismatch(folder, "is of a model with other parameters")
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         return model
+
+    def _adapted(self, folder: Path, whole: Path) -> PreTrainedModel:
+        try:
+            return self._engine.adapted_model(whole)
+        except InvalidArgumentError as exc:
+            # Said of a field that a request to sample does not have.
+            raise _mismatch(folder, exc.field_violations[0][1]) from exc
+
+    def _check_architecture(self, folder: Path) -> None:
+        """Refuses another model's checkpoint, which a store may well have, before it takes memory."""
+        architecture = read_manifest(folder).about.get("architecture")
+        if architecture != self._engine.model.architecture:
+            raise _mismatch(
+                folder, f"is of a {architecture}, and this trainer serves a {self._engine.model.architecture}"
+            )
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _mismatch(folder: Path, what: str) -> GradwireError:
+    text = f'The checkpoint "{folder.name}" {what.rstrip(".")}; sample from it on a trainer of its own base model.'
+    return error("CHECKPOINT_MISMATCH", text, name=folder.name)
 
 
 def _eos_tokens(folder: Path, model: PreTrainedModel) -> frozenset[int]:
