@@ -6,6 +6,7 @@ client.forward_backward(data, "cross_entropy")
 client.optim_step(gradwire.AdamParams(learning_rate=1e-5)).result()
 """
 
+from gradwire.checkpoint_client import Checkpoint, CheckpointClient, CheckpointFile
 from gradwire.data import datum_from_tokens_weights
 from gradwire.errors import GradwireError
 from gradwire.futures import APIFuture
@@ -35,6 +36,9 @@ from gradwire.version import __version__
 __all__ = [
     "APIFuture",
     "AdamParams",
+    "Checkpoint",
+    "CheckpointClient",
+    "CheckpointFile",
     "ClientTls",
     "Datum",
     "EncodedTextChunk",

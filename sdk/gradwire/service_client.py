@@ -9,6 +9,7 @@ import weakref
 from typing import Any
 
 from gradwire.answers import run_state_name
+from gradwire.checkpoint_client import CheckpointClient
 from gradwire.downloads import get_checkpoint
 from gradwire.errors import OperationTimeoutError, error
 from gradwire.sampling_client import SamplerSource, SamplingClient, load_tokenizer
@@ -44,6 +45,9 @@ class ServiceClient:
         timeout_s: For each blocking call, its retries included, seconds.
         reconnect_timeout_s: How long a training client tries to reach a lost trainer before its futures fail, seconds.
 
+    Attributes:
+        checkpoints: What runs saved, those of deleted runs included; see CheckpointClient.
+
     Raises:
         ValueError: No base_url, or one that names no server.
     """
@@ -62,6 +66,7 @@ class ServiceClient:
             raise ValueError('base_url is missing; pass "http://host:port" or set GRADWIRE_BASE_URL.')
         self.base_url = base_url
         self._connection = Connection(base_url, api_key or os.environ.get("GRADWIRE_API_KEY"), tls=tls)
+        self.checkpoints = CheckpointClient(self._connection, timeout_s=timeout_s)
         self._timeout_s = timeout_s
         self._reconnect_timeout_s = reconnect_timeout_s
         self._clients: weakref.WeakSet[TrainingClient] = weakref.WeakSet()

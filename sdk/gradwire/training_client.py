@@ -13,6 +13,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from gradwire import answers
+from gradwire.checkpoint_client import check_ttl_seconds
 from gradwire.codec import Batch, batch_from_data, encoded_batch, encoded_tensor, split
 from gradwire.custom_loss import CustomLossFn, LossThread, run_custom_loss
 from gradwire.errors import from_status, invalid_field
@@ -278,7 +279,7 @@ class TrainingClient:
             Future of its path, "gradwire://<run_id>/state/<name>".
         """
         self._refuse_inside_loss("save_state")
-        request = ops.SaveStateRequest(name=name, overwrite=overwrite, ttl_seconds=ttl_seconds)
+        request = ops.SaveStateRequest(name=name, overwrite=overwrite, ttl_seconds=check_ttl_seconds(ttl_seconds))
         return self._send("save_state", [TrainRequest(save_state=request)], answers.path, barrier=True)
 
     def load_state(self, path: str) -> APIFuture[None]:

@@ -1,0 +1,171 @@
+"""Checkpoints of a trainer: found, described, kept for longer or shorter, fetched, deleted."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from gradwire import downloads
+from gradwire.errors import invalid_field
+from gradwire.transport import Connection
+from gradwire.v1 import checkpoint_pb2
+from gradwire.v1 import checkpoint_service_pb2 as pb
+from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
+
+Folder = str | PathLike[str]
+CheckpointKind = Literal["state", "sampler_weights"]
+
+_KINDS: dict[Any, CheckpointKind] = {
+    checkpoint_pb2.CHECKPOINT_KIND_STATE: "state",
+    checkpoint_pb2.CHECKPOINT_KIND_SAMPLER_WEIGHTS: "sampler_weights",
+}
+_KIND_NUMBERS = {name: number for number, name in _KINDS.items()}
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """One file: its path inside the checkpoint, its size in bytes, its SHA-256 in hex."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run saved under a name. It outlives its run.
+
+    Attributes:
+        path: gradwire://<run_id>/<kind>/<name>, as saving returned it.
+        run_id: The run that saved it.
+        kind: "state", which training goes on from, or "sampler_weights".
+        name: As it was saved.
+        size_bytes: Of all files.
+        step: Optimizer steps applied when it was saved.
+        base_model: What its run started from.
+        architecture: Such as "LlamaForCausalLM".
+        lora_rank: Of its run; 0 where all parameters train.
+        checkpoint_type: "base", or "delta": what changed since the one at base_path.
+        base_path: Of a delta; else "".
+        created_at: When it was saved, UTC.
+        expires_at: When it is deleted, UTC; None for never.
+        files: Empty in lists; `CheckpointClient.get` tells them.
+    """
+
+    path: str
+    run_id: str
+    kind: CheckpointKind
+    name: str
+    size_bytes: int
+    step: int
+    base_model: str
+    architecture: str
+    lora_rank: int
+    checkpoint_type: Literal["base", "delta"]
+    base_path: str
+    created_at: datetime
+    expires_at: datetime | None
+    files: tuple[CheckpointFile, ...] = ()
+
+
+class CheckpointClient:
+    """The checkpoints that one's key may see; `ServiceClient.checkpoints` is one.
+
+    All calls but `list` raise NotFoundError (CHECKPOINT_NOT_FOUND) where there is none at the path, and
+    InvalidArgumentError (INVALID_FIELD) where it is no path.
+    """
+
+    def __init__(self, connection: Connection, *, timeout_s: float) -> None:
+        self._connection = connection
+        self._timeout_s = timeout_s
+
+    def list(self, *, run_id: str = "", kind: CheckpointKind | None = None) -> "list[Checkpoint]":
+        """Newest first.
+
+        Args:
+            run_id: Those of one run, which may be gone; "" is all.
+            kind: Those of one kind; None is both.
+        """
+        if kind is not None and kind not in _KIND_NUMBERS:
+            raise invalid_field("kind", f'is {kind!r}; it must be "state" or "sampler_weights".')
+        number = checkpoint_pb2.CHECKPOINT_KIND_UNSPECIFIED if kind is None else _KIND_NUMBERS[kind]
+        request = pb.ListCheckpointsRequest(run_id=run_id, kind=number)
+        return [_checkpoint(message) for message in self._call("ListCheckpoints", request).checkpoints]
+
+    def get(self, path: str) -> Checkpoint:
+        """One checkpoint, with its files."""
+        return _checkpoint(downloads.get_checkpoint(self._connection, path, timeout_s=self._timeout_s))
+
+    def delete(self, path: str) -> None:
+        """Deletes one for good.
+
+        Raises:
+            FailedPreconditionError: CHECKPOINT_IN_USE: deltas build on it; delete them first.
+        """
+        self._call("DeleteCheckpoint", pb.DeleteCheckpointRequest(path=path))
+
+    def set_ttl(self, path: str, ttl_seconds: int | None) -> Checkpoint:
+        """Keeps one so long from now, 1 to 315,360,000 seconds; None for ever."""
+        request = pb.SetCheckpointTtlRequest(path=path, ttl_seconds=check_ttl_seconds(ttl_seconds))
+        return _checkpoint(self._call("SetCheckpointTtl", request).checkpoint)
+
+    def download(
+        self, path: str, folder: str | PathLike[str], *, progress: downloads.Progress = lambda *_: None
+    ) -> Checkpoint:
+        """Fetches one's files into a folder, made if need be. Cut off, the same call goes on where it was.
+
+        Raises:
+            DataLossError: CHECKPOINT_DAMAGED: what came is not what the trainer says it sent.
+            UnavailableError: The trainer went away and did not come back; call again to go on.
+            OSError: The folder cannot be written.
+        """
+        return _checkpoint(downloads.download(self._connection, path, Path(folder), progress))
+
+    def export(
+        self, path: str, folder: str | PathLike[str], *, progress: downloads.Progress = lambda *_: None
+    ) -> Checkpoint:
+        """Fetches sampler weights as a folder that transformers (or peft) loads; a delta is made whole with its base.
+
+        Raises:
+            FailedPreconditionError: CHECKPOINT_MISMATCH: it is a resumable state. DELTA_BASE_UNUSABLE.
+            FileExistsError: The folder is there and not empty; for a delta.
+            As download.
+        """
+        return _checkpoint(downloads.export(self._connection, path, Path(folder), progress))
+
+    def _call(self, method: str, request: Any) -> Any:
+        return self._connection.call(CheckpointServiceStub, method, request, timeout_s=self._timeout_s)
+
+
+def check_ttl_seconds(ttl_seconds: int | None) -> int | None:
+    """A time to live that can be sent; how long it may be is the trainer's to say.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD.
+    """
+    if ttl_seconds is not None and (type(ttl_seconds) is not int or not 0 < ttl_seconds < 1 << 64):
+        raise invalid_field(
+            "ttl_seconds", f"is {ttl_seconds!r}; it must be a whole number of seconds, at least 1, or None for ever."
+        )
+    return ttl_seconds
+
+
+def _checkpoint(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
+    delta = message.checkpoint_type == checkpoint_pb2.CHECKPOINT_TYPE_DELTA
+    return Checkpoint(
+        path=message.path,
+        run_id=message.run_id,
+        kind=_KINDS[message.kind],
+        name=message.name,
+        size_bytes=message.size_bytes,
+        step=message.step,
+        base_model=message.base_model,
+        architecture=message.architecture,
+        lora_rank=message.lora_rank,
+        checkpoint_type="delta" if delta else "base",
+        base_path=message.base_path,
+        created_at=message.created_at.ToDatetime(UTC),
+        expires_at=message.expires_at.ToDatetime(UTC) if message.HasField("expires_at") else None,
+        files=tuple(CheckpointFile(file.name, file.size_bytes, file.sha256) for file in message.files),
+    )
