@@ -13,6 +13,7 @@ import contextlib
 import os
 import random
 import secrets
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -153,4 +154,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("Interrupted; the trainer was stopped if this script started it.", file=sys.stderr)
+        sys.exit(130)

@@ -9,6 +9,7 @@ import contextlib
 import os
 import random
 import secrets
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -107,17 +108,20 @@ def make_model(folder: str) -> None:
 @contextlib.contextmanager
 def tiny_service(base_url: str | None) -> Iterator[gradwire.ServiceClient]:
     """A trainer of this machine over such a model, stopped at the end; or one that serves it already."""
-    if base_url:
-        with gradwire.ServiceClient(base_url) as service:
-            yield service
-        return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # More only get into each other's way in a model so small.
-    api_key = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory() as folder, gradwire.TrainerJobManager(api_key) as jobs:
-        make_model(folder)
-        endpoint = jobs.create_and_wait(gradwire.TrainerJobConfig(folder, display_name="sums"))
-        with gradwire.ServiceClient(endpoint.base_url, api_key) as service:
-            yield service
+    api_key = None
+    try:
+        with contextlib.ExitStack() as stack:
+            if not base_url:
+                os.environ.setdefault("OMP_NUM_THREADS", "1")  # More only get into each other's way in a small model.
+                api_key = secrets.token_hex(16)
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                make_model(folder)
+                jobs = stack.enter_context(gradwire.TrainerJobManager(api_key))
+                base_url = jobs.create_and_wait(gradwire.TrainerJobConfig(folder, display_name="sums")).base_url
+            yield stack.enter_context(gradwire.ServiceClient(base_url, api_key))
+    except KeyboardInterrupt:
+        print("Interrupted; the trainer was stopped if this script started it.", file=sys.stderr)
+        sys.exit(130)
 
 
 def save_plot(path: Path, title: str, curves: dict[str, list[tuple[float, float]]], *, ylabel: str) -> None:
