@@ -18,8 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from gradwire import AdamParams, ServiceClient, TrainingClient, datum_from_tokens_weights
-from gradwire.v1.checkpoint_service_pb2 import DeleteCheckpointRequest
-from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 
 from benchmarks.processes import num_handles, resident_mib
 from tests.tiny import make_tiny_llama
@@ -44,8 +42,7 @@ def _round(service: ServiceClient, client: TrainingClient, number: int) -> None:
     base = client.save_weights_for_sampler_ext("base", overwrite=True).path
     delta = client.save_weights_for_sampler_ext("delta", "delta", overwrite=True).path
     for saved in (delta, base, path):
-        request = DeleteCheckpointRequest(path=saved)
-        service._connection.call(CheckpointServiceStub, "DeleteCheckpoint", request, timeout_s=60)
+        service.checkpoints.delete(saved)
 
 
 def main() -> int:
