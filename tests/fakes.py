@@ -236,6 +236,9 @@ class FakeWorker:
             case "save_state" if self.checkpoint_dir is not None:
                 path = self.save(CheckpointPath(run_id, STATE, request.save_state.name))
                 return TrainResponse(save_state=ops.SaveStateResponse(path=path))
+            case "save_weights_for_sampler" if request.save_weights_for_sampler.ephemeral:
+                path = f"gradwire://{run_id}/snapshots/{request.seq_id}"
+                return TrainResponse(save_weights_for_sampler=ops.SaveWeightsForSamplerResponse(path=path))
             case "save_weights_for_sampler" if self.checkpoint_dir is not None:
                 path = self.save(CheckpointPath(run_id, SAMPLER_WEIGHTS, request.save_weights_for_sampler.name))
                 return TrainResponse(save_weights_for_sampler=ops.SaveWeightsForSamplerResponse(path=path))

@@ -32,6 +32,7 @@ def test_another_trainer_samples_from_what_is_only_in_the_store_and_starts_a_run
             lora.save_weights_for_sampler("adapter").result(60).path,
         ]
         wanted = [greedy(service.create_sampling_client(path)) for path in paths]
+        assert greedy(lora.save_weights_and_get_sampling_client()) == wanted[1]
         trained = logprobs(lora)
     assert wanted[0] != wanted[1]
     with running_trainer(tiny_llama, tmp_path / "two", *store) as two, ServiceClient(two.base_url) as service:

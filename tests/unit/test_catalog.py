@@ -1,6 +1,8 @@
 """The catalog of checkpoints: over a local folder alone, and with a store behind it."""
 
+import errno
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -88,6 +90,12 @@ def content(catalog: Catalog, path: str, **arguments: Any) -> bytes:
     return b"".join(catalog.open(catalog.find(path), "a.safetensors", **arguments))
 
 
+def fetch(catalog: Catalog, path: str) -> Path:
+    """The folder the worker reads."""
+    catalog.fetch(catalog.find(path))
+    return CheckpointPath.parse(path).folder(catalog.root)
+
+
 A, B = "gradwire://run-1/state/a", "gradwire://run-1/sampler_weights/b"
 
 
@@ -173,7 +181,7 @@ def test_only_its_owner_and_admins_see_a_checkpoint_and_without_an_owner_only_ad
 )
 def test_a_path_that_is_none_is_refused_everywhere(make_catalog: MakeCatalog, path: str) -> None:
     catalog = make_catalog()
-    for call in (catalog.find, catalog.delete, catalog.store, catalog.fetch, lambda path: catalog.set_ttl(path, 1)):
+    for call in (catalog.find, catalog.delete, catalog.store, lambda path: catalog.set_ttl(path, 1)):
         assert reason(lambda call=call: call(path)) == "INVALID_FIELD"
 
 
@@ -200,7 +208,10 @@ def test_a_base_is_kept_while_deltas_build_on_it(make_catalog: MakeCatalog, tmp_
     save(tmp_path / "root", base, expires_at=datetime.now(UTC).isoformat())
     save(tmp_path / "root", delta, base_path=base, checkpoint_type="delta")
     catalog.sweep()
-    assert (tmp_path / "root" / "run-1" / "sampler_weights" / "base").exists()
+    # Expired, but what builds on it could not be read without.
+    assert {str(found.path) for found in catalog.list()} == {base, delta}
+    assert content(catalog, base) == b"content"
+    assert fetch(catalog, delta).is_dir()
     catalog.set_ttl(delta, None)
     save(tmp_path / "root", base)
     assert reason(lambda: catalog.delete(base)) == "CHECKPOINT_IN_USE"
@@ -217,10 +228,11 @@ def test_another_machine_lists_and_fetches_what_was_stored(stored: Callable[[str
     assert [str(found.path) for found in there.list()] == [A]
     assert there.find(A).owner == "alice"
     assert content(there, A, offset=2) == b"ntent"
-    there.fetch(A)
-    folder = tmp_path / "there" / "run-1" / "state" / "a"
+    folder = fetch(there, A)
     verify(folder, read_manifest(folder))
-    there.fetch(A)
+    fetch(there, A)
+    # Whose it is stays known without the store.
+    assert Catalog(tmp_path / "there").find(A).owner == "alice"
     assert {path.name for path in (tmp_path / "there").iterdir()} == {"run-1", ".incoming"}
     assert list((tmp_path / "there" / ".incoming").iterdir()) == []
 
@@ -262,8 +274,128 @@ def test_damage_in_the_store_is_seen_when_fetched(stored: Callable[[str], Catalo
     here.store(A)
     [file] = [name for name in files_in(url) if name.endswith("a.safetensors")]
     fsspec.core.url_to_fs(url)[0].pipe_file(file, b"CONTENT")
-    assert reason(lambda: there.fetch(A)) == "CHECKPOINT_DAMAGED"
+    assert reason(lambda: fetch(there, A)) == "CHECKPOINT_DAMAGED"
     assert not list((tmp_path / "there").rglob("a.safetensors"))
+
+
+def soon(**ago: float) -> str:
+    return (datetime.now(UTC) + timedelta(**ago)).isoformat()
+
+
+def test_a_copy_here_follows_the_store(stored: Callable[[str], Catalog], tmp_path: Path) -> None:
+    here, there = stored("here"), stored("there")
+    for text in (b"first", b"again"):
+        save(tmp_path / "here", B, text)
+        here.store(B)
+        assert (fetch(there, B) / "a.safetensors").read_bytes() == text
+        assert content(there, B) == text
+    assert there.find(B, recent=True).manifest == there.find(B).manifest
+    here.delete(B)
+    assert reason(lambda: there.find(B)) == "CHECKPOINT_NOT_FOUND"
+    assert there.list() == []
+    there.sweep()
+    assert here.list() == []
+
+
+def test_a_copy_here_does_what_it_can_while_the_store_is_out_of_reach(
+    stored: Callable[[str], Catalog], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = stored("here"), stored("there")
+    for path in (A, B):
+        save(tmp_path / "here", path)
+        here.store(path)
+    fetch(there, A)
+
+    def unreachable(*_: object) -> None:
+        raise ConnectionRefusedError("nobody there")
+
+    assert there.storage is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(there.storage._fs, "info", unreachable)
+        assert (fetch(there, A) / "a.safetensors").read_bytes() == b"content"
+        assert reason(lambda: there.find(B)) == "STORAGE_FAILED"
+        # Not asked again and again.
+        patched.setattr(there.storage._fs, "info", lambda *_: pytest.fail("asked"))
+        assert reason(lambda: there.find(B, recent=True)) == "STORAGE_FAILED"
+    assert there.find(B).path.name == "b"
+
+
+def test_what_somebody_keeps_for_longer_elsewhere_is_not_swept_here(
+    stored: Callable[[str], Catalog], tmp_path: Path
+) -> None:
+    here, there = stored("here"), stored("there")
+    save(tmp_path / "here", A, expires_at=soon(seconds=0.5))
+    here.store(A)
+    fetch(there, A)
+    here.set_ttl(A, None)
+    while read_manifest(tmp_path / "there/run-1/state/a").about["expires_at"] > soon():
+        time.sleep(0.05)
+    there.sweep()
+    assert [catalog.find(A).expires_at for catalog in (here, there)] == [None, None]
+
+
+def test_a_folder_copied_from_another_store_is_stored_in_this_one(tmp_path: Path) -> None:
+    old, new = (Catalog(tmp_path / "root", Storage(f"memory://{uuid.uuid4().hex}")) for _ in range(2))
+    save(tmp_path / "root", A)
+    old.store(A)
+    assert new.find(A).path.name == "a"
+    new.sweep()
+    assert new.storage is not None
+    assert new.storage.manifest(CheckpointPath.parse(A)) is not None
+
+
+def test_what_is_saved_anew_while_a_sweep_goes_on_stays(
+    make_catalog: MakeCatalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog = make_catalog()
+    other = "gradwire://run-2/state/a"
+    for path in (A, other):
+        save(tmp_path / "root", path, expires_at=soon(seconds=-1))
+        catalog.store(path)
+    remove = catalog._remove
+    saved: set[str] = set()
+
+    def slow(path: CheckpointPath) -> None:
+        if not saved:
+            saved.add(save(tmp_path / "root", other if str(path) == A else A, b"anew"))
+        remove(path)
+
+    monkeypatch.setattr(catalog, "_remove", slow)
+    catalog.sweep()
+    assert {str(found.path) for found in catalog.list()} == saved
+
+
+def test_an_expired_name_is_free_at_once(make_catalog: MakeCatalog, tmp_path: Path) -> None:
+    catalog = make_catalog()
+    for path, expires_at in ((A, soon(seconds=-1)), (B, soon(hours=1))):
+        save(tmp_path / "root", path, expires_at=expires_at)
+        catalog.store(path)
+        catalog.make_way(path)
+    assert not CheckpointPath.parse(A).folder(tmp_path / "root").exists()
+    assert CheckpointPath.parse(B).folder(tmp_path / "root").exists()
+
+
+def test_a_full_disk_is_said_of_a_fetch(
+    stored: Callable[[str], Catalog], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = stored("here"), stored("there")
+    save(tmp_path / "here", A)
+    here.store(A)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "mkdir", full)
+        assert reason(lambda: fetch(there, A)) == "STORAGE_FAILED"
+    assert fetch(there, A).is_dir()
+
+
+def test_a_file_that_went_missing_is_damage(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "root")
+    save(tmp_path / "root", A)
+    (CheckpointPath.parse(A).folder(tmp_path / "root") / "a.safetensors").unlink()
+    assert reason(lambda: content(catalog, A)) == "CHECKPOINT_DAMAGED"
 
 
 def test_what_a_killed_trainer_left_is_cleared(make_catalog: MakeCatalog, tmp_path: Path) -> None:

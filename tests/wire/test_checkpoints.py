@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import threading
 import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 import fsspec
 import grpc
 import pytest
+from gradwire.errors import from_status
 from gradwire.v1 import checkpoint_pb2, trainer_service_pb2
 from gradwire.v1 import checkpoint_service_pb2 as pb
 from gradwire.v1 import operation_pb2 as ops
+from gradwire.v1 import sampling_service_pb2 as pb_sampling
 
 from tests.fakes import FrontEnd, front_end
 from tests.wire.test_border import error_of, with_key
 from tests.wire.test_ownership import ALICE, BOB, KEYS, OPS, create, without_id
-from trainer_service.checkpoint_path import STATE, CheckpointPath
+from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPath
+from trainer_service.config import Limits
 
 
 async def save(trainer: FrontEnd, name: str = "a", metadata: Any = None, run_id: str = "") -> str:
@@ -222,3 +226,93 @@ async def test_an_unkeyed_caller_is_refused_and_a_checkpoint_without_owner_is_an
         path = trainer.worker.save(CheckpointPath("run-x", STATE, "a"))
         assert await listed(trainer, ALICE) == []
         assert await listed(trainer, OPS) == [path]
+
+
+async def test_snapshots_in_the_workers_memory_are_not_for_the_store(tmp_path: Path):
+    async with front_end(data_dir=tmp_path, storage_url=f"memory://{uuid.uuid4().hex}") as trainer:
+        stream = await trainer.attach(await trainer.create_run())
+        await stream.send(1, save_weights_for_sampler={"ephemeral": True})
+        assert (await stream.receive()).save_weights_for_sampler.path.endswith("/snapshots/1")
+        run_id = await trainer.create_run()
+        request = ops.SaveWeightsForSamplerRequest(run_id=run_id, ephemeral=True)
+        assert (await trainer.stub.SaveWeightsForSampler(request)).path.endswith("/snapshots/1")
+
+
+async def test_a_disk_that_takes_no_fetch_fails_the_load_alone(tmp_path: Path):
+    url = f"memory://{uuid.uuid4().hex}"
+    async with front_end(data_dir=tmp_path / "one", storage_url=url) as trainer:
+        path = await save(trainer)
+    async with front_end(data_dir=tmp_path / "two", storage_url=url) as trainer:
+        root = trainer.server.catalog.root
+        root.mkdir(parents=True)
+        (root / ".incoming").write_text("in the way")
+        stream = await trainer.attach(await trainer.create_run())
+        await stream.send(1, load_state={"path": path})
+        await stream.send(2, zero_grad={})
+        refused = from_status((await stream.receive()).error)
+        assert refused.reason == "STORAGE_FAILED"
+        assert "could not be fetched from memory://" in refused.message
+        assert (await stream.receive()).WhichOneof("result") == "zero_grad"
+
+
+async def test_the_event_loop_never_waits_for_the_store_and_one_download_serves_all_who_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    url = f"memory://{uuid.uuid4().hex}"
+    weights = CheckpointPath("run-1", SAMPLER_WEIGHTS, "a")
+    async with front_end(data_dir=tmp_path / "one", storage_url=url) as trainer:
+        state = await save(trainer)
+        trainer.worker.save(weights)
+        await trainer.server.transfers.sweep()
+    async with front_end(data_dir=tmp_path / "two", storage_url=url) as trainer:
+        storage = trainer.server.catalog.storage
+        assert storage is not None
+        asked: list[tuple[str, bool]] = []
+
+        def noted(name: str) -> Callable[..., Any]:
+            call = getattr(storage, name)
+
+            def wrapped(*arguments: Any) -> Any:
+                asked.append((name, threading.current_thread() is threading.main_thread()))
+                return call(*arguments)
+
+            return wrapped
+
+        for name in ("manifest", "owner", "download"):
+            monkeypatch.setattr(storage, name, noted(name))
+        stream = await trainer.attach(await trainer.create_run())
+        for seq_id, path in enumerate((state, "gradwire://run-1/state/none", state), start=1):
+            await stream.send(seq_id, load_state={"path": path})
+            await stream.receive()
+        request = pb_sampling.SampleRequest(sampler=pb_sampling.Sampler(model_path=str(weights)))
+        request.prompt.tokens.append(1)
+        request.sampling_params.max_tokens = 1
+
+        async def sample() -> None:
+            assert [response async for response in trainer.sampling.Sample(request)]
+
+        await asyncio.gather(*(sample() for _ in range(20)))
+        assert {on_the_loop for _, on_the_loop in asked} == {False}
+        assert [name for name, _ in asked].count("download") == 2  # The state's and the weights'.
+
+
+async def test_uploads_hold_up_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    async with front_end(
+        data_dir=tmp_path, storage_url=f"memory://{uuid.uuid4().hex}", limits=Limits(max_runs=40)
+    ) as trainer:
+        storage, go_on = trainer.server.catalog.storage, threading.Event()
+        assert storage is not None
+        kept, upload = await save(trainer, "kept"), storage.upload
+        monkeypatch.setattr(storage, "upload", lambda *arguments: (go_on.wait(30), upload(*arguments))[1])
+        # More than there are threads of any kind.
+        saves = [asyncio.create_task(save(trainer)) for _ in range(36)]
+        try:
+            while trainer.worker.waiting or len(trainer.operations()) < 37:  # noqa: ASYNC110  (the fake has no event)
+                await asyncio.sleep(0.01)
+            get = trainer.checkpoints.GetCheckpoint(pb.GetCheckpointRequest(path=kept))
+            assert (await asyncio.wait_for(get, 20)).checkpoint.path == kept
+            ttl = trainer.checkpoints.SetCheckpointTtl(pb.SetCheckpointTtlRequest(path=kept, ttl_seconds=60))
+            assert (await asyncio.wait_for(ttl, 20)).checkpoint.HasField("expires_at")
+        finally:
+            go_on.set()
+        assert len(await asyncio.gather(*saves)) == 36

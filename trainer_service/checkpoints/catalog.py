@@ -6,30 +6,36 @@ for `find` without a store, which reads one small file.
 
 import contextlib
 import io
+import json
 import logging
 import os
 import shutil
 import threading
+import time
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from gradwire.errors import GradwireError, error, invalid_field
+from gradwire.errors import GradwireError, error
 
 from trainer_service.access import current_caller
 from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPath
-from trainer_service.checkpoints.storage import OWNER, Storage, read_owner, write_owner
-from trainer_service.folders import MANIFEST, Manifest, alone, whole_folder
+from trainer_service.checkpoints.files import check_range, opened, pieces, read_at, replace
+from trainer_service.checkpoints.storage import OWNER, UPLOAD, Storage, read_owner, write_owner
+from trainer_service.folders import MANIFEST, Manifest, alone, damaged, whole_folder
 
 logger = logging.getLogger(__name__)
 
-_PIECE_BYTES = 4 << 20
 _INCOMING = ".incoming"
 _TRASH = ".trash"
 _STORED = ".stored"
-"""Marks a local checkpoint that is in the store too."""
+"""Marks a local folder that is a copy of what is in the store, and says of which upload: from then on the store says
+what there is, until when. One without it was saved here and is still to be stored."""
+_RECENT_S = 5.0
+"""How long what the store said holds, for those who ask often or cannot wait for it."""
+_MAX_LOOKED = 1024
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,9 @@ class Checkpoint:
 class Catalog:
     """The checkpoints of a trainer.
 
+    Where there is a store, it says what there is, until when; the local folder is a cache, but for what was saved here
+    and is still to be stored. What is in the store can be used from here too where the store cannot be reached.
+
     Args:
         root: Local folder, shared with the worker: it writes below `<run_id>/<kind>/`, we only remove and put in place.
         storage: Where they are kept beyond this machine; None keeps them here alone.
@@ -76,6 +85,8 @@ class Catalog:
         self._lock = threading.RLock()
         self._manifests: dict[Path, tuple[object, Manifest]] = {}
         self._owners: dict[str, str | None] = {}
+        self._claimed: set[tuple[str, str]] = set()
+        self._looked: dict[CheckpointPath, tuple[float, Checkpoint | GradwireError | None]] = {}
         # What a trainer left that was killed. Several may share the folder, so what one is fetching stays.
         shutil.rmtree(root / _TRASH, ignore_errors=True)
         for folder in (root / _INCOMING).glob("*/"):
@@ -90,29 +101,34 @@ class Catalog:
         Raises:
             FailedPreconditionError: STORAGE_FAILED: the store cannot be read.
         """
+        everything = list(self._all())
+        kept = _bases(everything)
         found = [
             checkpoint
-            for checkpoint in self._all()
+            for checkpoint in everything
             if (not run_id or checkpoint.path.run_id == run_id)
             and (not kind or checkpoint.path.kind == kind)
             and _may_see(checkpoint)
-            and not _expired(checkpoint)
+            and (not _expired(checkpoint) or str(checkpoint.path) in kept)
         ]
         return sorted(found, key=lambda checkpoint: (checkpoint.created_at, checkpoint.path), reverse=True)
 
-    def find(self, path: str, *, field: str = "path") -> Checkpoint:
-        """The checkpoint at a path, for the current caller; `field` is what the caller calls the path.
+    def find(self, path: str, *, field: str = "path", recent: bool = False) -> Checkpoint:
+        """The checkpoint at a path, for the current caller.
+
+        Args:
+            path: It.
+            field: What the caller calls the path.
+            recent: What the store said some seconds ago will do; the store is not asked then.
 
         Raises:
             InvalidArgumentError: INVALID_FIELD: it is no path.
             NotFoundError: CHECKPOINT_NOT_FOUND, whether there is none, it has expired, or it is somebody else's.
+            FailedPreconditionError: STORAGE_FAILED: the store cannot be read, and there is no copy here.
         """
-        parsed = CheckpointPath.parse(path, field=field)
-        manifest = self._local(parsed) or (self.storage.manifest(parsed) if self.storage else None)
-        if manifest is not None:
-            checkpoint = Checkpoint(parsed, manifest, self._owner(parsed.run_id))
-            if _may_see(checkpoint) and not _expired(checkpoint):
-                return checkpoint
+        found = self._look(CheckpointPath.parse(path, field=field), recent=recent)
+        if found is not None and _may_see(found) and (not _expired(found) or self._is_base(found)):
+            return found
         raise error(
             "CHECKPOINT_NOT_FOUND",
             f"There is no checkpoint {path}; ListCheckpoints, or `gradwire checkpoints list`, lists those there are.",
@@ -123,13 +139,24 @@ class Catalog:
 
     def claim(self, run_id: str, owner: str) -> None:
         """Says whose the checkpoints of a run will be; before it saves one."""
-        if self._owners.get(run_id) == owner:
+        if (run_id, owner) in self._claimed:
             return
         folder = self.root / run_id
         folder.mkdir(parents=True, exist_ok=True)
-        with _opened(folder) as handle:
-            _replace(handle, OWNER, write_owner(owner))
+        with opened(folder) as handle:
+            replace(handle, OWNER, write_owner(owner))
         self._owners[run_id] = owner
+        self._claimed.add((run_id, owner))
+
+    def make_way(self, path: str) -> None:
+        """Removes a checkpoint that has expired and was not swept yet, so that its name is free.
+
+        Raises:
+            As sweep.
+        """
+        found = self._look(CheckpointPath.parse(path))
+        if found is not None and _expired(found) and not self._is_base(found):
+            self._expire(found)
 
     def store(self, path: str) -> None:
         """Uploads a checkpoint the worker saved; nothing where there is no store, or it is there already.
@@ -139,49 +166,39 @@ class Catalog:
         """
         parsed = CheckpointPath.parse(path)
         folder = parsed.folder(self.root)
-        if self.storage is None or (folder / _STORED).exists():
+        if self.storage is None or not folder.is_dir():
             return
-        with self._lock:
+        # One upload a folder, of whatever trainer; who deletes it waits.
+        with alone(folder):
             manifest = self._local(parsed)
-            if manifest is None:
+            if manifest is None or self._copy_of(parsed) is not None:
                 return
-            self.storage.upload(parsed, folder, manifest, self._owner(parsed.run_id) or "")
+            upload = self.storage.upload(parsed, folder, manifest, self._owner(parsed.run_id) or "")
             # Into the folder uploaded, which may have been replaced meanwhile.
-            with contextlib.suppress(OSError), _opened(folder) as handle:
-                if _read_at(handle, MANIFEST) == manifest.to_json().encode():
-                    os.close(os.open(_STORED, os.O_WRONLY | os.O_CREAT, 0o644, dir_fd=handle))
+            with contextlib.suppress(OSError), opened(folder) as handle:
+                if read_at(handle, MANIFEST) == manifest.to_json().encode():
+                    replace(handle, _STORED, self._mark(upload))
+        self._looked.pop(parsed, None)
 
-    def fetch(self, path: str, *, field: str = "path") -> None:
-        """Makes a checkpoint that is only in the store one the worker can read, with the base it builds on.
+    def fetch(self, found: Checkpoint) -> None:
+        """Makes a checkpoint one the worker can read, with the base it builds on; nothing where it is already.
 
         Raises:
-            As find and storage; FailedPreconditionError: STORAGE_FAILED: the disk is full.
+            As find; DataLossError: CHECKPOINT_DAMAGED; FailedPreconditionError: STORAGE_FAILED: also a full disk.
         """
-        found = self.find(path, field=field)
         if self.storage is None:
             return
-        if found.base_path:
-            self.fetch(found.base_path)
-        target = found.path.folder(self.root)
-        if self._local(found.path) is not None:
-            return
-        aside = self.root / _INCOMING / uuid.uuid4().hex
-        aside.mkdir(parents=True)
         try:
-            with alone(aside):
-                about, size_bytes = found.manifest.about, found.manifest.size_bytes
-                whole = aside / "whole" / found.path.name
-                with whole_folder(whole, about=about, overwrite=False, needed_bytes=size_bytes) as writer:
-                    self.storage.download(found.path, found.manifest, writer)
-                (whole / _STORED).touch()
-                if found.owner is not None:
-                    self.claim(found.path.run_id, found.owner)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                # Refused where another fetch, or a save, was faster.
-                with contextlib.suppress(OSError):
-                    whole.rename(target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            if found.base_path:
+                self.fetch(self.find(found.base_path))
+            if not self._is_here(found):
+                self._download(self.storage, found)
+        except (GradwireError, OSError) as exc:
+            text = f"{found.path} could not be fetched from {self.storage.url} to {self.root}: {exc}"
+            failed = exc if isinstance(exc, GradwireError) else error("STORAGE_FAILED", text, path=str(found.path))
+            # Whoever looks it up next is told, rather than that it is not here.
+            self._remember(found.path, failed)
+            raise failed from exc
 
     # ── what callers do ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -202,10 +219,11 @@ class Catalog:
 
             if self.storage is not None and (stored := self.storage.manifest(found.path)) is not None:
                 self.storage.replace_manifest(found.path, changed(stored))
-            with contextlib.suppress(FileNotFoundError), _opened(found.path.folder(self.root)) as folder:
+            with contextlib.suppress(FileNotFoundError), opened(found.path.folder(self.root)) as folder:
                 # Read from the folder it is written to, which may have been replaced since it was found.
-                local = changed(Manifest.from_json(_read_at(folder, MANIFEST)))
-                _replace(folder, MANIFEST, local.to_json().encode())
+                local = changed(Manifest.from_json(read_at(folder, MANIFEST)))
+                replace(folder, MANIFEST, local.to_json().encode())
+            self._looked.pop(found.path, None)
             return Checkpoint(found.path, changed(found.manifest), found.owner)
 
     def delete(self, path: str) -> None:
@@ -214,8 +232,12 @@ class Catalog:
         Raises:
             As find; FailedPreconditionError: CHECKPOINT_IN_USE: deltas build on it; STORAGE_FAILED: nothing was done.
         """
-        with self._lock:
-            found = self.find(path)
+        found = self.find(path)
+        with contextlib.ExitStack() as stack:
+            # Not while it is being stored, which would bring it back.
+            with contextlib.suppress(FileNotFoundError):
+                stack.enter_context(alone(found.path.folder(self.root)))
+            stack.enter_context(self._lock)
             if deltas := [other for other in self._all() if other.base_path == path and not _expired(other)]:
                 raise error(
                     "CHECKPOINT_IN_USE",
@@ -231,54 +253,158 @@ class Catalog:
         Raises:
             InvalidArgumentError: INVALID_FIELD: no such file, or an offset behind its end.
             AbortedError: CHECKPOINT_CHANGED: the file is not the one of that digest.
+            DataLossError: CHECKPOINT_DAMAGED: it is not there.
         """
+        if not self._is_here(found):
+            # It may have been stored anew since it was found.
+            found = self._look(found.path) or found
         handle, manifest = None, found.manifest
-        with contextlib.suppress(FileNotFoundError), _opened(found.path.folder(self.root)) as folder:
-            # The manifest again, of the very folder the file is read from.
-            manifest = Manifest.from_json(_read_at(folder, MANIFEST))
-            if name in manifest.files:
-                handle = io.FileIO(os.open(name, os.O_RDONLY, dir_fd=folder))
+        if self._is_here(found):
+            with contextlib.suppress(FileNotFoundError), opened(found.path.folder(self.root)) as folder:
+                # The manifest again, of the very folder the file is read from.
+                manifest = Manifest.from_json(read_at(folder, MANIFEST))
+                if name in manifest.files:
+                    handle = io.FileIO(os.open(name, os.O_RDONLY, dir_fd=folder))
         try:
-            _check_range(manifest, name, offset, sha256)
+            check_range(manifest, name, offset, sha256)
         except GradwireError:
             if handle is not None:
                 handle.close()
             raise
         if handle is not None:
-            return _pieces(handle, offset)
-        assert self.storage is not None
+            return pieces(handle, offset)
+        if self.storage is None:
+            raise damaged(found.path.name, name, "is missing")
         return self.storage.read(found.path, manifest, name, offset)
 
     # ── housekeeping ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def sweep(self) -> None:
-        """Deletes what has expired, and uploads what could not be uploaded before."""
-        with self._lock:
-            everything = list(self._all())
-            kept = {other.base_path for other in everything if not _expired(other)}
-            for checkpoint in everything:
-                # A base stays as long as its deltas.
-                if _expired(checkpoint) and str(checkpoint.path) not in kept:
-                    self._remove(checkpoint.path)
-                    logger.info("Expired.", extra={"fields": {"path": str(checkpoint.path)}})
+        """Deletes what has expired, and uploads what could not be uploaded before.
+
+        Raises:
+            FailedPreconditionError: STORAGE_FAILED.
+        """
+        everything = list(self._all())
+        kept = _bases(everything)
+        for checkpoint in everything:
+            # A base stays as long as its deltas.
+            if _expired(checkpoint) and str(checkpoint.path) not in kept:
+                self._expire(checkpoint)
         if self.storage is not None:
             for path in list(self._local_paths()):
                 self.store(str(path))
 
+    def _expire(self, checkpoint: Checkpoint) -> None:
+        """Deletes a checkpoint unless it was kept for longer, or saved anew, since it was looked at."""
+        path, folder = checkpoint.path, checkpoint.path.folder(self.root)
+        with self._lock, contextlib.ExitStack() as stack:
+            try:
+                # The worker, another process, puts folders in place while it holds this.
+                stack.enter_context(alone(folder.parent))
+                stack.enter_context(alone(folder, wait=False))
+            except FileNotFoundError:
+                pass
+            except BlockingIOError:
+                return  # It is being stored; the next sweep comes.
+            now = self._look(path)
+            if now is not None and _expired(now):
+                self._remove(path)
+                logger.info("Expired.", extra={"fields": {"path": str(path)}})
+
     def _remove(self, path: CheckpointPath) -> None:
         if self.storage is not None:
             self.storage.delete(path)
+        self._discard(path)
+        self._looked.pop(path, None)
+
+    def _discard(self, path: CheckpointPath) -> None:
+        """Removes what is here: gone at once, in one piece; then its bytes."""
         trash = self.root / _TRASH / uuid.uuid4().hex
         trash.parent.mkdir(parents=True, exist_ok=True)
-        # Gone at once, in one piece; then its bytes.
         with contextlib.suppress(FileNotFoundError):
             path.folder(self.root).rename(trash)
         self._manifests.pop(path.folder(self.root) / MANIFEST, None)
         shutil.rmtree(trash, ignore_errors=True)
 
+    # ── store and cache ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _look(self, path: CheckpointPath, *, recent: bool = False) -> Checkpoint | None:
+        """What is at a path, whosever it is."""
+        local = self._local(path)
+        if self.storage is None or (local is not None and self._copy_of(path) is None):
+            return None if local is None else Checkpoint(path, local, self._owner(path.run_id))
+        looked_s, outcome = self._looked.get(path, (-_RECENT_S, None))
+        if not recent or time.monotonic() - looked_s >= _RECENT_S:
+            try:
+                stored = self.storage.manifest(path)
+                outcome = None if stored is None else Checkpoint(path, stored, self._owner(path.run_id))
+            except GradwireError as exc:
+                outcome = exc if local is None else Checkpoint(path, local, self._owner(path.run_id))
+                fields = {"path": str(path), "copy_here": local is not None, "error": str(exc)}
+                logger.warning("The store could not be asked.", extra={"fields": fields})
+            self._remember(path, outcome)
+        if isinstance(outcome, GradwireError):
+            raise outcome
+        return outcome
+
+    def _remember(self, path: CheckpointPath, outcome: Checkpoint | GradwireError | None) -> None:
+        if len(self._looked) >= _MAX_LOOKED:
+            self._looked.clear()
+        self._looked[path] = time.monotonic(), outcome
+
+    def _is_base(self, checkpoint: Checkpoint) -> bool:
+        """Whether something that has not expired builds on it."""
+        return checkpoint.path.kind == SAMPLER_WEIGHTS and str(checkpoint.path) in _bases(self._all())
+
+    def _copy_of(self, path: CheckpointPath) -> str | None:
+        """The upload that the local folder is a copy of; None where it is none."""
+        try:
+            mark = json.loads((path.folder(self.root) / _STORED).read_bytes())
+        except (OSError, ValueError):
+            return None
+        ours = self.storage is not None and isinstance(mark, dict) and mark.get("url") == self.storage.url
+        return mark.get(UPLOAD) if ours else None
+
+    def _mark(self, upload: object) -> bytes:
+        assert self.storage is not None
+        return json.dumps({"url": self.storage.url, UPLOAD: upload}).encode()
+
+    def _is_here(self, found: Checkpoint) -> bool:
+        """Whether the local folder has it, or what was saved here since."""
+        local = self._local(found.path)
+        copy = self._copy_of(found.path)
+        return local is not None and (copy in (None, found.manifest.about.get(UPLOAD)) or local == found.manifest)
+
+    def _download(self, storage: Storage, found: Checkpoint) -> None:
+        aside = self.root / _INCOMING / uuid.uuid4().hex
+        aside.mkdir(parents=True)
+        try:
+            with alone(aside):
+                about, size_bytes = found.manifest.about, found.manifest.size_bytes
+                whole = aside / "whole" / found.path.name
+                with whole_folder(whole, about=about, overwrite=False, needed_bytes=size_bytes) as writer:
+                    storage.download(found.path, found.manifest, writer)
+                (whole / _STORED).write_bytes(self._mark(about.get(UPLOAD)))
+                if found.owner is not None:
+                    self.claim(found.path.run_id, found.owner)
+                target = found.path.folder(self.root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with alone(target.parent):
+                    # A save may have been faster, and what it wrote is newer.
+                    if not target.exists() or self._copy_of(found.path) is not None:
+                        self._discard(found.path)
+                        whole.rename(target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
     def _all(self) -> Iterator[Checkpoint]:
         stored = self.storage.manifests() if self.storage else {}
-        local = {path: manifest for path in self._local_paths() if (manifest := self._local(path)) is not None}
+        local = {
+            path: manifest
+            for path in self._local_paths()
+            if (manifest := self._local(path)) is not None and self._copy_of(path) is None
+        }
         for path, manifest in {**stored, **local}.items():
             yield Checkpoint(path, manifest, self._owner(path.run_id))
 
@@ -315,6 +441,11 @@ class Catalog:
         return self._owners[run_id]
 
 
+def _bases(checkpoints: Iterable[Checkpoint]) -> set[str]:
+    """Paths that those of them which have not expired build on."""
+    return {checkpoint.base_path for checkpoint in checkpoints if not _expired(checkpoint)}
+
+
 def _may_see(checkpoint: Checkpoint) -> bool:
     caller = current_caller.get()
     return caller.admin if checkpoint.owner is None else caller.may_see(checkpoint.owner)
@@ -330,47 +461,3 @@ def _time(text: object) -> datetime | None:
     except ValueError:
         return None
     return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
-
-
-def _check_range(manifest: Manifest, name: str, offset: int, sha256: str) -> None:
-    entry = manifest.files.get(name)
-    if entry is None:
-        raise invalid_field("file", f"is {name[:200]!r}; the checkpoint has {', '.join(sorted(manifest.files))}.")
-    if sha256 and sha256 != entry.sha256:
-        text = f"{name} was saved anew since its digest was asked for; ask for it again and begin at offset 0."
-        raise error("CHECKPOINT_CHANGED", text, file=name, sha256=entry.sha256)
-    if offset > entry.size_bytes:
-        raise invalid_field("offset", f"is {offset}, but {name} has {entry.size_bytes} bytes.")
-
-
-def _pieces(file: io.FileIO, offset: int) -> Generator[bytes]:
-    with file:
-        file.seek(offset)
-        while piece := file.read(_PIECE_BYTES):
-            yield piece
-
-
-@contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    """A folder as it is now, even when another is put in its place meanwhile."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def _read_at(folder: int, name: str) -> bytes:
-    with os.fdopen(os.open(name, os.O_RDONLY, dir_fd=folder), "rb") as file:
-        return file.read()
-
-
-def _replace(folder: int, name: str, content: bytes) -> None:
-    """Writes a small file whole or not at all."""
-    aside = f".{name}.{uuid.uuid4().hex[:8]}"
-    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=folder), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, name, src_dir_fd=folder, dst_dir_fd=folder)
-    os.fsync(folder)

@@ -87,8 +87,12 @@ class Storage:
                 return None
         return read_owner(content)
 
-    def upload(self, path: CheckpointPath, folder: Path, manifest: Manifest, owner: str) -> None:
-        """Stores a folder, its manifest last; what was stored there before goes after that."""
+    def upload(self, path: CheckpointPath, folder: Path, manifest: Manifest, owner: str) -> str:
+        """Stores a folder, its manifest last; what was stored there before goes after that.
+
+        Returns:
+            What the stored manifest says under UPLOAD.
+        """
         before = self.manifest(path)
         upload = uuid.uuid4().hex[:12]
         with self._speaking("stored"):
@@ -105,6 +109,7 @@ class Storage:
                 raise
         if before is not None:
             self._forget(path, before.about.get(UPLOAD))
+        return upload
 
     def replace_manifest(self, path: CheckpointPath, manifest: Manifest) -> None:
         """Says something else about the same files."""

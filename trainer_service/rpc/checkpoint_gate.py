@@ -10,39 +10,46 @@ import contextlib
 from gradwire.errors import GradwireError
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 
-from trainer_service.checkpoints.catalog import Catalog
+from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE
+from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.run import Run
 from trainer_service.runs.sequence import error_response
 
-_SAVES = ("save_state", "save_weights_for_sampler")
+_SAVES = {"save_state": STATE, "save_weights_for_sampler": SAMPLER_WEIGHTS}
+"""Operation to the kind of checkpoint it makes."""
 
 
 class CheckpointGate:
     """The way of saves and loads.
 
     Args:
-        catalog: Where checkpoints are.
+        transfers: To and from where checkpoints are.
     """
 
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
+    def __init__(self, transfers: Transfers) -> None:
+        self._transfers = transfers
+        self._catalog = transfers.catalog
 
     async def before(self, run: Run, operation: Operation) -> None:
         """Before an operation takes its place; whoever calls must not overtake it meanwhile.
 
         What fails here is left for the operation itself to find, and to say in its answer.
         """
-        if operation.kind in _SAVES:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(GradwireError, OSError):
+            if operation.kind in _SAVES:
                 self._catalog.claim(run.run_id, run.owner)
-        elif operation.kind == "load_state" and self._catalog.storage is not None:
-            with contextlib.suppress(GradwireError):
-                await asyncio.to_thread(self._catalog.fetch, operation.request.load_state.path)
+                if not _is_snapshot(operation):
+                    name = getattr(operation.request, operation.kind).name
+                    await asyncio.to_thread(
+                        self._catalog.make_way, f"gradwire://{run.run_id}/{_SAVES[operation.kind]}/{name}"
+                    )
+            elif operation.kind == "load_state":
+                await self._transfers.fetch(operation.request.load_state.path)
 
     def stores(self, operation: Operation) -> bool:
         """Whether the answer to an operation must go through `after`."""
-        return operation.kind in _SAVES and self._catalog.storage is not None
+        return self._catalog.storage is not None and operation.kind in _SAVES and not _is_snapshot(operation)
 
     async def after(self, operation: Operation, answer: bytes) -> bytes:
         """The answer to give: as it was once the checkpoint is in the store, or why it is not."""
@@ -50,8 +57,13 @@ class CheckpointGate:
         if response.WhichOneof("result") != operation.kind:
             return answer
         try:
-            await asyncio.to_thread(self._catalog.store, getattr(response, operation.kind).path)
+            await self._transfers.store(getattr(response, operation.kind).path)
         except GradwireError as exc:
             exc.message += " The checkpoint is on the trainer's disk, and is stored as soon as that can be done."
             return error_response(operation.seq_id, exc).SerializeToString()
         return answer
+
+
+def _is_snapshot(operation: Operation) -> bool:
+    """Whether it saves nothing, but freezes parameters in the worker's memory."""
+    return operation.kind == "save_weights_for_sampler" and operation.request.save_weights_for_sampler.ephemeral

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from trainer_service.access import ApiKeys
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.storage import Storage
+from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import ServerTls, TrainerConfig, listens_on_loopback, split_address
 from trainer_service.fleet.worker import Worker
 from trainer_service.observability import Metrics
@@ -57,6 +58,7 @@ class TrainerServer:
         self._api_keys = ApiKeys(config.api_keys, config.api_key_file)
         storage = Storage(config.storage_url) if config.storage_url else None
         self.catalog = Catalog(config.checkpoint_dir, storage)
+        self.transfers = Transfers(self.catalog)
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self.metrics = Metrics()
         self.metrics.add_worker_counters(lambda: worker.counters)
@@ -70,9 +72,9 @@ class TrainerServer:
             limits=config.limits,
             detach_grace_s=config.detach_grace_s,
             observe=self._observe,
-            catalog=self.catalog,
+            transfers=self.transfers,
         )
-        self.sampling = Sampling(self.runs, worker, self.catalog, config.limits)
+        self.sampling = Sampling(self.runs, worker, self.transfers, config.limits)
         self.metrics.in_flight.set_function(lambda: self.runs.unanswered)
         self.metrics.runs.set_function(lambda: len(self.runs))
         self.metrics.journal_commits.set_function(lambda: self.runs.journal_writer.commits)
@@ -119,7 +121,7 @@ class TrainerServer:
             limits=self._config.limits,
             draining=self._draining,
             api_keys=self._api_keys,
-            gate=CheckpointGate(self.catalog),
+            gate=CheckpointGate(self.transfers),
         )
         add_CheckpointServiceServicer_to_server(CheckpointServicer(self.catalog), self._server)
         add_TrainerServiceServicer_to_server(servicer, self._server)
@@ -166,6 +168,7 @@ class TrainerServer:
             # Streams end by themselves once quiet; the grace is for their last answers to leave.
             await self._server.stop(grace=2.0)
         await self.runs.stop()
+        self.transfers.close()
         logger.info("Stopped.")
 
     def _set_ready(self, ready: bool) -> None:
@@ -180,7 +183,7 @@ class TrainerServer:
         """Deletes expired checkpoints, and stores what could not be stored before, until drained."""
         while not self._draining.is_set():
             try:
-                await asyncio.to_thread(self.catalog.sweep)
+                await self.transfers.sweep()
             except Exception as exc:
                 # A store out of reach, a full disk: the next round may fare better.
                 logger.warning("Checkpoints could not be swept.", extra={"fields": {"error": str(exc)}})

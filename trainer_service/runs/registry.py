@@ -17,6 +17,7 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun
 from trainer_service.access import current_caller
 from trainer_service.adapter_path import adapter_folder, adapter_rank, is_checkpoint
 from trainer_service.checkpoints.catalog import Catalog
+from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Durability, Limits
 from trainer_service.fleet.worker import Worker
 from trainer_service.runs import time_travel
@@ -49,7 +50,7 @@ class Runs:
         detach_grace_s: See RunSettings.
         observe: See RunSettings.
         durability: How runs are kept.
-        catalog: What runs load and start from, for whom it is; None is that of data_dir alone.
+        transfers: From where runs load and start; None is from data_dir alone.
     """
 
     def __init__(
@@ -64,11 +65,12 @@ class Runs:
         data_dir: Path | None = None,
         adapter_dir: Path | None = None,
         durability: Durability | None = None,
-        catalog: Catalog | None = None,
+        transfers: Transfers | None = None,
     ) -> None:
         self._data_dir = data_dir
         root = data_dir or runs_dir.parent
-        self._catalog = catalog or Catalog(root / "checkpoints")
+        self._transfers = transfers or Transfers(Catalog(root / "checkpoints"))
+        self._catalog = self._transfers.catalog
         self._adapter_roots = {"checkpoint_dir": self._catalog.root, "adapter_dir": adapter_dir or root / "adapters"}
         self._worker = worker
         self._base_model = base_model
@@ -372,7 +374,7 @@ class Runs:
     async def _with_adapter(self, run_id: str, request: CreateRunRequest) -> tuple[Path, CreateRunRequest]:
         """(where the adapter is that the run starts from, the request with where the run will have its own copy)."""
         if is_checkpoint(request.adapter_path):
-            await asyncio.to_thread(self._catalog.fetch, request.adapter_path, field="adapter_path")
+            await self._transfers.fetch(request.adapter_path, field="adapter_path")
         folder = adapter_folder(request.adapter_path, **self._adapter_roots)
         changed = CreateRunRequest()
         changed.CopyFrom(request)
@@ -434,7 +436,8 @@ class Runs:
 
     def _refuse_load(self, path: str) -> GradwireError | None:
         try:
-            self._catalog.find(path)
+            # The store was asked before the operation was taken in, on a thread.
+            self._catalog.find(path, recent=True)
         except GradwireError as exc:
             return exc
         return None

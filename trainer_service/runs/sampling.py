@@ -14,7 +14,7 @@ from gradwire.v1.worker_service_pb2 import (
     WorkerSample,
 )
 
-from trainer_service.checkpoints.catalog import Catalog
+from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Limits
 from trainer_service.fleet.worker import Reply, Worker
 from trainer_service.runs.registry import Runs
@@ -27,14 +27,14 @@ class Sampling:
     Args:
         runs: Whose run a sampler is of.
         worker: Generates.
-        catalog: Where saved samplers are; those that are only in its store are fetched first.
+        transfers: From where saved samplers are; those that are only in the store are fetched first.
         limits: The most there may be.
     """
 
-    def __init__(self, runs: Runs, worker: Worker, catalog: Catalog, limits: Limits) -> None:
+    def __init__(self, runs: Runs, worker: Worker, transfers: Transfers, limits: Limits) -> None:
         self._runs = runs
         self._worker = worker
-        self._catalog = catalog
+        self._transfers = transfers
         self._limits = limits
         self._under_way: set[str] = set()
 
@@ -47,7 +47,6 @@ class Sampling:
         Raises:
             GradwireError: The sampler is not the caller's, LIMIT_EXCEEDED, or the worker's own.
         """
-        await self._check(request.sampler)
         if len(self) >= self._limits.max_sample_requests:
             raise error(
                 "LIMIT_EXCEEDED",
@@ -60,10 +59,12 @@ class Sampling:
         sample_id = uuid.uuid4().hex
         outcomes: asyncio.Queue[Reply | GradwireError] = asyncio.Queue()
         self._under_way.add(sample_id)
-        done = False
+        sent = done = False
         try:
+            await self._check(request.sampler, recent=True)
             command = WorkerCommand(sample=WorkerSample(sample_id=sample_id, request=request))
             self._worker.submit(command, outcomes.put_nowait)
+            sent = True
             while True:
                 outcome = await outcomes.get()
                 if not isinstance(outcome, GradwireError) and outcome.event.HasField("sampled"):
@@ -74,7 +75,7 @@ class Sampling:
                 return
         finally:
             self._under_way.discard(sample_id)
-            if not done:
+            if sent and not done:
                 command = WorkerCommand(cancel_sample=WorkerCancelSample(sample_id=sample_id))
                 self._worker.submit(command, lambda _: None)
 
@@ -93,21 +94,21 @@ class Sampling:
         Raises:
             GradwireError: As sample.
         """
-        await self._check(sampler)
+        await self._check(sampler, fetch=False)
         await self._command(WorkerCommand(close_sampler=WorkerCloseSampler(sampler=sampler)))
 
-    async def _check(self, sampler: pb.Sampler) -> None:
-        """Whether the current caller may use a sampler, which the worker can read from then on."""
+    async def _check(self, sampler: pb.Sampler, *, fetch: bool = True, recent: bool = False) -> None:
+        """Whether the current caller may use a sampler. The worker can read it from then on, unless `fetch` is off."""
         if sampler.WhichOneof("source") != "model_path":
             self._runs.check_base_model(sampler.base_model)
             return
         path = SamplerPath.parse(sampler.model_path)
         if path.kind == SNAPSHOTS:
             self._runs.get(path.run_id)
-        elif self._catalog.storage is None:
-            self._catalog.find(sampler.model_path)
+        elif fetch:
+            await self._transfers.fetch(sampler.model_path, recent=recent)
         else:
-            await asyncio.to_thread(self._catalog.fetch, sampler.model_path)
+            await self._transfers.find(sampler.model_path, recent=True)
 
     async def _command(self, command: WorkerCommand) -> None:
         future: asyncio.Future[Reply | GradwireError] = asyncio.get_running_loop().create_future()

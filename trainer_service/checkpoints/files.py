@@ -1,0 +1,58 @@
+"""Files of a checkpoint's folder, which may be replaced while they are read or written."""
+
+import contextlib
+import io
+import os
+import uuid
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+from gradwire.errors import error, invalid_field
+
+from trainer_service.folders import Manifest
+
+_PIECE_BYTES = 4 << 20
+
+
+def check_range(manifest: Manifest, name: str, offset: int, sha256: str) -> None:
+    entry = manifest.files.get(name)
+    if entry is None:
+        raise invalid_field("file", f"is {name[:200]!r}; the checkpoint has {', '.join(sorted(manifest.files))}.")
+    if sha256 and sha256 != entry.sha256:
+        text = f"{name} was saved anew since its digest was asked for; ask for it again and begin at offset 0."
+        raise error("CHECKPOINT_CHANGED", text, file=name, sha256=entry.sha256)
+    if offset > entry.size_bytes:
+        raise invalid_field("offset", f"is {offset}, but {name} has {entry.size_bytes} bytes.")
+
+
+def pieces(file: io.FileIO, offset: int) -> Generator[bytes]:
+    with file:
+        file.seek(offset)
+        while piece := file.read(_PIECE_BYTES):
+            yield piece
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[int]:
+    """A folder as it is now, even when another is put in its place meanwhile."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def read_at(folder: int, name: str) -> bytes:
+    with os.fdopen(os.open(name, os.O_RDONLY, dir_fd=folder), "rb") as file:
+        return file.read()
+
+
+def replace(folder: int, name: str, content: bytes) -> None:
+    """Writes a small file whole or not at all."""
+    aside = f".{name}.{uuid.uuid4().hex[:8]}"
+    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=folder), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, name, src_dir_fd=folder, dst_dir_fd=folder)
+    os.fsync(folder)
