@@ -33,7 +33,7 @@ from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPa
 from trainer_service.config import Limits, TrainerConfig
 from trainer_service.fleet.link import being_executed
 from trainer_service.fleet.worker import Deliver, Reply
-from trainer_service.folders import whole_folder
+from trainer_service.folders import read_manifest, whole_folder
 from trainer_service.rpc.server import TrainerServer
 
 READY = WorkerReady(
@@ -242,8 +242,10 @@ class FakeWorker:
             case "save_weights_for_sampler" if self.checkpoint_dir is not None:
                 path = self.save(CheckpointPath(run_id, SAMPLER_WEIGHTS, request.save_weights_for_sampler.name))
                 return TrainResponse(save_weights_for_sampler=ops.SaveWeightsForSamplerResponse(path=path))
-            case "load_state":
-                return TrainResponse(load_state=ops.LoadStateResponse())
+            case "load_state" if self.checkpoint_dir is not None:
+                folder = CheckpointPath.parse(request.load_state.path).folder(self.checkpoint_dir)
+                self.steps[run_id] = read_manifest(folder).about["step"]
+                return TrainResponse(load_state=ops.LoadStateResponse(step=self.steps[run_id]))
             case other:
                 return TrainResponse(error=to_status(error("NOT_IMPLEMENTED", f"{other} is not built yet.")))
 

@@ -225,7 +225,9 @@ def _parser() -> argparse.ArgumentParser:
     verb(runs, "show", _runs_show, "Shows one run.", "run_id")
     verb(runs, "delete", _runs_delete, "Deletes a run; its checkpoints stay.", "run_id")
     fork = verb(runs, "fork", _runs_fork, "Makes a new run with the state after a step of another.", "run_id")
-    fork.add_argument("--step", type=int, help="optimizer steps in the state wanted; default: all")
+    fork.add_argument(
+        "--step", type=int, help="optimizer steps in the state wanted, the last time it was so; default: now's"
+    )
     fork.add_argument("--name", default="", help="your name for the new run")
     replay = verb(runs, "replay", _runs_replay, "Executes a run's journal again and compares every answer.", "run_id")
     replay.add_argument("--verify", action="store_true", help="what it always does: exit with 3 at a difference")

@@ -233,7 +233,8 @@ class ServiceClient:
 
         Args:
             run_id: The run to fork.
-            step: Optimizer steps applied in the state wanted; None takes as many as the run has now.
+            step: Optimizer steps applied in the state wanted; None takes as many as the run has now. Where the run was
+                at that step several times, since it loaded a state, the last time is meant.
             display_name: Your name for the new run.
             timeout_s: Longest wait, seconds; None takes the client's.
 

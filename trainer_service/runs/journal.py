@@ -240,23 +240,19 @@ def read_all(folder: Path, after: int, *, up_to: int | None = None) -> Iterator[
         after = rows[-1].seq_id
 
 
+_STEPS = "FROM operations JOIN outcomes USING (seq_id) WHERE kind IN ('optim_step', 'load_state') AND reason = ''"
+"""Operations behind which a run is at their outcome's step."""
+
+
 def seq_id_of_step(db: sqlite3.Connection, step: int) -> int | None:
-    """The last operation that made the run's step `step`; None if there is none in the journal."""
-    found = db.execute(
-        "SELECT max(seq_id) FROM operations JOIN outcomes USING (seq_id) "
-        "WHERE kind = 'optim_step' AND reason = '' AND step = ?",
-        (step,),
-    ).fetchone()
-    return found[0]
+    """The last operation that made the run's step `step`, or loaded it; None if there is none in the journal."""
+    return db.execute(f"SELECT max(seq_id) {_STEPS} AND step = ?", (step,)).fetchone()[0]
 
 
-def steps(db: sqlite3.Connection) -> tuple[int, int]:
-    """(first, last) optimizer step made by an operation in the journal; zeros where there is none."""
-    found = db.execute(
-        "SELECT min(step), max(step) FROM operations JOIN outcomes USING (seq_id) "
-        "WHERE kind = 'optim_step' AND reason = ''"
-    ).fetchone()
-    return found[0] or 0, found[1] or 0
+def steps(db: sqlite3.Connection) -> tuple[int, int, int]:
+    """(how many, first, last) of the optimizer steps that operations in the journal made or loaded; zeros for none."""
+    many, first, last = db.execute(f"SELECT count(DISTINCT step), min(step), max(step) {_STEPS}").fetchone()
+    return many, first or 0, last or 0
 
 
 def insert_operation(db: sqlite3.Connection, operation: Operation, digest: bytes, *, received_s: float) -> None:

@@ -284,8 +284,9 @@ class Runs:
 
     async def _fork(self, parent: Run, request: ForkRunRequest) -> Run:
         self._check_own_limit()
-        await parent.settled()
+        # Asked before the journal is waited for: a step made meanwhile might not be in it yet.
         step = request.step if request.HasField("step") else parent.step
+        await parent.settled()
         forked_at_step = parent.record.parent_step if parent.record.parent_run_id else None
         seq_id = await asyncio.to_thread(time_travel.seq_id_of_step, parent.folder, step, forked_at_step=forked_at_step)
         made = CreateRunRequest()

@@ -61,7 +61,7 @@ class Replayed:
 
 
 def seq_id_of_step(folder: Path, step: int, *, forked_at_step: int | None) -> int:
-    """The last operation of a run's state after a step.
+    """The operation behind which a run's state was that of a step: the last, where several made or loaded that step.
 
     Args:
         folder: The run's.
@@ -73,11 +73,13 @@ def seq_id_of_step(folder: Path, step: int, *, forked_at_step: int | None) -> in
     """
     found = 0 if step == (forked_at_step or 0) else None
     with contextlib.closing(journal.connect(folder)) as db:
-        # A step made again, after an older state was loaded, is meant rather than the one it replaced.
+        # A step made or loaded again is meant rather than the one it replaced.
         found = journal.seq_id_of_step(db, step) or found
-        first, last = journal.steps(db)
+        many, first, last = journal.steps(db)
     if found is None:
-        kept = f"{first} to {last}" if last else "none"
+        # Loading leaps.
+        kept = f"{first} to {last}" if many == last - first + 1 else f"some of {first} to {last}"
+        kept = kept if many else "none"
         text = f"is {step}, which the run's journal does not have; it has optimizer steps {kept}."
         raise invalid_field("step", text, got=step)
     return found
@@ -156,7 +158,8 @@ async def _compare(worker: Worker, folder: Path, after: int, *, up_to: int, as_r
         recorded, replayed = _digest(TrainResponse.FromString(row.answer)), _digest(outcome.event.response)
         if recorded != replayed:
             return Difference(row.seq_id, row.kind, step, recorded, replayed)
-        step = outcome.event.response.optim_step.step or step
+        if row.kind in ("optim_step", "load_state"):
+            step = getattr(outcome.event.response, row.kind).step
         return None
 
     async for row in rows(folder, after, up_to=up_to):
