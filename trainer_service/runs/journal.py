@@ -106,6 +106,11 @@ class RunFolder:
             os.close(self._lock)
             raise
 
+    def move(self, path: Path) -> None:
+        """Renames it; it stays held."""
+        self.path.rename(path)
+        self.path = path
+
     def close(self) -> None:
         """Lets another process have it."""
         os.close(self._lock)
@@ -128,7 +133,7 @@ def connect(folder: Path, *, sync: Sync = "normal") -> sqlite3.Connection:
 
 
 def create(folder: Path, record: Record, *, sync: Sync = "normal") -> None:
-    """Writes a journal without operations, whole or not at all."""
+    """Writes a journal without operations."""
     with contextlib.closing(connect(folder, sync=sync)) as db:
         values = {name: getattr(record, name) for name in Record.__dataclass_fields__}
         rows = [("format", _FORMAT), *values.items()]
@@ -167,11 +172,6 @@ def spend_reserve(folder: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def was_made(db: sqlite3.Connection) -> bool:
-    """Whether `create` got to its end."""
-    return db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'run'").fetchone()[0] > 0
 
 
 def read_record(db: sqlite3.Connection) -> Record:

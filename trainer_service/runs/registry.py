@@ -12,7 +12,7 @@ from typing import Any
 
 from gradwire.errors import GradwireError, error, invalid_field
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, ForkRunRequest
-from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerDeleteRun
 
 from trainer_service.access import current_caller
 from trainer_service.adapter_path import adapter_folder, adapter_rank, is_checkpoint
@@ -104,6 +104,7 @@ class Runs:
     def start(self) -> None:
         """Takes up the runs an earlier trainer left, and unloads idle ones from now on."""
         start_s = time.monotonic()
+        self.store.clear()
         for found in self.store.open_all(lambda record: _same_model(record.base_model, self._base_model)):
             self._take_up(found)
         if self._runs:
@@ -272,11 +273,12 @@ class Runs:
         async with self._room():
             await self.store.write_down(record, adapter)
             try:
+                await self.store.publish(record.run_id)
                 sent = WorkerCommand(run_id=record.run_id, create_run=WorkerCreateRun(request=request))
                 await command(self._worker, sent)
             except GradwireError as exc:
                 if exc.reason != "WORKER_DIED":
-                    self.store.forget(record.run_id)
+                    await self.store.remove(record.run_id)
                     raise
                 # It is on disk, so the next worker can make it.
                 live = False
@@ -309,7 +311,7 @@ class Runs:
             step=step,
         )
         async with self._room():
-            await self.store.write_down(record, adapter)
+            folder = await self.store.write_down(record, adapter)
             try:
                 await time_travel.fork(
                     self._worker,
@@ -318,10 +320,13 @@ class Runs:
                     request=parent.create_request,
                     seq_id=seq_id,
                     run_id=record.run_id,
-                    folder=self.store.folder(record.run_id),
+                    folder=folder,
                 )
+                # Without its first snapshot it would be lost from birth.
+                await self.store.publish(record.run_id)
             except BaseException:
-                self.store.forget(record.run_id)
+                self._worker.submit(WorkerCommand(run_id=run_id, delete_run=WorkerDeleteRun()), lambda _: None)
+                await self.store.remove(record.run_id)
                 raise
         return self._add(record, live=True)
 

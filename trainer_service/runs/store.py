@@ -1,11 +1,15 @@
-"""Runs on disk: a folder each, with journal, snapshots and a lock; those an earlier trainer left included."""
+"""Runs on disk: a folder each, with journal, snapshots and a lock; those an earlier trainer left included.
+
+A run's folder is there whole or not at all: it is made aside and renamed into its place, and renamed away before it is
+removed. What a trainer that was killed left aside, the next one clears.
+"""
 
 import asyncio
 import contextlib
 import logging
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +17,17 @@ from gradwire.errors import GradwireError, error
 
 from trainer_service.adapter_path import copy_adapter
 from trainer_service.config import Durability
+from trainer_service.folders import alone, sync
 from trainer_service.runs import journal
 from trainer_service.runs.disk import has_no_room
 from trainer_service.runs.journal import DamagedJournal, Record, Row, RunFolder
 from trainer_service.runs.journal_writer import Journal, JournalWriter
 
 logger = logging.getLogger(__name__)
+
+_NEW = ".new-"
+_TRASH = ".trash-"
+_ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -60,52 +69,78 @@ class RunStore:
     def adapter_folder(self, run_id: str) -> Path:
         """Where a run has a copy of the adapter it started from: what its caller named may change or go, and a run is
         restored from what it was."""
-        return (self.folder(run_id) / "adapter").absolute()
+        return (self.folder(run_id) / _ADAPTER).absolute()
 
     def journal(self, run_id: str) -> Journal:
         """A run's journal, to be written."""
         durability = self._durability
         return Journal(self.folder(run_id), self._writer, sync=durability.sync, retention=durability.retention)
 
-    async def write_down(self, record: Record, adapter: Path | None) -> None:
-        """Makes a run's folder and journal, with a copy of the adapter it starts from, whole or not at all.
+    async def write_down(self, record: Record, adapter: Path | None) -> Path:
+        """Makes a run's folder and journal, with a copy of the adapter it starts from.
+
+        Returns:
+            Where the folder is until it is published; the next trainer removes one that was not.
 
         Raises:
             FailedPreconditionError: STORAGE_FAILED.
         """
-        path = self.folder(record.run_id)
+        path = self._runs_dir / f"{_NEW}{record.run_id}"
 
         def make() -> RunFolder:
-            path.mkdir(parents=True)
-            folder = RunFolder(path)
-            try:
+            self._runs_dir.mkdir(parents=True, exist_ok=True)
+            with contextlib.ExitStack() as undo:
+                # Before it is locked, a trainer that starts would clear it.
+                with alone(self._runs_dir):
+                    path.mkdir()
+                    undo.callback(shutil.rmtree, path, ignore_errors=True)
+                    folder = RunFolder(path)
+                undo.callback(folder.close)
                 if adapter is not None:
-                    copy_adapter(adapter, self.adapter_folder(record.run_id))
+                    copy_adapter(adapter, path / _ADAPTER)
                 journal.create(path, record, sync=self._durability.sync)
-            except BaseException:
-                folder.close()
-                shutil.rmtree(path, ignore_errors=True)
-                raise
+                undo.pop_all()
             return folder
 
-        try:
+        with self._storing():
             self._held[record.run_id] = await asyncio.to_thread(make)
-        except (OSError, sqlite3.Error) as exc:
-            if isinstance(exc, GradwireError):
-                raise
-            text = f"The run could not be written down in {path.parent} ({exc}). Make room there and try again."
-            raise error("STORAGE_FAILED", text) from exc
+        return path
 
-    def forget(self, run_id: str) -> None:
-        """Removes the folder of a run that was not made after all."""
-        if (held := self._held.pop(run_id, None)) is not None:
-            held.close()
-        shutil.rmtree(self.folder(run_id), ignore_errors=True)
+    async def publish(self, run_id: str) -> None:
+        """A run that was written down is made: its folder takes its place.
+
+        Raises:
+            FailedPreconditionError: STORAGE_FAILED.
+        """
+
+        def move() -> None:
+            self._held[run_id].move(self.folder(run_id))
+            sync(self._runs_dir)
+
+        with self._storing():
+            await asyncio.to_thread(move)
 
     async def remove(self, run_id: str) -> None:
-        """Removes a run's folder, of any size."""
-        await asyncio.to_thread(shutil.rmtree, self.folder(run_id), ignore_errors=True)
-        self._held.pop(run_id).close()
+        """Removes a run's folder, of any size, published or not."""
+        held = self._held.pop(run_id)
+
+        def remove() -> None:
+            with contextlib.suppress(OSError):
+                held.move(self._runs_dir / f"{_TRASH}{run_id}")
+            shutil.rmtree(held.path, ignore_errors=True)
+            held.close()
+
+        await asyncio.to_thread(remove)
+
+    def clear(self) -> None:
+        """Removes what trainers that were killed left of runs half made or half removed."""
+        for left in [*self._runs_dir.glob(f"{_NEW}*"), *self._runs_dir.glob(f"{_TRASH}*")]:
+            # Another trainer has it in hand, or it is gone meanwhile.
+            with contextlib.suppress(OSError):
+                with alone(self._runs_dir):
+                    folder = RunFolder(left)
+                shutil.rmtree(left, ignore_errors=True)
+                folder.close()
 
     def open_all(self, wanted: Callable[[Record], bool]) -> list[StoredRun]:
         """Takes hold of the runs there are, oldest first, but for those others hold and those not wanted.
@@ -129,13 +164,21 @@ class RunStore:
         for held in self._held.values():
             held.close()
 
+    @contextlib.contextmanager
+    def _storing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as exc:
+            if isinstance(exc, GradwireError):
+                raise
+            text = f"The run could not be written down in {self._runs_dir} ({exc}). Make room there and try again."
+            raise error("STORAGE_FAILED", text) from exc
+
 
 def stored_run_folders(runs_dir: Path) -> list[Path]:
-    """Folders with a journal."""
-    try:
-        return sorted(folder for folder in runs_dir.iterdir() if (folder / journal.FILE_NAME).exists())
-    except FileNotFoundError:
-        return []
+    """Folders of runs, by name."""
+    found = runs_dir.glob(f"*/{journal.FILE_NAME}")
+    return sorted(file.parent for file in found if not file.parent.name.startswith((_NEW, _TRASH)))
 
 
 def open_stored_run(path: Path) -> StoredRun | None:
@@ -168,18 +211,11 @@ def open_stored_run(path: Path) -> StoredRun | None:
             ) from exc
         logger.error("A run's journal is damaged; it is left as it is.", extra={"fields": {"folder": path, "why": exc}})
         return None
-    if stored is None:
-        # Its trainer died while it was being made, and nobody ever heard of it.
-        shutil.rmtree(path, ignore_errors=True)
-        folder.close()
     return stored
 
 
-def _read_stored_run(folder: RunFolder) -> StoredRun | None:
-    """What a run's journal says; None where it was never made."""
+def _read_stored_run(folder: RunFolder) -> StoredRun:
     with contextlib.closing(journal.connect(folder.path)) as db:
-        if not journal.was_made(db):
-            return None
         record = journal.read_record(db)
         _, last, first_undone = journal.seq_ids(db)
         undone: list[Row] = []

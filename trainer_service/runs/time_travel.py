@@ -107,15 +107,11 @@ async def fork(
         folder: The new run's.
 
     Raises:
-        GradwireError: As recovery.restore. Nothing is left on the worker.
+        GradwireError: As recovery.restore. Whoever calls deletes from the worker what was made.
     """
-    try:
-        await restore(worker, source_run_id, request, source, up_to=seq_id, as_run=run_id)
-        first = WorkerSnapshotRun(folder=str(snapshot_folder(folder, 0)))
-        await command(worker, WorkerCommand(run_id=run_id, snapshot_run=first))
-    except BaseException:
-        worker.submit(WorkerCommand(run_id=run_id, delete_run=WorkerDeleteRun()), lambda _: None)
-        raise
+    await restore(worker, source_run_id, request, source, up_to=seq_id, as_run=run_id)
+    first = WorkerSnapshotRun(folder=str(snapshot_folder(folder, 0)))
+    await command(worker, WorkerCommand(run_id=run_id, snapshot_run=first))
 
 
 async def replay(
