@@ -18,5 +18,4 @@ def test_what_survives_what_says_of_every_fault_which_test_shows_it():
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 15
     shown = {row[0]: re.findall(r"`tests/[\w./]*`", row[-1]) for row in rows}
-    not_tested = {"Power or kernel lost", "The disk lost"}
-    assert {fault for fault, tests in shown.items() if not tests} == not_tested
+    assert [fault for fault, tests in shown.items() if not tests] == []
