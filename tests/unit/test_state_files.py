@@ -1,18 +1,21 @@
 """A run's state on disk: what goes in comes out bit for bit, whole or not at all, and damage is seen."""
 
 import errno
+import itertools
 import json
 import os
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gradwire.errors import AlreadyExistsError, FailedPreconditionError, GradwireError
 from gradwire.types import AdamParams
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engines import RUN, forward_backward, make_batch, make_engine
 from tests.tiny import make_tiny_llama
@@ -91,6 +94,59 @@ def test_counters_taint_and_generators_come_back(engine: Engine, tmp_path: Path)
     open_state(tmp_path / "tainted").restore(run_of(engine), optimizer=True, gradients=True, rng=True)
     assert run_of(engine).accumulation.failed_seq_id == 7
     assert torch.equal(torch.rand(3), drawn)
+
+
+class Memory(TorchDispatchMode):
+    """A device with room for so many more tensors, scalars apart."""
+
+    ALLOCATE = ("_to_copy", "clone", "empty", "empty_like", "empty_strided", "zeros", "zeros_like")
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in self.ALLOCATE and made.numel() > 1:
+            if not self.room:
+                raise torch.OutOfMemoryError("no room")
+            self.room -= 1
+        return made
+
+
+def test_a_load_that_runs_out_of_memory_anywhere_changes_nothing(engine: Engine, tmp_path: Path) -> None:
+    train(engine, range(1))
+    forward_backward(engine)
+    write_state(capture(run_of(engine), gradients=True), tmp_path / "a", about=ABOUT)
+    saved, state = everything(run_of(engine)), open_state(tmp_path / "a")
+    engine.create_run("other")
+    run = run_of(engine, "other")
+    forward_backward(engine, run_id="other", batch=make_batch(4, seed=9))
+    before, accumulation = everything(run), run.accumulation
+
+    def fits(room: int) -> bool:
+        try:
+            with Memory(room):
+                state.restore(run, optimizer=True, gradients=True)
+        except torch.OutOfMemoryError:
+            assert same(everything(run), before)
+            assert (run.step, run.accumulation) == (0, accumulation)
+            return False
+        return True
+
+    tried = next(room for room in itertools.count() if fits(room))
+    assert tried >= 3 * len(run.trained_parameters())
+    assert same(everything(run), saved)
+
+
+def test_a_load_into_a_run_with_moments_needs_no_memory_for_more(engine: Engine, tmp_path: Path) -> None:
+    train(engine, range(1))
+    write_state(capture(run_of(engine), gradients=False), tmp_path / "a", about=ABOUT)
+    saved, state = everything(run_of(engine)), open_state(tmp_path / "a")
+    train(engine, range(1, 3))
+    with Memory(room=0):
+        state.restore(run_of(engine), optimizer=True)
+    assert same(everything(run_of(engine)), saved)
 
 
 def test_a_copy_is_what_was_there_when_it_was_made(engine: Engine, tmp_path: Path) -> None:

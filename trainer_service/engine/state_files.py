@@ -161,18 +161,28 @@ class StateFiles:
         self._check_like_parameters("optimizer", moments, trained)
         self._check_like_parameters("gradients", accumulated, trained)
         with torch.no_grad():
+            # What a device may have no room for comes first: a load that fails changes nothing. Moments the run has are
+            # written over where they are, since old ones beside new ones are two more floats a parameter. Gradients
+            # are only loaded into runs that have none yet.
+            places = {
+                name: _places(run, name, parameter, moments if optimizer else {}) for name, parameter in trained.items()
+            }
+            made = {
+                name: tensor.to(trained[name].device, copy=True) for name, tensor in accumulated.items() if gradients
+            }
             for name, parameter in trained.items():
                 parameter.copy_(parameters[name])
+                for moment, place in places[name].items():
+                    place.copy_(moments[f"{moment}.{name}"])
         run.clear_gradients()
         run.drop_graphs("was dropped when a state was loaded")
         run.optimizer.clear_state()
         run.step = self.step
-        if optimizer:
-            for name, parameter in trained.items():
-                _load_moments(run, name, parameter, moments)
+        for name, parameter in trained.items():
+            if places[name]:
+                run.optimizer.load_state_of(parameter, places[name])
+            parameter.grad = made.get(name)
         if gradients:
-            for name, gradient in accumulated.items():
-                trained[name].grad = gradient.to(trained[name].device, copy=True)
             run.accumulation = Accumulation(**self.counters["accumulation"])
         if rng:
             _load_rng(generators)
@@ -239,13 +249,14 @@ def open_state(folder: Path) -> StateFiles:
     return StateFiles(folder, manifest, counters)
 
 
-def _load_moments(run: RunState, name: str, parameter: Parameter, tensors: Mapping[str, Tensor]) -> None:
-    stored = {moment: tensors[key] for moment in _MOMENTS if (key := f"{moment}.{name}") in tensors}
-    if stored:
-        # Copies, since these are views of the file.
-        run.optimizer.load_state_of(
-            parameter, {moment: tensor.to(parameter.device, copy=True) for moment, tensor in stored.items()}
-        )
+def _places(run: RunState, name: str, parameter: Parameter, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Where a parameter's stored moments go: over the run's own, or into room made for them."""
+    own = run.optimizer.state_of(parameter)
+    return {
+        moment: own[moment] if moment in own else torch.empty_like(stored[key], device=parameter.device)
+        for moment in _MOMENTS
+        if (key := f"{moment}.{name}") in stored
+    }
 
 
 def _load_rng(tensors: Mapping[str, Tensor]) -> None:
