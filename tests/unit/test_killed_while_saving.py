@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 def save(folder, version):
     tensors = {f"layer.{i}": torch.full((40, 1000), float(version)) for i in range(10)}
-    state = State(tensors, {}, {}, {}, {"step": version})
+    state = State(tensors, {}, {}, {"step": version})
     write_state(state, Path(folder), about={"step": version}, overwrite=True)
 
 for line in sys.stdin:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gradwire.errors import AlreadyExistsError, FailedPreconditionError, GradwireError
@@ -17,10 +18,11 @@ from gradwire.types import AdamParams
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.engines import RUN, forward_backward, make_batch, make_engine
+from tests.engines import BATCH, RUN, forward_backward, make_batch, make_engine
 from tests.tiny import make_tiny_llama
 from trainer_service import folders
 from trainer_service.engine.engine import Engine
+from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.run_state import RunState
 from trainer_service.engine.state_files import State, capture, open_state, write_state
 
@@ -81,19 +83,27 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_a_cold_start_is_
     assert not same(resumed("no-gradients", optimizer=True), uninterrupted)
 
 
-def test_counters_taint_and_generators_come_back(engine: Engine, tmp_path: Path) -> None:
+def test_counters_and_taint_come_back(engine: Engine, tmp_path: Path) -> None:
     forward_backward(engine)
     passed = run_of(engine).accumulation
     write_state(capture(run_of(engine), gradients=True), tmp_path / "a", about=ABOUT)
     engine.fail_pass(RUN, 7)
-    torch.manual_seed(5)
     write_state(capture(run_of(engine), gradients=True), tmp_path / "tainted", about=ABOUT)
-    drawn = torch.rand(3)
     open_state(tmp_path / "a").restore(run_of(engine), optimizer=True, gradients=True)
     assert run_of(engine).accumulation == passed
-    open_state(tmp_path / "tainted").restore(run_of(engine), optimizer=True, gradients=True, rng=True)
+    open_state(tmp_path / "tainted").restore(run_of(engine), optimizer=True, gradients=True)
     assert run_of(engine).accumulation.failed_seq_id == 7
-    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_no_operation_draws_from_torchs_generator_which_no_state_has(engine: Engine) -> None:
+    engine.create_run("lora", lora=LoraSettings(rank=2))
+    before = torch.get_rng_state()
+    for run_id in (RUN, "lora"):
+        engine.forward(run_id, 1, BATCH, keep_graph=True)
+        engine.backward(run_id, 2, forward_seq_id=1, gradients_TK=np.ones(BATCH.num_tokens, dtype=np.float32))
+        train(engine, range(1), run_id)
+    engine.create_run("another", lora=LoraSettings(rank=2))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class Memory(TorchDispatchMode):
@@ -167,7 +177,6 @@ def test_the_files_are_plain_safetensors_and_json(engine: Engine, tmp_path: Path
     assert set(files) == {
         "parameters.safetensors",
         "optimizer.safetensors",
-        "rng.safetensors",
         "state.json",
         "manifest.json",
     }
@@ -188,7 +197,7 @@ def test_tensors_larger_than_a_chunk_of_every_dtype_and_scalars_survive(tmp_path
         "int64": torch.arange(5),
         "empty": torch.empty(0, 4),
     }
-    write_state(State(tensors, {}, {}, {}, {}), tmp_path / "a", about={})
+    write_state(State(tensors, {}, {}, {}), tmp_path / "a", about={})
     loaded = load_file(tmp_path / "a" / "parameters.safetensors")
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -205,9 +214,7 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "name", ["parameters.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"]
-)
+@pytest.mark.parametrize("name", ["parameters.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("how", [flip_a_byte, lambda path: os.truncate(path, path.stat().st_size // 2), Path.unlink])
 def test_damage_anywhere_is_refused_and_the_run_stays_as_it_was(
     engine: Engine, tmp_path: Path, name: str, how: Break
@@ -245,7 +252,7 @@ def test_a_state_of_another_model_is_refused_naming_what_differs(
         open_state(tmp_path / "b").restore(run_of(engine), optimizer=True)
     state = capture(run_of(engine), gradients=False)
     name = "model.norm.weight"
-    longer = State({**state.parameters, name: torch.zeros(33)}, {}, {}, {}, state.counters)
+    longer = State({**state.parameters, name: torch.zeros(33)}, {}, {}, state.counters)
     write_state(longer, tmp_path / "c2", about=ABOUT)
     before = everything(run_of(engine))
     with pytest.raises(FailedPreconditionError, match=r"F32 \[33\], and this run needs F32 \[32\]") as caught:

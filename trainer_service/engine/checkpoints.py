@@ -50,7 +50,7 @@ class Checkpoints:
     def save_state(
         self, run: RunState, name: str, *, overwrite: bool = False, ttl_seconds: int | None = None
     ) -> SavedCheckpoint:
-        """Parameters, optimizer, counters and generators; what has been accumulated since the last step is left out.
+        """Parameters, optimizer and counters; what has been accumulated since the last step is left out.
 
         Raises:
             AlreadyExistsError: CHECKPOINT_EXISTS.

@@ -82,7 +82,6 @@ def restore_snapshot(run: RunState, folder: Path) -> None:
     Raises:
         GradwireError: The snapshot is damaged, or of another model.
     """
-    # The generators are left alone: they are every run's, and nothing an operation does draws from them.
     open_state(folder).restore(run, optimizer=True, gradients=True)
 
 

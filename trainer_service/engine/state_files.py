@@ -5,7 +5,6 @@ A folder, whole or not at all, of safetensors and JSON and nothing else:
     parameters.safetensors   what trains, by name
     optimizer.safetensors    "step.<name>", "exp_avg.<name>", "exp_avg_sq.<name>"; no file before the first step
     gradients.safetensors    accumulated gradients by name; no file when there are none
-    rng.safetensors          torch's generators: "cpu", "cuda"
     state.json               counters
     manifest.json            last: what it is, and size and digest of every file
 
@@ -35,18 +34,19 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 class State:
     """What makes a run go on as if it had never stopped; held graphs are not part of it.
 
+    Nor are torch's generators: no operation draws from them. Dropout is off, a new adapter and every sample have seeds
+    of their own.
+
     Attributes:
         parameters: What trains, by name.
         optimizer: AdamW's, by "step.", "exp_avg." or "exp_avg_sq." and the parameter's name.
         gradients: Accumulated ones by name.
-        rng: torch's generators, uint8, by device type.
         counters: For JSON.
     """
 
     parameters: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
-    rng: Mapping[str, Tensor]
     counters: Mapping[str, Any]
 
     @property
@@ -66,7 +66,7 @@ class State:
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
         """Tensors by the file they go to."""
-        return {name: getattr(self, name) for name in ("parameters", "optimizer", "gradients", "rng")}
+        return {name: getattr(self, name) for name in ("parameters", "optimizer", "gradients")}
 
 
 def capture(run: RunState, *, gradients: bool) -> State:
@@ -78,9 +78,6 @@ def capture(run: RunState, *, gradients: bool) -> State:
     """
     trained = run.trained_parameters()
     accumulation = run.accumulation if gradients else Accumulation()
-    rng = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state()
     return State(
         parameters=trained,
         optimizer={
@@ -89,7 +86,6 @@ def capture(run: RunState, *, gradients: bool) -> State:
             for moment, tensor in run.optimizer.state_of(parameter).items()
         },
         gradients={name: p.grad for name, p in trained.items() if p.grad is not None} if gradients else {},
-        rng=rng,
         counters={"step": run.step, "accumulation": vars(accumulation).copy()},
     )
 
@@ -139,7 +135,7 @@ class StateFiles:
         """Optimizer steps in the state."""
         return self.counters["step"]
 
-    def restore(self, run: RunState, *, optimizer: bool, gradients: bool = False, rng: bool = False) -> None:
+    def restore(self, run: RunState, *, optimizer: bool, gradients: bool = False) -> None:
         """Loads it into a run. Gradients and held graphs of the run go; without `optimizer`, AdamW starts afresh.
 
         Whatever can be refused is refused before anything of the run is changed.
@@ -148,7 +144,6 @@ class StateFiles:
             run: Of the same architecture, training the same parameters.
             optimizer: With AdamW's state.
             gradients: With accumulated gradients and the mark of a failed pass.
-            rng: With torch's generators, which all runs of the process share.
 
         Raises:
             FailedPreconditionError: CHECKPOINT_MISMATCH: it is not of such a run.
@@ -156,7 +151,6 @@ class StateFiles:
         """
         trained = run.trained_parameters()
         parameters, moments, accumulated = (self._read(name) for name in ("parameters", "optimizer", "gradients"))
-        generators = self._read("rng")
         self._check_parameters(parameters, trained)
         self._check_like_parameters("optimizer", moments, trained)
         self._check_like_parameters("gradients", accumulated, trained)
@@ -184,8 +178,6 @@ class StateFiles:
             parameter.grad = made.get(name)
         if gradients:
             run.accumulation = Accumulation(**self.counters["accumulation"])
-        if rng:
-            _load_rng(generators)
 
     def _read(self, name: str) -> dict[str, Tensor]:
         """Tensors of a group, as views of its file; none where there is no file since it would have been empty."""
@@ -257,10 +249,3 @@ def _places(run: RunState, name: str, parameter: Parameter, stored: Mapping[str,
         for moment in _MOMENTS
         if (key := f"{moment}.{name}") in stored
     }
-
-
-def _load_rng(tensors: Mapping[str, Tensor]) -> None:
-    if "cpu" in tensors:
-        torch.set_rng_state(tensors["cpu"].clone())
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"].clone())
