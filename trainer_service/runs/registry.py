@@ -1,12 +1,11 @@
 """All runs of a trainer, those of the trainer before it included."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from trainer_service.runs.journal import Record
 from trainer_service.runs.journal_writer import JournalWriter
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.recovery import Source, command, find_source
+from trainer_service.runs.room import Room
 from trainer_service.runs.run import Observe, Run, RunSettings
 from trainer_service.runs.store import RunStore, StoredRun
 from trainer_service.runs.time_travel import Replayed
@@ -80,22 +80,22 @@ class Runs:
         """Writes all their journals."""
         self.store = RunStore(runs_dir, self.journal_writer, self._durability)
         """Their folders."""
+        self._runs: dict[str, Run] = {}
+        self._room = Room(worker, self._runs, max_runs=limits.max_runs, idle_lease_s=self._durability.idle_lease_s)
         self._settings = RunSettings(
             worker=worker,
             observe=observe,
             detach_grace_s=detach_grace_s,
             max_in_flight=limits.max_in_flight_operations,
-            admit=self._admit,
+            full=self._room.full,
             background=self._background,
             refuse=self._refuse,
             snapshots=self._durability.snapshots,
         )
-        self._runs: dict[str, Run] = {}
-        self._being_made = 0
         self._by_request_id: dict[tuple[str, str], asyncio.Future[Run]] = {}
         self._tasks: set[asyncio.Task[object]] = set()
-        self._sweeper: asyncio.Task[None] | None = None
-        worker.on_ready(self._worker_ready)
+        self._room_keeper: asyncio.Task[None] | None = None
+        worker.on_ready(self._room.bring_back)
         worker.on_death(self._worker_died)
 
     def __len__(self) -> int:
@@ -111,8 +111,8 @@ class Runs:
             fields = {"runs": len(self._runs), "took_s": round(time.monotonic() - start_s, 3)}
             logger.info("Took up runs.", extra={"fields": fields | {"operations": self.unanswered}})
         if self._worker.ready is not None:
-            self._worker_ready()
-        self._sweeper = asyncio.get_running_loop().create_task(self._unload_idle())
+            self._room.bring_back()
+        self._room_keeper = asyncio.get_running_loop().create_task(self._room.keep())
 
     def suspend(self) -> None:
         """Nothing more will be executed here: whoever waits is sent away, to come back to the next trainer."""
@@ -121,8 +121,8 @@ class Runs:
 
     async def stop(self) -> None:
         """Writes what is left to write and lets go of every run, for another trainer to take up."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        if self._room_keeper is not None:
+            self._room_keeper.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_STOP_GRACE_S)
         await asyncio.gather(*(run.residence.let_go() for run in self._runs.values()))
@@ -181,7 +181,7 @@ class Runs:
         """
         run = self.get(run_id)
         up_to = await run.settled()
-        async with self._room():
+        async with self._room.one_more():
             return await time_travel.replay(
                 self._worker,
                 run_id=run_id,
@@ -205,6 +205,7 @@ class Runs:
             if made.done() and not made.cancelled() and made.exception() is None and made.result() is run:
                 del self._by_request_id[key]
         await run.delete()
+        self._room.let_in()
         await self.store.remove(run.run_id)
 
     # ── making ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -270,7 +271,7 @@ class Runs:
             create_request=request.SerializeToString(),
         )
         live = True
-        async with self._room():
+        async with self._room.one_more():
             await self.store.write_down(record, adapter)
             try:
                 await self.store.publish(record.run_id)
@@ -310,7 +311,7 @@ class Runs:
             parent_step=step,
             step=step,
         )
-        async with self._room():
+        async with self._room.one_more():
             folder = await self.store.write_down(record, adapter)
             try:
                 await time_travel.fork(
@@ -339,23 +340,6 @@ class Runs:
     async def _source(self, run: Run) -> Source:
         return await asyncio.to_thread(find_source, run.folder, forked=bool(run.record.parent_run_id))
 
-    @contextlib.asynccontextmanager
-    async def _room(self) -> AsyncGenerator[None]:
-        """Room on the worker for one run more, while it is being made."""
-        active = self._being_made + sum(run.residence.on_worker for run in self._runs.values())
-        if active >= self._limits.max_runs:
-            raise self._full(active)
-        if self._worker.ready is None:
-            raise error(
-                "WORKER_NOT_READY", f"The worker is not ready: {self._worker.status_message}.", retry_after_s=0.5
-            )
-        # Counted at once, so that runs made at the same time count against each other.
-        self._being_made += 1
-        try:
-            yield
-        finally:
-            self._being_made -= 1
-
     def _check_own_limit(self) -> None:
         caller = current_caller.get()
         own = sum(not run.lost and run.owner == caller.owner for run in self._runs.values())
@@ -367,15 +351,6 @@ class Runs:
                 limit=self._limits.max_runs_per_key,
                 got=own + 1,
             )
-
-    def _full(self, active: int) -> GradwireError:
-        return error(
-            "LIMIT_EXCEEDED",
-            f"This trainer's worker holds {active} runs and takes at most {self._limits.max_runs}. Delete one with "
-            f"DeleteRun, or leave one alone: {self._durability.idle_lease_s:g} s after its last call it makes room.",
-            limit=self._limits.max_runs,
-            got=active + 1,
-        )
 
     async def _with_adapter(self, run_id: str, request: CreateRunRequest) -> tuple[Path, CreateRunRequest]:
         """(where the adapter is that the run starts from, the request with where the run will have its own copy)."""
@@ -409,28 +384,9 @@ class Runs:
 
     # ── the worker ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _admit(self, run: Run) -> GradwireError | None:
-        """Why the worker has no room for a run that would come back to it, if it has none."""
-        active = self._being_made + sum(each.residence.on_worker for each in self._runs.values() if each is not run)
-        return self._full(active) if active >= self._limits.max_runs else None
-
-    def _worker_ready(self) -> None:
-        for run in self._runs.values():
-            if run.residence.waiting or run.attachment is not None:
-                run.residence.wake()
-
     def _worker_died(self, reason: GradwireError) -> None:
         for run in self._runs.values():
             run.residence.worker_died()
-
-    async def _unload_idle(self) -> None:
-        lease_s = self._durability.idle_lease_s
-        while lease_s > 0:
-            await asyncio.sleep(min(60.0, lease_s / 4))
-            for run in list(self._runs.values()):
-                over = run.residence.live and run.idle and time.monotonic() - run.used_s > lease_s
-                if over and await run.residence.unload():
-                    logger.info("Unloaded an idle run.", extra={"fields": {"run_id": run.run_id}})
 
     def _refuse(self, operation: Operation) -> GradwireError | None:
         """Why an operation may not run now, for the current caller, if it may not."""

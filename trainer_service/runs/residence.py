@@ -63,7 +63,7 @@ class Residence:
         worker: Executes.
         owner: Gets the answers.
         snapshots: When they are due.
-        admit: Says why the worker has no room for one run more, if it has none.
+        full: Says why the worker has no room for one run more, if it has none.
         live: Whether the worker holds the run already.
         last_seq_id: Last operation in the journal.
     """
@@ -76,7 +76,7 @@ class Residence:
         owner: Owner,
         *,
         snapshots: SnapshotPolicy,
-        admit: Callable[[], GradwireError | None],
+        full: Callable[[], GradwireError | None],
         live: bool,
         last_seq_id: int,
     ) -> None:
@@ -86,9 +86,12 @@ class Residence:
         self._journal = journal
         self._worker = worker
         self._owner = owner
-        self._admit = admit
+        self._full = full
         self.live = live
         """Whether the worker holds the run, so that operations can be sent."""
+        self.has_place = True
+        """Whether operations wait for room on the worker where there is none. They are refused once the run has left
+        the worker because nobody used it, until it is back."""
         self.lost: GradwireError | None = None
         """Why the run cannot be had back."""
         self._undone: dict[int, Entry] = {}  # In order.
@@ -115,6 +118,12 @@ class Residence:
         return bool(self._undone) and not self.live
 
     @property
+    def waits_for_room(self) -> bool:
+        """Whether operations wait, and nothing is done about it."""
+        unfailed = any(entry.failure is None for entry in self._undone.values())
+        return unfailed and not self.live and self._restoring is None and self._worker.ready is not None
+
+    @property
     def last_done_seq_id(self) -> int:
         """Last operation before those still to be done."""
         return next(iter(self._undone), self._last_seq_id + 1) - 1
@@ -137,6 +146,9 @@ class Residence:
         if self.lost is not None:
             self._give_up(self.lost)
         elif not (self.live or self._closed or self._restoring is not None or self._worker.ready is None):
+            if (full := self._full()) is not None:
+                self._no_room(full)
+                return
             task = asyncio.get_running_loop().create_task(self._restore(), name=f"restore-{self._run_id}")
             self._restoring = task
             task.add_done_callback(self._restored)
@@ -151,8 +163,15 @@ class Residence:
         if self.live:
             self._worker.submit(WorkerCommand(run_id=self._run_id, drop_graphs=WorkerDropGraphs()), lambda _: None)
 
-    async def unload(self) -> bool:
-        """Takes the run from the worker, leaving its state on disk. Whether it went; one that is in use stays."""
+    async def unload(self, *, keep_place: bool = False) -> bool:
+        """Takes the run from the worker, leaving its state on disk.
+
+        Args:
+            keep_place: See has_place.
+
+        Returns:
+            Whether it went; one that is in use stays.
+        """
         if not (self.live and self.idle):
             return False
         seq_id, epoch = self._last_seq_id, self._epoch
@@ -166,7 +185,7 @@ class Residence:
                 return False
         if not self.idle or self._last_seq_id != seq_id or self._epoch != epoch:
             return False
-        self.live = False
+        self.live, self.has_place = False, keep_place
         self._worker.submit(WorkerCommand(run_id=self._run_id, delete_run=WorkerDeleteRun(unload=True)), lambda _: None)
         await self._journal.close()
         return True
@@ -246,11 +265,16 @@ class Residence:
         if self._closed or self.lost is not None:
             self._undone.clear()
 
+    def _no_room(self, why: GradwireError) -> None:
+        if not self.has_place:
+            self._give_up(why)
+        elif self.waits_for_room:
+            logger.warning(
+                "A run waits for room on the worker.", extra={"fields": {"run_id": self._run_id, "why": why}}
+            )
+
     async def _restore(self) -> None:
         epoch = self._epoch
-        if (full := self._admit()) is not None:
-            self._give_up(full)
-            return
         # So that the journal has the outcome of everything that is not undone, and its callbacks were called.
         await self._journal.flush()
         up_to = self.last_done_seq_id
@@ -262,7 +286,7 @@ class Residence:
         if self._epoch != epoch:
             return
         self._replay_deaths = self._disk_failures = 0
-        self.live = True
+        self.live = self.has_place = True
         for entry in list(self._undone.values()):
             self._send(entry)
         fields = {"run_id": self._run_id, "snapshot": restored.snapshot_seq_id, "replayed": restored.replayed}

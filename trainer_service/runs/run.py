@@ -43,8 +43,8 @@ class RunSettings:
     """How long graphs are kept after the client has gone."""
     max_in_flight: int
     """Operations a client may have in flight; see Sequence."""
-    admit: Callable[["Run"], GradwireError | None]
-    """Says why the worker has no room for a run, if it has none."""
+    full: Callable[[], GradwireError | None]
+    """Says why the worker has no room for one run more, if it has none."""
     background: Callable[[Coroutine[Any, Any, object]], object]
     """Runs what nobody waits for."""
     refuse: Callable[[Operation], GradwireError | None] = lambda operation: None
@@ -88,7 +88,7 @@ class Run:
             settings.worker,
             self,
             snapshots=settings.snapshots,
-            admit=lambda: settings.admit(self),
+            full=settings.full,
             live=live,
             last_seq_id=next_seq_id - 1,
         )

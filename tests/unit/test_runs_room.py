@@ -1,0 +1,100 @@
+"""More runs than the worker holds: who comes back first, who waits, who makes room."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from gradwire.errors import from_status
+from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainResponse
+
+from tests.fakes import FakeWorker
+from tests.unit.test_runs_recovery import step, trainer
+from trainer_service.config import Durability, Limits
+from trainer_service.runs import room
+from trainer_service.runs.run import Run
+
+
+@pytest.fixture(autouse=True)
+def turns_come_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_TURN_S", 0.02)
+    monkeypatch.setattr(room, "_PAUSE_S", 0.02)
+
+
+def begin(run: Run, *seq_ids: int) -> "list[asyncio.Task[TrainResponse]]":
+    """Sends steps; their answers."""
+    return [asyncio.create_task(run.execute(step(seq_id))) for seq_id in seq_ids]
+
+
+async def steps(answers: "list[asyncio.Task[TrainResponse]]") -> list[int]:
+    """Steps answered."""
+    async with asyncio.timeout(5):
+        return [(await answer).optim_step.step for answer in answers]
+
+
+async def unloaded(run: Run) -> None:
+    async with asyncio.timeout(5):
+        while run.residence.live:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def test_after_a_death_the_runs_that_were_there_come_back_and_one_that_was_not_is_refused(tmp_path: Path):
+    worker = FakeWorker()
+    limits, durability = Limits(max_runs=2), Durability(idle_lease_s=0.05)
+    async with trainer(tmp_path, worker, limits=limits, durability=durability) as runs:
+        left = await runs.create(CreateRunRequest())
+        await unloaded(left)
+        present = [await runs.create(CreateRunRequest()) for _ in range(2)]
+        for run in (left, *present):
+            run.attach("client")  # There is no room for the first.
+        worker.gate.clear()
+        answers = [begin(run, 1, 2) for run in present]
+        await asyncio.wait_for(worker.has_waiting(4), 5)
+        worker.die()
+        worker.gate.set()
+        worker.become_ready()
+        assert [await steps(each) for each in answers] == [[1, 2], [1, 2]]
+        refused = from_status((await left.execute(step(1))).error)
+        assert refused.reason == "LIMIT_EXCEEDED"
+
+
+async def test_what_an_earlier_trainer_took_in_waits_until_a_run_that_pauses_makes_room(tmp_path: Path):
+    first = FakeWorker()
+    async with trainer(tmp_path, first) as runs:
+        made = [await runs.create(CreateRunRequest()) for _ in range(3)]
+        first.gate.clear()
+        for run in made:
+            run.submit(step(1), lambda _: None)
+        await asyncio.wait_for(first.has_waiting(3), 5)
+    second = FakeWorker(ready=None)
+    async with trainer(tmp_path, second, limits=Limits(max_runs=1)) as runs:
+        again = [runs.get(run.run_id) for run in made]
+        for run in again:
+            run.attach("client")
+        second.become_ready()
+        answers = [begin(run, 1, 2) for run in again]
+        assert [await steps(each) for each in answers] == [[1, 2]] * 3
+        assert len(second.steps) == 1
+        # The others lost their place to one another, so their operations wait as well.
+        assert [await steps(begin(run, 3)) for run in again] == [[3]] * 3
+
+
+async def test_what_waits_for_room_goes_on_once_a_run_is_deleted(tmp_path: Path):
+    worker = FakeWorker()
+    async with trainer(tmp_path, worker) as runs:
+        made = [await runs.create(CreateRunRequest()) for _ in range(2)]
+        run_ids = [run.run_id for run in made]
+    worker = FakeWorker()
+    async with trainer(tmp_path, worker, limits=Limits(max_runs=1)) as runs:
+        busy, waiting = [runs.get(run_id) for run_id in run_ids]
+        await busy.execute(step(1))
+        worker.gate.clear()
+        [under_way] = begin(busy, 2)
+        answers = begin(waiting, 1)
+        await asyncio.sleep(0.1)
+        assert not waiting.residence.on_worker
+        deleting = asyncio.create_task(runs.delete(busy.run_id))
+        await asyncio.sleep(0.05)
+        worker.gate.set()
+        assert await steps(answers) == [1]
+        await deleting
+        await under_way
