@@ -1,4 +1,4 @@
-"""Folders of runs whose trainer is killed while it makes or removes them: its files are copied as SIGKILL leaves them."""
+"""Folders of runs whose trainer is killed while it makes or removes them; files are copied as SIGKILL leaves them."""
 
 import asyncio
 import shutil
