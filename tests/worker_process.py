@@ -33,6 +33,12 @@ def main(socket: str, behaviour: str) -> None:
     outgoing.put(WorkerEvent(hello=hello))
     commands = WorkerServiceStub(grpc.insecure_channel(f"unix:{socket}")).Attach(events())
     outgoing.put(WorkerEvent(loading="loading fake"))
+    if behaviour == "hangs-while-loading":
+        time.sleep(600)
+    if behaviour == "loads-slowly":
+        for _ in range(8):
+            time.sleep(0.5)
+            outgoing.put(WorkerEvent(loading="loading fake"))
     if behaviour == "fails-to-load":
         outgoing.put(WorkerEvent(failed=to_status(error("TRAINER_JOB_FAILED", "There is no model here."))))
         outgoing.put(None)

@@ -187,7 +187,8 @@ def _parser() -> argparse.ArgumentParser:
         "--worker-start-timeout-s",
         type=float,
         default=300.0,
-        help="a worker that hangs so long before it loads its model is started again; default: %(default)g; 0: never",
+        help="a worker that starts or loads its model and gets no further for so long is started again; default: "
+        "%(default)g; 0: never",
     )
     _add_durability(trainer)
     defaults = config.Limits()

@@ -146,7 +146,22 @@ async def test_a_worker_that_hangs_before_hello_is_killed_and_the_next_one_works
         assert supervisor.counters["gradwire_worker_restarts_total"] == 1
     ended = [record for record in caplog.records if record.getMessage() == "Worker ended."]
     reason = ended[0].fields["reason"]  # pyright: ignore[reportAttributeAccessIssue]
-    assert reason == "The worker process did not attach within 2 s and was killed."
+    assert reason == "The worker process said nothing for 2 s and was killed."
+
+
+async def test_a_worker_that_hangs_while_it_loads_is_killed_and_one_that_gets_on_slowly_is_not(
+    caplog: pytest.LogCaptureFixture,
+):
+    async with supervised(behaves("hangs-while-loading", "loads-slowly"), start_timeout_s=2.0) as supervisor:
+        await ready(supervisor, timeout_s=30)
+        assert (await submit(supervisor)).event.response.optim_step.step == 1
+        assert supervisor.counters["gradwire_worker_restarts_total"] == 1
+        # Once ready, it may be silent for as long as it likes.
+        await asyncio.sleep(2.5)
+        assert (await submit(supervisor)).event.response.optim_step.step == 2
+    ended = [record for record in caplog.records if record.getMessage() == "Worker ended."]
+    reason = ended[0].fields["reason"]  # pyright: ignore[reportAttributeAccessIssue]
+    assert reason == "The worker process said nothing for 2 s after it began loading fake and was killed."
 
 
 async def test_a_failed_load_after_a_good_one_is_tried_again():

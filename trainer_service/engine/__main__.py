@@ -26,6 +26,7 @@ from gradwire.version import __version__
 from trainer_service.config import EngineSettings, Limits
 from trainer_service.engine.connection import TrainerConnection
 from trainer_service.engine.inbox import Inbox
+from trainer_service.engine.progress import told_of_progress
 from trainer_service.engine.ranks import Ranks
 from trainer_service.observability import configure_logging
 from trainer_service.processes import die_with_parent
@@ -126,18 +127,22 @@ def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, trainer: 
     transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
     num_threads = set_num_threads()
+    trainer.send(WorkerEvent(loading="looking for a device"))
     settings = EngineSettings.from_arguments(arguments)
     device = pick_device(ranks.local_rank, settings.compute_dtype)
-    trainer.send(WorkerEvent(loading=f"loading {arguments.base_model} onto {device.name}"))
+    loading = WorkerEvent(loading=f"loading {arguments.base_model} onto {device.name}")
+    trainer.send(loading)
     logger.info("Loading.", extra={"fields": {"base_model": arguments.base_model, "num_threads": num_threads}})
-    return Engine(
-        arguments.base_model,
-        device=device,
-        checkpoint_dir=arguments.checkpoint_dir,
-        limits=limits,
-        settings=settings,
-        max_context_length=arguments.max_context_length,
-    )
+    # A download or a large model may take hours, and the trainer gives up a worker that says nothing for minutes.
+    with told_of_progress(lambda: trainer.send(loading)):
+        return Engine(
+            arguments.base_model,
+            device=device,
+            checkpoint_dir=arguments.checkpoint_dir,
+            limits=limits,
+            settings=settings,
+            max_context_length=arguments.max_context_length,
+        )
 
 
 def _ready(engine: "Engine") -> WorkerEvent:

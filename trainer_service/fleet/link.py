@@ -43,6 +43,8 @@ class Link:
         """The worker's own process, below torchrun."""
         self.attached = asyncio.Event()
         """Set once the worker has said hello."""
+        self.spoke = asyncio.Event()
+        """Set whenever the worker has said something."""
         self.closed = asyncio.Event()
         """Set once the worker's stream has ended."""
         self.dismissed = asyncio.Event()
@@ -137,6 +139,7 @@ class WorkerServicer:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
             return
         link.attached.set()
+        link.spoke.set()
         link.rank0 = process_key(hello.pid)
         logger.info("Worker attached.", extra={"fields": {"pid": hello.pid, "ranks": hello.world_size}})
         tasks = [
@@ -165,6 +168,7 @@ class WorkerServicer:
 
     def _receive(self, link: Link, reply: Reply) -> None:
         event = reply.event
+        link.spoke.set()
         if event.counters:
             link.counters.update(event.counters)
         match event.WhichOneof("event"):

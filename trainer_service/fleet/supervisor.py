@@ -11,6 +11,7 @@ from asyncio.subprocess import Process
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 from gradwire.errors import GradwireError, error
@@ -50,8 +51,9 @@ class WorkerSettings:
     loss_module: str = ""
     engine: EngineSettings = field(default_factory=EngineSettings)
     start_timeout_s: float = 300.0
-    """How long it may take to attach, 0 for ever; loading its model, of which it tells, comes after. One that hangs
-    before, at a driver or a file system that does not answer, is killed and started again."""
+    """How long it may say nothing before it is ready, 0 for ever. It says each thing it begins, and while it loads its
+    model, that it gets on; one that hangs, at a driver or a file system that does not answer, is killed and started
+    again."""
 
     def command(self, socket: str) -> list[str]:
         """The command line: torchrun, also for one rank."""
@@ -238,21 +240,32 @@ class WorkerSupervisor:
         exited = asyncio.create_task(process.wait())
         closed = asyncio.create_task(link.closed.wait())
         told = asyncio.create_task(output.rank_failed.wait())
-        attached = asyncio.create_task(link.attached.wait())
         try:
-            timeout_s = self._settings.start_timeout_s or None
-            done, _ = await asyncio.wait({exited, attached}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
-                return output.explain(None, how=f"did not attach within {timeout_s:g} s and was killed")
+            if not await self._gets_ready(link, exited, closed):
+                how = f"said nothing for {self._settings.start_timeout_s:g} s"
+                how += f" after it began {link.status_message}" if link.attached.is_set() else ""
+                return output.explain(None, how=f"{how} and was killed")
             await asyncio.wait({exited, closed}, return_when=asyncio.FIRST_COMPLETED)
             # What ended it is known a moment later, and worth that moment to those who are told.
             await asyncio.wait({exited, told}, timeout=_EXIT_DETAIL_S, return_when=asyncio.FIRST_COMPLETED)
             if exited.done():
                 await output.drain()
         finally:
-            for task in (exited, closed, told, attached):
+            for task in (exited, closed, told):
                 task.cancel()
         return output.explain(process.returncode)
+
+    async def _gets_ready(self, link: Link, *ends: asyncio.Task[Any]) -> bool:
+        """Waits until the worker is ready or at an end; False once it has said nothing for too long."""
+        while link.ready is None and not any(end.done() for end in ends):
+            link.spoke.clear()
+            spoke = asyncio.create_task(link.spoke.wait())
+            timeout_s = self._settings.start_timeout_s or None
+            await asyncio.wait({spoke, *ends}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            spoke.cancel()
+            if not link.spoke.is_set() and not any(end.done() for end in ends):
+                return False
+        return True
 
 
 def _remove_left_behind() -> None:
