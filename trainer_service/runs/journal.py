@@ -191,19 +191,20 @@ def read_record(db: sqlite3.Connection) -> Record:
 
 def seq_ids(db: sqlite3.Connection) -> tuple[int, int, int]:
     """(oldest operation kept, last operation, first one without outcome); an empty journal is (1, 0, 1)."""
-    oldest, last = db.execute("SELECT min(seq_id), max(seq_id) FROM operations").fetchone()
+    # Two queries: one for both reads the whole table.
+    oldest, last = db.execute(
+        "SELECT (SELECT min(seq_id) FROM operations), (SELECT max(seq_id) FROM operations)"
+    ).fetchone()
     if last is None:
         return 1, 0, 1
-    # Outcomes come in order but for operations refused at once, so the last without one is soon found from the end.
-    first = last + 1
-    for seq_id, outcome in db.execute(
-        "SELECT o.seq_id, a.seq_id FROM operations o LEFT JOIN outcomes a USING (seq_id) ORDER BY o.seq_id DESC"
-    ):
-        if outcome is None:
-            first = seq_id
-        elif first - seq_id > _CHUNK_ROWS:
-            break
-    return oldest, last, first
+    # Any number may have been refused at once, behind one that is still to be done. What succeeded came in its turn.
+    succeeded = db.execute("SELECT seq_id FROM outcomes WHERE reason = '' ORDER BY seq_id DESC LIMIT 1").fetchone()
+    undone = db.execute(
+        "SELECT seq_id FROM operations o WHERE seq_id > ? "
+        "AND NOT EXISTS (SELECT 1 FROM outcomes a WHERE a.seq_id = o.seq_id) ORDER BY seq_id LIMIT 1",
+        succeeded or (0,),
+    ).fetchone()
+    return oldest, last, undone[0] if undone else last + 1
 
 
 def read(db: sqlite3.Connection, after: int, *, up_to: int | None = None) -> list[Row]:
