@@ -12,7 +12,7 @@ from gradwire.errors import GradwireError
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb
 
-from tests.fakes import FrontEnd, Stream, front_end
+from tests.fakes import FakeWorker, FrontEnd, Stream, front_end
 from tests.wire.test_border import error_of, with_key
 from trainer_service.config import Limits
 
@@ -126,6 +126,19 @@ async def test_a_key_may_have_so_many_runs_and_lost_ones_do_not_count():
         assert (refused.reason, refused.metadata) == ("LIMIT_EXCEEDED", {"limit": "2", "got": "3"})
         assert "This API key has 2 runs" in refused.message
         await create(trainer, BOB)
+        await trainer.stub.DeleteRun(pb.DeleteRunRequest(run_id=first), metadata=ALICE)
+        await create(trainer, ALICE)
+
+
+async def test_runs_of_a_key_made_at_the_same_time_count_against_each_other():
+    limits = Limits(max_runs=20, max_runs_per_key=2)
+    async with front_end(worker=FakeWorker(latency_s=0.02), api_keys=KEYS, limits=limits) as trainer:
+        first = await create(trainer, ALICE)
+        forks = [trainer.stub.ForkRun(pb.ForkRunRequest(run_id=first), metadata=ALICE) for _ in range(3)]
+        made = await asyncio.gather(create(trainer, ALICE), create(trainer, BOB), *forks, return_exceptions=True)
+        assert sum(isinstance(each, Exception) for each in made) == 3
+        assert [len(await seen(trainer, key)) for key in (ALICE, BOB)] == [2, 1]
+        # What failed is not counted.
         await trainer.stub.DeleteRun(pb.DeleteRunRequest(run_id=first), metadata=ALICE)
         await create(trainer, ALICE)
 

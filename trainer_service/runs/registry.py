@@ -1,11 +1,12 @@
 """All runs of a trainer, those of the trainer before it included."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ class Runs:
             refuse=self._refuse,
             snapshots=self._durability.snapshots,
         )
+        self._being_made: list[str] = []  # Their owners.
         self._by_request_id: dict[tuple[str, str], asyncio.Future[Run]] = {}
         self._tasks: set[asyncio.Task[object]] = set()
         self._room_keeper: asyncio.Task[None] | None = None
@@ -258,20 +260,20 @@ class Runs:
             self._by_request_id.pop(key, None)
 
     async def _create(self, request: CreateRunRequest) -> Run:
-        self._check_own_limit()
+        owner = current_caller.get().owner
         run_id = f"run-{secrets.token_hex(6)}"
         adapter: Path | None = None
         if request.adapter_path:
             adapter, request = await self._with_adapter(run_id, request)
         record = Record(
             run_id=run_id,
-            owner=current_caller.get().owner,
+            owner=owner,
             base_model=self._base_model,
             created_s=time.time(),
             create_request=request.SerializeToString(),
         )
         live = True
-        async with self._room.one_more():
+        async with self._one_more(owner):
             await self.store.write_down(record, adapter)
             try:
                 await self.store.publish(record.run_id)
@@ -286,7 +288,7 @@ class Runs:
         return self._add(record, live=live)
 
     async def _fork(self, parent: Run, request: ForkRunRequest) -> Run:
-        self._check_own_limit()
+        owner = current_caller.get().owner
         # Asked before the journal is waited for: a step made meanwhile might not be in it yet.
         step = request.step if request.HasField("step") else parent.step
         await parent.settled()
@@ -302,7 +304,7 @@ class Runs:
             adapter, made.adapter_path = Path(made.adapter_path), str(self.store.adapter_folder(run_id))
         record = Record(
             run_id=run_id,
-            owner=current_caller.get().owner,
+            owner=owner,
             base_model=self._base_model,
             created_s=time.time(),
             create_request=made.SerializeToString(),
@@ -311,7 +313,7 @@ class Runs:
             parent_step=step,
             step=step,
         )
-        async with self._room.one_more():
+        async with self._one_more(owner):
             folder = await self.store.write_down(record, adapter)
             try:
                 await time_travel.fork(
@@ -340,9 +342,10 @@ class Runs:
     async def _source(self, run: Run) -> Source:
         return await asyncio.to_thread(find_source, run.folder, forked=bool(run.record.parent_run_id))
 
-    def _check_own_limit(self) -> None:
-        caller = current_caller.get()
-        own = sum(not run.lost and run.owner == caller.owner for run in self._runs.values())
+    @contextlib.asynccontextmanager
+    async def _one_more(self, owner: str) -> AsyncGenerator[None]:
+        """Room for one run more, on the worker and for its owner, while it is being made."""
+        own = self._being_made.count(owner) + sum(not run.lost and run.owner == owner for run in self._runs.values())
         if self._limits.max_runs_per_key and own >= self._limits.max_runs_per_key:
             raise error(
                 "LIMIT_EXCEEDED",
@@ -351,6 +354,13 @@ class Runs:
                 limit=self._limits.max_runs_per_key,
                 got=own + 1,
             )
+        async with self._room.one_more():
+            # Counted at once, so that runs made at the same time count against each other.
+            self._being_made.append(owner)
+            try:
+                yield
+            finally:
+                self._being_made.remove(owner)
 
     async def _with_adapter(self, run_id: str, request: CreateRunRequest) -> tuple[Path, CreateRunRequest]:
         """(where the adapter is that the run starts from, the request with where the run will have its own copy)."""
