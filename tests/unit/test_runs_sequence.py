@@ -1,5 +1,7 @@
 """The order of a run's operations, without anything that executes them."""
 
+import weakref
+
 import pytest
 from gradwire.errors import AbortedError, OutOfRangeError
 from gradwire.v1 import operation_pb2 as ops
@@ -115,3 +117,17 @@ def test_answers_nobody_acknowledges_are_bounded_in_bytes_but_for_the_last_windo
         sequence.receive(step(2), lambda _: None)
     for seq_id in (3, 4):
         assert sequence.receive(step(seq_id), lambda _: None) is None
+
+
+def test_what_was_asked_is_let_go_once_it_is_answered():
+    sequence = Sequence(min_retained_answers=1)
+    operation = step(1)
+    asked = weakref.ref(operation)
+    sequence.answer(receive_new(sequence, operation), b"answer")
+    del operation
+    assert asked() is None
+    with pytest.raises(AbortedError, match="used before"):
+        sequence.receive(step(1, learning_rate=2e-3), lambda _: None)
+    got: list[bytes] = []
+    assert sequence.receive(step(1), got.append) is None
+    assert got == [b"answer"]

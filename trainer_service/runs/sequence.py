@@ -4,7 +4,7 @@
 number seen before is a repeat, which gets the first answer if it is the same operation and is refused if it is another.
 """
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -33,7 +33,6 @@ class Entry:
     """What to execute; its request is empty where it was refused for want of room to write it down."""
     kind: str
     waiters: list[Answered] = field(default_factory=list)
-    answer: bytes | None = None
     failure: GradwireError | None = None
     """What it failed with without being executed; what such a failure does to the run is still to be done."""
     attempts: int = 0
@@ -53,11 +52,16 @@ class Sequence:
 
     def __init__(self, *, min_retained_answers: int, next_seq_id: int = 1) -> None:
         self._min_retained_answers = min_retained_answers
-        self._entries: dict[int, Entry] = {}
-        self._retained: deque[Entry] = deque()
+        self._waiting: dict[int, Entry] = {}
+        # (digest, answer) in the order of answers. What was asked is let go: it may be megabytes.
+        self._retained: OrderedDict[int, tuple[bytes, bytes]] = OrderedDict()
         self._retained_bytes = 0
         self.next_seq_id = next_seq_id
-        self.unanswered = 0
+
+    @property
+    def unanswered(self) -> int:
+        """Operations that wait for their answer."""
+        return len(self._waiting)
 
     def receive(self, operation: Operation, answered: Answered) -> Entry | None:
         """Takes an operation in.
@@ -85,8 +89,9 @@ class Sequence:
             self.next_seq_id += 1
             self.take_up(entry)
             return entry
-        entry = self._entries.get(seq_id)
-        if entry is None:
+        entry = self._waiting.get(seq_id)
+        digest, answer = (entry.digest, None) if entry else self._retained.get(seq_id, (None, None))
+        if digest is None:
             raise error(
                 "ANSWER_RELEASED",
                 f"seq_id {seq_id} was executed, and its answer let go after it was acknowledged or too many waited. "
@@ -94,42 +99,40 @@ class Sequence:
                 expected=self.next_seq_id,
                 got=seq_id,
             )
-        if entry.digest != operation.digest():
+        if digest != operation.digest():
             raise conflict(seq_id, self.next_seq_id)
-        if entry.answer is not None:
-            answered(entry.answer)
-        else:
+        if answer is not None:
+            answered(answer)
+        elif entry is not None:
             entry.waiters.append(answered)
         return None
 
     def take_up(self, entry: Entry) -> None:
         """Waits for an operation's answer; one received by an earlier trainer is taken up so."""
-        self._entries[entry.seq_id] = entry
-        self.unanswered += 1
+        self._waiting[entry.seq_id] = entry
 
     def answer(self, entry: Entry, answer: bytes) -> None:
         """Records an operation's one answer and hands it to all who wait."""
-        assert entry.answer is None, f"operation {entry.seq_id} was answered twice"
-        entry.answer = answer
-        self.unanswered -= 1
-        self._retained.append(entry)
+        assert entry.seq_id in self._waiting, f"operation {entry.seq_id} was answered twice"
+        del self._waiting[entry.seq_id]
+        self._retained[entry.seq_id] = entry.digest, answer
         self._retained_bytes += len(answer)
         while len(self._retained) > MAX_RETAINED_ANSWERS or (
             self._retained_bytes > MAX_RETAINED_BYTES and len(self._retained) > self._min_retained_answers
         ):
-            self._release(self._retained.popleft())
+            self._release()
         waiters, entry.waiters = entry.waiters, []
         for answered in waiters:
             answered(answer)
 
     def acknowledge(self, acked_seq_id: int) -> None:
         """Lets go of the answers up to acked_seq_id."""
-        while self._retained and self._retained[0].seq_id <= acked_seq_id:
-            self._release(self._retained.popleft())
+        while self._retained and next(iter(self._retained)) <= acked_seq_id:
+            self._release()
 
-    def _release(self, entry: Entry) -> None:
-        self._retained_bytes -= len(entry.answer or b"")
-        del self._entries[entry.seq_id]
+    def _release(self) -> None:
+        _, (_, answer) = self._retained.popitem(last=False)
+        self._retained_bytes -= len(answer)
 
 
 def conflict(seq_id: int, next_seq_id: int) -> GradwireError:
