@@ -3,7 +3,7 @@
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class CutProxy:
@@ -28,6 +28,10 @@ class CutProxy:
         """Connections taken so far."""
         self.cut_after_bytes: int | None = None
         """Bytes from the client after which the next connection is cut; None forwards all."""
+        self.bytes_to_client = 0
+        """Forwarded from the server so far."""
+        self.when_client_has: tuple[int, Callable[[], object]] | None = None
+        """As soon as that many bytes were forwarded from the server, this is done, once."""
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -48,6 +52,14 @@ class CutProxy:
         """Forwards nothing for a while; connections stay open."""
         self._flowing.clear()
         threading.Timer(seconds, self._flowing.set).start()
+
+    def hold(self) -> None:
+        """Forwards nothing until `flow`; connections stay open."""
+        self._flowing.clear()
+
+    def flow(self) -> None:
+        """Forwards again."""
+        self._flowing.set()
 
     def close(self) -> None:
         """Ends the proxy."""
@@ -87,9 +99,20 @@ class CutProxy:
                         return
                 self._flowing.wait()
                 sink.sendall(data)
+                if not upward:
+                    self._count(len(data))
         for each in (source, sink):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
+
+    def _count(self, num_bytes: int) -> None:
+        with self._lock:
+            self.bytes_to_client += num_bytes
+            due = self.when_client_has
+            if due is None or self.bytes_to_client < due[0]:
+                return
+            self.when_client_has = None
+        due[1]()
 
 
 @contextlib.contextmanager

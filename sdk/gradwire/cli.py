@@ -1,53 +1,82 @@
 """gradwire: runs and checkpoints of a trainer from a terminal. Tables for people, --json for programs."""
 
 import argparse
-import json
+import contextlib
+import dataclasses
+import io
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.json_format import MessageToDict
-
 from gradwire.downloads import download, export, get_checkpoint
-from gradwire.errors import GradwireError
-from gradwire.transport import Connection
+from gradwire.errors import GradwireError, UnavailableError
+from gradwire.terminal import (
+    ProgressBar,
+    as_json,
+    print_json,
+    print_message,
+    print_table,
+    size_text,
+    time_text,
+)
+from gradwire.transport import ClientTls, Connection
 from gradwire.v1 import checkpoint_pb2, run_pb2
 from gradwire.v1 import checkpoint_service_pb2 as checkpoints
 from gradwire.v1 import trainer_service_pb2 as trainer
 from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
+from gradwire.version import __version__
 
 _TIMEOUT_S = 60.0
+_CONNECT_TIMEOUT_S = 5.0
+"""A person waits for it; a script's own client is more patient."""
 _REPLAY_TIMEOUT_S = 24 * 3600.0
-_LOG_INTERVAL_S = 5.0
+_MAX_UINT64 = (1 << 64) - 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 where the trainer or the disk refused, 2 for wrong usage, 3 where a replay differed, 130 after
     Ctrl-C."""
-    arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        # Names are anybody's; a terminal that cannot show one is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     try:
-        connection = Connection(arguments.base_url, arguments.api_key or None)
-    except ValueError as exc:
-        print(f"gradwire: {exc}", file=sys.stderr)
-        return 2
+        tls = _tls(arguments)
+        connection = Connection(
+            arguments.base_url, arguments.api_key or None, tls=tls, connect_timeout_s=_CONNECT_TIMEOUT_S
+        )
+    except (ValueError, OSError) as exc:
+        return _complain(exc, 2)
     try:
-        return arguments.command(connection, arguments) or 0
-    except GradwireError as exc:
-        print(f"gradwire: {exc.message}", file=sys.stderr)
+        code = arguments.command(connection, arguments) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read it has seen enough (`| head`). What is still buffered must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as exc:
-        print(f"gradwire: {exc}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ngradwire: stopped.", file=sys.stderr)
+    except (GradwireError, OSError) as exc:
+        return _complain(exc, 1)
+    except KeyboardInterrupt as exc:
+        print("gradwire: " + "; ".join(["stopped", *map(str, exc.args)]) + ".", file=sys.stderr)
         return 130
     finally:
-        connection.close()
+        # A loop that is stuck on a disk ends with the process.
+        with contextlib.suppress(GradwireError):
+            connection.close()
+
+
+def _complain(exc: Exception, code: int) -> int:
+    text = str(exc)
+    if isinstance(exc, OSError) and not isinstance(exc, GradwireError) and exc.filename is not None:
+        text = f"{exc.filename}: {exc.strerror}."
+    print(f"gradwire: {text}", file=sys.stderr)
+    return code
 
 
 # ── runs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -55,8 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _runs_list(connection: Connection, arguments: argparse.Namespace) -> None:
     answer = connection.call(TrainerServiceStub, "ListRuns", trainer.ListRunsRequest(), timeout_s=_TIMEOUT_S)
-    rows = [(run.run_id, _state(run), str(run.step), _when(run.created_at), run.display_name) for run in answer.runs]
-    _print(arguments, list(answer.runs), ("RUN", "STATE", "STEP", "CREATED", "NAME"), rows)
+    rows = [
+        (run.run_id, _state(run), str(run.step), time_text(run.created_at), run.display_name) for run in answer.runs
+    ]
+    _list(arguments, list(answer.runs), [("RUN", "STATE", "STEP", "CREATED", "NAME"), *rows])
 
 
 def _runs_show(connection: Connection, arguments: argparse.Namespace) -> None:
@@ -80,8 +111,18 @@ def _runs_fork(connection: Connection, arguments: argparse.Namespace) -> None:
 def _runs_replay(connection: Connection, arguments: argparse.Namespace) -> int:
     request = trainer.ReplayRunRequest(run_id=arguments.run_id)
     answer = connection.call(TrainerServiceStub, "ReplayRun", request, timeout_s=_REPLAY_TIMEOUT_S)
-    _show(arguments, answer)
-    return 3 if answer.HasField("difference") else 0
+    differs = answer.HasField("difference")
+    if arguments.json:
+        print_json(as_json(answer))
+    else:
+        found = answer.difference
+        print(
+            f"{arguments.run_id} differs at seq_id {found.seq_id} ({found.kind}, behind optimizer step {found.step})."
+            if differs
+            else f"{arguments.run_id} came out as it did."
+        )
+        print_message(answer)
+    return 3 if differs else 0
 
 
 # ── checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -95,13 +136,13 @@ def _checkpoints_list(connection: Connection, arguments: argparse.Namespace) -> 
             one.path,
             "delta" if one.checkpoint_type == checkpoint_pb2.CHECKPOINT_TYPE_DELTA else "",
             str(one.step),
-            _size(one.size_bytes),
-            _when(one.created_at),
-            _when(one.expires_at) if one.HasField("expires_at") else "never",
+            size_text(one.size_bytes),
+            time_text(one.created_at),
+            time_text(one.expires_at) if one.HasField("expires_at") else "never",
         )
         for one in found
     ]
-    _print(arguments, found, ("CHECKPOINT", "TYPE", "STEP", "SIZE", "CREATED", "EXPIRES"), rows)
+    _list(arguments, found, [("CHECKPOINT", "TYPE", "STEP", "SIZE", "CREATED", "EXPIRES"), *rows])
 
 
 def _checkpoints_show(connection: Connection, arguments: argparse.Namespace) -> None:
@@ -117,88 +158,84 @@ def _checkpoints_delete(connection: Connection, arguments: argparse.Namespace) -
 def _fetch(fetch: Callable[..., checkpoint_pb2.Checkpoint]) -> Callable[[Connection, argparse.Namespace], None]:
     def command(connection: Connection, arguments: argparse.Namespace) -> None:
         folder = arguments.folder or Path(arguments.path.rpartition("/")[2] or "checkpoint")
+        bar = ProgressBar()
         try:
-            found = fetch(connection, arguments.path, folder, _Bar().update)
+            found = fetch(connection, arguments.path, folder, bar.update)
         except KeyboardInterrupt:
-            print("\ngradwire: the same command goes on from here.", file=sys.stderr)
+            raise KeyboardInterrupt("the same command goes on from here") from None
+        except UnavailableError as exc:
+            if bar.began:
+                exc.message += " The same command goes on from here."
             raise
-        text = f"{found.path} is in {folder} ({_size(found.size_bytes)})."
-        _say(arguments, text, path=found.path, folder=str(folder.resolve()))
+        finally:
+            bar.close()
+        # A delta's own size is not that of the folder it was made whole in.
+        size = "" if fetch is export and found.base_path else f" ({size_text(found.size_bytes)})"
+        _say(arguments, f"{found.path} is in {folder}{size}.", path=found.path, folder=str(folder.resolve()))
 
     return command
-
-
-class _Bar:
-    """How far a download is: a bar that moves on a terminal, a line now and then elsewhere. On standard error."""
-
-    def __init__(self) -> None:
-        self._moving = sys.stderr.isatty()
-        self._shown_s = 0.0
-
-    def update(self, file: str, done_bytes: int, size_bytes: int) -> None:
-        """See downloads.Progress."""
-        now, last = time.monotonic(), done_bytes == size_bytes
-        if not last and now - self._shown_s < (0.1 if self._moving else _LOG_INTERVAL_S):
-            return
-        self._shown_s = now
-        share = done_bytes / size_bytes if size_bytes else 1.0
-        text = f"{share:4.0%}  {_size(done_bytes)} of {_size(size_bytes)}  {file}"
-        if self._moving:
-            bar = "#" * int(share * 30)
-            print(f"\r\x1b[K[{bar:<30}] {text}", end="\n" if last else "", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
 
 
 # ── printing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _as_json(message: Any) -> dict[str, Any]:
-    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-
-
-def _print(arguments: argparse.Namespace, found: list[Any], head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _list(arguments: argparse.Namespace, found: list[Any], rows: list[tuple[str, ...]]) -> None:
     if arguments.json:
-        print(json.dumps([_as_json(one) for one in found], indent=2))
-        return
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print_json([as_json(one) for one in found])
+    else:
+        print_table(rows)
 
 
 def _show(arguments: argparse.Namespace, message: Any) -> None:
-    found = _as_json(message)
     if arguments.json:
-        print(json.dumps(found, indent=2))
-        return
-    width = max(map(len, found))
-    for name, value in found.items():
-        if isinstance(value, list):
-            print(f"{name}:")
-            for one in value:
-                print("  " + "  ".join(str(part) for part in one.values()))
-        else:
-            print(f"{name.ljust(width)}  {value}")
+        print_json(as_json(message))
+    else:
+        print_message(message)
 
 
 def _say(arguments: argparse.Namespace, text: str, **fields: str) -> None:
-    print(json.dumps(fields) if arguments.json else text)
+    if arguments.json:
+        print_json(fields)
+    else:
+        print(text)
 
 
 def _state(run: run_pb2.Run) -> str:
     return run_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
 
 
-def _when(stamp: Any) -> str:
-    return datetime.fromtimestamp(stamp.seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+# ── arguments ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} TiB"
+def _tls(arguments: argparse.Namespace) -> ClientTls | None:
+    """The PEM files given; those that are not come from the environment, certificate and key as a pair.
+
+    Raises:
+        ValueError: One of the pair is missing.
+    """
+    ca, cert, key = arguments.tls_ca_file, arguments.tls_cert_file, arguments.tls_key_file
+    if (cert is None) != (key is None):
+        raise ValueError("A client certificate needs both --tls-cert-file and --tls-key-file.")
+    if ca is None and cert is None:
+        return None
+    tls = ClientTls.from_environment()
+    if ca is not None:
+        tls = dataclasses.replace(tls, ca_file=ca)
+    return tls if cert is None else dataclasses.replace(tls, cert_file=cert, key_file=key)
+
+
+def _text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not UTF-8 text") from None
+    return value
+
+
+def _step(value: str) -> int:
+    if not (value.isascii() and value.isdigit() and int(value) <= _MAX_UINT64):
+        raise argparse.ArgumentTypeError(f"{value!r} is no number of optimizer steps; it must be 0 or more")
+    return int(value)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -206,18 +243,32 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument(
         "--base-url",
+        type=_text,
+        metavar="URL",
         default=os.environ.get("GRADWIRE_BASE_URL") or "http://127.0.0.1:7777",
         help="of the trainer; default: $GRADWIRE_BASE_URL or http://127.0.0.1:7777",
     )
-    common.add_argument("--api-key", default=os.environ.get("GRADWIRE_API_KEY"), help="default: $GRADWIRE_API_KEY")
+    common.add_argument(
+        "--api-key", metavar="KEY", default=os.environ.get("GRADWIRE_API_KEY"), help="default: $GRADWIRE_API_KEY"
+    )
+    for name, text in (
+        ("ca", "roots the trainer's certificate must come from"),
+        ("cert", "certificate for a trainer that asks for one"),
+        ("key", "the certificate's private key"),
+    ):
+        variable = f"$GRADWIRE_TLS_{name.upper()}_FILE"
+        common.add_argument(
+            f"--tls-{name}-file", type=Path, metavar="PEM", help=f"{text}, for https://; default: {variable}"
+        )
     parser = argparse.ArgumentParser(prog="gradwire", description="Runs and checkpoints of a Gradwire trainer.")
+    parser.add_argument("--version", action="version", version=f"gradwire {__version__}")
     nouns = parser.add_subparsers(required=True, metavar="{runs,checkpoints,export}")
 
     def verb(group: Any, name: str, command: Callable[..., object], text: str, *names: str) -> argparse.ArgumentParser:
         made = group.add_parser(name, parents=[common], help=text, description=text)
         made.set_defaults(command=command)
         for argument in names:
-            made.add_argument(argument)
+            made.add_argument(argument, type=_text)
         return made
 
     runs = nouns.add_parser("runs", help="list, show, delete, fork, replay").add_subparsers(required=True)
@@ -226,15 +277,15 @@ def _parser() -> argparse.ArgumentParser:
     verb(runs, "delete", _runs_delete, "Deletes a run; its checkpoints stay.", "run_id")
     fork = verb(runs, "fork", _runs_fork, "Makes a new run with the state after a step of another.", "run_id")
     fork.add_argument(
-        "--step", type=int, help="optimizer steps in the state wanted, the last time it was so; default: now's"
+        "--step", type=_step, help="optimizer steps in the state wanted, the last time it was so; default: now's"
     )
-    fork.add_argument("--name", default="", help="your name for the new run")
+    fork.add_argument("--name", type=_text, default="", help="your name for the new run")
     replay = verb(runs, "replay", _runs_replay, "Executes a run's journal again and compares every answer.", "run_id")
     replay.add_argument("--verify", action="store_true", help="what it always does: exit with 3 at a difference")
 
     saved = nouns.add_parser("checkpoints", help="list, show, download, delete").add_subparsers(required=True)
     listed = verb(saved, "list", _checkpoints_list, "Lists checkpoints, newest first.")
-    listed.add_argument("--run", default="", help="those of one run")
+    listed.add_argument("--run", type=_text, metavar="RUN_ID", default="", help="those of one run")
     verb(saved, "show", _checkpoints_show, "Shows one checkpoint and its files.", "path")
     verb(saved, "delete", _checkpoints_delete, "Deletes a checkpoint for good.", "path")
     fetched = verb(saved, "download", _fetch(download), "Fetches a checkpoint's files; goes on after a stop.", "path")

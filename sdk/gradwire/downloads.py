@@ -1,9 +1,11 @@
 """Fetches checkpoints from a trainer: file by file, from where it was cut off, with digests compared."""
 
 import asyncio
+import errno
 import hashlib
 import os
-import tempfile
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,15 @@ from gradwire.v1.checkpoint_service_pb2 import (
 from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 
 Progress = Callable[[str, int, int], object]
-"""Told, now and then, the file, its bytes that are here, and its size."""
+"""Told the file, its bytes that are here, and its size: now and then while it comes, beginning with what was here, and
+once, with all of them, when it is whole. Of a file that was whole before, only that."""
 
 _MAX_TRIES = 8
 _IDLE_TIMEOUT_S = 60.0
 """How long a trainer may send nothing before the connection counts as lost."""
+_ASIDE = ".gradwire-export"
+_READ_FIRST = ("config.json", "adapter_config.json")
+"""A folder without them is no model to any reader."""
 
 
 def get_checkpoint(connection: Connection, path: str, *, timeout_s: float = 60.0) -> Checkpoint:
@@ -45,7 +51,7 @@ def download(connection: Connection, path: str, folder: Path, progress: Progress
     Args:
         connection: To the trainer.
         path: As saving returned it.
-        folder: Where; made if need be. A file under way is `.<name>.part`.
+        folder: Where; made if need be. A file under way is `.<name>.part`; other files of these names are replaced.
         progress: See Progress.
 
     Returns:
@@ -58,73 +64,115 @@ def download(connection: Connection, path: str, folder: Path, progress: Progress
         OSError: The folder cannot be written.
     """
     checkpoint = get_checkpoint(connection, path)
-    for file in checkpoint.files:
-        target = (folder / file.name).resolve()
-        if folder.resolve() not in target.parents:
-            raise error("CHECKPOINT_DAMAGED", f"{path} names a file outside its folder: {file.name!r}.", path=path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not _there(target, file):
-            LOOP.run(_fetch(connection, path, file, target, progress), None)
-        progress(file.name, file.size_bytes, file.size_bytes)
+    _fetch_files(connection, checkpoint, folder, progress)
     return checkpoint
 
 
 def export(connection: Connection, path: str, folder: Path, progress: Progress = lambda *_: None) -> Checkpoint:
     """Fetches sampler weights as a folder that transformers (or peft) loads; a delta is made whole with its base.
 
+    Until a delta is whole, everything of it is in `.gradwire-export` in the folder, and a second call goes on there.
+
     Raises:
         As download; FailedPreconditionError: CHECKPOINT_MISMATCH: it is a resumable state; DELTA_BASE_UNUSABLE.
-        FileExistsError: The folder is there and not empty.
+        FileExistsError: It is a delta, and the folder is there and not empty.
     """
     checkpoint = get_checkpoint(connection, path)
     if checkpoint.kind != CHECKPOINT_KIND_SAMPLER_WEIGHTS:
         text = f"{path} is resumable state, which only training reads; export what save_weights_for_sampler made."
         raise error("CHECKPOINT_MISMATCH", text, path=path)
     if not checkpoint.base_path:
-        return download(connection, path, folder, progress)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+        _fetch_files(connection, checkpoint, folder, progress)
+        return checkpoint
+    _make_folder(folder)
+    aside = folder / _ASIDE
+    if not aside.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; a delta is made whole in an empty folder.")
-    with tempfile.TemporaryDirectory(prefix=".gradwire-", dir=folder.resolve().parent) as aside:
-        for name, each in (("delta", path), ("base", checkpoint.base_path)):
-            download(connection, each, Path(aside) / name, progress)
-        delta.expand_folder(Path(aside) / "delta", Path(aside) / "base", folder)
+    folders: list[Path] = []
+    for each in (checkpoint, get_checkpoint(connection, checkpoint.base_path)):
+        # By content, so that nothing is taken for another's that an earlier call left.
+        digests = "".join(file.sha256 for file in each.files)
+        folders.append(aside / hashlib.sha256(digests.encode()).hexdigest()[:16] / each.name)
+        _fetch_files(connection, each, folders[-1], progress)
+    whole = aside / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir()
+    try:
+        delta.expand_folder(folders[0], folders[1], whole)
+    except GradwireError:
+        shutil.rmtree(aside)
+        raise
+    # Stopped here, too, it does not look whole.
+    for made in sorted(whole.iterdir(), key=lambda made: made.name in _READ_FIRST):
+        os.replace(made, folder / made.name)
+    shutil.rmtree(aside)
     return checkpoint
 
 
-def _there(target: Path, file: CheckpointFile) -> bool:
+def _fetch_files(connection: Connection, checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
+    _make_folder(folder)
+    for file in checkpoint.files:
+        target = (folder / file.name).resolve()
+        if folder.resolve() not in target.parents:
+            text = f"{checkpoint.path} names a file outside its folder: {file.name!r}."
+            raise error("CHECKPOINT_DAMAGED", text, path=checkpoint.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not _has_content(target, file):
+            _fetch_file(connection, checkpoint.path, file, target, progress)
+        progress(file.name, file.size_bytes, file.size_bytes)
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _has_content(target: Path, file: CheckpointFile) -> bool:
     if not target.is_file() or target.stat().st_size != file.size_bytes:
         return False
     with target.open("rb") as found:
         return hashlib.file_digest(found, "sha256").hexdigest() == file.sha256
 
 
-async def _fetch(connection: Connection, path: str, file: CheckpointFile, target: Path, progress: Progress) -> None:
+def _fetch_file(connection: Connection, path: str, file: CheckpointFile, target: Path, progress: Progress) -> None:
     part = target.with_name(f".{target.name}.part")
+    while True:
+        resumed = _size(part) > 0
+        _complete(connection, path, file, part, progress)
+        # Not on the loop: large files take seconds, in which it must be free to close the connection after Ctrl-C.
+        if _has_content(part, file):
+            os.replace(part, target)
+            return
+        part.unlink()
+        if not resumed:
+            text = f"{file.name} of {path} came with another content than the trainer says; it was removed. Try again."
+            raise error("CHECKPOINT_DAMAGED", text, path=path, file=file.name)
+        # The part was of something else: of another checkpoint, or of this one before it was saved anew.
+
+
+def _complete(connection: Connection, path: str, file: CheckpointFile, part: Path, progress: Progress) -> None:
     tries = 0
     while True:
-        before = part.stat().st_size if part.exists() else 0
+        before = _size(part)
         if before > file.size_bytes:
             part.unlink()
             continue
         try:
-            await _append(connection, path, file, part, before, progress)
-            break
+            LOOP.run(_append(connection, path, file, part, before, progress))
+            return
         except GradwireError as exc:
             if exc.code != grpc.StatusCode.UNAVAILABLE.value[0]:
                 raise
             # A try that brought something does not count.
-            came = part.exists() and part.stat().st_size > before
-            tries = 0 if came else tries + 1
+            tries = 0 if _size(part) > before else tries + 1
             if tries >= _MAX_TRIES:
                 raise
-            await asyncio.sleep(min(5.0, 0.2 * 2**tries))
-    with part.open("rb") as whole:
-        if hashlib.file_digest(whole, "sha256").hexdigest() != file.sha256:
-            part.unlink()
-            text = f"{file.name} of {path} came with another content than the trainer says; it was removed. Try again."
-            raise error("CHECKPOINT_DAMAGED", text, path=path, file=file.name)
-    os.replace(part, target)
+            time.sleep(min(5.0, 0.2 * 2**tries))
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
 
 
 async def _append(
@@ -135,16 +183,20 @@ async def _append(
     try:
         with part.open("ab") as out:
             while True:
+                if offset < file.size_bytes:
+                    progress(file.name, offset, file.size_bytes)
                 message = await asyncio.wait_for(call.read(), _IDLE_TIMEOUT_S)
                 if not isinstance(message, DownloadCheckpointResponse):
                     return
                 out.write(message.data)
                 offset += len(message.data)
-                progress(file.name, offset, file.size_bytes)
     except grpc.aio.AioRpcError as exc:
         raise connection.explain(exc, "DownloadCheckpoint") from None
     except TimeoutError:
         text = f"{connection.base_url} sent nothing for {_IDLE_TIMEOUT_S:g} s."
         raise error("WORKER_NOT_READY", text) from None
+    except OSError as exc:
+        # Where a write fails, Python does not say which file's.
+        raise OSError(exc.errno, exc.strerror, str(part)) from exc
     finally:
         call.cancel()

@@ -5,6 +5,7 @@ import atexit
 import logging
 import os
 import random
+import ssl
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -27,8 +28,13 @@ T = TypeVar("T")
 
 _RETRIED_REASONS = {"", "WORKER_NOT_READY"}
 """Reasons of an UNAVAILABLE that pass by themselves; "" is grpc's own: nobody listens, or the connection broke."""
-_CONNECT_TIMEOUT_S = 20.0
-"""How long nobody may listen at all: a trainer listens within a second of its start, so a wrong address shows soon."""
+_SETTLED = {
+    "CERTIFICATE_VERIFY_FAILED": "its certificate does not come from a root trusted here; name its root, ca_file or "
+    "GRADWIRE_TLS_CA_FILE",
+    "Hostname Verification Check failed": "its certificate is for another host name",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS; use http://",
+}
+"""What grpc says of connections that no waiting will make, and what that means."""
 
 
 def is_passing(error: GradwireError) -> bool:
@@ -127,7 +133,10 @@ def parse_base_url(base_url: str) -> tuple[str, bool]:
     """
     if base_url.startswith("unix:"):
         return base_url, False
-    parts = urlsplit(base_url if "://" in base_url else f"http://{base_url}")
+    try:
+        parts = urlsplit(base_url if "://" in base_url else f"http://{base_url}")
+    except ValueError as exc:
+        raise ValueError(f'base_url {base_url!r} is no URL: {exc}; use "http://host:port".') from None
     if parts.scheme not in ("http", "https"):
         raise ValueError(
             f'base_url {base_url!r} has scheme "{parts.scheme}"; use "http://host:port" or "https://host".'
@@ -135,7 +144,7 @@ def parse_base_url(base_url: str) -> tuple[str, bool]:
     try:
         port = parts.port
     except ValueError:
-        port = None
+        raise ValueError(f"base_url {base_url!r} has a port that is none; ports are 0 to 65535.") from None
     if port is None and parts.scheme == "https":
         port = 443
     if not parts.hostname or port is None:
@@ -171,15 +180,42 @@ class ClientTls:
         """What grpc connects with.
 
         Raises:
-            ValueError: A certificate without its key, or the other way round.
+            ValueError: A certificate without its key, or the other way round; a file that holds neither.
             OSError: A file cannot be read.
         """
         if (self.cert_file is None) != (self.key_file is None):
-            raise ValueError("A client certificate needs both cert_file and key_file.")
+            raise ValueError(
+                "A client certificate needs both cert_file and key_file, or GRADWIRE_TLS_CERT_FILE and "
+                "GRADWIRE_TLS_KEY_FILE."
+            )
         ca, key, cert = (
             None if file is None else file.read_bytes() for file in (self.ca_file, self.key_file, self.cert_file)
         )
+        _check_pem(self, ca)
         return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
+
+
+def _check_pem(tls: ClientTls, ca: bytes | None) -> None:
+    """Says what is wrong with PEM files; grpc would only say, and only when it connects, that it cannot."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    # Whether a key is long enough is for the server to judge.
+    context.set_ciphers("DEFAULT@SECLEVEL=0")
+    try:
+        if ca is not None:
+            context.load_verify_locations(cadata=ca.decode("ascii", "ignore"))
+    except ssl.SSLError as exc:
+        raise ValueError(f"ca_file {tls.ca_file} has no PEM certificate in it.") from exc
+    # What a shell hands over as a pipe can be read only once.
+    if tls.cert_file is None or tls.key_file is None or not (tls.cert_file.is_file() and tls.key_file.is_file()):
+        return
+    try:
+        # Without a password it would be asked for on the terminal.
+        context.load_cert_chain(tls.cert_file, tls.key_file, password="")
+    except ssl.SSLError as exc:
+        raise ValueError(
+            f"cert_file {tls.cert_file} and key_file {tls.key_file} are not a PEM certificate and its private key; "
+            "the key must not be encrypted."
+        ) from exc
 
 
 class Connection:
@@ -189,14 +225,24 @@ class Connection:
         base_url: See parse_base_url.
         api_key: Sent as `authorization: Bearer …`; None sends none.
         tls: PEM files for an "https://" base_url; None reads them from the environment.
+        connect_timeout_s: How long nobody may listen before a call fails; a trainer listens within a second of its
+            start, so a wrong address shows soon.
 
     Raises:
         ValueError: A base_url that leads nowhere, a key that cannot be sent, PEM files without "https://".
         OSError: A PEM file cannot be read.
     """
 
-    def __init__(self, base_url: str, api_key: str | None = None, *, tls: ClientTls | None = None) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        *,
+        tls: ClientTls | None = None,
+        connect_timeout_s: float = 20.0,
+    ) -> None:
         self.base_url = base_url
+        self._connect_timeout_s = connect_timeout_s
         self._target, self._tls = parse_base_url(base_url)
         if tls is not None and not self._tls:
             # The caller meant the connection to be private; it must not become plaintext unnoticed.
@@ -246,10 +292,11 @@ class Connection:
             timeout_s: For all tries together.
 
         Raises:
-            GradwireError: The server's error, or UnavailableError once the time is up, or nobody listened for 20 s.
+            GradwireError: The server's error, or UnavailableError: the time is up, nobody has listened for
+                connect_timeout_s, or TLS does not come about.
         """
         deadline = time.monotonic() + timeout_s
-        connect_deadline = time.monotonic() + min(timeout_s, _CONNECT_TIMEOUT_S)
+        connect_deadline = time.monotonic() + min(timeout_s, self._connect_timeout_s)
         delay_s = 0.1
         while True:
             remaining_s = max(0.01, deadline - time.monotonic())
@@ -257,7 +304,7 @@ class Connection:
                 return await getattr(stub(self.channel()), method)(request, metadata=self.metadata, timeout=remaining_s)
             except grpc.aio.AioRpcError as exc:
                 error = self.explain(exc, method, timeout_s)
-                if not is_passing(error):
+                if not is_passing(error) or _settled(exc):
                     raise error from None
                 delay_s = error.retry_after_s or min(2.0, delay_s * 2)
                 if error.reason:
@@ -276,7 +323,12 @@ class Connection:
         if error.reason:
             return error
         if exc.code() is grpc.StatusCode.UNAVAILABLE:
-            error.message = f"{what}: no Gradwire server answers at {self.base_url} ({exc.details()})."
+            details = exc.details() or ""
+            why = _settled(exc)
+            if "failed to connect" in details and "Socket closed" in details:
+                # All that a server says that wants TLS, or a certificate.
+                why = f"it may want {'a client certificate' if self._tls else 'https://'}"
+            error.message = f"{what}: no Gradwire server answers at {self.base_url}{why and f': {why}'} ({details})."
         elif exc.code() is grpc.StatusCode.UNIMPLEMENTED:
             error.message = f"{what}: the server at {self.base_url} does not offer this call; is it a Gradwire server?"
         elif exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED and timeout_s is not None:
@@ -294,3 +346,8 @@ class Connection:
     def close(self) -> None:
         """Closes the channel; calls under way fail."""
         LOOP.run(self.close_async(), 5)
+
+
+def _settled(exc: grpc.aio.AioRpcError) -> str:
+    """Why a connection will not be made, however often it is tried; "" for all that may yet be."""
+    return next((why for said, why in _SETTLED.items() if said in (exc.details() or "")), "")
