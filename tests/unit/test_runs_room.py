@@ -10,8 +10,9 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainResponse
 from tests.fakes import FakeWorker
 from tests.unit.test_runs_recovery import step, trainer
 from trainer_service.config import Durability, Limits
-from trainer_service.runs import room
+from trainer_service.runs import residence, room
 from trainer_service.runs.run import Run
+from trainer_service.runs.snapshots import Snapshot
 
 
 @pytest.fixture(autouse=True)
@@ -98,3 +99,24 @@ async def test_what_waits_for_room_goes_on_once_a_run_is_deleted(tmp_path: Path)
         assert await steps(answers) == [1]
         await deleting
         await under_way
+
+
+async def test_a_run_that_cannot_be_unloaded_does_not_keep_the_others_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    worker = FakeWorker()
+    async with trainer(tmp_path, worker, durability=Durability(idle_lease_s=0.05)) as runs:
+        faulty, other = [await runs.create(CreateRunRequest()) for _ in range(2)]
+
+        def list_snapshots(folder: Path) -> list[Snapshot]:
+            if folder == faulty.folder:
+                raise PermissionError(13, "Permission denied")
+            return real(folder)
+
+        real = residence.list_snapshots
+        monkeypatch.setattr(residence, "list_snapshots", list_snapshots)
+        await unloaded(other)
+        assert faulty.residence.live
+        assert "Unloading a run failed." in caplog.text
+        monkeypatch.undo()
+        await unloaded(faulty)

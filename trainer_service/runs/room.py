@@ -87,7 +87,7 @@ class Room:
             await asyncio.sleep(min(_TURN_S, lease_s / 4) if lease_s > 0 else _TURN_S)
             for run in list(self._runs.values()):
                 over = lease_s > 0 and run.residence.live and run.idle and time.monotonic() - run.used_s > lease_s
-                if over and await run.residence.unload():
+                if over and await self._unload(run, keep_place=False):
                     logger.info("Unloaded an idle run.", extra={"fields": {"run_id": run.run_id}})
             self.let_in()
             if self._waiting():
@@ -102,7 +102,15 @@ class Room:
         paused_s = time.monotonic() - _PAUSE_S
         paused = [run for run in self._runs.values() if run.used_s < paused_s and not run.unanswered]
         for run in sorted(paused, key=lambda run: run.used_s):
-            if await run.residence.unload(keep_place=True):
+            if await self._unload(run, keep_place=True):
                 logger.info("Unloaded a run for one that waits.", extra={"fields": {"run_id": run.run_id}})
                 self.let_in()
                 return
+
+    async def _unload(self, run: Run, *, keep_place: bool) -> bool:
+        try:
+            return await run.residence.unload(keep_place=keep_place)
+        except Exception:
+            # One run's fault must not keep all others where they are.
+            logger.exception("Unloading a run failed.", extra={"fields": {"run_id": run.run_id}})
+            return False
