@@ -55,6 +55,8 @@ class FakeWorker:
     """(run id, seq_id, kind) of every command, in order; seq_id 0 for those that are about no operation."""
     failures: dict[tuple[str, int], GradwireError] = field(default_factory=dict)
     """Operations, by run id and seq_id, that answer with an error."""
+    command_failures: dict[str, list[GradwireError]] = field(default_factory=dict)
+    """What the next commands about no operation, by kind, answer with."""
     poison: set[tuple[str, int]] = field(default_factory=set)
     """Operations, by run id and seq_id, that it dies of."""
     checkpoint_dir: Path | None = None
@@ -168,6 +170,8 @@ class FakeWorker:
 
     def _other(self, kind: str, command: WorkerCommand) -> None:
         run_id = command.run_id
+        if self.command_failures.get(kind):
+            raise self.command_failures[kind].pop(0)
         if kind == "create_run":
             assert run_id not in self.steps, f"{run_id} was made twice"
             folder = command.create_run.snapshot_folder

@@ -69,6 +69,8 @@ class Restored:
     load_s: float
     """Time to load the snapshot or the base model."""
     replay_s: float
+    loaded: bool
+    """Whether a load_state was among them, whose checkpoint may be gone the next time."""
 
 
 def command(worker: Worker, sent: WorkerCommand) -> "asyncio.Future[Reply]":
@@ -135,19 +137,20 @@ async def restore(
     start_s = time.monotonic()
     snapshot_seq_id = await load(worker, as_run, request, source, up_to=up_to)
     loaded_s = time.monotonic()
-    replayed = 0
+    replayed, loaded = 0, False
     ahead: deque[asyncio.Future[Reply | GradwireError]] = deque()
     async for row in rows(source.folder, snapshot_seq_id, up_to=up_to):
         sent = replay_of(as_run, row)
         if sent is None:
             continue
         replayed += 1
+        loaded = loaded or row.kind == "load_state"
         ahead.append(operation(worker, *sent))
         while len(ahead) > _AHEAD:
             _check(await ahead.popleft(), as_run)
     while ahead:
         _check(await ahead.popleft(), as_run)
-    return Restored(snapshot_seq_id, replayed, loaded_s - start_s, time.monotonic() - loaded_s)
+    return Restored(snapshot_seq_id, replayed, loaded_s - start_s, time.monotonic() - loaded_s, loaded)
 
 
 def operation(worker: Worker, sent: WorkerCommand, request: bytes) -> "asyncio.Future[Reply | GradwireError]":

@@ -157,6 +157,7 @@ class Residence:
         """What the worker held is gone."""
         self.live = False
         self._epoch += 1
+        self._snapshotter.worker_died()
 
     def drop_graphs(self) -> None:
         """Lets the run's held graphs go."""
@@ -287,6 +288,8 @@ class Residence:
             return
         self._replay_deaths = self._disk_failures = 0
         self.live = self.has_place = True
+        if restored.loaded:
+            self._snapshotter.take_soon(up_to)
         for entry in list(self._undone.values()):
             self._send(entry)
         fields = {"run_id": self._run_id, "snapshot": restored.snapshot_seq_id, "replayed": restored.replayed}

@@ -33,9 +33,6 @@ class SnapshotClock:
 
     def operation(self, kind: str) -> bool:
         """An operation was sent to the worker. Whether a snapshot is due right behind it."""
-        if kind == "load_state":
-            # What was loaded may be overwritten or deleted before it is needed again.
-            return True
         waited_s = time.monotonic() - self._last_s
         interval_s = self._policy.interval_s
         if kind != "optim_step":
@@ -52,7 +49,7 @@ class SnapshotClock:
         self._steps, self._last_s, self._overdue = 0, time.monotonic(), False
 
     def failed(self) -> None:
-        """It was not: tried again behind the next step. One behind a load_state must not be missing for long."""
+        """It was not: tried again behind the next step."""
         self._overdue = True
 
 

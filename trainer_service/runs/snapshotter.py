@@ -15,6 +15,8 @@ from trainer_service.runs.snapshots import SnapshotClock, prune_snapshots, snaps
 
 logger = logging.getLogger(__name__)
 
+_DIED = ("WORKER_DIED", "WORKER_NOT_READY", "DRAINING")
+
 
 class Snapshotter:
     """Sends the worker's snapshot command in its place in the run's order, one at a time.
@@ -32,6 +34,8 @@ class Snapshotter:
         self._worker = worker
         self._clock = SnapshotClock(policy)
         self._task: asyncio.Task[bool] | None = None
+        self._sent_seq_id = 0  # Last operation sent.
+        self._loaded_seq_id = 0  # One that a snapshot must follow soon.
 
     @property
     def busy(self) -> bool:
@@ -40,7 +44,17 @@ class Snapshotter:
 
     def sent(self, kind: str, seq_id: int) -> None:
         """An operation was sent to the worker: has a snapshot taken right behind it, if one is due."""
-        if self._clock.operation(kind) and not self.busy:
+        self._sent_seq_id = seq_id
+        if kind == "load_state":
+            # What was loaded may be overwritten or deleted before it is needed again.
+            self.take_soon(seq_id)
+        elif self._clock.operation(kind) and not self.busy:
+            self.take(seq_id)
+
+    def take_soon(self, seq_id: int) -> None:
+        """Has one taken behind the operation sent last, now or as soon as the one under way is done."""
+        self._sent_seq_id = self._loaded_seq_id = seq_id
+        if not self.busy:
             self.take(seq_id)
 
     def take(self, seq_id: int) -> "asyncio.Task[bool]":
@@ -54,13 +68,17 @@ class Snapshotter:
         self._task = asyncio.get_running_loop().create_task(self._take(answer, seq_id))
         return self._task
 
+    def worker_died(self) -> None:
+        """The worker no longer holds the run; whoever restores it sees to what it had loaded."""
+        self._loaded_seq_id = 0
+
     def cancel(self) -> None:
         """The run is deleted."""
         if self._task is not None:
             self._task.cancel()
 
     async def _take(self, answer: "asyncio.Future[Reply]", seq_id: int) -> bool:
-        start_s = time.monotonic()
+        start_s, failure = time.monotonic(), None
         try:
             await answer
             # Deleting gigabytes takes a moment.
@@ -72,13 +90,17 @@ class Snapshotter:
             )
             self._journal.prune(snapshot_seq_id=oldest)
         except (GradwireError, OSError) as exc:
-            if not isinstance(exc, GradwireError) or exc.reason not in ("WORKER_DIED", "WORKER_NOT_READY", "DRAINING"):
-                fields = {"run_id": self._run_id, "seq_id": seq_id, "why": exc}
-                logger.warning("No snapshot; the one before stays.", extra={"fields": fields})
-                self._clock.failed()
-            return False
+            failure = exc
         finally:
             self._task = None
-        took_s = round(time.monotonic() - start_s, 3)
-        logger.info("Snapshot.", extra={"fields": {"run_id": self._run_id, "seq_id": seq_id, "took_s": took_s}})
-        return True
+        fields = {"run_id": self._run_id, "seq_id": seq_id}
+        if failure is None:
+            logger.info("Snapshot.", extra={"fields": fields | {"took_s": round(time.monotonic() - start_s, 3)}})
+        else:
+            self._clock.failed()
+            if not isinstance(failure, GradwireError) or failure.reason not in _DIED:
+                logger.warning("No snapshot; the one before stays.", extra={"fields": fields | {"why": failure}})
+        if self._loaded_seq_id > seq_id:
+            # It came meanwhile.
+            self.take(self._sent_seq_id)
+        return failure is None
