@@ -14,6 +14,9 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest
 
 from tests.fakes import FakeWorker
 from trainer_service.config import Durability, Limits, Retention, SnapshotPolicy
+from trainer_service.runs import journal as journal_file
+from trainer_service.runs import residence
+from trainer_service.runs.journal import Row
 from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
@@ -309,3 +312,31 @@ async def test_a_snapshot_under_way_prunes_no_journal_of_a_run_that_is_deleted(
         await asyncio.sleep(0.1)
         assert not run.folder.exists()
     assert pruned == []
+
+
+@pytest.mark.parametrize(("read_errors", "lost"), [(2, False), (3, True)])
+async def test_a_replay_that_cannot_be_read_begins_again_and_is_given_up_the_third_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_errors: int, lost: bool
+):
+    errors = [OSError(5, "Input/output error")] * read_errors
+
+    def read(*args: Any, **settings: Any) -> list[Row]:
+        if errors:
+            raise errors.pop()
+        return real(*args, **settings)
+
+    real = journal_file.read
+    worker = FakeWorker()
+    async with trainer(tmp_path, worker) as runs:
+        run = await runs.create(CreateRunRequest())
+        await run.execute(step(1))
+        monkeypatch.setattr(journal_file, "read", read)
+        monkeypatch.setattr(residence, "_DISK_RETRY_S", 0.01)
+        worker.die()
+        worker.become_ready()
+        answer = await asyncio.wait_for(run.execute(step(2)), 5)
+        await runs.get(run.run_id).settled()
+        assert (answer.optim_step.step, run.lost) == ((0, True) if lost else (2, False))
+        # What it held of it is gone with it.
+        await asyncio.sleep(0.05)
+        assert (run.run_id in worker.steps) == (not lost)

@@ -187,7 +187,7 @@ class Residence:
         if not self.idle or self._last_seq_id != seq_id or self._epoch != epoch:
             return False
         self.live, self.has_place = False, keep_place
-        self._worker.submit(WorkerCommand(run_id=self._run_id, delete_run=WorkerDeleteRun(unload=True)), lambda _: None)
+        self._take_off()
         await self._journal.close()
         return True
 
@@ -274,7 +274,28 @@ class Residence:
                 "A run waits for room on the worker.", extra={"fields": {"run_id": self._run_id, "why": why}}
             )
 
+    def _take_off(self) -> None:
+        """Has the worker let go of the run, or of the half of it that it holds; it will be back."""
+        self._worker.submit(WorkerCommand(run_id=self._run_id, delete_run=WorkerDeleteRun(unload=True)), lambda _: None)
+
     async def _restore(self) -> None:
+        while True:
+            try:
+                await self._try_restore()
+                return
+            except GradwireError:
+                raise
+            except (sqlite3.Error, OSError) as exc:
+                # There may be room again since it failed.
+                self._disk_failures += not has_no_room(self._journal.folder)
+                if self._disk_failures >= _MAX_DISK_FAILURES:
+                    raise
+                fields = {"run_id": self._run_id, "why": exc}
+                logger.error("A run waits for the disk to be restored.", extra={"fields": fields})
+            self._take_off()
+            await asyncio.sleep(_DISK_RETRY_S)
+
+    async def _try_restore(self) -> None:
         epoch = self._epoch
         # So that the journal has the outcome of everything that is not undone, and its callbacks were called.
         await self._journal.flush()
@@ -313,6 +334,8 @@ class Residence:
     def _restored(self, task: "asyncio.Task[None]") -> None:
         self._restoring = None
         exc = None if task.cancelled() else task.exception()
+        if not self.live and not self._closed:
+            self._take_off()
         if exc is None:
             if self.waiting and any(entry.failure is None for entry in self._undone.values()):
                 self.wake()
@@ -323,14 +346,6 @@ class Residence:
                 self.wake()
                 return
             exc = error("RUN_LOST", f"the worker died {MAX_DEATHS} times while it replayed {self._run_id}'s journal.")
-        if isinstance(exc, sqlite3.Error | OSError):
-            # There may be room again since it failed.
-            self._disk_failures += not has_no_room(self._journal.folder)
-            if self._disk_failures < _MAX_DISK_FAILURES:
-                fields = {"run_id": self._run_id, "why": exc}
-                logger.error("A run waits for the disk to be restored.", extra={"fields": fields})
-                asyncio.get_running_loop().call_later(_DISK_RETRY_S, self.wake)
-                return
         if not isinstance(exc, GradwireError):
             logger.error("Restoring a run failed.", extra={"fields": {"run_id": self._run_id}}, exc_info=exc)
         text = f"{self._run_id} is lost: {exc} A restart of the trainer tries again; else create a new run."
