@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from gradwire.errors import from_status
+from gradwire.errors import error, from_status
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainResponse
 
 from tests.fakes import FakeWorker
@@ -120,3 +120,47 @@ async def test_a_run_that_cannot_be_unloaded_does_not_keep_the_others_from_it(
         assert "Unloading a run failed." in caplog.text
         monkeypatch.undo()
         await unloaded(faulty)
+
+
+NO_MEMORY = error("DEVICE_OUT_OF_MEMORY", "The GPU has no memory left for a run's parameters.")
+
+
+async def test_a_run_that_comes_back_for_a_call_while_there_is_no_memory_fails_that_call_and_not_the_next(
+    tmp_path: Path,
+):
+    worker = FakeWorker()
+    async with trainer(tmp_path, worker, durability=Durability(idle_lease_s=0.05)) as runs:
+        run = await runs.create(CreateRunRequest())
+        await run.execute(step(1))
+        await unloaded(run)
+        for failures in ([NO_MEMORY], [error("LIMIT_EXCEEDED", "This trainer holds 8 runs, as many as it may.")]):
+            reason = failures[0].reason
+            worker.command_failures["create_run"] = failures
+            refused = from_status((await run.execute(step(run.next_seq_id))).error)
+            assert (refused.reason, run.lost) == (reason, False)
+        assert (await run.execute(step(4))).optim_step.step == 2
+
+
+@pytest.mark.parametrize("while_replaying", [False, True])
+async def test_what_was_taken_in_waits_while_there_is_no_memory_for_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, while_replaying: bool
+):
+    monkeypatch.setattr(residence, "_MEMORY_RETRY_S", 0.1)
+    worker = FakeWorker()
+    async with trainer(tmp_path, worker) as runs:
+        run = await runs.create(CreateRunRequest())
+        await run.execute(step(1))
+        worker.gate.clear()
+        answers = begin(run, 2, 3)
+        await asyncio.wait_for(worker.has_waiting(2), 5)
+        if while_replaying:
+            worker.failures[run.run_id, 1] = NO_MEMORY
+        else:
+            worker.command_failures["create_run"] = [NO_MEMORY] * 2
+        worker.die()
+        worker.gate.set()
+        worker.become_ready()
+        await asyncio.sleep(0.05)
+        assert (run.residence.on_worker, run.lost) == (False, False)
+        worker.failures.clear()
+        assert await steps(answers) == [2, 3]

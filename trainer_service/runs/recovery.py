@@ -24,6 +24,11 @@ from trainer_service.runs.snapshots import Snapshot, list_snapshots
 
 logger = logging.getLogger(__name__)
 
+DIED = ("WORKER_DIED", "WORKER_NOT_READY", "DRAINING")
+"""Reasons that say there was no worker to answer."""
+NO_ROOM = ("LIMIT_EXCEEDED", "DEVICE_OUT_OF_MEMORY")
+"""Reasons that say there was no room on it, as there may be in a moment."""
+
 _AHEAD = 32
 """Operations replayed and not yet answered: enough to keep the device busy, few enough to bound memory."""
 
@@ -131,7 +136,8 @@ async def restore(
         as_run: Under which name; "" under its own.
 
     Raises:
-        GradwireError: RUN_LOST: there is nothing to start from. WORKER_DIED, DRAINING: no worker. The worker's own.
+        GradwireError: RUN_LOST: there is nothing to start from. One of DIED: no worker. One of NO_ROOM: the worker may
+            hold half of it. The worker's own.
     """
     as_run = as_run or run_id
     start_s = time.monotonic()
@@ -184,7 +190,7 @@ async def load(worker: Worker, run_id: str, request: CreateRunRequest, source: S
         try:
             await command(worker, WorkerCommand(run_id=run_id, create_run=made))
         except GradwireError as exc:
-            if exc.reason in ("WORKER_DIED", "WORKER_NOT_READY", "DRAINING", "LIMIT_EXCEEDED", "DEVICE_OUT_OF_MEMORY"):
+            if exc.reason in (*DIED, *NO_ROOM):
                 raise
             logger.error("Skipping a snapshot.", extra={"fields": {"folder": snapshot.folder, "why": exc.message}})
             failures.append(f"{snapshot.folder.name}: {exc.message}")
@@ -209,6 +215,8 @@ def _check(outcome: Reply | GradwireError, run_id: str) -> None:
     event = outcome.event
     failed = event.response.error if event.HasField("response") else event.done.error
     if failed.message:
+        if (exc := from_status(failed)).reason in NO_ROOM:
+            raise exc
         raise error(
             "RUN_LOST",
             f"{run_id} cannot be restored: an operation that succeeded once failed when its journal was replayed: "

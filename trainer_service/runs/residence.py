@@ -7,6 +7,7 @@ had not done is sent again in order, and whoever waits for an answer waits a lit
 import asyncio
 import logging
 import sqlite3
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from trainer_service.folders import settle
 from trainer_service.runs.disk import has_no_room
 from trainer_service.runs.journal import Record
 from trainer_service.runs.journal_writer import Journal
-from trainer_service.runs.recovery import command, fail_command, find_source, restore
+from trainer_service.runs.recovery import DIED, NO_ROOM, command, fail_command, find_source, restore
 from trainer_service.runs.sequence import Entry
 from trainer_service.runs.snapshots import list_snapshots
 from trainer_service.runs.snapshotter import Snapshotter
@@ -33,7 +34,8 @@ _MAX_DISK_FAILURES = 3
 """Failures to read a run's files, with room on their disk, after which the run is lost; without room it waits."""
 _DISK_RETRY_S = 1.0
 """Between two attempts."""
-_DIED = ("WORKER_DIED", "WORKER_NOT_READY", "DRAINING")
+_MEMORY_RETRY_S = 10.0
+"""After which a worker that had no memory for a run is asked again, if nothing happens before."""
 
 
 class Owner(Protocol):
@@ -94,6 +96,8 @@ class Residence:
         the worker because nobody used it, until it is back."""
         self.lost: GradwireError | None = None
         """Why the run cannot be had back."""
+        self.not_before_s = 0.0
+        """When it is time to ask a worker again that had no memory for the run, by time.monotonic."""
         self._undone: dict[int, Entry] = {}  # In order.
         self._last_seq_id = last_seq_id
         self._snapshotter = Snapshotter(record.run_id, journal, worker, snapshots)
@@ -215,7 +219,7 @@ class Residence:
                 await command(self._worker, WorkerCommand(run_id=self._run_id, delete_run=WorkerDeleteRun()))
             except GradwireError as exc:
                 # When the worker dies instead, the run's memory is free all the same.
-                if exc.reason not in _DIED:
+                if exc.reason not in DIED:
                     raise
         self._give_up(gone)
 
@@ -340,7 +344,11 @@ class Residence:
             if self.waiting and any(entry.failure is None for entry in self._undone.values()):
                 self.wake()
             return
-        if isinstance(exc, GradwireError) and exc.reason in _DIED:
+        if isinstance(exc, GradwireError) and exc.reason in NO_ROOM:
+            self.not_before_s = time.monotonic() + _MEMORY_RETRY_S
+            self._no_room(exc)
+            return
+        if isinstance(exc, GradwireError) and exc.reason in DIED:
             self._replay_deaths += "executing" in exc.metadata
             if self._replay_deaths < MAX_DEATHS:
                 self.wake()

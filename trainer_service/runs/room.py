@@ -74,10 +74,14 @@ class Room:
         for run in sorted(wanted, key=lambda run: (not run.residence.has_place, not run.residence.waiting)):
             run.residence.wake()
 
-    def let_in(self) -> None:
-        """There may be room again: restores the runs that wait for it, those first that wait longest."""
+    def let_in(self, *, made_room: bool = True) -> None:
+        """Restores the runs that wait for room, as many as there is room for, those first that wait longest.
+
+        Args:
+            made_room: Whether a run has gone, which may have left memory for another.
+        """
         for run in self._waiting():
-            if self.full() is None:
+            if self.full() is None and (made_room or time.monotonic() >= run.residence.not_before_s):
                 run.residence.wake()
 
     async def keep(self) -> None:
@@ -89,7 +93,7 @@ class Room:
                 over = lease_s > 0 and run.residence.live and run.idle and time.monotonic() - run.used_s > lease_s
                 if over and await self._unload(run, keep_place=False):
                     logger.info("Unloaded an idle run.", extra={"fields": {"run_id": run.run_id}})
-            self.let_in()
+            self.let_in(made_room=False)
             if self._waiting():
                 await self._make_room()
 

@@ -10,12 +10,10 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerSnapshotRun
 from trainer_service.config import SnapshotPolicy
 from trainer_service.fleet.worker import Reply, Worker
 from trainer_service.runs.journal_writer import Journal
-from trainer_service.runs.recovery import command
+from trainer_service.runs.recovery import DIED, command
 from trainer_service.runs.snapshots import SnapshotClock, prune_snapshots, snapshot_folder
 
 logger = logging.getLogger(__name__)
-
-_DIED = ("WORKER_DIED", "WORKER_NOT_READY", "DRAINING")
 
 
 class Snapshotter:
@@ -98,7 +96,7 @@ class Snapshotter:
             logger.info("Snapshot.", extra={"fields": fields | {"took_s": round(time.monotonic() - start_s, 3)}})
         else:
             self._clock.failed()
-            if not isinstance(failure, GradwireError) or failure.reason not in _DIED:
+            if not isinstance(failure, GradwireError) or failure.reason not in DIED:
                 logger.warning("No snapshot; the one before stays.", extra={"fields": fields | {"why": failure}})
         if self._loaded_seq_id > seq_id:
             # It came meanwhile.
