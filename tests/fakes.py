@@ -122,8 +122,9 @@ class FakeWorker:
 
     async def stop(self) -> None:
         self.stopped, self.ready = True, None
-        for deliver in self._forget_pending():
-            deliver(error("DRAINING", "The trainer stopped before this was done.", retry_after_s=5.0))
+        stopped = error("DRAINING", "The trainer stopped before this was done.", retry_after_s=5.0)
+        for number, deliver in enumerate(self._forget_pending()):
+            deliver(stopped if number else being_executed(stopped))
         self._task.cancel()
 
     def _forget_pending(self) -> list[Deliver]:

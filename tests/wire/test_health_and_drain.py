@@ -142,3 +142,22 @@ async def test_drain_does_not_wait_for_a_client_that_is_merely_attached():
         stream = await trainer.attach(await trainer.create_run())
         await asyncio.wait_for(trainer.server.drain(), 5)
         assert (await stream.ended()).reason == "DRAINING"
+
+
+async def test_however_often_a_trainer_is_stopped_no_operation_is_given_up_for_it(tmp_path: Path):
+    """It takes longer than the trainers wait for it, as a save may."""
+    run_id = ""
+    for _ in range(4):
+        worker = FakeWorker(latency_s=0.2)
+        async with front_end(worker=worker, data_dir=tmp_path, drain_timeout_s=0.01) as trainer:
+            if not run_id:
+                run_id = await trainer.create_run()
+                stream = await trainer.attach(run_id)
+                await stream.send(1, zero_grad={})
+            async with asyncio.timeout(5):
+                while not (worker.executed and worker.waiting):  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+    async with front_end(data_dir=tmp_path) as trainer:
+        stream = await trainer.attach(run_id)
+        await stream.send(1, zero_grad={})
+        assert (await stream.receive()).WhichOneof("result") == "zero_grad"

@@ -49,6 +49,10 @@ _CHUNK_BYTES = 16 * 1024 * 1024
 _CHUNK_ROWS = 256
 
 
+NO_DEATHS = -1
+"""What Row.attempts says of an operation that a trainer left to the next when it was stopped."""
+
+
 class DamagedJournal(Exception):
     """A file that is no journal of ours, or no longer; the message says which and why."""
 
@@ -81,7 +85,8 @@ class Row:
     kind: str
     digest: bytes
     attempts: int
-    """Times it was sent to a worker after a death that may have been its doing, the first time included."""
+    """Times it was sent to a worker after a death that may have been its doing, the first time included. 0: it is not
+    known whether it was sent; NO_DEATHS: no death can have been its doing."""
     request: bytes
     """Encoded TrainRequest; empty for one that was refused for want of room, unless it is a cancel, which is small."""
     reason: str | None

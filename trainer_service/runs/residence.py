@@ -19,7 +19,7 @@ from trainer_service.config import SnapshotPolicy
 from trainer_service.fleet.worker import Reply, Worker
 from trainer_service.folders import settle
 from trainer_service.runs.disk import has_no_room
-from trainer_service.runs.journal import Record
+from trainer_service.runs.journal import NO_DEATHS, Record
 from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.recovery import DIED, NO_ROOM, command, fail_command, find_source, restore
 from trainer_service.runs.sequence import Entry
@@ -196,12 +196,16 @@ class Residence:
         return True
 
     async def let_go(self) -> None:
-        """The trainer stops: the run stays on disk as it is."""
+        """The trainer stops, and its worker has: the run stays on disk as it is."""
         self._closed = True
         if self._restoring is not None:
             self._restoring.cancel()
             await asyncio.gather(self._restoring, return_exceptions=True)
         self._snapshotter.cancel()
+        first = next((entry for entry in self._undone.values() if entry.failure is None), None)
+        if first is not None:
+            # Otherwise the next trainer takes this end for a death that was the operation's doing.
+            self._journal.set_attempts(first.seq_id, first.attempts or NO_DEATHS)
         await self._journal.close()
 
     async def close(self, gone: GradwireError) -> None:
@@ -239,8 +243,8 @@ class Residence:
 
     def _delivered(self, entry: Entry, outcome: Reply | GradwireError) -> None:
         if isinstance(outcome, GradwireError):
-            # It stays undone. Held against it is only a death during its own execution.
-            if "executing" not in outcome.metadata:
+            # It stays undone. Held against it is only a death during its own execution, not the end of a trainer.
+            if "executing" not in outcome.metadata or outcome.reason == "DRAINING":
                 entry.attempts -= 1
         elif self._undone.pop(entry.seq_id, None) is not None:
             self._owner.done(entry, outcome.event.response, bytes(outcome.encoded_response))
@@ -329,10 +333,9 @@ class Residence:
             if entry.attempts >= MAX_DEATHS:
                 self._fail(entry, _poisoned(entry, self._run_id))
                 continue
-            if entry.attempts:
-                # On disk before it is tried again, since it may take the trainer along.
-                self._journal.set_attempts(entry.seq_id, entry.attempts + 1)
-                await self._journal.flush()
+            # On disk before it is tried, since it may take the trainer along.
+            self._journal.set_attempts(entry.seq_id, entry.attempts + 1)
+            await self._journal.flush()
             return
 
     def _restored(self, task: "asyncio.Task[None]") -> None:

@@ -150,16 +150,18 @@ class Run:
         """
         for row in rows:
             request = TrainRequest.FromString(row.request)
-            entry = Entry(row.seq_id, row.digest, Operation(request, row.request), row.kind, attempts=row.attempts)
+            entry = Entry(
+                row.seq_id, row.digest, Operation(request, row.request), row.kind, attempts=max(0, row.attempts)
+            )
             entry.received_s = time.perf_counter()
             if row.reason is None:
                 self._sequence.take_up(entry)
             else:
                 # Refused at once, so it has its answer; what its failure does is still to be done in its turn.
                 entry.failure = error(row.reason, "as answered before")
-            if row is rows[0]:
+            if row is rows[0] and row.attempts == 0:
                 # The one being executed, for all we know, when whoever held the run died.
-                entry.attempts = max(1, entry.attempts)
+                entry.attempts = 1
             self.residence.take_up(entry)
 
     def acknowledge(self, acked_seq_id: int) -> None:
