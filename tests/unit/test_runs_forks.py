@@ -1,15 +1,19 @@
 """Forks over a fake worker whose only state is its number of steps."""
 
+import asyncio
+import contextlib
 from pathlib import Path
 
 import pytest
-from gradwire.errors import InvalidArgumentError
+from gradwire.errors import InvalidArgumentError, NotFoundError
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, ForkRunRequest, TrainRequest
 
 from tests.fakes import FakeWorker
-from tests.unit.test_runs_recovery import operations, step, trainer
+from tests.unit.test_runs_recovery import operations, settled, step, trainer
 from trainer_service.checkpoint_path import STATE, CheckpointPath
+from trainer_service.config import Durability, Retention, SnapshotPolicy
+from trainer_service.runs import journal, recovery, time_travel
 from trainer_service.runs.operation import Operation
 
 
@@ -63,3 +67,55 @@ async def test_a_step_leapt_over_by_loading_is_refused_naming_where_the_run_was(
             await run.execute(operation)
         with pytest.raises(InvalidArgumentError, match="it has optimizer steps some of 1 to 1000"):
             await runs.fork(ForkRunRequest(run_id=run.run_id, step=7))
+
+
+async def test_nothing_is_let_go_that_a_fork_or_replay_has_still_to_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(journal, "_CHUNK_ROWS", 2)
+    monkeypatch.setattr(recovery, "_AHEAD", 1)
+    monkeypatch.setattr(time_travel, "_AHEAD", 1)
+    worker = FakeWorker()
+    durability = Durability(retention=Retention(keep_operations=60), snapshots=SnapshotPolicy(every_steps=2))
+    async with trainer(tmp_path, worker, durability=durability) as runs:
+        run = await runs.create(CreateRunRequest())
+
+        async def train(last: int) -> None:
+            while run.next_seq_id <= last:
+                await run.execute(step(run.next_seq_id))
+                await settled(run)
+
+        async def oldest_kept() -> int:
+            await run._journal.flush()
+            with contextlib.closing(journal.connect(run.folder)) as db:
+                return journal.seq_ids(db)[0]
+
+        await train(60)
+        worker.latency_s = 0.001
+        forking = asyncio.create_task(runs.fork(ForkRunRequest(run_id=run.run_id, step=55)))
+        replaying = asyncio.create_task(runs.replay(run.run_id))
+        await train(66)
+        assert await oldest_kept() == 1
+        fork = await forking
+        assert (fork.step, worker.steps[fork.run_id]) == (55, 55)
+        replayed = await replaying
+        assert (replayed.compared, replayed.difference) == (60, None)
+        # Held off, not given up.
+        await train(68)
+        assert await oldest_kept() == 9
+
+
+async def test_a_fork_of_a_run_deleted_meanwhile_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(journal, "_CHUNK_ROWS", 1)
+    monkeypatch.setattr(recovery, "_AHEAD", 1)
+    worker = FakeWorker()
+    async with trainer(tmp_path, worker) as runs:
+        run = await runs.create(CreateRunRequest())
+        for seq_id in range(1, 9):
+            await run.execute(step(seq_id))
+        worker.latency_s = 0.01
+        forking = asyncio.create_task(runs.fork(ForkRunRequest(run_id=run.run_id)))
+        await asyncio.sleep(0.02)
+        await runs.delete(run.run_id)
+        with pytest.raises(NotFoundError, match=f"{run.run_id} was deleted"):
+            await forking

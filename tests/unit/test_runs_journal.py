@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gradwire.errors import error
+from gradwire.errors import FailedPreconditionError, error
 from gradwire.v1.operation_pb2 import ZeroGradResponse
 from gradwire.v1.trainer_service_pb2 import TrainRequest, TrainResponse
 
+from trainer_service.config import Retention
 from trainer_service.runs import journal
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.sequence import error_response
@@ -58,3 +59,18 @@ def test_the_first_operation_still_to_be_done_is_found(
         for seq_id, outcome in enumerate(outcomes, start=1):
             insert(db, seq_id, outcome)
     assert journal.seq_ids(db) == (1, len(outcomes), first_undone)
+
+
+@pytest.mark.parametrize(("chunks", "up_to"), [(0, 8), (1, 8), (1, 4), (2, 8), (3, 8)])
+def test_operations_let_go_while_they_are_read_are_missed(
+    db: sqlite3.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunks: int, up_to: int
+):
+    monkeypatch.setattr(journal, "_CHUNK_ROWS", 2)
+    for seq_id in range(1, 10):
+        insert(db, seq_id, "")
+    reader = journal.read_all(tmp_path, 0, up_to=up_to)
+    read = [row.seq_id for _ in range(chunks) for row in next(reader)]
+    journal.prune(db, Retention(keep_operations=4), snapshot_seq_id=9)
+    missing = f"Operations {len(read) + 1} to 5 of .* are no longer in its journal"
+    with pytest.raises(FailedPreconditionError, match=missing) if len(read) < 5 else contextlib.nullcontext():
+        assert [row.seq_id for row in next(reader)] == [7, 8]

@@ -335,7 +335,7 @@ async def test_a_replay_that_cannot_be_read_begins_again_and_is_given_up_the_thi
         worker.die()
         worker.become_ready()
         answer = await asyncio.wait_for(run.execute(step(2)), 5)
-        await runs.get(run.run_id).settled()
+        await run._journal.flush()
         assert (answer.optim_step.step, run.lost) == ((0, True) if lost else (2, False))
         # What it held of it is gone with it.
         await asyncio.sleep(0.05)

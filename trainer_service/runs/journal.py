@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradwire.errors import from_status
+from gradwire.errors import error, from_status
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 
 from trainer_service.config import Retention, Sync
@@ -236,10 +236,22 @@ def read(db: sqlite3.Connection, after: int, *, up_to: int | None = None) -> lis
 
 
 def read_all(folder: Path, after: int, *, up_to: int | None = None) -> Iterator[list[Row]]:
-    """As `read`, to the end, with a connection of its own each time."""
+    """As `read`, to the end, with a connection of its own each time.
+
+    Raises:
+        FailedPreconditionError: RUN_LOST: some have been let go.
+    """
     while True:
         with contextlib.closing(connect(folder)) as db:
             rows = read(db, after, up_to=up_to)
+            next_seq_id = rows[0].seq_id if rows else seq_ids(db)[0]
+        if next_seq_id > after + 1 and (up_to is None or after < up_to):
+            raise error(
+                "RUN_LOST",
+                f"Operations {after + 1} to {next_seq_id - 1} of {folder.name} are no longer in its journal, which "
+                "keeps as much as --keep-bytes, --keep-operations and --keep-s say.",
+                run_id=folder.name,
+            )
         if not rows:
             return
         yield rows

@@ -5,12 +5,13 @@ idle journal therefore writes at once, and a busy one writes rarely, without a t
 """
 
 import asyncio
+import contextlib
 import logging
 import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,6 +121,7 @@ class Journal:
         self._blocked = False  # The writer's: an operation could not be written, so none behind it may be.
         self._owed: list[Write] = []  # The writer's: what waits for room, in order.
         self._appending = 0
+        self._readers = 0
         self._failing = False
 
     def append(self, operation: Operation, digest: bytes, written: Written) -> None:
@@ -176,9 +178,24 @@ class Journal:
         """Remembers how often an operation was tried."""
         self.write(lambda db: journal.set_attempts(db, seq_id, attempts))
 
+    @property
+    def being_read(self) -> bool:
+        """Whether nothing may be let go now."""
+        return self._readers > 0
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keeps what is there, and the snapshots with it, while the block lasts; the next snapshot then prunes."""
+        self._readers += 1
+        try:
+            yield
+        finally:
+            self._readers -= 1
+
     def prune(self, *, snapshot_seq_id: int) -> None:
         """Lets go of what neither recovery nor `retention` needs."""
-        self.write(lambda db: journal.prune(db, self.retention, snapshot_seq_id=snapshot_seq_id))
+        if not self.being_read:
+            self.write(lambda db: journal.prune(db, self.retention, snapshot_seq_id=snapshot_seq_id))
 
     async def flush(self) -> None:
         """Returns once everything handed in is on disk, or has failed."""

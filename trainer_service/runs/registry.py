@@ -179,11 +179,10 @@ class Runs:
         """Executes a run's journal again, aside, and compares the answers.
 
         Raises:
-            GradwireError: RUN_NOT_FOUND, LIMIT_EXCEEDED, WORKER_NOT_READY, WORKER_DIED.
+            GradwireError: RUN_NOT_FOUND, LIMIT_EXCEEDED, WORKER_NOT_READY, WORKER_DIED, RUN_LOST.
         """
         run = self.get(run_id)
-        up_to = await run.settled()
-        async with self._room.one_more():
+        async with run.settled() as up_to, self._room.one_more():
             return await time_travel.replay(
                 self._worker,
                 run_id=run_id,
@@ -291,9 +290,7 @@ class Runs:
         owner = current_caller.get().owner
         # Asked before the journal is waited for: a step made meanwhile might not be in it yet.
         step = request.step if request.HasField("step") else parent.step
-        await parent.settled()
         forked_at_step = parent.record.parent_step if parent.record.parent_run_id else None
-        seq_id = await asyncio.to_thread(time_travel.seq_id_of_step, parent.folder, step, forked_at_step=forked_at_step)
         made = CreateRunRequest()
         made.CopyFrom(parent.create_request)
         made.request_id, made.display_name = request.request_id, request.display_name
@@ -302,18 +299,20 @@ class Runs:
         if made.adapter_path:
             # Its parent may be deleted.
             adapter, made.adapter_path = Path(made.adapter_path), str(self.store.adapter_folder(run_id))
-        record = Record(
-            run_id=run_id,
-            owner=owner,
-            base_model=self._base_model,
-            created_s=time.time(),
-            create_request=made.SerializeToString(),
-            parent_run_id=parent.run_id,
-            parent_seq_id=seq_id,
-            parent_step=step,
-            step=step,
-        )
-        async with self._one_more(owner):
+        async with parent.settled(), self._one_more(owner):
+            find = time_travel.seq_id_of_step
+            seq_id = await asyncio.to_thread(find, parent.folder, step, forked_at_step=forked_at_step)
+            record = Record(
+                run_id=run_id,
+                owner=owner,
+                base_model=self._base_model,
+                created_s=time.time(),
+                create_request=made.SerializeToString(),
+                parent_run_id=parent.run_id,
+                parent_seq_id=seq_id,
+                parent_step=step,
+                step=step,
+            )
             folder = await self.store.write_down(record, adapter)
             try:
                 await time_travel.fork(
@@ -322,16 +321,16 @@ class Runs:
                     source=await self._source(parent),
                     request=parent.create_request,
                     seq_id=seq_id,
-                    run_id=record.run_id,
+                    run_id=run_id,
                     folder=folder,
                 )
                 # Without its first snapshot it would be lost from birth.
-                await self.store.publish(record.run_id)
+                await self.store.publish(run_id)
             except BaseException:
                 self._worker.submit(WorkerCommand(run_id=run_id, delete_run=WorkerDeleteRun()), lambda _: None)
-                await self.store.remove(record.run_id)
+                await self.store.remove(run_id)
                 raise
-        return self._add(record, live=True)
+            return self._add(record, live=True)
 
     def _add(self, record: Record, *, live: bool) -> Run:
         # The worker may have died between its answer and now.

@@ -7,8 +7,8 @@ outcome is in the journal too.
 import asyncio
 import sqlite3
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import closing
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -298,10 +298,22 @@ class Run:
         loop = asyncio.get_running_loop()
         self._drop_timer = loop.call_later(self._settings.detach_grace_s, self.residence.drop_graphs)
 
-    async def settled(self) -> int:
-        """Returns once everything answered so far is on disk: the last operation of which that holds."""
-        await self._journal.flush()
-        return self.residence.last_done_seq_id
+    @asynccontextmanager
+    async def settled(self) -> AsyncGenerator[int]:
+        """What was answered so far, up to the operation given, is on disk and stays there while the block lasts.
+
+        Raises:
+            GradwireError: RUN_NOT_FOUND: what the block read was deleted meanwhile.
+        """
+        with self._journal.kept():
+            up_to = self.residence.last_done_seq_id
+            await self._journal.flush()
+            try:
+                yield up_to
+            except (sqlite3.Error, OSError) as exc:
+                if self._deleted is None:
+                    raise
+                raise self._deleted from exc
 
     async def delete(self) -> None:
         """Ends the run: its client's stream, its operations, its memory and what it has on disk."""

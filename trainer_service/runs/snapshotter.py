@@ -79,14 +79,15 @@ class Snapshotter:
         start_s, failure = time.monotonic(), None
         try:
             await answer
-            # Deleting gigabytes takes a moment.
-            oldest = await asyncio.to_thread(
-                prune_snapshots,
-                self._journal.folder,
-                verified_seq_id=seq_id,
-                keep_everything=self._journal.retention.keep_everything,
-            )
-            self._journal.prune(snapshot_seq_id=oldest)
+            if not self._journal.being_read:
+                # Deleting gigabytes takes a moment.
+                oldest = await asyncio.to_thread(
+                    prune_snapshots,
+                    self._journal.folder,
+                    verified_seq_id=seq_id,
+                    keep_everything=self._journal.retention.keep_everything,
+                )
+                self._journal.prune(snapshot_seq_id=oldest)
         except (GradwireError, OSError) as exc:
             failure = exc
         finally:
