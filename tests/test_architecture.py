@@ -16,6 +16,7 @@ GROUND = {
     "adapter_path",
     "checkpoint_path",
     "config",
+    "executing",
     "folders",
     "observability",
     "processes",

@@ -14,6 +14,8 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEven
 from gradwire.v1.worker_service_pb2_grpc import WorkerServiceStub
 from gradwire.version import __version__
 
+from trainer_service.executing import Executing
+
 
 def main(socket: str, behaviour: str) -> None:
     """Behaves as told: "work" answers commands; the other names are spelt out below."""
@@ -49,11 +51,16 @@ def main(socket: str, behaviour: str) -> None:
         # A progress bar, a line without end, bytes that are no text.
         sys.stdout.buffer.write(b"10%\r20%\r" + b"x" * 300_000 + b"\n\xff\xfe last words\n")
         sys.stdout.flush()
+    executing = Executing(socket)
     for number, command in enumerate(commands, start=1):
+        if behaviour == "hangs-in-sampling":
+            time.sleep(600)
+        executing.say(command.command_id)
         if behaviour == "hangs":
             time.sleep(600)
         if behaviour == "exits-at-first-command":
             sys.exit("out of luck")
+        executing.say(0)
         outgoing.put(answer(command, number))
 
 

@@ -20,13 +20,16 @@ import pytest
 from gradwire.codec import decode_tensor, encode_batch, encode_tensor
 from gradwire.errors import from_status
 from gradwire.v1 import operation_pb2 as ops
+from gradwire.v1.datum_pb2 import ModelInput
+from gradwire.v1.sampling_service_pb2 import SampleRequest, SamplingParams
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest
-from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerEvent
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerEvent, WorkerSample
 from gradwire.v1.worker_service_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
 from gradwire.version import __version__
 
 from tests.engines import BATCH, RUN, make_batch
 from tests.tiny import VOCAB_SIZE
+from trainer_service.executing import executing_command
 
 START_S = 60
 ANSWER_S = 30
@@ -222,6 +225,29 @@ def test_worker_ends_in_the_middle_of_an_operation_when_the_trainer_goes(
     assert process.poll() is None
     trainer.stop()
     assert ends(process, 5) == 0
+
+
+def test_what_executes_is_told_beside_the_socket_and_nothing_while_it_samples(
+    trainer: RecordingTrainer, socket: Path, start_worker: StartWorker
+) -> None:
+    start_worker()
+    trainer.ready()
+    trainer.create_run()
+    seen = set[int]()
+    batch = encode_batch(make_batch(*[16] * 4000))
+    operation = trainer.operation(1, forward=ops.ForwardRequest(batch=batch))
+    while trainer.events.empty():
+        seen.add(executing_command(str(socket)))
+        time.sleep(0.001)
+    trainer.event("response")
+    assert seen == {0, operation}
+    prompt, params = ModelInput(tokens=[1, 2]), SamplingParams(max_tokens=24)
+    trainer.put(sample=WorkerSample(sample_id="s", request=SampleRequest(prompt=prompt, sampling_params=params)))
+    trainer.event("sampled")
+    seen.clear()
+    while (event := trainer.events.get(timeout=ANSWER_S)) is not None and event.WhichOneof("event") == "sampled":
+        seen.add(executing_command(str(socket)))
+    assert seen == {0}
 
 
 def test_sigterm_ends_the_worker(trainer: RecordingTrainer, start_worker: StartWorker) -> None:

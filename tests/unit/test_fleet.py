@@ -110,6 +110,18 @@ async def test_a_killed_worker_is_noticed_at_once_and_a_fresh_one_started():
         assert supervisor.counters["gradwire_worker_restarts_total"] == 1
 
 
+@pytest.mark.parametrize(("behaviour", "executing"), [("hangs", ["True", None]), ("hangs-in-sampling", [None, None])])
+async def test_a_death_is_held_against_the_command_that_was_executing_and_no_other(
+    behaviour: str, executing: list[str | None]
+):
+    async with supervised(behaves(behaviour, "work")) as supervisor:
+        pid = await ready(supervisor)
+        pending = [submit(supervisor), submit(supervisor)]
+        await asyncio.sleep(0.3)
+        os.kill(pid, signal.SIGKILL)
+        assert [died.metadata.get("executing") for died in await asyncio.gather(*pending)] == executing
+
+
 async def test_a_worker_that_exits_is_quoted():
     async with supervised(behaves("exits-at-first-command", "work")) as supervisor:
         await ready(supervisor)
@@ -219,7 +231,9 @@ async def test_stop_ends_the_worker_and_answers_what_is_pending():
         pid = await ready(supervisor)
         pending = submit(supervisor)
         await asyncio.sleep(0.05)
-    assert (await pending).reason == "DRAINING"
+    stopped = await pending
+    assert stopped.reason == "DRAINING"
+    assert "executing" not in stopped.metadata
     assert (await submit(supervisor)).reason == "DRAINING"
     assert wait_gone([pid], timeout_s=2) == []
 

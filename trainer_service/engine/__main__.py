@@ -28,6 +28,7 @@ from trainer_service.engine.connection import TrainerConnection
 from trainer_service.engine.inbox import Inbox
 from trainer_service.engine.progress import told_of_progress
 from trainer_service.engine.ranks import Ranks
+from trainer_service.executing import Executing
 from trainer_service.observability import configure_logging
 from trainer_service.processes import die_with_parent
 
@@ -79,7 +80,7 @@ def main() -> int:
     sampling = Sampling(engine, checkpoint_dir=arguments.checkpoint_dir, send=trainer.send)
     trainer.send(_ready(engine))
     logger.info("Ready.", extra={"fields": {"base_model": engine.model.base_model, "device": engine.model.device}})
-    _serve(trainer, engine, sampling, ranks)
+    _serve(trainer, engine, sampling, ranks, Executing(arguments.socket))
     trainer.finish()
     logger.info("The trainer ended the stream.", extra={"fields": {"how": trainer.describe_end()}})
     return 0 if trainer.ended_cleanly() else 1
@@ -189,7 +190,9 @@ def _give_up(trainer: TrainerConnection, exc: Exception) -> int:
     return 0 if trainer.ended.wait(_GOODBYE_S) and trainer.ended_cleanly() else 1
 
 
-def _serve(trainer: TrainerConnection, engine: "Engine", sampling: "Sampling", ranks: Ranks) -> None:
+def _serve(
+    trainer: TrainerConnection, engine: "Engine", sampling: "Sampling", ranks: Ranks, executing: Executing
+) -> None:
     """Executes commands until the stream ends: operations in order, and between them as much sampling as they took."""
     from trainer_service.engine.commands import Commands, overtakes
 
@@ -212,7 +215,9 @@ def _serve(trainer: TrainerConnection, engine: "Engine", sampling: "Sampling", r
             scheduler.run_for(0)
             continue
         started_s = time.monotonic()
+        executing.say(prepared.command_id)
         event = commands.execute(ranks.broadcast(prepared))
+        executing.say(0)
         if event is not None:
             trainer.send(event)
         if in_turn:

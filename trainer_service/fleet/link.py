@@ -52,7 +52,6 @@ class Link:
         self.outgoing: asyncio.Queue[bytes] = asyncio.Queue()
         """Encoded commands."""
         self._pending: dict[int, Deliver] = {}
-        self._in_background: set[int] = set()  # Commands that others overtake.
         self._last_command_id = 0
 
     def submit(self, command: WorkerCommand, deliver: Deliver, *, request: bytes = b"") -> None:
@@ -60,8 +59,6 @@ class Link:
         self._last_command_id += 1
         command.command_id = self._last_command_id
         self._pending[command.command_id] = deliver
-        if command.WhichOneof("command") in ("snapshot_run", "sample"):
-            self._in_background.add(command.command_id)
         encoded = command.SerializeToString()
         self.outgoing.put_nowait(b"".join((encoded, *embed(_REQUEST, request))) if request else encoded)
 
@@ -70,17 +67,14 @@ class Link:
         command_id = reply.event.command_id
         last = reply.event.WhichOneof("event") != "sampled"
         deliver = self._pending.pop(command_id, None) if last else self._pending.get(command_id)
-        if last:
-            self._in_background.discard(command_id)
         if deliver is None:
             logger.error("The worker answered a command that nobody sent.", extra={"fields": {"id": command_id}})
             return
         deliver(reply)
 
-    def fail_pending(self, exc: GradwireError) -> None:
-        """Tells everybody who waits that no answer will come, and the first of them that it was being executed."""
+    def fail_pending(self, exc: GradwireError, *, executing: int = 0) -> None:
+        """Tells everybody who waits that no answer will come, and whose command was `executing` that it was."""
         pending, self._pending = self._pending, {}
-        executing = next((command_id for command_id in pending if command_id not in self._in_background), None)
         for command_id, deliver in pending.items():
             deliver(being_executed(exc) if command_id == executing else exc)
 

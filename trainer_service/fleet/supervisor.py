@@ -18,6 +18,7 @@ from gradwire.errors import GradwireError, error
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerReady
 
 from trainer_service.config import MAX_RUNS_VARIABLE, EngineSettings
+from trainer_service.executing import executing_command
 from trainer_service.fleet.link import Link, WorkerServicer, worker_service_handler
 from trainer_service.fleet.output import WorkerOutput
 from trainer_service.fleet.worker import Deliver
@@ -212,7 +213,7 @@ class WorkerSupervisor:
                 logger.error("Worker ended.", extra={"fields": {"reason": died.message}})
                 for callback in self._death_callbacks:
                     callback(died)
-            link.fail_pending(died)
+            link.fail_pending(died, executing=executing_command(self._socket))
             return died
         finally:
             link.dismissed.set()
