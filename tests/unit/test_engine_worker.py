@@ -70,14 +70,13 @@ class RecordingTrainer(WorkerServiceServicer):
         assert event.WhichOneof("event") == kind, event
         return event
 
-    def ready(self) -> WorkerEvent:
-        """Everything up to ready."""
-        self.event("hello", START_S)
+    def ready(self, kind: str = "ready") -> WorkerEvent:
+        """The event that ends starting, behind all that comes before."""
         while (event := self.events.get(timeout=START_S)) is not None:
-            if event.WhichOneof("event") == "ready":
+            if event.WhichOneof("event") == kind:
                 return event
-            assert event.WhichOneof("event") == "loading", event
-        raise AssertionError("the worker's stream ended before ready")
+            assert event.WhichOneof("event") in ("hello", "loading"), event
+        raise AssertionError(f"the worker's stream ended before {kind}")
 
     def put(self, *, run_id: str = RUN, **fields: Any) -> int:
         """Sends a command; returns its number."""
@@ -160,8 +159,9 @@ def test_worker_from_hello_to_its_end(trainer: RecordingTrainer, start_worker: S
     assert hello.world_size == 1
     assert hello.software_version == __version__
     assert trainer.event("loading", START_S).loading == "importing torch and transformers"
+    assert trainer.event("loading", START_S).loading == "looking for a device"
     assert str(tiny_llama) in trainer.event("loading", START_S).loading
-    ready = trainer.event("ready", START_S).ready
+    ready = trainer.ready().ready
     assert ready.model.base_model == str(tiny_llama)
     assert ready.model.architecture == "LlamaForCausalLM"
     assert ready.model.vocab_size == VOCAB_SIZE
@@ -271,10 +271,7 @@ def test_model_that_cannot_be_loaded_is_said_in_a_sentence(
     trainer: RecordingTrainer, start_worker: StartWorker, tmp_path: Path
 ) -> None:
     process = start_worker(tmp_path / "no-model")
-    trainer.event("hello", START_S)
-    trainer.event("loading", START_S)
-    trainer.event("loading", START_S)
-    exc = from_status(trainer.event("failed", START_S).failed)
+    exc = from_status(trainer.ready("failed").failed)
     assert exc.reason == "INVALID_FIELD"
     assert f'"{tmp_path / "no-model"}" does not exist' in exc.message
     trainer.commands.put(None)
