@@ -11,6 +11,7 @@ from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import DeleteRunRequest, GetRunRequest, GetServerInfoRequest, ListRunsRequest
 
 from tests.fakes import FakeWorker, front_end
+from trainer_service.config import Limits
 
 
 async def reason_of(call: Any) -> str:
@@ -80,6 +81,23 @@ async def test_refused_while_a_client_is_attached():
         assert await reason_of(trainer.stub.ZeroGrad(ops.ZeroGradRequest(run_id=run_id))) == "RUN_ATTACHED"
         await stream.close()
         await trainer.stub.ZeroGrad(ops.ZeroGradRequest(run_id=run_id))
+
+
+async def test_refused_where_a_client_attached_while_it_waited():
+    async with front_end(limits=Limits(max_in_flight_operations=1)) as trainer:
+        run_id = await trainer.create_run()
+        trainer.worker.gate.clear()
+        first = asyncio.ensure_future(trainer.stub.ZeroGrad(ops.ZeroGradRequest(run_id=run_id)))
+        await trainer.worker.has_waiting(1)
+        second = asyncio.ensure_future(trainer.stub.OptimStep(ops.OptimStepRequest(run_id=run_id)))
+        await asyncio.sleep(0.1)
+        stream = await trainer.attach(run_id)
+        trainer.worker.gate.set()
+        await first
+        assert await reason_of(second) == "RUN_ATTACHED"
+        await stream.send(stream.attached.next_seq_id, zero_grad={})
+        assert (await stream.receive()).WhichOneof("result") == "zero_grad"
+        assert trainer.operations() == [(1, "zero_grad"), (2, "zero_grad")]
 
 
 async def test_an_unknown_run_is_not_found_by_every_call():

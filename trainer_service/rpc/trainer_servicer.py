@@ -17,6 +17,7 @@ from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.rpc.train_stream import TrainStream, read_attach
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
+from trainer_service.runs.run import Run
 
 
 class TrainerServicer(TrainerServiceServicer):
@@ -145,16 +146,12 @@ class TrainerServicer(TrainerServiceServicer):
 
     async def _operation(self, kind: str, request: Any, context: grpc.aio.ServicerContext) -> Any:
         """One ordered operation as a unary call."""
-        refuse_while_draining(self._draining)
         run = self._runs.get(request.run_id)
-        if run.attachment is not None:
-            text = (
-                f"A client is attached to {run.run_id}, and an operation from elsewhere would cut into its order. Wait "
-                "until it leaves, or create a run of your own."
-            )
-            raise error("RUN_ATTACHED", text, run_id=run.run_id)
+        self._refuse_to_cut_in(run)
         await run.room(self._limits.max_in_flight_operations)
         await self._gate.before(run, Operation.made(pb.TrainRequest(**{kind: request})))
+        # Much may have happened while it waited.
+        self._refuse_to_cut_in(run)
         seq_id = request.seq_id if request.HasField("seq_id") else run.next_seq_id
         # Both said by the call itself; without them a repeat is the same operation however it is sent.
         request.ClearField("run_id")
@@ -169,6 +166,15 @@ class TrainerServicer(TrainerServiceServicer):
         if response.WhichOneof("result") == "error":
             raise from_status(response.error)
         return getattr(response, kind)
+
+    def _refuse_to_cut_in(self, run: Run) -> None:
+        refuse_while_draining(self._draining)
+        if run.attachment is not None:
+            text = (
+                f"A client is attached to {run.run_id}, and an operation from elsewhere would cut into its order. Wait "
+                "until it leaves, or create a run of your own."
+            )
+            raise error("RUN_ATTACHED", text, run_id=run.run_id)
 
 
 _TIMES = ("queue", "execute", "transfer")
