@@ -39,7 +39,7 @@ class Checkpoint:
     Attributes:
         path: gradwire://<run_id>/<kind>/<name>, as saving returned it.
         run_id: The run that saved it.
-        kind: "state", which training goes on from, or "sampler_weights".
+        kind: "state", which training goes on from, "sampler_weights", or "unknown": of a newer trainer's.
         name: As it was saved.
         size_bytes: Of all files.
         step: Optimizer steps applied when it was saved.
@@ -55,7 +55,7 @@ class Checkpoint:
 
     path: str
     run_id: str
-    kind: CheckpointKind
+    kind: CheckpointKind | Literal["unknown"]
     name: str
     size_bytes: int
     step: int
@@ -156,7 +156,7 @@ def _checkpoint(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
     return Checkpoint(
         path=message.path,
         run_id=message.run_id,
-        kind=_KINDS[message.kind],
+        kind=_KINDS.get(message.kind, "unknown"),
         name=message.name,
         size_bytes=message.size_bytes,
         step=message.step,

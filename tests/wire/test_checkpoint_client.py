@@ -11,6 +11,7 @@ from gradwire.errors import FailedPreconditionError, InvalidArgumentError, NotFo
 
 from tests.fakes import FrontEnd, front_end_on_a_thread
 from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPath
+from trainer_service.rpc import checkpoint_servicer
 
 
 @pytest.fixture
@@ -101,3 +102,12 @@ def test_what_is_not_there_or_no_path_is_refused(service: ServiceClient, tmp_pat
     with pytest.raises(InvalidArgumentError, match='must be "state" or "sampler_weights"'):
         service.checkpoints.list(kind="weights")  # pyright: ignore[reportArgumentType]
     assert not (tmp_path / "x").exists()
+
+
+def test_a_kind_that_only_a_newer_trainer_knows_is_told_as_unknown(
+    trainer: FrontEnd, service: ServiceClient, monkeypatch: pytest.MonkeyPatch
+):
+    save(trainer, "run-1", SAMPLER_WEIGHTS, "a")
+    save(trainer, "run-1", STATE, "b")
+    monkeypatch.setattr(checkpoint_servicer.messages, "CHECKPOINT_KIND_STATE", 77)
+    assert sorted(each.kind for each in service.checkpoints.list()) == ["sampler_weights", "unknown"]
