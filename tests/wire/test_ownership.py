@@ -11,9 +11,12 @@ import pytest
 from gradwire.errors import GradwireError
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb
+from gradwire.v1.checkpoint_service_pb2 import DownloadCheckpointRequest
+from gradwire.v1.sampling_service_pb2 import SampleRequest
 
 from tests.fakes import FakeWorker, FrontEnd, Stream, front_end
 from tests.wire.test_border import error_of, with_key
+from trainer_service.checkpoint_path import STATE, CheckpointPath
 from trainer_service.config import Limits
 
 KEYS = ("alice alices-key", "bob bobs-key", "ops ops-key admin")
@@ -101,7 +104,7 @@ async def test_one_request_id_of_two_keys_makes_two_runs():
 async def test_a_revoked_key_is_refused_at_once_and_its_stream_ends_while_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("trainer_service.rpc.train_stream.REVOCATION_POLL_S", 0.02)
+    monkeypatch.setattr("trainer_service.rpc.border.REVOCATION_POLL_S", 0.02)
     file = tmp_path / "keys"
     file.write_text("\n".join(KEYS))
     async with front_end(api_key_file=file) as trainer:
@@ -158,6 +161,33 @@ async def test_a_full_disk_allowance_refuses_saves_in_order_and_everything_else_
         await stream.send(3, save_weights_for_sampler={"name": "second"})
         await stream.receive()
         assert trainer.operations() == [(2, "zero_grad"), (3, "save_weights_for_sampler")]
+
+
+async def test_every_answer_that_streams_ends_when_its_key_is_revoked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("trainer_service.rpc.border.REVOCATION_POLL_S", 0.02)
+    file = tmp_path / "keys"
+    file.write_text("\n".join(KEYS))
+    async with front_end(api_key_file=file, data_dir=tmp_path) as trainer:
+        path = trainer.worker.save(CheckpointPath("run-1", STATE, "a"), 64 << 20)
+        download = DownloadCheckpointRequest(path=path, file="zeros")
+        calls = [trainer.sampling.Sample(SampleRequest(), metadata=metadata) for metadata in (OPS, BOB)]
+        calls.append(trainer.checkpoints.DownloadCheckpoint(download, metadata=OPS))
+        for call in calls:
+            await call.read()
+        operators, bobs, downloads = calls
+        file.write_text("\n".join(KEYS[:2]))
+        await asyncio.sleep(0.3)
+        for call in (operators, downloads):
+            ended = await error_of(_to_its_end(call))
+            assert (ended.reason, "revoked" in ended.message) == ("INVALID_API_KEY", True)
+        assert not bobs.done()
+        assert len(trainer.server.sampling) == 1
+        bobs.cancel()
+
+
+async def _to_its_end(call: Any) -> None:
+    while await call.read():
+        pass
 
 
 async def test_logs_name_keys_and_never_tell_one(caplog: pytest.LogCaptureFixture, tmp_path: Path):

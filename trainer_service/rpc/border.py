@@ -33,6 +33,8 @@ _QUIET_METHODS = {f"/gradwire.v1.TrainerService/{name}" for name in ("GetServerI
 _MAX_STATUS_CHARS = 1500
 """A status travels in HTTP/2 headers, twice (as text and as details); peers take 8 KiB of them."""
 _MAX_CALL_ID_CHARS = 64
+REVOCATION_POLL_S = 1.0
+"""How long a stream may outlive its key."""
 
 
 class Malformed:
@@ -63,6 +65,9 @@ class Border(grpc.aio.ServerInterceptor):
         self._api_keys = api_keys
         self._metrics = metrics
         self._max_message_bytes = max_message_bytes
+        self._streams: dict[asyncio.Timeout, Caller] = {}
+        """Answers that stream, each by what ends it, and whose key opened it."""
+        self._watch: asyncio.Task[None] | None = None
 
     async def intercept_service(
         self,
@@ -88,13 +93,18 @@ class Border(grpc.aio.ServerInterceptor):
             async with self._passing(method, call_id, who, refusal, request, context):
                 return await behaviour(request, context)
 
-        async def wrapped_generator(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            async with self._passing(method, call_id, who, refusal, request, context):
-                async for response in behaviour(request, context):
-                    yield response
+        async def streamed(request: Any, context: grpc.aio.ServicerContext) -> None:
+            async with self._passing(method, call_id, who, refusal, request, context), self._while_key_opens(who):
+                if not inspect.isasyncgenfunction(behaviour):
+                    await behaviour(request, context)
+                    return
+                # Written here rather than yielded to grpc, whose waiting for the client nothing here could end.
+                async with contextlib.aclosing(behaviour(request, context)) as responses:
+                    async for response in responses:
+                        await context.write(response)
 
         return make(
-            wrapped_generator if inspect.isasyncgenfunction(behaviour) else wrapped,
+            streamed if handler.response_streaming else wrapped,
             request_deserializer=self._careful(handler.request_deserializer, handler.request_streaming),
             response_serializer=_unless_encoded(handler.response_serializer),
         )
@@ -145,6 +155,40 @@ class Border(grpc.aio.ServerInterceptor):
             if caller.name:
                 fields["key"] = caller.name
             logger.log(level, "Call.", extra={"fields": fields})
+
+    @contextlib.asynccontextmanager
+    async def _while_key_opens(self, caller: Caller) -> AsyncGenerator[None]:
+        """Ends what it surrounds soon after the key it came with was revoked.
+
+        Raises:
+            UnauthenticatedError: INVALID_API_KEY: it was.
+        """
+        if not self._api_keys.required:
+            yield
+            return
+        end = asyncio.timeout(None)
+        try:
+            async with end:
+                self._streams[end] = caller
+                if self._watch is None or self._watch.done():
+                    self._watch = asyncio.create_task(self._end_revoked(), name="revoked-keys")
+                try:
+                    yield
+                finally:
+                    self._streams.pop(end, None)
+        except TimeoutError:
+            if not end.expired():
+                raise
+            raise error("INVALID_API_KEY", "The API key this stream came with was revoked.") from None
+
+    async def _end_revoked(self) -> None:
+        """Looks at the keys of all streams, as long as there are any: the file they are in has no event."""
+        while self._streams:
+            await asyncio.sleep(REVOCATION_POLL_S)
+            for end, caller in list(self._streams.items()):
+                if not self._api_keys.still_opens(caller):
+                    del self._streams[end]
+                    end.reschedule(asyncio.get_running_loop().time())
 
     def _caller(self, method: str, metadata: dict[str, Any]) -> Caller | GradwireError:
         """Who calls, or why nobody may without a key of ours."""

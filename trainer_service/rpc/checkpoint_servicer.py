@@ -1,6 +1,7 @@
 """CheckpointService: translates and delegates. Whatever touches a disk or a store does so on a thread."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -65,7 +66,9 @@ class CheckpointServicer(CheckpointServiceServicer):
                     yield pb.DownloadCheckpointResponse(offset=offset, data=data)
                     offset += len(data)
         finally:
-            pieces.close()
+            # Refused while a thread still reads the last piece; then it closes with its last reference.
+            with contextlib.suppress(ValueError):
+                pieces.close()
 
 
 def _message(checkpoint: Checkpoint, *, files: bool = False) -> messages.Checkpoint:

@@ -120,7 +120,6 @@ class TrainerServer:
             self._worker,
             limits=self._config.limits,
             draining=self._draining,
-            api_keys=self._api_keys,
             gate=CheckpointGate(self.transfers),
         )
         add_CheckpointServiceServicer_to_server(CheckpointServicer(self.catalog), self._server)

@@ -9,7 +9,6 @@ import grpc.aio
 from gradwire.errors import GradwireError, error
 from gradwire.v1.trainer_service_pb2 import AttachResponse, TrainRequest, TrainResponse
 
-from trainer_service.access import ApiKeys, current_caller
 from trainer_service.rpc.border import Malformed, Received
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.runs.attachment import Attachment
@@ -21,9 +20,6 @@ logger = logging.getLogger(__name__)
 
 MAX_UNWRITTEN_BYTES = 256 * 1024 * 1024
 """Bytes of answers held for one client that does not read them."""
-
-REVOCATION_POLL_S = 1.0
-"""How long a stream may outlive its key."""
 
 
 class TrainStream:
@@ -37,7 +33,6 @@ class TrainStream:
         context: The call.
         max_in_flight: See above.
         draining: Set when the trainer shuts down.
-        api_keys: Asked now and then whether the client's key still opens the trainer.
         gate: The way of saves and loads.
     """
 
@@ -48,12 +43,10 @@ class TrainStream:
         *,
         max_in_flight: int,
         draining: asyncio.Event,
-        api_keys: ApiKeys,
         gate: CheckpointGate,
     ) -> None:
         self._gate = gate
         self._storing: set[asyncio.Task[None]] = set()
-        self._api_keys = api_keys
         self._run = run
         self._context = context
         self._max_in_flight = max_in_flight
@@ -79,7 +72,6 @@ class TrainStream:
                 asyncio.create_task(self._write()),
                 asyncio.create_task(self._until_taken(attachment)),
                 asyncio.create_task(self._until_drained()),
-                asyncio.create_task(self._until_revoked()),
             ]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -160,12 +152,6 @@ class TrainStream:
 
     async def _until_taken(self, attachment: Attachment) -> None:
         raise await attachment.taken
-
-    async def _until_revoked(self) -> None:
-        caller = current_caller.get()
-        while self._api_keys.still_opens(caller):  # noqa: ASYNC110  (a file another process writes has no event)
-            await asyncio.sleep(REVOCATION_POLL_S)
-        raise error("INVALID_API_KEY", "The API key this stream came with was revoked.")
 
     async def _until_drained(self) -> None:
         await self._draining.wait()

@@ -10,7 +10,6 @@ from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer
 from gradwire.version import PROTOCOL_VERSION, __version__
 
-from trainer_service.access import ApiKeys
 from trainer_service.config import MIN_PROTOCOL_VERSION, Limits
 from trainer_service.fleet.worker import Worker
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
@@ -28,7 +27,6 @@ class TrainerServicer(TrainerServiceServicer):
         worker: Its worker.
         limits: The most a client may send.
         draining: Set when the trainer shuts down.
-        api_keys: Keys that open it; a stream whose key is revoked ends.
         gate: The way of saves and loads.
     """
 
@@ -39,11 +37,9 @@ class TrainerServicer(TrainerServiceServicer):
         *,
         limits: Limits,
         draining: asyncio.Event,
-        api_keys: ApiKeys,
         gate: CheckpointGate,
     ) -> None:
         self._gate = gate
-        self._api_keys = api_keys
         self._runs = runs
         self._worker = worker
         self._limits = limits
@@ -110,7 +106,6 @@ class TrainerServicer(TrainerServiceServicer):
             context,
             max_in_flight=self._limits.max_in_flight_operations,
             draining=self._draining,
-            api_keys=self._api_keys,
             gate=self._gate,
         )
         await stream.serve(first.attach.client_id)
