@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import grpc.aio
 
@@ -25,7 +25,8 @@ from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 
 Progress = Callable[[str, int, int], object]
 """Told the file, its bytes that are here, and its size: now and then while it comes, beginning with what was here, and
-once, with all of them, when it is whole. Of a file that was whole before, only that."""
+once, with all of them, when it is whole. Of a file that was whole before, only that. On the caller's thread; what it
+raises stops the download, and another call goes on from there."""
 
 _MAX_TRIES = 8
 _IDLE_TIMEOUT_S = 60.0
@@ -159,7 +160,7 @@ def _complete(connection: Connection, path: str, file: CheckpointFile, part: Pat
             part.unlink()
             continue
         try:
-            LOOP.run(_append(connection, path, file, part, before, progress))
+            _append(connection, path, file, part, before, progress)
             return
         except GradwireError as exc:
             if exc.code != grpc.StatusCode.UNAVAILABLE.value[0]:
@@ -175,28 +176,45 @@ def _size(part: Path) -> int:
     return part.stat().st_size if part.exists() else 0
 
 
-async def _append(
+def _append(
     connection: Connection, path: str, file: CheckpointFile, part: Path, offset: int, progress: Progress
 ) -> None:
+    """Brings what a part lacks. Only reading is the loop's, which the training of the same process shares."""
     request = DownloadCheckpointRequest(path=path, file=file.name, offset=offset, sha256=file.sha256)
-    call: Any = CheckpointServiceStub(connection.channel()).DownloadCheckpoint(request, metadata=connection.metadata)
+    call = LOOP.run(_begin(connection, request))
     try:
         with part.open("ab") as out:
             while True:
                 if offset < file.size_bytes:
                     progress(file.name, offset, file.size_bytes)
-                message = await asyncio.wait_for(call.read(), _IDLE_TIMEOUT_S)
-                if not isinstance(message, DownloadCheckpointResponse):
+                message = LOOP.run(_read(connection, call))
+                if message is None:
                     return
-                out.write(message.data)
+                _write(out, message.data, part)
                 offset += len(message.data)
+    finally:
+        LOOP.call_soon(call.cancel)
+
+
+async def _begin(connection: Connection, request: DownloadCheckpointRequest) -> Any:
+    return CheckpointServiceStub(connection.channel()).DownloadCheckpoint(request, metadata=connection.metadata)
+
+
+async def _read(connection: Connection, call: Any) -> DownloadCheckpointResponse | None:
+    try:
+        message = await asyncio.wait_for(call.read(), _IDLE_TIMEOUT_S)
     except grpc.aio.AioRpcError as exc:
         raise connection.explain(exc, "DownloadCheckpoint") from None
     except TimeoutError:
         text = f"{connection.base_url} sent nothing for {_IDLE_TIMEOUT_S:g} s."
         raise error("WORKER_NOT_READY", text) from None
+    return message if isinstance(message, DownloadCheckpointResponse) else None
+
+
+def _write(out: IO[bytes], data: bytes, part: Path) -> None:
+    try:
+        out.write(data)
+        out.flush()
     except OSError as exc:
         # Where a write fails, Python does not say which file's.
         raise OSError(exc.errno, exc.strerror, str(part)) from exc
-    finally:
-        call.cancel()

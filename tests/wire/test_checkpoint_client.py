@@ -1,5 +1,6 @@
 """ServiceClient.checkpoints against a trainer with a fake worker."""
 
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -111,3 +112,35 @@ def test_a_kind_that_only_a_newer_trainer_knows_is_told_as_unknown(
     save(trainer, "run-1", STATE, "b")
     monkeypatch.setattr(checkpoint_servicer.messages, "CHECKPOINT_KIND_STATE", 77)
     assert sorted(each.kind for each in service.checkpoints.list()) == ["sampler_weights", "unknown"]
+
+
+def test_progress_is_told_on_the_callers_thread_which_may_use_the_service(
+    trainer: FrontEnd, service: ServiceClient, tmp_path: Path
+):
+    path = save(trainer, "run-1", STATE, "a")
+    told: list[tuple[threading.Thread, int]] = []
+    service.checkpoints.download(
+        path, tmp_path, progress=lambda *_: told.append((threading.current_thread(), len(service.checkpoints.list())))
+    )
+    assert len(told) > 3
+    assert set(told) == {(threading.current_thread(), 1)}
+
+
+@pytest.mark.parametrize("exc", [ValueError("mine"), TimeoutError("mine"), OSError("mine"), KeyboardInterrupt("mine")])
+def test_what_progress_raises_is_raised_and_another_download_goes_on(
+    trainer: FrontEnd, service: ServiceClient, tmp_path: Path, exc: BaseException
+):
+    path = save(trainer, "run-1", STATE, "a")
+    begun: list[int] = []
+
+    def stop(name: str, here: int, size: int) -> None:
+        if name == "zeros" and here > 1:
+            raise exc
+
+    with pytest.raises(type(exc)) as caught:
+        service.checkpoints.download(path, tmp_path, progress=stop)
+    assert caught.value is exc
+    service.checkpoints.download(path, tmp_path, progress=lambda name, here, size: begun.append(here))
+    assert 1 << 20 in begun
+    assert 0 not in begun
+    assert (tmp_path / "zeros").read_bytes() == bytes(2_500_000)
