@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from gradwire.errors import error
+from gradwire.errors import GradwireError, error
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest
 
 from tests.fakes import FakeWorker
@@ -40,36 +40,24 @@ async def comes_back_without_what_it_loaded(run: Run, worker: FakeWorker, folder
     assert answer.optim_step.step > 1000
 
 
-async def test_one_due_while_another_is_taken_follows_it_at_once(tmp_path: Path):
+@pytest.mark.parametrize(("failures", "left"), [([], [3, 2]), ([NO_ROOM], [3])], ids=["is taken", "fails"])
+async def test_one_due_while_another_is_under_way_follows_it_at_once(
+    tmp_path: Path, failures: list[GradwireError], left: list[int]
+):
     worker = a_worker(tmp_path)
     path = worker.save(SAVED, step=1000)
     async with trainer(tmp_path / "runs", worker, durability=EVERY_2_STEPS) as runs:
         run = await runs.create(CreateRunRequest())
         await run.execute(step(1))
         worker.gate.clear()
+        worker.command_failures["snapshot_run"] = list(failures)
         for operation in (step(2), load(3, path)):
             run.submit(operation, lambda answer: None)
         await asyncio.wait_for(worker.has_waiting(3), 5)
         worker.gate.set()
         await snapshot_of(run, 3)
-        assert snapshots(run) == [3, 2]
+        assert snapshots(run) == left
         await comes_back_without_what_it_loaded(run, worker, tmp_path)
-
-
-async def test_one_due_while_another_fails_follows_it_at_once(tmp_path: Path):
-    worker = a_worker(tmp_path)
-    path = worker.save(SAVED, step=1000)
-    async with trainer(tmp_path / "runs", worker, durability=EVERY_2_STEPS) as runs:
-        run = await runs.create(CreateRunRequest())
-        await run.execute(step(1))
-        worker.gate.clear()
-        worker.command_failures["snapshot_run"] = [NO_ROOM]
-        for operation in (step(2), load(3, path)):
-            run.submit(operation, lambda answer: None)
-        await asyncio.wait_for(worker.has_waiting(3), 5)
-        worker.gate.set()
-        await snapshot_of(run, 3)
-        assert snapshots(run) == [3]
 
 
 async def test_one_that_a_death_prevented_is_taken_when_the_run_is_back(tmp_path: Path):
