@@ -110,9 +110,7 @@ class CheckpointClient:
         request = pb.SetCheckpointTtlRequest(path=path, ttl_seconds=check_ttl_seconds(ttl_seconds))
         return _checkpoint(self._call("SetCheckpointTtl", request).checkpoint)
 
-    def download(
-        self, path: str, folder: str | PathLike[str], *, progress: downloads.Progress = lambda *_: None
-    ) -> Checkpoint:
+    def download(self, path: str, folder: Folder, *, progress: downloads.Progress = lambda *_: None) -> Checkpoint:
         """Fetches one's files into a folder, made if need be. Cut off, the same call goes on where it was.
 
         Raises:
@@ -122,9 +120,7 @@ class CheckpointClient:
         """
         return _checkpoint(downloads.download(self._connection, path, Path(folder), progress))
 
-    def export(
-        self, path: str, folder: str | PathLike[str], *, progress: downloads.Progress = lambda *_: None
-    ) -> Checkpoint:
+    def export(self, path: str, folder: Folder, *, progress: downloads.Progress = lambda *_: None) -> Checkpoint:
         """Fetches sampler weights as a folder that transformers (or peft) loads; a delta is made whole with its base.
 
         Raises:

@@ -15,6 +15,12 @@ _PIECE_BYTES = 4 << 20
 
 
 def check_range(manifest: Manifest, name: str, offset: int, sha256: str) -> None:
+    """Refuses what cannot be read of a file.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD: no such file, or an offset behind its end.
+        AbortedError: CHECKPOINT_CHANGED: the file is not the one of that digest.
+    """
     entry = manifest.files.get(name)
     if entry is None:
         raise invalid_field("file", f"is {name[:200]!r}; the checkpoint has {', '.join(sorted(manifest.files))}.")
@@ -26,6 +32,7 @@ def check_range(manifest: Manifest, name: str, offset: int, sha256: str) -> None
 
 
 def pieces(file: io.FileIO, offset: int) -> Generator[bytes]:
+    """An open file's bytes from an offset on; closed at the end."""
     with file:
         file.seek(offset)
         while piece := file.read(_PIECE_BYTES):
@@ -43,12 +50,13 @@ def opened(folder: Path) -> Iterator[int]:
 
 
 def read_at(folder: int, name: str) -> bytes:
+    """The content of a small file in an opened folder."""
     with os.fdopen(os.open(name, os.O_RDONLY, dir_fd=folder), "rb") as file:
         return file.read()
 
 
 def replace(folder: int, name: str, content: bytes) -> None:
-    """Writes a small file whole or not at all."""
+    """Writes a small file in an opened folder, whole or not at all."""
     aside = f".{name}.{uuid.uuid4().hex[:8]}"
     with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=folder), "wb") as file:
         file.write(content)

@@ -41,8 +41,7 @@ class Link:
         self.counters: dict[str, float] = {}
         self.rank0: ProcessKey | None = None
         """The worker's own process, below torchrun."""
-        self.attached = asyncio.Event()
-        """Set once the worker has said hello."""
+        self.attached = False
         self.spoke = asyncio.Event()
         """Set whenever the worker has said something."""
         self.closed = asyncio.Event()
@@ -121,7 +120,7 @@ class WorkerServicer:
         first = await context.read()
         hello = first.event.hello if isinstance(first, Reply) else None
         link = self._current()
-        if hello is None or link is None or link.attached.is_set() or not _same(hello.token, link.token):
+        if hello is None or link is None or link.attached or not _same(hello.token, link.token):
             logger.warning("Turned away a caller on the worker's socket.")
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "Not a worker this trainer started.")
             return
@@ -132,7 +131,7 @@ class WorkerServicer:
             link.failure = error("TRAINER_JOB_FAILED", text)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
             return
-        link.attached.set()
+        link.attached = True
         link.spoke.set()
         link.rank0 = process_key(hello.pid)
         logger.info("Worker attached.", extra={"fields": {"pid": hello.pid, "ranks": hello.world_size}})

@@ -154,7 +154,7 @@ class WorkerSupervisor:
             link.fail_pending(_stopped())
             link.dismissed.set()
         if self._task is not None:
-            if link is not None and link.attached.is_set():
+            if link is not None and link.attached:
                 # Its stream ended, the worker leaves by itself, and torchrun after it, without a word of complaint.
                 await asyncio.wait({self._task}, timeout=_DISMISS_GRACE_S)
             self._task.cancel()
@@ -244,7 +244,7 @@ class WorkerSupervisor:
         try:
             if not await self._gets_ready(link, exited, closed):
                 how = f"said nothing for {self._settings.start_timeout_s:g} s"
-                how += f" after it began {link.status_message}" if link.attached.is_set() else ""
+                how += f" after it began {link.status_message}" if link.attached else ""
                 return output.explain(None, how=f"{how} and was killed")
             await asyncio.wait({exited, closed}, return_when=asyncio.FIRST_COMPLETED)
             # What ended it is known a moment later, and worth that moment to those who are told.
