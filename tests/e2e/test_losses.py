@@ -11,7 +11,7 @@ from gradwire import AdamParams, Datum, ModelInput, ServiceClient, TrainingClien
 from gradwire.errors import InvalidArgumentError
 
 from tests.trainer_process import running_trainer
-from tests.unit.test_loss_module import FOCAL
+from tests.unit.engine.losses.test_loss_module import FOCAL
 
 
 def sampled(client: TrainingClient, lengths: list[int]) -> list[Datum]:

@@ -1,0 +1,1 @@
+"""Packs of sequences: how they are made, run, and turned into logprobs."""

@@ -1,0 +1,137 @@
+"""A pack on the device, and how it goes through the model.
+
+Shape suffixes: T tokens of the pack, R rows of the batch it answers, K targets a row (absent where targets are [T]).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trainer_service.config import Checkpointing
+from trainer_service.engine.device import Device
+from trainer_service.engine.losses.loss import LossInputs
+from trainer_service.engine.memory import MemoryPlan, held_bytes_per_token
+from trainer_service.engine.models import runner
+from trainer_service.engine.models.runner import Traits
+from trainer_service.engine.packed.attention import PackAttention, pack_in_use
+from trainer_service.engine.packed.packing import Pack
+
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A batch on the device; all of one operation crosses in one copy a column."""
+
+    tokens_T: Tensor
+    targets_TK: Tensor
+    inputs: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """How every microbatch of an engine goes through a model.
+
+    Attributes:
+        device: Where.
+        traits: Of the architecture.
+        memory: Budgets.
+        checkpointing: See EngineSettings.
+        vocab_size: Width of the head.
+    """
+
+    device: Device
+    traits: Traits
+    memory: MemoryPlan
+    checkpointing: Checkpointing
+    vocab_size: int
+
+    def checkpoints(self, num_tokens: int) -> bool:
+        """Whether a forward of that many tokens leaves its activations to be computed again."""
+        if self.checkpointing != "auto":
+            return self.checkpointing == "on"
+        return num_tokens * self.traits.held_bytes_per_token > self.memory.pass_bytes
+
+    def keeps_logits(self, num_tokens: int) -> bool:
+        """Whether a forward of that many tokens keeps its logits for the backward."""
+        fits = num_tokens * self.vocab_size * _FLOAT_BYTES <= self.memory.logits_bytes
+        return fits and not self.checkpoints(num_tokens)
+
+    def held_bytes(self, num_tokens: int) -> int:
+        """What the graph of a forward holds."""
+        logits = self.vocab_size * _FLOAT_BYTES if self.keeps_logits(num_tokens) else 0
+        return num_tokens * (held_bytes_per_token(self.traits, self.checkpoints(num_tokens)) + logits)
+
+
+class Microbatch:
+    """One pack, ready to be run.
+
+    Args:
+        pack: Which rows of the batch.
+        columns: The batch.
+        forwards: How it is run.
+    """
+
+    def __init__(self, pack: Pack, columns: Columns, forwards: Forwards) -> None:
+        self.pack = pack
+        self._forwards = forwards
+        self._attention = None if forwards.traits.why_not_packed else PackAttention.of(pack)
+        self.rows_R = self._put(pack.rows_R)
+        self.tokens_T = columns.tokens_T[self._put(pack.token_rows_T)]
+        self._positions_T = self._put(pack.positions_T)
+        self._token_of_row_R = None if pack.token_of_row_R is None else self._put(pack.token_of_row_R)
+        self._targets_RK = columns.targets_TK[self.rows_R]
+        self._inputs = {name: values[self.rows_R] for name, values in columns.inputs.items()}
+
+    @property
+    def held_bytes(self) -> int:
+        """What its graph holds."""
+        return self._forwards.held_bytes(self.pack.num_tokens)
+
+    def logprobs(self, model: PreTrainedModel) -> Tensor:
+        """Of the rows' targets, float32, with a graph where grad is enabled."""
+        forwards, num_tokens = self._forwards, self.pack.num_tokens
+        with forwards.device.autocast(), pack_in_use(self._attention):
+            return runner.run(
+                model,
+                forwards.traits,
+                tokens_T=self.tokens_T,
+                positions_T=self._positions_T,
+                targets_RK=self._targets_RK,
+                token_of_row_R=self._token_of_row_R,
+                keep_logits=forwards.keeps_logits(num_tokens),
+                compute_dtype=forwards.device.compute_dtype,
+                checkpointing=torch.is_grad_enabled() and forwards.checkpoints(num_tokens),
+            )
+
+    def backward(self, output: Tensor, gradient: Tensor | None = None) -> None:
+        """Backward of what was computed from `logprobs`."""
+        with pack_in_use(self._attention):
+            output.backward(gradient)
+
+    def loss_inputs(self, logprobs_RK: Tensor) -> LossInputs:
+        """What a built-in loss sees."""
+        return LossInputs(logprobs_RK, self._inputs, self._put(self.pack.cu_seqlens))
+
+    def _put(self, array: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(self._forwards.device.torch_device, non_blocking=True)
+
+
+def gather(pieces: list[tuple[Microbatch, Tensor]], like: Tensor) -> npt.NDArray[np.float32]:
+    """Per-row values of all microbatches in the batch's order, on the host.
+
+    Args:
+        pieces: Each with its rows' values.
+        like: Anything shaped as the whole, on the device.
+    """
+    whole = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    for microbatch, values in pieces:
+        whole[microbatch.rows_R] = values.detach()
+    found: npt.NDArray[Any] = whole.cpu().numpy()
+    return found

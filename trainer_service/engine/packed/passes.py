@@ -1,0 +1,199 @@
+"""Forward and backward passes over a batch: planned ahead, run pack by pack, graphs held within a budget.
+
+Shape suffixes: T tokens of one batch, K targets a token (absent where targets are [T]), R rows of one microbatch.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gradwire.codec import Batch
+from torch import Tensor
+
+from trainer_service.engine.counters import Counters
+from trainer_service.engine.loss_totals import LossTotals
+from trainer_service.engine.losses.loss import Loss
+from trainer_service.engine.packed.microbatch import Columns, Forwards, Microbatch, gather
+from trainer_service.engine.packed.packing import plan_packs
+from trainer_service.engine.run_state import HeldGraph, HeldPiece, RunState
+from trainer_service.engine.validation import check_gradients_shape
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """What a forward or forward_backward found.
+
+    Attributes:
+        logprobs_TK: Of the targets, natural log, float32, [T] or [T, K] as the targets.
+        cu_seqlens: The batch's, int64 [N + 1].
+        metrics: By `name:reduction`.
+    """
+
+    logprobs_TK: npt.NDArray[np.float32]
+    cu_seqlens: npt.NDArray[np.int64]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A batch on the device, cut into microbatches: all that can be done for a pass before its turn comes.
+
+    Attributes:
+        batch: It.
+        columns: It on the device.
+        microbatches: Answer every row once.
+    """
+
+    batch: Batch
+    columns: Columns
+    microbatches: tuple[Microbatch, ...]
+
+
+class Passes:
+    """Runs passes of any run's model. What a pass raises leaves gradients of half a batch: the caller taints the run.
+
+    Args:
+        forwards: How microbatches go through a model.
+        counters: Count what is done.
+        held_graphs: All graphs that are held, of every run.
+    """
+
+    def __init__(self, forwards: Forwards, counters: Counters, held_graphs: Callable[[], Iterable[HeldGraph]]) -> None:
+        self._forwards = forwards
+        self._counters = counters
+        self._held_graphs = held_graphs
+
+    def stage(self, batch: Batch, loss: Loss | None) -> Staged:
+        """Plans a batch and puts it on the device. May run on another thread, while the device is busy.
+
+        Args:
+            batch: Checked.
+            loss: Whose inputs to take along.
+        """
+        traits = self._forwards.traits
+        packed = not traits.why_not_packed
+        packs = plan_packs(
+            batch.tokens_T,
+            batch.cu_seqlens,
+            max_tokens=self._forwards.memory.max_pack_tokens if packed else 1,
+            share=packed and not traits.why_not_shared,
+        )
+        columns = Columns(
+            tokens_T=self._copy(batch.tokens_T).long(),
+            targets_TK=self._copy(batch.loss_fn_inputs["target_tokens"]),
+            inputs={name: self._copy(batch.loss_fn_inputs[name]) for name in (loss.inputs if loss else ())},
+        )
+        return Staged(batch, columns, tuple(Microbatch(pack, columns, self._forwards) for pack in packs))
+
+    def forward(
+        self, run: RunState, seq_id: int, staged: Staged, *, keep_graph: bool, totals: LossTotals | None
+    ) -> ForwardResult:
+        """Logprobs; with keep_graph held for one backward, otherwise `totals` are added to, if given."""
+        pieces: list[tuple[Microbatch, Tensor]] = []
+        held: list[HeldPiece] = []
+        for microbatch in staged.microbatches:
+            with_graph = keep_graph and self._make_room(microbatch, held)
+            with torch.set_grad_enabled(with_graph):
+                logprobs_RK = self._logprobs(run, microbatch)
+            pieces.append((microbatch, logprobs_RK.detach()))
+            if keep_graph:
+                held.append(HeldPiece(microbatch, logprobs_RK if with_graph else None))
+            if totals is not None:
+                totals.add(microbatch.pack, microbatch.loss_inputs(logprobs_RK))
+        result = _result(staged, pieces, totals.metrics() if totals else {})
+        if keep_graph:
+            run.graphs[seq_id] = HeldGraph(held, result.logprobs_TK.shape, staged.batch.num_sequences)
+        return result
+
+    def forward_backward(self, run: RunState, staged: Staged, totals: LossTotals) -> ForwardResult:
+        """A loss, and its gradients added to the run's.
+
+        Raises:
+            FailedPreconditionError: NON_FINITE: the loss is NaN or infinite.
+        """
+        pieces: list[tuple[Microbatch, Tensor]] = []
+        for microbatch in staged.microbatches:
+            logprobs_RK = self._logprobs(run, microbatch)
+            pieces.append((microbatch, logprobs_RK.detach()))
+            self._backward(microbatch, totals.add(microbatch.pack, microbatch.loss_inputs(logprobs_RK)))
+        totals.check_finite()
+        result = _result(staged, pieces, totals.metrics())
+        run.accumulation.add(
+            num_loss_tokens=int(result.metrics["num_loss_tokens:sum"]), num_sequences=staged.batch.num_sequences
+        )
+        return result
+
+    def backward(
+        self, run: RunState, *, forward_seq_id: int, gradients_TK: npt.NDArray[np.float32]
+    ) -> dict[str, float]:
+        """Backward through a held graph, which is used up; its gradients are added to the run's. Returns metrics.
+
+        Raises:
+            FailedPreconditionError: NO_HELD_GRAPH.
+            InvalidArgumentError: Gradients not shaped as the logprobs; the graph stays held.
+        """
+        check_gradients_shape(gradients_TK, run.peek_graph(forward_seq_id).shape, forward_seq_id)
+        graph = run.take_graph(forward_seq_id)
+        on_device_TK = self._copy(gradients_TK)
+        recomputed = 0
+        while graph.pieces:
+            # Taken out, so that each microbatch's graph is freed before the next one's backward.
+            piece = graph.pieces.pop(0)
+            logprobs_RK = piece.logprobs_RK
+            if logprobs_RK is None:
+                recomputed += 1
+                logprobs_RK = self._logprobs(run, piece.microbatch)
+            self._backward(piece.microbatch, logprobs_RK, on_device_TK[piece.microbatch.rows_R])
+        self._counters.recomputed_graphs_total += recomputed
+        num_loss_tokens = int(np.count_nonzero(gradients_TK))
+        run.accumulation.add(num_loss_tokens=num_loss_tokens, num_sequences=graph.num_sequences)
+        return {"num_loss_tokens:sum": float(num_loss_tokens), "forward_passes:sum": float(recomputed)}
+
+    def _copy(self, array: npt.NDArray[Any]) -> Tensor:
+        # A copy also on the CPU: arrays off the wire are read-only, which torch does not take, and a held graph must
+        # not see what its caller does to an array later.
+        return torch.from_numpy(np.array(array)).to(self._forwards.device.torch_device)
+
+    def _logprobs(self, run: RunState, microbatch: Microbatch) -> Tensor:
+        """Logprobs of one microbatch's targets, float32, with a graph where grad is enabled."""
+        logprobs_RK = microbatch.logprobs(run.model)
+        self._counters.forward_passes_total += 1
+        self._counters.tokens_total += microbatch.pack.num_tokens
+        self._counters.shared_tokens_total += microbatch.pack.num_shared_tokens
+        return logprobs_RK
+
+    def _backward(self, microbatch: Microbatch, output: Tensor, gradient: Tensor | None = None) -> None:
+        microbatch.backward(output, gradient)
+        self._counters.backward_passes_total += 1
+
+    def _make_room(self, microbatch: Microbatch, own: list[HeldPiece]) -> bool:
+        """Lets the oldest graphs go until this one fits; whether it does. Those of the same forward stay.
+
+        What was let go is computed again at its backward, as this one would be, and its backward may never come.
+        """
+        budget = self._forwards.memory.max_held_graph_bytes
+        budget -= sum(piece.held_bytes for piece in own) + microbatch.held_bytes
+        if budget < 0:
+            return False
+        others = [piece for graph in self._held_graphs() for piece in graph.pieces]
+        held = sum(piece.held_bytes for piece in others)
+        for piece in sorted(others, key=lambda piece: piece.age):
+            if held <= budget:
+                break
+            held -= piece.held_bytes
+            piece.logprobs_RK = None
+        return True
+
+
+def _result(staged: Staged, pieces: list[tuple[Microbatch, Tensor]], metrics: Mapping[str, float]) -> ForwardResult:
+    batch = staged.batch
+    counted = {
+        "num_tokens:sum": float(batch.num_tokens),
+        "num_sequences:sum": float(batch.num_sequences),
+        "num_shared_tokens:sum": float(sum(microbatch.pack.num_shared_tokens for microbatch, _ in pieces)),
+        "forward_passes:sum": float(len(pieces)),
+    }
+    return ForwardResult(gather(pieces, staged.columns.targets_TK), batch.cu_seqlens, {**counted, **metrics})
