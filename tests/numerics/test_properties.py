@@ -111,7 +111,7 @@ def test_no_tensor_of_all_tokens_times_the_vocabulary_is_ever_made(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs_module, "_CHUNK_ELEMENTS", 8 * VOCAB_SIZE)
-    monkeypatch.setattr("trainer_service.engine.packed.microbatch.Forwards.keeps_logits", lambda *_: False)
+    monkeypatch.setattr("trainer_service.engine.microbatch.Forwards.keeps_logits", lambda *_: False)
     engine = make_engine(tiny_llama, tmp_path)
     batch = make_batch(60, 50, 64, 30)
     largest_parameter = max(parameter.numel() for parameter in engine.live_model(RUN).parameters())

@@ -25,12 +25,12 @@ from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.loss_totals import LossTotals
 from trainer_service.engine.losses.loss import Loss
 from trainer_service.engine.memory import plan_memory
+from trainer_service.engine.microbatch import Forwards
 from trainer_service.engine.models.load import describe, fetch, load_model
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.models.probe import find_traits
 from trainer_service.engine.models.runner import prepare
-from trainer_service.engine.packed.microbatch import Forwards
-from trainer_service.engine.packed.passes import ForwardResult, Passes, Staged
+from trainer_service.engine.passes import ForwardResult, Passes, Staged
 from trainer_service.engine.run_state import HeldGraph, RunState
 from trainer_service.engine.storage.checkpoints import Checkpoints, SavedCheckpoint
 from trainer_service.engine.storage.snapshots import restore_snapshot

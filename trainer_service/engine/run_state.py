@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
+from trainer_service.engine.microbatch import Microbatch
 from trainer_service.engine.models.lora import LoraSettings, adapter_rank
 from trainer_service.engine.optim import AdamW
-from trainer_service.engine.packed.microbatch import Microbatch
 
 _REASONS_KEPT = 1024
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from trainer_service.adapter_path import CONFIG, WEIGHTS
 from trainer_service.engine.models.lora import ADAPTER, Targets, inner, lora_layers, wrap
-from trainer_service.engine.storage.tensor_files import read_tensors
+from trainer_service.engine.tensor_files import read_tensors
 from trainer_service.folders import whole_folder
 
 _FREE = {

@@ -1,1 +1,1 @@
-"""Packs of sequences: how they are made, run, and turned into logprobs."""
+"""Packs of sequences without padding: how they are planned, attended within, and turned into logprobs."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from trainer_service.engine.run_state import Accumulation, RunState
-from trainer_service.engine.storage.tensor_files import DTYPES, read_tensors, write_tensors
+from trainer_service.engine.tensor_files import DTYPES, read_tensors, write_tensors
 from trainer_service.folders import Manifest, damaged, read_manifest, verify, whole_folder
 
 _COUNTERS = "state.json"

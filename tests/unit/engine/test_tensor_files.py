@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from trainer_service.engine.storage.tensor_files import DTYPES, read_tensors, write_tensors
+from trainer_service.engine.tensor_files import DTYPES, read_tensors, write_tensors
 
 
 def some_of(dtype: torch.dtype) -> dict[str, torch.Tensor]:
