@@ -92,7 +92,7 @@ class Manifest:
         if sum(entry.size_bytes for entry in files.values()) >= 1 << 63:
             raise ValueError("it has more bytes than can be counted")
         for key, value in about.items():
-            inner = value.values() if isinstance(value, dict) else (value,)
+            inner = [*value.keys(), *value.values()] if isinstance(value, dict) else (value,)
             if not (_is_text(key) and all(_is_plain(one) for one in inner)):
                 raise ValueError(f"it says of {key[:200]!r} what no manifest does")
         return cls(about, files)

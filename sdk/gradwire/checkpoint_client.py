@@ -48,6 +48,7 @@ class Checkpoint:
         lora_rank: Of its run; 0 where all parameters train.
         checkpoint_type: "base", or "delta": what changed since the one at base_path.
         base_path: Of a delta; else "".
+        dtype: Of sampler weights: what their parameters are written in, such as "bfloat16"; else "".
         created_at: When it was saved, UTC.
         expires_at: When it is deleted, UTC; None for never.
         files: Empty in lists; `CheckpointClient.get` tells them.
@@ -66,6 +67,7 @@ class Checkpoint:
     base_path: str
     created_at: datetime
     expires_at: datetime | None
+    dtype: str = ""
     files: tuple[CheckpointFile, ...] = ()
 
 
@@ -163,6 +165,7 @@ def _checkpoint(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
         base_path=message.base_path,
         created_at=_time(message, "created_at"),
         expires_at=_time(message, "expires_at") if message.HasField("expires_at") else None,
+        dtype=message.dtype,
         files=tuple(CheckpointFile(file.name, file.size_bytes, file.sha256) for file in message.files),
     )
 

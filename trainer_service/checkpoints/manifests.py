@@ -101,6 +101,7 @@ _SOUND: dict[str, Callable[[Any], bool]] = {
     "dtype": _is_text,
     "base_path": _is_text,
     "lora": _is_lora,
+    "user_metadata": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
     "created_at": _is_time,
     "expires_at": _is_time,
     UPLOAD: lambda value: isinstance(value, str) and _UPLOAD.fullmatch(value) is not None,
