@@ -137,7 +137,9 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise _refused(f"has unknown {len(unknown)} tensors, {unknown[0][:200]} for one.")
     for name, tensor in weights.items():
         if tensor.dtype not in _DTYPES:
-            raise _refused(f"has {name} in {DTYPES[tensor.dtype]}; it must be {', '.join(DTYPES[one] for one in _DTYPES)}.")
+            raise _refused(
+                f"has {name} in {DTYPES[tensor.dtype]}; it must be {', '.join(DTYPES[one] for one in _DTYPES)}."
+            )
         # What no float32 holds is not finite either, once it is one.
         if not torch.isfinite(tensor.float()).all():
             raise _refused(f"has a tensor that is not finite, {name}.")

@@ -83,9 +83,7 @@ def export(
     return writer.size_bytes
 
 
-def write_model(
-    model: PreTrainedModel, source: Path, folder: Path, *, dtype: torch.dtype = torch.float32
-) -> None:
+def write_model(model: PreTrainedModel, source: Path, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Writes the files of an export; see there. Raises OSError where that fails."""
     try:
         _in_dtype(model, dtype).save_pretrained(folder)
@@ -113,7 +111,9 @@ def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
             continue
         tensor = parameter.detach().to("cpu", dtype)
         if not torch.isfinite(tensor).all() and torch.isfinite(parameter).all():
-            raise invalid_field("dtype", f'is "{str(dtype).removeprefix("torch.")}", in which {name} is infinite; pass "float32".')
+            raise invalid_field(
+                "dtype", f'is "{str(dtype).removeprefix("torch.")}", in which {name} is infinite; pass "float32".'
+            )
         cast[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
     return copy.deepcopy(model, cast)
 
