@@ -65,6 +65,7 @@ WIRE_HALF = {
     "gradwire.metrics",
     "gradwire.wire_format",
     "gradwire.delta",
+    "gradwire.untrusted",
 }
 """What the server may import of the SDK."""
 TORCH = {"torch", "transformers", "safetensors", "peft", "accelerate"}
@@ -180,7 +181,7 @@ def test_the_sdk_knows_no_server_and_imports_torch_only_inside_functions():
 def test_the_wire_half_stands_alone():
     """The server loads it, so it must not pull the client half in by itself."""
     wrong: list[str] = []
-    for name in ("errors", "codec", "types", "version", "metrics", "wire_format", "delta"):
+    for name in ("errors", "codec", "types", "version", "metrics", "wire_format", "delta", "untrusted"):
         wrong += complaints(SDK / f"{name}.py", WIRE_HALF)
     assert wrong == []
 

@@ -1,10 +1,11 @@
 """The adapter a run starts from. Paths come from callers, and must lead nowhere else; no torch. Ground floor."""
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from gradwire.errors import error, invalid_field
+from gradwire.untrusted import parse_json
 
 from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, CheckpointPath
 from trainer_service.folders import sync
@@ -12,6 +13,8 @@ from trainer_service.folders import sync
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The two files of an adapter, as peft writes them."""
 _SCHEME = "gradwire://"
+_MAX_PATH = 4096
+_MAX_CONFIG_BYTES = 1 << 20
 
 
 def is_checkpoint(path: str) -> bool:
@@ -41,8 +44,13 @@ def adapter_folder(path: str, *, checkpoint_dir: Path, adapter_dir: Path) -> Pat
         folder = place.folder(checkpoint_dir)
     else:
         root = adapter_dir.resolve()
-        # resolve() follows links, so that one leading out of the folder is found out too.
-        folder = (root / path).resolve() if "\0" not in path and len(path) < 4096 else root
+        try:
+            # resolve() follows links, so that one leading out of the folder is found out too.
+            folder = (root / path).resolve() if len(path) < _MAX_PATH else root
+            folder.is_dir()
+        except (OSError, ValueError, RuntimeError):
+            # A name that no file can have; links that lead round in a ring.
+            folder = root
         if folder == root or not folder.is_relative_to(root):
             raise invalid_field(
                 "adapter_path",
@@ -67,13 +75,30 @@ def adapter_rank(folder: Path, path: str) -> int:
         InvalidArgumentError: INVALID_FIELD: it says none.
     """
     try:
-        rank = json.loads((folder / CONFIG).read_bytes())["r"]
+        rank = read_adapter_config(folder)["r"]
         if type(rank) is not int or not 0 < rank < 1 << 31:
-            raise ValueError(f"r is {rank!r}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
+            raise ValueError(f"r is {rank!r:.200}")
+    except (OSError, ValueError, KeyError) as exc:
         why = "says no rank r" if isinstance(exc, KeyError) else f"cannot be read: {exc}"
         raise invalid_field("adapter_path", f"is {path}, whose {CONFIG} {why}.") from exc
     return rank
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """An adapter's configuration, as it is on disk.
+
+    Raises:
+        ValueError: It is no JSON object, or longer than any configuration.
+        OSError: It cannot be read.
+    """
+    with (folder / CONFIG).open("rb") as file:
+        content = file.read(_MAX_CONFIG_BYTES + 1)
+    if len(content) > _MAX_CONFIG_BYTES:
+        raise ValueError(f"it has more than {_MAX_CONFIG_BYTES} bytes")
+    found = parse_json(content)
+    if not isinstance(found, dict):
+        raise ValueError(f"it is a {type(found).__name__}")
+    return found
 
 
 def copy_adapter(folder: Path, to: Path) -> None:

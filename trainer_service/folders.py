@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gradwire.errors import GradwireError, error
+from gradwire.untrusted import parse_json, stays_inside
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -28,7 +30,10 @@ SPARE_BYTES = 16 << 20
 _CHUNK_BYTES = 8 << 20
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
-_MAX_MANIFEST_BYTES = 16 << 20
+MAX_MANIFEST_BYTES = 16 << 20
+_MAX_TEXT = 4096
+"""Characters of a text in a manifest."""
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -69,19 +74,27 @@ class Manifest:
         Raises:
             ValueError: It is no manifest, or one of another format.
         """
-        about = json.loads(text)
+        about = parse_json(text)
         if not isinstance(about, dict) or not isinstance(about.get("files"), dict):
             raise ValueError("it is no manifest")
         if about.pop("format", None) != FORMAT:
             raise ValueError(f"it is not of format {FORMAT}, the one this version reads")
         files: dict[str, FileEntry] = {}
         for name, entry in about.pop("files").items():
-            if not _stays_inside(name) or not isinstance(entry, dict):
-                raise ValueError(f"it names a file {name!r}")
+            if not stays_inside(name) or name == MANIFEST or not isinstance(entry, dict):
+                raise ValueError(f"it names a file {name[:200]!r}")
             size_bytes, sha256 = entry.get("size_bytes"), entry.get("sha256")
-            if type(size_bytes) is not int or size_bytes < 0 or not isinstance(sha256, str):
-                raise ValueError(f"it has no size and digest of {name!r}")
+            if type(size_bytes) is not int or not 0 <= size_bytes < 1 << 63:
+                raise ValueError(f"it has no size of {name!r}")
+            if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+                raise ValueError(f"it has no digest of {name!r}")
             files[name] = FileEntry(size_bytes, sha256)
+        if sum(entry.size_bytes for entry in files.values()) >= 1 << 63:
+            raise ValueError("it has more bytes than can be counted")
+        for key, value in about.items():
+            inner = [*value.keys(), *value.values()] if isinstance(value, dict) else (value,)
+            if not (_is_text(key) and all(_is_plain(one) for one in inner)):
+                raise ValueError(f"it says of {key[:200]!r} what no manifest does")
         return cls(about, files)
 
 
@@ -238,7 +251,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     try:
         with (folder / MANIFEST).open("rb") as file:
-            return Manifest.from_json(file.read(_MAX_MANIFEST_BYTES))
+            return Manifest.from_json(file.read(MAX_MANIFEST_BYTES))
     except FileNotFoundError:
         if not folder.is_dir():
             raise error("CHECKPOINT_NOT_FOUND", f'There is no checkpoint "{folder.name}".', name=folder.name) from None
@@ -304,9 +317,18 @@ def damaged(name: str, file: str, how: str) -> GradwireError:
     return error("CHECKPOINT_DAMAGED", text, name=name, file=file)
 
 
-def _stays_inside(name: str) -> bool:
-    parts = name.split("/")
-    return all(part not in ("", ".", "..") for part in parts) and name.isprintable() and "\\" not in name
+def _is_plain(value: object) -> bool:
+    """Whether a value can be passed on as it is: to other manifests, and to messages."""
+    number = isinstance(value, int | float) and abs(value) < 1 << 63
+    return value is None or number or (isinstance(value, str) and _is_text(value))
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return len(value) <= _MAX_TEXT
 
 
 def _refuse_taken(folder: Path, overwrite: bool) -> None:

@@ -97,5 +97,6 @@ def nothing(_responses: Sequence[TrainResponse]) -> None:
 
 
 def run_state_name(state: int) -> str:
-    """ "active" for RUN_STATE_ACTIVE, and so on."""
-    return RunState.Name(state).removeprefix("RUN_STATE_").lower()
+    """ "active" for RUN_STATE_ACTIVE, and so on; the number of one that only a newer trainer knows."""
+    known = RunState.DESCRIPTOR.values_by_number.get(state)
+    return str(state) if known is None else known.name.removeprefix("RUN_STATE_").lower()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gradwire import downloads
-from gradwire.errors import invalid_field
+from gradwire.errors import error, invalid_field
 from gradwire.transport import Connection
 from gradwire.v1 import checkpoint_pb2
 from gradwire.v1 import checkpoint_service_pb2 as pb
@@ -48,6 +48,7 @@ class Checkpoint:
         lora_rank: Of its run; 0 where all parameters train.
         checkpoint_type: "base", or "delta": what changed since the one at base_path.
         base_path: Of a delta; else "".
+        dtype: Of sampler weights: what their parameters are written in, such as "bfloat16"; else "".
         created_at: When it was saved, UTC.
         expires_at: When it is deleted, UTC; None for never.
         files: Empty in lists; `CheckpointClient.get` tells them.
@@ -66,6 +67,7 @@ class Checkpoint:
     base_path: str
     created_at: datetime
     expires_at: datetime | None
+    dtype: str = ""
     files: tuple[CheckpointFile, ...] = ()
 
 
@@ -161,7 +163,16 @@ def _checkpoint(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
         lora_rank=message.lora_rank,
         checkpoint_type="delta" if delta else "base",
         base_path=message.base_path,
-        created_at=message.created_at.ToDatetime(UTC),
-        expires_at=message.expires_at.ToDatetime(UTC) if message.HasField("expires_at") else None,
+        created_at=_time(message, "created_at"),
+        expires_at=_time(message, "expires_at") if message.HasField("expires_at") else None,
+        dtype=message.dtype,
         files=tuple(CheckpointFile(file.name, file.size_bytes, file.sha256) for file in message.files),
     )
+
+
+def _time(message: checkpoint_pb2.Checkpoint, field: str) -> datetime:
+    try:
+        return getattr(message, field).ToDatetime(UTC)
+    except (ValueError, OverflowError):
+        text = f"The trainer answered a {field} of {message.path[:200]!r} that is no time."
+        raise error("PROTOCOL_VIOLATION", text) from None

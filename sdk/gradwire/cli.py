@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradwire.answers import run_state_name
 from gradwire.downloads import download, export, get_checkpoint
 from gradwire.errors import GradwireError, UnavailableError
 from gradwire.server_commands import SERVER_COMMANDS, run_server_command
@@ -19,11 +20,13 @@ from gradwire.terminal import (
     print_json,
     print_message,
     print_table,
+    say,
     size_text,
     time_text,
 )
 from gradwire.transport import ClientTls, Connection
-from gradwire.v1 import checkpoint_pb2, run_pb2
+from gradwire.untrusted import stays_inside
+from gradwire.v1 import checkpoint_pb2
 from gradwire.v1 import checkpoint_service_pb2 as checkpoints
 from gradwire.v1 import trainer_service_pb2 as trainer
 from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (GradwireError, OSError) as exc:
         return _complain(exc, 1)
     except KeyboardInterrupt as exc:
-        print("gradwire: " + "; ".join(["stopped", *map(str, exc.args)]) + ".", file=sys.stderr)
+        say("gradwire: " + "; ".join(["stopped", *map(str, exc.args)]) + ".", out=sys.stderr)
         return 130
     finally:
         # A loop that is stuck on a disk ends with the process.
@@ -78,7 +81,7 @@ def _complain(exc: Exception, code: int) -> int:
     text = str(exc)
     if isinstance(exc, OSError) and not isinstance(exc, GradwireError) and exc.filename is not None:
         text = f"{exc.filename}: {exc.strerror}."
-    print(f"gradwire: {text}", file=sys.stderr)
+    say(f"gradwire: {text}", out=sys.stderr)
     return code
 
 
@@ -88,7 +91,8 @@ def _complain(exc: Exception, code: int) -> int:
 def _runs_list(connection: Connection, arguments: argparse.Namespace) -> None:
     answer = connection.call(TrainerServiceStub, "ListRuns", trainer.ListRunsRequest(), timeout_s=_TIMEOUT_S)
     rows = [
-        (run.run_id, _state(run), str(run.step), time_text(run.created_at), run.display_name) for run in answer.runs
+        (run.run_id, run_state_name(run.state), str(run.step), time_text(run.created_at), run.display_name)
+        for run in answer.runs
     ]
     _list(arguments, list(answer.runs), [("RUN", "STATE", "STEP", "CREATED", "NAME"), *rows])
 
@@ -119,7 +123,7 @@ def _runs_replay(connection: Connection, arguments: argparse.Namespace) -> int:
         print_json(as_json(answer))
     else:
         found = answer.difference
-        print(
+        say(
             f"{arguments.run_id} differs at seq_id {found.seq_id} ({found.kind}, behind optimizer step {found.step})."
             if differs
             else f"{arguments.run_id} came out as it did."
@@ -160,7 +164,9 @@ def _checkpoints_delete(connection: Connection, arguments: argparse.Namespace) -
 
 def _fetch(fetch: Callable[..., checkpoint_pb2.Checkpoint]) -> Callable[[Connection, argparse.Namespace], None]:
     def command(connection: Connection, arguments: argparse.Namespace) -> None:
-        folder = arguments.folder or Path(arguments.path.rpartition("/")[2] or "checkpoint")
+        # The path may have been copied from what a trainer said.
+        name = arguments.path.rpartition("/")[2]
+        folder = arguments.folder or Path(name if stays_inside(name) else "checkpoint")
         bar = ProgressBar()
         try:
             found = fetch(connection, arguments.path, folder, bar.update)
@@ -200,11 +206,7 @@ def _say(arguments: argparse.Namespace, text: str, **fields: str) -> None:
     if arguments.json:
         print_json(fields)
     else:
-        print(text)
-
-
-def _state(run: run_pb2.Run) -> str:
-    return run_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
+        say(text)
 
 
 # ── arguments ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gradwire.errors import GradwireError, error
+from gradwire.untrusted import parse_json, stays_inside
 
 DESCRIPTION = "delta.json"
 TENSORS = "delta.safetensors"
@@ -111,9 +112,13 @@ def safetensors_header(sizes: Mapping[str, list[int]]) -> bytes:
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def describe(folder: Path) -> dict[str, Any] | None:
+def describe(folder: Path, *, name: str = "") -> dict[str, Any] | None:
     """delta.json of a checkpoint: "base" ({"path", "files": {name: sha256}}) and "files" ({name: {"size_bytes",
     "sha256"}}); None where it is no delta.
+
+    Args:
+        folder: The checkpoint's.
+        name: What errors call it; "" is the folder's name.
 
     Raises:
         DataLossError: CHECKPOINT_DAMAGED.
@@ -122,57 +127,92 @@ def describe(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_bytes())
-        assert isinstance(found["base"]["path"], str)
-        assert set(found["base"]["files"]) == set(found["files"])
-        for name, entry in found["files"].items():
-            assert "/" not in name
-            assert name.endswith(".safetensors")
-            assert isinstance(entry["size_bytes"], int)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as exc:
-        raise _damaged(folder, DESCRIPTION) from exc
+        found = parse_json(path.read_bytes())
+        base, files = found["base"], found["files"]
+        sound = (
+            isinstance(base["path"], str)
+            and base["files"].keys() == files.keys()
+            and all(isinstance(sha256, str) for sha256 in base["files"].values())
+            and all(_sound_entry(file, entry) for file, entry in files.items())
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise _damaged(name or folder.name, DESCRIPTION) from exc
+    if not sound:
+        raise _damaged(name or folder.name, DESCRIPTION)
     return found
 
 
-def expand_folder(delta: Path, base: Path, out: Path) -> None:
+def _sound_entry(file: str, entry: Any) -> bool:
+    return (
+        "/" not in file
+        and stays_inside(file)
+        and file.endswith(".safetensors")
+        and type(entry["size_bytes"]) is int
+        and 0 <= entry["size_bytes"] < 1 << 63
+        and isinstance(entry["sha256"], str)
+    )
+
+
+def expand_folder(delta: Path, base: Path, out: Path, *, name: str = "") -> None:
     """Writes the whole checkpoint that a delta and its base make, comparing every digest.
 
     Args:
         delta: Folder of the delta.
         base: Folder of its base.
         out: A folder that is there and empty.
+        name: What errors call the delta; "" is its folder's name.
 
     Raises:
         DataLossError: CHECKPOINT_DAMAGED: the delta is damaged.
         FailedPreconditionError: DELTA_BASE_UNUSABLE: the base is not there, or not what the delta was made from.
     """
-    description = describe(delta)
+    name = name or delta.name
+    description = describe(delta, name=name)
     if description is None:
-        raise _damaged(delta, DESCRIPTION)
+        raise _damaged(name, DESCRIPTION)
     for path in delta.iterdir():
         if path.name not in (DESCRIPTION, TENSORS, "manifest.json") and not path.name.startswith("."):
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, out / path.name)
-    with (delta / TENSORS).open("rb") as tensors:
+    try:
+        tensors = (delta / TENSORS).open("rb")
+    except (FileNotFoundError, IsADirectoryError) as exc:
+        raise _damaged(name, TENSORS) from exc
+    with tensors:
+        chunks = _Chunks(name, tensors)
+        for file, entry in description["files"].items():
+            _expand_file(name, base / file, description["base"]["files"][file], out / file, entry, chunks)
+
+
+class _Chunks:
+    """The compressed chunks of an open delta.safetensors.
+
+    Raises:
+        DataLossError: CHECKPOINT_DAMAGED.
+    """
+
+    def __init__(self, name: str, file: BinaryIO) -> None:
+        self._file = file
+        header_bytes = int.from_bytes(file.read(8), "little")
         try:
-            header_bytes = int.from_bytes(tensors.read(8), "little")
-            header = json.loads(tensors.read(min(header_bytes, _MAX_HEADER_BYTES)))
+            self._header = parse_json(file.read(min(header_bytes, _MAX_HEADER_BYTES)))
         except ValueError as exc:
-            raise _damaged(delta, TENSORS) from exc
-        for name, entry in description["files"].items():
-            base_sha256 = description["base"]["files"][name]
-            _expand_file(delta, base / name, base_sha256, out / name, entry, tensors, header, 8 + header_bytes)
+            raise _damaged(name, TENSORS) from exc
+        self._start = 8 + header_bytes
+
+    def read(self, file: str, number: int) -> bytes:
+        """One chunk.
+
+        Raises:
+            ValueError, KeyError, TypeError: There is none, or it is longer than compressing could make it.
+        """
+        begin, end = self._header[f"{file}#{number}"]["data_offsets"]
+        if not (type(begin) is type(end) is int and 0 <= begin <= end <= min(begin + 2 * _CHUNK_BYTES, 1 << 62)):
+            raise ValueError(f"chunk {number} of {file} is from {begin} to {end}")
+        self._file.seek(self._start + begin)
+        return self._file.read(end - begin)
 
 
-def _expand_file(
-    delta: Path,
-    base: Path,
-    base_sha256: str,
-    out: Path,
-    entry: Mapping[str, Any],
-    tensors: BinaryIO,
-    header: Mapping[str, Any],
-    data_start: int,
-) -> None:
+def _expand_file(name: str, base: Path, base_sha256: str, out: Path, entry: Mapping[str, Any], chunks: _Chunks) -> None:
     digest, base_digest = hashlib.sha256(), hashlib.sha256()
     failed: Exception | None = None
     try:
@@ -180,13 +220,11 @@ def _expand_file(
             for number in range(-(-entry["size_bytes"] // _CHUNK_BYTES)):
                 chunk = old.read(_CHUNK_BYTES)
                 base_digest.update(chunk)
-                begin, end = header[f"{base.name}#{number}"]["data_offsets"]
-                tensors.seek(data_start + begin)
-                made = expand(chunk, tensors.read(end - begin))
+                made = expand(chunk, chunks.read(base.name, number))
                 digest.update(made)
                 file.write(made)
     except FileNotFoundError as exc:
-        raise unusable_base(delta.name, f"it has no {base.name}, or is not there any more") from exc
+        raise unusable_base(name, f"it has no {base.name}, or is not there any more") from exc
     except (ValueError, KeyError, TypeError) as exc:
         failed = exc
     if failed is None and digest.hexdigest() == entry["sha256"]:
@@ -194,8 +232,8 @@ def _expand_file(
     with base.open("rb") as old:
         base_is = hashlib.file_digest(old, "sha256").hexdigest()
     if base_is != base_sha256:
-        raise unusable_base(delta.name, "it was saved anew or damaged since") from failed
-    raise _damaged(delta, TENSORS) from failed
+        raise unusable_base(name, "it was saved anew or damaged since") from failed
+    raise _damaged(name, TENSORS) from failed
 
 
 def unusable_base(name: str, why: str) -> GradwireError:
@@ -204,6 +242,6 @@ def unusable_base(name: str, why: str) -> GradwireError:
     return error("DELTA_BASE_UNUSABLE", text, name=name)
 
 
-def _damaged(folder: Path, file: str) -> GradwireError:
-    text = f'The checkpoint "{folder.name}" is damaged: {file} is not as it was written. Load another one.'
-    return error("CHECKPOINT_DAMAGED", text, name=folder.name, file=file)
+def _damaged(name: str, file: str) -> GradwireError:
+    text = f'The checkpoint "{name}" is damaged: {file} is not as it was written. Load another one.'
+    return error("CHECKPOINT_DAMAGED", text, name=name, file=file)

@@ -15,6 +15,7 @@ import grpc.aio
 from gradwire import delta
 from gradwire.errors import GradwireError, error
 from gradwire.transport import LOOP, Connection
+from gradwire.untrusted import confined
 from gradwire.v1.checkpoint_pb2 import CHECKPOINT_KIND_SAMPLER_WEIGHTS, Checkpoint, CheckpointFile
 from gradwire.v1.checkpoint_service_pb2 import (
     DownloadCheckpointRequest,
@@ -93,13 +94,13 @@ def export(connection: Connection, path: str, folder: Path, progress: Progress =
     for each in (checkpoint, get_checkpoint(connection, checkpoint.base_path)):
         # By content, so that nothing is taken for another's that an earlier call left.
         digests = "".join(file.sha256 for file in each.files)
-        folders.append(aside / hashlib.sha256(digests.encode()).hexdigest()[:16] / each.name)
+        folders.append(aside / hashlib.sha256(digests.encode()).hexdigest()[:16])
         _fetch_files(connection, each, folders[-1], progress)
     whole = aside / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
     try:
-        delta.expand_folder(folders[0], folders[1], whole)
+        delta.expand_folder(folders[0], folders[1], whole, name=path)
     except GradwireError:
         shutil.rmtree(aside)
         raise
@@ -112,15 +113,21 @@ def export(connection: Connection, path: str, folder: Path, progress: Progress =
 
 def _fetch_files(connection: Connection, checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
     _make_folder(folder)
-    for file in checkpoint.files:
-        target = (folder / file.name).resolve()
-        if folder.resolve() not in target.parents:
-            text = f"{checkpoint.path} names a file outside its folder: {file.name!r}."
-            raise error("CHECKPOINT_DAMAGED", text, path=checkpoint.path)
+    # All of them are looked at before the first is written.
+    targets = [_target(checkpoint, file, folder) for file in checkpoint.files]
+    for file, target in zip(checkpoint.files, targets, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
         if not _has_content(target, file):
             _fetch_file(connection, checkpoint.path, file, target, progress)
         progress(file.name, file.size_bytes, file.size_bytes)
+
+
+def _target(checkpoint: Checkpoint, file: CheckpointFile, folder: Path) -> Path:
+    try:
+        return confined(folder, file.name)
+    except ValueError as exc:
+        text = f"{checkpoint.path} names a file {file.name[:200]!r}, which {exc}; nothing of it was fetched."
+        raise error("CHECKPOINT_DAMAGED", text, path=checkpoint.path) from None
 
 
 def _make_folder(folder: Path) -> None:
@@ -147,9 +154,13 @@ def _fetch_file(connection: Connection, path: str, file: CheckpointFile, target:
             return
         part.unlink()
         if not resumed:
-            text = f"{file.name} of {path} came with another content than the trainer says; it was removed. Try again."
-            raise error("CHECKPOINT_DAMAGED", text, path=path, file=file.name)
+            raise _damaged(path, file)
         # The part was of something else: of another checkpoint, or of this one before it was saved anew.
+
+
+def _damaged(path: str, file: CheckpointFile) -> GradwireError:
+    text = f"{file.name} of {path} came with another content than the trainer says; it was removed. Try again."
+    return error("CHECKPOINT_DAMAGED", text, path=path, file=file.name)
 
 
 def _complete(connection: Connection, path: str, file: CheckpointFile, part: Path, progress: Progress) -> None:
@@ -190,6 +201,10 @@ def _append(
                 message = LOOP.run(_read(connection, call))
                 if message is None:
                     return
+                if not message.data or offset + len(message.data) > file.size_bytes:
+                    # Nothing, for ever, or more than was said: neither may go on.
+                    part.unlink()
+                    raise _damaged(path, file)
                 _write(out, message.data, part)
                 offset += len(message.data)
     finally:

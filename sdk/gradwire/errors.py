@@ -33,6 +33,8 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from gradwire.untrusted import printable
+
 DOMAIN = "gradwire.v1"
 
 ERROR_CODES: dict[str, int] = {
@@ -326,7 +328,8 @@ def from_status(status: status_pb2.Status) -> GradwireError:
     reason = info.reason if info.domain == DOMAIN else ""
     cls = _BY_REASON.get(reason) or _BY_CODE.get(status.code, GradwireError)
     return cls(
-        status.message,
+        # It will stand in a traceback on a terminal.
+        printable(status.message, lines=True),
         reason=reason,
         metadata=dict(info.metadata),
         field_violations=tuple((v.field, v.description) for v in bad_request.field_violations),
@@ -346,4 +349,4 @@ def from_rpc_error(exc: grpc.RpcError) -> GradwireError:
         return from_status(status)
     code = exc.code()
     number = code.value[0] if isinstance(code, grpc.StatusCode) else code_pb2.UNKNOWN
-    return _BY_CODE.get(number, GradwireError)(exc.details() or str(exc), code=number)
+    return _BY_CODE.get(number, GradwireError)(printable(exc.details() or str(exc), lines=True), code=number)

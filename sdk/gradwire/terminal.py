@@ -10,7 +10,10 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-from google.protobuf.json_format import MessageToDict
+from google.protobuf.json_format import MessageToDict, SerializeToJsonError
+
+from gradwire.errors import error
+from gradwire.untrusted import printable
 
 _MOVING_INTERVAL_S = 0.1
 _LINE_INTERVAL_S = 5.0
@@ -20,20 +23,33 @@ _NOTE_COLUMNS = len("1023.9 MiB/s")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
+# ── texts that others wrote ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def say(text: str, *, out: TextIO | None = None) -> None:
+    """A line, whoever wrote its words. Everything printed goes through here, but a bar that moves.
+
+    Args:
+        text: It.
+        out: Where to; None is standard output.
+    """
+    print(printable(text).rstrip(), file=out, flush=out is not None)
+
+
 # ── results, on standard output ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def print_json(found: Any) -> None:
-    """For programs."""
-    print(json.dumps(found, indent=2))
+    """For programs. All that is not ASCII is escaped, and so is what a terminal would obey."""
+    print(json.dumps(found, indent=2).replace("\x7f", "\\u007f"))
 
 
 def print_table(rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
     """Columns side by side, each as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print(f"{indent}{printable(line)}".rstrip())
+    shown = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    for row in shown:
+        say(indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
 
 
 def print_message(message: Any) -> None:
@@ -51,13 +67,20 @@ def print_message(message: Any) -> None:
     print_table(rows)
     for name, values in lists:
         if values:
-            print(f"{name}:")
+            say(f"{name}:")
             print_table([[str(cell) for cell in each.values()] for each in values], indent="  ")
 
 
 def as_json(message: Any) -> dict[str, Any]:
-    """A message in protobuf's JSON, its fields in the order they are declared in."""
-    found = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    """A message in protobuf's JSON, its fields in the order they are declared in.
+
+    Raises:
+        InvalidArgumentError: PROTOCOL_VIOLATION: it says what no message can, such as a time after the year 9999.
+    """
+    try:
+        found = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    except (ValueError, SerializeToJsonError) as exc:
+        raise error("PROTOCOL_VIOLATION", f"The trainer answered what cannot be shown: {exc}.") from None
     return _in_order(message.DESCRIPTOR, found)
 
 
@@ -75,7 +98,7 @@ def _in_order(descriptor: Any, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(field: Any, value: Any) -> str:
-    if field.enum_type is not None:
+    if field.enum_type is not None and isinstance(value, str):
         return value.removeprefix(field.enum_type.values[0].name.removesuffix("UNSPECIFIED")).lower()
     if field.name == "size_bytes":
         return f"{value} ({size_text(int(value))})"
@@ -83,19 +106,17 @@ def _text(field: Any, value: Any) -> str:
 
 
 def time_text(stamp: Any) -> str:
-    """A protobuf Timestamp, to the second."""
-    return datetime.fromtimestamp(stamp.seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    """A protobuf Timestamp, to the second; "?" for one that is no time."""
+    try:
+        return datetime.fromtimestamp(stamp.seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        return "?"
 
 
 def size_text(size_bytes: float) -> str:
     """ "1.5 MiB"."""
     exponent = _exponent(size_bytes)
     return f"{_scaled(size_bytes, exponent)} {_UNITS[exponent]}"
-
-
-def printable(text: str) -> str:
-    """Text of somebody else's without what a terminal would obey."""
-    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _exponent(size_bytes: float) -> int:
@@ -184,7 +205,7 @@ class ProgressBar:
         done = _scaled(done_bytes, exponent)
         if not self._moving:
             parts = (f"{percent}%", size if whole else f"{done} of {size}", note)
-            print(f"{printable(file)}: {', '.join(part for part in parts if part)}", file=self._out, flush=True)
+            say(f"{file}: {', '.join(part for part in parts if part)}", out=self._out)
             return
         columns = _columns(self._out)
         bar_columns = 20 if columns >= 100 else 10 if columns >= 80 else 0

@@ -203,7 +203,7 @@ class TrainingClient:
     # ── saving and loading ────────────────────────────────────────────────────────────────────────────────────────
 
     def save_weights_for_sampler(
-        self, name: str, *, overwrite: bool = False, merged: bool = False
+        self, name: str, *, overwrite: bool = False, merged: bool = False, dtype: Any = None
     ) -> APIFuture[SaveWeightsResult]:
         """Exports the parameters on the trainer's host: as a Hugging Face folder, those of a LoRA run as a peft folder.
 
@@ -211,10 +211,15 @@ class TrainingClient:
             name: Letters, digits, '.', '_' and '-'.
             merged: Of a LoRA run: a Hugging Face folder with the adapter added into the base model's weights.
             overwrite: Replace a checkpoint of that name; otherwise a taken name is refused (AlreadyExistsError).
+            dtype: What a Hugging Face folder's parameters are written in, as a name or torch's own: "float32", as they
+                train, without loss, or that of the base model's files, such as "bfloat16". None: the latter; of a
+                delta, its base's. An adapter is written in float32.
         """
         self._refuse_inside_loss("save_weights_for_sampler")
         request = TrainRequest(
-            save_weights_for_sampler=ops.SaveWeightsForSamplerRequest(name=name, overwrite=overwrite, merged=merged)
+            save_weights_for_sampler=ops.SaveWeightsForSamplerRequest(
+                name=name, overwrite=overwrite, merged=merged, dtype=_dtype_name(dtype)
+            )
         )
         return self._send("save_weights_for_sampler", [request], answers.save_weights, barrier=True)
 
@@ -241,6 +246,7 @@ class TrainingClient:
         *,
         overwrite: bool = False,
         merged: bool = False,
+        dtype: Any = None,
         timeout_s: float | None = None,
     ) -> SaveWeightsResult:
         """As save_weights_for_sampler, but waits.
@@ -251,6 +257,7 @@ class TrainingClient:
                 loss, smaller, and loadable as long as that base is there.
             overwrite: As there.
             merged: As there.
+            dtype: As there.
             timeout_s: Longest wait, seconds; None waits until it is done or given up.
 
         Raises:
@@ -260,7 +267,11 @@ class TrainingClient:
             raise invalid_field("checkpoint_type", f'is {checkpoint_type!r}; it must be "base" or "delta".')
         self._refuse_inside_loss("save_weights_for_sampler_ext")
         request = ops.SaveWeightsForSamplerRequest(
-            name=name, overwrite=overwrite, merged=merged, checkpoint_type=_CHECKPOINT_TYPES[checkpoint_type]
+            name=name,
+            overwrite=overwrite,
+            merged=merged,
+            checkpoint_type=_CHECKPOINT_TYPES[checkpoint_type],
+            dtype=_dtype_name(dtype),
         )
         sent = [TrainRequest(save_weights_for_sampler=request)]
         return self._send("save_weights_for_sampler", sent, answers.save_weights, barrier=True).result(timeout_s)
@@ -390,6 +401,11 @@ class TrainingClient:
         else:
             LOOP.call_soon(self._stream.submit, Call(deque(operations), barrier=barrier))
         return APIFuture(gather.future, what)
+
+
+def _dtype_name(dtype: Any) -> str:
+    """ "bfloat16" for that or torch.bfloat16; "" for None."""
+    return "" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _with_batch(kind: str, settings: Message, batch: Batch) -> Parts:

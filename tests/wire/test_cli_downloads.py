@@ -251,7 +251,7 @@ def test_a_damaged_delta_and_a_folder_that_is_not_empty_are_refused(trainer: Fro
     put_delta(trainer, tmp_path, compressed=lambda chunks: bytes(len(chunks)))
     folder = tmp_path / "exported"
     said = gradwire(url(trainer), "export", DELTA, folder, code=1).stderr.splitlines()[-1]
-    assert 'The checkpoint "delta" is damaged' in said
+    assert f'The checkpoint "{DELTA}" is damaged' in said
     assert names(folder) == set()
     (folder / "mine").touch()
     assert "is not empty" in refusal(url(trainer), "export", DELTA, folder)

@@ -5,25 +5,28 @@ for `find` without a store, which reads one small file.
 """
 
 import contextlib
-import io
+import functools
 import json
 import logging
-import os
 import shutil
 import threading
 import time
 import uuid
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from gradwire.errors import GradwireError, error
+from gradwire.errors import DataLossError, GradwireError, error
+from gradwire.untrusted import parse_json
 
 from trainer_service.access import current_caller
-from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPath
-from trainer_service.checkpoints.files import check_range, opened, pieces, read_at, replace
-from trainer_service.checkpoints.storage import OWNER, UPLOAD, Storage, read_owner, write_owner
+from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, CheckpointPath
+from trainer_service.checkpoints import manifests
+from trainer_service.checkpoints.files import check_range, open_at, opened, pieces, read_at, replace
+from trainer_service.checkpoints.local import LocalManifests
+from trainer_service.checkpoints.manifests import UPLOAD
+from trainer_service.checkpoints.storage import OWNER, Storage, read_owner, write_owner
 from trainer_service.folders import MANIFEST, Manifest, alone, damaged, whole_folder
 
 logger = logging.getLogger(__name__)
@@ -55,12 +58,12 @@ class Checkpoint:
     @property
     def created_at(self) -> datetime:
         """When it was saved."""
-        return _time(self.manifest.about.get("created_at")) or datetime.fromtimestamp(0, UTC)
+        return manifests.time_of(self.manifest.about, "created_at") or datetime.fromtimestamp(0, UTC)
 
     @property
     def expires_at(self) -> datetime | None:
         """When it is deleted; None for never."""
-        return _time(self.manifest.about.get("expires_at"))
+        return manifests.time_of(self.manifest.about, "expires_at")
 
     @property
     def base_path(self) -> str:
@@ -83,7 +86,7 @@ class Catalog:
         self.storage = storage
         self.root = root
         self._lock = threading.RLock()
-        self._manifests: dict[Path, tuple[object, Manifest]] = {}
+        self._local = LocalManifests(root)
         self._owners: dict[str, str | None] = {}
         self._claimed: set[tuple[str, str]] = set()
         self._looked: dict[CheckpointPath, tuple[float, Checkpoint | GradwireError | None]] = {}
@@ -108,7 +111,7 @@ class Catalog:
             for checkpoint in everything
             if (not run_id or checkpoint.path.run_id == run_id)
             and (not kind or checkpoint.path.kind == kind)
-            and _may_see(checkpoint)
+            and _may_see(checkpoint.owner)
             and (not _expired(checkpoint) or str(checkpoint.path) in kept)
         ]
         return sorted(found, key=lambda checkpoint: (checkpoint.created_at, checkpoint.path), reverse=True)
@@ -124,10 +127,17 @@ class Catalog:
         Raises:
             InvalidArgumentError: INVALID_FIELD: it is no path.
             NotFoundError: CHECKPOINT_NOT_FOUND, whether there is none, it has expired, or it is somebody else's.
+            DataLossError: CHECKPOINT_DAMAGED: its manifest is; it can only be deleted.
             FailedPreconditionError: STORAGE_FAILED: the store cannot be read, and there is no copy here.
         """
-        found = self._look(CheckpointPath.parse(path, field=field), recent=recent)
-        if found is not None and _may_see(found) and (not _expired(found) or self._is_base(found)):
+        parsed = CheckpointPath.parse(path, field=field)
+        try:
+            found = self._look(parsed, recent=recent)
+        except DataLossError:
+            if _may_see(self._owner(parsed.run_id)):
+                raise
+            found = None
+        if found is not None and _may_see(found.owner) and (not _expired(found) or self._is_base(found)):
             return found
         raise error(
             "CHECKPOINT_NOT_FOUND",
@@ -170,7 +180,7 @@ class Catalog:
             return
         # One upload a folder, of whatever trainer; who deletes it waits.
         with alone(folder):
-            manifest = self._local(parsed)
+            manifest = self._local.find(parsed)
             if manifest is None or self._copy_of(parsed) is not None:
                 return
             upload = self.storage.upload(parsed, folder, manifest, self._owner(parsed.run_id) or "")
@@ -190,7 +200,10 @@ class Catalog:
             return
         try:
             if found.base_path:
-                self.fetch(self.find(found.base_path))
+                base = self.find(found.base_path)
+                if base.base_path:
+                    raise damaged(found.path.name, MANIFEST, f"names a delta as its base: {base.path}")
+                self.fetch(base)
             if not self._is_here(found):
                 self._download(self.storage, found)
         except (GradwireError, OSError) as exc:
@@ -221,7 +234,7 @@ class Catalog:
                 self.storage.replace_manifest(found.path, changed(stored))
             with contextlib.suppress(FileNotFoundError), opened(found.path.folder(self.root)) as folder:
                 # Read from the folder it is written to, which may have been replaced since it was found.
-                local = changed(Manifest.from_json(read_at(folder, MANIFEST)))
+                local = changed(manifests.read(found.path, read_at(folder, MANIFEST)))
                 replace(folder, MANIFEST, local.to_json().encode())
             self._looked.pop(found.path, None)
             return Checkpoint(found.path, changed(found.manifest), found.owner)
@@ -232,11 +245,14 @@ class Catalog:
         Raises:
             As find; FailedPreconditionError: CHECKPOINT_IN_USE: deltas build on it; STORAGE_FAILED: nothing was done.
         """
-        found = self.find(path)
+        parsed = CheckpointPath.parse(path)
+        with contextlib.suppress(DataLossError):
+            # What is damaged can be deleted by those who may see it.
+            self.find(path)
         with contextlib.ExitStack() as stack:
             # Not while it is being stored, which would bring it back.
             with contextlib.suppress(FileNotFoundError):
-                stack.enter_context(alone(found.path.folder(self.root)))
+                stack.enter_context(alone(parsed.folder(self.root)))
             stack.enter_context(self._lock)
             if deltas := [other for other in self._all() if other.base_path == path and not _expired(other)]:
                 raise error(
@@ -245,7 +261,7 @@ class Catalog:
                     path=path,
                     delta=deltas[0].path,
                 )
-            self._remove(found.path)
+            self._remove(parsed)
 
     def open(self, found: Checkpoint, name: str, *, offset: int = 0, sha256: str = "") -> Generator[bytes]:
         """A file's bytes from an offset on, in pieces of some MiB.
@@ -262,9 +278,9 @@ class Catalog:
         if self._is_here(found):
             with contextlib.suppress(FileNotFoundError), opened(found.path.folder(self.root)) as folder:
                 # The manifest again, of the very folder the file is read from.
-                manifest = Manifest.from_json(read_at(folder, MANIFEST))
+                manifest = manifests.read(found.path, read_at(folder, MANIFEST))
                 if name in manifest.files:
-                    handle = io.FileIO(os.open(name, os.O_RDONLY, dir_fd=folder))
+                    handle = open_at(folder, name, of=found.path.name)
         try:
             check_range(manifest, name, offset, sha256)
         except GradwireError:
@@ -272,7 +288,7 @@ class Catalog:
                 handle.close()
             raise
         if handle is not None:
-            return pieces(handle, offset)
+            return pieces(handle, offset, manifest.files[name].size_bytes)
         if self.storage is None:
             raise damaged(found.path.name, name, "is missing")
         return self.storage.read(found.path, manifest, name, offset)
@@ -283,17 +299,24 @@ class Catalog:
         """Deletes what has expired, and uploads what could not be uploaded before.
 
         Raises:
-            FailedPreconditionError: STORAGE_FAILED.
+            FailedPreconditionError: STORAGE_FAILED, of the first that failed; whatever else could be done is done.
         """
         everything = list(self._all())
         kept = _bases(everything)
-        for checkpoint in everything:
-            # A base stays as long as its deltas.
-            if _expired(checkpoint) and str(checkpoint.path) not in kept:
-                self._expire(checkpoint)
+        # A base stays as long as its deltas.
+        expired = [one for one in everything if _expired(one) and str(one.path) not in kept]
+        work: list[Callable[[], object]] = [functools.partial(self._expire, one) for one in expired]
         if self.storage is not None:
-            for path in list(self._local_paths()):
-                self.store(str(path))
+            work += [functools.partial(self.store, str(path)) for path in self._local.paths()]
+        failures: list[Exception] = []
+        for each in work:
+            # One that cannot be deleted or stored is no reason to leave the others.
+            try:
+                each()
+            except (GradwireError, OSError) as exc:
+                failures.append(exc)
+        if failures:
+            raise failures[0]
 
     def _expire(self, checkpoint: Checkpoint) -> None:
         """Deletes a checkpoint unless it was kept for longer, or saved anew, since it was looked at."""
@@ -324,14 +347,19 @@ class Catalog:
         trash.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             path.folder(self.root).rename(trash)
-        self._manifests.pop(path.folder(self.root) / MANIFEST, None)
+        self._local.forget(path)
         shutil.rmtree(trash, ignore_errors=True)
 
     # ── store and cache ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _look(self, path: CheckpointPath, *, recent: bool = False) -> Checkpoint | None:
-        """What is at a path, whosever it is."""
-        local = self._local(path)
+        """What is at a path, whosever it is.
+
+        Raises:
+            DataLossError: CHECKPOINT_DAMAGED.
+            FailedPreconditionError: STORAGE_FAILED.
+        """
+        local = self._local.read(path) if self.storage is None else self._local.find(path)
         if self.storage is None or (local is not None and self._copy_of(path) is None):
             return None if local is None else Checkpoint(path, local, self._owner(path.run_id))
         looked_s, outcome = self._looked.get(path, (-_RECENT_S, None))
@@ -360,7 +388,7 @@ class Catalog:
     def _copy_of(self, path: CheckpointPath) -> str | None:
         """The upload that the local folder is a copy of; None where it is none."""
         try:
-            mark = json.loads((path.folder(self.root) / _STORED).read_bytes())
+            mark = parse_json((path.folder(self.root) / _STORED).read_bytes())
         except (OSError, ValueError):
             return None
         ours = self.storage is not None and isinstance(mark, dict) and mark.get("url") == self.storage.url
@@ -372,7 +400,7 @@ class Catalog:
 
     def _is_here(self, found: Checkpoint) -> bool:
         """Whether the local folder has it, or what was saved here since."""
-        local = self._local(found.path)
+        local = self._local.find(found.path)
         copy = self._copy_of(found.path)
         return local is not None and (copy in (None, found.manifest.about.get(UPLOAD)) or local == found.manifest)
 
@@ -402,35 +430,11 @@ class Catalog:
         stored = self.storage.manifests() if self.storage else {}
         local = {
             path: manifest
-            for path in self._local_paths()
-            if (manifest := self._local(path)) is not None and self._copy_of(path) is None
+            for path in self._local.paths()
+            if (manifest := self._local.find(path)) is not None and self._copy_of(path) is None
         }
         for path, manifest in {**stored, **local}.items():
             yield Checkpoint(path, manifest, self._owner(path.run_id))
-
-    def _local_paths(self) -> Iterator[CheckpointPath]:
-        for kind in (STATE, SAMPLER_WEIGHTS):
-            for file in self.root.glob(f"*/{kind}/*/{MANIFEST}"):
-                run_id, _, name, _ = file.relative_to(self.root).parts
-                # Not those being written, whose names begin with a dot.
-                with contextlib.suppress(GradwireError):
-                    yield CheckpointPath.parse(str(CheckpointPath(run_id, kind, name)))
-
-    def _local(self, path: CheckpointPath) -> Manifest | None:
-        file = path.folder(self.root) / MANIFEST
-        try:
-            stat = file.stat()
-            stamp = stat.st_mtime_ns, stat.st_size, stat.st_ino
-            known = self._manifests.get(file)
-            if known is None or known[0] != stamp:
-                known = self._manifests[file] = stamp, Manifest.from_json(file.read_bytes())
-            return known[1]
-        except (FileNotFoundError, NotADirectoryError):
-            self._manifests.pop(file, None)
-            return None
-        except (OSError, ValueError) as exc:
-            logger.warning("A manifest cannot be read.", extra={"fields": {"file": str(file), "error": str(exc)}})
-            return None
 
     def _owner(self, run_id: str) -> str | None:
         if self._owners.get(run_id) is None:
@@ -446,18 +450,10 @@ def _bases(checkpoints: Iterable[Checkpoint]) -> set[str]:
     return {checkpoint.base_path for checkpoint in checkpoints if not _expired(checkpoint)}
 
 
-def _may_see(checkpoint: Checkpoint) -> bool:
+def _may_see(owner: str | None) -> bool:
     caller = current_caller.get()
-    return caller.admin if checkpoint.owner is None else caller.may_see(checkpoint.owner)
+    return caller.admin if owner is None else caller.may_see(owner)
 
 
 def _expired(checkpoint: Checkpoint) -> bool:
     return checkpoint.expires_at is not None and checkpoint.expires_at <= datetime.now(UTC)
-
-
-def _time(text: object) -> datetime | None:
-    try:
-        time = datetime.fromisoformat(str(text))
-    except ValueError:
-        return None
-    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)

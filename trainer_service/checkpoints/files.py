@@ -3,13 +3,14 @@
 import contextlib
 import io
 import os
+import stat
 import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from gradwire.errors import error, invalid_field
 
-from trainer_service.folders import Manifest
+from trainer_service.folders import Manifest, damaged
 
 _PIECE_BYTES = 4 << 20
 
@@ -31,11 +32,11 @@ def check_range(manifest: Manifest, name: str, offset: int, sha256: str) -> None
         raise invalid_field("offset", f"is {offset}, but {name} has {entry.size_bytes} bytes.")
 
 
-def pieces(file: io.FileIO, offset: int) -> Generator[bytes]:
-    """An open file's bytes from an offset on; closed at the end."""
+def pieces(file: io.FileIO, offset: int, size_bytes: int) -> Generator[bytes]:
+    """An open file's bytes from an offset to a size; closed at the end."""
     with file:
         file.seek(offset)
-        while piece := file.read(_PIECE_BYTES):
+        while piece := file.read(min(_PIECE_BYTES, max(0, size_bytes - file.tell()))):
             yield piece
 
 
@@ -53,6 +54,36 @@ def read_at(folder: int, name: str) -> bytes:
     """The content of a small file in an opened folder."""
     with os.fdopen(os.open(name, os.O_RDONLY, dir_fd=folder), "rb") as file:
         return file.read()
+
+
+def open_at(folder: int, name: str, *, of: str) -> io.FileIO:
+    """A file in an opened folder, or in one of its own; links are not followed.
+
+    Args:
+        folder: The checkpoint's.
+        name: Of the file.
+        of: Name of the checkpoint, for errors.
+
+    Raises:
+        FileNotFoundError: There is none.
+        DataLossError: CHECKPOINT_DAMAGED: something else is in its place.
+    """
+    *parents, last = name.split("/")
+    with contextlib.ExitStack() as stack:
+        try:
+            for part in parents:
+                folder = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                stack.callback(os.close, folder)
+            # Not to wait for whoever would write into a pipe.
+            found = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+        except FileNotFoundError:
+            raise
+        except OSError as exc:
+            raise damaged(of, name, f"cannot be read: {exc.strerror}") from exc
+    if not stat.S_ISREG(os.fstat(found).st_mode):
+        os.close(found)
+        raise damaged(of, name, "is no file")
+    return io.FileIO(found)
 
 
 def replace(folder: int, name: str, content: bytes) -> None:

@@ -11,6 +11,8 @@ Files stream through a few MiB of memory. Blocking: for threads, not for an even
 
 import contextlib
 import json
+import logging
+import os
 import posixpath
 import uuid
 from collections.abc import Generator, Iterator
@@ -18,16 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from gradwire.errors import GradwireError, error
+from fsspec.implementations.local import LocalFileSystem
+from gradwire.errors import DataLossError, GradwireError, error
+from gradwire.untrusted import parse_json
 
 from trainer_service.checkpoint_path import CheckpointPath
-from trainer_service.folders import MANIFEST, FolderWriter, Manifest, damaged
+from trainer_service.checkpoints import manifests
+from trainer_service.checkpoints.manifests import UPLOAD
+from trainer_service.folders import MANIFEST, MAX_MANIFEST_BYTES, FolderWriter, Manifest, damaged
+
+logger = logging.getLogger(__name__)
 
 OWNER = "owner.json"
-UPLOAD = "upload"
-"""Key of a stored manifest: the folder its files are in."""
 
 _CHUNK_BYTES = 8 << 20
+_MAX_OWNER_BYTES = 4096
 
 
 class Storage:
@@ -48,7 +55,7 @@ class Storage:
         except (ImportError, ValueError) as exc:
             raise ValueError(f"{url} cannot be used as a store: {exc}") from exc
         self._root = root.rstrip("/")
-        self._known: dict[str, tuple[object, Manifest]] = {}
+        self._known: dict[str, tuple[object, Manifest | GradwireError]] = {}
 
     def manifests(self) -> dict[CheckpointPath, Manifest]:
         """What is stored. Manifests seen before are read again only if they changed."""
@@ -62,27 +69,32 @@ class Storage:
             inside = full.removeprefix(self._root).lstrip("/")
             if posixpath.basename(inside) != MANIFEST:
                 continue
-            # Something else may lie there, and a damaged manifest must not hide the others.
+            # Something else may lie there, and a damaged manifest hides nothing but itself.
             with contextlib.suppress(GradwireError):
                 path = CheckpointPath.parse(f"gradwire://{posixpath.dirname(inside)}")
-                listed[path] = self._manifest(path, _stamp(info))
+                listed[path] = self._manifest(path, info)
         return listed
 
     def manifest(self, path: CheckpointPath) -> Manifest | None:
-        """What is stored at a path; None for nothing."""
+        """What is stored at a path; None for nothing.
+
+        Raises:
+            DataLossError: CHECKPOINT_DAMAGED.
+        """
         with self._speaking("looked at"):
             self._fs.invalidate_cache()
             try:
                 info = self._fs.info(self._at(path, MANIFEST))
             except FileNotFoundError:
                 return None
-        return self._manifest(path, _stamp(info))
+        return self._manifest(path, info)
 
     def owner(self, run_id: str) -> str | None:
         """Whose a run's checkpoints are; None if nothing says so."""
         with self._speaking("read"):
             try:
-                content = self._fs.cat_file(f"{self._root}/{run_id}/{OWNER}")
+                with self._fs.open(f"{self._root}/{run_id}/{OWNER}", "rb") as file:
+                    content = file.read(_MAX_OWNER_BYTES)
             except FileNotFoundError:
                 return None
         return read_owner(content)
@@ -93,7 +105,11 @@ class Storage:
         Returns:
             What the stored manifest says under UPLOAD.
         """
-        before = self.manifest(path)
+        try:
+            before = self.manifest(path)
+        except DataLossError:
+            # It names no folder that could be trusted to be its own.
+            before = None
         upload = uuid.uuid4().hex[:12]
         with self._speaking("stored"):
             try:
@@ -131,22 +147,36 @@ class Storage:
                 raise damaged(path.name, name, f"has another content in {self.url} than was stored")
 
     def read(self, path: CheckpointPath, manifest: Manifest, name: str, offset: int = 0) -> Generator[bytes]:
-        """A file's bytes from an offset on."""
+        """A file's bytes from an offset on, and no more of them than its manifest says.
+
+        Raises:
+            DataLossError: CHECKPOINT_DAMAGED: it is not there, or a link out of the checkpoint's folder.
+        """
+        place = self._at(path, str(manifest.about.get(UPLOAD)), name)
+        self._check_place(path, place, name)
         with self._speaking("read"):
-            file = self._fs.open(
-                self._at(path, str(manifest.about.get(UPLOAD)), name), "rb", block_size=_CHUNK_BYTES, cache_type="none"
-            )
+            try:
+                file = self._fs.open(place, "rb", block_size=_CHUNK_BYTES, cache_type="none")
+            except FileNotFoundError:
+                raise damaged(path.name, name, f"is missing in {self.url}") from None
+        left = manifest.files[name].size_bytes - offset
         with file:
             file.seek(offset)
-            while True:
+            while left > 0:
                 with self._speaking("read"):
-                    chunk = file.read(_CHUNK_BYTES)
+                    chunk = file.read(min(left, _CHUNK_BYTES))
                 if not chunk:
                     return
+                left -= len(chunk)
                 yield chunk
 
     def delete(self, path: CheckpointPath) -> None:
-        """Deletes a checkpoint, its manifest first."""
+        """Deletes a checkpoint, its manifest first.
+
+        Raises:
+            DataLossError: CHECKPOINT_DAMAGED: there is a link to somewhere else in its place.
+        """
+        self._check_place(path, self._at(path, ""), "its folder")
         with self._speaking("deleted"):
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._at(path, MANIFEST))
@@ -154,18 +184,47 @@ class Storage:
                 self._fs.rm(self._at(path), recursive=True)
         self._known.pop(path.key, None)
 
-    def _manifest(self, path: CheckpointPath, stamp: object) -> Manifest:
+    def _manifest(self, path: CheckpointPath, info: dict[str, Any]) -> Manifest:
+        stamp = _stamp(info)
         known = self._known.get(path.key)
-        if known is not None and stamp is not None and known[0] == stamp:
-            return known[1]
-        with self._speaking("read"):
-            content = self._fs.cat_file(self._at(path, MANIFEST))
+        if known is None or stamp is None or known[0] != stamp:
+            known = self._known[path.key] = stamp, self._read_manifest(path, info)
+        if isinstance(known[1], GradwireError):
+            raise known[1]
+        return known[1]
+
+    def _read_manifest(self, path: CheckpointPath, info: dict[str, Any]) -> Manifest | GradwireError:
+        """A manifest, or what is wrong with it, which is so until it is changed."""
         try:
-            manifest = Manifest.from_json(content)
-        except ValueError as exc:
-            raise damaged(path.name, MANIFEST, f"cannot be read: {exc}") from exc
-        self._known[path.key] = stamp, manifest
+            if (info.get("size") or 0) > MAX_MANIFEST_BYTES:
+                raise damaged(path.name, MANIFEST, f"has {info['size']} bytes")
+            place = self._at(path, MANIFEST)
+            self._check_place(path, place, MANIFEST)
+            with self._speaking("read"):
+                content = self._fs.cat_file(place)
+            manifest = manifests.read(path, content)
+            if UPLOAD not in manifest.about:
+                raise damaged(path.name, MANIFEST, "does not say where its files are")
+        except DataLossError as exc:
+            logger.warning(
+                "A manifest in the store is damaged.", extra={"fields": {"path": str(path), "error": str(exc)}}
+            )
+            return exc
         return manifest
+
+    def _check_place(self, path: CheckpointPath, place: str, name: str) -> None:
+        """Of a store that is a folder, where links may lie that lead out of a checkpoint's, and pipes."""
+        if not isinstance(self._fs, LocalFileSystem):
+            return
+        try:
+            real = os.path.realpath(place, strict=False)
+        except OSError as exc:
+            raise damaged(path.name, name, f"cannot be read: {exc.strerror}") from None
+        if not f"{real}/".startswith(os.path.realpath(self._root) + f"/{path.key}/"):
+            raise damaged(path.name, name, "is a link that leads out of its folder")
+        if os.path.exists(real) and not (os.path.isfile(real) or os.path.isdir(real)):
+            # A pipe, from which one would read for ever.
+            raise damaged(path.name, name, "is no file")
 
     def _forget(self, path: CheckpointPath, upload: object) -> None:
         """Removes an upload that nothing names; what stays costs room and harms nothing."""
@@ -191,7 +250,7 @@ class Storage:
 def read_owner(content: bytes) -> str | None:
     """What write_owner wrote; None for something else."""
     try:
-        owner = json.loads(content)["owner"]
+        owner = parse_json(content)["owner"]
     except (ValueError, TypeError, KeyError):
         return None
     return owner if isinstance(owner, str) else None

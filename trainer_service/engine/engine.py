@@ -307,9 +307,18 @@ class Engine:
             self._count_held()
 
     def save_weights_for_sampler(
-        self, run_id: str, name: str, *, merged: bool = False, delta: bool = False, overwrite: bool = False
+        self,
+        run_id: str,
+        name: str,
+        *,
+        merged: bool = False,
+        delta: bool = False,
+        overwrite: bool = False,
+        dtype: str = "",
     ) -> SavedCheckpoint:
         """Exports the parameters as a Hugging Face folder; those of a LoRA run, unless merged, as a peft folder.
+
+        `dtype` as in Checkpoints.save_weights_for_sampler.
 
         Raises:
             AlreadyExistsError: CHECKPOINT_EXISTS.
@@ -319,7 +328,9 @@ class Engine:
 
         def work() -> SavedCheckpoint:
             model = self._base_models.merged(run) if merged and run.adapter is not None else None
-            return self._checkpoints.save_weights_for_sampler(run, name, merged=model, delta=delta, overwrite=overwrite)
+            return self._checkpoints.save_weights_for_sampler(
+                run, name, merged=model, delta=delta, overwrite=overwrite, dtype=dtype
+            )
 
         return self._attempt(work, what="the merged weights")
 

@@ -81,12 +81,13 @@ def _message(checkpoint: Checkpoint, *, files: bool = False) -> messages.Checkpo
         kind=messages.CHECKPOINT_KIND_STATE if path.kind == STATE else messages.CHECKPOINT_KIND_SAMPLER_WEIGHTS,
         name=path.name,
         size_bytes=manifest.size_bytes,
-        step=about.get("step", 0),
-        base_model=about.get("base_model", ""),
-        architecture=about.get("architecture", ""),
-        lora_rank=about.get("lora_rank", 0),
-        checkpoint_type=_TYPES.get(about.get("checkpoint_type", ""), messages.CHECKPOINT_TYPE_BASE),
+        step=about.get("step") or 0,
+        base_model=about.get("base_model") or "",
+        architecture=about.get("architecture") or "",
+        lora_rank=about.get("lora_rank") or 0,
+        checkpoint_type=_TYPES.get(about.get("checkpoint_type") or "", messages.CHECKPOINT_TYPE_BASE),
         base_path=checkpoint.base_path,
+        dtype=about.get("dtype") or "",
     )
     if lora := about.get("lora"):
         flags = {name: lora[name] for name in ("train_mlp", "train_attn", "train_unembed")}

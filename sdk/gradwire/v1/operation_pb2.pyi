@@ -210,7 +210,7 @@ class CancelResponse(_message.Message):
     def __init__(self, dropped: _Optional[int] = ...) -> None: ...
 
 class SaveWeightsForSamplerRequest(_message.Message):
-    __slots__ = ("run_id", "seq_id", "name", "overwrite", "ephemeral", "merged", "checkpoint_type")
+    __slots__ = ("run_id", "seq_id", "name", "overwrite", "ephemeral", "merged", "checkpoint_type", "dtype")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     SEQ_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -218,6 +218,7 @@ class SaveWeightsForSamplerRequest(_message.Message):
     EPHEMERAL_FIELD_NUMBER: _ClassVar[int]
     MERGED_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_TYPE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     seq_id: int
     name: str
@@ -225,7 +226,8 @@ class SaveWeightsForSamplerRequest(_message.Message):
     ephemeral: bool
     merged: bool
     checkpoint_type: _checkpoint_pb2.CheckpointType
-    def __init__(self, run_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., name: _Optional[str] = ..., overwrite: bool = ..., ephemeral: bool = ..., merged: bool = ..., checkpoint_type: _Optional[_Union[_checkpoint_pb2.CheckpointType, str]] = ...) -> None: ...
+    dtype: str
+    def __init__(self, run_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., name: _Optional[str] = ..., overwrite: bool = ..., ephemeral: bool = ..., merged: bool = ..., checkpoint_type: _Optional[_Union[_checkpoint_pb2.CheckpointType, str]] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class SaveWeightsForSamplerResponse(_message.Message):
     __slots__ = ("path", "uri", "size_bytes")

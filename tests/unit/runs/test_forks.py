@@ -119,3 +119,12 @@ async def test_a_fork_of_a_run_deleted_meanwhile_says_so(tmp_path: Path, monkeyp
         await runs.delete(run.run_id)
         with pytest.raises(NotFoundError, match=f"{run.run_id} was deleted"):
             await forking
+
+
+@pytest.mark.parametrize("wanted", [99, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+async def test_a_step_that_no_journal_can_have_is_refused_like_one_that_this_has_not(tmp_path: Path, wanted: int):
+    async with trainer(tmp_path, FakeWorker()) as runs:
+        run = await runs.create(CreateRunRequest())
+        await run.execute(step(1))
+        with pytest.raises(InvalidArgumentError, match=f"step is {wanted}, which the run's journal does not have"):
+            await runs.fork(ForkRunRequest(run_id=run.run_id, step=wanted))

@@ -100,8 +100,8 @@ def test_names_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]):
     print_table([("NAME", "STEP"), ("a\x1b]0;b\a\nc", "3")])
     log = io.StringIO()
     ProgressBar(log).update("a\x1b[2J", 1, 1)
-    assert capsys.readouterr().out == "NAME       STEP\na?]0;b??c  3\n"
-    assert log.getvalue().startswith("a?[2J: ")
+    assert capsys.readouterr().out == "NAME              STEP\na\\x1b]0;b\\x07\\nc  3\n"
+    assert log.getvalue().startswith("a\\x1b[2J: ")
 
 
 def test_a_message_is_shown_in_words_and_in_its_own_order(capsys: pytest.CaptureFixture[str]):

@@ -1,7 +1,6 @@
 """Adapters as folders that plain peft opens: adapter_config.json and adapter_model.safetensors."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trainer_service.adapter_path import CONFIG, WEIGHTS
+from trainer_service.adapter_path import CONFIG, WEIGHTS, read_adapter_config
+from trainer_service.engine.models import adapter_config
 from trainer_service.engine.models.lora import ADAPTER, Targets, inner, lora_layers, wrap
-from trainer_service.engine.tensor_files import read_tensors
+from trainer_service.engine.tensor_files import DTYPES, read_tensors
 from trainer_service.folders import whole_folder
 
 _FREE = {
@@ -25,6 +25,7 @@ _FREE = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
 """What an adapter's configuration may say as it likes: the rest must be peft's default, or it is not plain LoRA."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LEAVES_BASE_ALONE = (True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights with which an adapter belongs to the base model as it is."""
 
@@ -66,8 +67,18 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
     Raises:
         InvalidArgumentError: INVALID_FIELD: it is no plain LoRA adapter of this model.
     """
-    config = _read_config(folder)
+    fields = _read_config(folder)
     weights = _read_weights(folder)
+    try:
+        adapter_config.use_names(fields, weights, (name for name, _ in base.named_modules()))
+        adapter_config.check_ranks(fields, weights)
+    except ValueError as exc:
+        raise _refused(f"does not fit this model: its {exc}.") from exc
+    try:
+        # Its weights come from the file, dropout is off, and it trains: the rest is peft's default.
+        config = LoraConfig(**fields, task_type="CAUSAL_LM")
+    except ValueError as exc:
+        raise _refused(f"has an {CONFIG} that cannot be read: {_first_line(exc)}") from exc
     try:
         model = wrap(base, config, base_model=base_model)
     except ValueError as exc:
@@ -88,38 +99,31 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
     return model
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The fields of a plain LoRA's configuration; see adapter_config.check_fields."""
     try:
-        raw: Any = json.loads((folder / CONFIG).read_bytes())
-        if not isinstance(raw, dict):
-            raise ValueError(f"it is a {type(raw).__name__}")
-    except (ValueError, OSError, RecursionError) as exc:
+        raw = read_adapter_config(folder)
+    except (ValueError, OSError) as exc:
         raise _refused(f"has an {CONFIG} that cannot be read: {_first_line(exc)}") from exc
     if raw.get("peft_type") != "LORA":
-        raise _refused(f"is of peft_type {raw.get('peft_type')}; it must be LORA.")
-    # What a newer peft says and this one does not know matters unless it is off.
-    unknown = sorted(raw.keys() - {field.name for field in dataclasses.fields(LoraConfig)})
-    for name in unknown:
-        if raw.pop(name):
-            raise _refused(f"has {name} in {CONFIG}, which the trainer's peft does not know; upgrade that.")
-    try:
-        config = LoraConfig(**raw)
-    except (ValueError, TypeError, KeyError) as exc:
-        raise _refused(f"has an {CONFIG} that cannot be read: {_first_line(exc)}") from exc
-    for field in dataclasses.fields(config):
-        value, usual = getattr(config, field.name), _default(field)
-        if field.name not in _FREE and field.init and not field.name.startswith("_") and value and value != usual:
-            raise _refused(f"has {field.name}={value!r} in {CONFIG}; only plain LoRA can be trained on here.")
-    if config.init_lora_weights not in _LEAVES_BASE_ALONE:
+        raise _refused(f"is of peft_type {raw.get('peft_type')!s:.200}; it must be LORA.")
+    known = {field.name: _default(field) for field in dataclasses.fields(LoraConfig)}
+    for name, value in raw.items():
+        if name not in known and value:
+            # What a newer peft says and this one does not know matters unless it is off.
+            raise _refused(f"has {name[:200]} in {CONFIG}, which the trainer's peft does not know; upgrade that.")
+        if name in known and name not in _FREE and value and value != known[name]:
+            raise _refused(f"has {name}={value!r:.200} in {CONFIG}; only plain LoRA can be trained on here.")
+    start = raw.get("init_lora_weights", True)
+    if start not in _LEAVES_BASE_ALONE:
         raise _refused(
-            f"was started with init_lora_weights={config.init_lora_weights!r}, which changes the base model; convert "
-            "it with peft's path_initial_model_for_weight_conversion.",
+            f"was started with init_lora_weights={start!r:.200}, which changes the base model; convert it with peft's "
+            "path_initial_model_for_weight_conversion.",
         )
-    # peft warns where it is not the name that the base model has here, and takes that one in any case.
-    config.base_model_name_or_path = None
-    # Its weights come from the file, dropout is off, and it trains.
-    config.init_lora_weights, config.lora_dropout, config.inference_mode = True, 0.0, False
-    return config
+    try:
+        return adapter_config.check_fields(raw)
+    except ValueError as exc:
+        raise _refused(f"has an {CONFIG} whose {exc}.") from exc
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -129,8 +133,15 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise _refused(f"has an {WEIGHTS} that cannot be read: {_first_line(exc)}") from exc
     except ValueError as exc:
         raise _refused(f"has an {WEIGHTS} that cannot be read: it {_first_line(exc)}.") from exc
+    if unknown := [name for name in weights if not adapter_config.KEY.fullmatch(name)]:
+        raise _refused(f"has unknown {len(unknown)} tensors, {unknown[0][:200]} for one.")
     for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
+        if tensor.dtype not in _DTYPES:
+            raise _refused(
+                f"has {name} in {DTYPES[tensor.dtype]}; it must be {', '.join(DTYPES[one] for one in _DTYPES)}."
+            )
+        # What no float32 holds is not finite either, once it is one.
+        if not torch.isfinite(tensor.float()).all():
             raise _refused(f"has a tensor that is not finite, {name}.")
     return weights
 
@@ -146,8 +157,8 @@ def _refused(why: str) -> GradwireError:
 
 
 def _first_line(exc: BaseException) -> str:
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:500]
 
 
 def _last_line(exc: BaseException) -> str:
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[-1].strip()
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[-1].strip()[:500]

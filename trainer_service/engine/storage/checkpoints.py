@@ -5,15 +5,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from gradwire.errors import GradwireError, error
+from gradwire.errors import GradwireError, error, invalid_field
 from transformers import PreTrainedModel
 
 from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPath
 from trainer_service.engine.models.adapter_files import save_adapter, write_adapter
-from trainer_service.engine.models.export import export, write_model
+from trainer_service.engine.models.export import EXPORT_DTYPES, export, stored_dtype, write_model
 from trainer_service.engine.models.load import ModelDescription
 from trainer_service.engine.run_state import RunState
-from trainer_service.engine.storage.deltas import save_delta
+from trainer_service.engine.storage.deltas import dtype_of_base, save_delta
 from trainer_service.engine.storage.state_files import capture, open_state, write_state
 from trainer_service.folders import read_manifest, settle
 
@@ -43,6 +43,7 @@ class Checkpoints:
         self._root = root
         self._model = model
         self._source = source
+        self._dtype = stored_dtype(source)
         for kind in (STATE, SAMPLER_WEIGHTS):
             for parent in root.glob(f"*/{kind}/"):
                 settle(parent)
@@ -101,6 +102,7 @@ class Checkpoints:
         delta: bool = False,
         overwrite: bool = False,
         ttl_seconds: int | None = None,
+        dtype: str = "",
     ) -> SavedCheckpoint:
         """The parameters as a Hugging Face folder, or an adapter as a peft folder.
 
@@ -111,31 +113,53 @@ class Checkpoints:
             delta: Only what changed since the run's newest base.
             overwrite: Replace what is there.
             ttl_seconds: How long it is kept; None for ever.
+            dtype: What a Hugging Face folder's parameters are written in: "float32", as they train, or that of the base
+                model's files; "" is the latter, or of a delta its base's. An adapter is written in float32.
 
         Raises:
+            InvalidArgumentError: INVALID_FIELD: no such dtype, or one in which a parameter is infinite.
             AlreadyExistsError: CHECKPOINT_EXISTS.
             FailedPreconditionError: STORAGE_FAILED. DELTA_BASE_UNUSABLE: there is no base, or not as it was saved.
         """
         place = CheckpointPath(run.run_id, SAMPLER_WEIGHTS, name)
         folder = place.folder(self._root)
-        about = self._about(run, place, ttl_seconds)
+        adapter = run.adapter if merged is None else None
+        written = self._export_dtype(
+            dtype, "float32" if adapter is not None else dtype_of_base(folder) if delta else ""
+        )
+        about = {**self._about(run, place, ttl_seconds), "dtype": written}
         if (size_bytes := _saved_before(folder, about)) is not None:
             return _saved(place, folder, size_bytes)
         if delta:
 
             def write(full: Path) -> None:
-                if run.adapter is not None and merged is None:
-                    write_adapter(run.adapter, full)
+                if adapter is not None:
+                    write_adapter(adapter, full)
                 else:
-                    write_model(merged or run.model, self._source, full)
+                    write_model(merged or run.model, self._source, full, dtype=EXPORT_DTYPES[written])
 
             size_bytes = save_delta(write, folder, about=about, overwrite=overwrite)
-        elif run.adapter is not None and merged is None:
-            size_bytes = save_adapter(run.adapter, folder, about=about, overwrite=overwrite)
+        elif adapter is not None:
+            size_bytes = save_adapter(adapter, folder, about=about, overwrite=overwrite)
         else:
-            model = merged or run.model
-            size_bytes = export(model, source=self._source, folder=folder, about=about, overwrite=overwrite)
+            size_bytes = export(
+                merged or run.model,
+                source=self._source,
+                folder=folder,
+                about=about,
+                overwrite=overwrite,
+                dtype=EXPORT_DTYPES[written],
+            )
         return _saved(place, folder, size_bytes)
+
+    def _export_dtype(self, asked: str, only: str) -> str:
+        """What to write in, of what is asked for ("" for nothing) and what alone can be ("" for any)."""
+        allowed = [only] if only else ["float32", self._dtype]
+        if asked and asked not in allowed:
+            why = "as what it belongs to" if only else "as it trains, or as in the base model's files"
+            names = " or ".join(f'"{name}"' for name in dict.fromkeys(allowed))
+            raise invalid_field("dtype", f'is "{asked[:200]}"; it must be {names}, {why}.')
+        return asked or allowed[-1]
 
     def _about(self, run: RunState, place: CheckpointPath, ttl_seconds: int | None) -> dict[str, Any]:
         now = datetime.now(UTC)

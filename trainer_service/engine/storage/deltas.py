@@ -12,7 +12,8 @@ from gradwire import delta as deltas
 from gradwire.errors import GradwireError, error
 
 from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, CheckpointPath
-from trainer_service.folders import MANIFEST, Manifest, read_manifest, whole_folder
+from trainer_service.engine.models.export import EXPORT_DTYPES
+from trainer_service.folders import MANIFEST, Manifest, damaged, read_manifest, whole_folder
 
 _COPY_BYTES = 8 << 20
 
@@ -50,6 +51,16 @@ def save_delta(write: Callable[[Path], None], folder: Path, *, about: Mapping[st
     return writer.size_bytes
 
 
+def dtype_of_base(folder: Path) -> str:
+    """What the base that a delta in `folder` would build on is written in.
+
+    Raises:
+        FailedPreconditionError: DELTA_BASE_UNUSABLE: the run has saved no base.
+    """
+    found = _newest_base(folder)[1].about.get("dtype")
+    return found if found in EXPORT_DTYPES else "float32"
+
+
 @contextlib.contextmanager
 def whole_weights(folder: Path) -> Iterator[Path]:
     """A folder that holds all of a checkpoint's weights, for as long as the block runs.
@@ -62,7 +73,10 @@ def whole_weights(folder: Path) -> Iterator[Path]:
     if description is None:
         yield folder
         return
-    base = folder.with_name(CheckpointPath.parse(description["base"]["path"]).name)
+    try:
+        base = folder.with_name(CheckpointPath.parse(description["base"]["path"]).name)
+    except GradwireError as exc:
+        raise damaged(folder.name, deltas.DESCRIPTION, "names no base") from exc
     with tempfile.TemporaryDirectory(prefix="gradwire-delta-") as made:
         deltas.expand_folder(folder, base, Path(made))
         yield Path(made)

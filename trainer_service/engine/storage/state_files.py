@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from gradwire.errors import GradwireError, error
+from gradwire.untrusted import parse_json
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -28,6 +29,8 @@ from trainer_service.folders import Manifest, damaged, read_manifest, verify, wh
 
 _COUNTERS = "state.json"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_MAX_COUNT = (1 << 53) - 1
+"""Of steps, passes, tokens: what every reader of JSON holds exactly, with room to count on in 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,8 @@ class StateFiles:
                 raise damaged(self.folder.name, f"{group}.safetensors", f"has an unknown tensor {key!r}")
             like = torch.empty(()) if moment == "step" else trained[name]
             self._check_tensor(group, key, tensor, like)
+            if moment == "step" and not 0 <= tensor.item() <= _MAX_COUNT:
+                raise damaged(self.folder.name, f"{group}.safetensors", f"has {tensor.item()} for {key!r}")
 
     def _check_tensor(self, group: str, key: str, stored: Tensor, like: Tensor) -> None:
         got, wanted = ((DTYPES[tensor.dtype], list(tensor.shape)) for tensor in (stored, like))
@@ -233,12 +238,20 @@ def open_state(folder: Path) -> StateFiles:
     manifest = read_manifest(folder)
     verify(folder, manifest)
     try:
-        counters = json.loads((folder / _COUNTERS).read_bytes())
-        Accumulation(**counters["accumulation"])
-        assert isinstance(counters["step"], int)
-    except (OSError, ValueError, TypeError, KeyError, AssertionError) as exc:
-        raise damaged(folder.name, _COUNTERS, f"cannot be read: {exc!r}") from exc
+        if _COUNTERS not in manifest.files:
+            raise ValueError("the manifest does not name it")
+        counters = parse_json((folder / _COUNTERS).read_bytes())
+        accumulation = vars(Accumulation(**counters["accumulation"]))
+        for name, value in {"step": counters["step"], **accumulation}.items():
+            if not _is_count(value) and (name, value) != ("failed_seq_id", None):
+                raise ValueError(f"{name} is {value!r:.200}")
+    except (OSError, ValueError, TypeError, KeyError) as exc:
+        raise damaged(folder.name, _COUNTERS, f"cannot be read: {exc}") from exc
     return StateFiles(folder, manifest, counters)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_COUNT
 
 
 def _places(run: RunState, name: str, parameter: Parameter, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -311,14 +311,16 @@ class Commands:
         if request.ephemeral:
             return self._freeze(run_id, seq_id, request)
         check_checkpoint_name(request.name)
-        name, overwrite, merged = request.name, request.overwrite, request.merged
+        name, overwrite, merged, dtype = request.name, request.overwrite, request.merged, request.dtype
         if request.checkpoint_type not in CheckpointType.values():
             raise invalid_field("checkpoint_type", f"is {request.checkpoint_type}; it must be BASE or DELTA.")
         delta = request.checkpoint_type == CHECKPOINT_TYPE_DELTA
 
         def work() -> Message:
             self._engine.run_state(run_id).saving_seq_id = seq_id
-            saved = self._engine.save_weights_for_sampler(run_id, name, merged=merged, delta=delta, overwrite=overwrite)
+            saved = self._engine.save_weights_for_sampler(
+                run_id, name, merged=merged, delta=delta, overwrite=overwrite, dtype=dtype
+            )
             return ops.SaveWeightsForSamplerResponse(path=saved.path, uri=saved.uri, size_bytes=saved.size_bytes)
 
         return work
@@ -326,6 +328,8 @@ class Commands:
     def _freeze(self, run_id: str, seq_id: int, request: ops.SaveWeightsForSamplerRequest) -> Work:
         if request.name or request.overwrite:
             raise invalid_field("name", "and overwrite belong to checkpoints; an ephemeral snapshot has neither.")
+        if request.dtype:
+            raise invalid_field("dtype", "is of what is written; an ephemeral snapshot has the dtype that trains.")
 
         def work() -> Message:
             assert self._sampling is not None, "a worker without sampling"

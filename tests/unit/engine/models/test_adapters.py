@@ -19,9 +19,9 @@ from tests.loras import ALL, BODY, adapter, lora_engine, plain_peft, randomize
 from tests.numerics.plain import load_plain, plain_logprobs, random_sequences, to_batch
 from tests.tiny import VOCAB_SIZE, make_tiny_llama
 from trainer_service.adapter_path import adapter_folder, adapter_rank
-from trainer_service.engine.worker.commands import _lora_settings
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.lora import LoraSettings
+from trainer_service.engine.worker.commands import _lora_settings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -168,7 +168,9 @@ def first_bad(tensors: dict[str, torch.Tensor]) -> None:
     tensors[min(tensors)][0, 0] = torch.nan
 
 
-SPOILT = {
+EVIL = r"(.*.*.*.*.*.*.*.*.*.*)*!"
+"""An expression that Python's re would be busy with for hours."""
+SPOILT: dict[str, tuple[Any, str]] = {
     "another kind": (lambda f: spoilt(f, peft_type="IA3"), "is of peft_type IA3; it must be LORA"),
     "no kind": (lambda f: (f / "adapter_config.json").write_text("{}"), "is of peft_type None"),
     "no configuration": (lambda f: (f / "adapter_config.json").write_text("[]"), "cannot be read: it is a list"),
@@ -178,12 +180,59 @@ SPOILT = {
     "biases": (lambda f: spoilt(f, bias="all"), "has bias='all'"),
     "whole modules": (lambda f: spoilt(f, modules_to_save=["lm_head"]), "has modules_to_save=['lm_head']"),
     "pissa": (lambda f: spoilt(f, init_lora_weights="pissa"), "init_lora_weights='pissa', which changes the base"),
-    "other layers": (lambda f: spoilt(f, target_modules=["qkv"]), "does not fit this model: Target modules"),
+    "other layers": (
+        lambda f: spoilt(f, target_modules=["qkv"]),
+        "target_modules are ['qkv'], of which this model has none",
+    ),
     "an embedding": (
         lambda f: spoilt(f, target_modules=["q_proj", "embed_tokens"]),
         "adapts model.embed_tokens, which is no linear layer",
     ),
-    "other rank": (lambda f: spoilt(f, r=5), "has matrices of other sizes than this model"),
+    "higher rank": (lambda f: spoilt(f, r=5), "its rank is 5, and its matrices have other sizes: 4 at most"),
+    "a rank no memory has": (lambda f: spoilt(f, r=(1 << 31) - 1), "its matrices have other sizes: 4 at most"),
+    "lower rank": (lambda f: spoilt(f, r=3), "has matrices of other sizes than this model"),
+    "alpha text": (lambda f: spoilt(f, lora_alpha="8"), "whose lora_alpha is '8'; it must be a number"),
+    "alpha beyond float32": (lambda f: spoilt(f, lora_alpha=1e39), "whose lora_alpha is 1e+39; it must be a number"),
+    "alpha not a number": (lambda f: spoilt(f, lora_alpha=float("nan")), "whose lora_alpha is nan"),
+    "alpha beyond all": (lambda f: spoilt(f, lora_alpha=10**400), "whose lora_alpha is 1000"),
+    "rank text": (lambda f: spoilt(f, r="4"), "whose r is '4'; it must be a whole number"),
+    "rank true": (lambda f: spoilt(f, r=True), "whose r is True"),
+    "rank pattern text": (lambda f: spoilt(f, rank_pattern="q_proj"), "whose rank_pattern is 'q_proj'; it must be"),
+    "rank pattern of texts": (lambda f: spoilt(f, rank_pattern={"q_proj": "2"}), "whose rank_pattern is"),
+    "rank pattern an expression": (lambda f: spoilt(f, rank_pattern={EVIL: 2}), "at most 512 layers' names"),
+    "alpha pattern an expression": (lambda f: spoilt(f, alpha_pattern={EVIL: 2}), "at most 512 layers' names"),
+    "alpha pattern long": (
+        lambda f: spoilt(f, alpha_pattern={f"a{n}": 1 for n in range(513)}),
+        "at most 512 layers' names",
+    ),
+    "layers pattern an expression": (
+        lambda f: spoilt(f, layers_to_transform=[1], layers_pattern=EVIL),
+        "whose layers_pattern is",
+    ),
+    "layers of texts": (lambda f: spoilt(f, layers_to_transform=["1"]), "whose layers_to_transform is"),
+    "targets null": (lambda f: spoilt(f, target_modules=[None]), "whose target_modules is [None]; it must be a list"),
+    "targets nested": (lambda f: spoilt(f, target_modules=[["q_proj"]]), "whose target_modules is [['q_proj']]"),
+    "targets none": (lambda f: spoilt(f, target_modules=[]), "whose target_modules is []"),
+    "targets a number": (lambda f: spoilt(f, target_modules=7), "whose target_modules is 7"),
+    "excluded null": (lambda f: spoilt(f, exclude_modules=[None]), "whose exclude_modules is [None]"),
+    "rslora text": (lambda f: spoilt(f, use_rslora="yes"), "whose use_rslora is 'yes'; it must be true or false"),
+    "loftq": (lambda f: spoilt(f, init_lora_weights="loftq"), "init_lora_weights='loftq', which changes the base"),
+    "started from a list": (lambda f: spoilt(f, init_lora_weights=[]), "init_lora_weights=[], which changes the base"),
+    "nested": (lambda f: (f / "adapter_config.json").write_bytes(b"[" * 100_000), "it is nested too deeply"),
+    "long": (lambda f: (f / "adapter_config.json").write_bytes(b" " * (1 << 21)), "it has more than 1048576 bytes"),
+    "F8": (
+        lambda f: with_tensors(f, lambda t: t.update({min(t): t[min(t)].to(torch.float8_e4m3fn)})),
+        "in F8_E4M3; it must be F32, BF16, F16, F64",
+    ),
+    "integers": (lambda f: with_tensors(f, lambda t: t.update({min(t): t[min(t)].long()})), "in I64; it must be F32"),
+    "beyond float32": (
+        lambda f: with_tensors(f, lambda t: t.update({min(t): t[min(t)].double() + 1e300})),
+        "has a tensor that is not finite",
+    ),
+    "a number for a matrix": (
+        lambda f: with_tensors(f, lambda t: t.update({key: torch.zeros(()) for key in t})),
+        "its matrices have other sizes: 0 at most",
+    ),
     "cut file": (cut, "adapter_model.safetensors that cannot be read"),
     "missing tensor": (lambda f: with_tensors(f, lambda t: t.pop(min(t))), "lacks 1 tensors"),
     "unknown tensor": (lambda f: with_tensors(f, lambda t: t.update(x=torch.zeros(1))), "has unknown 1 tensors, x"),
@@ -208,6 +257,29 @@ def test_an_adapter_that_does_not_fit_is_refused_in_a_sentence(
     # Nothing of it is left: in particular the base model is as it was.
     np.testing.assert_array_equal(found(engine), before)
     engine.create_run("next", lora=BODY)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_no_expression_of_an_adapter_is_evaluated_and_its_tensors_say_which_layers_it_has(
+    engine: Engine, tmp_path: Path, field: str
+) -> None:
+    copied = shutil.copytree(saved_folder(engine, tmp_path), tmp_path / "copied")
+    spoilt(copied, **{field: EVIL})
+    engine.create_run("next", adapter=str(copied))
+    np.testing.assert_array_equal(found(engine, "next"), found(engine))
+    assert adapter(engine, "next").keys() == adapter(engine, "lora").keys()
+
+
+def test_as_many_names_as_fit_a_configuration_do_not_hold_the_worker(engine: Engine, tmp_path: Path) -> None:
+    copied = shutil.copytree(saved_folder(engine, tmp_path), tmp_path / "copied")
+    config = json.loads((copied / "adapter_config.json").read_text())
+    names = [f"n{number}" for number in range(80_000)]
+    spoilt(copied, target_modules=config["target_modules"] + names, exclude_modules=names[:20_000])
+    engine.create_run("next", adapter=str(copied))
+    np.testing.assert_array_equal(found(engine, "next"), found(engine))
+    engine.save_weights_for_sampler("next", "again")
+    again = tmp_path / "checkpoints" / "next" / "sampler_weights" / "again" / "adapter_config.json"
+    assert sorted(json.loads(again.read_text())["target_modules"]) == sorted(config["target_modules"])
 
 
 def test_an_adapter_that_no_settings_make_says_so_in_its_state(
@@ -245,7 +317,22 @@ def test_adapters_lead_nowhere_but_to_checkpoints_and_the_owners_folder(tmp_path
     ):
         assert adapter_folder(path, **roots) == folder
         assert adapter_rank(folder, path) == 7
-    for path in ("../secret", str(outside), "link", "", ".", "mine/../../secret", "/etc", "a\0b", "x" * 10_000):
+    (roots["adapter_dir"] / "ring").symlink_to(roots["adapter_dir"] / "ring")
+    for path in (
+        "ring",
+        "ring/a",
+        "x" * 300,
+        f"mine/{'x' * 300}",
+        "../secret",
+        str(outside),
+        "link",
+        "",
+        ".",
+        "mine/../../secret",
+        "/etc",
+        "a\0b",
+        "x" * 10_000,
+    ):
         with pytest.raises(InvalidArgumentError, match="--adapter-dir") as caught:
             adapter_folder(path, **roots)
         assert caught.value.field_violations[0][0] == "adapter_path"

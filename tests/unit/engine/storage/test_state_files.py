@@ -1,6 +1,7 @@
 """A run's state on disk: what goes in comes out bit for bit, whole or not at all, and damage is seen."""
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gradwire.errors import AlreadyExistsError, FailedPreconditionError, GradwireError
+from gradwire.errors import AlreadyExistsError, DataLossError, FailedPreconditionError, GradwireError
 from gradwire.types import AdamParams
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -227,6 +228,56 @@ def test_damage_anywhere_is_refused_and_the_run_stays_as_it_was(
     with pytest.raises(GradwireError, match='"a" is damaged') as caught:
         open_state(tmp_path / "a").restore(run_of(engine), optimizer=True)
     assert caught.value.reason == "CHECKPOINT_DAMAGED"
+    assert same(everything(run_of(engine)), before)
+
+
+def signed(folder: Path, name: str, content: bytes) -> None:
+    """Puts another file into a state, as whoever wrote its manifest could."""
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+CRAFTED: list[Any] = [
+    *({"step": step} for step in (1 << 70, 1 << 63, -1, True, 1.5, "3", None, float("nan"))),
+    *({"accumulation": other} for other in ([], None, {"num_passes": "1"}, {"num_passes": -1}, {"more": 1})),
+    *({"accumulation": {name: 1 << 70}} for name in ("num_passes", "num_loss_tokens", "num_sequences")),
+    *({"accumulation": {"failed_seq_id": value}} for value in (-1, 1 << 70, "1", True)),
+]
+
+
+@pytest.mark.parametrize("crafted", [*CRAFTED, b"[" * 100_000, b"[]", b"null", b"\xff"])
+def test_a_crafted_state_is_refused_before_anything_of_the_run_changes(
+    engine: Engine, tmp_path: Path, crafted: Any
+) -> None:
+    folder = tmp_path / "checkpoints" / RUN / "state" / "a"
+    write_state(capture(run_of(engine), gradients=False), folder, about=ABOUT)
+    train(engine, range(1))
+    forward_backward(engine)
+    before, step = everything(run_of(engine)), run_of(engine).step
+    counters = json.loads((folder / "state.json").read_text())
+    content = crafted if isinstance(crafted, bytes) else json.dumps(counters | crafted).encode()
+    signed(folder, "state.json", content)
+    with pytest.raises(DataLossError, match=r"state\.json cannot be read") as caught:
+        engine.load_state(RUN, f"gradwire://{RUN}/state/a", with_optimizer=True)
+    assert len(caught.value.message) < 500
+    assert same(everything(run_of(engine)), before)
+    assert run_of(engine).step == step
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), 1e30])
+def test_a_crafted_count_of_the_optimizer_is_refused_before_anything_of_the_run_changes(
+    engine: Engine, tmp_path: Path, value: float
+) -> None:
+    train(engine, range(1))
+    state = capture(run_of(engine), gradients=False)
+    name = next(key for key in state.optimizer if key.startswith("step."))
+    optimizer = {**state.optimizer, name: torch.tensor(value)}
+    write_state(State(state.parameters, optimizer, {}, state.counters), tmp_path / "a", about=ABOUT)
+    before = everything(run_of(engine))
+    with pytest.raises(DataLossError, match="for 'step"):
+        open_state(tmp_path / "a").restore(run_of(engine), optimizer=True)
     assert same(everything(run_of(engine)), before)
 
 
