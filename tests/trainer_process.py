@@ -95,7 +95,7 @@ def running_trainer(
     """
     ready_file = folder / "ready.json"
     log = folder / "trainer.log"
-    command = [sys.executable, "-m", "trainer_service", "trainer", "--base-model", str(model)]
+    command = [sys.executable, "-m", "trainer_service", "serve", "--base-model", str(model)]
     command += ["--listen", "127.0.0.1:0", "--metrics-port", "0", "--data-dir", str(folder / "data")]
     command += ["--ready-file", str(ready_file), *arguments]
     if max_open_files:
