@@ -44,7 +44,7 @@ RUN pip install --no-deps --no-build-isolation --no-compile --target /opt/app .
 
 # ── The image ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 FROM ${PYTHON}
-# tini reaps the processes that torchrun's ranks leave when they are killed, and hands signals on.
+# tini reaps the processes that ranks leave when they are killed, and hands signals on.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini \

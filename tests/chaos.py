@@ -210,7 +210,7 @@ class Trainer:
             time.sleep(0.01)
 
     def worker_pids(self) -> list[int]:
-        """The engine's processes, torchrun left out; none while there is none."""
+        """The engine's processes; none while there is none."""
         found: list[int] = []
         for pid in descendants(self.process.pid):
             self._seen.add(pid)
@@ -218,7 +218,7 @@ class Trainer:
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"trainer_service.engine" in command and b"torch.distributed.run" not in command:
+            if b"trainer_service.engine" in command:
                 found.append(pid)
         return found
 

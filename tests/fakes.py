@@ -49,6 +49,7 @@ class FakeWorker:
     latency_s: float = 0.0
     """How long one command takes."""
     ready: WorkerReady | None = field(default_factory=lambda: READY)
+    responding: bool = True
     status_message: str = "ready"
     counters: Mapping[str, float] = field(default_factory=dict)
     executed: list[tuple[str, int, str]] = field(default_factory=list)
@@ -75,6 +76,7 @@ class FakeWorker:
         self._arrived = asyncio.Event()
         self._ready_callbacks: list[Callable[[], object]] = []
         self._death_callbacks: list[Callable[[GradwireError], object]] = []
+        self._responding_callbacks: list[Callable[[], object]] = []
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
@@ -102,6 +104,15 @@ class FakeWorker:
 
     def on_death(self, callback: Callable[[GradwireError], object]) -> None:
         self._death_callbacks.append(callback)
+
+    def on_responding(self, callback: Callable[[], object]) -> None:
+        self._responding_callbacks.append(callback)
+
+    def respond(self, responding: bool) -> None:
+        """It is stopped, or goes on."""
+        self.responding = responding
+        for callback in self._responding_callbacks:
+            callback()
 
     def become_ready(self) -> None:
         """A worker has loaded the model."""

@@ -38,10 +38,10 @@ class TrainerProcess:
                 time.sleep(0.05)
 
     def worker_pid(self) -> int:
-        """Process id of worker rank 0: the engine process itself, not torchrun."""
+        """Process id of worker rank 0."""
         for pid in descendants(self.process.pid):
             command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if b"trainer_service.engine" in command and b"torch.distributed.run" not in command:
+            if b"trainer_service.engine" in command:
                 return pid
         raise AssertionError(f"No worker process under {self.process.pid}.\n{self.log.read_text()}")
 
@@ -82,14 +82,24 @@ def _alive(pid: int) -> bool:
 
 @contextlib.contextmanager
 def running_trainer(
-    model: Path, folder: Path, *arguments: str, env: dict[str, str] | None = None
+    model: Path, folder: Path, *arguments: str, env: dict[str, str] | None = None, max_open_files: int = 0
 ) -> Iterator[TrainerProcess]:
-    """Starts a trainer on a free port and stops it with SIGTERM; it must then exit 0 and leave nothing behind."""
+    """Starts a trainer on a free port and stops it with SIGTERM; it must then exit 0 and leave nothing behind.
+
+    Args:
+        model: Its base model.
+        folder: Gets its data and its log.
+        *arguments: Further options.
+        env: Added to its environment.
+        max_open_files: The most it can have; 0 leaves that as it is.
+    """
     ready_file = folder / "ready.json"
     log = folder / "trainer.log"
     command = [sys.executable, "-m", "trainer_service", "serve", "--base-model", str(model)]
     command += ["--listen", "127.0.0.1:0", "--metrics-port", "0", "--data-dir", str(folder / "data")]
     command += ["--ready-file", str(ready_file), *arguments]
+    if max_open_files:
+        command = ["bash", "-c", f'ulimit -n {max_open_files} && exec "$@"', "bash", *command]
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}

@@ -3,6 +3,7 @@
 import os
 import queue
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEven
 from gradwire.v1.worker_service_pb2_grpc import WorkerServiceStub
 from gradwire.version import __version__
 
+from trainer_service.engine.worker.heartbeat import start_heartbeat
 from trainer_service.executing import Executing
 
 
@@ -47,6 +49,7 @@ def main(socket: str, behaviour: str) -> None:
     else:
         model = ModelInfo(base_model="fake", architecture=str(os.getpid()))
         outgoing.put(WorkerEvent(ready=WorkerReady(model=model), counters={"gradwire_worker_operations_total": 0}))
+        start_heartbeat(outgoing.put, threading.Event())
     if behaviour == "prints":
         # A progress bar, a line without end, bytes that are no text.
         sys.stdout.buffer.write(b"10%\r20%\r" + b"x" * 300_000 + b"\n\xff\xfe last words\n")

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from trainer_service import config
+from trainer_service import config, descriptors
 from trainer_service.access import ApiKeys
 from trainer_service.observability import configure_logging
 
@@ -15,6 +15,7 @@ def main() -> int:
     """Exit code: 0 after a clean stop, 1 if it could not run, 2 for settings that cannot be."""
     args = _parser().parse_args()
     configure_logging(as_json=args.log_json, level=args.log_level)
+    descriptors.raise_limit()
     try:
         keys = ApiKeys(config.read_api_keys(), args.api_key_file)
         # Only trainers speak TLS themselves; a client certificate they ask for guards as a key does.
@@ -72,6 +73,7 @@ async def _trainer(args: argparse.Namespace) -> int:
             loss_module=settings.loss_module,
             engine=settings.engine,
             start_timeout_s=args.worker_start_timeout_s,
+            heartbeat_timeout_s=args.worker_heartbeat_timeout_s,
         )
     )
     server = TrainerServer(settings, worker)
@@ -189,6 +191,13 @@ def _parser() -> argparse.ArgumentParser:
         default=300.0,
         help="a worker that starts or loads its model and gets no further for so long is started again; default: "
         "%(default)g; 0: never",
+    )
+    trainer.add_argument(
+        "--worker-heartbeat-timeout-s",
+        type=float,
+        default=60.0,
+        help="a ready worker that sends nothing for so long (stopped, or hanging as a whole; a busy one does send) is "
+        "killed and replaced, and what it was doing is done again; default: %(default)g; 0: never",
     )
     _add_durability(trainer)
     defaults = config.Limits()

@@ -14,6 +14,12 @@ MIN_PROTOCOL_VERSION = 1
 MAX_RUNS_VARIABLE = "GRADWIRE_MAX_RUNS"
 """How the worker learns the trainer's --max-runs."""
 
+RANK_STORE_VARIABLE = "GRADWIRE_RANK_STORE"
+"""How the worker's ranks learn the path of the file where they meet."""
+
+HEARTBEAT_INTERVAL_S = 1.0
+"""How often a worker that is ready says that it runs."""
+
 
 class SettingsError(ValueError):
     """A setting that cannot be; the message is for the person who set it."""

@@ -7,11 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from trainer_service.config import split_address
+from trainer_service.metrics_server import serve_metrics
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 """Id of the call being served; stands in every log line of it."""
@@ -102,24 +102,12 @@ class Metrics:
         self.registry.register(_WorkerCounters(read))
 
     def serve(self, listen: str) -> tuple[str, Callable[[], None]]:
-        """Serves /metrics on a thread. Returns the address it listens on and a function that stops it.
+        """Serves /metrics on threads. Returns the address it listens on and a function that stops it.
 
         Raises:
             OSError: The address cannot be had.
         """
-        host, port = split_address(listen)
-        try:
-            server, thread = start_http_server(port, addr=host, registry=self.registry)
-        except OSError as exc:
-            raise OSError(f"cannot serve metrics on {listen}: {exc.strerror or exc}") from exc
-
-        def stop() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join(2)
-
-        bracketed = f"[{host}]" if ":" in host else host
-        return f"{bracketed}:{server.server_port}", stop
+        return serve_metrics(listen, self.registry)
 
 
 class _WorkerCounters(Collector):

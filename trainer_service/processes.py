@@ -1,15 +1,14 @@
 """Children that never outlive their parent, whichever process of the chain is killed, and however.
 
-    program ── jobs ── trainer ── torchrun ── worker rank 0, 1…
+    program ── jobs ── trainer ── worker rank 0, 1…
 
 * A child started with `start_child` has a pipe from its parent on stdin. The kernel closes it however the parent dies.
 * A program of ours ends when `parent_gone` returns: stdin reached its end, or the parent's process is no more. The
   second also holds where a forked sibling keeps the pipe open.
-* A program that is not ours (torchrun) is run through `python -m trainer_service.processes`, which first asks the
-  kernel for SIGKILL at its parent's death. The kernel ties that to the *thread* that forked, so it is only for parents
-  that start children on their main thread, as the trainer does. SIGKILL, since torchrun would take 30 s over SIGTERM
-  when a rank hangs; ranks ask for the same at torchrun's death.
-* `stop_child` ends the whole tree below a child, sessions of its grandchildren included: torchrun gives each rank one.
+* A rank, which may be computing for minutes, asks the kernel for SIGKILL at its parent's death (`die_with_parent`). The
+  kernel ties that to the *thread* that forked, so it is only for parents that start children on their main thread, as
+  the trainer does.
+* `stop_child` ends the whole tree below a child, sessions of its grandchildren included.
 
 Each child leads a session of its own, so that Ctrl-C reaches only the program the user started, which then takes its
 children down in order.
@@ -20,7 +19,6 @@ import contextlib
 import ctypes
 import json
 import os
-import runpy
 import signal
 import sys
 import threading
@@ -100,17 +98,23 @@ class ProcessKey:
 
 
 def process_key(pid: int) -> ProcessKey | None:
-    """The process that has this id now; None if there is none, or no /proc to ask."""
+    """The process that has this id now; None if there is none, or no /proc to ask.
+
+    Raises:
+        OSError: It cannot be looked at now, as without a descriptor.
+    """
     fields = _stat(pid)
     return ProcessKey(pid, int(fields[19])) if fields else None
 
 
 def descendants(pid: int) -> set[ProcessKey]:
-    """Every process below `pid`, at any depth. Empty where there is no /proc."""
+    """Every process below `pid`, at any depth. Those that can be seen: none where there is no /proc, or no descriptor
+    to look with."""
     children: dict[int, list[ProcessKey]] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        if fields := _stat(int(entry.name)):
-            children.setdefault(int(fields[1]), []).append(ProcessKey(int(entry.name), int(fields[19])))
+    with contextlib.suppress(OSError):
+        for entry in Path("/proc").glob("[0-9]*"):
+            if fields := _stat(int(entry.name)):
+                children.setdefault(int(fields[1]), []).append(ProcessKey(int(entry.name), int(fields[19])))
     found: set[ProcessKey] = set()
     line = [pid]
     while line:
@@ -123,16 +127,25 @@ def descendants(pid: int) -> set[ProcessKey]:
 def kill_all(processes: Iterable[ProcessKey]) -> None:
     """SIGKILL to each that is still there."""
     for key in processes:
-        if process_key(key.pid) == key:
+        try:
+            there = process_key(key.pid) == key
+        except OSError:
+            # Without a descriptor it cannot be looked at; it was there a moment ago.
+            there = True
+        if there:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(key.pid, signal.SIGKILL)
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat behind the command name, which may hold anything; empty if there are none."""
+    """Fields of /proc/PID/stat behind the command name, which may hold anything; empty if there are none.
+
+    Raises:
+        OSError: It cannot be looked at now, as without a descriptor.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return []
 
 
@@ -169,10 +182,3 @@ def write_ready_file(path: Path, **values: object) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps({**values, "pid": os.getpid()}) + "\n")
     aside.replace(path)
-
-
-if __name__ == "__main__":
-    # `python -m trainer_service.processes MODULE ARG…`: `python -m MODULE ARG…` that ends with its parent.
-    die_with_parent()
-    del sys.argv[0]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

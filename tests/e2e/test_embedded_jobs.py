@@ -12,6 +12,7 @@ import pytest
 from gradwire import ServiceClient, TrainerJobConfig, TrainerJobManager
 from gradwire.errors import FailedPreconditionError, NotFoundError, UnauthenticatedError
 
+from tests.listening import listening
 from tests.trainer_process import descendants, wait_gone
 
 API_KEY = "key-of-the-tests"
@@ -42,6 +43,10 @@ def test_embedded_jobs_train_and_go(
     with ServiceClient(job.base_url, API_KEY) as service:
         (model,) = service.get_server_info().models
         assert model.max_context_length == 32
+    # Control plane, trainer, worker: nothing else of the whole tree listens.
+    assert len(below) == 3
+    assert manager._connection is not None
+    assert {f"http://{address}" for address in listening(below)} == {manager._connection.base_url, job.base_url}
     with ServiceClient(job.base_url, "another") as service, pytest.raises(UnauthenticatedError):
         service.get_server_info()
     assert (tmp_path / "jobs" / job.job_id / "trainer.log").exists()

@@ -131,7 +131,7 @@ def test_stopping_the_script_while_it_trains_leaves_no_process(
     script = run_script(sys.executable, quickstart_on(roomy_llama, tmp_path, steps=100_000, rate="1e-6"))
     script.read_until("Step 2")
     below = descendants(script.process.pid)
-    assert len(below) >= 4, "control plane, trainer, torchrun, worker"
+    assert len(below) >= 3, "control plane, trainer, worker"
     os.killpg(script.process.pid, sig)
     output = script.finish()
     assert script.process.returncode == -sig, output

@@ -54,6 +54,30 @@ async def test_stop_child_takes_grandchildren_in_sessions_of_their_own_too(comma
     assert wait_gone([grandchild], timeout_s=2) == []
 
 
+WITHOUT_DESCRIPTORS = """
+import asyncio, resource
+from trainer_service.processes import descendants, process_key, start_child, stop_child
+
+async def main():
+    child = await start_child("sleep", "600")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+    try:
+        # Not None, which would say that the process is gone.
+        process_key(child.pid)
+    except OSError:
+        print(descendants(child.pid), await stop_child(child, grace_s=30))
+
+asyncio.run(main())
+"""
+
+
+def test_a_child_is_ended_without_a_descriptor_to_look_for_others():
+    shown = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DESCRIPTORS], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert shown.stdout == f"set() {-signal.SIGTERM}\n"
+
+
 async def test_a_child_leads_its_own_session_so_that_ctrl_c_passes_it_by():
     child = await start_child("sleep", "600")
     assert os.getsid(child.pid) == child.pid != os.getsid(0)
@@ -108,26 +132,6 @@ time.sleep(600)
         assert wait_gone([watcher], timeout_s=5) == []
     finally:
         os.kill(holder, signal.SIGKILL)
-
-
-def test_a_program_that_is_not_ours_ends_with_the_process_that_started_it(tmp_path: Path):
-    module = tmp_path / "stranger.py"
-    file = tmp_path / "pid"
-    module.write_text(
-        "import os, sys, time\n"
-        "assert __name__ == '__main__' and sys.argv[1:] == ['--flag'], sys.argv\n"
-        f"open({str(file)!r}, 'w').write(f'{{os.getpid()}}\\n')\n"
-        "time.sleep(600)\n"
-    )
-    parent_script = (
-        "import subprocess, sys; "
-        "subprocess.run([sys.executable, '-m', 'trainer_service.processes', 'stranger', '--flag'])"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", parent_script], env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    pid = read_pid(file)
-    parent.kill()
-    parent.wait()
-    assert wait_gone([pid], timeout_s=5) == []
 
 
 def test_the_ready_file_is_whole_or_not_there(tmp_path: Path):

@@ -39,6 +39,22 @@ async def test_alive_at_once_and_ready_only_with_a_model():
         assert await health(trainer, "") == SERVING
 
 
+async def test_not_ready_while_the_worker_does_not_respond():
+    async with front_end() as trainer:
+        assert await health(trainer, SERVICE) == SERVING
+        trainer.worker.status_message = "the worker has sent nothing for 15 s"
+        trainer.worker.respond(False)
+        await asyncio.sleep(0.01)
+        assert await health(trainer, SERVICE) == NOT_SERVING
+        info = await trainer.stub.GetServerInfo(GetServerInfoRequest())
+        assert (info.ready, info.status_message) == (False, "the worker has sent nothing for 15 s")
+        assert [model.base_model for model in info.models] == ["fake"]
+        trainer.worker.respond(True)
+        await asyncio.sleep(0.01)
+        assert await health(trainer, SERVICE) == SERVING
+        assert (await trainer.stub.GetServerInfo(GetServerInfoRequest())).ready
+
+
 async def test_health_answers_while_the_device_is_busy():
     async with front_end() as trainer:
         stream = await trainer.attach(await trainer.create_run())

@@ -1,5 +1,6 @@
 """Trainer jobs over a real socket: a real control plane process, fake trainers."""
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -139,6 +140,17 @@ def test_ready_trainer_that_ends_by_itself_is_failed(manager: TrainerJobManager)
         assert time.monotonic() < deadline, job
         time.sleep(0.05)
     assert "exit code 7" in job.status_message
+
+
+def test_a_trainer_that_ends_is_failed_though_the_data_folder_is_gone(tmp_path: Path):
+    with running_jobs(tmp_path) as (_, base_url), TrainerJobManager(API_KEY, base_url=base_url) as manager:
+        job = manager.create_and_wait(TrainerJobConfig("dies"))
+        shutil.rmtree(tmp_path / "data")
+        deadline = time.monotonic() + 20
+        while (job := manager.get(job.job_id)).state != "failed":
+            assert time.monotonic() < deadline, job
+            time.sleep(0.05)
+        assert "exit code 7" in job.status_message
 
 
 def test_trainer_that_is_late_is_deleted(manager: TrainerJobManager):

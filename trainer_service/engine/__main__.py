@@ -1,4 +1,4 @@
-"""The worker process: `python -m trainer_service.engine`, started by torchrun on the trainer's behalf.
+"""The worker process: `python -m trainer_service.engine`, started by the trainer, once a rank.
 
 Rank 0 dials the trainer's unix socket, says hello, loads the model, and then executes commands one after the other. It
 ends, with exit code 0, when the trainer ends the stream.
@@ -26,6 +26,7 @@ from gradwire.version import __version__
 from trainer_service.config import EngineSettings, Limits
 from trainer_service.engine.ranks import Ranks
 from trainer_service.engine.worker.connection import TrainerConnection
+from trainer_service.engine.worker.heartbeat import start_heartbeat
 from trainer_service.engine.worker.inbox import Inbox
 from trainer_service.engine.worker.progress import told_of_progress
 from trainer_service.executing import Executing
@@ -79,6 +80,7 @@ def main() -> int:
 
     sampling = Sampling(engine, checkpoint_dir=arguments.checkpoint_dir, send=trainer.send)
     trainer.send(_ready(engine))
+    start_heartbeat(trainer.send, trainer.ended)
     logger.info("Ready.", extra={"fields": {"base_model": engine.model.base_model, "device": engine.model.device}})
     _serve(trainer, engine, sampling, ranks, Executing(arguments.socket))
     trainer.finish()
@@ -186,8 +188,8 @@ def _give_up(trainer: TrainerConnection, exc: Exception) -> int:
         exc = error("INTERNAL", f"The worker could not load the model: {type(exc).__name__}: {exc}")
     trainer.send(WorkerEvent(failed=to_status(exc)))
     trainer.finish()
-    # 0: the trainer knows, and torchrun would bury the reason in the log under a report of its own.
-    return 0 if trainer.ended.wait(_GOODBYE_S) and trainer.ended_cleanly() else 1
+    trainer.ended.wait(_GOODBYE_S)
+    return 1
 
 
 def _serve(

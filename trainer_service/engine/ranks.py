@@ -1,4 +1,4 @@
-"""Who this process is among the worker's ranks, as torchrun's environment says."""
+"""Who this process is among the worker's ranks, as its environment says."""
 
 import os
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Ranks:
         if world_size != 1:
             raise error(
                 "NOT_IMPLEMENTED",
-                f"The worker was started with {world_size} ranks (--nproc-per-node); this version trains with one.",
+                f"The worker was started with {world_size} ranks; this version trains with one.",
             )
         return cls(
             rank=int(os.environ.get("RANK", "0")),

@@ -15,7 +15,6 @@ from gradwire.version import __version__
 from gradwire.wire_format import embed, fields
 
 from trainer_service.fleet.worker import Deliver, Reply
-from trainer_service.processes import ProcessKey, process_key
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +38,15 @@ class Link:
         self.failure: GradwireError | None = None
         """Why this worker can never work, where that is known."""
         self.counters: dict[str, float] = {}
-        self.rank0: ProcessKey | None = None
-        """The worker's own process, below torchrun."""
         self.attached = False
         self.spoke = asyncio.Event()
-        """Set whenever the worker has said something."""
+        """Set whenever the worker has said something, other than that it runs."""
+        self.heard = asyncio.Event()
+        """Set whenever anything at all has come from it."""
+        self.responding = True
+        """Whether something came a short while ago; from when it is ready, see heartbeat.py."""
+        self.silent_s = 0.0
+        """For how long nothing has come, to the second."""
         self.closed = asyncio.Event()
         """Set once the worker's stream has ended."""
         self.dismissed = asyncio.Event()
@@ -133,7 +136,6 @@ class WorkerServicer:
             return
         link.attached = True
         link.spoke.set()
-        link.rank0 = process_key(hello.pid)
         logger.info("Worker attached.", extra={"fields": {"pid": hello.pid, "ranks": hello.world_size}})
         tasks = [
             asyncio.create_task(self._read(link, context)),
@@ -161,6 +163,9 @@ class WorkerServicer:
 
     def _receive(self, link: Link, reply: Reply) -> None:
         event = reply.event
+        link.heard.set()
+        if event.HasField("heartbeat"):
+            return
         link.spoke.set()
         if event.counters:
             link.counters.update(event.counters)

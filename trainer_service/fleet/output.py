@@ -15,9 +15,6 @@ _MAX_LINE_CHARS = 4096
 _MAX_QUOTED_CHARS = 300
 """An error's text travels in HTTP/2 headers, which hold a few KiB."""
 _DRAIN_TIMEOUT_S = 0.5
-_RANK_FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: \d+ \(pid: \d+\)")
-"""torchrun's line when it finds a rank dead; behind it come only torchrun's own words."""
-
 _CHATTER = re.compile(r"^\S+ \S+ (DEBUG|INFO) ")
 """Lines of our own log that say nothing of a death (observability._Lines)."""
 
@@ -33,9 +30,6 @@ class WorkerOutput:
         assert process.stdout is not None
         self._stream = process.stdout
         self._lines: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
-        self._rank_exit_code: int | None = None
-        self.rank_failed = asyncio.Event()
-        """Set once torchrun said how a rank ended."""
         self._task = asyncio.create_task(self._read(), name="worker-output")
 
     def explain(self, exit_code: int | None, *, how: str = "lost its connection") -> str:
@@ -45,10 +39,8 @@ class WorkerOutput:
             exit_code: Of the process; None while it lives.
             how: What happened to it, if it lives.
         """
-        # torchrun's own exit code is always 1; the rank's says more.
-        code = exit_code if self._rank_exit_code is None else self._rank_exit_code
-        if code is not None:
-            how = f"ended ({_describe(code)})"
+        if exit_code is not None:
+            how = f"ended ({_describe(exit_code)})"
         last = self._lines[-1] if self._lines else ""
         return f"The worker process {how}." + (f" Its last words: {last[:_MAX_QUOTED_CHARS]}" if last else "")
 
@@ -79,15 +71,8 @@ class WorkerOutput:
         line = line.rstrip()[:_MAX_LINE_CHARS]
         if not line:
             return
-        if self.rank_failed.is_set():
-            # torchrun's traceback of itself, 40 lines that say no more than the one before.
-            worker_log.debug(line)
-            return
         worker_log.info(line)
-        if found := _RANK_FAILED.search(line):
-            self._rank_exit_code = int(found.group(1))
-            self.rank_failed.set()
-        elif not _CHATTER.match(line):
+        if not _CHATTER.match(line):
             self._lines.append(line)
 
 

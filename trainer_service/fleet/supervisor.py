@@ -1,28 +1,26 @@
-"""Keeps one worker alive: starts it through torchrun, notices its death at once, starts the next."""
+"""Keeps one worker alive: starts its processes, notices its death or its silence, starts the next."""
 
 import asyncio
+import errno
 import logging
 import os
 import secrets
-import shutil
 import sys
-import tempfile
-from asyncio.subprocess import Process
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grpc.aio
 from gradwire.errors import GradwireError, error
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerReady
 
 from trainer_service.config import MAX_RUNS_VARIABLE, EngineSettings
 from trainer_service.executing import executing_command
+from trainer_service.fleet import heartbeat
 from trainer_service.fleet.link import Link, WorkerServicer, worker_service_handler
-from trainer_service.fleet.output import WorkerOutput
+from trainer_service.fleet.rank_processes import RankProcesses
 from trainer_service.fleet.worker import Deliver
-from trainer_service.processes import ProcessKey, kill_all, process_key, start_child, stop_child
+from trainer_service.fleet.worker_socket import WorkerSocket
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +28,13 @@ _MAX_BACKOFF_S = 30.0
 _GIVE_UP_BACKOFF_S = 2.0
 """A worker that never got ready and has come to this much back-off (the fourth start) is given up."""
 _EXIT_DETAIL_S = 1.0
-"""How long the end of a broken stream's process is waited for, to say what ended it. torchrun looks every 0.1 s."""
+"""How long the end of a broken stream's process is waited for, to say what ended it."""
 _DISMISS_GRACE_S = 2.0
 """How long a worker may take to leave by itself once its stream was ended."""
-_FOLDER_PARENT = "/tmp"  # noqa: S108  (the folder itself is made by mkdtemp)
-_FOLDER_PREFIX = "gradwire-worker-"
-"""Of the folder in /tmp with the worker's socket; behind it, the trainer's process id and when it started."""
 _STOP_GRACE_S = 5.0
-"""How long torchrun may take to leave after SIGTERM."""
+"""How long a worker may take to leave after SIGTERM."""
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+"""Why a process cannot be started for now: no descriptors, no memory, too many processes."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +52,16 @@ class WorkerSettings:
     """How long it may say nothing before it is ready, 0 for ever. It says each thing it begins, and while it loads its
     model, that it gets on; one that hangs, at a driver or a file system that does not answer, is killed and started
     again."""
+    heartbeat_timeout_s: float = 60.0
+    """How long it may send nothing once it is ready, 0 for ever. It says every second that it runs, whatever it
+    executes; one that is stopped or hangs as a whole is killed and replaced."""
+    local_world_size: int = 1
+    """Ranks on this machine."""
 
     def command(self, socket: str) -> list[str]:
-        """The command line: torchrun, also for one rank."""
+        """The command line of every rank."""
         return [
-            # Run so that it ends with the trainer, however the trainer ends.
-            *(sys.executable, "-m", "trainer_service.processes", "torch.distributed.run"),
-            # A rendezvous of its own on a free port: several trainers share a machine.
-            *("--nnodes=1", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
-            # Its files beside the socket, to go with it; by default each start leaves a folder in /tmp.
-            *("--log-dir", f"{os.path.dirname(socket)}/torchrun", "--max-restarts=0"),
-            *("-m", "trainer_service.engine", "--socket", socket),
+            *(sys.executable, "-m", "trainer_service.engine", "--socket", socket),
             *("--base-model", self.base_model, "--checkpoint-dir", str(self.checkpoint_dir)),
             *("--max-context-length", str(self.max_context_length)),
             *(("--loss-module", self.loss_module) if self.loss_module else ()),
@@ -85,12 +81,13 @@ class WorkerSupervisor:
         self._settings = settings
         self._command = command or settings.command
         self._link: Link | None = None
+        handler = worker_service_handler(WorkerServicer(lambda: self._link, self._became_ready))
+        self._socket = WorkerSocket(handler, max_message_bytes=settings.max_message_bytes)
         self._status_message = "starting the worker"
         self._stopping = False
         self._ready_callbacks: list[Callable[[], object]] = []
         self._death_callbacks: list[Callable[[GradwireError], object]] = []
-        self._folder: str | None = None
-        self._server: grpc.aio.Server | None = None
+        self._responding_callbacks: list[Callable[[], object]] = []
         self._task: asyncio.Task[None] | None = None
         self._restarts = 0
         self.gave_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -102,15 +99,26 @@ class WorkerSupervisor:
         return self._link.ready if self._link is not None else None
 
     @property
+    def responding(self) -> bool:
+        return self._link is not None and self._link.responding
+
+    @property
     def status_message(self) -> str:
-        return self._link.status_message if self._link is not None else self._status_message
+        if self._link is None:
+            return self._status_message
+        if self._link.responding:
+            return self._link.status_message
+        text = f"the worker has sent nothing for {self._link.silent_s:.0f} s"
+        timeout_s = self._settings.heartbeat_timeout_s
+        return f"{text}; after {timeout_s:g} s it is replaced" if timeout_s else text
 
     @property
     def counters(self) -> Mapping[str, float]:
         counted = self._link.counters if self._link is not None else {}
         return {
             **counted,
-            "gradwire_worker_up": float(self.ready is not None),
+            "gradwire_worker_up": float(self.ready is not None and self.responding),
+            "gradwire_worker_silent_seconds": self._link.silent_s if self._link is not None else 0.0,
             "gradwire_worker_restarts_total": self._restarts,
         }
 
@@ -119,6 +127,9 @@ class WorkerSupervisor:
 
     def on_death(self, callback: Callable[[GradwireError], object]) -> None:
         self._death_callbacks.append(callback)
+
+    def on_responding(self, callback: Callable[[], object]) -> None:
+        self._responding_callbacks.append(callback)
 
     def submit(self, command: WorkerCommand, deliver: Deliver, *, request: bytes = b"") -> None:
         if self._stopping:
@@ -130,18 +141,7 @@ class WorkerSupervisor:
 
     async def start(self) -> None:
         """Opens the socket and starts the first worker; returns before the model is loaded."""
-        own = process_key(os.getpid()) or ProcessKey(os.getpid(), 0)
-        # Short, because a socket's path may have 107 bytes; private, because who opens it commands the worker.
-        _remove_left_behind()
-        self._folder = tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{own.pid}-{own.started}-", dir=_FOLDER_PARENT)
-        # Twice the limit of one message: an operation travels inside a command, and a little larger.
-        largest = 2 * self._settings.max_message_bytes
-        options = [("grpc.max_receive_message_length", largest), ("grpc.max_send_message_length", largest)]
-        self._server = grpc.aio.server(options=options)
-        servicer = WorkerServicer(lambda: self._link, self._became_ready)
-        self._server.add_generic_rpc_handlers((worker_service_handler(servicer),))
-        self._server.add_insecure_port(f"unix:{self._socket}")
-        await self._server.start()
+        await self._socket.open()
         self._task = asyncio.create_task(self._supervise(), name="worker-supervisor")
         self._task.add_done_callback(self._supervision_ended)
 
@@ -155,18 +155,11 @@ class WorkerSupervisor:
             link.dismissed.set()
         if self._task is not None:
             if link is not None and link.attached:
-                # Its stream ended, the worker leaves by itself, and torchrun after it, without a word of complaint.
+                # Its stream ended, the worker leaves by itself, without a word of complaint.
                 await asyncio.wait({self._task}, timeout=_DISMISS_GRACE_S)
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        if self._server is not None:
-            await self._server.stop(grace=0)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    @property
-    def _socket(self) -> str:
-        return f"{self._folder}/worker.sock"
+        await self._socket.close()
 
     def _became_ready(self) -> None:
         logger.info("The worker is ready.")
@@ -186,12 +179,21 @@ class WorkerSupervisor:
         status_message = self._status_message
         while not self._stopping:
             link = self._link = Link(secrets.token_urlsafe(32), status_message)
-            died = await self._one_worker(link)
+            passing = False
+            try:
+                ranks = await self._start_ranks(link)
+            except OSError as exc:
+                # A trainer outlives a time without descriptors or memory; its clients wait.
+                passing = exc.errno in _PASSING
+                died = error("WORKER_DIED", f"The worker could not be started: {exc}.")
+                self._ended(link, died)
+            else:
+                died = await self._one_worker(link, ranks)
             if self._stopping:
                 return
             was_ready = link.ready is not None
             ever_ready = ever_ready or was_ready
-            if not ever_ready and (link.failure is not None or backoff_s >= _GIVE_UP_BACKOFF_S):
+            if not (ever_ready or passing) and (link.failure is not None or backoff_s >= _GIVE_UP_BACKOFF_S):
                 # What failed from the start, and again or for a stated reason, will not come right by itself.
                 self.gave_up.set_result(died.message)
                 return
@@ -200,30 +202,31 @@ class WorkerSupervisor:
             self._restarts += 1
             status_message = f"restarting the worker; the one before: {died.message}"
 
-    async def _one_worker(self, link: Link) -> GradwireError:
-        """Starts a worker, waits for its end, tells everybody, and clears up after it."""
-        process = await self._start_process(link)
-        output = WorkerOutput(process)
+    async def _one_worker(self, link: Link, ranks: RankProcesses) -> GradwireError:
+        """Waits for a worker's end, tells everybody, and clears up after it."""
+        grace_s = _STOP_GRACE_S
         try:
-            reason = await self._wait_for_end(process, link, output)
+            reason = await self._wait_for_end(link, ranks)
+            # A process that is stopped hears no SIGTERM.
+            grace_s = 0.2 if link.closed.is_set() else 0.0
             died = link.failure or error("WORKER_DIED", reason)
-            if not self._stopping:
-                self._link = None
-                self._status_message = died.message
-                logger.error("Worker ended.", extra={"fields": {"reason": died.message}})
-                for callback in self._death_callbacks:
-                    callback(died)
-            link.fail_pending(died, executing=executing_command(self._socket))
+            self._ended(link, died)
             return died
         finally:
             link.dismissed.set()
-            await stop_child(process, grace_s=0.2 if link.closed.is_set() else _STOP_GRACE_S)
-            if link.rank0 is not None:
-                # torchrun may have been killed without taking it along.
-                kill_all([link.rank0])
-            await output.close()
+            await ranks.stop(grace_s=grace_s)
 
-    async def _start_process(self, link: Link) -> Process:
+    def _ended(self, link: Link, died: GradwireError) -> None:
+        if not self._stopping:
+            self._link = None
+            self._status_message = died.message
+            logger.error("Worker ended.", extra={"fields": {"reason": died.message}})
+            for callback in self._death_callbacks:
+                callback(died)
+        link.fail_pending(died, executing=executing_command(self._socket.path))
+
+    async def _start_ranks(self, link: Link) -> RankProcesses:
+        await self._socket.open()
         env = {**os.environ, "GRADWIRE_WORKER_TOKEN": link.token, "PYTHONUNBUFFERED": "1"}
         # The worker needs no key, and what it does not have it cannot leak.
         env.pop("GRADWIRE_API_KEY", None)
@@ -232,29 +235,41 @@ class WorkerSupervisor:
         # else runs here, as the trainer and the user's loop do: steps were five to ten times slower for it.
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         logger.info("Starting the worker.", extra={"fields": {"base_model": self._settings.base_model}})
-        return await start_child(
-            *self._command(self._socket), env=env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        return await RankProcesses.start(
+            self._command(self._socket.path),
+            env=env,
+            folder=self._socket.folder,
+            local_world_size=self._settings.local_world_size,
         )
 
-    async def _wait_for_end(self, process: Process, link: Link, output: WorkerOutput) -> str:
-        """Waits until the process or its stream ends, and says which in a sentence."""
-        exited = asyncio.create_task(process.wait())
+    async def _wait_for_end(self, link: Link, ranks: RankProcesses) -> str:
+        """Waits until a process or the stream ends, or nothing comes any more, and says which in a sentence."""
+        exited = asyncio.create_task(ranks.one_ended())
         closed = asyncio.create_task(link.closed.wait())
-        told = asyncio.create_task(output.rank_failed.wait())
+        tasks = [exited, closed]
         try:
             if not await self._gets_ready(link, exited, closed):
                 how = f"said nothing for {self._settings.start_timeout_s:g} s"
                 how += f" after it began {link.status_message}" if link.attached else ""
-                return output.explain(None, how=f"{how} and was killed")
-            await asyncio.wait({exited, closed}, return_when=asyncio.FIRST_COMPLETED)
+                return await ranks.explain(how=f"{how} and was killed")
+            timeout_s = self._settings.heartbeat_timeout_s
+            silence = heartbeat.silence(link, timeout_s=timeout_s, changed=self._responding_changed)
+            silent = asyncio.create_task(silence)
+            tasks.append(silent)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not exited.done() and not closed.done():
+                return await ranks.explain(how=f"sent nothing for {timeout_s:g} s (stopped, or hanging) and was killed")
             # What ended it is known a moment later, and worth that moment to those who are told.
-            await asyncio.wait({exited, told}, timeout=_EXIT_DETAIL_S, return_when=asyncio.FIRST_COMPLETED)
-            if exited.done():
-                await output.drain()
+            await asyncio.wait({exited}, timeout=_EXIT_DETAIL_S)
         finally:
-            for task in (exited, closed, told):
+            for task in tasks:
                 task.cancel()
-        return output.explain(process.returncode)
+        return await ranks.explain()
+
+    def _responding_changed(self) -> None:
+        logger.warning("The worker's heartbeat changed.", extra={"fields": {"responding": self.responding}})
+        for callback in self._responding_callbacks:
+            callback()
 
     async def _gets_ready(self, link: Link, *ends: asyncio.Task[Any]) -> bool:
         """Waits until the worker is ready or at an end; False once it has said nothing for too long."""
@@ -267,17 +282,6 @@ class WorkerSupervisor:
             if not link.spoke.is_set() and not any(end.done() for end in ends):
                 return False
         return True
-
-
-def _remove_left_behind() -> None:
-    """Removes the folders of trainers that were killed."""
-    for folder in Path(_FOLDER_PARENT).glob(f"{_FOLDER_PREFIX}*-*-*"):
-        pid, started, _ = folder.name.removeprefix(_FOLDER_PREFIX).split("-", 2)
-        if not (pid.isdigit() and started.isdigit()) or not Path("/proc/self").exists():
-            continue
-        if process_key(int(pid)) != ProcessKey(int(pid), int(started)):
-            # Another user's cannot be removed, and need not be.
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stopped() -> GradwireError:

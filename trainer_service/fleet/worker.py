@@ -36,8 +36,14 @@ class Worker(Protocol):
         ...
 
     @property
+    def responding(self) -> bool:
+        """Whether anything came from it a short while ago. One that is ready and does not respond takes commands still,
+        and may go on where it stopped, or is replaced."""
+        ...
+
+    @property
     def status_message(self) -> str:
-        """What it is doing while not ready, in a sentence."""
+        """What it is doing while not ready, or that it does not respond, in a sentence."""
         ...
 
     @property
@@ -66,4 +72,8 @@ class Worker(Protocol):
 
     def on_death(self, callback: Callable[[GradwireError], object]) -> None:
         """Calls back whenever a worker died, with the reason, before its pending commands are answered with it."""
+        ...
+
+    def on_responding(self, callback: Callable[[], object]) -> None:
+        """Calls back whenever `responding` has changed, other than by a death."""
         ...

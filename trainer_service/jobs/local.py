@@ -259,11 +259,15 @@ class LocalJobs:
 
 
 def _tail(log_path: Path) -> str:
-    """Last lines of a log."""
-    with log_path.open("rb") as log:
-        log.seek(0, os.SEEK_END)
-        log.seek(max(0, log.tell() - _LOG_TAIL_BYTES))
-        lines = log.read().decode(errors="replace").splitlines()
+    """Last lines of a log; none where it is gone."""
+    try:
+        with log_path.open("rb") as log:
+            log.seek(0, os.SEEK_END)
+            log.seek(max(0, log.tell() - _LOG_TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+    except OSError as exc:
+        logger.warning("A trainer's log cannot be read.", extra={"fields": {"log": log_path, "why": exc}})
+        return ""
     return "\n".join(lines[-_LOG_TAIL_LINES:])
 
 

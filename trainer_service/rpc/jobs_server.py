@@ -10,6 +10,7 @@ from gradwire.version import __version__
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from trainer_service import descriptors
 from trainer_service.access import ApiKeys
 from trainer_service.config import JobsConfig, split_address
 from trainer_service.jobs.trainer_job import TrainerJobs
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 SERVICE = trainer_job_service_pb2.DESCRIPTOR.services_by_name["TrainerJobService"].full_name
 _MAX_MESSAGE_BYTES = 1024 * 1024
+_DESCRIPTORS_RESERVED = 128
+"""For what is not a client's connection: the control plane itself, and its trainers' pipes and channels."""
 
 
 async def serve_jobs(config: JobsConfig, jobs: TrainerJobs) -> int:
@@ -33,6 +36,7 @@ async def serve_jobs(config: JobsConfig, jobs: TrainerJobs) -> int:
 
     Raises:
         OSError: The address cannot be had.
+        SettingsError: Too few files may be open.
     """
     # Set up before anything is started, so that a signal in between is not lost.
     ends = [asyncio.create_task(wait_for_signal())]
@@ -40,7 +44,9 @@ async def serve_jobs(config: JobsConfig, jobs: TrainerJobs) -> int:
         ends.append(asyncio.create_task(parent_gone()))
     api_keys = ApiKeys(config.api_keys, config.api_key_file)
     border = Border(api_keys=api_keys, metrics=Metrics(), max_message_bytes=_MAX_MESSAGE_BYTES)
-    options = [("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 5_000)]
+    max_connections = descriptors.max_connections(reserved=_DESCRIPTORS_RESERVED)
+    options = [("grpc.so_reuseport", 0), *descriptors.connection_options(max_connections)]
+    options.append(("grpc.http2.min_ping_interval_without_data_ms", 5_000))
     options.append(("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000))
     server = grpc.aio.server(interceptors=[border], options=options)
     add_TrainerJobServiceServicer_to_server(TrainerJobServicer(jobs), server)

@@ -18,11 +18,12 @@ from gradwire.version import __version__
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from trainer_service import descriptors
 from trainer_service.access import ApiKeys
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.storage import Storage
 from trainer_service.checkpoints.transfers import Transfers
-from trainer_service.config import ServerTls, TrainerConfig, listens_on_loopback, split_address
+from trainer_service.config import Limits, ServerTls, TrainerConfig, listens_on_loopback, split_address
 from trainer_service.fleet.worker import Worker
 from trainer_service.observability import Metrics
 from trainer_service.rpc.border import Border
@@ -79,8 +80,9 @@ class TrainerServer:
         self.metrics.runs.set_function(lambda: len(self.runs))
         self.metrics.journal_commits.set_function(lambda: self.runs.journal_writer.commits)
         self.metrics.journal_seconds.set_function(lambda: self.runs.journal_writer.commit_s)
-        worker.on_ready(lambda: self._set_ready(True))
-        worker.on_death(lambda _: self._set_ready(False))
+        worker.on_ready(self._readiness_changed)
+        worker.on_death(lambda _: self._readiness_changed())
+        worker.on_responding(self._readiness_changed)
         self._server: grpc.aio.Server | None = None
         self._background: set[asyncio.Task[None]] = set()
         self.address = ""
@@ -91,12 +93,15 @@ class TrainerServer:
 
         Raises:
             OSError: The address cannot be had.
+            SettingsError: Too few files may be open.
         """
+        max_connections = descriptors.max_connections(reserved=_descriptors_reserved(self._config.limits))
         # Twice the limit, so that a message somewhat over it is refused in our words rather than grpc's.
         options = [
             ("grpc.max_receive_message_length", 2 * self._config.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
+            *descriptors.connection_options(max_connections),
             # A megabyte and more in few system calls: grpc's defaults are made for small messages.
             ("grpc.http2.max_frame_size", 1 << 22),
             ("grpc.http2.lookahead_bytes", 1 << 24),
@@ -170,7 +175,8 @@ class TrainerServer:
         self.transfers.close()
         logger.info("Stopped.")
 
-    def _set_ready(self, ready: bool) -> None:
+    def _readiness_changed(self) -> None:
+        ready = self._worker.ready is not None and self._worker.responding
         self._in_background(self._set_health(ready and not self._draining.is_set()))
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
@@ -201,6 +207,11 @@ class TrainerServer:
         if failed:
             fields = {"kind": kind, "seq_id": response.seq_id, "error": response.error.message}
             logger.info("Operation failed.", extra={"fields": fields})
+
+
+def _descriptors_reserved(limits: Limits) -> int:
+    """Those a trainer keeps for what is not a connection: itself, and lock, journal and snapshot of its runs."""
+    return 64 + 12 * limits.max_runs
 
 
 def _credentials(tls: ServerTls) -> grpc.ServerCredentials:

@@ -56,7 +56,7 @@ class TrainerServicer(TrainerServiceServicer):
             models=[ready.model] if ready else [],
             losses=ready.losses if ready else [],
             limits=pb.Limits(**limits),
-            ready=ready is not None and not draining,
+            ready=ready is not None and self._worker.responding and not draining,
             status_message="shutting down" if draining else self._worker.status_message,
         )
 

@@ -121,8 +121,20 @@ class RunFolder:
         os.close(self._lock)
 
 
-def connect(folder: Path, *, sync: Sync = "normal") -> sqlite3.Connection:
-    """The journal in a run's folder, in autocommit mode; made where there is none."""
+def connect(folder: Path, *, sync: Sync = "normal", create: bool = False) -> sqlite3.Connection:
+    """The journal in a run's folder, in autocommit mode.
+
+    Args:
+        folder: The run's.
+        sync: See above.
+        create: Make it where there is none.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    if not create:
+        # SQLite would make an empty one.
+        file_id(folder)
     db = sqlite3.connect(folder / FILE_NAME, isolation_level=None, check_same_thread=False, timeout=_BUSY_TIMEOUT_S)
     try:
         # Operations are megabytes: with pages of 4 KiB, copied out of the log every 4 MiB, a gigabyte takes 16 s to
@@ -137,9 +149,19 @@ def connect(folder: Path, *, sync: Sync = "normal") -> sqlite3.Connection:
     return db
 
 
+def file_id(folder: Path) -> tuple[int, int]:
+    """Tells the journal in a run's folder from another one put in its place.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    stat = (folder / FILE_NAME).stat()
+    return stat.st_dev, stat.st_ino
+
+
 def create(folder: Path, record: Record, *, sync: Sync = "normal") -> None:
     """Writes a journal without operations."""
-    with contextlib.closing(connect(folder, sync=sync)) as db:
+    with contextlib.closing(connect(folder, sync=sync, create=True)) as db:
         values = {name: getattr(record, name) for name in Record.__dataclass_fields__}
         rows = [("format", _FORMAT), *values.items()]
         db.executescript(f"BEGIN; {_SCHEMA}")

@@ -117,6 +117,8 @@ class Journal:
         self._writer = writer
         self._sync: Sync = sync
         self._db: sqlite3.Connection | None = None  # The writer's thread alone uses it.
+        self._file_id: tuple[int, int] | None = None  # The writer's too: of the file it writes.
+        self._gone = False  # Whether that file was no longer in its place at the last attempt.
         self._reserve_spent = False  # The writer's too.
         self._blocked = False  # The writer's: an operation could not be written, so none behind it may be.
         self._owed: list[Write] = []  # The writer's: what waits for room, in order.
@@ -135,7 +137,7 @@ class Journal:
         """
         received_s = time.time()
         if self._failing and self._appending:
-            failure = _refused(operation.seq_id, "an operation before it failed so")
+            failure = _refused(operation.seq_id, "an operation before it failed so", gone=self._gone)
             asyncio.get_running_loop().call_soon(written, failure)
             return
         resume, self._failing = self._failing, False
@@ -147,7 +149,7 @@ class Journal:
         def done(failure: GradwireError | None) -> None:
             self._appending -= 1
             if failure is not None:
-                failure = _refused(operation.seq_id, failure.message)
+                failure = _refused(operation.seq_id, failure.message, gone=self._gone)
                 self._failing = True
             written(failure)
 
@@ -240,6 +242,7 @@ class Journal:
     def _transaction(self, jobs: list[_Job]) -> list[GradwireError | None]:
         results: list[GradwireError | None] = []
         blocked = self._blocked
+        self._check_in_place()
         if self._db is None:
             self._db = journal.connect(self.folder, sync=self._sync)
             # It may have been spent by a trainer that was killed before there was room again.
@@ -264,6 +267,14 @@ class Journal:
             # There is room again.
             self._spend(not journal.make_reserve(self.folder))
         return results
+
+    def _check_in_place(self) -> None:
+        """Raises OSError once the file was removed, moved or replaced: what is written to it goes nowhere then."""
+        self._gone = True
+        file_id = journal.file_id(self.folder)
+        if self._file_id not in (None, file_id):
+            raise FileNotFoundError("another file is in its place")
+        self._file_id, self._gone = file_id, False
 
     def _spend(self, spent: bool) -> None:
         self._reserve_spent = spent
@@ -293,7 +304,14 @@ class Journal:
                 logger.debug("Closing a journal failed.", exc_info=True)
 
 
-def _refused(seq_id: int, why: str) -> GradwireError:
+def _refused(seq_id: int, why: str, *, gone: bool) -> GradwireError:
+    if gone:
+        return error(
+            "STORAGE_FAILED",
+            f"Operation {seq_id} was refused and had no effect: the run's journal is no longer in its place under the "
+            "trainer's --data-dir. Put the folder back and go on with the next call, or load a checkpoint into a new "
+            "run.",
+        )
     return error(
         "STORAGE_FAILED",
         f"Operation {seq_id} was refused and had no effect: the trainer could not write it to its journal ({why}). "

@@ -29,6 +29,10 @@ class WorkerReady(_message.Message):
     losses: _containers.RepeatedCompositeFieldContainer[_trainer_service_pb2.LossInfo]
     def __init__(self, model: _Optional[_Union[_trainer_service_pb2.ModelInfo, _Mapping]] = ..., losses: _Optional[_Iterable[_Union[_trainer_service_pb2.LossInfo, _Mapping]]] = ...) -> None: ...
 
+class WorkerHeartbeat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class WorkerDone(_message.Message):
     __slots__ = ("error",)
     ERROR_FIELD_NUMBER: _ClassVar[int]
@@ -36,7 +40,7 @@ class WorkerDone(_message.Message):
     def __init__(self, error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class WorkerEvent(_message.Message):
-    __slots__ = ("command_id", "counters", "hello", "loading", "ready", "failed", "response", "done", "sampled")
+    __slots__ = ("command_id", "counters", "hello", "loading", "ready", "failed", "response", "done", "heartbeat", "sampled")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +56,7 @@ class WorkerEvent(_message.Message):
     FAILED_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     SAMPLED_FIELD_NUMBER: _ClassVar[int]
     command_id: int
     counters: _containers.ScalarMap[str, float]
@@ -61,8 +66,9 @@ class WorkerEvent(_message.Message):
     failed: _status_pb2.Status
     response: _trainer_service_pb2.TrainResponse
     done: WorkerDone
+    heartbeat: WorkerHeartbeat
     sampled: _sampling_service_pb2.SampleResponse
-    def __init__(self, command_id: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., loading: _Optional[str] = ..., ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., failed: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., response: _Optional[_Union[_trainer_service_pb2.TrainResponse, _Mapping]] = ..., done: _Optional[_Union[WorkerDone, _Mapping]] = ..., sampled: _Optional[_Union[_sampling_service_pb2.SampleResponse, _Mapping]] = ...) -> None: ...
+    def __init__(self, command_id: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., loading: _Optional[str] = ..., ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., failed: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., response: _Optional[_Union[_trainer_service_pb2.TrainResponse, _Mapping]] = ..., done: _Optional[_Union[WorkerDone, _Mapping]] = ..., heartbeat: _Optional[_Union[WorkerHeartbeat, _Mapping]] = ..., sampled: _Optional[_Union[_sampling_service_pb2.SampleResponse, _Mapping]] = ...) -> None: ...
 
 class WorkerCreateRun(_message.Message):
     __slots__ = ("request", "snapshot_folder")

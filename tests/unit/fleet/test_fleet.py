@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -22,7 +24,9 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerHel
 from gradwire.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 from tests.trainer_process import descendants, wait_gone
+from trainer_service.fleet import heartbeat
 from trainer_service.fleet import supervisor as supervisor_module
+from trainer_service.fleet.rank_processes import RankProcesses
 from trainer_service.fleet.supervisor import WorkerSettings, WorkerSupervisor
 
 SETTINGS = WorkerSettings(
@@ -77,6 +81,7 @@ async def test_commands_are_answered_in_order_and_counters_come_along():
         assert supervisor.counters == {
             "gradwire_worker_operations_total": 3,
             "gradwire_worker_up": 1,
+            "gradwire_worker_silent_seconds": 0,
             "gradwire_worker_restarts_total": 0,
         }
 
@@ -149,18 +154,18 @@ async def test_a_worker_that_never_starts_is_given_up_after_several_tries(monkey
 async def test_a_worker_that_hangs_before_hello_is_killed_and_the_next_one_works(caplog: pytest.LogCaptureFixture):
     # Other tests' trainers may be below this process too.
     others = set(descendants(os.getpid()))
-    async with supervised(behaves("never-says-hello", "work"), start_timeout_s=2.0) as supervisor:
+    async with supervised(behaves("never-says-hello", "work"), start_timeout_s=3.0) as supervisor:
         hanging: set[int] = set()
         while not hanging:
             hanging = set(descendants(os.getpid())) - others
             await asyncio.sleep(0.02)
-        pid = await ready(supervisor, timeout_s=30)
+        pid = await ready(supervisor, timeout_s=60)
         assert wait_gone(list(hanging - {pid})) == []
         assert (await submit(supervisor)).event.response.optim_step.step == 1
         assert supervisor.counters["gradwire_worker_restarts_total"] == 1
     ended = [record for record in caplog.records if record.getMessage() == "Worker ended."]
     reason = ended[0].fields["reason"]  # pyright: ignore[reportAttributeAccessIssue]
-    assert reason == "The worker process said nothing for 2 s and was killed."
+    assert reason == "The worker process said nothing for 3 s and was killed."
 
 
 async def test_a_worker_that_hangs_while_it_loads_is_killed_and_one_that_gets_on_slowly_is_not(
@@ -170,7 +175,7 @@ async def test_a_worker_that_hangs_while_it_loads_is_killed_and_one_that_gets_on
         await ready(supervisor, timeout_s=30)
         assert (await submit(supervisor)).event.response.optim_step.step == 1
         assert supervisor.counters["gradwire_worker_restarts_total"] == 1
-        # Once ready, it may be silent for as long as it likes.
+        # Once ready, it need not say anything new for as long as it likes.
         await asyncio.sleep(2.5)
         assert (await submit(supervisor)).event.response.optim_step.step == 2
     ended = [record for record in caplog.records if record.getMessage() == "Worker ended."]
@@ -193,10 +198,105 @@ async def test_a_worker_of_another_version_is_given_up():
         assert "gradwire 0.0.0" in reason
 
 
+async def test_a_worker_that_is_stopped_is_told_apart_from_a_busy_one_and_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(heartbeat, "_UNRESPONSIVE_S", 3.0)
+    async with supervised(behaves("hangs", "work"), heartbeat_timeout_s=4.0) as supervisor:
+        pid = await ready(supervisor, timeout_s=60)
+        pending = submit(supervisor)
+        # It executes something and answers nothing, but its heart beats.
+        await asyncio.sleep(3.5)
+        assert supervisor.responding
+        assert not pending.done()
+        changed, told = asyncio.Event(), list[tuple[bool, str, float]]()
+
+        def look() -> None:
+            up = supervisor.counters["gradwire_worker_up"]
+            told.append((supervisor.responding, supervisor.status_message, up))
+            changed.set()
+
+        supervisor.on_responding(look)
+        os.kill(pid, signal.SIGSTOP)
+        await asyncio.wait_for(changed.wait(), 60)
+        assert told[0] == (False, "the worker has sent nothing for 3 s; after 4 s it is replaced", 0.0)
+        assert supervisor.ready is not None
+        assert supervisor.counters["gradwire_worker_silent_seconds"] >= 3
+        died = await asyncio.wait_for(pending, 60)
+        assert died.reason == "WORKER_DIED"
+        assert died.metadata == {"executing": "True"}
+        assert "sent nothing for 4 s (stopped, or hanging) and was killed" in died.message
+        assert await ready(supervisor, timeout_s=60) != pid
+        assert wait_gone([pid]) == []
+        assert supervisor.responding
+        assert (await submit(supervisor)).event.response.optim_step.step == 1
+
+
+async def test_a_worker_that_goes_on_in_time_is_kept(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(heartbeat, "_UNRESPONSIVE_S", 2.0)
+    async with supervised(behaves("work"), heartbeat_timeout_s=0) as supervisor:
+        pid = await ready(supervisor, timeout_s=60)
+        changes: asyncio.Queue[bool] = asyncio.Queue()
+        supervisor.on_responding(lambda: changes.put_nowait(supervisor.responding))
+        os.kill(pid, signal.SIGSTOP)
+        assert await asyncio.wait_for(changes.get(), 60) is False
+        assert supervisor.status_message == "the worker has sent nothing for 2 s"
+        os.kill(pid, signal.SIGCONT)
+        while not await asyncio.wait_for(changes.get(), 60):
+            pass
+        assert supervisor.status_message == "ready"
+        assert (await submit(supervisor)).event.response.optim_step.step == 1
+        assert supervisor.counters["gradwire_worker_restarts_total"] == 0
+
+
+async def test_the_trainer_outlives_a_time_without_descriptors(monkeypatch: pytest.MonkeyPatch):
+    """However long: more starts fail than a worker is given that never got ready."""
+    monkeypatch.setattr(supervisor_module, "_MAX_BACKOFF_S", 0.01)
+    start, failures = RankProcesses.start, [OSError(errno.EMFILE, "Too many open files")] * 8
+
+    async def start_or_fail(*arguments: Any, **named: Any) -> RankProcesses:
+        if failures:
+            raise failures.pop()
+        return await start(*arguments, **named)
+
+    monkeypatch.setattr(RankProcesses, "start", start_or_fail)
+    async with supervised(behaves("work")) as supervisor:
+        await ready(supervisor, timeout_s=60)
+        assert (await submit(supervisor)).event.response.optim_step.step == 1
+        assert supervisor.counters["gradwire_worker_restarts_total"] == 8
+        assert not supervisor.gave_up.done()
+
+
+async def test_a_program_that_is_not_there_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(supervisor_module, "_GIVE_UP_BACKOFF_S", 0.5)
+    async with supervised(lambda socket: ["/no/such/program"]) as supervisor:
+        reason = await asyncio.wait_for(supervisor.gave_up, 60)
+        assert reason.startswith("The worker could not be started: ")
+        assert "/no/such/program" in reason
+
+
+async def test_a_socket_whose_folder_is_gone_is_made_anew_for_the_next_worker():
+    async with supervised(behaves("work")) as supervisor:
+        pid = await ready(supervisor, timeout_s=60)
+        gone = supervisor._socket.folder
+        shutil.rmtree(gone)
+        # The one that is connected works on.
+        assert (await submit(supervisor)).event.response.optim_step.step == 1
+        os.kill(pid, signal.SIGKILL)
+        while supervisor.ready is not None:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        assert await ready(supervisor, timeout_s=60) != pid
+        assert (await submit(supervisor)).event.response.optim_step.step == 1
+        assert supervisor._socket.folder != gone
+        assert stat.S_IMODE(os.stat(supervisor._socket.folder).st_mode) == 0o700
+    with pytest.raises(FileNotFoundError):
+        os.stat(supervisor._socket.folder)
+
+
 async def test_only_the_worker_that_was_started_may_attach():
     async with supervised(behaves("work")) as supervisor:
         await ready(supervisor)
-        async with grpc.aio.insecure_channel(f"unix:{supervisor._socket}") as channel:
+        async with grpc.aio.insecure_channel(f"unix:{supervisor._socket.path}") as channel:
             call: Any = WorkerServiceStub(channel).Attach(iter([WorkerEvent(hello=WorkerHello(token="guess"))]))
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call.read()
@@ -207,7 +307,7 @@ async def test_only_the_worker_that_was_started_may_attach():
 async def test_the_socket_is_private_and_short_and_gone_afterwards():
     async with supervised(behaves("work")) as supervisor:
         await ready(supervisor)
-        socket = supervisor._socket
+        socket = supervisor._socket.path
         assert stat.S_ISSOCK(os.stat(socket).st_mode)
         assert stat.S_IMODE(os.stat(os.path.dirname(socket)).st_mode) == 0o700
         assert len(socket) < 100
@@ -248,11 +348,9 @@ async def test_stop_ends_a_worker_that_has_not_said_hello():
     assert supervisor.ready is None
 
 
-def test_torchrun_starts_the_engine_with_its_settings():
-    line = SETTINGS.command("/tmp/x/worker.sock")
-    assert "torch.distributed.run" in line
-    assert line[line.index("trainer_service.engine") :] == [
-        "trainer_service.engine",
+def test_a_rank_is_the_engine_with_its_settings():
+    assert SETTINGS.command("/tmp/x/worker.sock") == [
+        *(sys.executable, "-m", "trainer_service.engine"),
         *("--socket", "/tmp/x/worker.sock"),
         *("--base-model", "fake"),
         *("--checkpoint-dir", "unused"),

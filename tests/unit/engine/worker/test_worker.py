@@ -40,6 +40,9 @@ class RecordingTrainer(WorkerServiceServicer):
 
     def __init__(self, socket: Path, *, refuse: bool = False) -> None:
         self.events: queue.Queue[WorkerEvent | None] = queue.Queue()
+        """Heartbeats left out."""
+        self.heartbeat = threading.Event()
+        """Set with each."""
         self.commands: queue.Queue[WorkerCommand | None] = queue.Queue()
         self._refuse = refuse
         self._last_command_id = 0
@@ -57,7 +60,10 @@ class RecordingTrainer(WorkerServiceServicer):
             # The stream breaks when the worker is killed; that it ended is all there is to know.
             with contextlib.suppress(Exception):
                 for event in request_iterator:
-                    self.events.put(event)
+                    if event.HasField("heartbeat"):
+                        self.heartbeat.set()
+                    else:
+                        self.events.put(event)
             self.events.put(None)
 
         threading.Thread(target=read, daemon=True).start()
@@ -219,9 +225,12 @@ def test_worker_ends_in_the_middle_of_an_operation_when_the_trainer_goes(
     process = start_worker()
     trainer.ready()
     trainer.create_run()
-    # Minutes of work.
+    # Minutes of work, during which its heart beats.
     trainer.operation(1, forward=ops.ForwardRequest(batch=batch_message(make_batch(*[32] * 60_000))))
     time.sleep(0.5)
+    trainer.heartbeat.clear()
+    assert trainer.heartbeat.wait(ANSWER_S)
+    assert trainer.events.empty()
     assert process.poll() is None
     trainer.stop()
     assert ends(process, 5) == 0
@@ -275,7 +284,7 @@ def test_model_that_cannot_be_loaded_is_said_in_a_sentence(
     assert exc.reason == "INVALID_FIELD"
     assert f'"{tmp_path / "no-model"}" does not exist' in exc.message
     trainer.commands.put(None)
-    assert ends(process) == 0
+    assert ends(process) == 1
 
 
 def test_more_than_one_rank_is_refused(trainer: RecordingTrainer, start_worker: StartWorker) -> None:
@@ -285,7 +294,7 @@ def test_more_than_one_rank_is_refused(trainer: RecordingTrainer, start_worker: 
     assert exc.reason == "NOT_IMPLEMENTED"
     assert "2 ranks" in exc.message
     trainer.commands.put(None)
-    assert ends(process) == 0
+    assert ends(process) == 1
 
 
 def test_worker_that_the_trainer_turns_away_ends_with_an_error(socket: Path, start_worker: StartWorker) -> None:

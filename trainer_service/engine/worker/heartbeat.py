@@ -1,0 +1,24 @@
+"""Tells the trainer that this process runs, beside whatever it executes. Light: no torch."""
+
+import threading
+from collections.abc import Callable
+
+from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerHeartbeat
+
+from trainer_service.config import HEARTBEAT_INTERVAL_S
+
+
+def start_heartbeat(send: Callable[[WorkerEvent], object], ended: threading.Event) -> None:
+    """Sends a heartbeat every second until `ended`, on a thread of its own: a long forward is no death, while a process
+    that is stopped has no thread that runs.
+
+    Args:
+        send: Queues an event; does not block.
+        ended: Set once nobody listens.
+    """
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT_INTERVAL_S):
+            send(WorkerEvent(heartbeat=WorkerHeartbeat()))
+
+    threading.Thread(target=beat, name="heartbeat", daemon=True).start()
