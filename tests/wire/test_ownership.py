@@ -13,6 +13,8 @@ from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.checkpoint_service_pb2 import DownloadCheckpointRequest
 from gradwire.v1.sampling_service_pb2 import SampleRequest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tests.fakes import FakeWorker, FrontEnd, Stream, front_end
 from tests.wire.test_border import error_of, with_key
@@ -183,6 +185,36 @@ async def test_every_answer_that_streams_ends_when_its_key_is_revoked(tmp_path: 
         assert not bobs.done()
         assert len(trainer.server.sampling) == 1
         bobs.cancel()
+
+
+async def test_reflection_and_health_streams_end_with_the_key_they_came_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("trainer_service.rpc.border.REVOCATION_POLL_S", 0.02)
+    file = tmp_path / "keys"
+    file.write_text("\n".join(KEYS))
+    async with front_end(api_key_file=file) as trainer:
+        channel: Any = trainer.channel
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
+        reflections = [
+            reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(metadata=metadata)
+            for metadata in (OPS, BOB)
+        ]
+        for call in reflections:
+            await call.write(question)
+        watches = [health.Watch(health_pb2.HealthCheckRequest(), metadata=metadata) for metadata in (OPS, BOB, None)]
+        for call in (*reflections, *watches):
+            await call.read()
+        file.write_text("\n".join(KEYS[:2]))
+        for call in (reflections[0], watches[0]):
+            ended = await error_of(_to_its_end(call))
+            assert (ended.reason, "revoked" in ended.message) == ("INVALID_API_KEY", True)
+        await reflections[1].write(question)
+        assert (await reflections[1].read()).list_services_response.service
+        for call in (reflections[1], *watches[1:]):
+            assert not call.done()
+            call.cancel()
 
 
 async def _to_its_end(call: Any) -> None:
