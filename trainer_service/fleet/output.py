@@ -50,7 +50,7 @@ class WorkerOutput:
         if code is not None:
             how = f"ended ({_describe(code)})"
         last = self._lines[-1] if self._lines else ""
-        return f"The worker process {how}." + (f" Its last words: {last[:_MAX_QUOTED_CHARS]}" if last else "")
+        return f"The worker process {how}." + (f" Its last words: {last.strip()[:_MAX_QUOTED_CHARS]}" if last else "")
 
     async def drain(self) -> None:
         """Returns once everything printed is read, or soon: somebody else may hold the pipe."""
