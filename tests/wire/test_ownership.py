@@ -270,6 +270,10 @@ async def test_logs_name_keys_and_never_tell_one(caplog: pytest.LogCaptureFixtur
         assert hashlib.sha256(key.encode()).hexdigest() not in told
 
 
+def files_below(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 async def test_nothing_on_disk_holds_a_key_or_its_digest(tmp_path: Path):
     async with front_end(api_keys=("lonely-key", "alice alices-key"), data_dir=tmp_path) as trainer:
         for metadata in (with_key("lonely-key"), ALICE):
@@ -277,7 +281,7 @@ async def test_nothing_on_disk_holds_a_key_or_its_digest(tmp_path: Path):
             await stream.send(1, save_state={"name": "kept"})
             assert (await stream.receive()).WhichOneof("result") == "save_state"
             await stream.close()
-    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    written = files_below(tmp_path)
     assert {"journal.sqlite", "owner.json"} <= {path.name for path in written}
     for key in ("lonely-key", "alices-key"):
         digest = hashlib.sha256(key.encode())
