@@ -89,7 +89,7 @@ def test_health_checks_that_never_end_are_given_up_and_health_answers_on(
 ):
     with RawHttp2(trainer.address) as peer:
         peer.settings_came()
-        calls = [peer.call(CHECK) for _ in range(messages.KEYLESS_READS)]
+        calls = [peer.call(CHECK) for _ in range(16)]
         sent = sum(peer.send(call, message_header(1 << 30) + bytes(60 * MIB)) for call in calls)
         for call in calls:
             peer.wait_ended(call)
@@ -109,13 +109,13 @@ def test_only_so_many_calls_without_a_key_are_under_way_and_a_key_passes_them(
     watch = "/grpc.health.v1.Health/Watch"
     with RawHttp2(trainer.address) as peer, grpc.insecure_channel(trainer.address) as channel:
         peer.settings_came()
-        calls = [peer.call(watch) for _ in range(messages.KEYLESS_CALLS)]
+        calls = [peer.call(watch) for _ in range(messages.KEYLESS_CALLS_PER_HOST)]
         for call in calls:
             peer.send(call, message_header(0), end=True)
         peer.read(1)
         stub = health(channel)
         refused = refusal(lambda: next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=60)))
-        assert (refused.reason, refused.metadata["limit"]) == ("LIMIT_EXCEEDED", str(messages.KEYLESS_CALLS))
+        assert (refused.reason, refused.metadata["limit"]) == ("LIMIT_EXCEEDED", str(messages.KEYLESS_CALLS_PER_HOST))
         stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
         assert next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=60, metadata=WITH_KEY))
     assert grows_by() < 48

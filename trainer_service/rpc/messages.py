@@ -33,10 +33,10 @@ MAX_HELD_BYTES = 1 << 30
 """Memory that messages of one key may take while their calls are served; small ones are not counted."""
 _SMALL_MESSAGE_BYTES = 64 << 10
 
-KEYLESS_READS = 16
-"""Messages of callers without a key that are read at once; more wait."""
-KEYLESS_CALLS = 128
-"""Calls without a key, of one method, that are under way at once, those that wait included."""
+KEYLESS_CALLS = 256
+"""Calls without a key, of one method, that are under way at once."""
+KEYLESS_CALLS_PER_HOST = 64
+"""Those of one host, so that it cannot keep others' probes out."""
 KEYLESS_READ_S = 5.0
 """How long such a message may take to arrive."""
 KEYLESS_GROWTH_BYTES = 64 << 20
@@ -102,12 +102,12 @@ class Messages:
     async def only_one_without_key(
         self, context: grpc.aio.ServicerContext, kind: type[Message], method: str
     ) -> AsyncGenerator[Message]:
-        """As only_one, of a call that came without a key; it counts among those of its method.
+        """As only_one, of a call that came without a key; it counts among those of its method and host.
 
         Raises:
             GradwireError: LIMIT_EXCEEDED, PROTOCOL_VIOLATION.
         """
-        with self._keyless.call(method):
+        with self._keyless.call(method, context.peer()):
             yield self.parse(await self._keyless.read(context), kind)
 
     def parse(self, data: bytes, kind: type[Message]) -> Message:
@@ -139,37 +139,40 @@ class _Keyless:
     """Calls of which nobody knows whose they are."""
 
     def __init__(self) -> None:
-        self._calls: Counter[str] = Counter()
-        self._reads = asyncio.Semaphore(KEYLESS_READS)
+        self._calls: Counter[tuple[str, str]] = Counter()
+        """By method and host; "" stands for all hosts."""
         self._arriving: set[asyncio.Timeout] = set()
         self._watch: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
-    def call(self, method: str) -> Iterator[None]:
-        """Counts one."""
-        if self._calls[method] >= KEYLESS_CALLS:
-            text = f"{KEYLESS_CALLS} of these calls without an API key are under way, as many as may be; send a key."
-            raise error("LIMIT_EXCEEDED", text, limit=KEYLESS_CALLS, retry_after_s=1.0)
-        self._calls[method] += 1
+    def call(self, method: str, peer: str) -> Iterator[None]:
+        """Counts one; `peer` is as gRPC tells it, "ipv4:192.0.2.1:50000"."""
+        counted = {(method, peer.rpartition(":")[0]): KEYLESS_CALLS_PER_HOST, (method, ""): KEYLESS_CALLS}
+        for count, limit in counted.items():
+            if self._calls[count] >= limit:
+                text = f"{limit} of these calls without an API key are under way, as many as may be; send a key."
+                raise error("LIMIT_EXCEEDED", text, limit=limit, retry_after_s=1.0)
+        self._calls.update(counted.keys())
         try:
             yield
         finally:
-            self._calls[method] -= 1
+            self._calls.subtract(counted.keys())
+            # Counts of 0 go, for there are many hosts.
+            self._calls = +self._calls
 
     async def read(self, context: grpc.aio.ServicerContext) -> bytes:
         """A message, unless it takes long or the process grows while it arrives."""
-        async with self._reads:
-            try:
-                async with asyncio.timeout(KEYLESS_READ_S) as end:
-                    self._arriving.add(end)
-                    if self._watch is None or self._watch.done():
-                        self._watch = asyncio.create_task(self._watch_memory(), name="keyless-messages")
-                    try:
-                        data = _message(await context.read())
-                    finally:
-                        self._arriving.discard(end)
-            except TimeoutError:
-                raise _too_large_without_key() from None
+        try:
+            async with asyncio.timeout(KEYLESS_READ_S) as end:
+                self._arriving.add(end)
+                if self._watch is None or self._watch.done():
+                    self._watch = asyncio.create_task(self._watch_memory(), name="keyless-messages")
+                try:
+                    data = _message(await context.read())
+                finally:
+                    self._arriving.discard(end)
+        except TimeoutError:
+            raise _too_large_without_key() from None
         if len(data) > _SMALL_MESSAGE_BYTES:
             raise _too_large_without_key()
         return data
