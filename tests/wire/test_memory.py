@@ -84,6 +84,22 @@ def test_messages_without_a_key_that_never_end_are_not_kept(
         peer.close()
 
 
+def test_a_flood_of_calls_without_a_key_is_refused_as_it_comes(trainer: FrontEndProcess, grows_by: Callable[[], int]):
+    peers = [RawHttp2(trainer.address) for _ in range(4)]
+    for peer in peers:
+        peer.settings_came()
+    for peer in peers:
+        calls = [peer.call(FORWARD_BACKWARD) for _ in range(250)]
+        for call in calls:
+            peer.send(call, message_header(1 << 30) + bytes(MIB), wait_s=0)
+        for call in calls:
+            peer.wait_ended(call)
+    # What all calls together may hold before any is refused, and what a call itself takes.
+    assert grows_by() < 4 * 250 * (128 + 32) // 1024
+    for peer in peers:
+        peer.close()
+
+
 def test_health_checks_that_never_end_are_given_up_and_health_answers_on(
     trainer: FrontEndProcess, grows_by: Callable[[], int]
 ):

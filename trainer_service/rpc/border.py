@@ -78,10 +78,11 @@ class Border(grpc.aio.ServerInterceptor):
 
     def _refusing(self, call: "_Call", refusal: GradwireError) -> grpc.RpcMethodHandler:
         """A handler that reads nothing. It may stand for one of any kind: one of streams is asked before anything is
-        read of the call."""
+        read of the call. What it costs is all that a flood of strangers costs, so everything goes in one batch."""
 
         async def refused(_: Any, context: grpc.aio.ServicerContext) -> None:
             async with self._passing(call, context):
+                context.set_trailing_metadata(call.metadata)
                 raise refusal
 
         return grpc.stream_stream_rpc_method_handler(refused)
@@ -100,15 +101,18 @@ class Border(grpc.aio.ServerInterceptor):
             return self._messages.only_one(context, message_type, call.caller.owner)
 
         async def unary(messages: Any, context: grpc.aio.ServicerContext) -> Any:
-            async with self._passing(call, context), requests(messages, context) as request:
-                return await behaviour(request, context)
+            async with self._passing(call, context):
+                await context.send_initial_metadata(call.metadata)
+                async with requests(messages, context) as request:
+                    return await behaviour(request, context)
 
         async def streamed(messages: Any, context: grpc.aio.ServicerContext) -> None:
-            async with (
-                self._passing(call, context),
-                self._while_key_opens(call.caller),
-                requests(messages, context) as request,
-            ):
+            async with self._passing(call, context), self._while_key_opens(call.caller):
+                await context.send_initial_metadata(call.metadata)
+                await respond(messages, context)
+
+        async def respond(messages: Any, context: grpc.aio.ServicerContext) -> None:
+            async with requests(messages, context) as request:
                 if not inspect.isasyncgenfunction(behaviour):
                     await behaviour(request, context)
                     return
@@ -139,7 +143,6 @@ class Border(grpc.aio.ServerInterceptor):
         start = time.perf_counter()
         code = "OK"
         try:
-            await context.send_initial_metadata((("gradwire-request-id", call.call_id),))
             yield
         except GradwireError as exc:
             code = _code_name(exc)
@@ -226,6 +229,11 @@ class _Call:
     method: str
     call_id: str
     caller: Caller
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What its answer tells beside the answer."""
+        return (("gradwire-request-id", self.call_id),)
 
 
 def _check_protocol_version(method: str, metadata: dict[str, Any]) -> None:

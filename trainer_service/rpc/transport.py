@@ -2,10 +2,12 @@
 
 from trainer_service.config import Limits
 
-_WINDOW_BYTES = 1 << 19
-"""What a call may send before somebody reads it, and while its message arrives up to 1 MiB more: enough for 240 Mbit/s
+_WINDOW_BYTES = 1 << 17
+"""What a call may send before somebody reads it; while its message arrives, up to 1 MiB more: enough for 190 Mbit/s
 where an answer takes 50 ms. The larger windows that grpc's bandwidth probe opens made nothing faster on one machine,
-and every call that waits unread fills its own."""
+and whoever floods us with calls fills one for each."""
+_MAX_PENDING_CALLS = 1500
+"""Calls that have come and that the event loop has not got to, of all connections; gRPC refuses more."""
 
 
 def server_options(*, max_message_bytes: int, max_calls: int = Limits.max_sample_requests) -> list[tuple[str, int]]:
@@ -22,6 +24,8 @@ def server_options(*, max_message_bytes: int, max_calls: int = Limits.max_sample
         ("grpc.so_reuseport", 0),
         # Further calls of a connection wait at the client, which knows the limit.
         ("grpc.max_concurrent_streams", max_calls + 128),
+        ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
         # Nothing compressed: a few hundred kilobytes of gzip become hundreds of megabytes before anybody sees them.
         ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.per_message_decompression", 0),
