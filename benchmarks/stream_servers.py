@@ -62,6 +62,7 @@ class AnsweringWorker:
     """A Worker (trainer_service/fleet/worker.py) that has an answer at once, and no model."""
 
     status_message = "ready"
+    responding = True
     counters: Mapping[str, float] = {}
 
     def __init__(self) -> None:
@@ -98,6 +99,9 @@ class AnsweringWorker:
 
     def on_death(self, callback: Callable[[Any], object]) -> None:
         """It does not die."""
+
+    def on_responding(self, callback: Callable[[], object]) -> None:
+        """It always does."""
 
     async def stop(self) -> None:
         """Nothing to stop."""

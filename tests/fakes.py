@@ -238,7 +238,12 @@ class FakeWorker:
                 tensor = request.forward.batch.loss_fn_inputs["target_tokens"]
                 return TrainResponse(forward=ops.ForwardResponse(loss_fn_outputs={"logprobs": tensor}))
             case "forward_backward":
+                batch = request.forward_backward.batch
                 response = ops.ForwardBackwardResponse(metrics={"loss:sum": float(request.seq_id)})
+                if "target_tokens" in batch.loss_fn_inputs:
+                    # As in forward.
+                    response.cu_seqlens.CopyFrom(batch.cu_seqlens)
+                    response.loss_fn_outputs["logprobs"].CopyFrom(batch.loss_fn_inputs["target_tokens"])
                 return TrainResponse(forward_backward=response)
             case "backward":
                 return TrainResponse(backward=ops.BackwardResponse())

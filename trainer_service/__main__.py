@@ -17,6 +17,8 @@ def main() -> int:
     configure_logging(as_json=args.log_json, level=args.log_level)
     descriptors.raise_limit()
     try:
+        # Before anything is written. Processes that are started inherit it.
+        os.umask(config.read_umask())
         keys = ApiKeys(config.read_api_keys(), args.api_key_file)
         # Only trainers speak TLS themselves; a client certificate they ask for guards as a key does.
         guarded = keys.required or getattr(args, "tls_client_ca_file", None) is not None

@@ -6,14 +6,21 @@ import hmac
 import logging
 import os
 import re
+import stat
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from trainer_service.config import SettingsError
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_COMMENT = re.compile(r"(^|\s)#.*")
+_MAX_FILE_BYTES = 4 << 20
+SETTLE_S = 1.0
+"""How long a file that is written to must have been left alone before it counts."""
 _HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
 
@@ -47,11 +54,12 @@ class ApiKeys:
     """The keys that open a server.
 
     Only digests are kept, so neither a log line nor a core dump tells a key. The file is looked at with every call: a
-    line added or taken out counts from then on. A file that cannot be read or has a bad line changes nothing, and is
-    complained of in the log.
+    line added or taken out counts from then on, if another file took its place; one that is written to counts once it
+    has been left alone for SETTLE_S, since until then half of it may be missing. A file that cannot be read or has a
+    bad line changes nothing, and is complained of in the log.
 
     A line, or an entry of `environment`, is `key`, `name key` or `name key admin`; the key is as callers send it, or
-    `sha256:` and the hex digest of that. # begins a comment.
+    `sha256:` and the hex digest of that. In a file, # begins a comment where a word could begin.
 
     Args:
         environment: Entries given by GRADWIRE_API_KEY.
@@ -67,12 +75,15 @@ class ApiKeys:
             _read_entry(entry, f"GRADWIRE_API_KEY, entry {i + 1}") for i, entry in enumerate(environment)
         )
         self._file = file
-        self._stamp: tuple[int, ...] = ()
+        self._version: _Version | None = None
+        """Of the file, as it counts."""
+        self._fresh: tuple[_Version, float] | None = None
+        """The version that does not count yet, and when it was first seen, by time.monotonic."""
         self._complained: object = None
         self._callers = self._fixed
         if file is not None:
-            self._stamp = _stamp(file)
-            self._callers += _read_file(file)
+            self._version, text = _read(file)
+            self._callers += _parse(file, text)
         if file is not None and not self._callers:
             raise SettingsError(f"--api-key-file {file} has no key; a line is `key`, `name key` or `name key admin`.")
         self.required = bool(self._callers)
@@ -99,35 +110,82 @@ class ApiKeys:
         if self._file is None:
             return
         try:
-            stamp = _stamp(self._file)
-            if stamp == self._stamp:
+            if _version(os.stat(self._file)) == self._version:
                 return
-            callers = self._fixed + _read_file(self._file)
+            version, text = _read(self._file)
+            if not self._settled(version, text):
+                return
+            callers = self._fixed + _parse(self._file, text)
         except (OSError, SettingsError) as exc:
             if self._complained != str(exc):
                 self._complained = str(exc)
                 logger.error("The API key file cannot be used; the keys stay as they were.", extra=_fields(exc))
             return
-        self._stamp, self._callers, self._complained = stamp, callers, None
+        self._version, self._fresh, self._callers, self._complained = version, None, callers, None
         names = sorted({caller.name for caller in callers})
         logger.info("API keys were read again.", extra={"fields": {"names": ",".join(names)}})
+
+    def _settled(self, version: "_Version", text: bytes) -> bool:
+        """Whether a version of the file is whole, as far as can be told."""
+        seen, since_s = self._fresh or (self._version, 0.0)
+        if seen is not None and version.inode != seen.inode and text.endswith(b"\n"):
+            # Put in its place, for which it was written before.
+            return True
+        if version != seen:
+            since_s = time.monotonic()
+        self._fresh = version, since_s
+        # The file system's clock may be ahead of ours.
+        return max(time.time() - version.changed_ns / 1e9, time.monotonic() - since_s) >= SETTLE_S
+
+
+class _Version(NamedTuple):
+    """Tells a file from what it was before."""
+
+    changed_ns: int
+    size_bytes: int
+    inode: int
+    status_changed_ns: int
 
 
 def _fields(exc: Exception) -> dict[str, dict[str, str]]:
     return {"fields": {"error": str(exc)}}
 
 
-def _stamp(file: Path) -> tuple[int, ...]:
-    stat = os.stat(file)
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_ctime_ns
+def _version(of: os.stat_result) -> _Version:
+    return _Version(of.st_mtime_ns, of.st_size, of.st_ino, of.st_ctime_ns)
 
 
-def _read_file(file: Path) -> tuple[Caller, ...]:
+def _read(file: Path) -> tuple[_Version, bytes]:
+    """A file as it was at one moment.
+
+    Raises:
+        SettingsError: It is no file, or too large for one of keys.
+        OSError: It cannot be read, or changes while it is.
+    """
+    # Opening a FIFO would otherwise wait for whoever writes to it.
+    handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        lines = file.read_text().splitlines()
+        before = os.fstat(handle)
+        if not stat.S_ISREG(before.st_mode):
+            raise SettingsError(f"{file} is no regular file.")
+        if before.st_size > _MAX_FILE_BYTES:
+            raise SettingsError(f"{file} has more than {_MAX_FILE_BYTES} bytes.")
+        with open(handle, "rb", closefd=False) as opened:
+            text = opened.read(before.st_size)
+        version = _version(os.fstat(handle))
+    finally:
+        os.close(handle)
+    if version != _version(before) or len(text) != version.size_bytes:
+        raise OSError(f"{file} changed while it was read")
+    return version, text
+
+
+def _parse(file: Path, text: bytes) -> tuple[Caller, ...]:
+    try:
+        lines = text.decode().splitlines()
     except UnicodeDecodeError:
         raise SettingsError(f"{file} is not a text file.") from None
-    entries = ((number, line.partition("#")[0].strip()) for number, line in enumerate(lines, start=1))
+    entries = ((number, _COMMENT.sub("", line).strip()) for number, line in enumerate(lines, start=1))
     return tuple(_read_entry(entry, f"{file}, line {number}") for number, entry in entries if entry)
 
 
@@ -146,5 +204,10 @@ def _read_entry(entry: str, where: str) -> Caller:
         digest = bytes.fromhex(hashed[1])
     else:
         digest = hashlib.sha256(key.encode()).digest()
-    owner = name or f"sha256:{digest.hex()}"
-    return Caller(name=name or "unnamed", owner=owner, admin=len(words) == 3, digest=digest)
+    return Caller(name=name or "unnamed", owner=name or _unnamed_owner(digest), admin=len(words) == 3, digest=digest)
+
+
+def _unnamed_owner(digest: bytes) -> str:
+    """What stands for a key without a name in journals and beside checkpoints. Not its digest, which is a line of a key
+    file."""
+    return f"key:{hashlib.sha256(b'gradwire owner' + digest).hexdigest()[:16]}"

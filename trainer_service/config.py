@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import os
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -257,6 +258,19 @@ class JobsConfig:
 def default_data_dir() -> Path:
     """$GRADWIRE_HOME, or ~/.gradwire."""
     return Path(os.environ.get("GRADWIRE_HOME") or Path.home() / ".gradwire")
+
+
+def read_umask() -> int:
+    """GRADWIRE_UMASK, octal: what files and folders that are made are never allowed to be. By default nobody but their
+    owner reads them, for they hold what a model was trained on.
+
+    Raises:
+        SettingsError: It is no octal number from 0 to 777.
+    """
+    given = os.environ.get("GRADWIRE_UMASK") or "077"
+    if not re.fullmatch("0*[0-7]{1,3}", given):
+        raise SettingsError(f"GRADWIRE_UMASK is {given!r}; it must be an octal number such as 077 or 027.")
+    return int(given, 8)
 
 
 def read_api_keys() -> tuple[str, ...]:

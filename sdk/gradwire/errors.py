@@ -36,6 +36,8 @@ from grpc_status import rpc_status
 from gradwire.untrusted import printable
 
 DOMAIN = "gradwire.v1"
+MAX_TEXT_CHARS = 4096
+"""Of an error's message, of each of its variables and of each field path, as they cross the wire."""
 
 ERROR_CODES: dict[str, int] = {
     "INVALID_FIELD": code_pb2.INVALID_ARGUMENT,
@@ -293,7 +295,10 @@ def invalid_field(field: str, description: str, *, reason: str = "INVALID_FIELD"
 
 
 def to_status(exc: GradwireError) -> status_pb2.Status:
-    """The error as a google.rpc.Status with its ErrorInfo, BadRequest and RetryInfo."""
+    """The error as a google.rpc.Status with its ErrorInfo, BadRequest and RetryInfo.
+
+    Texts are cut behind MAX_TEXT_CHARS: they quote what came, which may be of any length.
+    """
     details: list[any_pb2.Any] = []
 
     def add(message: Any) -> None:
@@ -301,19 +306,26 @@ def to_status(exc: GradwireError) -> status_pb2.Status:
         packed.Pack(message)
         details.append(packed)
 
-    add(error_details_pb2.ErrorInfo(reason=exc.reason or "INTERNAL", domain=DOMAIN, metadata=exc.metadata))
+    metadata = {name: _cut(value) for name, value in exc.metadata.items()}
+    add(error_details_pb2.ErrorInfo(reason=exc.reason or "INTERNAL", domain=DOMAIN, metadata=metadata))
     if exc.field_violations:
         violation = error_details_pb2.BadRequest.FieldViolation
         add(
             error_details_pb2.BadRequest(
-                field_violations=[violation(field=field, description=text) for field, text in exc.field_violations]
+                field_violations=[
+                    violation(field=_cut(field), description=_cut(text)) for field, text in exc.field_violations
+                ]
             )
         )
     if exc.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(int(exc.retry_after_s * 1000))
         add(error_details_pb2.RetryInfo(retry_delay=delay))
-    return status_pb2.Status(code=exc.code, message=exc.message, details=details)
+    return status_pb2.Status(code=exc.code, message=_cut(exc.message), details=details)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT_CHARS else f"{text[:MAX_TEXT_CHARS]}…({len(text)} characters)"
 
 
 def from_status(status: status_pb2.Status) -> GradwireError:

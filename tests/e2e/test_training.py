@@ -336,6 +336,17 @@ def test_a_delta_is_sampled_from_as_the_weights_it_stands_for(service: ServiceCl
         client.save_weights_for_sampler_ext("a", checkpoint_type="gamma")
 
 
+def test_what_a_trainer_writes_is_its_owner_s_alone(trainer: TrainerProcess, client: TrainingClient):
+    client.forward_backward(data(4), "cross_entropy")
+    client.optim_step(AdamParams())
+    client.save_state("kept")
+    client.save_weights_for_sampler("kept").result(60)
+    data_dir = trainer.log.parent / "data"
+    written = [data_dir, *data_dir.rglob("*")]
+    assert {"journal.sqlite", "journal.sqlite-wal", "owner.json", "manifest.json"} <= {path.name for path in written}
+    assert [str(path) for path in written if path.stat().st_mode & 0o077] == []
+
+
 def test_another_model_is_refused_naming_both(service: ServiceClient, trainer: TrainerProcess):
     with pytest.raises(FailedPreconditionError, match="some/other-model") as caught:
         service.create_training_client("some/other-model")

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,13 @@ def rewrite(file: Path, text: str) -> None:
     fresh = file.with_suffix(".new")
     fresh.write_text(text)
     os.replace(fresh, file)
+
+
+def write_in_place(file: Path, text: str | bytes, *, age_s: float = 0) -> None:
+    """As a shell's > does: the file that is there gets other content, last written to age_s ago."""
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    written_s = time.time() - age_s
+    os.utime(file, (written_s, written_s))
 
 
 def key_file(folder: Path, text: str) -> Path:
@@ -100,13 +108,86 @@ def test_a_file_that_went_bad_changes_nothing_and_is_complained_of_once(
     if broken is None:
         file.unlink()
     else:
-        file.write_bytes(broken if isinstance(broken, bytes) else broken.encode())
+        write_in_place(file, broken, age_s=10)
     for _ in range(3):
         assert named(keys, "k1").name == "alice"
         assert keys.find("root") is None
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
-    rewrite(file, "bob k2\n")
+    write_in_place(file, "bob k2\n", age_s=5)
     assert (keys.find("k1"), named(keys, "k2").name) == (None, "bob")
+
+
+def test_a_file_written_in_place_counts_once_it_is_left_alone_and_half_of_it_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = key_file(tmp_path, "alice first-key\nbob k2\n")
+    keys = ApiKeys(file=file)
+    alice, bob = named(keys, "first-key"), named(keys, "k2")
+    for written in ("", "alice fir", "alice first-key\nb", "alice first-key\n"):
+        write_in_place(file, written)
+        assert keys.find("fir") is None
+        assert keys.still_opens(alice)
+        assert keys.still_opens(bob)
+    write_in_place(file, "alice first-key\ncarol k3", age_s=1.5)
+    assert not keys.still_opens(bob)
+    assert keys.still_opens(alice)
+    assert named(keys, "k3").name == "carol"
+    # A file system whose clock is ahead says nothing of how long ago it was written to.
+    write_in_place(file, "alice first-key\n", age_s=-3600)
+    assert keys.find("k3") is not None
+    monkeypatch.setattr("trainer_service.access.SETTLE_S", 0)
+    assert keys.find("k3") is None
+
+
+def test_a_new_file_without_its_last_line_s_end_may_be_half_written(tmp_path: Path):
+    file = key_file(tmp_path, "alice first-key\n")
+    keys = ApiKeys(file=file)
+    rewrite(file, "alice fir")
+    assert keys.find("fir") is None
+    assert keys.find("first-key") is not None
+    rewrite(file, "alice second-key\n")
+    assert keys.find("first-key") is None
+
+
+def test_a_fifo_or_a_folder_in_the_file_s_place_holds_nothing_up(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    file = key_file(tmp_path, "alice k1\n")
+    keys = ApiKeys(file=file)
+    file.unlink()
+    os.mkfifo(file)
+    assert named(keys, "k1").name == "alice"
+    with pytest.raises(SettingsError, match="is no regular file"):
+        ApiKeys(file=file)
+    file.unlink()
+    file.mkdir()
+    assert named(keys, "k1").name == "alice"
+    with pytest.raises(SettingsError, match="is no regular file"):
+        ApiKeys(file=file)
+    assert len(caplog.records) == 1
+
+
+def test_a_file_as_large_as_no_key_file_is_refused(tmp_path: Path):
+    file = tmp_path / "keys"
+    with file.open("wb") as sparse:
+        sparse.truncate(1 << 30)
+    with pytest.raises(SettingsError, match="more than 4194304 bytes"):
+        ApiKeys(file=file)
+
+
+def test_a_comment_begins_where_a_word_could_and_a_key_may_hold_its_sign(tmp_path: Path):
+    keys = ApiKeys(file=key_file(tmp_path, "alice kh#tag # hers\n#bob k2\n\t# carol k3\nk4# #\n"))
+    assert named(keys, "kh#tag").name == "alice"
+    assert named(keys, "k4#").name == "unnamed"
+    for wrong in ("kh", "k2", "k3", "k4", "#", "hers"):
+        assert keys.find(wrong) is None
+
+
+def test_the_owner_of_a_key_without_a_name_tells_neither_it_nor_its_digest():
+    plain, digested = ApiKeys(("k1",)), ApiKeys((hashed("k1"),))
+    owner = named(plain, "k1").owner
+    assert owner == named(digested, "k1").owner
+    assert named(plain, "k1").digest.hex()[:8] not in owner
+    with pytest.raises(SettingsError):
+        ApiKeys((f"sha256:{owner.removeprefix('key:')}",))
 
 
 @pytest.mark.parametrize(

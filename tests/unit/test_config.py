@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer_service.config import Limits, SettingsError, check_exposure, read_api_keys, split_address
+from trainer_service.config import Limits, SettingsError, check_exposure, read_api_keys, read_umask, split_address
 
 
 def test_limits_are_those_announced():
@@ -57,7 +57,7 @@ def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
         (["jobs", "--listen", "0.0.0.0:0"], "there is no API key"),
         (["serve", "--base-model", "m", "--tls-cert-file", __file__], "both --tls-cert-file and --tls-key-file"),
         (["serve", "--base-model", "m", "--tls-cert-file", __file__, "--tls-key-file", __file__], "not a PEM file"),
-        (["serve", "--base-model", "m", "--api-key-file", "/dev/null"], "has no key"),
+        (["serve", "--base-model", "m", "--api-key-file", "/dev/null"], "is no regular file"),
         (["serve", "--base-model", "m", "--api-key-file", "no/such"], "No such file"),
         (["serve", "--base-model", "m", "--listen", "nowhere"], 'must be "host:port"'),
         (["serve", "--base-model", "./no/such/folder"], "--base-model ./no/such/folder does not exist"),
@@ -79,3 +79,21 @@ def test_settings_that_cannot_be_end_with_a_sentence_and_code_2(arguments: list[
     assert len(said) == 1
     assert text in said[0]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("given", "umask"), [(None, 0o077), ("", 0o077), ("027", 0o027), ("0", 0), ("0022", 0o022)])
+def test_files_are_their_owner_s_alone_unless_a_umask_says_otherwise(
+    given: str | None, umask: int, monkeypatch: pytest.MonkeyPatch
+):
+    if given is None:
+        monkeypatch.delenv("GRADWIRE_UMASK", raising=False)
+    else:
+        monkeypatch.setenv("GRADWIRE_UMASK", given)
+    assert read_umask() == umask
+
+
+@pytest.mark.parametrize("given", ["rwx", "-1", "1777", "8", "0o77"])
+def test_a_umask_that_is_none_is_refused(given: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GRADWIRE_UMASK", given)
+    with pytest.raises(SettingsError, match="octal"):
+        read_umask()

@@ -173,6 +173,40 @@ async def test_a_message_over_the_limit_is_refused_saying_the_limit_and_the_run_
         assert trainer.operations() == [(1, "optim_step")]
 
 
+async def test_a_call_that_ends_without_its_message_is_refused():
+    async with front_end() as trainer:
+        nothing: list[bytes] = []
+        refused = await error_of(trainer.channel.stream_unary(METHOD + "CreateRun")(iter(nothing)))
+        assert (refused.reason, "without a message" in refused.message) == ("PROTOCOL_VIOLATION", True)
+
+
+async def test_large_messages_of_one_key_hold_so_much_memory_at_once_and_those_of_others_count_for_themselves(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("trainer_service.rpc.messages.MAX_HELD_BYTES", 1_500_000)
+    ours, others = with_key("ours"), with_key("others")
+    request = too_large(500_000)
+    async with front_end(api_keys=("ours", "others")) as trainer:
+        runs = []
+        for metadata in (ours, ours, others):
+            runs.append((await trainer.stub.CreateRun(CreateRunRequest(), metadata=metadata)).run.run_id)
+        trainer.worker.gate.clear()
+        calls = []
+        for count, (run_id, metadata) in enumerate(zip((runs[0], runs[2]), (ours, others), strict=True), start=1):
+            request.run_id = run_id
+            calls.append(trainer.stub.ForwardBackward(request, metadata=metadata))
+            await trainer.worker.has_waiting(count)
+        request.run_id = runs[1]
+        refused = await error_of(trainer.stub.ForwardBackward(request, metadata=ours))
+        assert (refused.reason, refused.metadata["limit"]) == ("LIMIT_EXCEEDED", "1500000")
+        # Small ones are not counted.
+        zeroing = trainer.stub.ZeroGrad(ops.ZeroGradRequest(run_id=runs[1]), metadata=ours)
+        await trainer.worker.has_waiting(3)
+        trainer.worker.gate.set()
+        await asyncio.gather(*calls, zeroing)
+        await trainer.stub.ForwardBackward(request, metadata=ours)
+
+
 async def test_a_long_message_still_reaches_the_client():
     async with front_end() as trainer:
         refused = await error_of(trainer.create_run(base_model="x" * 20_000))

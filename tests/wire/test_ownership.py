@@ -13,6 +13,8 @@ from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.checkpoint_service_pb2 import DownloadCheckpointRequest
 from gradwire.v1.sampling_service_pb2 import SampleRequest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tests.fakes import FakeWorker, FrontEnd, Stream, front_end
 from tests.wire.test_border import error_of, with_key
@@ -29,6 +31,13 @@ async def create(trainer: FrontEnd, metadata: Any, **fields: Any) -> str:
 
 async def seen(trainer: FrontEnd, metadata: Any) -> list[str]:
     return [run.run_id for run in (await trainer.stub.ListRuns(pb.ListRunsRequest(), metadata=metadata)).runs]
+
+
+def replace_keys(file: Path, *lines: str) -> None:
+    """As an editor does: a new file in the place of the old."""
+    fresh = file.with_suffix(".new")
+    fresh.write_text("\n".join(lines) + "\n")
+    fresh.replace(file)
 
 
 def calls_that_name_a_run() -> list[tuple[str, Any]]:
@@ -110,7 +119,7 @@ async def test_a_revoked_key_is_refused_at_once_and_its_stream_ends_while_others
     async with front_end(api_key_file=file) as trainer:
         alices, bobs = await create(trainer, ALICE), await create(trainer, BOB)
         alice, bob = await trainer.attach(alices, metadata=ALICE), await trainer.attach(bobs, metadata=BOB)
-        file.write_text("\n".join((*KEYS[1:], "alice new-key")))
+        replace_keys(file, *KEYS[1:], "alice new-key")
         ended = await alice.ended()
         assert (ended.reason, "revoked" in ended.message) == ("INVALID_API_KEY", True)
         refused = await error_of(trainer.stub.ListRuns(pb.ListRunsRequest(), metadata=ALICE))
@@ -175,7 +184,7 @@ async def test_every_answer_that_streams_ends_when_its_key_is_revoked(tmp_path: 
         for call in calls:
             await call.read()
         operators, bobs, downloads = calls
-        file.write_text("\n".join(KEYS[:2]))
+        replace_keys(file, *KEYS[:2])
         await asyncio.sleep(0.3)
         for call in (operators, downloads):
             ended = await error_of(_to_its_end(call))
@@ -183,6 +192,52 @@ async def test_every_answer_that_streams_ends_when_its_key_is_revoked(tmp_path: 
         assert not bobs.done()
         assert len(trainer.server.sampling) == 1
         bobs.cancel()
+
+
+async def test_a_stream_whose_key_stays_outlives_its_file_being_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("trainer_service.rpc.border.REVOCATION_POLL_S", 0.02)
+    file = tmp_path / "keys"
+    file.write_text("\n".join(KEYS))
+    async with front_end(api_key_file=file) as trainer:
+        bob = await trainer.attach(await create(trainer, BOB), metadata=BOB)
+        for half in ("", "alice ali", "alice alices-key\n", "alice alices-key\nbob bo"):
+            file.write_text(half)
+            refused = await error_of(trainer.stub.ListRuns(pb.ListRunsRequest(), metadata=with_key("bo")))
+            assert refused.reason == "INVALID_API_KEY"
+            await asyncio.sleep(0.05)
+        file.write_text("\n".join(KEYS[:2]))
+        await bob.send(1, zero_grad={})
+        assert (await bob.receive()).WhichOneof("result") == "zero_grad"
+
+
+async def test_reflection_and_health_streams_end_with_the_key_they_came_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("trainer_service.rpc.border.REVOCATION_POLL_S", 0.02)
+    file = tmp_path / "keys"
+    file.write_text("\n".join(KEYS))
+    async with front_end(api_key_file=file) as trainer:
+        channel: Any = trainer.channel
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
+        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        reflections = [reflection.ServerReflectionInfo(metadata=metadata) for metadata in (OPS, BOB)]
+        for call in reflections:
+            await call.write(question)
+        watches = [health.Watch(health_pb2.HealthCheckRequest(), metadata=metadata) for metadata in (OPS, BOB, None)]
+        for call in (*reflections, *watches):
+            await call.read()
+        replace_keys(file, *KEYS[:2])
+        for call in (reflections[0], watches[0]):
+            ended = await error_of(_to_its_end(call))
+            assert (ended.reason, "revoked" in ended.message) == ("INVALID_API_KEY", True)
+        await reflections[1].write(question)
+        assert (await reflections[1].read()).list_services_response.service
+        for call in (reflections[1], *watches[1:]):
+            assert not call.done()
+            call.cancel()
 
 
 async def _to_its_end(call: Any) -> None:
@@ -199,9 +254,9 @@ async def test_logs_name_keys_and_never_tell_one(caplog: pytest.LogCaptureFixtur
             stream = await trainer.attach(await create(trainer, metadata), metadata=metadata)
             await stream.close()
         await error_of(trainer.stub.ListRuns(pb.ListRunsRequest(), metadata=with_key("wrong-key")))
-        file.write_text("alice alices-key nonsense")
+        replace_keys(file, "alice alices-key nonsense")
         await trainer.stub.ListRuns(pb.ListRunsRequest(), metadata=ALICE)
-        file.write_text("alice alices-key")
+        replace_keys(file, "alice alices-key")
         await trainer.stub.ListRuns(pb.ListRunsRequest(), metadata=ALICE)
         await asyncio.sleep(0)
     told = "\n".join(f"{record.getMessage()} {vars(record)}" for record in caplog.records)
@@ -213,3 +268,22 @@ async def test_logs_name_keys_and_never_tell_one(caplog: pytest.LogCaptureFixtur
     for key in ("alices-key", "ops-key", "lonely-key", "wrong-key"):
         assert key not in told
         assert hashlib.sha256(key.encode()).hexdigest() not in told
+
+
+def files_below(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+async def test_nothing_on_disk_holds_a_key_or_its_digest(tmp_path: Path):
+    async with front_end(api_keys=("lonely-key", "alice alices-key"), data_dir=tmp_path) as trainer:
+        for metadata in (with_key("lonely-key"), ALICE):
+            stream = await trainer.attach(await create(trainer, metadata), metadata=metadata)
+            await stream.send(1, save_state={"name": "kept"})
+            assert (await stream.receive()).WhichOneof("result") == "save_state"
+            await stream.close()
+    written = files_below(tmp_path)
+    assert {"journal.sqlite", "owner.json"} <= {path.name for path in written}
+    for key in ("lonely-key", "alices-key"):
+        digest = hashlib.sha256(key.encode())
+        for secret in (key.encode(), digest.digest(), digest.hexdigest().encode()):
+            assert [path for path, content in written.items() if secret in content] == []

@@ -209,6 +209,27 @@ async def test_no_more_operations_are_read_than_may_be_in_flight():
         assert [(await stream.receive()).seq_id for _ in range(20)] == list(range(1, 21))
 
 
+async def test_a_client_with_too_many_bytes_unanswered_is_slowed_down_and_loses_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("trainer_service.runs.run.MAX_UNANSWERED_BYTES", 1_000_000)
+    request = ops.ForwardBackwardRequest()
+    request.batch.tokens.CopyFrom(Tensor(data=bytes(400_000)))
+    async with front_end() as trainer:
+        stream = await trainer.attach(await trainer.create_run())
+        trainer.worker.gate.clear()
+
+        async def send() -> None:
+            for seq_id in range(1, 9):
+                await stream.send(seq_id, forward_backward=request)
+
+        sending = asyncio.create_task(send())
+        await trainer.worker.has_waiting(2)
+        await asyncio.sleep(0.1)
+        assert trainer.worker.waiting == 2
+        trainer.worker.gate.set()
+        assert [(await stream.receive()).seq_id for _ in range(8)] == list(range(1, 9))
+        await sending
+
+
 async def test_a_client_that_does_not_read_its_answers_is_slowed_down_and_loses_none():
     tensor = Tensor(data=bytes(1 << 20), dtype=DATA_TYPE_INT64)
     forward = ops.ForwardRequest()

@@ -42,7 +42,7 @@ class WorkerOutput:
         if exit_code is not None:
             how = f"ended ({_describe(exit_code)})"
         last = self._lines[-1] if self._lines else ""
-        return f"The worker process {how}." + (f" Its last words: {last[:_MAX_QUOTED_CHARS]}" if last else "")
+        return f"The worker process {how}." + (f" Its last words: {last.strip()[:_MAX_QUOTED_CHARS]}" if last else "")
 
     async def drain(self) -> None:
         """Returns once everything printed is read, or soon: somebody else may hold the pipe."""

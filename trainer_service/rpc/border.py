@@ -6,12 +6,13 @@ import inspect
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 from gradwire.errors import GradwireError, error, to_status
 from gradwire.version import PROTOCOL_VERSION
 from grpc_status import rpc_status
@@ -19,15 +20,17 @@ from grpc_status import rpc_status
 from trainer_service.access import ANYBODY, ApiKeys, Caller, current_caller
 from trainer_service.config import MIN_PROTOCOL_VERSION
 from trainer_service.observability import Metrics, request_id
+from trainer_service.rpc.messages import Malformed, Messages, Received, memory_bytes
 
 logger = logging.getLogger(__name__)
 
 _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 """Probes have no key, and health says nothing worth one."""
 
-
-_QUIET_METHODS = {f"/gradwire.v1.TrainerService/{name}" for name in ("GetServerInfo", "GetRun", "ListRuns")} | {
-    f"/gradwire.v1.TrainerJobService/{name}" for name in ("GetTrainerJob", "ListTrainerJobs")
+_QUIET_METHODS = {
+    "/grpc.health.v1.Health/Check",
+    *(f"/gradwire.v1.TrainerService/{name}" for name in ("GetServerInfo", "GetRun", "ListRuns")),
+    *(f"/gradwire.v1.TrainerJobService/{name}" for name in ("GetTrainerJob", "ListTrainerJobs")),
 }
 """Asked again and again by those who wait; logged only when they fail."""
 _MAX_STATUS_CHARS = 1500
@@ -35,21 +38,6 @@ _MAX_STATUS_CHARS = 1500
 _MAX_CALL_ID_CHARS = 64
 REVOCATION_POLL_S = 1.0
 """How long a stream may outlive its key."""
-
-
-class Malformed:
-    """Stands for a message that could not be read, so that the call ends with a sentence instead of a traceback."""
-
-    def __init__(self, exc: GradwireError) -> None:
-        self.exc = exc
-
-
-@dataclass(frozen=True)
-class Received:
-    """A message of a stream, with its encoding, so that it can be handed on without encoding it again."""
-
-    message: Any
-    encoded: bytes
 
 
 class Border(grpc.aio.ServerInterceptor):
@@ -64,7 +52,7 @@ class Border(grpc.aio.ServerInterceptor):
     def __init__(self, *, api_keys: ApiKeys, metrics: Metrics, max_message_bytes: int) -> None:
         self._api_keys = api_keys
         self._metrics = metrics
-        self._max_message_bytes = max_message_bytes
+        self._messages = Messages(max_message_bytes=max_message_bytes)
         self._streams: dict[asyncio.Timeout, Caller] = {}
         """Answers that stream, each by what ends it, and whose key opened it."""
         self._watch: asyncio.Task[None] | None = None
@@ -80,21 +68,51 @@ class Border(grpc.aio.ServerInterceptor):
             return handler
         method = handler_call_details.method
         metadata = dict(handler_call_details.invocation_metadata or ())
-        caller = self._caller(method, metadata)
-        refusal = caller if isinstance(caller, GradwireError) else self._refusal(method, metadata)
-        who = ANYBODY if isinstance(caller, GradwireError) else caller
         call_id = str(metadata.get("gradwire-request-id", ""))[:_MAX_CALL_ID_CHARS] or uuid.uuid4().hex[:16]
-        if refusal is None and not method.startswith("/gradwire."):
-            return handler
-        kind, make = _KINDS[handler.request_streaming, handler.response_streaming]
-        behaviour = getattr(handler, kind)
+        try:
+            call = _Call(method, call_id, self._caller(method, metadata))
+            _check_protocol_version(method, metadata)
+        except GradwireError as exc:
+            return self._refusing(_Call(method, call_id, ANYBODY), exc)
+        return self._passed(handler, call)
 
-        async def wrapped(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            async with self._passing(method, call_id, who, refusal, request, context):
-                return await behaviour(request, context)
+    def _refusing(self, call: "_Call", refusal: GradwireError) -> grpc.RpcMethodHandler:
+        """A handler that reads nothing. It may stand for one of any kind: one of streams is asked before anything is
+        read of the call. What it costs is all that a flood of strangers costs, so everything goes in one batch."""
 
-        async def streamed(request: Any, context: grpc.aio.ServicerContext) -> None:
-            async with self._passing(method, call_id, who, refusal, request, context), self._while_key_opens(who):
+        async def refused(_: Any, context: grpc.aio.ServicerContext) -> None:
+            async with self._passing(call, context):
+                context.set_trailing_metadata(call.metadata)
+                raise refusal
+
+        return grpc.stream_stream_rpc_method_handler(refused)
+
+    def _passed(self, handler: Any, call: "_Call") -> grpc.RpcMethodHandler:
+        """A handler with everything around it. A message that comes alone is read here too, not by grpc, which would
+        read it before it asks."""
+        behaviour = getattr(handler, _KINDS[handler.request_streaming, handler.response_streaming])
+        message_type: type[Message] = handler.request_deserializer.__self__
+
+        def requests(messages: Any, context: grpc.aio.ServicerContext) -> contextlib.AbstractAsyncContextManager[Any]:
+            if handler.request_streaming:
+                return contextlib.nullcontext(_unwrapped(messages))
+            if call.caller is ANYBODY and self._api_keys.required:
+                return self._messages.only_one_without_key(context, message_type, call.method)
+            return self._messages.only_one(context, message_type, call.caller.owner)
+
+        async def unary(messages: Any, context: grpc.aio.ServicerContext) -> Any:
+            async with self._passing(call, context):
+                await context.send_initial_metadata(call.metadata)
+                async with requests(messages, context) as request:
+                    return await behaviour(request, context)
+
+        async def streamed(messages: Any, context: grpc.aio.ServicerContext) -> None:
+            async with self._passing(call, context), self._while_key_opens(call.caller):
+                await context.send_initial_metadata(call.metadata)
+                await respond(messages, context)
+
+        async def respond(messages: Any, context: grpc.aio.ServicerContext) -> None:
+            async with requests(messages, context) as request:
                 if not inspect.isasyncgenfunction(behaviour):
                     await behaviour(request, context)
                     return
@@ -103,33 +121,28 @@ class Border(grpc.aio.ServerInterceptor):
                     async for response in responses:
                         await context.write(response)
 
+        def received(data: bytes) -> Received | Malformed:
+            try:
+                return Received(self._messages.parse(data, message_type), data, memory_bytes(data, message_type))
+            except GradwireError as exc:
+                return Malformed(exc)
+
+        streams = handler.response_streaming
+        make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
         return make(
-            streamed if handler.response_streaming else wrapped,
-            request_deserializer=self._careful(handler.request_deserializer, handler.request_streaming),
+            streamed if streams else unary,
+            request_deserializer=received if handler.request_streaming else None,
             response_serializer=_unless_encoded(handler.response_serializer),
         )
 
     @contextlib.asynccontextmanager
-    async def _passing(
-        self,
-        method: str,
-        call_id: str,
-        caller: Caller,
-        refusal: GradwireError | None,
-        request: Any,
-        context: grpc.aio.ServicerContext,
-    ) -> AsyncGenerator[None]:
-        """What happens around a call: refuses it, turns its exception into a status, counts and logs it."""
-        request_id.set(call_id)
-        current_caller.set(caller)
+    async def _passing(self, call: "_Call", context: grpc.aio.ServicerContext) -> AsyncGenerator[None]:
+        """What happens around a call: turns its exception into a status, counts and logs it."""
+        request_id.set(call.call_id)
+        current_caller.set(call.caller)
         start = time.perf_counter()
         code = "OK"
         try:
-            await context.send_initial_metadata((("gradwire-request-id", call_id),))
-            if refusal is not None:
-                raise refusal
-            if isinstance(request, Malformed):
-                raise request.exc
             yield
         except GradwireError as exc:
             code = _code_name(exc)
@@ -140,20 +153,20 @@ class Border(grpc.aio.ServerInterceptor):
             raise
         except Exception:
             code = "INTERNAL"
-            logger.exception("A call failed.", extra={"fields": {"method": method}})
-            text = f"A fault inside the trainer; its log has the details under request id {call_id}."
-            await _abort(context, error("INTERNAL", text, request_id=call_id))
+            logger.exception("A call failed.", extra={"fields": {"method": call.method}})
+            text = f"A fault inside the trainer; its log has the details under request id {call.call_id}."
+            await _abort(context, error("INTERNAL", text, request_id=call.call_id))
         except asyncio.CancelledError:
             # The client went away, which is its right.
             code = "CANCELLED"
             raise
         finally:
-            self._metrics.calls.labels(method, code).inc()
+            self._metrics.calls.labels(call.method, code).inc()
             took_ms = round((time.perf_counter() - start) * 1000, 2)
-            level = logging.DEBUG if code == "OK" and method in _QUIET_METHODS else logging.INFO
-            fields = {"method": method, "code": code, "ms": took_ms}
-            if caller.name:
-                fields["key"] = caller.name
+            level = logging.DEBUG if code == "OK" and call.method in _QUIET_METHODS else logging.INFO
+            fields = {"method": call.method, "code": code, "ms": took_ms}
+            if call.caller.name:
+                fields["key"] = call.caller.name
             logger.log(level, "Call.", extra={"fields": fields})
 
     @contextlib.asynccontextmanager
@@ -163,7 +176,7 @@ class Border(grpc.aio.ServerInterceptor):
         Raises:
             UnauthenticatedError: INVALID_API_KEY: it was.
         """
-        if not self._api_keys.required:
+        if caller is ANYBODY:
             yield
             return
         end = asyncio.timeout(None)
@@ -190,52 +203,76 @@ class Border(grpc.aio.ServerInterceptor):
                     del self._streams[end]
                     end.reschedule(asyncio.get_running_loop().time())
 
-    def _caller(self, method: str, metadata: dict[str, Any]) -> Caller | GradwireError:
-        """Who calls, or why nobody may without a key of ours."""
-        if method.startswith(_OPEN_SERVICES) or not self._api_keys.required:
+    def _caller(self, method: str, metadata: dict[str, Any]) -> Caller:
+        """Who calls.
+
+        Raises:
+            UnauthenticatedError: INVALID_API_KEY: nobody may without a key of ours.
+        """
+        if not self._api_keys.required:
             return ANYBODY
         got = str(metadata.get("authorization", "")).removeprefix("Bearer ")
+        caller = self._api_keys.find(got)
+        if caller is not None:
+            return caller
+        if method.startswith(_OPEN_SERVICES):
+            return ANYBODY
         what = "is not one this server knows" if got else "is missing"
         text = f"The API key {what}; send it as metadata `authorization: Bearer <key>`."
-        return self._api_keys.find(got) or error("INVALID_API_KEY", text)
+        raise error("INVALID_API_KEY", text)
 
-    def _refusal(self, method: str, metadata: dict[str, Any]) -> GradwireError | None:
-        """Why this call may not pass, if it may not."""
-        if method.startswith(_OPEN_SERVICES):
-            return None
-        version = metadata.get("gradwire-protocol-version")
-        if version is not None and version not in _SPOKEN:
-            return error(
-                "PROTOCOL_VERSION_UNSUPPORTED",
-                f"The client speaks protocol version {version}, but this server {' or '.join(sorted(_SPOKEN))}. "
-                "Install the same gradwire on both sides.",
-                client=version,
-                server=PROTOCOL_VERSION,
-            )
-        return None
 
-    def _careful(self, deserialize: Callable[[bytes], Any], streaming: bool) -> Callable[[bytes], Any]:
-        def careful(data: bytes) -> Any:
-            if len(data) > self._max_message_bytes:
-                text = f"The message has {len(data)} bytes, but at most {self._max_message_bytes} are taken."
-                return Malformed(error("LIMIT_EXCEEDED", text, limit=self._max_message_bytes, got=len(data)))
-            try:
-                message = deserialize(data)
-                return Received(message, data) if streaming else message
-            except Exception:
-                text = f"The message ({len(data)} bytes) cannot be read; it is not of the type this call takes."
-                return Malformed(error("PROTOCOL_VIOLATION", text))
+@dataclass(frozen=True)
+class _Call:
+    """What is known of a call before anything of it is read."""
 
-        return careful
+    method: str
+    call_id: str
+    caller: Caller
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What its answer tells beside the answer."""
+        return (("gradwire-request-id", self.call_id),)
+
+
+def _check_protocol_version(method: str, metadata: dict[str, Any]) -> None:
+    """Refuses a client whose messages mean something else.
+
+    Raises:
+        FailedPreconditionError: PROTOCOL_VERSION_UNSUPPORTED.
+    """
+    version = metadata.get("gradwire-protocol-version")
+    if version is not None and version not in _SPOKEN and not method.startswith(_OPEN_SERVICES):
+        raise error(
+            "PROTOCOL_VERSION_UNSUPPORTED",
+            f"The client speaks protocol version {version}, but this server {' or '.join(sorted(_SPOKEN))}. "
+            "Install the same gradwire on both sides.",
+            client=version,
+            server=PROTOCOL_VERSION,
+        )
 
 
 _SPOKEN = {str(version) for version in range(MIN_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)}
-_KINDS: dict[tuple[bool, bool], tuple[str, Callable[..., grpc.RpcMethodHandler]]] = {
-    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
-    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
-    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
-    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+_KINDS = {
+    (False, False): "unary_unary",
+    (False, True): "unary_stream",
+    (True, False): "stream_unary",
+    (True, True): "stream_stream",
 }
+"""The attribute that a handler's function is in, by whether requests and responses stream."""
+
+
+async def _unwrapped(messages: AsyncIterator[Any]) -> AsyncGenerator[Any]:
+    """The messages of a stream, for who reads nothing but them.
+
+    Raises:
+        GradwireError: One could not be read.
+    """
+    async for message in messages:
+        if isinstance(message, Malformed):
+            raise message.exc
+        yield message.message
 
 
 def _unless_encoded(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:

@@ -19,6 +19,7 @@ from trainer_service.processes import parent_gone, write_ready_file
 from trainer_service.rpc.border import Border
 from trainer_service.rpc.server import wait_for_signal
 from trainer_service.rpc.trainer_job_servicer import TrainerJobServicer
+from trainer_service.rpc.transport import server_options
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +45,10 @@ async def serve_jobs(config: JobsConfig, jobs: TrainerJobs) -> int:
         ends.append(asyncio.create_task(parent_gone()))
     api_keys = ApiKeys(config.api_keys, config.api_key_file)
     border = Border(api_keys=api_keys, metrics=Metrics(), max_message_bytes=_MAX_MESSAGE_BYTES)
-    max_connections = descriptors.max_connections(reserved=_DESCRIPTORS_RESERVED)
-    options = [("grpc.so_reuseport", 0), *descriptors.connection_options(max_connections)]
-    options.append(("grpc.http2.min_ping_interval_without_data_ms", 5_000))
-    options.append(("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000))
+    options = server_options(
+        max_message_bytes=_MAX_MESSAGE_BYTES,
+        max_connections=descriptors.max_connections(reserved=_DESCRIPTORS_RESERVED),
+    )
     server = grpc.aio.server(interceptors=[border], options=options)
     add_TrainerJobServiceServicer_to_server(TrainerJobServicer(jobs), server)
     health_servicer = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]

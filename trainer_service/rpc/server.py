@@ -31,6 +31,7 @@ from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.rpc.checkpoint_servicer import CheckpointServicer
 from trainer_service.rpc.sampling_servicer import SamplingServicer
 from trainer_service.rpc.trainer_servicer import TrainerServicer
+from trainer_service.rpc.transport import server_options
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.sampling import Sampling
 
@@ -95,35 +96,18 @@ class TrainerServer:
             OSError: The address cannot be had.
             SettingsError: Too few files may be open.
         """
-        max_connections = descriptors.max_connections(reserved=_descriptors_reserved(self._config.limits))
-        # Twice the limit, so that a message somewhat over it is refused in our words rather than grpc's.
-        options = [
-            ("grpc.max_receive_message_length", 2 * self._config.limits.max_message_bytes),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.so_reuseport", 0),
-            *descriptors.connection_options(max_connections),
-            # A megabyte and more in few system calls: grpc's defaults are made for small messages.
-            ("grpc.http2.max_frame_size", 1 << 22),
-            ("grpc.http2.lookahead_bytes", 1 << 24),
-            ("grpc.http2.write_buffer_size", 1 << 22),
-            ("grpc.experimental.tcp_read_chunk_size", 1 << 18),
-            ("grpc.experimental.tcp_max_read_chunk_size", 1 << 22),
-            # Clients ping to notice a dead trainer; grpc's default would cut them off for it.
-            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-            ("grpc.keepalive_time_ms", 20_000),
-            ("grpc.keepalive_timeout_ms", 20_000),
-        ]
-        border = Border(
-            api_keys=self._api_keys,
-            metrics=self.metrics,
-            max_message_bytes=self._config.limits.max_message_bytes,
+        limits = self._config.limits
+        options = server_options(
+            max_message_bytes=limits.max_message_bytes,
+            max_connections=descriptors.max_connections(reserved=_descriptors_reserved(limits)),
+            max_calls=limits.max_sample_requests,
         )
+        border = Border(api_keys=self._api_keys, metrics=self.metrics, max_message_bytes=limits.max_message_bytes)
         self._server = grpc.aio.server(interceptors=[border], options=options)
         servicer = TrainerServicer(
             self.runs,
             self._worker,
-            limits=self._config.limits,
+            limits=limits,
             draining=self._draining,
             gate=CheckpointGate(self.transfers),
         )

@@ -9,8 +9,8 @@ import grpc.aio
 from gradwire.errors import GradwireError, error
 from gradwire.v1.trainer_service_pb2 import AttachResponse, TrainRequest, TrainResponse
 
-from trainer_service.rpc.border import Malformed, Received
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
+from trainer_service.rpc.messages import Malformed, Received
 from trainer_service.runs.attachment import Attachment
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.run import Run
@@ -25,8 +25,9 @@ MAX_UNWRITTEN_BYTES = 256 * 1024 * 1024
 class TrainStream:
     """Serves one stream that has attached to a run.
 
-    It reads no further while the run has max_in_flight operations unanswered, or while this client has that many
-    answers, or MAX_UNWRITTEN_BYTES of them, still to take: then the client is slowed down, and nothing fails.
+    It reads no further while the run has max_in_flight operations unanswered, or too many bytes of them, or while this
+    client has that many answers, or MAX_UNWRITTEN_BYTES of them, still to take: then the client is slowed down, and
+    nothing fails.
 
     Args:
         run: The run.
@@ -96,7 +97,7 @@ class TrainStream:
             if self._draining.is_set() or attachment.taken.done():
                 # Not ours to take in any more; what ends the stream is under way.
                 await asyncio.Event().wait()
-            operation = Operation(received.message, received.encoded)
+            operation = Operation(received.message, received.encoded, received.memory_bytes)
             await self._gate.before(self._run, operation)
             self._receive(operation)
             await self._run.room(self._max_in_flight)

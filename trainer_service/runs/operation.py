@@ -16,6 +16,8 @@ class Operation:
     """With its seq_id."""
     encoded: bytes
     """The same, as the client encoded it."""
+    memory_bytes: int = 0
+    """About what both take up; 0 where somebody else counts it."""
 
     @classmethod
     def made(cls, request: TrainRequest) -> "Operation":

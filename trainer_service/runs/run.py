@@ -32,6 +32,9 @@ from trainer_service.runs.sequence import Answered, Entry, Sequence, conflict, e
 Observe = Callable[[str, TrainResponse], object]
 """Gets kind and answer of every operation, for metrics."""
 
+MAX_UNANSWERED_BYTES = 512 * 1024 * 1024
+"""Memory that a run's operations may take up until they are answered; no more are read from their client beyond it."""
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -183,8 +186,10 @@ class Run:
             self._executing.discard(future)
 
     async def room(self, limit: int) -> None:
-        """Returns once fewer than `limit` operations wait for their answer, or none will be answered here."""
-        while self._sequence.unanswered >= limit and not self._suspended:
+        """Returns once fewer than `limit` operations wait for their answer, and at most MAX_UNANSWERED_BYTES of them,
+        or none will be answered here."""
+        waiting = self._sequence
+        while not self._suspended and (waiting.unanswered >= limit or waiting.unanswered_bytes > MAX_UNANSWERED_BYTES):
             self._answered.clear()
             await self._answered.wait()
 

@@ -53,6 +53,7 @@ class Sequence:
     def __init__(self, *, min_retained_answers: int, next_seq_id: int = 1) -> None:
         self._min_retained_answers = min_retained_answers
         self._waiting: dict[int, Entry] = {}
+        self._waiting_bytes = 0
         # (digest, answer) in the order of answers. What was asked is let go: it may be megabytes.
         self._retained: OrderedDict[int, tuple[bytes, bytes]] = OrderedDict()
         self._retained_bytes = 0
@@ -62,6 +63,11 @@ class Sequence:
     def unanswered(self) -> int:
         """Operations that wait for their answer."""
         return len(self._waiting)
+
+    @property
+    def unanswered_bytes(self) -> int:
+        """Memory that they take up."""
+        return self._waiting_bytes
 
     def receive(self, operation: Operation, answered: Answered) -> Entry | None:
         """Takes an operation in.
@@ -110,11 +116,13 @@ class Sequence:
     def take_up(self, entry: Entry) -> None:
         """Waits for an operation's answer; one received by an earlier trainer is taken up so."""
         self._waiting[entry.seq_id] = entry
+        self._waiting_bytes += entry.operation.memory_bytes
 
     def answer(self, entry: Entry, answer: bytes) -> None:
         """Records an operation's one answer and hands it to all who wait."""
         assert entry.seq_id in self._waiting, f"operation {entry.seq_id} was answered twice"
         del self._waiting[entry.seq_id]
+        self._waiting_bytes -= entry.operation.memory_bytes
         self._retained[entry.seq_id] = entry.digest, answer
         self._retained_bytes += len(answer)
         while len(self._retained) > MAX_RETAINED_ANSWERS or (

@@ -22,6 +22,14 @@ def test_an_error_comes_back_as_it_was_raised(reason: str):
     assert back.retry_after_s == 1.5
 
 
+def test_what_an_error_quotes_is_cut_before_it_crosses_the_wire():
+    long = "x" * 20_000_000
+    raised = errors.invalid_field(f'loss_fn_inputs["{long}"]', f"is {long}.", got=long)
+    status = errors.to_status(raised)
+    assert status.ByteSize() < 6 * errors.MAX_TEXT_CHARS
+    assert errors.from_status(status).metadata["got"] == "x" * errors.MAX_TEXT_CHARS + "…(20000000 characters)"
+
+
 def test_a_field_violation_comes_back():
     raised = errors.invalid_field("data[3].model_input", "has no tokens.")
     back = errors.from_status(errors.to_status(raised))

@@ -1,0 +1,245 @@
+"""Messages of calls: read once their call has passed the border, and no more of them than the process can hold.
+
+From the moment somebody reads, gRPC buffers a message up to the length that its sender declares, whatever limit is
+set; before that, it takes no more than a stream's window. So nothing is read of a call that is refused, and what
+callers without a key may send is watched while it arrives.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import DecodeError, Message
+from gradwire.errors import GradwireError, error
+from gradwire.wire_format import fields
+
+MAX_TYPED_BYTES = 4 << 20
+"""Most of a message that may be anything but the `data` of tensors. A field takes up to twenty times its encoding once
+it is parsed, and parsing stops the event loop, some 50 ms a megabyte."""
+_TYPED_GROWTH = 16
+"""How much such bytes grow by when parsed, about."""
+_MAX_FIELDS = 1 << 17
+"""Fields looked at to tell that; each takes a microsecond."""
+_SMALL_FIELD_BYTES = 4096
+"""A field this small is not looked into: all of it counts."""
+MAX_HELD_BYTES = 1 << 30
+"""Memory that messages of one key may take while their calls are served; small ones are not counted."""
+_SMALL_MESSAGE_BYTES = 64 << 10
+
+KEYLESS_CALLS = 256
+"""Calls without a key, of one method, that are under way at once."""
+KEYLESS_CALLS_PER_HOST = 64
+"""Those of one host, so that it cannot keep others' probes out."""
+KEYLESS_READ_S = 5.0
+"""How long such a message may take to arrive."""
+KEYLESS_GROWTH_BYTES = 64 << 20
+"""How much the process may grow meanwhile."""
+_WATCH_INTERVAL_S = 0.02
+
+
+class Malformed:
+    """Stands for a message that could not be read, so that the call ends with a sentence instead of a traceback."""
+
+    def __init__(self, exc: GradwireError) -> None:
+        self.exc = exc
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message of a stream, with its encoding, so that it can be handed on without encoding it again."""
+
+    message: Any
+    encoded: bytes
+    memory_bytes: int
+    """About what both take up."""
+
+
+class Messages:
+    """Reads the messages of a server's calls.
+
+    Args:
+        max_message_bytes: The largest one taken.
+    """
+
+    def __init__(self, *, max_message_bytes: int) -> None:
+        self._max_message_bytes = max_message_bytes
+        self._held_bytes: Counter[str] = Counter()
+        """Memory that messages of calls being served take, by owner."""
+        self._keyless = _Keyless()
+
+    @contextlib.asynccontextmanager
+    async def only_one(
+        self, context: grpc.aio.ServicerContext, kind: type[Message], owner: str
+    ) -> AsyncGenerator[Message]:
+        """The message of a call that takes one; it counts for its owner as long as the call is served.
+
+        Raises:
+            GradwireError: LIMIT_EXCEEDED, PROTOCOL_VIOLATION.
+        """
+        data = _message(await context.read())
+        held_bytes = 0 if len(data) <= _SMALL_MESSAGE_BYTES else memory_bytes(data, kind)
+        if held_bytes and self._held_bytes[owner] + held_bytes > MAX_HELD_BYTES:
+            text = (
+                f"Calls of this API key that are being served hold {self._held_bytes[owner]} bytes, and with this one "
+                f"{held_bytes} more; together they may hold {MAX_HELD_BYTES}. Wait for answers, or send operations "
+                "through the Train stream."
+            )
+            raise error("LIMIT_EXCEEDED", text, limit=MAX_HELD_BYTES, retry_after_s=1.0)
+        self._held_bytes[owner] += held_bytes
+        try:
+            yield self.parse(data, kind)
+        finally:
+            self._held_bytes[owner] -= held_bytes
+
+    @contextlib.asynccontextmanager
+    async def only_one_without_key(
+        self, context: grpc.aio.ServicerContext, kind: type[Message], method: str
+    ) -> AsyncGenerator[Message]:
+        """As only_one, of a call that came without a key; it counts among those of its method and host.
+
+        Raises:
+            GradwireError: LIMIT_EXCEEDED, PROTOCOL_VIOLATION.
+        """
+        with self._keyless.call(method, context.peer()):
+            yield self.parse(await self._keyless.read(context), kind)
+
+    def parse(self, data: bytes, kind: type[Message]) -> Message:
+        """A message.
+
+        Raises:
+            ResourceExhaustedError: LIMIT_EXCEEDED: it is too large, or too much of it is no tensor.
+            InvalidArgumentError: PROTOCOL_VIOLATION: it is of another type, or of none.
+        """
+        if len(data) > self._max_message_bytes:
+            text = f"The message has {len(data)} bytes, but at most {self._max_message_bytes} are taken."
+            raise error("LIMIT_EXCEEDED", text, limit=self._max_message_bytes, got=len(data))
+        try:
+            typed = 0 if len(data) <= MAX_TYPED_BYTES else typed_bytes(data, kind)
+            message = kind.FromString(data) if typed <= MAX_TYPED_BYTES else None
+        except (DecodeError, ValueError, IndexError):
+            text = f"The message ({len(data)} bytes) cannot be read; it is not of the type this call takes."
+            raise error("PROTOCOL_VIOLATION", text) from None
+        if message is None:
+            text = (
+                f"Of the message ({len(data)} bytes) more than {MAX_TYPED_BYTES} are something other than the `data` "
+                "of tensors, or it has too many fields. Send tensors as bytes, in `batch`, or send less at a time."
+            )
+            raise error("LIMIT_EXCEEDED", text, limit=MAX_TYPED_BYTES)
+        return message
+
+
+class _Keyless:
+    """Calls of which nobody knows whose they are."""
+
+    def __init__(self) -> None:
+        self._calls: Counter[tuple[str, str]] = Counter()
+        """By method and host; "" stands for all hosts."""
+        self._arriving: set[asyncio.Timeout] = set()
+        self._watch: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def call(self, method: str, peer: str) -> Iterator[None]:
+        """Counts one; `peer` is as gRPC tells it, "ipv4:192.0.2.1:50000"."""
+        counted = {(method, peer.rpartition(":")[0]): KEYLESS_CALLS_PER_HOST, (method, ""): KEYLESS_CALLS}
+        for count, limit in counted.items():
+            if self._calls[count] >= limit:
+                text = f"{limit} of these calls without an API key are under way, as many as may be; send a key."
+                raise error("LIMIT_EXCEEDED", text, limit=limit, retry_after_s=1.0)
+        self._calls.update(counted.keys())
+        try:
+            yield
+        finally:
+            self._calls.subtract(counted.keys())
+            # Counts of 0 go, for there are many hosts.
+            self._calls = +self._calls
+
+    async def read(self, context: grpc.aio.ServicerContext) -> bytes:
+        """A message, unless it takes long or the process grows while it arrives."""
+        try:
+            async with asyncio.timeout(KEYLESS_READ_S) as end:
+                self._arriving.add(end)
+                if self._watch is None or self._watch.done():
+                    self._watch = asyncio.create_task(self._watch_memory(), name="keyless-messages")
+                try:
+                    data = _message(await context.read())
+                finally:
+                    self._arriving.discard(end)
+        except TimeoutError:
+            raise _too_large_without_key() from None
+        if len(data) > _SMALL_MESSAGE_BYTES:
+            raise _too_large_without_key()
+        return data
+
+    async def _watch_memory(self) -> None:
+        """Gives up all such messages once the process has grown: gRPC tells nobody how much of one has come."""
+        before = _resident_bytes()
+        while self._arriving:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            now = _resident_bytes()
+            # What shrank made room that is not theirs to fill.
+            before = min(before, now)
+            if now > before + KEYLESS_GROWTH_BYTES:
+                for end in self._arriving:
+                    end.reschedule(asyncio.get_running_loop().time())
+
+
+def _too_large_without_key() -> GradwireError:
+    text = (
+        f"The message is larger than {_SMALL_MESSAGE_BYTES} bytes, or did not arrive within {KEYLESS_READ_S:g} s; "
+        "without an API key no other is taken."
+    )
+    return error("LIMIT_EXCEEDED", text, limit=_SMALL_MESSAGE_BYTES)
+
+
+def _message(data: Any) -> bytes:
+    if not isinstance(data, bytes):
+        raise error("PROTOCOL_VIOLATION", "The call ended without a message; it takes one.")
+    return data
+
+
+def typed_bytes(data: bytes, kind: type[Message]) -> int:
+    """How much of an encoded message is something other than `bytes` fields; looks no further than MAX_TYPED_BYTES.
+
+    Raises:
+        ValueError, IndexError: It is no message.
+    """
+    found = looked_at = 0
+    left: list[tuple[memoryview, Any]] = [(memoryview(data), kind.DESCRIPTOR)]
+    while left:
+        encoded, descriptor = left.pop()
+        for number, whole, content in fields(encoded):
+            looked_at += 1
+            field = descriptor.fields_by_number.get(number)
+            if not content or field is None or len(whole) <= _SMALL_FIELD_BYTES:
+                found += len(whole)
+            elif field.message_type is not None:
+                found += len(whole) - len(content)
+                left.append((content, field.message_type))
+            else:
+                found += len(whole) - len(content) * (field.type == FieldDescriptor.TYPE_BYTES)
+            if looked_at > _MAX_FIELDS:
+                return max(found, MAX_TYPED_BYTES + 1)
+            if found > MAX_TYPED_BYTES:
+                return found
+    return found
+
+
+def memory_bytes(data: bytes, kind: type[Message]) -> int:
+    """About what a message takes up, with its encoding, once it is parsed."""
+    try:
+        typed = len(data) if len(data) <= _SMALL_MESSAGE_BYTES else typed_bytes(data, kind)
+    except (ValueError, IndexError):
+        typed = 0  # It will be refused.
+    return 2 * len(data) + _TYPED_GROWTH * min(typed, len(data), MAX_TYPED_BYTES)
+
+
+def _resident_bytes() -> int:
+    """Memory this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
