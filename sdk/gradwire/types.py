@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
+from gradwire.token_ids import token_ids_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,7 +21,14 @@ TensorDtype = Literal["float32", "int64"]
 
 def to_array(values: Any) -> npt.NDArray[Any]:
     """A contiguous numpy array over `values`: a list, a numpy array, a torch tensor on any device, or a TensorData
-    (ours or tinker's). Shares memory where it can; bfloat16 becomes float32."""
+    (ours or tinker's). Shares memory where it can; bfloat16 becomes float32.
+
+    Raises:
+        ValueError: A mapping, such as a tokenizer's result: it holds several arrays.
+    """
+    if isinstance(values, Mapping):
+        keys = ", ".join(sorted(map(str, values))[:8]) or "nothing"
+        raise ValueError(f"a {type(values).__name__} of {keys} is no array; pass one of them.")
     if isinstance(values, np.ndarray):
         return np.ascontiguousarray(values)
     if hasattr(values, "to_numpy"):
@@ -112,7 +121,7 @@ class EncodedTextChunk:
     @property
     def length(self) -> int:
         """Number of tokens."""
-        return len(self.tokens)
+        return len(token_ids_of(self.tokens, "tokens"))
 
 
 class ModelInput:
@@ -129,7 +138,15 @@ class ModelInput:
 
     @classmethod
     def from_ints(cls, tokens: Any) -> "ModelInput":
-        """From token ids: a list, numpy array or torch tensor of integers, one dim."""
+        """From token ids.
+
+        Args:
+            tokens: Integers [N], or [1, N]: a list, numpy array or torch tensor; or what a tokenizer or chat template
+                returned (BatchEncoding, a dict with "input_ids").
+
+        Raises:
+            ValueError: Text, several sequences, padding, or ids that are not integers.
+        """
         made = cls()
         made._tokens = _token_array(tokens, "tokens")
         return made
@@ -157,7 +174,7 @@ class ModelInput:
 
 
 def _token_array(tokens: Any, where: str) -> npt.NDArray[np.int64]:
-    array = to_array(tokens)
+    array = to_array(token_ids_of(tokens, where))
     if array.size == 0:
         return np.zeros(0, dtype=np.int64)
     if array.dtype.kind not in "iu" or array.ndim != 1:
@@ -168,7 +185,8 @@ def _token_array(tokens: Any, where: str) -> npt.NDArray[np.int64]:
 
 
 def model_input_tokens(model_input: Any, where: str) -> npt.NDArray[np.int64]:
-    """Token ids of anything that stands for a model input: ours, tinker's (by `.chunks`), chunks, or plain token ids.
+    """Token ids of anything that stands for a model input: ours, tinker's (by `.chunks`), chunks, plain token ids, or
+    what a tokenizer returned.
 
     Returns:
         int64 [N].
@@ -179,7 +197,8 @@ def model_input_tokens(model_input: Any, where: str) -> npt.NDArray[np.int64]:
     if isinstance(model_input, ModelInput):
         return model_input.to_numpy()
     chunks = getattr(model_input, "chunks", model_input)
-    if isinstance(chunks, list) and chunks and not isinstance(chunks[0], int | np.integer):
+    first = chunks[0] if isinstance(chunks, list) and chunks else None
+    if first is not None and not isinstance(first, int | float | Sequence | Mapping) and not hasattr(first, "shape"):
         for number, chunk in enumerate(chunks):
             if not hasattr(chunk, "tokens"):
                 raise ValueError(
