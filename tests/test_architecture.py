@@ -38,6 +38,7 @@ WIRE_HALF = {
     "gradwire.codec",
     "gradwire.types",
     "gradwire.token_ids",
+    "gradwire.tokenizer_files",
     "gradwire.version",
     "gradwire.metrics",
     "gradwire.wire_format",
@@ -141,7 +142,17 @@ def test_the_sdk_knows_no_server_and_imports_torch_only_inside_functions():
 def test_the_wire_half_stands_alone():
     """The server loads it, so it must not pull the client half in by itself."""
     wrong: list[str] = []
-    for name in ("errors", "codec", "types", "token_ids", "version", "metrics", "wire_format", "delta"):
+    for name in (
+        "errors",
+        "codec",
+        "types",
+        "token_ids",
+        "tokenizer_files",
+        "version",
+        "metrics",
+        "wire_format",
+        "delta",
+    ):
         wrong += complaints(SDK / f"{name}.py", WIRE_HALF)
     assert wrong == []
 

@@ -5,7 +5,7 @@ import contextlib
 import queue
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from concurrent.futures import Future as ConcurrentFuture
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ import grpc.aio
 
 from gradwire.errors import GradwireError, OperationCancelledError, invalid_field
 from gradwire.futures import APIFuture
+from gradwire.tokenizer_client import load_tokenizer
 from gradwire.transport import LOOP, Connection, is_passing
 from gradwire.types import SampledSequence, SampledToken, SampleResponse, SamplingParams, model_input_tokens
 from gradwire.v1 import sampling_service_pb2 as pb
@@ -50,7 +51,6 @@ class SamplingClient:
     Args:
         connection: To the trainer.
         source: Names the sampler, now or once an operation has been answered.
-        get_tokenizer: Loads the base model's tokenizer.
         timeout_s: Longest that one call may take, seconds.
     """
 
@@ -59,11 +59,9 @@ class SamplingClient:
         connection: Connection,
         source: "SamplerSource | ConcurrentFuture[SamplerSource]",
         *,
-        get_tokenizer: Callable[[], Any],
         timeout_s: float = 3600.0,
     ) -> None:
         self._connection = connection
-        self._get_tokenizer = get_tokenizer
         self._timeout_s = timeout_s
         self._source: ConcurrentFuture[SamplerSource]
         if isinstance(source, SamplerSource):
@@ -154,8 +152,8 @@ class SamplingClient:
         return self.result_async().__await__()
 
     def get_tokenizer(self) -> Any:
-        """The base model's tokenizer, loaded here with transformers from the same hub id or folder."""
-        return self._get_tokenizer()
+        """The base model's tokenizer, which the trainer hands out; see tokenizer_client.load_tokenizer."""
+        return load_tokenizer(self._connection)
 
     def close(self) -> None:
         """Lets a snapshot go; the trainer frees it. A client that is forgotten does the same."""
@@ -266,13 +264,6 @@ class SamplingClient:
                         yield SampledToken(piece.sample, token, logprob, reason if place == last else None)
         finally:
             reading.cancel()
-
-
-def load_tokenizer(base_model: str) -> Any:
-    """The tokenizer of a hub id or folder."""
-    import transformers
-
-    return transformers.AutoTokenizer.from_pretrained(base_model)
 
 
 def encode_sampling_params(params: Any) -> pb.SamplingParams:

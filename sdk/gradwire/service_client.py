@@ -1,6 +1,5 @@
 """The way in: connects to a trainer and makes training clients."""
 
-import functools
 import logging
 import os
 import time
@@ -12,7 +11,7 @@ from gradwire.answers import run_state_name
 from gradwire.checkpoint_client import CheckpointClient
 from gradwire.downloads import get_checkpoint
 from gradwire.errors import OperationTimeoutError, error
-from gradwire.sampling_client import SamplerSource, SamplingClient, load_tokenizer
+from gradwire.sampling_client import SamplerSource, SamplingClient
 from gradwire.training_client import TrainingClient
 from gradwire.transport import ClientTls, Connection
 from gradwire.types import ReplayDifference, ReplayReport
@@ -215,10 +214,8 @@ class ServiceClient:
         self._wait_until_ready(timeout_s)
         source = SamplerSource(base_model=base_model or "", model_path=model_path or "")
         request = OpenSamplerRequest(sampler=source.message())
-        answer = self._connection.call(SamplingServiceStub, "OpenSampler", request, timeout_s=timeout_s)
-        return SamplingClient(
-            self._connection, source, get_tokenizer=functools.partial(load_tokenizer, answer.base_model)
-        )
+        self._connection.call(SamplingServiceStub, "OpenSampler", request, timeout_s=timeout_s)
+        return SamplingClient(self._connection, source)
 
     def training_client(self, run_id: str, *, timeout_s: float | None = None) -> TrainingClient:
         """Takes hold of a run that exists, after a script's restart for example. A client still attached is put off."""

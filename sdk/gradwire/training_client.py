@@ -21,6 +21,7 @@ from gradwire.futures import APIFuture
 from gradwire.order import Call, Operation
 from gradwire.sampling_client import SamplingClient
 from gradwire.stream import RunStream
+from gradwire.tokenizer_client import load_tokenizer
 from gradwire.transport import LOOP, Connection
 from gradwire.types import (
     AdamParams,
@@ -232,7 +233,7 @@ class TrainingClient:
         self._refuse_inside_loss("save_weights_and_get_sampling_client")
         request = TrainRequest(save_weights_for_sampler=ops.SaveWeightsForSamplerRequest(ephemeral=True))
         source = self._send("save_weights_for_sampler", [request], answers.sampler_source, barrier=True)
-        return SamplingClient(self._connection, source.future(), get_tokenizer=self.get_tokenizer)
+        return SamplingClient(self._connection, source.future())
 
     def save_weights_for_sampler_ext(
         self,
@@ -340,10 +341,8 @@ class TrainingClient:
         return client
 
     def get_tokenizer(self) -> Any:
-        """The base model's tokenizer, loaded here with transformers from the same hub id or folder."""
-        import transformers
-
-        return transformers.AutoTokenizer.from_pretrained(self.base_model)
+        """The base model's tokenizer, which the trainer hands out; see tokenizer_client.load_tokenizer."""
+        return load_tokenizer(self._connection)
 
     def delete_run(self, *, timeout_s: float = 60.0) -> None:
         """Frees the run's memory on the trainer and closes this client. Saved checkpoints stay."""

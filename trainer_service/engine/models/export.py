@@ -5,27 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gradwire.tokenizer_files import CHAT_TEMPLATE_FOLDER, TOKENIZER_FILES
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from trainer_service.folders import whole_folder
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
-)
-
 
 def export(model: PreTrainedModel, *, source: Path, folder: Path, about: Mapping[str, Any], overwrite: bool) -> int:
     """Writes parameters (float32, as trained), config and tokenizer, so that `from_pretrained(folder)` loads them.
@@ -61,7 +45,7 @@ def write_model(model: PreTrainedModel, source: Path, folder: Path) -> None:
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in _TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, CHAT_TEMPLATE_FOLDER):
         if (source / name).is_dir():
             shutil.copytree(source / name, folder / name)
         elif (source / name).exists():
