@@ -21,6 +21,7 @@ GROUND = {
     "observability",
     "processes",
     "sampler_path",
+    "user_metadata",
 }
 """Imported by all; import only each other."""
 DOORS = {
@@ -37,6 +38,10 @@ WIRE_HALF = {
     "gradwire.errors",
     "gradwire.codec",
     "gradwire.types",
+    "gradwire.replay",
+    "gradwire.run_info",
+    "gradwire.sampling_results",
+    "gradwire.saved",
     "gradwire.token_ids",
     "gradwire.tokenizer_files",
     "gradwire.version",

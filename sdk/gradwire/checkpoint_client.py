@@ -1,6 +1,7 @@
 """Checkpoints of a trainer: found, described, kept for longer or shorter, fetched, deleted."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
@@ -50,6 +51,7 @@ class Checkpoint:
         base_path: Of a delta; else "".
         created_at: When it was saved, UTC.
         expires_at: When it is deleted, UTC; None for never.
+        user_metadata: What its owner wrote about it when it was saved.
         files: Empty in lists; `CheckpointClient.get` tells them.
     """
 
@@ -67,6 +69,7 @@ class Checkpoint:
     created_at: datetime
     expires_at: datetime | None
     files: tuple[CheckpointFile, ...] = ()
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 class CheckpointClient:
@@ -164,4 +167,5 @@ def _checkpoint(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
         created_at=message.created_at.ToDatetime(UTC),
         expires_at=message.expires_at.ToDatetime(UTC) if message.HasField("expires_at") else None,
         files=tuple(CheckpointFile(file.name, file.size_bytes, file.sha256) for file in message.files),
+        user_metadata=dict(message.user_metadata),
     )

@@ -1,6 +1,7 @@
 """Saving a run as a checkpoint and loading one, in the local folder that worker and trainer share."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,16 @@ class SavedCheckpoint:
     size_bytes: int
 
 
+@dataclass(frozen=True)
+class Label:
+    """What the caller says about a checkpoint."""
+
+    ttl_seconds: int | None = None
+    """How long it is kept; None for ever."""
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    """In words of its own; see trainer_service/user_metadata.py."""
+
+
 class Checkpoints:
     """The checkpoints of a worker's runs.
 
@@ -48,7 +59,7 @@ class Checkpoints:
                 settle(parent)
 
     def save_state(
-        self, run: RunState, name: str, *, overwrite: bool = False, ttl_seconds: int | None = None
+        self, run: RunState, name: str, label: Label | None = None, *, overwrite: bool = False
     ) -> SavedCheckpoint:
         """Parameters, optimizer and counters; what has been accumulated since the last step is left out.
 
@@ -58,7 +69,7 @@ class Checkpoints:
         """
         place = CheckpointPath(run.run_id, STATE, name)
         folder = place.folder(self._root)
-        about = self._about(run, place, ttl_seconds)
+        about = self._about(run, place, label or Label())
         if (size_bytes := _saved_before(folder, about)) is not None:
             return _saved(place, folder, size_bytes)
         size_bytes = write_state(capture(run, gradients=False), folder, about=about, overwrite=overwrite)
@@ -96,21 +107,21 @@ class Checkpoints:
         self,
         run: RunState,
         name: str,
+        label: Label | None = None,
         *,
         merged: PreTrainedModel | None = None,
         delta: bool = False,
         overwrite: bool = False,
-        ttl_seconds: int | None = None,
     ) -> SavedCheckpoint:
         """The parameters as a Hugging Face folder, or an adapter as a peft folder.
 
         Args:
             run: It.
             name: Of the checkpoint.
+            label: What the caller says about it; None: nothing.
             merged: Of a LoRA run: the model to write in place of its adapter.
             delta: Only what changed since the run's newest base.
             overwrite: Replace what is there.
-            ttl_seconds: How long it is kept; None for ever.
 
         Raises:
             AlreadyExistsError: CHECKPOINT_EXISTS.
@@ -118,7 +129,7 @@ class Checkpoints:
         """
         place = CheckpointPath(run.run_id, SAMPLER_WEIGHTS, name)
         folder = place.folder(self._root)
-        about = self._about(run, place, ttl_seconds)
+        about = self._about(run, place, label or Label())
         if (size_bytes := _saved_before(folder, about)) is not None:
             return _saved(place, folder, size_bytes)
         if delta:
@@ -137,7 +148,7 @@ class Checkpoints:
             size_bytes = export(model, source=self._source, folder=folder, about=about, overwrite=overwrite)
         return _saved(place, folder, size_bytes)
 
-    def _about(self, run: RunState, place: CheckpointPath, ttl_seconds: int | None) -> dict[str, Any]:
+    def _about(self, run: RunState, place: CheckpointPath, label: Label) -> dict[str, Any]:
         now = datetime.now(UTC)
         return {
             "run_id": place.run_id,
@@ -151,8 +162,9 @@ class Checkpoints:
             "lora": None if run.lora is None else {name: getattr(run.lora, name) for name in _LAYOUT},
             "created_at": now.isoformat(timespec="milliseconds"),
             "expires_at": None
-            if ttl_seconds is None
-            else (now + timedelta(seconds=ttl_seconds)).isoformat(timespec="milliseconds"),
+            if label.ttl_seconds is None
+            else (now + timedelta(seconds=label.ttl_seconds)).isoformat(timespec="milliseconds"),
+            "user_metadata": dict(label.user_metadata),
         }
 
 

@@ -18,7 +18,7 @@ from gradwire.types import AdamParams
 from transformers import PreTrainedModel
 
 from trainer_service.config import EngineSettings, Limits
-from trainer_service.engine.checkpoints import Checkpoints, SavedCheckpoint
+from trainer_service.engine.checkpoints import Checkpoints, Label, SavedCheckpoint
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.loss_totals import LossTotals
@@ -307,7 +307,14 @@ class Engine:
             self._count_held()
 
     def save_weights_for_sampler(
-        self, run_id: str, name: str, *, merged: bool = False, delta: bool = False, overwrite: bool = False
+        self,
+        run_id: str,
+        name: str,
+        label: Label | None = None,
+        *,
+        merged: bool = False,
+        delta: bool = False,
+        overwrite: bool = False,
     ) -> SavedCheckpoint:
         """Exports the parameters as a Hugging Face folder; those of a LoRA run, unless merged, as a peft folder.
 
@@ -319,12 +326,14 @@ class Engine:
 
         def work() -> SavedCheckpoint:
             model = self._new_runs.merged(run) if merged and run.adapter is not None else None
-            return self._checkpoints.save_weights_for_sampler(run, name, merged=model, delta=delta, overwrite=overwrite)
+            return self._checkpoints.save_weights_for_sampler(
+                run, name, label, merged=model, delta=delta, overwrite=overwrite
+            )
 
         return self._attempt(work, what="the merged weights")
 
     def save_state(
-        self, run_id: str, name: str, *, overwrite: bool = False, ttl_seconds: int | None = None
+        self, run_id: str, name: str, label: Label | None = None, *, overwrite: bool = False
     ) -> SavedCheckpoint:
         """Saves resumable state.
 
@@ -333,7 +342,7 @@ class Engine:
             FailedPreconditionError: STORAGE_FAILED.
         """
         run = self._run(run_id)
-        return self._checkpoints.save_state(run, name, overwrite=overwrite, ttl_seconds=ttl_seconds)
+        return self._checkpoints.save_state(run, name, label, overwrite=overwrite)
 
     def load_state(self, run_id: str, path: str, *, with_optimizer: bool) -> int:
         """Loads resumable state; see Checkpoints.load_state. Returns the optimizer steps in it."""
