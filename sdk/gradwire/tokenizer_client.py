@@ -72,7 +72,7 @@ def fetch_tokenizer(connection: Connection) -> Path:
             for file in files:
                 _fetch(connection, file, whole / file.name)
             _refuse_paths(whole)
-            _put_in_place(whole, folder)
+            _put_in_place(whole, folder, files)
     return folder
 
 
@@ -164,15 +164,14 @@ def _refuse_paths(folder: Path) -> None:
         raise _damaged("sent a tokenizer_config.json whose fast_tokenizer_files lead out of its folder")
 
 
-def _put_in_place(whole: Path, folder: Path) -> None:
-    # What is there was found not to be whole.
-    shutil.rmtree(folder, ignore_errors=True)
+def _put_in_place(whole: Path, folder: Path, files: Iterable[TokenizerFile]) -> None:
     try:
         whole.rename(folder)
     except OSError:
-        # Another process was faster, with the same.
-        if not folder.is_dir():
-            raise
+        if _is_whole(folder, files):
+            return  # Another process was faster, and may be reading it.
+        shutil.rmtree(folder, ignore_errors=True)
+        whole.rename(folder)
 
 
 def _damaged(what: str) -> GradwireError:

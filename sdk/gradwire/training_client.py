@@ -104,6 +104,10 @@ class TrainingClient(RefusesTinkerNames):
             loss_fn: Name of a built-in loss to evaluate as well; "" evaluates none.
             loss_fn_config: The loss's settings.
 
+        Returns:
+            Future of the output: loss_fn_outputs[i]["logprobs"] of data[i], float32, natural log, shaped as its
+            targets, [N], or [N, K] of soft ones; metrics "loss:sum" (nats) and others where a loss was evaluated.
+
         Raises:
             InvalidArgumentError: The data cannot be sent as it is; names the datum and input. Errors found by the
                 trainer come through the future.
@@ -125,6 +129,10 @@ class TrainingClient(RefusesTinkerNames):
                 cross_entropy).
             loss_fn: Name of the loss; ServiceClient.get_server_info() lists them.
             loss_fn_config: The loss's settings.
+
+        Returns:
+            Future of the output, as forward's: per-token logprobs, and metrics with "loss:sum", the sum over the tokens
+            and datums of this call in nats.
 
         Raises:
             InvalidArgumentError: As forward.
@@ -177,6 +185,9 @@ class TrainingClient(RefusesTinkerNames):
             optim_params: AdamParams, ours or tinker's; None takes the defaults.
             adam_params: The same under its older name; one of the two.
             grad_accumulation_normalization: What gradients are divided by before clipping.
+
+        Returns:
+            Future of the step's number and metrics; "grad_norm:mean" is the global L2 norm before clipping.
 
         Raises:
             InvalidArgumentError: No such normalization, both names, or hyperparameters of another optimizer.

@@ -87,6 +87,16 @@ def test_the_tokenizer_comes_from_the_trainer_and_is_kept_by_content(home: Path,
         assert len(kept(home)) == 2
 
 
+def test_several_may_bring_the_same_tokenizer_at_once(home: Path, model: Path):
+    with trainer_of(model) as connection, futures.ThreadPoolExecutor(4) as pool:
+        folders = [made.result(60) for made in [pool.submit(fetch_tokenizer, connection) for _ in range(8)]]
+        assert len(set(folders)) == 1
+        assert kept(home) == [folders[0].name]
+        # Nothing whole is replaced: somebody may be reading it.
+        inode = (folders[0] / "tokenizer.json").stat().st_ino
+        assert (fetch_tokenizer(connection) / "tokenizer.json").stat().st_ino == inode
+
+
 def test_templates_beside_the_first_come_along_and_no_other_file(home: Path, model: Path):
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tools.jinja").write_text("tools")

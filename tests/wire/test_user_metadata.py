@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
-from gradwire import ServiceClient
+from gradwire import Datum, ServiceClient
 from gradwire.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from gradwire.types import SavedState
 
@@ -35,7 +35,12 @@ def test_a_runs_metadata_is_the_clients_and_its_own_and_stays_with_forks(service
     assert found[client.run_id] == said
     assert service.training_client(client.run_id).get_info().user_metadata == said
     assert service.create_rest_client().get_training_run(client.run_id).result(20).user_metadata == said
-    client.delete_run()
+    client.forward_backward([Datum([1, 2], {"target_tokens": [2, 3], "weights": [1.0, 1.0]})])
+    client.optim_step().result(20)
+    forked = client.fork()
+    assert forked.get_info().user_metadata == said
+    for each in (client, forked):
+        each.delete_run()
 
 
 def test_a_display_name_of_the_client_is_that_of_runs_without_one(trainer: FrontEnd):

@@ -116,6 +116,7 @@ class TrainerServicer(TrainerServiceServicer):
         if ready is None:
             text = f"The model is not loaded yet: {self._worker.status_message}."
             raise error("WORKER_NOT_READY", text, retry_after_s=0.5)
+        assert ready.model_folder, "a worker that does not say where its model lies"
         return Path(ready.model_folder)
 
     async def Train(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:
