@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from trainer_service.folders import whole_folder
 
+
 def export(model: PreTrainedModel, *, source: Path, folder: Path, about: Mapping[str, Any], overwrite: bool) -> int:
     """Writes parameters (float32, as trained), config and tokenizer, so that `from_pretrained(folder)` loads them.
 
