@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from trainer_service import user_metadata
+
 MIN_PROTOCOL_VERSION = 1
 """Oldest protocol version this trainer speaks; the newest is gradwire.version.PROTOCOL_VERSION."""
 
@@ -55,6 +57,10 @@ class Limits:
     """Sample and ComputeLogprobs requests under way at once, of all clients together."""
     max_snapshots: int = 4
     """Snapshots of one run; the one unused longest makes room."""
+    max_user_metadata_entries: int = user_metadata.MAX_ENTRIES
+    """Of one user_metadata."""
+    max_user_metadata_bytes: int = user_metadata.MAX_BYTES
+    """Its keys and values together."""
 
 
 Checkpointing = Literal["auto", "on", "off"]

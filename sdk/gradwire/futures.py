@@ -56,6 +56,10 @@ class APIFuture(Generic[T]):
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()
 
+    async def coroutine(self) -> T:
+        """As `result`, for what takes a coroutine, such as asyncio.create_task."""
+        return await self
+
     def future(self) -> "ConcurrentFuture[T]":
         """The concurrent.futures.Future beneath."""
         return self._future

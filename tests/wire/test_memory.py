@@ -128,7 +128,7 @@ def test_only_so_many_calls_without_a_key_are_under_way_and_a_key_passes_them(
         calls = [peer.call(watch) for _ in range(messages.KEYLESS_CALLS_PER_HOST)]
         for call in calls:
             peer.send(call, message_header(0), end=True)
-        peer.read(1)
+        peer.wait_answered(calls)
         stub = health(channel)
         refused = refusal(lambda: next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=60)))
         assert (refused.reason, refused.metadata["limit"]) == ("LIMIT_EXCEEDED", str(messages.KEYLESS_CALLS_PER_HOST))
