@@ -224,10 +224,14 @@ class FakeWorker:
         match request.WhichOneof("operation"):
             case "forward":
                 # The targets' own bytes as logprobs: an answer as large as the question.
-                tensor = request.forward.batch.loss_fn_inputs["target_tokens"]
-                return TrainResponse(forward=ops.ForwardResponse(loss_fn_outputs={"logprobs": tensor}))
+                batch = request.forward.batch
+                outputs = {"logprobs": batch.loss_fn_inputs["target_tokens"]}
+                answer = ops.ForwardResponse(loss_fn_outputs=outputs, cu_seqlens=batch.cu_seqlens)
+                return TrainResponse(forward=answer)
             case "forward_backward":
-                response = ops.ForwardBackwardResponse(metrics={"loss:sum": float(request.seq_id)})
+                response = ops.ForwardBackwardResponse(
+                    metrics={"loss:sum": float(request.seq_id)}, cu_seqlens=request.forward_backward.batch.cu_seqlens
+                )
                 return TrainResponse(forward_backward=response)
             case "backward":
                 return TrainResponse(backward=ops.BackwardResponse())

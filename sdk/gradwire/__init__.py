@@ -6,6 +6,7 @@ client.forward_backward(data, "cross_entropy")
 client.optim_step(gradwire.AdamParams(learning_rate=1e-5)).result()
 """
 
+from gradwire import forks as forks
 from gradwire.checkpoint_client import Checkpoint, CheckpointClient, CheckpointFile
 from gradwire.data import datum_from_tokens_weights
 from gradwire.errors import GradwireError

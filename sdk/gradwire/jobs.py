@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from gradwire.embedded import EmbeddedControlPlane
 from gradwire.errors import GradwireError, OperationTimeoutError, UnavailableError, error
-from gradwire.transport import Connection
+from gradwire.transport import LOOP, Connection
 from gradwire.v1 import trainer_job_service_pb2 as pb
 from gradwire.v1.trainer_job_service_pb2_grpc import TrainerJobServiceStub
 
@@ -164,6 +164,12 @@ class TrainerJobManager:
         if self._embedded is not None:
             self._embedded.stop()
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "A TrainerJobManager cannot be pickled or copied: a control plane it started ends with this process. Hand "
+            "on the base_url of a job, or make another manager there."
+        )
+
     def __enter__(self) -> "TrainerJobManager":
         return self
 
@@ -187,6 +193,8 @@ class TrainerJobManager:
         return job
 
     def _call(self, method: str, request: Any, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
+        # Before a control plane is started that nobody could call.
+        LOOP.refuse_if_lost()
         if self._embedded is None:
             if self._connection is None:
                 raise ValueError("This TrainerJobManager is closed; make a new one.")

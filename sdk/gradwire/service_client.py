@@ -329,6 +329,12 @@ class ServiceClient:
             client.close()
         self._connection.close()
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "A ServiceClient cannot be pickled or copied: its connections are this process's. Hand on its base_url and "
+            "make another one there, or pickle a SamplingClient."
+        )
+
     def __enter__(self) -> "ServiceClient":
         return self
 

@@ -1,5 +1,6 @@
 """The client of one run: every call returns a future at once, is sent in call order, and executes in that order."""
 
+import functools
 import logging
 import uuid
 import weakref
@@ -19,7 +20,7 @@ from gradwire.custom_loss import CustomLossFn, LossThread, run_custom_loss
 from gradwire.errors import from_status, invalid_field
 from gradwire.futures import APIFuture
 from gradwire.order import Call, Operation
-from gradwire.sampling_client import SamplingClient
+from gradwire.sampling_client import SamplingClient, load_tokenizer
 from gradwire.stream import RunStream
 from gradwire.transport import LOOP, Connection
 from gradwire.types import (
@@ -102,7 +103,8 @@ class TrainingClient:
         self._limits = server_info.limits
         self._stream = RunStream(connection, run.run_id, server_info.limits, reconnect_timeout_s)
         self._losses = LossThread(f"gradwire-loss-{run.run_id}")
-        self._finalizer = weakref.finalize(self, _abandon, self._stream, self._losses)
+        # A client that is forgotten is not closed: what it called completes.
+        self._finalizer = weakref.finalize(self, _forgotten, self._stream, self._losses)
         # At exit the loop itself is stopped, streams and all.
         self._finalizer.atexit = False
 
@@ -232,7 +234,9 @@ class TrainingClient:
         self._refuse_inside_loss("save_weights_and_get_sampling_client")
         request = TrainRequest(save_weights_for_sampler=ops.SaveWeightsForSamplerRequest(ephemeral=True))
         source = self._send("save_weights_for_sampler", [request], answers.sampler_source, barrier=True)
-        return SamplingClient(self._connection, source.future(), get_tokenizer=self.get_tokenizer)
+        return SamplingClient(
+            self._connection, source.future(), get_tokenizer=functools.partial(load_tokenizer, self.base_model)
+        )
 
     def save_weights_for_sampler_ext(
         self,
@@ -341,9 +345,7 @@ class TrainingClient:
 
     def get_tokenizer(self) -> Any:
         """The base model's tokenizer, loaded here with transformers from the same hub id or folder."""
-        import transformers
-
-        return transformers.AutoTokenizer.from_pretrained(self.base_model)
+        return load_tokenizer(self.base_model)
 
     def delete_run(self, *, timeout_s: float = 60.0) -> None:
         """Frees the run's memory on the trainer and closes this client. Saved checkpoints stay."""
@@ -353,8 +355,18 @@ class TrainingClient:
         )
 
     def close(self) -> None:
-        """Leaves the run, which stays on the trainer. Futures not answered yet fail."""
-        self._finalizer()
+        """Leaves the run, which stays on the trainer. Futures not answered yet fail; those of a client that is only
+        forgotten do not."""
+        if self._finalizer.detach() is not None and not LOOP.lost:
+            self._losses.stop()
+            LOOP.call_soon(self._stream.close)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "A TrainingClient cannot be pickled or copied: it keeps its run's calls in order, which one process must "
+            "do. To go on in another process, close() it and call ServiceClient(…).training_client(run_id) there; to "
+            "sample there, pickle the SamplingClient of save_weights_and_get_sampling_client()."
+        )
 
     def __enter__(self) -> "TrainingClient":
         return self
@@ -522,6 +534,6 @@ class _CustomCall:
         return answers.custom_output(self._forward_output, backward_responses, self._loss, self._metrics)
 
 
-def _abandon(stream: RunStream, losses: LossThread) -> None:
-    losses.stop()
-    LOOP.call_soon(stream.close)
+def _forgotten(stream: RunStream, losses: LossThread) -> None:
+    if not LOOP.lost:
+        LOOP.call_soon(stream.leave, losses.stop)

@@ -211,7 +211,7 @@ class LocalJobs:
         host, port = split_address(address)
         # A trainer on every interface is reached here over loopback.
         reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, address.rpartition(":")[0])  # noqa: S104
-        job.channel = grpc.aio.insecure_channel(f"{reached}:{port}", [("grpc.max_reconnect_backoff_ms", 500)])
+        job.channel = grpc.aio.insecure_channel(f"{reached}:{port}", [("grpc.max_reconnect_backoff_ms", 500), ("grpc.enable_http_proxy", 0)])
         job.base_url = f"http://{address}"
         job.status_message = "starting the worker"
         health: Any = health_pb2_grpc.HealthStub(job.channel)
