@@ -102,9 +102,9 @@ def test_a_snapshot_whose_client_is_forgotten_before_it_is_made_is_let_go(traine
     closed: list[str] = []
     original = trainer.server.sampling.close
 
-    async def close(path: Any, *arguments: Any) -> Any:
-        closed.append(str(path))
-        return await original(path, *arguments)
+    async def close(sampler: Any) -> None:
+        closed.append(str(sampler))
+        await original(sampler)
 
     trainer.server.sampling.close = close
     try:

@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from trainer_service.access import ApiKeys
 from trainer_service.config import JobsConfig, split_address
+from trainer_service.jobs.owned import OwnedJobs
 from trainer_service.jobs.trainer_job import TrainerJobs
 from trainer_service.observability import Metrics
 from trainer_service.processes import parent_gone, write_ready_file
@@ -43,7 +44,8 @@ async def serve_jobs(config: JobsConfig, jobs: TrainerJobs) -> int:
     options = [("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 5_000)]
     options.append(("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000))
     server = grpc.aio.server(interceptors=[border], options=options)
-    add_TrainerJobServiceServicer_to_server(TrainerJobServicer(jobs), server)
+    owned = OwnedJobs(jobs, max_jobs=config.max_jobs, max_jobs_per_key=config.max_jobs_per_key)
+    add_TrainerJobServiceServicer_to_server(TrainerJobServicer(owned, embedded=config.embedded), server)
     health_servicer = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -55,6 +57,7 @@ async def serve_jobs(config: JobsConfig, jobs: TrainerJobs) -> int:
         raise OSError(f"cannot listen on {config.listen}: {exc}") from exc
     for name in ("", SERVICE):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    await jobs.start()
     await server.start()
     address = f"{bracketed}:{port}"
     logger.info("Listening.", extra={"fields": {"address": address, "version": __version__}})
