@@ -20,7 +20,7 @@ from pathlib import Path
 
 import gradwire
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,23 +48,6 @@ def read_chats(path: Path) -> list[list[dict[str, str]]]:
     if not path.exists():
         sys.exit(f"{path} does not exist; fetch it with: python scripts/fetch_conversations.py")
     return [json.loads(line)["messages"] for line in path.read_text().splitlines() if line.strip()]
-
-
-def to_datum(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], max_length: int) -> gradwire.Datum:
-    """Weight 1 on what the assistant said, its end-of-turn token included; 0 on everything else."""
-
-    def encode(messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        return tokenizer.encode(str(text), add_special_tokens=False)
-
-    tokens: list[int] = []
-    weights: list[float] = []
-    for i, message in enumerate(chat):
-        if message["role"] == "assistant":
-            prompt = encode(chat[:i], add_generation_prompt=True)
-            tokens = encode(chat[: i + 1], add_generation_prompt=False)
-            weights += [0.0] * (len(prompt) - len(weights)) + [1.0] * (len(tokens) - len(prompt))
-    return gradwire.datum_from_tokens_weights(tokens, weights, max_length=max_length)
 
 
 def learning_rate(step: int, *, num_steps: int, warmup_steps: int, highest: float) -> float:
@@ -148,7 +131,7 @@ def main() -> None:
     if not 0 < args.held_out < len(chats):
         sys.exit(f"--held-out is {args.held_out}, but {args.data} has {len(chats)} chats; leave some to train on.")
     tokenizer = AutoTokenizer.from_pretrained(args.base_model)
-    data = [to_datum(tokenizer, chat, args.max_length) for chat in chats]
+    data = [gradwire.datum_from_messages(tokenizer, chat, max_length=args.max_length) for chat in chats]
     held_out, data = data[: args.held_out], data[args.held_out :]
 
     with contextlib.ExitStack() as stack:

@@ -32,6 +32,30 @@ DOORS = {
     "engine": set(),
 }
 """Room to the rooms it may import, beside its own and the ground floor."""
+ENGINE_FLOORS = (
+    "counters",
+    "device",
+    "ranks",
+    "tensor_files",
+    "losses",
+    "packed",
+    "models",
+    "memory",
+    "loss_totals",
+    "validation",
+    "microbatch",
+    "optim",
+    "run_state",
+    "passes",
+    "base_models",
+    "adapter_offload",
+    "storage",
+    "engine",
+    "sampling",
+    "worker",
+    "__main__",
+)
+"""What engine/ is built of, from the ground up: each file or wing imports only what stands before it."""
 WIRE_HALF = {
     "gradwire.v1",
     "gradwire.errors",
@@ -95,6 +119,22 @@ def test_the_server_imports_through_its_doors_only():
         assert room in DOORS or room in GROUND, f"trainer_service/{room} is a room without a place in this test"
         rooms = {f"trainer_service.{name}" for name in DOORS.get(room, set()) | ({room} - GROUND)}
         wrong += complaints(file, ground | rooms | WIRE_HALF)
+    assert wrong == []
+
+
+def test_the_engine_is_built_from_the_ground_up():
+    wrong: list[str] = []
+    for file in sorted((SERVER / "engine").rglob("*.py")):
+        floor = file.relative_to(SERVER / "engine").parts[0].removesuffix(".py")
+        if floor == "__init__":
+            continue
+        assert floor in ENGINE_FLOORS, f"trainer_service/engine/{floor} has no place in this test"
+        below = {*ENGINE_FLOORS[: ENGINE_FLOORS.index(floor)]} | ({floor} if file.parent.name == floor else set())
+        wrong += [
+            f"{file.relative_to(ROOT)}:{line} imports {name}"
+            for line, name in imports(file)
+            if within(name, {"trainer_service.engine"}) and name.split(".")[2] not in below
+        ]
     assert wrong == []
 
 

@@ -1,4 +1,4 @@
-"""python -m trainer_service {trainer,jobs}: reads settings, builds the floors, wires them."""
+"""`gradwire serve` and `gradwire jobs`: reads settings, builds the floors, wires them."""
 
 import argparse
 import asyncio
@@ -165,9 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--log-json", action="store_true", help="log one JSON object a line")
     common.add_argument("--log-level", default=os.environ.get("GRADWIRE_LOG_LEVEL", "INFO"), help="default: INFO")
 
-    parser = argparse.ArgumentParser(prog="python -m trainer_service", description="The Gradwire server processes.")
-    commands = parser.add_subparsers(required=True, metavar="{trainer,jobs}")
-    trainer = commands.add_parser("trainer", parents=[common], help="serve one base model")
+    parser = argparse.ArgumentParser(prog="gradwire", description="The Gradwire server processes.")
+    commands = parser.add_subparsers(required=True, metavar="{serve,jobs}")
+    trainer = commands.add_parser("serve", parents=[common], help="serve one base model")
     trainer.set_defaults(command=_trainer)
     trainer.add_argument("--base-model", required=True, help="hub id or folder of a Hugging Face causal LM")
     trainer.add_argument("--listen", default="127.0.0.1:7777", help="host:port; port 0 takes a free one")

@@ -7,6 +7,7 @@ client.optim_step(gradwire.AdamParams(learning_rate=1e-5)).result()
 """
 
 from gradwire import forks as forks
+from gradwire.chats import datum_from_messages
 from gradwire.checkpoint_client import Checkpoint, CheckpointClient, CheckpointFile
 from gradwire.data import datum_from_tokens_weights
 from gradwire.errors import GradwireError
@@ -63,5 +64,6 @@ __all__ = [
     "TrainerJobManager",
     "TrainingClient",
     "__version__",
+    "datum_from_messages",
     "datum_from_tokens_weights",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 
 from gradwire.downloads import download, export, get_checkpoint
 from gradwire.errors import GradwireError, UnavailableError
+from gradwire.server_commands import SERVER_COMMANDS, run_server_command
 from gradwire.terminal import (
     ProgressBar,
     as_json,
@@ -43,8 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Names are anybody's; a terminal that cannot show one is no reason to fail.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and words[0] in SERVER_COMMANDS:
+        return run_server_command(words)
+    arguments = _parser().parse_args(words)
     try:
         tls = _tls(arguments)
         connection = Connection(
@@ -260,9 +263,14 @@ def _parser() -> argparse.ArgumentParser:
         common.add_argument(
             f"--tls-{name}-file", type=Path, metavar="PEM", help=f"{text}, for https://; default: {variable}"
         )
-    parser = argparse.ArgumentParser(prog="gradwire", description="Runs and checkpoints of a Gradwire trainer.")
+    parser = argparse.ArgumentParser(prog="gradwire", description="Gradwire trainers, and their runs and checkpoints.")
     parser.add_argument("--version", action="version", version=f"gradwire {__version__}")
-    nouns = parser.add_subparsers(required=True, metavar="{runs,checkpoints,export}")
+    nouns = parser.add_subparsers(
+        required=True, metavar=f"{{{','.join([*SERVER_COMMANDS, 'runs', 'checkpoints', 'export'])}}}"
+    )
+    for name, text in SERVER_COMMANDS.items():
+        # Only so that --help lists it; main() runs it before anything is parsed.
+        nouns.add_parser(name, help=text)
 
     def verb(group: Any, name: str, command: Callable[..., object], text: str, *names: str) -> argparse.ArgumentParser:
         made = group.add_parser(name, parents=[common], help=text, description=text)

@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import importlib.util
 import json
 import os
 import signal
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import IO
 
 from gradwire.errors import FailedPreconditionError, error
+from gradwire.server_commands import missing_packages
 
-_NEEDED = ("trainer_service", "torch", "transformers", "safetensors", "grpc_health", "grpc_reflection")
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
 """A little more than the control plane gives its trainers."""
@@ -62,7 +61,7 @@ class EmbeddedControlPlane:
             return self._base_url
 
     def _start(self) -> None:
-        missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+        missing = missing_packages()
         if missing:
             raise FailedPreconditionError(
                 f"Starting a trainer on this machine needs the server, but {', '.join(missing)} cannot be imported. "

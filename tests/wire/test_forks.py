@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.bystander import Bystander
 from tests.front_end_process import running_front_end
 
 TIMEOUT_S = 60
@@ -135,7 +136,8 @@ def run(script: str, address: str) -> Any:
 
 @pytest.mark.parametrize("fork", FORKS)
 def test_a_forked_child_is_told_at_once_and_the_parent_trains_on(address: str, fork: str):
-    code, said, steps, more = run(IN_USE + FORKS[fork] + GO_ON, address)
+    with Bystander(f"http://{address}"):
+        code, said, steps, more = run(IN_USE + FORKS[fork] + GO_ON, address)
     assert code == 7, "the child did not end as it was to"
     assert said.pop("close") == "ok"
     assert len(said) == 11

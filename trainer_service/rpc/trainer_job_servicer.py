@@ -34,13 +34,13 @@ class TrainerJobServicer(TrainerJobServiceServicer):
     async def CreateTrainerJob(self, request: pb.CreateTrainerJobRequest, context: Any) -> pb.CreateTrainerJobResponse:
         spec = read_spec(request, any_folder=self._knows_host)
         job = await self._jobs.create(spec, request_id=request.request_id)
-        return pb.CreateTrainerJobResponse(trainer_job=self._encode(job))
+        return pb.CreateTrainerJobResponse(trainer_job=self._message(job))
 
     async def GetTrainerJob(self, request: pb.GetTrainerJobRequest, context: Any) -> pb.GetTrainerJobResponse:
-        return pb.GetTrainerJobResponse(trainer_job=self._encode(await self._jobs.get(request.job_id)))
+        return pb.GetTrainerJobResponse(trainer_job=self._message(await self._jobs.get(request.job_id)))
 
     async def ListTrainerJobs(self, request: pb.ListTrainerJobsRequest, context: Any) -> pb.ListTrainerJobsResponse:
-        return pb.ListTrainerJobsResponse(trainer_jobs=[self._encode(job) for job in await self._jobs.list()])
+        return pb.ListTrainerJobsResponse(trainer_jobs=[self._message(job) for job in await self._jobs.list()])
 
     async def DeleteTrainerJob(self, request: pb.DeleteTrainerJobRequest, context: Any) -> pb.DeleteTrainerJobResponse:
         await self._jobs.delete(request.job_id)
@@ -51,8 +51,8 @@ class TrainerJobServicer(TrainerJobServiceServicer):
         """Whether the current caller may know of the control plane's host: which folders there are, what logs say."""
         return self._embedded or current_caller.get().admin
 
-    def _encode(self, job: TrainerJob) -> pb.TrainerJob:
-        return encode_trainer_job(job if self._knows_host else without_host(job))
+    def _message(self, job: TrainerJob) -> pb.TrainerJob:
+        return trainer_job_message(job if self._knows_host else without_host(job))
 
 
 def without_host(job: TrainerJob) -> TrainerJob:
@@ -120,7 +120,7 @@ def _other_folder() -> GradwireError:
     )
 
 
-def encode_trainer_job(job: TrainerJob) -> pb.TrainerJob:
+def trainer_job_message(job: TrainerJob) -> pb.TrainerJob:
     """The job as it travels."""
     encoded = pb.TrainerJob(
         job_id=job.job_id,
