@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from tests.fakes import front_end
+from trainer_service.config import Limits
 
 
 @contextlib.contextmanager
@@ -37,7 +38,7 @@ def running_front_end(*api_keys: str) -> Iterator[str]:
 
 
 async def _serve() -> None:
-    async with front_end(api_keys=tuple(sys.argv[1:])) as trainer:
+    async with front_end(api_keys=tuple(sys.argv[1:]), limits=Limits(max_runs=1000)) as trainer:
         print(trainer.server.address, flush=True)
         await asyncio.to_thread(sys.stdin.read)
 

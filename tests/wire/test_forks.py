@@ -167,6 +167,27 @@ def test_a_parent_that_forks_at_every_step_trains_on(address: str):
     assert run(MANY_CHILDREN, address) == list(range(1, 42))
 
 
+IDLE = (
+    BEGIN
+    + """
+service.get_server_info()
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        del service
+        gc.collect()
+        sys.exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    service.get_server_info()
+print(json.dumps(step(service.create_training_client())))
+"""
+)
+
+
+def test_children_that_forget_what_they_inherit_end_and_leave_the_parents_connection_alone(address: str):
+    assert run(IDLE, address) == 1
+
+
 BEFORE_THE_FIRST_CALL = (
     BEGIN
     + """
