@@ -235,8 +235,10 @@ class FakeWorker:
         match request.WhichOneof("operation"):
             case "forward":
                 # The targets' own bytes as logprobs: an answer as large as the question.
-                tensor = request.forward.batch.loss_fn_inputs["target_tokens"]
-                return TrainResponse(forward=ops.ForwardResponse(loss_fn_outputs={"logprobs": tensor}))
+                batch = request.forward.batch
+                outputs = {"logprobs": batch.loss_fn_inputs["target_tokens"]}
+                answer = ops.ForwardResponse(loss_fn_outputs=outputs, cu_seqlens=batch.cu_seqlens)
+                return TrainResponse(forward=answer)
             case "forward_backward":
                 batch = request.forward_backward.batch
                 response = ops.ForwardBackwardResponse(metrics={"loss:sum": float(request.seq_id)})

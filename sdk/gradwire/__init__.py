@@ -9,6 +9,7 @@ client.optim_step(gradwire.AdamParams(learning_rate=1e-5)).result()
 import sys
 from typing import TYPE_CHECKING
 
+from gradwire import forks as forks  # Before anything that imports grpc.
 from gradwire import ported_names, types
 from gradwire.chats import datum_from_messages
 from gradwire.checkpoint_client import Checkpoint, CheckpointClient, CheckpointFile

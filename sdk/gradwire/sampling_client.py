@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import queue
 import time
 import uuid
@@ -56,10 +57,16 @@ class SamplingClient(RefusesTinkerNames):
     (importance_sampling, ppo) therefore takes them as they are from samples drawn at temperature 1 with neither top_k
     nor top_p; from others it corrects for the model's distribution, not for the narrower one they were drawn from.
 
+    It can be pickled, once its sampler is there (pickling waits for that): the copy in another process has a connection
+    of its own to the same sampler. A snapshot lives as long as the client it was made with, so keep that one. The API
+    key goes along only in the arguments of a process that multiprocessing starts ("spawn" or "forkserver"), over its
+    private pipe; no other pickle holds it, and who unpickles one takes GRADWIRE_API_KEY from the environment.
+
     Args:
         connection: To the trainer.
         source: Names the sampler, now or once an operation has been answered.
         timeout_s: Longest that one call may take, seconds.
+        owner: Whether a snapshot goes with this client.
     """
 
     def __init__(
@@ -68,6 +75,7 @@ class SamplingClient(RefusesTinkerNames):
         source: "SamplerSource | ConcurrentFuture[SamplerSource]",
         *,
         timeout_s: float = 3600.0,
+        owner: bool = True,
     ) -> None:
         self._connection = connection
         self._timeout_s = timeout_s
@@ -77,7 +85,7 @@ class SamplingClient(RefusesTinkerNames):
             self._source.set_result(source)
         else:
             self._source = source
-        self._finalizer = weakref.finalize(self, _abandon, connection, self._source)
+        self._finalizer = weakref.finalize(self, _let_go if owner else _nothing, connection, self._source)
         # At exit the loop is stopped; the snapshot goes with its run.
         self._finalizer.atexit = False
 
@@ -157,7 +165,7 @@ class SamplingClient(RefusesTinkerNames):
     @property
     def model_path(self) -> str:
         """gradwire:// path of the checkpoint or snapshot, "" for the base model; waits for a snapshot to be made."""
-        return self._source.result().model_path
+        return APIFuture(self._source, "the sampler").result().model_path
 
     def result(self, timeout: float | None = None) -> "SamplingClient":
         """This client, once its sampler is there: it is usable before, and its calls wait for it.
@@ -199,6 +207,16 @@ class SamplingClient(RefusesTinkerNames):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> Any:
+        source = APIFuture(self._source, "the sampler").result()
+        return _sampling_client, (self._connection, source, self._timeout_s)
+
+    def __copy__(self) -> "SamplingClient":
+        return self
+
+    def __deepcopy__(self, _: Any) -> "SamplingClient":
+        return self
 
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -293,7 +311,12 @@ class SamplingClient(RefusesTinkerNames):
 
         reading = LOOP.submit(read())
         try:
-            while (got := arrived.get()) is not None:
+            while True:
+                # In a forked child nothing arrives any more.
+                LOOP.refuse_if_lost()
+                got = arrived.get()
+                if got is None:
+                    return
                 if isinstance(got, GradwireError):
                     raise got
                 for piece in got.samples:
@@ -302,7 +325,8 @@ class SamplingClient(RefusesTinkerNames):
                     for place, (token, logprob) in enumerate(zip(piece.tokens, piece.logprobs, strict=True)):
                         yield SampledToken(piece.sample, token, logprob, reason if place == last else None)
         finally:
-            reading.cancel()
+            if not LOOP.lost:
+                reading.cancel()
 
 
 def open_sampling_client(
@@ -370,9 +394,22 @@ def _topk(prompt: pb.PromptLogprobs) -> list[list[tuple[int, float]] | None]:
     return [None, *(pairs[start : start + count] for start in range(0, len(pairs), count))]
 
 
-def _abandon(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
-    """Lets a snapshot go, without waiting: nobody is left who could be told that it failed."""
-    path = "" if not source.done() or source.cancelled() or source.exception() else source.result().model_path
+def _sampling_client(connection: Connection, source: SamplerSource, timeout_s: float) -> SamplingClient:
+    return SamplingClient(connection, source, timeout_s=timeout_s, owner=False)
+
+
+def _nothing(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
+    """The snapshot is another client's."""
+
+
+def _let_go(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
+    """Lets a snapshot go once it is there, without waiting: nobody is left who could be told that it failed."""
+    if not LOOP.lost:
+        source.add_done_callback(functools.partial(_close_sampler, connection))
+
+
+def _close_sampler(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
+    path = "" if source.cancelled() or source.exception() else source.result().model_path
     if "/snapshots/" not in path:
         return
 

@@ -440,6 +440,12 @@ class ServiceClient(RefusesTinkerNames):
     get_server_capabilities_async = off_thread(get_server_capabilities)
     list_runs_async = off_thread(list_runs)
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "A ServiceClient cannot be pickled or copied: its connections are this process's. Hand on its base_url and "
+            "make another one there, or pickle a SamplingClient."
+        )
+
     def __enter__(self) -> "ServiceClient":
         return self
 

@@ -88,7 +88,8 @@ class TrainingClient(RefusesTinkerNames):
         self._limits = server_info.limits
         self._stream = RunStream(connection, run.run_id, server_info.limits, reconnect_timeout_s)
         self._losses = LossThread(f"gradwire-loss-{run.run_id}")
-        self._finalizer = weakref.finalize(self, _abandon, self._stream, self._losses)
+        # A client that is forgotten is not closed: what it called completes.
+        self._finalizer = weakref.finalize(self, _forgotten, self._stream, self._losses)
         # At exit the loop itself is stopped, streams and all.
         self._finalizer.atexit = False
 
@@ -454,8 +455,18 @@ class TrainingClient(RefusesTinkerNames):
         )
 
     def close(self) -> None:
-        """Leaves the run, which stays on the trainer. Futures not answered yet fail."""
-        self._finalizer()
+        """Leaves the run, which stays on the trainer. Futures not answered yet fail; those of a client that is only
+        forgotten do not."""
+        if self._finalizer.detach() is not None and not LOOP.lost:
+            self._losses.stop()
+            LOOP.call_soon(self._stream.close)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "A TrainingClient cannot be pickled or copied: it keeps its run's calls in order, which one process must "
+            "do. To go on in another process, close() it and call ServiceClient(…).training_client(run_id) there; to "
+            "sample there, pickle the SamplingClient of save_weights_and_get_sampling_client()."
+        )
 
     def result(self, timeout: float | None = None) -> "TrainingClient":
         """This client: what made it has waited for it already. For loops that wait for it as for a future."""
@@ -658,6 +669,6 @@ class _CustomCall:
         return answers.custom_output(self._forward_output, backward_responses, self._loss, self._metrics)
 
 
-def _abandon(stream: RunStream, losses: LossThread) -> None:
-    losses.stop()
-    LOOP.call_soon(stream.close)
+def _forgotten(stream: RunStream, losses: LossThread) -> None:
+    if not LOOP.lost:
+        LOOP.call_soon(stream.leave, losses.stop)

@@ -16,12 +16,13 @@ from gradwire.wire_format import embed
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.bystander import Bystander
-from tests.front_end_process import KEY, FrontEndProcess, front_end_process
+from tests.front_end_process import FrontEndProcess, front_end_process
 from tests.raw_http2 import RawHttp2, message_header
 from trainer_service.rpc import messages
 
 FORWARD_BACKWARD = "/gradwire.v1.TrainerService/ForwardBackward"
 CHECK = "/grpc.health.v1.Health/Check"
+KEY = "the-key"
 WITH_KEY = (("authorization", f"Bearer {KEY}"),)
 MIB = 1 << 20
 UNLIMITED = [("grpc.max_send_message_length", -1)]
@@ -29,7 +30,7 @@ UNLIMITED = [("grpc.max_send_message_length", -1)]
 
 @pytest.fixture(scope="module")
 def trainer() -> Iterator[FrontEndProcess]:
-    with front_end_process() as running:
+    with front_end_process(KEY) as running:
         yield running
 
 
