@@ -20,6 +20,7 @@ GROUND = {
     "folders",
     "observability",
     "processes",
+    "request_limits",
     "sampler_path",
 }
 """Imported by all; import only each other."""

@@ -28,6 +28,7 @@ from trainer_service.observability import Metrics
 from trainer_service.rpc.border import Border
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.rpc.checkpoint_servicer import CheckpointServicer
+from trainer_service.rpc.request_limiter import RequestLimiter
 from trainer_service.rpc.sampling_servicer import SamplingServicer
 from trainer_service.rpc.trainer_servicer import TrainerServicer
 from trainer_service.runs.registry import Runs
@@ -114,7 +115,7 @@ class TrainerServer:
             metrics=self.metrics,
             max_message_bytes=self._config.limits.max_message_bytes,
         )
-        self._server = grpc.aio.server(interceptors=[border], options=options)
+        self._server = grpc.aio.server(interceptors=[border, RequestLimiter(self._config.limits)], options=options)
         servicer = TrainerServicer(
             self.runs,
             self._worker,

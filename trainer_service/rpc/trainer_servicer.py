@@ -12,6 +12,7 @@ from gradwire.version import PROTOCOL_VERSION, __version__
 
 from trainer_service.config import MIN_PROTOCOL_VERSION, Limits
 from trainer_service.fleet.worker import Worker
+from trainer_service.request_limits import check_limits, check_name
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.rpc.train_stream import TrainStream, read_attach
 from trainer_service.runs.operation import Operation
@@ -98,6 +99,7 @@ class TrainerServicer(TrainerServiceServicer):
 
     async def Train(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:
         first = await read_attach(context)
+        check_limits(first.attach, self._limits)
         refuse_while_draining(self._draining)
         run = self._runs.get(first.attach.run_id)
         run.acknowledge(first.acked_seq_id)
@@ -141,6 +143,8 @@ class TrainerServicer(TrainerServiceServicer):
 
     async def _operation(self, kind: str, request: Any, context: grpc.aio.ServicerContext) -> Any:
         """One ordered operation as a unary call."""
+        # The rest is the run's to refuse, in the operation's place.
+        check_name(request.run_id, "run_id", self._limits)
         run = self._runs.get(request.run_id)
         self._refuse_to_cut_in(run)
         await run.room(self._limits.max_in_flight_operations)
