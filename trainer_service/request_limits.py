@@ -92,8 +92,15 @@ def check_limits(message: Message, limits: Limits) -> None:
     Raises:
         ResourceExhaustedError: LIMIT_EXCEEDED, with the field's path.
     """
+    if (refusal := find_excess(message, limits)) is not None:
+        raise refusal
+
+
+def find_excess(message: Message, limits: Limits) -> GradwireError | None:
+    """Why a message with more in some field than is taken is refused, LIMIT_EXCEEDED; None for one that is not."""
     for excess in _excesses(message, limits, ""):
-        raise _refusal(*excess, limits)
+        return _refusal(*excess, limits)
+    return None
 
 
 def check_name(name: str, where: str, limits: Limits) -> None:

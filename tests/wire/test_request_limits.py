@@ -1,8 +1,11 @@
 """Every string and every list of every request is bounded, and refused before the worker hears of it."""
 
 import asyncio
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ from gradwire.v1.datum_pb2 import ModelInput
 
 from tests.fakes import FrontEnd, front_end
 from tests.frames import TRAINER, methods
-from tests.long_fields import long_fields, map_entry
+from tests.long_fields import Unit, long_fields, map_entry
 from tests.wire.test_border import error_of
 from trainer_service.config import Limits
 from trainer_service.request_limits import LIMIT_OF
@@ -44,9 +47,12 @@ def limit_of(field: FieldDescriptor) -> str:
     return LIMIT_OF[field.full_name.removeprefix("gradwire.v1.")]
 
 
-def one_too_many(field: FieldDescriptor) -> int:
+def one_too_many(field: FieldDescriptor, unit: Unit) -> int:
     # A message as large as that is refused for its own size.
-    return 1 if limit_of(field) == "max_message_bytes" else getattr(SMALL, limit_of(field)) + 1
+    if limit_of(field) == "max_message_bytes":
+        return 1
+    one_of_several = field.is_repeated and unit == "bytes"
+    return getattr(SMALL, "max_stop_string_bytes" if one_of_several else limit_of(field)) + 1
 
 
 def overfull() -> Iterator[Any]:
@@ -134,8 +140,8 @@ async def test_stop_strings_together_have_a_limit():
         )
 
 
-async def test_on_the_stream_a_refused_operation_takes_its_number_and_leaves_its_mark():
-    async with front_end(limits=SMALL) as trainer:
+async def test_on_the_stream_a_refused_operation_takes_its_number_and_leaves_its_mark_and_nothing_else(tmp_path: Path):
+    async with front_end(limits=SMALL, data_dir=tmp_path) as trainer:
         run_id = await trainer.create_run()
         stream = await trainer.attach(run_id)
         too_many = ops.ForwardBackwardRequest(loss_fn="l", loss_fn_config={f"k{number}": 1 for number in range(5)})
@@ -145,6 +151,8 @@ async def test_on_the_stream_a_refused_operation_takes_its_number_and_leaves_its
         assert from_status(first.error).metadata["limit_name"] == "max_loss_fn_config_keys"
         assert second.WhichOneof("result") == "optim_step"
         assert trainer.worker.executed[-2:] == [(run_id, 1, "fail_operation"), (run_id, 2, "optim_step")]
+        with closing(sqlite3.connect(tmp_path / "runs" / run_id / "journal.sqlite")) as db:
+            assert max(len(row[0]) for row in db.execute("SELECT request FROM operations")) < 20
         # Sent again, it gets the same answer.
         await stream.send(1, forward_backward=too_many)
         assert (await stream.receive()).error == first.error

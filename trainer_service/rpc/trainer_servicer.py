@@ -12,7 +12,7 @@ from gradwire.version import PROTOCOL_VERSION, __version__
 
 from trainer_service.config import MIN_PROTOCOL_VERSION, Limits
 from trainer_service.fleet.worker import Worker
-from trainer_service.request_limits import check_limits, check_name
+from trainer_service.request_limits import check_limits, check_name, find_excess
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.rpc.train_stream import TrainStream, read_attach
 from trainer_service.runs.operation import Operation
@@ -106,7 +106,7 @@ class TrainerServicer(TrainerServiceServicer):
         stream = TrainStream(
             run,
             context,
-            max_in_flight=self._limits.max_in_flight_operations,
+            limits=self._limits,
             draining=self._draining,
             gate=self._gate,
         )
@@ -143,19 +143,23 @@ class TrainerServicer(TrainerServiceServicer):
 
     async def _operation(self, kind: str, request: Any, context: grpc.aio.ServicerContext) -> Any:
         """One ordered operation as a unary call."""
-        # The rest is the run's to refuse, in the operation's place.
         check_name(request.run_id, "run_id", self._limits)
         run = self._runs.get(request.run_id)
         self._refuse_to_cut_in(run)
         await run.room(self._limits.max_in_flight_operations)
-        await self._gate.before(run, Operation.made(pb.TrainRequest(**{kind: request})))
+        refusal = find_excess(request, self._limits)
+        if refusal is None:
+            await self._gate.before(run, Operation.made(pb.TrainRequest(**{kind: request})))
         # Much may have happened while it waited.
         self._refuse_to_cut_in(run)
         seq_id = request.seq_id if request.HasField("seq_id") else run.next_seq_id
         # Both said by the call itself; without them a repeat is the same operation however it is sent.
         request.ClearField("run_id")
         request.ClearField("seq_id")
-        operation = Operation.made(pb.TrainRequest(seq_id=seq_id, **{kind: request}))
+        if refusal is None:
+            operation = Operation.made(pb.TrainRequest(seq_id=seq_id, **{kind: request}))
+        else:
+            operation = Operation.refused(kind, request, refusal, seq_id=seq_id)
         response = await run.execute(operation)
         if self._gate.stores(operation):
             response.MergeFromString(await self._gate.after(operation, response.SerializeToString()))

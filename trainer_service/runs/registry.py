@@ -20,7 +20,6 @@ from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Durability, Limits
 from trainer_service.fleet.worker import Worker
-from trainer_service.request_limits import check_limits
 from trainer_service.runs import time_travel
 from trainer_service.runs.disk import disk_full
 from trainer_service.runs.journal import Record
@@ -400,10 +399,6 @@ class Runs:
 
     def _refuse(self, operation: Operation) -> GradwireError | None:
         """Why an operation may not run now, for the current caller, if it may not."""
-        try:
-            check_limits(getattr(operation.request, operation.kind), self._limits)
-        except GradwireError as exc:
-            return exc
         if operation.kind == "load_state":
             return self._refuse_load(operation.request.load_state.path)
         if self._data_dir is None or not self._limits.max_disk_bytes or not operation.kind.startswith("save_"):
