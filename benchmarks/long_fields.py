@@ -78,7 +78,7 @@ def measure_long_fields(trainer: TrainerProcess, service: ServiceClient, size_mi
             _sample_text(service)
             rows.append((f"{_TEXT_REQUESTS} prompts of 256 KiB of text at once", steps.taken()))
             sampler = service.create_sampling_client()
-            for stops in ([], ["stop"], [f"stop {number:03} {'x' * 50}" for number in range(128)]):
+            for stops in ([], ["stop"], [f"stop {number:03} {'x' * 20}" for number in range(128)]):
                 params = SamplingParams(max_tokens=50, stop=stops)
                 start_s = time.monotonic()
                 sampler.sample([5, 6, 7], 128, params).result(60)

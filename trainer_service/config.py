@@ -70,8 +70,8 @@ class Limits:
     """Stop strings of one request."""
     max_stop_string_bytes: int = 1024
     """One of them."""
-    max_stop_bytes: int = 8192
-    """All of them together: what finds them takes some hundred times as much memory."""
+    max_stop_bytes: int = 4096
+    """All of them together: what finds them takes a hundred times as much memory, for every request under way."""
 
 
 Checkpointing = Literal["auto", "on", "off"]

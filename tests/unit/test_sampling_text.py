@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -95,22 +96,25 @@ def test_strings_are_found_wherever_they_are_cut():
             state = following
 
 
-def test_a_character_costs_the_same_however_many_strings_there_are():
-    """Each step back was paid for by a step forward before it."""
-    for strings in (["a" * 50], ["a" * length for length in range(2, 51)] + [f"{n}" * 9 for n in range(10)]):
-        stops = StopStrings([*strings, "a" * 60])
-        stops._complete = [False] * len(stops._complete)
-        steps = 0
-        step = stops._step
+class Counted(dict[int, int]):
+    """A table that counts how often it is asked."""
 
-        def counted(state: int, character: str, step: Callable[[int, str], int] = step) -> int:
-            nonlocal steps
-            steps += 1
-            return step(state, character)
+    asked = 0
 
-        stops._step = counted
-        stops.feed(START, "ab" * 500)
-        assert steps == 1000
+    def get(self, key: int, default: Any = None) -> Any:
+        self.asked += 1
+        return super().get(key, default)
+
+
+@pytest.mark.parametrize("text", ["ab" * 500, "a" * 59 + "b", ("a" * 30 + "b") * 30, "c" * 1000])
+def test_a_character_costs_two_steps_at_most_however_many_strings_there_are(text: str):
+    few = StopStrings(["a" * 60])
+    many = StopStrings(["a" * 60, *("b" * length + "a" * length + "x" for length in range(1, 30)), "cd", "dc"])
+    for stops in (few, many):
+        stops._next = Counted(stops._next)
+        assert stops.feed(START, text) is not None
+        # Each step back was paid for by a step forward before it.
+        assert len(text) <= stops._next.asked <= 2 * len(text)
 
 
 def test_the_pieces_of_a_text_are_the_whole_as_it_stands_behind_the_prompt(text: Text):
