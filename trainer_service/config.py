@@ -48,6 +48,9 @@ class Limits:
     """Sample and ComputeLogprobs requests under way at once, of all clients together."""
     max_snapshots: int = 4
     """Snapshots of one run; the one unused longest makes room."""
+    max_message_fields: int = 65_536
+    """Fields of one message, nested ones included; counted before it is parsed, which takes the longer the more there
+    are. Data sent as `batch` have a dozen."""
     max_name_bytes: int = 4096
     """One name, identifier or path: as much as a path of Linux has."""
     max_loss_fn_inputs: int = 64

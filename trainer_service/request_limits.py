@@ -11,6 +11,7 @@ from typing import Any
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from gradwire.errors import GradwireError, error, invalid_field
+from gradwire.wire_format import fields
 
 from trainer_service.config import Limits
 
@@ -111,6 +112,52 @@ def check_name(name: str, where: str, limits: Limits) -> None:
     """
     if (got := _num_bytes(name, limits.max_name_bytes)) > limits.max_name_bytes:
         raise _refusal(where, _NAME, got, "bytes", limits)
+
+
+def check_num_fields(encoded: bytes, descriptor: Descriptor, limits: Limits) -> None:
+    """Refuses an encoded message with more fields than is taken, before parsing it takes the time for all of them.
+
+    Args:
+        encoded: As it came; what is wrong with it otherwise is left for parsing to find.
+        descriptor: Of its type.
+        limits: The most there may be.
+
+    Raises:
+        ResourceExhaustedError: LIMIT_EXCEEDED.
+        InvalidArgumentError: PROTOCOL_VIOLATION: it cannot be counted.
+    """
+    limit = limits.max_message_fields
+    if len(encoded) <= limit:
+        return  # A field has a byte at least.
+    try:
+        left = _left_behind(memoryview(encoded), descriptor, limit)
+    except (ValueError, IndexError) as exc:
+        text = f"The message ({len(encoded)} bytes) cannot be read: {exc}."
+        raise error("PROTOCOL_VIOLATION", text) from exc
+    if left < 0:
+        text = (
+            f"The message has more than {limit} fields, nested ones included, and no more are taken "
+            "(max_message_fields of GetServerInfo); send data as batch, or less in one call."
+        )
+        raise error("LIMIT_EXCEEDED", text, limit_name="max_message_fields", limit=limit, got=f"more than {limit}")
+
+
+def _left_behind(encoded: memoryview, descriptor: Descriptor, left: int) -> int:
+    """How many of `left` fields may still come behind a message's; below 0 where it has more itself."""
+    nested = _nested(descriptor)
+    for number, _, content in fields(encoded):
+        left -= 1
+        if left >= 0 and number in nested:
+            left = _left_behind(content, nested[number], left)
+        if left < 0:
+            break
+    return left
+
+
+@cache
+def _nested(descriptor: Descriptor) -> Mapping[int, Descriptor]:
+    """Types of the messages in a message, by the number of their field."""
+    return {field.number: field.message_type for field in descriptor.fields if field.message_type is not None}
 
 
 def prompt_too_long(got: int, limit: int) -> GradwireError:

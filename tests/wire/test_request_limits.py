@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
-from gradwire.errors import from_status
+from gradwire.errors import GradwireError, from_status
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import sampling_service_pb2
 from gradwire.v1 import trainer_service_pb2 as pb
@@ -22,7 +22,8 @@ from tests.frames import TRAINER, methods
 from tests.long_fields import Unit, long_fields, map_entry
 from tests.wire.test_border import error_of
 from trainer_service.config import Limits
-from trainer_service.request_limits import LIMIT_OF
+from trainer_service.request_limits import LIMIT_OF, check_num_fields
+from trainer_service.rpc.trainer_servicer import TrainerServicer
 
 SMALL = Limits(
     max_name_bytes=48,
@@ -193,3 +194,41 @@ async def test_a_request_that_was_given_up_keeps_its_place_until_the_worker_is_d
         trainer.worker.gate.set()
         while len(trainer.server.sampling):  # noqa: ASYNC110  (there is no event for it)
             await asyncio.sleep(0.01)
+
+
+async def test_a_message_of_more_fields_than_are_taken_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch):
+    parsed = []
+    monkeypatch.setattr(TrainerServicer, "ForwardBackward", lambda *_: parsed.append("handled"))
+    async with front_end(limits=Limits(max_message_fields=100)) as trainer:
+        method = "/gradwire.v1.TrainerService/ForwardBackward"
+        entries = ops.ForwardBackwardRequest(loss_fn_config={f"k{number}": 1 for number in range(40)})
+        datums = ops.ForwardBackwardRequest(data=[{"model_input": {"tokens": [1]}}] * 60)
+        group = b"\x9b\x06"
+        for encoded in (
+            entries.SerializeToString(),
+            datums.SerializeToString(),
+            b"\x18\x01" * 101,
+            ops.CancelRequest(forward_seq_ids=[1] * 10).SerializeToString() + group + b"\x0b" * 200,
+            b"\xff" * 200,
+        ):
+            refused = await error_of(trainer.channel.unary_unary(method)(encoded))
+            assert refused.reason in ("LIMIT_EXCEEDED", "PROTOCOL_VIOLATION")
+            if refused.reason == "LIMIT_EXCEEDED":
+                assert refused.metadata["limit_name"] == "max_message_fields"
+        assert parsed == []
+        run_id = await trainer.create_run()
+        stream = await trainer.attach(run_id)
+        await stream.send(1, forward_backward=entries)
+        assert (await stream.ended()).metadata["limit_name"] == "max_message_fields"
+        # As one message too large, it takes no number.
+        stream = await trainer.attach(run_id)
+        assert stream.attached.next_seq_id == 1
+
+
+def test_as_many_fields_as_are_taken_are_counted_nested_ones_included():
+    message = ops.ForwardBackwardRequest(data=[{"model_input": {"tokens": [1, 2, 3]}}] * 3, loss_fn="l" * 20)
+    descriptor, encoded = ops.DESCRIPTOR.message_types_by_name["ForwardBackwardRequest"], message.SerializeToString()
+    # Three datums, their inputs, the packed tokens in those, and the loss.
+    check_num_fields(encoded, descriptor, Limits(max_message_fields=10))
+    with pytest.raises(GradwireError, match="more than 9 fields"):
+        check_num_fields(encoded, descriptor, Limits(max_message_fields=9))

@@ -222,6 +222,8 @@ class Border(grpc.aio.ServerInterceptor):
             try:
                 message = deserialize(data)
                 return Received(message, data) if streaming else message
+            except GradwireError as exc:
+                return Malformed(exc)
             except Exception:
                 text = f"The message ({len(data)} bytes) cannot be read; it is not of the type this call takes."
                 return Malformed(error("PROTOCOL_VIOLATION", text))
