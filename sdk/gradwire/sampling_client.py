@@ -15,7 +15,7 @@ import grpc.aio
 
 from gradwire.errors import GradwireError, OperationCancelledError, invalid_field
 from gradwire.futures import APIFuture
-from gradwire.sampling_params import MAX_UINT32, checked_integer, encode_sampling_params, shown
+from gradwire.sampling_params import MAX_UINT32, checked_integer, sampling_params_message, shown
 from gradwire.transport import LOOP, Connection, is_passing
 from gradwire.types import SampledSequence, SampledToken, SampleResponse, SamplingParams, model_input_tokens
 from gradwire.v1 import sampling_service_pb2 as pb
@@ -195,7 +195,7 @@ class SamplingClient:
         return pb.SampleRequest(
             prompt=message,
             num_samples=num_samples,
-            sampling_params=encode_sampling_params(SamplingParams() if sampling_params is None else sampling_params),
+            sampling_params=sampling_params_message(SamplingParams() if sampling_params is None else sampling_params),
             include_prompt_logprobs=include_prompt_logprobs,
             topk_prompt_logprobs=topk_prompt_logprobs,
         )

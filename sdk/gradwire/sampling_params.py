@@ -13,7 +13,7 @@ _MAX_INT32, _MAX_INT64 = (1 << 31) - 1, (1 << 63) - 1
 _MAX_SHOWN = 200
 
 
-def encode_sampling_params(params: Any) -> pb.SamplingParams:
+def sampling_params_message(params: Any) -> pb.SamplingParams:
     """SamplingParams, ours or tinker's, for the wire.
 
     Raises:
@@ -42,7 +42,7 @@ def encode_sampling_params(params: Any) -> pb.SamplingParams:
             raise _wrong("sampling_params.top_p", top_p, allowed)
     stop = getattr(params, "stop", None)
     if stop is not None:
-        encoded.stop.CopyFrom(_encode_stop(stop))
+        encoded.stop.CopyFrom(_stop_message(stop))
     return encoded
 
 
@@ -80,7 +80,7 @@ def _number(where: str, value: Any, allowed: str) -> float:
         raise _wrong(where, value, allowed) from None
 
 
-def _encode_stop(stop: Any) -> pb.Stop:
+def _stop_message(stop: Any) -> pb.Stop:
     allowed = "a text, a list of texts, a list of token ids, or None for the model's own"
     if isinstance(stop, str):
         entries = [stop]
