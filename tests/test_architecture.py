@@ -22,6 +22,7 @@ GROUND = {
     "metrics_server",
     "observability",
     "processes",
+    "request_limits",
     "sampler_path",
     "user_metadata",
 }

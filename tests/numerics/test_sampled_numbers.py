@@ -64,10 +64,11 @@ def make_request(prompt: list[int], max_tokens: int = 12, **fields: Any) -> Requ
         "choice": Choice(),
         "seed": 1,
         "stop_tokens": frozenset(),
-        "stop_strings": (),
+        "stop_strings": None,
         "prompt_logprobs": False,
         "topk": 0,
         "with_text": False,
+        "text": None,
     }
     return Request(prompt=prompt, max_tokens=max_tokens, **defaults | fields)
 
@@ -85,7 +86,7 @@ class Bench:
         return cls(sampler, Scheduler(device, Counters(), lambda event: None, max_cache_bytes=1 << 30))
 
     def start(self, *requests: Request) -> list[Job]:
-        jobs = [Job(number, str(number), request, self.sampler, None) for number, request in enumerate(requests)]
+        jobs = [Job(number, str(number), request, self.sampler) for number, request in enumerate(requests)]
         for job in jobs:
             self.scheduler.start(job)
         return jobs

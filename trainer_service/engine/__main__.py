@@ -208,7 +208,8 @@ def _serve(
             inbox.read(trainer.commands)
 
     threading.Thread(target=read, name="commands", daemon=True).start()
-    threading.Thread(target=inbox.decode, name="decode", daemon=True).start()
+    threading.Thread(target=inbox.prepare_operations, name="prepare-operations", daemon=True).start()
+    threading.Thread(target=inbox.prepare_overtaking, name="prepare-sampling", daemon=True).start()
     scheduler = sampling.scheduler
     while not inbox.ended:
         prepared, in_turn = inbox.take(wait=not scheduler.busy)

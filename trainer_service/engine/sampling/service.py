@@ -56,7 +56,7 @@ class Sampling:
         )
 
     def read(self, message: pb.SampleRequest) -> Request:
-        """Checks a request; on any one thread.
+        """Checks a request, and tokenizes what is text; on a thread of its own, always the same.
 
         Raises:
             GradwireError: What is wrong with it; see read_request.
@@ -78,8 +78,7 @@ class Sampling:
             GradwireError: Its sampler is not there.
         """
         sampler = self.samplers.find(command.request.sampler.model_path)
-        text = self._tokenizer() if request.with_text or request.stop_strings else None
-        self.scheduler.start(Job(command_id, command.sample_id, request, sampler, text))
+        self.scheduler.start(Job(command_id, command.sample_id, request, sampler))
 
     def open(self, model_path: str) -> None:
         """Loads a sampler.
