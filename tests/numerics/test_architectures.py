@@ -23,6 +23,8 @@ from tests.numerics.plain import (
 from tests.tiny import VOCAB_SIZE
 from trainer_service.config import EngineSettings
 from trainer_service.engine.engine import Engine
+from trainer_service.engine.models.comparison import relative_difference
+from trainer_service.engine.sampling.service import Sampling
 
 LOSS = 1e-6
 LOGPROBS = 2e-5
@@ -186,6 +188,44 @@ def test_many_packs_soft_targets_and_checkpointing_equal_plain_transformers(
     settings = EngineSettings(max_pack_tokens=50, activation_checkpointing="on")
     metrics = check(make_engine(folder, tmp_path, settings=settings), load_plain(folder), ragged(k=3, seed=1))
     assert metrics["forward_passes:sum"] > 1
+
+
+def test_a_head_that_rules_tokens_out_is_packed_and_sampled_like_any_other(tmp_path: Path) -> None:
+    """Ids that only pad the vocabulary have a bias of −inf: their logits are infinite on every side, and equal."""
+    settings = {**_COMMON, "num_key_value_heads": 4, "vocab_size": VOCAB_SIZE + 16}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.PhiForCausalLM(transformers.PhiConfig(**settings))
+    head: Any = model.get_output_embeddings()
+    with torch.no_grad():
+        head.bias.normal_()
+        head.bias[VOCAB_SIZE:] = -torch.inf
+    model.save_pretrained(tmp_path / "phi")
+    engine = make_engine(tmp_path / "phi", tmp_path)
+    assert engine.traits.batching == "packed, shared beginnings once"
+    check(engine, load_plain(tmp_path / "phi"), ragged())
+    sampling = Sampling(engine, checkpoint_dir=tmp_path, send=lambda event: None)
+    assert sampling.decoding.described == "together"
+
+
+@pytest.mark.parametrize(
+    ("got", "wanted", "difference"),
+    [
+        ([1.0, -torch.inf], [1.0, -torch.inf], 0.0),
+        ([1.0, -torch.inf], [2.0, -torch.inf], 0.5),
+        ([1.0, torch.inf], [1.0, -torch.inf], torch.inf),
+        ([1.0, 3.0], [1.0, -torch.inf], torch.inf),
+        ([1.0, -torch.inf], [1.0, 3.0], torch.inf),
+        ([torch.nan, 1.0], [torch.nan, 1.0], torch.inf),
+        ([torch.inf, torch.inf], [-torch.inf, -torch.inf], torch.inf),
+        ([1.0, 3.0], [1.0, 4.0], 0.25),
+        ([1.0, -3e38], [2.0, -3e38], 0.5),
+    ],
+)
+def test_what_is_infinite_on_both_sides_alike_is_no_difference(
+    got: list[float], wanted: list[float], difference: float
+) -> None:
+    assert relative_difference(torch.tensor(got), torch.tensor(wanted)) == difference
 
 
 @pytest.mark.parametrize("architecture", ALONE)
