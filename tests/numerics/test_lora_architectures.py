@@ -13,9 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.engines import CROSS_ENTROPY
 from tests.loras import ALL, adapter, gradient, lora_engine, randomize
-from tests.numerics.plain import cross_entropy_of, load_plain, random_sequences, relative_error, to_batch
+from tests.numerics.plain import PlainSequence, cross_entropy_of, load_plain, random_sequences, relative_error, to_batch
 from tests.numerics.test_architectures import make_model
+from tests.numerics.test_sampled_numbers import make_request
 from tests.tiny import VOCAB_SIZE
+from trainer_service.engine.sampling.job import Job
+from trainer_service.engine.sampling.service import Sampling
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -94,6 +97,29 @@ def test_adapters_beside_experts_go_out_and_come_back_whole(
             for s in SEQUENCES
         ]
     np.testing.assert_allclose(torch.cat(found), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["Falcon", "Llama4", "Qwen3Moe"])
+def test_what_a_run_samples_has_the_logprobs_of_its_own_forward(
+    folder_of: Callable[[str], Path], architecture: str, tmp_path: Path
+) -> None:
+    """Past a chunk of Llama 4's, too."""
+    engine = lora_engine(folder_of(architecture), tmp_path, lora=ALL)
+    randomize(engine, "lora")
+    sampling = Sampling(engine, checkpoint_dir=tmp_path, send=lambda event: None)
+    sampler = sampling.samplers.find(str(sampling.samplers.snapshot("lora", 1)))
+    prompts = [[5, 17, 3, 88], list(range(12))]
+    jobs = [Job(number, "", make_request(prompt, 14), sampler, None) for number, prompt in enumerate(prompts)]
+    for job in jobs:
+        sampling.scheduler.start(job)
+    while sampling.scheduler.busy:
+        sampling.scheduler.step()
+    for job in jobs:
+        (sample,) = job.samples
+        tokens = np.array(job.request.prompt + sample.tokens)
+        sequence = PlainSequence(tokens[:-1], tokens[1:], np.ones(len(tokens) - 1, dtype=np.float32))
+        found = engine.forward("lora", 2, to_batch([sequence])).logprobs_TK
+        np.testing.assert_allclose(found[-len(sample.tokens) :], sample.logprobs, rtol=0, atol=2e-5)
 
 
 def test_an_adapter_of_experts_is_refused_in_a_sentence(folder_of: Callable[[str], Path], tmp_path: Path) -> None:

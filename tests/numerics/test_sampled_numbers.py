@@ -19,6 +19,7 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     Phi3Config,
+    PhimoeConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -80,10 +81,10 @@ TOGETHER = r"together"
 ALONE_ALL = r"one by one: it has attention that comes out otherwise, by .*"
 BOUNDED: dict[str, tuple[PretrainedConfig, str]] = {
     "llama4, by chunks of 24": (
-        Llama4TextConfig(**LLAMA4, attention_chunk_size=24),
+        Llama4TextConfig(**LLAMA4, attention_chunk_size=24, attn_temperature_tuning=False),
         r"together; beyond 24 tokens one by one: .*",
     ),
-    "llama4, by chunks of 24, whose scores grow with the place in a row": (
+    "llama4, whose scores grow with the place in a row": (
         Llama4TextConfig(**LLAMA4, attention_chunk_size=24, floor_scale=20, attn_scale=0.5),
         ALONE_ALL,
     ),
@@ -278,6 +279,19 @@ def test_past_every_boundary_samples_are_those_of_a_plain_forward_and_it_is_told
 def test_a_boundary_beyond_the_longest_sequence_changes_nothing():
     model = make_model("phi3, turned otherwise from 25 tokens on")
     assert decoding_of(model, max_context_length=24).described == "together"
+
+
+def test_a_boundary_beyond_which_all_is_as_before_it_is_none():
+    """Phi-3.5-MoE tells one, turns by the same angles on either side, and scales by the same factor."""
+    rope = LONG_ROPE | {"short_mscale": 1.2, "long_mscale": 1.2}
+    config = PhimoeConfig(
+        **COMMON, num_key_value_heads=2, intermediate_size=16, num_local_experts=2, rope_parameters=rope
+    )
+    for scale, beyond in ((1.2, False), (2.0, True)):
+        config.rope_parameters["long_mscale"] = scale
+        torch.manual_seed(0)
+        decoding = decoding_of(AutoModelForCausalLM.from_config(config).eval())
+        assert (decoding.boundary == 24) is beyond
 
 
 def test_a_boundary_that_can_neither_be_moved_nor_tried_is_not_trusted(monkeypatch: pytest.MonkeyPatch):

@@ -96,7 +96,11 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
 
 def _refuse_experts(base: PreTrainedModel, adapted: set[str]) -> None:
     """Refuses layers within a module that holds the parameters of all its experts stacked, as transformers does now."""
-    stacked = {name for name, module in base.named_modules() if name.endswith(".experts") and list(module.parameters(recurse=False))}
+    stacked = {
+        name
+        for name, module in base.named_modules()
+        if name.endswith(".experts") and list(module.parameters(recurse=False))
+    }
     for name in sorted(adapted):
         experts = name.partition(".experts.")[0] + ".experts"
         if experts in stacked:

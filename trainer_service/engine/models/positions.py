@@ -24,6 +24,8 @@ _WINDOWS = (
     "floor_scale",
 )
 """Fields of configurations, and of layers, that say from which length on attention leaves tokens out or is scaled."""
+_BY_ROW = {"floor_scale"}
+"""Those that models count from the beginning of a row: a row of many short sequences passes them too."""
 _ORIGINAL = "original_max_position_embeddings"
 _LONGEST = ("max_position_embeddings", "n_positions", "max_seq_len")
 
@@ -77,16 +79,20 @@ def rope_boundaries(config: Any) -> list[Boundary]:
 
 
 def boundaries(model: PreTrainedModel, *, max_context_length: int) -> list[Boundary]:
-    """The boundaries that sequences of at most `max_context_length` tokens pass, the nearest first."""
+    """The boundaries that sequences of at most `max_context_length` tokens, or rows of them, pass; the nearest first."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     found = rope_boundaries(config)
     for name in _WINDOWS:
         length = getattr(config, name, None)
-        unused = name == "sliding_window" and kinds is not None and "sliding_attention" not in kinds
-        if isinstance(length, int) and length > 0 and not unused:
+        unused = {
+            "sliding_window": kinds is not None and "sliding_attention" not in kinds,
+            "floor_scale": not getattr(config, "attn_temperature_tuning", True),
+        }
+        if isinstance(length, int) and length > 0 and not unused.get(name):
             found.append(Boundary(name, length))
-    return sorted((one for one in found if one.length < max_context_length), key=lambda one: one.length)
+    passed = [one for one in found if one.length < max_context_length or one.name in _BY_ROW]
+    return sorted(passed, key=lambda one: one.length)
 
 
 @contextlib.contextmanager

@@ -60,7 +60,8 @@ def find_traits(model: PreTrainedModel, device: torch.device, *, max_context_len
     before = str(model.config._attn_implementation)
     traits = Traits(
         attention=before,
-        why_not_packed=_why_never_packed(model, max_context_length), head=_find_head(model, tokens, alone, device)
+        why_not_packed=_why_never_packed(model, max_context_length),
+        head=_find_head(model, tokens, alone, device),
     )
     if not traits.why_not_packed:
         traits = replace(traits, why_not_packed=_why_not(model, tokens, alone, device, max_context_length, share=False))

@@ -12,7 +12,7 @@ Shape suffixes: N new tokens, C tokens of a prompt so far, V vocabulary.
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -218,9 +218,14 @@ class Decoder:
             rows.update(zip(places, logits_NV.split(1), strict=True))
         return torch.cat([rows[place] for place in range(start)])
 
-    def own_logits(self, tokens: list[int]) -> Tensor:
-        """What a plain forward of the model itself finds behind each token of a sequence, float32 [N, V]."""
-        return self._forward_with(None, tokens, 0, num_wanted=len(tokens))
+    def own_logits(self, tokens: list[int], positions: list[int] | None = None) -> Tensor:
+        """What a plain forward of the model itself finds behind each token of a sequence, float32 [N, V].
+
+        Args:
+            tokens: N of them.
+            positions: Theirs, where they are not those of a sequence.
+        """
+        return self._forward_with(None, tokens, positions, num_wanted=len(tokens))
 
     def find_shape(self) -> CacheShape:
         """What a token takes, as the model's own cache has it after one.
@@ -229,7 +234,7 @@ class Decoder:
             NotImplementedError: Not every layer has keys and values of one shape.
         """
         cache = DynamicCache(config=self.model.config)
-        self._forward_with(cache, [0], 0, num_wanted=1)
+        self._forward_with(cache, [0], [0], num_wanted=1)
         found = set()
         for layer in cache.layers:
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -336,7 +341,7 @@ class Decoder:
             if start:
                 start, tokens = 0, sequences.tokens
         return [
-            self._forward_with(cache, own, start, num_wanted=num_wanted)
+            self._forward_with(cache, own, range(start, start + len(own)), num_wanted=num_wanted)
             for cache, own in zip(sequences.caches, tokens, strict=True)
         ]
 
@@ -344,26 +349,25 @@ class Decoder:
         """The model's own, or the tokens themselves."""
         return [] if sequences.way is Way.RECOMPUTED else DynamicCache(config=self.model.config)
 
-    def _forward_with(self, cache: Any, tokens: list[int], start: int, *, num_wanted: int) -> Tensor:
+    def _forward_with(
+        self, cache: Any, tokens: list[int], positions: Sequence[int] | None, *, num_wanted: int
+    ) -> Tensor:
         """Logits behind the last `num_wanted` of new tokens, by the model's own attention.
 
         Args:
             cache: Of what comes before them; a list of tokens is computed again, None is for nothing.
             tokens: New ones; what comes behind them goes on from the cache.
-            start: Place of the first.
+            positions: Theirs; None leaves them to the model, as training does.
             num_wanted: At most as many as new tokens.
         """
         device = self.device.torch_device
         extra: dict[str, Any] = {"logits_to_keep": num_wanted} if self.takes("logits_to_keep") else {}
         if isinstance(cache, list):
             cache += tokens
-            tokens = cache
-        if cache is None or isinstance(cache, list):
-            extra["use_cache"] = False
-        else:
-            extra |= {"use_cache": True, self.decoding.cache_argument: cache}
-            if self.takes("position_ids"):
-                extra["position_ids"] = torch.arange(start, start + len(tokens), device=device)[None]
+            cache, tokens, positions = None, cache, None
+        if positions is not None and self.takes("position_ids"):
+            extra["position_ids"] = torch.tensor([*positions], device=device)[None]
+        extra |= {"use_cache": False} if cache is None else {"use_cache": True, self.decoding.cache_argument: cache}
         with torch.no_grad(), self.device.autocast(), self._attention(self.decoding.attention):
             return self.model(input_ids=torch.tensor([tokens], device=device), **extra).logits[0, -num_wanted:].float()
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from trainer_service.engine.device import Device
 from trainer_service.engine.models.comparison import relative_difference
-from trainer_service.engine.models.positions import Boundary, boundaries, moved
+from trainer_service.engine.models.positions import Boundary, boundaries, moved, rope_boundaries
 from trainer_service.engine.models.runner import quiet_transformers
 from trainer_service.engine.sampling.cache import CacheShape
 from trainer_service.engine.sampling.decoder import Decoder, Sequences
@@ -89,15 +89,19 @@ class _Trial:
     def _far(self, near: Decoding, movable: Sequence[Boundary], fixed: Sequence[Boundary]) -> Decoding:
         """How sequences are decoded that pass boundaries, if short ones are decoded as in `near`."""
         found: list[tuple[int, Way, str]] = []
-        if movable:
-            with moved(self._model, movable, _MOVED_TO):
-                found += [(movable[0].length, *other) for other in self._try_far(near, _MOVED_TO)]
+        for number, boundary in enumerate(movable):
+            with moved(self._model, movable[: number + 1], _MOVED_TO):
+                why = self._goes_on(near, _MOVED_TO)
+            if why:
+                with moved(self._model, movable, _MOVED_TO):
+                    found.append((boundary.length, self._way_beyond(near, _MOVED_TO), why))
+                break
         for boundary in fixed:
-            if boundary.length <= _MOST_IN_PLACE:
-                found += [(boundary.length, *other) for other in self._try_far(near, boundary.length)]
-            else:
+            if boundary.length > _MOST_IN_PLACE:
                 why = f"its {boundary.name} of {boundary.length} tokens could not be tried"
                 found.append((boundary.length, Way.RECOMPUTED, why))
+            elif why := self._goes_on(near, boundary.length):
+                found.append((boundary.length, self._way_beyond(near, boundary.length), why))
         if not found:
             return near
         _, far, why = max(found, key=lambda one: one[1])
@@ -109,21 +113,36 @@ class _Trial:
         fixed: list[Boundary] = []
         decoder, tokens = self._decoder(self._start), self._tokens(3 * _MOVED_TO)
         before = decoder.own_logits(tokens) if passed else None
+        ropes = rope_boundaries(self._model.config.get_text_config())
         for boundary in passed:
             with moved(self._model, [boundary], _MOVED_TO):
                 noticed = before is None or relative_difference(decoder.own_logits(tokens), before) > _NOTICED
-            (movable if noticed or boundary.length <= _MOVED_TO else fixed).append(boundary)
+            if noticed or boundary.length <= _MOVED_TO:
+                movable.append(boundary)
+            elif boundary not in ropes or self._turns_otherwise(decoder, boundary):
+                fixed.append(boundary)
         return movable, fixed
 
-    def _try_far(self, near: Decoding, at: int) -> list[tuple[Way, str]]:
-        """How sequences longer than `at` are to be decoded and why so; nothing where they go on as shorter ones do."""
-        exact = self._made(near.near, whole=near.whole)
-        why = self._works(lambda: self._try_beyond(exact, at))
-        if not why:
-            return []
-        alone = dataclasses.replace(exact, far=Way.ALONE, boundary=at)
-        again = self._works(lambda: self._try_beyond(alone, at))
-        return [(Way.RECOMPUTED if again else Way.ALONE, why)]
+    def _turns_otherwise(self, decoder: Decoder, boundary: Boundary) -> bool:
+        """Whether tokens come out otherwise beside one whose place is past a boundary: some configurations tell one
+        beyond which all is as before it."""
+        if not decoder.takes("position_ids"):
+            return True
+        tokens = self._tokens(_MOVED_TO)
+        short, long = (
+            decoder.own_logits(tokens, [*range(_MOVED_TO - 1), last])[:-1] for last in (_MOVED_TO - 1, boundary.length)
+        )
+        return relative_difference(long, short) > _NOTICED
+
+    def _goes_on(self, near: Decoding, at: int) -> str:
+        """Why sequences longer than `at` are not decoded as shorter ones; "" where they are."""
+        decoding = self._made(near.near, whole=near.whole)
+        return self._works(lambda: self._try_beyond(decoding, at))
+
+    def _way_beyond(self, near: Decoding, at: int) -> Way:
+        """The fastest way for sequences longer than `at`, computed again, whole, when they get there."""
+        decoding = dataclasses.replace(self._made(near.near, whole=near.whole), far=Way.ALONE, boundary=at)
+        return Way.RECOMPUTED if self._works(lambda: self._try_beyond(decoding, at)) else Way.ALONE
 
     def _try_near(self, decoding: Decoding) -> None:
         """Two samples of one prompt, and a third beside them; in a row together, behind a crowd."""
