@@ -283,12 +283,10 @@ def test_a_boundary_beyond_the_longest_sequence_changes_nothing():
 
 def test_a_boundary_beyond_which_all_is_as_before_it_is_none():
     """Phi-3.5-MoE tells one, turns by the same angles on either side, and scales by the same factor."""
-    rope = LONG_ROPE | {"short_mscale": 1.2, "long_mscale": 1.2}
-    config = PhimoeConfig(
-        **COMMON, num_key_value_heads=2, intermediate_size=16, num_local_experts=2, rope_parameters=rope
-    )
     for scale, beyond in ((1.2, False), (2.0, True)):
-        config.rope_parameters["long_mscale"] = scale
+        rope: Any = LONG_ROPE | {"short_mscale": 1.2, "long_mscale": scale}
+        sizes: dict[str, Any] = {"num_key_value_heads": 2, "intermediate_size": 16, "num_local_experts": 2}
+        config = PhimoeConfig(**COMMON, **sizes, rope_parameters=rope)
         torch.manual_seed(0)
         decoding = decoding_of(AutoModelForCausalLM.from_config(config).eval())
         assert (decoding.boundary == 24) is beyond

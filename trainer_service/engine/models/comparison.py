@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-
 _INFINITE = 1e30
 """Logits as large as this stand for infinite ones, as the least float does that some models rule tokens out with."""
 

@@ -152,7 +152,7 @@ def layers_as_named(model: PreTrainedModel) -> Iterator[None]:
     """peft takes names of layers as they are within.
 
     By itself it reads those of models with routed experts (by `model_type`) as older transformers' names, where every
-    expert had layers of its own: it would adapt the experts in place of the dense and shared layers that were asked for.
+    expert had layers of its own: it would adapt the experts in place of the dense and shared layers asked for.
     """
     config: Any = model.config
     before = config.model_type

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-
 from transformers import PreTrainedModel
 
 _WINDOWS = (
@@ -60,7 +59,7 @@ def context_length(config: Any) -> int:
 
 
 def rope_settings(config: Any) -> list[dict[str, Any]]:
-    """Settings of a configuration's rotary embeddings: one, or one for each kind of layer; empty where there are none."""
+    """Settings of a configuration's rotary embeddings: one, or one for each kind of layer; empty where it has none."""
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [settings for settings in found.values() if isinstance(settings, dict) and "rope_type" in settings]
     return nested or ([found] if "rope_type" in found else [])
@@ -79,7 +78,7 @@ def rope_boundaries(config: Any) -> list[Boundary]:
 
 
 def boundaries(model: PreTrainedModel, *, max_context_length: int) -> list[Boundary]:
-    """The boundaries that sequences of at most `max_context_length` tokens, or rows of them, pass; the nearest first."""
+    """The boundaries that sequences of at most `max_context_length` tokens, or rows of them, pass, nearest first."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     found = rope_boundaries(config)
