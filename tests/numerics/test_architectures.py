@@ -165,7 +165,7 @@ def check(engine: Engine, plain: PreTrainedModel, sequences: list[PlainSequence]
 @pytest.fixture(autouse=True)
 def share_short_beginnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences as short as these share what they have in common."""
-    monkeypatch.setattr("trainer_service.engine.packing.MIN_SHARED_TOKENS", 4)
+    monkeypatch.setattr("trainer_service.engine.packed.packing.MIN_SHARED_TOKENS", 4)
 
 
 @pytest.mark.parametrize("architecture", PACKED)
