@@ -35,7 +35,7 @@ class LossInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., loss_fn_inputs: _Optional[_Iterable[str]] = ..., loss_fn_config_keys: _Optional[_Iterable[str]] = ..., loss_fn_config_defaults: _Optional[_Mapping[str, float]] = ..., soft_targets: bool = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("base_model", "architecture", "vocab_size", "max_context_length", "num_parameters", "dtype", "device", "batching")
+    __slots__ = ("base_model", "architecture", "vocab_size", "max_context_length", "num_parameters", "dtype", "device", "batching", "sampling")
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class ModelInfo(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     BATCHING_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
     base_model: str
     architecture: str
     vocab_size: int
@@ -52,7 +53,8 @@ class ModelInfo(_message.Message):
     dtype: str
     device: str
     batching: str
-    def __init__(self, base_model: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_length: _Optional[int] = ..., num_parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., batching: _Optional[str] = ...) -> None: ...
+    sampling: str
+    def __init__(self, base_model: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_length: _Optional[int] = ..., num_parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., batching: _Optional[str] = ..., sampling: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_message_bytes", "target_message_bytes", "max_in_flight_operations", "max_runs", "max_datums", "max_tokens", "max_num_samples", "max_topk_logprobs", "max_sample_requests", "max_snapshots", "max_user_metadata_entries", "max_user_metadata_bytes", "max_message_fields", "max_name_bytes", "max_loss_fn_inputs", "max_loss_fn_config_keys", "max_forward_seq_ids", "max_typed_datums", "max_typed_values", "max_tensor_dims", "max_prompt_text_bytes", "max_stop_token_ids", "max_stop_strings", "max_stop_string_bytes", "max_stop_bytes")

@@ -17,6 +17,7 @@ from trainer_service.engine.sampling.request import Request, read_request
 from trainer_service.engine.sampling.samplers import Samplers
 from trainer_service.engine.sampling.scheduler import Scheduler
 from trainer_service.engine.sampling.text import Text
+from trainer_service.engine.sampling.trial import find_decoding
 from trainer_service.engine.storage.deltas import whole_weights
 from trainer_service.folders import read_manifest
 
@@ -39,8 +40,16 @@ class Sampling:
         base = engine.base_model()
         self._eos_tokens = _eos_tokens(engine.folder, base)
         self._shapes = _shapes(base)
+        self.decoding = find_decoding(
+            base,
+            engine.device,
+            attention=engine.traits.attention,
+            max_context_length=engine.model.max_context_length,
+        )
+        """How samples are decoded, for GetServerInfo."""
         self.samplers = Samplers(
             engine.device,
+            decoding=self.decoding,
             checkpoint_dir=checkpoint_dir,
             base=engine.base_model,
             live_model=engine.live_model,
