@@ -38,12 +38,14 @@ class Batch:
         cu_seqlens: int64 [N + 1]; sequence i is tokens_T[cu_seqlens[i]:cu_seqlens[i + 1]].
         loss_fn_inputs: By name, each [T] or [T, K]: float32, or int64 for target_tokens.
         typed_by_hand: Came as `repeated Datum`, so the answer is to be readable too.
+        first_datum_index: Of sequence 0 among the caller's data, of which this may be a piece.
     """
 
     tokens_T: npt.NDArray[np.int32]
     cu_seqlens: npt.NDArray[np.int64]
     loss_fn_inputs: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     typed_by_hand: bool = False
+    first_datum_index: int = 0
 
     @property
     def num_sequences(self) -> int:
@@ -59,6 +61,19 @@ class Batch:
         """Bytes of all arrays: what the batch takes on the wire, near enough."""
         return self.tokens_T.nbytes + self.cu_seqlens.nbytes + sum(a.nbytes for a in self.loss_fn_inputs.values())
 
+    def datum_path(self, number: int) -> str:
+        """Path of sequence `number` as the caller wrote it, such as "data[150]"."""
+        return f"data[{self.first_datum_index + number}]"
+
+    def input_path(self, number: int, name: str) -> str:
+        """Path of a loss input of sequence `number` as the caller wrote it."""
+        return input_path(self.first_datum_index + number, name)
+
+    def place(self, row: int) -> tuple[int, int]:
+        """(sequence, place inside it) of one of the T rows."""
+        number = int(np.searchsorted(self.cu_seqlens, row, side="right")) - 1
+        return number, row - int(self.cu_seqlens[number])
+
     def sequences(self, start: int, stop: int) -> "Batch":
         """Sequences start to stop as a batch of their own, sharing memory."""
         lo, hi = int(self.cu_seqlens[start]), int(self.cu_seqlens[stop])
@@ -67,6 +82,7 @@ class Batch:
             cu_seqlens=self.cu_seqlens[start : stop + 1] - lo,
             loss_fn_inputs={name: array[lo:hi] for name, array in self.loss_fn_inputs.items()},
             typed_by_hand=self.typed_by_hand,
+            first_datum_index=self.first_datum_index + start,
         )
 
 
@@ -137,7 +153,7 @@ def encoded_batch(batch: Batch) -> Parts:
     for name, array in batch.loss_fn_inputs.items():
         value = embed(_MAP_VALUE, *encoded_tensor(array))
         parts += embed(_LOSS_FN_INPUTS, *embed(_MAP_KEY, name.encode()), *value)
-    return parts
+    return [*parts, datum_pb2.DatumBatch(first_datum_index=batch.first_datum_index).SerializeToString()]
 
 
 def encode_batch(batch: Batch) -> datum_pb2.DatumBatch:
@@ -187,7 +203,8 @@ def _decode_columns(batch: datum_pb2.DatumBatch) -> Batch:
         )
     empty = np.flatnonzero(np.diff(cu_seqlens) == 0)
     if len(empty):
-        raise invalid_field(f"data[{empty[0]}].model_input", "has no tokens; a datum needs at least one.")
+        number = batch.first_datum_index + int(empty[0])
+        raise invalid_field(f"data[{number}].model_input", "has no tokens; a datum needs at least one.")
     inputs: dict[str, npt.NDArray[Any]] = {}
     for name, tensor in batch.loss_fn_inputs.items():
         where = f'batch.loss_fn_inputs["{name}"]'
@@ -197,7 +214,12 @@ def _decode_columns(batch: datum_pb2.DatumBatch) -> Batch:
                 where, f"has shape {list(array.shape)}, but there are {len(tokens_T)} tokens; they must match."
             )
         inputs[name] = _as_dtype(array, _input_dtype(name), where)
-    return Batch(tokens_T=tokens_T, cu_seqlens=cu_seqlens, loss_fn_inputs=inputs)
+    return Batch(
+        tokens_T=tokens_T,
+        cu_seqlens=cu_seqlens,
+        loss_fn_inputs=inputs,
+        first_datum_index=batch.first_datum_index,
+    )
 
 
 def batch_from_data(data: Iterable[Any]) -> Batch:

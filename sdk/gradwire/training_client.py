@@ -16,7 +16,7 @@ from gradwire import answers
 from gradwire.checkpoint_client import check_ttl_seconds
 from gradwire.codec import Batch, batch_from_data, encoded_batch, encoded_tensor, split
 from gradwire.custom_loss import CustomLossFn, LossThread, run_custom_loss
-from gradwire.errors import from_status, invalid_field
+from gradwire.errors import error, from_status, invalid_field
 from gradwire.futures import APIFuture
 from gradwire.order import Call, Operation
 from gradwire.sampling_client import SamplingClient
@@ -121,6 +121,7 @@ class TrainingClient:
         Raises:
             InvalidArgumentError: The data cannot be sent as it is; names the datum and input. Errors found by the
                 trainer come through the future.
+            ResourceExhaustedError: LIMIT_EXCEEDED: one datum is larger than a message may be.
         """
         settings = ops.ForwardRequest(loss_fn=loss_fn, loss_fn_config=loss_fn_config or {})
         requests = [_with_batch("forward", settings, piece) for piece in self._pieces(data)]
@@ -365,7 +366,20 @@ class TrainingClient:
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _pieces(self, data: Iterable[Any]) -> list[Batch]:
-        return split(batch_from_data(data), self._limits.target_message_bytes)
+        pieces = split(batch_from_data(data), self._limits.target_message_bytes)
+        limit = self._limits.max_message_bytes
+        for piece in pieces:
+            # Several datums are one piece only below the target, which is far below the limit.
+            if (size_bytes := piece.size_bytes()) > limit:
+                raise error(
+                    "LIMIT_EXCEEDED",
+                    f"{piece.datum_path(0)} takes {size_bytes} bytes on the wire, but the trainer takes messages of at "
+                    f"most {limit} bytes. Send shorter sequences, or fewer soft targets a token.",
+                    limit=limit,
+                    got=size_bytes,
+                    datum=piece.first_datum_index,
+                )
+        return pieces
 
     def _refuse_inside_loss(self, call: str) -> None:
         if self._losses.current():

@@ -98,6 +98,18 @@ def test_bad_data_is_refused_by_name_and_the_run_trains_on(
     assert_still_trains(client)
 
 
+@pytest.mark.parametrize("call", ["forward", "forward_backward", "forward_backward_custom"])
+def test_bad_data_in_a_call_sent_in_pieces_is_refused_with_the_callers_place(client: TrainingClient, call: str):
+    client._limits.target_message_bytes = 2_000
+    batch = [datum() for _ in range(200)]
+    batch[150] = datum(tokens=[5, 6, 999, 8])
+    loss = [lambda d, lp: (-lp[0].sum(), {})] if call == "forward_backward_custom" else []
+    with pytest.raises(InvalidArgumentError, match=r"^data\[150\].model_input.tokens\[2\] is 999") as caught:
+        getattr(client, call)(batch, *loss).result(60)
+    assert caught.value.field_violations[0][0] == caught.value.metadata["field"] == "data[150].model_input.tokens[2]"
+    assert_still_trains(client)
+
+
 def test_an_unknown_loss_is_refused_with_the_known_ones(client: TrainingClient):
     with pytest.raises(InvalidArgumentError, match="cross_entropy") as caught:
         client.forward_backward([datum()], "cross_entropie").result(60)
@@ -209,9 +221,9 @@ def test_a_message_over_the_limit_is_refused_saying_the_limit(trainer: TrainerPr
 def test_the_sdk_refuses_a_datum_over_the_limit_before_sending_it(client: TrainingClient):
     client._limits.max_message_bytes = 1_000
     client._stream._limits.max_message_bytes = 1_000
-    with pytest.raises(GradwireError, match="1000 bytes") as caught:
-        client.forward_backward([datum(64, target_tokens=np.ones((64, 8), np.int64), weights=np.ones((64, 8)))]).result(
-            60
-        )
+    client._limits.target_message_bytes = 500
+    long = datum(64, target_tokens=np.ones((64, 8), np.int64), weights=np.ones((64, 8)))
+    with pytest.raises(GradwireError, match=r"^data\[1\] takes .* 1000 bytes") as caught:
+        client.forward_backward([datum(3, target_tokens=np.ones((3, 8), np.int64), weights=np.ones((3, 8))), long])
     assert caught.value.reason == "LIMIT_EXCEEDED"
     assert_still_trains(client)

@@ -155,6 +155,21 @@ def test_columns_that_do_not_fit_are_refused(changes: dict[str, np.ndarray], mes
         decode_batch([], wire_batch(**changes))
 
 
+def test_a_piece_names_its_datums_as_the_caller_counts_them():
+    batch = batch_from_data([datum(2) for _ in range(9)])
+    pieces = split(batch, target_bytes=100)
+    assert [piece.first_datum_index for piece in pieces] == list(
+        np.cumsum([0, *(p.num_sequences for p in pieces)])[:-1]
+    )
+    last = decode_batch([], encode_batch(pieces[-1]))
+    assert last.datum_path(0) == f"data[{pieces[-1].first_datum_index}]"
+    assert last.sequences(0, 1).input_path(0, "weights") == f'{last.datum_path(0)}.loss_fn_inputs["weights"]'
+    damaged = encode_batch(pieces[-1])
+    damaged.cu_seqlens.CopyFrom(encode_tensor(np.insert(last.cu_seqlens, 1, 0)))
+    with pytest.raises(InvalidArgumentError, match=rf"^data\[{last.first_datum_index}\].model_input has no tokens"):
+        decode_batch([], damaged)
+
+
 def test_both_forms_at_once_are_refused():
     with pytest.raises(InvalidArgumentError, match="both set"):
         decode_batch([datum_pb2.Datum()], wire_batch())

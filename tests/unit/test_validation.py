@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -208,6 +209,8 @@ def test_gspo_refuses_a_mask_it_cannot_average_over() -> None:
     mask[3] = 0
     message = rl_refusal(rl_batch(sequence_ratio_mask=mask))
     assert message.startswith('data[1].loss_fn_inputs["sequence_ratio_mask"] is 0 everywhere')
+    piece = replace(rl_batch(sequence_ratio_mask=mask), first_datum_index=150)
+    assert rl_refusal(piece).startswith('data[151].loss_fn_inputs["sequence_ratio_mask"] is 0 everywhere')
     advantages = np.ones(8, dtype=np.float32)
     advantages[3] = 0
     batch = rl_batch(sequence_ratio_mask=mask, advantages=advantages)

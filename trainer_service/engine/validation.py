@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gradwire.codec import Batch, input_path
+from gradwire.codec import Batch
 from gradwire.errors import GradwireError, error, invalid_field
 from gradwire.types import AdamParams
 
@@ -33,7 +33,7 @@ def check_batch(
     if lengths.max() > max_context_length:
         number = int(np.argmax(lengths > max_context_length))
         raise invalid_field(
-            f"data[{number}].model_input",
+            f"{batch.datum_path(number)}.model_input",
             f"has {lengths[number]} tokens, but this trainer takes at most {max_context_length} a sequence; shorten "
             "it, or start a trainer with a larger max_context_length if the model can take it.",
             reason="SEQUENCE_TOO_LONG",
@@ -44,10 +44,11 @@ def check_batch(
     targets = batch.loss_fn_inputs.get("target_tokens")
     if targets is None:
         raise invalid_field(
-            input_path(0, "target_tokens"), "is missing; every datum needs the token to predict at each position."
+            batch.input_path(0, "target_tokens"), "is missing; every datum needs the token to predict at each position."
         )
     if targets.ndim == 2 and targets.shape[1] == 0:
-        raise invalid_field(input_path(0, "target_tokens"), "has shape [N, 0]; it must have a target for each token.")
+        where = batch.input_path(0, "target_tokens")
+        raise invalid_field(where, "has shape [N, 0]; it must have a target for each token.")
     _check_token_ids(batch, targets, 'loss_fn_inputs["target_tokens"]', vocab_size)
     if loss is not None:
         _check_loss_inputs(batch, loss, targets.shape)
@@ -157,21 +158,22 @@ def _check_loss_inputs(batch: Batch, loss: Loss, shape: tuple[int, ...]) -> None
     known = ("target_tokens", *loss.inputs)
     if len(shape) == 2 and not loss.soft_targets:
         raise invalid_field(
-            input_path(0, "target_tokens"),
+            batch.input_path(0, "target_tokens"),
             f"has {_per_token(shape)}, but {loss.name} takes one target a token (shape [N]).",
         )
     for name in batch.loss_fn_inputs:
         if name not in known:
             raise invalid_field(
-                input_path(0, name), f"is no input of {loss.name}, which reads {', '.join(known)}; leave it out."
+                batch.input_path(0, name),
+                f"is no input of {loss.name}, which reads {', '.join(known)}; leave it out.",
             )
     for name in loss.inputs:
         values = batch.loss_fn_inputs.get(name)
         if values is None:
-            raise invalid_field(input_path(0, name), f"is missing; {loss.name} reads {', '.join(known)}.")
+            raise invalid_field(batch.input_path(0, name), f"is missing; {loss.name} reads {', '.join(known)}.")
         if values.shape != shape:
             raise invalid_field(
-                input_path(0, name),
+                batch.input_path(0, name),
                 f"has {_per_token(values.shape)}, but target_tokens has {_per_token(shape)}; they must match.",
             )
         finite = np.isfinite(values)
@@ -191,6 +193,6 @@ def _per_token(shape: tuple[int, ...]) -> str:
 def _at(batch: Batch, bad: npt.NDArray[np.bool_], values: npt.NDArray[Any], name: str, why: str) -> GradwireError:
     """The error about the first bad element, with its place inside its datum."""
     place = tuple(int(i) for i in np.argwhere(bad)[0])
-    number = int(np.searchsorted(batch.cu_seqlens, place[0], side="right")) - 1
-    inside = (place[0] - int(batch.cu_seqlens[number]), *place[1:])
-    return invalid_field(f"data[{number}].{name}" + "".join(f"[{i}]" for i in inside), f"is {values[place]}, {why}")
+    number, row = batch.place(place[0])
+    inside = "".join(f"[{i}]" for i in (row, *place[1:]))
+    return invalid_field(f"{batch.datum_path(number)}.{name}{inside}", f"is {values[place]}, {why}")
