@@ -34,6 +34,7 @@ DOORS = {
 """Room to the rooms it may import, beside its own and the ground floor."""
 WIRE_HALF = {
     "gradwire.v1",
+    "gradwire.arguments",
     "gradwire.errors",
     "gradwire.codec",
     "gradwire.types",
@@ -140,7 +141,7 @@ def test_the_sdk_knows_no_server_and_imports_torch_only_inside_functions():
 def test_the_wire_half_stands_alone():
     """The server loads it, so it must not pull the client half in by itself."""
     wrong: list[str] = []
-    for name in ("errors", "codec", "types", "version", "metrics", "wire_format", "delta"):
+    for name in ("arguments", "errors", "codec", "types", "version", "metrics", "wire_format", "delta"):
         wrong += complaints(SDK / f"{name}.py", WIRE_HALF)
     assert wrong == []
 

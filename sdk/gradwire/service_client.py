@@ -9,13 +9,14 @@ import weakref
 from typing import Any
 
 from gradwire.answers import run_state_name
+from gradwire.arguments import check_flag, check_number, check_whole_number
 from gradwire.checkpoint_client import CheckpointClient
 from gradwire.downloads import get_checkpoint
 from gradwire.errors import OperationTimeoutError, error
 from gradwire.sampling_client import SamplerSource, SamplingClient, load_tokenizer
 from gradwire.training_client import TrainingClient
 from gradwire.transport import ClientTls, Connection
-from gradwire.types import ReplayDifference, ReplayReport
+from gradwire.types import MAX_LORA_RANK, MAX_SEED, ReplayDifference, ReplayReport
 from gradwire.v1.checkpoint_pb2 import Checkpoint
 from gradwire.v1.sampling_service_pb2 import OpenSamplerRequest
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
@@ -108,15 +109,18 @@ class ServiceClient:
             NotFoundError: There is no such adapter.
             FailedPreconditionError: BASE_MODEL_MISMATCH names both models; PROTOCOL_VERSION_UNSUPPORTED both versions.
         """
+        check_whole_number("lora_rank", lora_rank, at_least=0, at_most=MAX_LORA_RANK)
+        if lora_alpha is not None:
+            check_number("lora_alpha", lora_alpha, above=0)
+        if seed is not None:
+            check_whole_number("seed", seed, at_least=0, at_most=MAX_SEED)
+        flags = {"train_mlp": train_mlp, "train_attn": train_attn, "train_unembed": train_unembed}
+        for name, value in flags.items():
+            if value is not None:
+                check_flag(name, value)
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         self._wait_until_ready(timeout_s)
-        settings: dict[str, Any] = {
-            "lora_alpha": lora_alpha,
-            "seed": seed,
-            "train_mlp": train_mlp,
-            "train_attn": train_attn,
-            "train_unembed": train_unembed,
-        }
+        settings: dict[str, Any] = {"lora_alpha": lora_alpha, "seed": seed, **flags}
         request = CreateRunRequest(
             request_id=uuid.uuid4().hex,
             base_model=base_model,
@@ -143,6 +147,7 @@ class ServiceClient:
         timeout_s: float | None = None,
     ) -> TrainingClient:
         """As create_training_client with lora_rank=rank, under the names users of tinker know."""
+        check_whole_number("rank", rank, at_least=1, at_most=MAX_LORA_RANK)
         return self.create_training_client(
             base_model,
             rank,

@@ -177,7 +177,7 @@ class TrainingClient:
             grad_accumulation_normalization: What gradients are divided by before clipping.
 
         Raises:
-            InvalidArgumentError: No such normalization.
+            InvalidArgumentError: No such normalization, or a hyperparameter that AdamParams does not take.
         """
         self._refuse_inside_loss("optim_step")
         if grad_accumulation_normalization not in _NORMALIZATIONS:
@@ -185,15 +185,9 @@ class TrainingClient:
                 "grad_accumulation_normalization",
                 f"is {grad_accumulation_normalization!r}; it must be one of {', '.join(map(repr, _NORMALIZATIONS))}.",
             )
-        params = AdamParams() if adam_params is None else adam_params
-        settings: dict[str, Any] = {}
-        for name in AdamParams.__dataclass_fields__:
-            value = getattr(params, name, None)
-            if value is not None:
-                settings[name] = float(value)
-        request = ops.OptimStepRequest(
-            **settings, grad_accumulation_normalization=_NORMALIZATIONS[grad_accumulation_normalization]
-        )
+        params = adam_params_of(adam_params)
+        normalization = _NORMALIZATIONS[grad_accumulation_normalization]
+        request = ops.OptimStepRequest(**vars(params), grad_accumulation_normalization=normalization)
         return self._send("optim_step", [TrainRequest(optim_step=request)], answers.optim_step, barrier=True)
 
     def zero_grad(self) -> APIFuture[None]:
@@ -404,6 +398,19 @@ class TrainingClient:
         else:
             LOOP.call_soon(self._stream.submit, Call(deque(operations), barrier=barrier))
         return APIFuture(gather.future, what)
+
+
+def adam_params_of(given: Any) -> AdamParams:
+    """AdamParams of whatever has some of its attributes; those that are missing or None take their defaults.
+
+    Raises:
+        InvalidArgumentError: It has none of them, or one that AdamParams does not take.
+    """
+    names = AdamParams.__dataclass_fields__
+    found = {name: value for name in names if (value := getattr(given, name, None)) is not None}
+    if given is not None and not found:
+        raise invalid_field("adam_params", f"is a {type(given).__name__}; it must have {', '.join(names)}.")
+    return AdamParams(**found)
 
 
 def _with_batch(kind: str, settings: Message, batch: Batch) -> Parts:

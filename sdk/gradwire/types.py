@@ -11,10 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
+from gradwire.arguments import check_flag, check_number, check_whole_number
+
 if TYPE_CHECKING:
     import torch
 
 TensorDtype = Literal["float32", "int64"]
+MAX_LORA_RANK = 2**32 - 1
+"""Largest rank the wire carries; a model takes ranks up to its hidden size."""
+MAX_SEED = 2**64 - 1
+"""Largest seed."""
 
 
 def to_array(values: Any) -> npt.NDArray[Any]:
@@ -211,7 +217,11 @@ class Datum:
 
 @dataclass(frozen=True)
 class AdamParams:
-    """Hyperparameters of one optim_step, as torch.optim.AdamW takes them."""
+    """Hyperparameters of one optim_step, as torch.optim.AdamW takes them; each a number that float32 holds.
+
+    Raises:
+        InvalidArgumentError: One is no number, or out of range.
+    """
 
     learning_rate: float = 1e-4
     """At least 0."""
@@ -226,10 +236,24 @@ class AdamParams:
     grad_clip_norm: float = 0.0
     """Gradients are scaled so that their global L2 norm is at most this; 0 is off."""
 
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "weight_decay", "grad_clip_norm"):
+            self._check(name, at_least=0)
+        for name in ("beta1", "beta2"):
+            self._check(name, at_least=0, below=1)
+        self._check("eps", above=0)
+
+    def _check(self, name: str, **bounds: float) -> None:
+        object.__setattr__(self, name, check_number(name, getattr(self, name), **bounds))
+
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Settings of a LoRA run, as create_lora_training_client(**vars(config)) takes them."""
+    """Settings of a LoRA run, as create_lora_training_client(**vars(config)) takes them.
+
+    Raises:
+        InvalidArgumentError: One is of another type, or out of range.
+    """
 
     rank: int = 32
     """Of the adapter's matrices."""
@@ -241,6 +265,13 @@ class LoraConfig:
     """Adapt the feed-forward layers."""
     train_attn: bool = True
     """Adapt the attention layers."""
+
+    def __post_init__(self) -> None:
+        check_whole_number("rank", self.rank, at_least=1, at_most=MAX_LORA_RANK)
+        if self.seed is not None:
+            check_whole_number("seed", self.seed, at_least=0, at_most=MAX_SEED)
+        for name in ("train_unembed", "train_mlp", "train_attn"):
+            check_flag(name, getattr(self, name))
 
 
 @dataclass(frozen=True)

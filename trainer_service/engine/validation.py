@@ -4,16 +4,14 @@ Runs ahead of the device, on the thread that reads commands. Forms (dtypes, equa
 was decoded (gradwire.codec); here it is about contents.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gradwire.arguments import check_number
 from gradwire.codec import Batch
 from gradwire.errors import GradwireError, error, invalid_field
-from gradwire.types import AdamParams
 
 from trainer_service.config import Limits
 from trainer_service.engine.losses.loss import Loss
@@ -65,8 +63,7 @@ def check_loss_config(loss: Loss, config: Mapping[str, float]) -> None:
         where = f'loss_fn_config["{key}"]'
         if key not in loss.config:
             raise invalid_field(where, f"is no setting of {loss.name}; known: {known}.", known=known)
-        if not math.isfinite(value):
-            raise invalid_field(where, f"is {value}; it must be a finite number.")
+        check_number(where, value)
     settings = loss.settings(config)
     for key in loss.config:
         if key not in settings:
@@ -104,26 +101,6 @@ def check_gradients_shape(gradients: npt.NDArray[Any], shape: Sequence[int], for
             f"has shape {list(gradients.shape)}, but the logprobs of forward {forward_seq_id} have shape "
             f"{list(shape)}; they must match.",
         )
-
-
-def check_adam_params(params: AdamParams) -> None:
-    """Hyperparameters of one step.
-
-    Raises:
-        InvalidArgumentError: INVALID_FIELD, naming the one that is not allowed.
-    """
-    for item in fields(params):
-        value = getattr(params, item.name)
-        if not math.isfinite(value):
-            raise invalid_field(item.name, f"is {value}; it must be a finite number.")
-    for name in ("learning_rate", "weight_decay", "grad_clip_norm"):
-        if getattr(params, name) < 0:
-            raise invalid_field(name, f"is {getattr(params, name):g}; it must be at least 0.")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(params, name) < 1:
-            raise invalid_field(name, f"is {getattr(params, name):g}; it must be at least 0 and below 1.")
-    if params.eps <= 0:
-        raise invalid_field("eps", f"is {params.eps:g}; it must be above 0.")
 
 
 def _check_size(batch: Batch, limits: Limits) -> None:
