@@ -2,9 +2,10 @@
 
 import math
 import operator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from gradwire.errors import invalid_field
 
@@ -79,6 +80,34 @@ def check_flag(field: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise invalid_field(field, f"is {_shown(value)}; it must be True or False.")
     return bool(value)
+
+
+def check_array(field: str, array: npt.NDArray[Any], dtype: Literal["float32", "int64"]) -> npt.NDArray[Any]:
+    """Numbers in a dtype that holds them; shares memory where it is that of `array`. float32 rounds, to 0 too.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD: elements are no numbers, or the dtype cannot hold one; names its place.
+    """
+    if array.dtype == dtype:
+        return array
+    if array.dtype.kind not in "fiub":
+        raise invalid_field(field, f"has dtype {array.dtype}; it takes numbers.")
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(dtype)
+    if dtype == "float32":
+        bad = np.isinf(cast) & np.isfinite(array) if array.dtype.itemsize > 4 else np.zeros(0, np.bool_)
+        why = f"which is beyond float32, whose largest number is {FLOAT32_MAX:.4g}."
+    elif array.dtype.kind == "f":
+        # 2^63 itself is no int64, and the largest float below it is.
+        bad = ~((array == np.floor(array)) & (array >= -(2.0**63)) & (array < 2.0**63))
+        why = "which is no int64."
+    else:
+        bad = array > np.iinfo(np.int64).max if array.dtype.kind == "u" else np.zeros(0, np.bool_)
+        why = "which is no int64."
+    if bad.any():
+        place = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise invalid_field(field + "".join(f"[{i}]" for i in place), f"is {array[place]}, {why}")
+    return cast
 
 
 def _and_below(below: float | None) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradwire.arguments import check_array
 from gradwire.errors import invalid_field
-from gradwire.types import TensorData, model_input_tokens, to_array
+from gradwire.types import TensorData, check_loss_fn_inputs, model_input_tokens, to_array
 from gradwire.v1 import datum_pb2, tensor_pb2
 from gradwire.wire_format import Parts, embed
 
@@ -229,6 +230,9 @@ def batch_from_data(data: Iterable[Any]) -> Batch:
         InvalidArgumentError: Naming the datum and input that does not fit.
     """
 
+    if not isinstance(data, Iterable):
+        raise invalid_field("data", f"is a {type(data).__name__}; it must be a list of datums.")
+
     def arrays() -> Iterable[tuple[npt.NDArray[np.int64], dict[str, npt.NDArray[Any]]]]:
         for number, datum in enumerate(data):
             where = f"data[{number}]"
@@ -238,13 +242,13 @@ def batch_from_data(data: Iterable[Any]) -> Batch:
                 )
             try:
                 tokens = model_input_tokens(datum.model_input, f"{where}.model_input")
-            except ValueError as exc:
+            except (TypeError, ValueError) as exc:
                 raise invalid_field(f"{where}.model_input", f"cannot be read: {exc}") from exc
             inputs: dict[str, npt.NDArray[Any]] = {}
-            for name, value in datum.loss_fn_inputs.items():
+            for name, value in check_loss_fn_inputs(f"{where}.loss_fn_inputs", datum.loss_fn_inputs).items():
                 try:
                     inputs[name] = value.to_numpy() if isinstance(value, TensorData) else to_array(value)
-                except ValueError as exc:
+                except (TypeError, ValueError) as exc:
                     raise invalid_field(input_path(number, name), f"cannot be read: {exc}") from exc
             yield tokens, inputs
 
@@ -351,4 +355,4 @@ def _as_dtype(array: npt.NDArray[Any], wanted: np.dtype[Any], where: str) -> npt
         return array
     if array.dtype.kind not in "iubf" or (wanted.kind == "i" and array.dtype.kind == "f"):
         raise invalid_field(where, f"has dtype {array.dtype}; it must be {wanted}.")
-    return array.astype(wanted)
+    return check_array(where, array, "float32" if wanted.kind == "f" else "int64").astype(wanted, copy=False)

@@ -164,8 +164,11 @@ class TrainingClient:
             Future of the output, whose metrics are those `fn` returned and "loss:sum", the loss.
         """
         self._refuse_inside_loss("forward_backward_custom")
-        data = list(data)
-        return _CustomCall(self._stream, self._losses, data, fn, self._pieces(data)).start()
+        if not callable(fn):
+            raise invalid_field("fn", f"is a {type(fn).__name__}; it must be a function of (data, logprobs_list).")
+        data = list(data) if isinstance(data, Iterable) else data
+        pieces = self._pieces(data)
+        return _CustomCall(self._stream, self._losses, data, fn, pieces).start()
 
     def optim_step(
         self, adam_params: Any = None, *, grad_accumulation_normalization: GradAccumulationNormalization = "none"

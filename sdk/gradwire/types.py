@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from gradwire.arguments import check_flag, check_number, check_whole_number
+from gradwire.arguments import check_array, check_flag, check_number, check_whole_number
+from gradwire.errors import invalid_field
 
 if TYPE_CHECKING:
     import torch
@@ -48,20 +49,40 @@ class TensorData:
         data: Elements, in any form `to_array` takes.
         dtype: "float32" or "int64"; None takes float32 for floating point and int64 for integers.
         shape: Sizes of the dims; None keeps the shape of `data`.
+
+    Raises:
+        InvalidArgumentError: `data` are no numbers, ragged, or not what the dtype holds; they do not fill the shape.
     """
 
     __slots__ = ("_array",)
 
     def __init__(self, data: Any, dtype: TensorDtype | None = None, shape: Sequence[int] | None = None) -> None:
-        array = to_array(data)
-        if dtype is None:
-            if array.dtype.kind not in "fiub":
-                raise TypeError(f"TensorData takes numbers, got dtype {array.dtype}.")
-            dtype = "float32" if array.dtype.kind == "f" else "int64"
-        if dtype not in ("float32", "int64"):
-            raise ValueError(f'TensorData dtype must be "float32" or "int64", got {dtype!r}.')
-        array = array.astype(dtype, copy=False)
-        self._array = array if shape is None else array.reshape(tuple(shape))
+        self._array = self._read(data, dtype, shape, "data")
+
+    @staticmethod
+    def _read(data: Any, dtype: Any, shape: Any, where: str) -> npt.NDArray[Any]:
+        if dtype not in (None, "float32", "int64"):
+            raise invalid_field("dtype", f'is {dtype!r}; it must be "float32" or "int64".')
+        try:
+            array = to_array(data)
+        except (TypeError, ValueError) as exc:
+            raise invalid_field(where, f"cannot be read: {exc}") from exc
+        array = check_array(where, array, dtype or ("float32" if array.dtype.kind == "f" else "int64"))
+        if shape is None:
+            return array
+        try:
+            return array.reshape(tuple(shape))
+        except (TypeError, ValueError):
+            raise invalid_field("shape", f"is {shape!r}, which {array.size} elements do not fill.") from None
+
+    @classmethod
+    def of(cls, data: Any, where: str) -> "TensorData":
+        """As TensorData(data), which an error calls `where`; a TensorData as it is."""
+        if isinstance(data, TensorData):
+            return data
+        made = cls.__new__(cls)
+        made._array = cls._read(data, None, None, where)
+        return made
 
     @classmethod
     def from_numpy(cls, array: npt.NDArray[Any]) -> "TensorData":
@@ -203,6 +224,9 @@ class Datum:
         model_input: The N tokens the model reads.
         loss_fn_inputs: Per-token inputs of the loss by name, each [N] or [N, K]; "target_tokens" (int64) always.
             Lists, numpy arrays and torch tensors become TensorData.
+
+    Raises:
+        InvalidArgumentError: loss_fn_inputs is no mapping, or one of them no tensor; names it.
     """
 
     model_input: Any
@@ -210,9 +234,23 @@ class Datum:
 
     def __post_init__(self) -> None:
         self.loss_fn_inputs = {
-            name: value if isinstance(value, TensorData) else TensorData(value)
-            for name, value in self.loss_fn_inputs.items()
+            name: TensorData.of(value, f'loss_fn_inputs["{name}"]')
+            for name, value in check_loss_fn_inputs("loss_fn_inputs", self.loss_fn_inputs).items()
         }
+
+
+def check_loss_fn_inputs(where: str, inputs: Any) -> Mapping[str, Any]:
+    """Loss inputs by name.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD: they are no mapping, or a name is no text.
+    """
+    if not isinstance(inputs, Mapping):
+        raise invalid_field(where, f"is a {type(inputs).__name__}; it must be a dict of per-token inputs by name.")
+    for name in inputs:
+        if not isinstance(name, str):
+            raise invalid_field(where, f"has the key {name!r}; names of inputs are text.")
+    return inputs
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """Between numpy and the wire."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from gradwire.codec import Batch, batch_from_data, decode_batch, decode_tensor, encode_batch, encode_tensor, split
@@ -94,9 +97,24 @@ def test_both_forms_of_a_batch_decode_alike():
             r"data\[0\].model_input.tokens\[0\] is 1099511",
         ),
         (["text"], r"data\[0\] is a str; it must have model_input"),
+        (
+            [
+                datum(2),
+                SimpleNamespace(model_input=[1, 2], loss_fn_inputs={"target_tokens": np.array([1, 2**63], np.uint64)}),
+            ],
+            r'data\[1\].loss_fn_inputs\["target_tokens"\]\[1\] is 9223372036854775808, which is no int64',
+        ),
+        (
+            [SimpleNamespace(model_input=[1, 2], loss_fn_inputs={"target_tokens": [1, 2], "weights": [1.0, 1e39]})],
+            r'data\[0\].loss_fn_inputs\["weights"\]\[1\] is 1e\+39, which is beyond float32',
+        ),
+        ([SimpleNamespace(model_input=[1], loss_fn_inputs=[1])], r"data\[0\].loss_fn_inputs is a list"),
+        ([SimpleNamespace(model_input=[1], loss_fn_inputs={1: [1]})], r"data\[0\].loss_fn_inputs has the key 1"),
+        ([SimpleNamespace(model_input=None, loss_fn_inputs={})], r"data\[0\].model_input cannot be read"),
+        (7, "data is a int; it must be a list of datums"),
     ],
 )
-def test_data_that_does_not_fit_is_refused_by_name(data: list[Datum], message: str):
+def test_data_that_does_not_fit_is_refused_by_name(data: Any, message: str):
     with pytest.raises(InvalidArgumentError, match=message) as caught:
         batch_from_data(data)
     assert caught.value.reason == "INVALID_FIELD"
