@@ -211,6 +211,7 @@ def test_metrics_are_over_the_loss_tokens_however_the_batch_is_cut(name: str) ->
         "ratio:max": ratio[counts].max(),
         "kl:mean": (np.exp(log_ratio) - 1 - log_ratio)[counts].mean(),
         "num_loss_tokens:sum": counts.sum(),
+        "overflowed_tokens:sum": 0,
     }
     settings = {**DEFAULTS.get(name, {}), **config}
     if "clip_low_threshold" in settings:

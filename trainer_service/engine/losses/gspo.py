@@ -41,7 +41,7 @@ def gspo(inputs: LossInputs, config: Mapping[str, float]) -> LossOutput:
     return LossOutput(
         loss=-terms_T.sum(),
         num_loss_tokens=counts_T.sum(),
-        metrics=ratio_metrics(inputs, counts_T, ratio_T=sequence_log_ratio_T.detach().exp(), clipped_T=clipped_T),
+        metrics=ratio_metrics(inputs, counts_T, log_ratio_T=sequence_log_ratio_T, clipped_T=clipped_T),
     )
 
 
