@@ -3,6 +3,8 @@
 Shape suffixes: T tokens of all sequences end to end, N sequences, K soft targets a token.
 """
 
+import contextlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +30,8 @@ _TOKENS = datum_pb2.DatumBatch.TOKENS_FIELD_NUMBER
 _CU_SEQLENS = datum_pb2.DatumBatch.CU_SEQLENS_FIELD_NUMBER
 _LOSS_FN_INPUTS = datum_pb2.DatumBatch.LOSS_FN_INPUTS_FIELD_NUMBER
 _MAP_KEY, _MAP_VALUE = 1, 2
+_MAX_DIMS = 8
+"""Of a tensor; nothing here has more than two."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +135,14 @@ def decode_tensor(tensor: tensor_pb2.Tensor, where: str) -> npt.NDArray[Any]:
         flat = np.array(values, dtype=_NUMPY_TYPES[natural])
     if not tensor.shape:
         return flat
+    if len(tensor.shape) > _MAX_DIMS:
+        raise invalid_field(where, f"has a shape of {len(tensor.shape)} dims; there may be at most {_MAX_DIMS}.")
     shape = tuple(tensor.shape)
-    count = 1
-    for size in shape:
-        count *= size
-    if min(shape) < 0 or count != flat.size:
-        raise invalid_field(where, f"has {flat.size} elements, which do not fill shape {list(shape)}.")
-    return flat.reshape(shape)
+    # numpy would take one -1, and refuses what passes its own limits though it holds nothing.
+    if min(shape) >= 0 and math.prod(shape) == flat.size:
+        with contextlib.suppress(ValueError):
+            return flat.reshape(shape)
+    raise invalid_field(where, f"has {flat.size} elements, which do not fill shape {list(shape)}.")
 
 
 def encoded_tensor(array: npt.NDArray[Any]) -> Parts:

@@ -105,7 +105,7 @@ def _metric(name: str, value: Any) -> float:
     shape = getattr(value, "shape", None)
     got = f"a {type(value).__name__}" + (f" of shape {list(shape)}" if shape is not None else "")
     raise TypeError(
-        f'The custom loss returned the metric "{name}" as {got}; a metric must be one number. Reduce it, by a mean say, '
+        f'The custom loss returned the metric "{name}" as {got}; a metric must be one number. Reduce it, by a mean, '
         "or return its parts under names of their own."
     )
 

@@ -134,6 +134,16 @@ def test_data_that_does_not_fit_is_refused_by_name(data: Any, message: str):
             "do not fill shape",
         ),
         (
+            tensor_pb2.Tensor(data=b"", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[0, 2**62, 2**62]),
+            "do not fill shape",
+        ),
+        (tensor_pb2.Tensor(data=b"1234", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[1] * 65), "has a shape of 65 dims"),
+        (
+            # As a product this would take a while.
+            tensor_pb2.Tensor(data=b"1234", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[2**62] * 1_000_000),
+            "has a shape of 1000000 dims; there may be at most 8",
+        ),
+        (
             tensor_pb2.Tensor(floats=tensor_pb2.FloatValues(values=[1]), dtype=tensor_pb2.DATA_TYPE_INT64),
             "but dtype says int64",
         ),

@@ -22,6 +22,7 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerHel
 from gradwire.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 from tests.trainer_process import descendants, wait_gone
+from trainer_service.engine import __main__ as worker_main
 from trainer_service.fleet import supervisor as supervisor_module
 from trainer_service.fleet.supervisor import WorkerSettings, WorkerSupervisor
 
@@ -263,3 +264,14 @@ def test_torchrun_starts_the_engine_with_its_settings():
         *("--max-device-adapter-bytes", "0"),
         *("--activation-checkpointing", "auto"),
     ]
+
+
+@pytest.mark.parametrize("text", ["-model", "--socket=x", "-", "a model", "ordinary/model"])
+def test_a_worker_is_told_its_model_and_folder_whatever_they_begin_with(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(SETTINGS, base_model=text, checkpoint_dir=Path(text))
+    command = settings.command("/tmp/socket")  # noqa: S108  (nothing is made there)
+    monkeypatch.setattr(sys, "argv", command[command.index("trainer_service.engine") :])
+    parsed = worker_main._parse()
+    assert (parsed.base_model, parsed.checkpoint_dir) == (text, Path(text))
