@@ -29,7 +29,7 @@ from gradwire.v1.trainer_service_pb2 import (
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent, WorkerReady
 
-from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPath
+from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPath, check_checkpoint_name
 from trainer_service.config import Limits, TrainerConfig
 from trainer_service.fleet.link import being_executed
 from trainer_service.fleet.worker import Deliver, Reply
@@ -164,7 +164,10 @@ class FakeWorker:
                 continue
             kind = command.request.WhichOneof("operation") or ""
             self.executed.append((command.run_id, command.request.seq_id, kind))
-            response = self._execute(command.run_id, command.request)
+            try:
+                response = self._execute(command.run_id, command.request)
+            except GradwireError as exc:
+                response = TrainResponse(error=to_status(exc))
             response.execute_ms = self.latency_s * 1000
             encoded = memoryview(response.SerializeToString())
             deliver(Reply(WorkerEvent(command_id=command.command_id, response=response), encoded))
@@ -212,6 +215,7 @@ class FakeWorker:
         """Writes a checkpoint of zeros, and replaces one. Returns its path."""
         assert self.checkpoint_dir is not None
         about = {"created_at": datetime.now(UTC).isoformat(), "step": 3, "architecture": "Fake", **about}
+        check_checkpoint_name(path.name)
         with whole_folder(path.folder(self.checkpoint_dir), about=about, overwrite=True) as writer:
             (writer.path / "zeros").write_bytes(bytes(size_bytes))
             (writer.path / "name").write_text(path.name)

@@ -12,6 +12,7 @@ from trainer_service.folders import sync
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The two files of an adapter, as peft writes them."""
 _SCHEME = "gradwire://"
+_MAX_PATH = 4096
 
 
 def is_checkpoint(path: str) -> bool:
@@ -41,8 +42,13 @@ def adapter_folder(path: str, *, checkpoint_dir: Path, adapter_dir: Path) -> Pat
         folder = place.folder(checkpoint_dir)
     else:
         root = adapter_dir.resolve()
-        # resolve() follows links, so that one leading out of the folder is found out too.
-        folder = (root / path).resolve() if "\0" not in path and len(path) < 4096 else root
+        try:
+            # resolve() follows links, so that one leading out of the folder is found out too.
+            folder = (root / path).resolve() if len(path) < _MAX_PATH else root
+            folder.is_dir()
+        except (OSError, ValueError, RuntimeError):
+            # A name that no file can have; links that lead round in a ring.
+            folder = root
         if folder == root or not folder.is_relative_to(root):
             raise invalid_field(
                 "adapter_path",

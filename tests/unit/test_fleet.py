@@ -271,7 +271,7 @@ def test_a_worker_is_told_its_model_and_folder_whatever_they_begin_with(
     text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = dataclasses.replace(SETTINGS, base_model=text, checkpoint_dir=Path(text))
-    command = settings.command("/tmp/socket")  # noqa: S108  (nothing is made there)
+    command = settings.command("/tmp/socket")
     monkeypatch.setattr(sys, "argv", command[command.index("trainer_service.engine") :])
     parsed = worker_main._parse()
     assert (parsed.base_model, parsed.checkpoint_dir) == (text, Path(text))

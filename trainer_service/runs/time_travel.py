@@ -18,6 +18,8 @@ from trainer_service.runs.recovery import Source, command, load, operation, repl
 from trainer_service.runs.snapshots import snapshot_folder
 
 _AHEAD = 32
+_MAX_STEP = (1 << 63) - 1
+"""What the journal's database can be asked for."""
 _NOT_COMPARED = {"forward_passes:sum"}
 """Metrics that tell of memory, not of the run: a graph that had to be let go is computed again."""
 _ALWAYS_SKIPPED = ("save_state", "save_weights_for_sampler")
@@ -73,8 +75,9 @@ def seq_id_of_step(folder: Path, step: int, *, forked_at_step: int | None) -> in
     """
     found = 0 if step == (forked_at_step or 0) else None
     with contextlib.closing(journal.connect(folder)) as db:
-        # A step made or loaded again is meant rather than the one it replaced.
-        found = journal.seq_id_of_step(db, step) or found
+        if step <= _MAX_STEP:
+            # A step made or loaded again is meant rather than the one it replaced.
+            found = journal.seq_id_of_step(db, step) or found
         many, first, last = journal.steps(db)
     if found is None:
         # Loading leaps.
