@@ -255,8 +255,8 @@ def test_torchrun_starts_the_engine_with_its_settings():
     assert line[line.index("trainer_service.engine") :] == [
         "trainer_service.engine",
         *("--socket", "/tmp/x/worker.sock"),
-        *("--base-model", "fake"),
-        *("--checkpoint-dir", "unused"),
+        "--base-model=fake",
+        "--checkpoint-dir=unused",
         *("--max-context-length", "0"),
         *("--compute-dtype", "auto"),
         *("--max-pack-tokens", "0"),
