@@ -3,7 +3,7 @@
 #   docker build -t gradwire .                        CPU
 #   docker build -t gradwire --build-arg DEVICE=cuda .
 #   docker run --rm -p 7777:7777 -e GRADWIRE_API_KEY=… -v gradwire:/data [--gpus all] gradwire \
-#       trainer --listen 0.0.0.0:7777 --base-model HuggingFaceTB/SmolLM2-135M-Instruct
+#       serve --listen 0.0.0.0:7777 --base-model HuggingFaceTB/SmolLM2-135M-Instruct
 # /data holds checkpoints and the hub's cache. For the control plane (`jobs --listen 0.0.0.0:7070`) set
 # GRADWIRE_HEALTH_ADDRESS=127.0.0.1:7070 and GRADWIRE_HEALTH_SERVICE=gradwire.v1.TrainerJobService.
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from gradwire import Datum, ModelInput, answers
-from gradwire.codec import encode_tensor
+from gradwire.codec import tensor_message
 from gradwire.custom_loss import run_custom_loss
 from gradwire.order import Operation
 from gradwire.training_client import backward_content
@@ -37,8 +37,8 @@ class Ours:
         self._answers: list[bytes] = []
         for start in range(0, count, per_message):
             stop = min(count, start + per_message)
-            answer = ops.ForwardResponse(cu_seqlens=encode_tensor(cu_seqlens[: stop - start + 1]))
-            answer.loss_fn_outputs["logprobs"].CopyFrom(encode_tensor(logprobs[start * length : stop * length]))
+            answer = ops.ForwardResponse(cu_seqlens=tensor_message(cu_seqlens[: stop - start + 1]))
+            answer.loss_fn_outputs["logprobs"].CopyFrom(tensor_message(logprobs[start * length : stop * length]))
             self._answers.append(TrainResponse(seq_id=start + 1, forward=answer).SerializeToString())
 
     def run(self) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
-from gradwire.codec import encode_tensor
+from gradwire.codec import tensor_message
 from gradwire.errors import GradwireError
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.datum_pb2 import DatumBatch
@@ -60,8 +60,8 @@ def operation(kind: str, size_bytes: int) -> Callable[[int], Operation]:
     if kind == "zero_grad":
         return lambda seq_id: Operation.made(TrainRequest(seq_id=seq_id, zero_grad=ops.ZeroGradRequest()))
     values = np.zeros(max(1, size_bytes // 12), dtype=np.int32)
-    inputs = {name: encode_tensor(values) for name in ("target_tokens", "weights")}
-    batch = DatumBatch(tokens=encode_tensor(values), loss_fn_inputs=inputs)
+    inputs = {name: tensor_message(values) for name in ("target_tokens", "weights")}
+    batch = DatumBatch(tokens=tensor_message(values), loss_fn_inputs=inputs)
     request = ops.ForwardBackwardRequest(batch=batch, loss_fn="cross_entropy")
     return lambda seq_id: Operation.made(TrainRequest(seq_id=seq_id, forward_backward=request))
 

@@ -61,7 +61,7 @@ def measure_engine(model: str, checkpointing: str, max_pack_tokens: int, scale: 
 
 def measure_head(num_tokens: int) -> int:
     """Logprobs of a wide vocabulary and their backward, beside hidden states, head and their gradients."""
-    from trainer_service.engine.logprobs import Head, linear_logprobs
+    from trainer_service.engine.packed.logprobs import Head, linear_logprobs
 
     hidden = torch.randn(num_tokens, HIDDEN_SIZE, requires_grad=True)
     weight = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, requires_grad=True)

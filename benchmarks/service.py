@@ -110,7 +110,7 @@ def trainer(setting: Setting, name: str, *options: str, model: str | None = None
 def _trainer_process(model: str, folder: Path, *options: str) -> Iterator[ServiceClient]:
     folder.mkdir()
     ready_file = folder / "ready.json"
-    command = [sys.executable, "-m", "trainer_service", "trainer", "--base-model", model, "--listen", "127.0.0.1:0"]
+    command = [sys.executable, "-m", "trainer_service", "serve", "--base-model", model, "--listen", "127.0.0.1:0"]
     command += ["--data-dir", str(folder), "--ready-file", str(ready_file), "--log-level", "WARNING"]
     command += ["--exit-with-parent", *options]
     # The worker takes every core, as in real use, whatever this process was told.

@@ -78,7 +78,7 @@ class AnsweringWorker:
     @functools.cache  # noqa: B019  (it lives as long as the process)
     def _reply(self, request_bytes: int) -> Any:
         """The answer to a forward_backward of that many bytes; to a command that is no operation for 0."""
-        from gradwire.codec import encode_tensor
+        from gradwire.codec import tensor_message
         from gradwire.v1 import operation_pb2 as ops
         from gradwire.v1.trainer_service_pb2 import TrainResponse
         from gradwire.v1.worker_service_pb2 import WorkerDone, WorkerEvent
@@ -88,8 +88,8 @@ class AnsweringWorker:
         if not request_bytes:
             return Reply(WorkerEvent(done=WorkerDone()), memoryview(b""))
         logprobs = np.zeros(request_bytes // ANSWER_PART // 4, dtype=np.float32)
-        answer = ops.ForwardBackwardResponse(cu_seqlens=encode_tensor(np.array([0, len(logprobs)])))
-        answer.loss_fn_outputs["logprobs"].CopyFrom(encode_tensor(logprobs))
+        answer = ops.ForwardBackwardResponse(cu_seqlens=tensor_message(np.array([0, len(logprobs)])))
+        answer.loss_fn_outputs["logprobs"].CopyFrom(tensor_message(logprobs))
         response = TrainResponse(forward_backward=answer)
         return Reply(WorkerEvent(response=response), memoryview(response.SerializeToString()))
 

@@ -191,7 +191,7 @@ class Trainer:
         self._threads = threads
         self.data_dir = data_dir or folder / "data"
         self._ready_file = folder / "ready.json"
-        self._command = [sys.executable, "-m", "trainer_service", "trainer", "--base-model", str(model)]
+        self._command = [sys.executable, "-m", "trainer_service", "serve", "--base-model", str(model)]
         self._command += ["--listen", self.address, "--data-dir", str(self.data_dir)]
         self._command += ["--ready-file", str(self._ready_file), *arguments]
         self._seen: set[int] = set()

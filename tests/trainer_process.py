@@ -87,7 +87,7 @@ def running_trainer(
     """Starts a trainer on a free port and stops it with SIGTERM; it must then exit 0 and leave nothing behind."""
     ready_file = folder / "ready.json"
     log = folder / "trainer.log"
-    command = [sys.executable, "-m", "trainer_service", "trainer", "--base-model", str(model)]
+    command = [sys.executable, "-m", "trainer_service", "serve", "--base-model", str(model)]
     command += ["--listen", "127.0.0.1:0", "--metrics-port", "0", "--data-dir", str(folder / "data")]
     command += ["--ready-file", str(ready_file), *arguments]
     with log.open("wb") as out:

@@ -91,7 +91,7 @@ class Batch:
         )
 
 
-def encode_tensor(array: npt.NDArray[Any], *, typed_by_hand: bool = False) -> tensor_pb2.Tensor:
+def tensor_message(array: npt.NDArray[Any], *, typed_by_hand: bool = False) -> tensor_pb2.Tensor:
     """A tensor of float32, int64 or int32 for the wire; as JSON numbers when typed_by_hand."""
     if typed_by_hand:
         flat = array.ravel().tolist()
@@ -145,26 +145,26 @@ def decode_tensor(tensor: tensor_pb2.Tensor, where: str) -> npt.NDArray[Any]:
     raise invalid_field(where, f"has {flat.size} elements, which do not fill shape {list(shape)}.")
 
 
-def encoded_tensor(array: npt.NDArray[Any]) -> Parts:
-    """As encode_tensor, encoded, sharing memory with the array."""
+def tensor_parts(array: npt.NDArray[Any]) -> Parts:
+    """As tensor_message, encoded, sharing memory with the array."""
     wire_type = _WIRE_TYPES[array.dtype.newbyteorder("<")]
     little = np.ascontiguousarray(array, dtype=_NUMPY_TYPES[wire_type])
     about = tensor_pb2.Tensor(dtype=wire_type, shape=array.shape).SerializeToString()
     return [*embed(_DATA, little.reshape(-1).view(np.uint8).data), about]
 
 
-def encoded_batch(batch: Batch) -> Parts:
+def batch_parts(batch: Batch) -> Parts:
     """The batch as programs send it: an encoded DatumBatch, sharing memory with the arrays."""
-    parts = embed(_TOKENS, *encoded_tensor(batch.tokens_T)) + embed(_CU_SEQLENS, *encoded_tensor(batch.cu_seqlens))
+    parts = embed(_TOKENS, *tensor_parts(batch.tokens_T)) + embed(_CU_SEQLENS, *tensor_parts(batch.cu_seqlens))
     for name, array in batch.loss_fn_inputs.items():
-        value = embed(_MAP_VALUE, *encoded_tensor(array))
+        value = embed(_MAP_VALUE, *tensor_parts(array))
         parts += embed(_LOSS_FN_INPUTS, *embed(_MAP_KEY, name.encode()), *value)
     return [*parts, datum_pb2.DatumBatch(first_datum_index=batch.first_datum_index).SerializeToString()]
 
 
-def encode_batch(batch: Batch) -> datum_pb2.DatumBatch:
-    """As encoded_batch, as a message."""
-    return datum_pb2.DatumBatch.FromString(b"".join(encoded_batch(batch)))
+def batch_message(batch: Batch) -> datum_pb2.DatumBatch:
+    """As batch_parts, as a message."""
+    return datum_pb2.DatumBatch.FromString(b"".join(batch_parts(batch)))
 
 
 def decode_batch(data: Sequence[datum_pb2.Datum], batch: datum_pb2.DatumBatch | None) -> Batch:

@@ -190,7 +190,7 @@ class SamplingClient:
         return pb.SampleRequest(
             prompt=message,
             num_samples=num_samples,
-            sampling_params=encode_sampling_params(SamplingParams() if sampling_params is None else sampling_params),
+            sampling_params=sampling_params_message(SamplingParams() if sampling_params is None else sampling_params),
             include_prompt_logprobs=include_prompt_logprobs,
             topk_prompt_logprobs=topk_prompt_logprobs,
         )
@@ -275,7 +275,7 @@ def load_tokenizer(base_model: str) -> Any:
     return transformers.AutoTokenizer.from_pretrained(base_model)
 
 
-def encode_sampling_params(params: Any) -> pb.SamplingParams:
+def sampling_params_message(params: Any) -> pb.SamplingParams:
     """SamplingParams, ours or tinker's, for the wire.
 
     Raises:
@@ -295,11 +295,11 @@ def encode_sampling_params(params: Any) -> pb.SamplingParams:
             raise invalid_field(f"sampling_params.{name}", f"is {value!r}; it must be {what}{lowest}.") from None
     stop = getattr(params, "stop", None)
     if stop is not None:
-        settings["stop"] = _encode_stop(stop)
+        settings["stop"] = _stop_message(stop)
     return pb.SamplingParams(**settings)
 
 
-def _encode_stop(stop: Any) -> pb.Stop:
+def _stop_message(stop: Any) -> pb.Stop:
     entries: Sequence[Any] = [stop] if isinstance(stop, str) else list(stop)
     if all(isinstance(entry, str) for entry in entries):
         return pb.Stop(strings=entries)

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from gradwire import answers
 from gradwire.checkpoint_client import check_ttl_seconds
-from gradwire.codec import Batch, batch_from_data, encoded_batch, encoded_tensor, split
+from gradwire.codec import Batch, batch_from_data, batch_parts, split, tensor_parts
 from gradwire.custom_loss import CustomLossFn, LossThread, run_custom_loss
 from gradwire.errors import error, from_status, invalid_field
 from gradwire.futures import APIFuture
@@ -417,13 +417,13 @@ def adam_params_of(given: Any) -> AdamParams:
 
 
 def _with_batch(kind: str, settings: Message, batch: Batch) -> Parts:
-    return _encoded(kind, settings, batch=encoded_batch(batch))
+    return _encoded(kind, settings, batch=batch_parts(batch))
 
 
 def backward_content(forward_seq_id: int, gradients_T: np.ndarray) -> Parts:
     """A backward as a field of TrainRequest, sharing memory with the gradients."""
     settings = ops.BackwardRequest(forward_seq_id=forward_seq_id)
-    return _encoded("backward", settings, gradients=encoded_tensor(gradients_T))
+    return _encoded("backward", settings, gradients=tensor_parts(gradients_T))
 
 
 def _encoded(kind: str, settings: Message, **large: Parts) -> Parts:

@@ -11,7 +11,7 @@ from gradwire import AdamParams, Datum, ModelInput, ServiceClient, TrainingClien
 from gradwire.errors import InvalidArgumentError
 
 from tests.trainer_process import running_trainer
-from tests.unit.test_loss_module import FOCAL
+from tests.unit.engine.losses.test_loss_module import FOCAL
 
 
 def sampled(client: TrainingClient, lengths: list[int]) -> list[Datum]:
@@ -90,7 +90,7 @@ def test_a_loss_of_the_trainers_owner_is_announced_and_trains(tiny_llama: Path, 
 
 
 def test_a_trainer_whose_loss_module_is_not_there_says_so_and_ends(tiny_llama: Path, tmp_path: Path):
-    command = [sys.executable, "-m", "trainer_service", "trainer", "--base-model", str(tiny_llama)]
+    command = [sys.executable, "-m", "trainer_service", "serve", "--base-model", str(tiny_llama)]
     command += ["--listen", "127.0.0.1:0", "--data-dir", str(tmp_path), "--loss-module", "no_such_losses"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1

@@ -125,7 +125,7 @@ def reference_of(folder: Path, sequences: list[PlainSequence], loss: PlainLoss) 
 @pytest.fixture(autouse=True)
 def share_short_beginnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences as short as these share what they have in common."""
-    monkeypatch.setattr("trainer_service.engine.packing.MIN_SHARED_TOKENS", 4)
+    monkeypatch.setattr("trainer_service.engine.packed.packing.MIN_SHARED_TOKENS", 4)
 
 
 @pytest.mark.parametrize("architecture", PACKED)

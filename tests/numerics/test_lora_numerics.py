@@ -29,11 +29,11 @@ from tests.numerics.plain import (
 )
 from tests.tiny import VOCAB_SIZE, make_tiny_llama
 from trainer_service.config import EngineSettings
-from trainer_service.engine import logprobs as logprobs_module
 from trainer_service.engine.engine import Engine
-from trainer_service.engine.logprobs import Head, LowRank, linear_logprobs
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.optim import AdamW
+from trainer_service.engine.packed import logprobs as logprobs_module
+from trainer_service.engine.packed.logprobs import Head, LowRank, linear_logprobs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),

@@ -6,12 +6,12 @@ import torch
 from gradwire.types import AdamParams
 
 from tests.numerics.plain import ROUNDING, relative_error
-from trainer_service.engine import logprobs as logprobs_module
-from trainer_service.engine.logprobs import target_logprobs
 from trainer_service.engine.losses import find_loss
 from trainer_service.engine.losses.loss import LossInputs
 from trainer_service.engine.models.embedding import add_rows_in_place
 from trainer_service.engine.optim import AdamW
+from trainer_service.engine.packed import logprobs as logprobs_module
+from trainer_service.engine.packed.logprobs import target_logprobs
 
 FEW = 16 * ROUNDING
 """Relative error of a few operations in float32 one behind the other; sums here have few terms."""

@@ -27,9 +27,9 @@ from tests.numerics.plain import (
 )
 from tests.tiny import MAX_CONTEXT_LENGTH, VOCAB_SIZE
 from trainer_service.config import EngineSettings
-from trainer_service.engine import logprobs as logprobs_module
 from trainer_service.engine.device import Device
 from trainer_service.engine.engine import Engine
+from trainer_service.engine.packed import logprobs as logprobs_module
 
 
 @pytest.fixture(scope="module")

@@ -53,17 +53,17 @@ def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["trainer", "--base-model", "m", "--listen", "0.0.0.0:0"], "there is no API key"),
+        (["serve", "--base-model", "m", "--listen", "0.0.0.0:0"], "there is no API key"),
         (["jobs", "--listen", "0.0.0.0:0"], "there is no API key"),
-        (["trainer", "--base-model", "m", "--tls-cert-file", __file__], "both --tls-cert-file and --tls-key-file"),
-        (["trainer", "--base-model", "m", "--tls-cert-file", __file__, "--tls-key-file", __file__], "not a PEM file"),
-        (["trainer", "--base-model", "m", "--api-key-file", "/dev/null"], "has no key"),
-        (["trainer", "--base-model", "m", "--api-key-file", "no/such"], "No such file"),
-        (["trainer", "--base-model", "m", "--listen", "nowhere"], 'must be "host:port"'),
-        (["trainer", "--base-model", "./no/such/folder"], "--base-model ./no/such/folder does not exist"),
-        (["trainer", "--base-model", "m", "--storage-url", "nope://x"], "--storage-url: nope://x cannot be used"),
+        (["serve", "--base-model", "m", "--tls-cert-file", __file__], "both --tls-cert-file and --tls-key-file"),
+        (["serve", "--base-model", "m", "--tls-cert-file", __file__, "--tls-key-file", __file__], "not a PEM file"),
+        (["serve", "--base-model", "m", "--api-key-file", "/dev/null"], "has no key"),
+        (["serve", "--base-model", "m", "--api-key-file", "no/such"], "No such file"),
+        (["serve", "--base-model", "m", "--listen", "nowhere"], 'must be "host:port"'),
+        (["serve", "--base-model", "./no/such/folder"], "--base-model ./no/such/folder does not exist"),
+        (["serve", "--base-model", "m", "--storage-url", "nope://x"], "--storage-url: nope://x cannot be used"),
         (["jobs", "--storage-url", "nope://x"], "--storage-url: nope://x cannot be used as a store"),
-        (["trainer", "--base-model", "m", "--listen", "192.0.2.1:1", "--allow-no-api-key"], "cannot listen on"),
+        (["serve", "--base-model", "m", "--listen", "192.0.2.1:1", "--allow-no-api-key"], "cannot listen on"),
     ],
 )
 def test_settings_that_cannot_be_end_with_a_sentence_and_code_2(arguments: list[str], text: str, tmp_path: Path):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradwire.codec import Batch, encode_batch, encode_tensor
+from gradwire.codec import Batch, batch_message, tensor_message
 from gradwire.errors import from_status
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.datum_pb2 import Datum, ModelInput
@@ -16,7 +16,7 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, Worke
 
 from tests.engines import RUN, make_batch, make_engine
 from tests.odd_values import odd
-from trainer_service.engine.commands import Commands
+from trainer_service.engine.worker.commands import Commands
 
 BATCH = make_batch(3, 2)
 RATIOS = {name: np.full(5, -0.5, np.float32) for name in ("logprobs", "advantages")}
@@ -31,12 +31,12 @@ BY_HAND = Datum(
     },
 )
 GOOD: dict[str, Any] = {
-    "forward": ops.ForwardRequest(batch=encode_batch(BATCH), loss_fn="cross_entropy"),
+    "forward": ops.ForwardRequest(batch=batch_message(BATCH), loss_fn="cross_entropy"),
     "forward_backward": ops.ForwardBackwardRequest(
-        batch=encode_batch(RATIO_BATCH), loss_fn="ppo", loss_fn_config={"clip_low_threshold": 0.5}
+        batch=batch_message(RATIO_BATCH), loss_fn="ppo", loss_fn_config={"clip_low_threshold": 0.5}
     ),
     "forward_backward by hand": ops.ForwardBackwardRequest(data=[BY_HAND], loss_fn="cross_entropy"),
-    "backward": ops.BackwardRequest(forward_seq_id=1, gradients=encode_tensor(np.ones(5, np.float32))),
+    "backward": ops.BackwardRequest(forward_seq_id=1, gradients=tensor_message(np.ones(5, np.float32))),
     "optim_step": ops.OptimStepRequest(learning_rate=1e-3, grad_clip_norm=1, weight_decay=0.1),
     "cancel": ops.CancelRequest(forward_seq_ids=[1]),
     "save_state": ops.SaveStateRequest(name="a", overwrite=True, ttl_seconds=60),
@@ -79,7 +79,7 @@ def driver(tmp_path: Path, tiny_llama: Path) -> Driver:
 @pytest.mark.parametrize("case", GOOD)
 def test_an_operation_with_one_odd_value_is_no_fault_of_ours(driver: Driver, case: str) -> None:
     kind, good = case.split()[0], GOOD[case]
-    keep = ops.ForwardRequest(batch=encode_batch(BATCH), keep_graph=True)
+    keep = ops.ForwardRequest(batch=batch_message(BATCH), keep_graph=True)
     train = ops.ForwardBackwardRequest(data=[BY_HAND], loss_fn="cross_entropy")
     assert driver.send("save_state", ops.SaveStateRequest(name="kept")) == "OK"
     for what, request in odd(good):

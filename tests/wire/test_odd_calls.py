@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import numpy as np
-from gradwire.codec import encode_batch, encode_tensor
+from gradwire.codec import batch_message, tensor_message
 from gradwire.errors import from_rpc_error
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb
@@ -17,7 +17,7 @@ from tests.fakes import front_end
 from tests.odd_values import odd
 from trainer_service.config import Limits
 
-_BATCH = encode_batch(make_batch(3, 2))
+_BATCH = batch_message(make_batch(3, 2))
 _NAMES = {method.input_type.name: method.name for method in pb.DESCRIPTOR.services_by_name["TrainerService"].methods}
 
 USED = {"seq_id": 1, "request_id": "used"}
@@ -36,7 +36,7 @@ def good_requests(run_id: str) -> list[Any]:
         pb.ListRunsRequest(),
         ops.ForwardRequest(**about, batch=_BATCH, loss_fn="cross_entropy", loss_fn_config={"a": 1.0}),
         ops.ForwardBackwardRequest(**about, batch=_BATCH, loss_fn="cross_entropy", loss_fn_config={"a": 1.0}),
-        ops.BackwardRequest(**about, forward_seq_id=1, gradients=encode_tensor(np.ones(5, np.float32))),
+        ops.BackwardRequest(**about, forward_seq_id=1, gradients=tensor_message(np.ones(5, np.float32))),
         ops.OptimStepRequest(**about, learning_rate=1e-3, beta1=0.9, eps=1e-8, weight_decay=0.1, grad_clip_norm=1.0),
         ops.ZeroGradRequest(**about),
         ops.CancelRequest(**about, forward_seq_ids=[1], taint=True),

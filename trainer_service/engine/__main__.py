@@ -24,10 +24,10 @@ from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerHello, WorkerReady
 from gradwire.version import __version__
 
 from trainer_service.config import EngineSettings, Limits
-from trainer_service.engine.connection import TrainerConnection
-from trainer_service.engine.inbox import Inbox
-from trainer_service.engine.progress import told_of_progress
 from trainer_service.engine.ranks import Ranks
+from trainer_service.engine.worker.connection import TrainerConnection
+from trainer_service.engine.worker.inbox import Inbox
+from trainer_service.engine.worker.progress import told_of_progress
 from trainer_service.executing import Executing
 from trainer_service.observability import configure_logging
 from trainer_service.processes import die_with_parent
@@ -194,7 +194,7 @@ def _serve(
     trainer: TrainerConnection, engine: "Engine", sampling: "Sampling", ranks: Ranks, executing: Executing
 ) -> None:
     """Executes commands until the stream ends: operations in order, and between them as much sampling as they took."""
-    from trainer_service.engine.commands import Commands, overtakes
+    from trainer_service.engine.worker.commands import Commands, overtakes
 
     commands = Commands(engine, trainer.send, sampling)
     inbox = Inbox(commands.prepare, overtakes)

@@ -18,7 +18,8 @@ from gradwire.types import AdamParams
 from transformers import PreTrainedModel
 
 from trainer_service.config import EngineSettings, Limits
-from trainer_service.engine.checkpoints import Checkpoints, SavedCheckpoint
+from trainer_service.engine.adapter_offload import AdapterOffload
+from trainer_service.engine.base_models import BaseModels
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.loss_totals import LossTotals
@@ -29,11 +30,10 @@ from trainer_service.engine.models.load import describe, fetch, load_model
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.models.probe import find_traits
 from trainer_service.engine.models.runner import prepare
-from trainer_service.engine.new_runs import NewRuns
 from trainer_service.engine.passes import ForwardResult, Passes, Staged
-from trainer_service.engine.residency import Residency
 from trainer_service.engine.run_state import HeldGraph, RunState
-from trainer_service.engine.snapshots import restore_snapshot
+from trainer_service.engine.storage.checkpoints import Checkpoints, SavedCheckpoint
+from trainer_service.engine.storage.snapshots import restore_snapshot
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -92,20 +92,20 @@ class Engine:
         forwards = Forwards(device, self.traits, self.memory, settings.activation_checkpointing, vocab_size)
         self._passes = Passes(forwards, self.counters, self._held_graphs)
         prepare(first, self.traits)
-        self._new_runs = NewRuns(base_model, first=first, load=self._load_base, forward=self._try_forward)
+        self._base_models = BaseModels(base_model, first=first, load=self._load_base, forward=self._try_forward)
         self._runs: dict[str, RunState] = {}
-        self._residency = Residency(self.memory.max_device_adapter_bytes, self.counters)
+        self._adapter_offload = AdapterOffload(self.memory.max_device_adapter_bytes, self.counters)
         self.before_change: Callable[[PreTrainedModel], object] = lambda model: None
         """Called before the parameters of a model change: somebody may be reading them."""
 
     def base_model(self) -> PreTrainedModel:
         """The base model, to be read: a copy that no run has changed, loaded anew where there is none."""
         what = f"the base model's {self.model.num_parameters} parameters"
-        return self._attempt(self._new_runs.base_model, what=what)
+        return self._attempt(self._base_models.base_model, what=what)
 
     def adapted_model(self, folder: Path) -> PreTrainedModel:
         """The base model with the adapter in a folder, to be read."""
-        return self._attempt(lambda: self._new_runs.adapted_model(folder), what="an adapter")
+        return self._attempt(lambda: self._base_models.adapted_model(folder), what="an adapter")
 
     def create_run(self, run_id: str, *, lora: LoraSettings | None = None, adapter: str = "") -> None:
         """Makes a run with parameters of its own, equal to the base model's, or with an adapter beside a shared one.
@@ -130,8 +130,8 @@ class Engine:
 
         def make() -> RunState:
             if adapter:
-                return self._new_runs.from_adapter(run_id, Path(adapter))
-            return self._new_runs.lora(run_id, lora) if lora else self._new_runs.full(run_id)
+                return self._base_models.from_adapter(run_id, Path(adapter))
+            return self._base_models.lora(run_id, lora) if lora else self._base_models.full(run_id)
 
         what = "an adapter" if lora or adapter else f"a run's {self.model.num_parameters} parameters"
         self._runs[run_id] = self._attempt(make, what=what)
@@ -154,8 +154,8 @@ class Engine:
     def delete_run(self, run_id: str) -> None:
         """Frees a run's memory; its exports stay. A run that is not there is passed over."""
         if self._runs.pop(run_id, None) is not None:
-            self._new_runs.deleted(run_id)
-            self._residency.forget(run_id)
+            self._base_models.deleted(run_id)
+            self._adapter_offload.forget(run_id)
             self.device.release_cached_memory()
             self._count_held()
 
@@ -314,7 +314,7 @@ class Engine:
         run = self._run(run_id)
 
         def work() -> SavedCheckpoint:
-            model = self._new_runs.merged(run) if merged and run.adapter is not None else None
+            model = self._base_models.merged(run) if merged and run.adapter is not None else None
             return self._checkpoints.save_weights_for_sampler(run, name, merged=model, delta=delta, overwrite=overwrite)
 
         return self._attempt(work, what="the merged weights")
@@ -369,7 +369,7 @@ class Engine:
             microbatch.logprobs(model)
 
     def _will_change(self, run: RunState) -> None:
-        self._new_runs.will_change(run)
+        self._base_models.will_change(run)
         self.before_change(run.model)
         run.being_read = False
 
@@ -379,7 +379,7 @@ class Engine:
         if run is None:
             raise error("RUN_NOT_FOUND", f'The worker holds no run "{run_id}".', run_id=run_id)
         failed = None if taints is None else (run, taints)
-        self._attempt(lambda: self._residency.use(run), what="an adapter that was in host memory", taints=failed)
+        self._attempt(lambda: self._adapter_offload.use(run), what="an adapter that was in host memory", taints=failed)
         return run
 
     def _attempt(self, work: Callable[[], T], *, what: str, taints: tuple[RunState, int] | None = None) -> T:

@@ -11,7 +11,7 @@ from gradwire.metrics import combine_metrics
 from torch import Tensor
 
 from trainer_service.engine.losses.loss import Loss, LossInputs
-from trainer_service.engine.packing import Pack
+from trainer_service.engine.packed.packing import Pack
 
 
 class LossTotals:

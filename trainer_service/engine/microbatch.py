@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainer_service.config import Checkpointing
-from trainer_service.engine.attention import PackAttention, pack_in_use
 from trainer_service.engine.device import Device
 from trainer_service.engine.losses.loss import LossInputs
 from trainer_service.engine.memory import MemoryPlan, held_bytes_per_token
 from trainer_service.engine.models import runner
 from trainer_service.engine.models.runner import Traits
-from trainer_service.engine.packing import Pack
+from trainer_service.engine.packed.attention import PackAttention, pack_in_use
+from trainer_service.engine.packed.packing import Pack
 
 _FLOAT_BYTES = 4
 

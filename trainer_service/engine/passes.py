@@ -17,7 +17,7 @@ from trainer_service.engine.counters import Counters
 from trainer_service.engine.loss_totals import LossTotals
 from trainer_service.engine.losses.loss import Loss
 from trainer_service.engine.microbatch import Columns, Forwards, Microbatch, gather
-from trainer_service.engine.packing import plan_packs
+from trainer_service.engine.packed.packing import plan_packs
 from trainer_service.engine.run_state import HeldGraph, HeldPiece, RunState
 from trainer_service.engine.validation import check_gradients_shape
 

@@ -32,7 +32,7 @@ from trainer_service.processes import start_child, stop_child
 
 logger = logging.getLogger(__name__)
 
-TRAINER_COMMAND = (sys.executable, "-m", "trainer_service", "trainer")
+TRAINER_COMMAND = (sys.executable, "-m", "trainer_service", "serve")
 _SERVICE = trainer_service_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name
 _DRAIN_TIMEOUT_S = 5.0
 """For the operation that runs when a job is deleted; whoever deletes it no longer waits for the rest."""

@@ -24,13 +24,13 @@ class TrainerJobServicer(TrainerJobServiceServicer):
 
     async def CreateTrainerJob(self, request: pb.CreateTrainerJobRequest, context: Any) -> pb.CreateTrainerJobResponse:
         job = await self._jobs.create(read_spec(request), request_id=request.request_id)
-        return pb.CreateTrainerJobResponse(trainer_job=encode_trainer_job(job))
+        return pb.CreateTrainerJobResponse(trainer_job=trainer_job_message(job))
 
     async def GetTrainerJob(self, request: pb.GetTrainerJobRequest, context: Any) -> pb.GetTrainerJobResponse:
-        return pb.GetTrainerJobResponse(trainer_job=encode_trainer_job(await self._jobs.get(request.job_id)))
+        return pb.GetTrainerJobResponse(trainer_job=trainer_job_message(await self._jobs.get(request.job_id)))
 
     async def ListTrainerJobs(self, request: pb.ListTrainerJobsRequest, context: Any) -> pb.ListTrainerJobsResponse:
-        return pb.ListTrainerJobsResponse(trainer_jobs=[encode_trainer_job(job) for job in await self._jobs.list()])
+        return pb.ListTrainerJobsResponse(trainer_jobs=[trainer_job_message(job) for job in await self._jobs.list()])
 
     async def DeleteTrainerJob(self, request: pb.DeleteTrainerJobRequest, context: Any) -> pb.DeleteTrainerJobResponse:
         await self._jobs.delete(request.job_id)
@@ -67,7 +67,7 @@ def read_spec(request: pb.CreateTrainerJobRequest) -> TrainerJobSpec:
     )
 
 
-def encode_trainer_job(job: TrainerJob) -> pb.TrainerJob:
+def trainer_job_message(job: TrainerJob) -> pb.TrainerJob:
     """The job as it travels."""
     encoded = pb.TrainerJob(
         job_id=job.job_id,

@@ -20,16 +20,16 @@ from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Durability, Limits
 from trainer_service.fleet.worker import Worker
-from trainer_service.runs import time_travel
+from trainer_service.runs import fork_replay
+from trainer_service.runs.capacity import Capacity
 from trainer_service.runs.disk import disk_full
+from trainer_service.runs.fork_replay import Replayed
 from trainer_service.runs.journal import Record
 from trainer_service.runs.journal_writer import JournalWriter
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.recovery import Source, command, find_source
-from trainer_service.runs.room import Room
 from trainer_service.runs.run import Observe, Run, RunSettings
 from trainer_service.runs.store import RunStore, StoredRun
-from trainer_service.runs.time_travel import Replayed
 
 logger = logging.getLogger(__name__)
 
@@ -82,13 +82,15 @@ class Runs:
         self.store = RunStore(runs_dir, self.journal_writer, self._durability)
         """Their folders."""
         self._runs: dict[str, Run] = {}
-        self._room = Room(worker, self._runs, max_runs=limits.max_runs, idle_lease_s=self._durability.idle_lease_s)
+        self._capacity = Capacity(
+            worker, self._runs, max_runs=limits.max_runs, idle_lease_s=self._durability.idle_lease_s
+        )
         self._settings = RunSettings(
             worker=worker,
             observe=observe,
             detach_grace_s=detach_grace_s,
             max_in_flight=limits.max_in_flight_operations,
-            full=self._room.full,
+            full=self._capacity.full,
             background=self._background,
             refuse=self._refuse,
             snapshots=self._durability.snapshots,
@@ -96,8 +98,8 @@ class Runs:
         self._being_made: list[str] = []  # Their owners.
         self._by_request_id: dict[tuple[str, str], asyncio.Future[Run]] = {}
         self._tasks: set[asyncio.Task[object]] = set()
-        self._room_keeper: asyncio.Task[None] | None = None
-        worker.on_ready(self._room.bring_back)
+        self._capacity_keeper: asyncio.Task[None] | None = None
+        worker.on_ready(self._capacity.bring_back)
         worker.on_death(self._worker_died)
 
     def __len__(self) -> int:
@@ -113,8 +115,8 @@ class Runs:
             fields = {"runs": len(self._runs), "took_s": round(time.monotonic() - start_s, 3)}
             logger.info("Took up runs.", extra={"fields": fields | {"operations": self.unanswered}})
         if self._worker.ready is not None:
-            self._room.bring_back()
-        self._room_keeper = asyncio.get_running_loop().create_task(self._room.keep())
+            self._capacity.bring_back()
+        self._capacity_keeper = asyncio.get_running_loop().create_task(self._capacity.keep())
 
     def suspend(self) -> None:
         """Nothing more will be executed here: whoever waits is sent away, to come back to the next trainer."""
@@ -123,11 +125,11 @@ class Runs:
 
     async def stop(self) -> None:
         """Writes what is left to write and lets go of every run, for another trainer to take up."""
-        if self._room_keeper is not None:
-            self._room_keeper.cancel()
+        if self._capacity_keeper is not None:
+            self._capacity_keeper.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_STOP_GRACE_S)
-        await asyncio.gather(*(run.residence.let_go() for run in self._runs.values()))
+        await asyncio.gather(*(run.placement.let_go() for run in self._runs.values()))
         await self.store.close()
 
     def get(self, run_id: str) -> Run:
@@ -182,8 +184,8 @@ class Runs:
             GradwireError: RUN_NOT_FOUND, LIMIT_EXCEEDED, WORKER_NOT_READY, WORKER_DIED, RUN_LOST.
         """
         run = self.get(run_id)
-        async with run.settled() as up_to, self._room.one_more():
-            return await time_travel.replay(
+        async with run.settled() as up_to, self._capacity.one_more():
+            return await fork_replay.replay(
                 self._worker,
                 run_id=run_id,
                 source=await self._source(run),
@@ -206,7 +208,7 @@ class Runs:
             if made.done() and not made.cancelled() and made.exception() is None and made.result() is run:
                 del self._by_request_id[key]
         await run.delete()
-        self._room.let_in()
+        self._capacity.let_in()
         await self.store.remove(run.run_id)
 
     # ── making ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -300,7 +302,7 @@ class Runs:
             # Its parent may be deleted.
             adapter, made.adapter_path = Path(made.adapter_path), str(self.store.adapter_folder(run_id))
         async with parent.settled(), self._one_more(owner):
-            find = time_travel.seq_id_of_step
+            find = fork_replay.seq_id_of_step
             seq_id = await asyncio.to_thread(find, parent.folder, step, forked_at_step=forked_at_step)
             record = Record(
                 run_id=run_id,
@@ -315,7 +317,7 @@ class Runs:
             )
             folder = await self.store.write_down(record, adapter)
             try:
-                await time_travel.fork(
+                await fork_replay.fork(
                     self._worker,
                     source_run_id=parent.run_id,
                     source=await self._source(parent),
@@ -353,7 +355,7 @@ class Runs:
                 limit=self._limits.max_runs_per_key,
                 got=own + 1,
             )
-        async with self._room.one_more():
+        async with self._capacity.one_more():
             # Counted at once, so that runs made at the same time count against each other.
             self._being_made.append(owner)
             try:
@@ -395,7 +397,7 @@ class Runs:
 
     def _worker_died(self, reason: GradwireError) -> None:
         for run in self._runs.values():
-            run.residence.worker_died()
+            run.placement.worker_died()
 
     def _refuse(self, operation: Operation) -> GradwireError | None:
         """Why an operation may not run now, for the current caller, if it may not."""

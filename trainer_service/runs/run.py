@@ -1,6 +1,6 @@
 """One run: its order, its journal, and the client that holds it.
 
-An operation gets its place, is written to the journal, is sent to the worker (residence.py), and is answered once its
+An operation gets its place, is written to the journal, is sent to the worker (placement.py), and is answered once its
 outcome is in the journal too.
 """
 
@@ -26,7 +26,7 @@ from trainer_service.runs.attachment import Attachment
 from trainer_service.runs.journal import Record, Row
 from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.operation import Operation
-from trainer_service.runs.residence import Residence
+from trainer_service.runs.placement import Placement
 from trainer_service.runs.sequence import Answered, Entry, Sequence, conflict, error_response
 
 Observe = Callable[[str, TrainResponse], object]
@@ -82,7 +82,7 @@ class Run:
         self._deleted: GradwireError | None = None
         self._executing: set[asyncio.Future[bytes]] = set()
         self._suspended = False
-        self.residence = Residence(
+        self.placement = Placement(
             record,
             journal,
             settings.worker,
@@ -112,12 +112,12 @@ class Run:
     @property
     def lost(self) -> bool:
         """Whether its state is gone."""
-        return self.residence.lost is not None
+        return self.placement.lost is not None
 
     @property
     def idle(self) -> bool:
         """Whether nobody holds it and nothing of it is under way."""
-        return self.attachment is None and not self.unanswered and self.residence.idle
+        return self.attachment is None and not self.unanswered and self.placement.idle
 
     # ── operations ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -139,7 +139,7 @@ class Run:
             return
         if entry is not None:
             entry.received_s = time.perf_counter()
-            entry.failure = self.residence.lost or self._settings.refuse(operation)
+            entry.failure = self.placement.lost or self._settings.refuse(operation)
             self._journal.append(operation, entry.digest, lambda failure: self._journalled(entry, failure))
 
     def take_up(self, rows: list[Row]) -> None:
@@ -162,7 +162,7 @@ class Run:
             if row is rows[0] and row.attempts == 0:
                 # The one being executed, for all we know, when whoever held the run died.
                 entry.attempts = 1
-            self.residence.take_up(entry)
+            self.placement.take_up(entry)
 
     def acknowledge(self, acked_seq_id: int) -> None:
         """Lets go of answers the client has."""
@@ -217,7 +217,7 @@ class Run:
             )
         elif entry.failure is not None:
             self.failed(entry, entry.failure)
-        self.residence.send(entry)
+        self.placement.send(entry)
 
     def done(self, entry: Entry, response: TrainResponse, encoded: bytes) -> None:
         """The worker executed an operation."""
@@ -286,7 +286,7 @@ class Run:
         self._stop_drop_timer()
         self.used_s = time.monotonic()
         self.attachment = Attachment(client_id)
-        self.residence.wake()
+        self.placement.wake()
         return self.attachment
 
     def detach(self, attachment: Attachment) -> None:
@@ -296,7 +296,7 @@ class Run:
         self.attachment = None
         self.used_s = time.monotonic()
         loop = asyncio.get_running_loop()
-        self._drop_timer = loop.call_later(self._settings.detach_grace_s, self.residence.drop_graphs)
+        self._drop_timer = loop.call_later(self._settings.detach_grace_s, self.placement.drop_graphs)
 
     @asynccontextmanager
     async def settled(self) -> AsyncGenerator[int]:
@@ -306,7 +306,7 @@ class Run:
             GradwireError: RUN_NOT_FOUND: what the block read was deleted meanwhile.
         """
         with self._journal.kept():
-            up_to = self.residence.last_done_seq_id
+            up_to = self.placement.last_done_seq_id
             await self._journal.flush()
             try:
                 yield up_to
@@ -323,7 +323,7 @@ class Run:
             self.attachment.take(gone)
         await self._journal.flush()
         self._deleted = gone
-        await self.residence.close(gone)
+        await self.placement.close(gone)
         await self._journal.close()
 
     def describe(self) -> RunMessage:

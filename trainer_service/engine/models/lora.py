@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trainer_service.engine.logprobs import LowRank
+from trainer_service.engine.packed.logprobs import LowRank
 
 ADAPTER = "default"
 """What peft calls the one adapter of a model."""

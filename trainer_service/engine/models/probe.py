@@ -19,9 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer_service.engine import attention
-from trainer_service.engine.attention import ATTENTION, PackAttention, pack_in_use
-from trainer_service.engine.logprobs import linear_logprobs, target_logprobs
 from trainer_service.engine.models.runner import (
     HeadTraits,
     Traits,
@@ -32,7 +29,10 @@ from trainer_service.engine.models.runner import (
     quiet_transformers,
     use_attention,
 )
-from trainer_service.engine.packing import Pack, plan_packs
+from trainer_service.engine.packed import attention
+from trainer_service.engine.packed.attention import ATTENTION, PackAttention, pack_in_use
+from trainer_service.engine.packed.logprobs import linear_logprobs, target_logprobs
+from trainer_service.engine.packed.packing import Pack, plan_packs
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainer_service.engine.attention import ATTENTION
-from trainer_service.engine.logprobs import Head, linear_logprobs, target_logprobs
 from trainer_service.engine.models.embedding import add_rows_in_place
 from trainer_service.engine.models.lora import low_rank_of
+from trainer_service.engine.packed.attention import ATTENTION
+from trainer_service.engine.packed.logprobs import Head, linear_logprobs, target_logprobs
 
 
 @dataclass(frozen=True)

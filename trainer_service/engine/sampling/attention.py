@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from trainer_service.engine.attention import UNDERSTOOD, check_understood, repeated_heads
+from trainer_service.engine.packed.attention import UNDERSTOOD, check_understood, repeated_heads
 from trainer_service.engine.sampling.cache import BLOCK, Block, Views
 from trainer_service.engine.sampling.slots import Group
 

@@ -10,7 +10,6 @@ from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerSample
 from transformers import GenerationConfig, PreTrainedModel
 
 from trainer_service.adapter_path import CONFIG as ADAPTER_CONFIG
-from trainer_service.engine.deltas import whole_weights
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.load import load_model
 from trainer_service.engine.sampling.job import Job
@@ -18,6 +17,7 @@ from trainer_service.engine.sampling.request import Request, read_request
 from trainer_service.engine.sampling.samplers import Samplers
 from trainer_service.engine.sampling.scheduler import Scheduler
 from trainer_service.engine.sampling.text import Text
+from trainer_service.engine.storage.deltas import whole_weights
 from trainer_service.folders import read_manifest
 
 _CACHE_SHARE = 0.1

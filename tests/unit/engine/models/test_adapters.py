@@ -1,0 +1,383 @@
+"""Adapters in and out as peft folders, merged exports, resumable state of LoRA runs, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gradwire.errors import FailedPreconditionError, GradwireError, InvalidArgumentError, NotFoundError
+from gradwire.types import AdamParams
+from gradwire.v1.trainer_service_pb2 import CreateRunRequest
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+
+from tests.engines import BATCH, CROSS_ENTROPY, make_batch
+from tests.loras import ALL, BODY, adapter, lora_engine, plain_peft, randomize
+from tests.numerics.plain import load_plain, plain_logprobs, random_sequences, to_batch
+from tests.tiny import VOCAB_SIZE, make_tiny_llama
+from trainer_service.adapter_path import adapter_folder, adapter_rank
+from trainer_service.engine.engine import Engine
+from trainer_service.engine.models.lora import LoraSettings
+from trainer_service.engine.worker.commands import _lora_settings
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*tie_word_embeddings"),
+]
+SEQUENCES = random_sequences((9, 16), vocab_size=VOCAB_SIZE)
+STEP = AdamParams(learning_rate=1e-2)
+
+
+def found(engine: Engine, run_id: str = "lora") -> np.ndarray:
+    return engine.forward(run_id, 90, to_batch(SEQUENCES)).logprobs_TK
+
+
+def plain_found(model: Any) -> np.ndarray:
+    return torch.cat([plain_logprobs(model, sequence) for sequence in SEQUENCES]).detach().numpy()
+
+
+def close(left: np.ndarray, right: np.ndarray) -> None:
+    np.testing.assert_allclose(left, right, rtol=0, atol=1e-4)
+
+
+def train(engine: Engine, run_id: str, seeds: range) -> None:
+    for seed in seeds:
+        engine.forward_backward(run_id, 2 * seed, make_batch(5, 9, seed=seed), CROSS_ENTROPY)
+        engine.optim_step(run_id, 2 * seed + 1, STEP)
+
+
+@pytest.fixture
+def engine(tiny_llama: Path, tmp_path: Path) -> Engine:
+    """One LoRA run, "lora", whose head is adapted too and whose values are not zero."""
+    made = lora_engine(tiny_llama, tmp_path / "checkpoints", lora=ALL)
+    randomize(made, "lora")
+    return made
+
+
+def saved_folder(engine: Engine, tmp_path: Path, **arguments: Any) -> Path:
+    engine.save_weights_for_sampler("lora", "a", **arguments)
+    return tmp_path / "checkpoints" / "lora" / "sampler_weights" / "a"
+
+
+# ── out ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_plain_peft_opens_what_is_saved(engine: Engine, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = saved_folder(engine, tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "manifest.json",
+    ]
+    close(
+        plain_found(PeftModel.from_pretrained(load_plain(tiny_llama), str(folder)).eval().get_base_model()),
+        found(engine),
+    )
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, str(tiny_llama))
+    # Short names, as servers of adapters look for them.
+    assert "q_proj" in config["target_modules"]
+    # The adapter and nothing else: an embedding would be larger than all of it.
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert all(".lora_" in name and tensor.dtype == torch.float32 for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_plain_transformers_opens_what_is_merged(tmp_path: Path, tied: bool) -> None:
+    base = make_tiny_llama(tmp_path / "base", tied=tied)
+    engine = lora_engine(base, tmp_path / "checkpoints", lora=ALL, body=BODY)
+    for run_id in ("lora", "body"):
+        randomize(engine, run_id)
+        before = found(engine, run_id)
+        engine.save_weights_for_sampler(run_id, "merged", merged=True)
+        folder = tmp_path / "checkpoints" / run_id / "sampler_weights" / "merged"
+        assert (folder / "tokenizer.json").is_file()
+        close(plain_found(load_plain(folder)), before)
+        # Merging left the run, and the base model it shares, as they were.
+        np.testing.assert_array_equal(found(engine, run_id), before)
+
+
+# ── in ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_run_starts_from_what_another_saved(engine: Engine, tmp_path: Path) -> None:
+    folder = saved_folder(engine, tmp_path)
+    engine.create_run("next", adapter=str(folder))
+    np.testing.assert_array_equal(found(engine, "next"), found(engine))
+    ours, theirs = adapter(engine, "next"), adapter(engine, "lora")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    train(engine, "next", range(1))
+    assert not np.array_equal(found(engine, "next"), found(engine))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+        {"target_modules": r".*layers\.1\..*(q|down)_proj"},
+        {"target_modules": "all-linear", "lora_dropout": 0.1, "layers_to_transform": None},
+        {"target_modules": ["v_proj"], "layers_to_transform": [1], "init_lora_weights": "gaussian"},
+    ],
+)
+def test_a_run_starts_from_somebody_elses_adapter(tiny_llama: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    plain = plain_peft(tiny_llama, BODY, **config)
+    for parameter in plain.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    plain.to(torch.bfloat16).float()
+    plain.save_pretrained(str(tmp_path / "theirs"))
+    engine = lora_engine(tiny_llama, tmp_path / "checkpoints")
+    engine.create_run("lora", adapter=str(tmp_path / "theirs"))
+    close(found(engine), plain_found(load_plain_with(tiny_llama, tmp_path / "theirs")))
+    before = found(engine)
+    train(engine, "lora", range(2))
+    assert not np.allclose(found(engine), before)
+    # And goes out again as it came in.
+    engine.save_weights_for_sampler("lora", "a")
+    again = tmp_path / "checkpoints" / "lora" / "sampler_weights" / "a"
+    close(found(engine), plain_found(load_plain_with(tiny_llama, again)))
+
+
+def load_plain_with(base: Path, folder: Path) -> Any:
+    return PeftModel.from_pretrained(load_plain(base), str(folder)).eval().get_base_model()
+
+
+def spoilt(folder: Path, **config: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+
+
+def cut(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def with_tensors(folder: Path, change: Any) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def first_bad(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[min(tensors)][0, 0] = torch.nan
+
+
+SPOILT = {
+    "another kind": (lambda f: spoilt(f, peft_type="IA3"), "is of peft_type IA3; it must be LORA"),
+    "no kind": (lambda f: (f / "adapter_config.json").write_text("{}"), "is of peft_type None"),
+    "no configuration": (lambda f: (f / "adapter_config.json").write_text("[]"), "cannot be read: it is a list"),
+    "a wrong type": (lambda f: spoilt(f, target_modules=["q_proj"], layers_pattern="x"), "cannot be read"),
+    "newer peft": (lambda f: spoilt(f, use_next_idea=True), "has use_next_idea in adapter_config.json, which"),
+    "dora": (lambda f: spoilt(f, use_dora=True), "has use_dora=True"),
+    "biases": (lambda f: spoilt(f, bias="all"), "has bias='all'"),
+    "whole modules": (lambda f: spoilt(f, modules_to_save=["lm_head"]), "has modules_to_save=['lm_head']"),
+    "pissa": (lambda f: spoilt(f, init_lora_weights="pissa"), "init_lora_weights='pissa', which changes the base"),
+    "other layers": (lambda f: spoilt(f, target_modules=["qkv"]), "does not fit this model: Target modules"),
+    "an embedding": (
+        lambda f: spoilt(f, target_modules=["q_proj", "embed_tokens"]),
+        "adapts model.embed_tokens, which is no linear layer",
+    ),
+    "other rank": (lambda f: spoilt(f, r=5), "has matrices of other sizes than this model"),
+    "cut file": (cut, "adapter_model.safetensors that cannot be read"),
+    "missing tensor": (lambda f: with_tensors(f, lambda t: t.pop(min(t))), "lacks 1 tensors"),
+    "unknown tensor": (lambda f: with_tensors(f, lambda t: t.update(x=torch.zeros(1))), "has unknown 1 tensors, x"),
+    "not finite": (lambda f: with_tensors(f, first_bad), "has a tensor that is not finite"),
+}
+
+
+@pytest.mark.parametrize("how", list(SPOILT))
+def test_an_adapter_that_does_not_fit_is_refused_in_a_sentence(
+    engine: Engine, tiny_llama: Path, tmp_path: Path, how: str
+) -> None:
+    spoil, why = SPOILT[how]
+    folder = saved_folder(engine, tmp_path)
+    copied = tmp_path / "spoilt"
+    shutil.copytree(folder, copied)
+    spoil(copied)
+    before = found(engine)
+    with pytest.raises(InvalidArgumentError) as caught:
+        engine.create_run("next", adapter=str(copied))
+    assert caught.value.message.startswith("adapter_path names an adapter that ")
+    assert why in caught.value.message
+    # Nothing of it is left: in particular the base model is as it was.
+    np.testing.assert_array_equal(found(engine), before)
+    engine.create_run("next", lora=BODY)
+
+
+def test_an_adapter_that_no_settings_make_says_so_in_its_state(
+    engine: Engine, tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = saved_folder(engine, tmp_path)
+
+    def said(**config: Any) -> Any:
+        copied = shutil.copytree(folder, tmp_path / "copied")
+        spoilt(copied, **config)
+        engine.create_run("next", adapter=str(copied))
+        saved = engine.save_state("next", "s", overwrite=True)
+        engine.delete_run("next")
+        shutil.rmtree(copied)
+        return json.loads((Path(saved.uri.removeprefix("file://")) / "manifest.json").read_text())["lora"]
+
+    assert said() == {"alpha": ALL.alpha, "train_mlp": True, "train_attn": True, "train_unembed": True}
+    assert said(use_rslora=True) is None
+    assert said(alpha_pattern={"q_proj": 1}) is None
+
+
+def test_adapters_lead_nowhere_but_to_checkpoints_and_the_owners_folder(tmp_path: Path) -> None:
+    roots = {"checkpoint_dir": tmp_path / "checkpoints", "adapter_dir": tmp_path / "adapters"}
+    inside = [roots["adapter_dir"] / "mine", roots["checkpoint_dir"] / "run-1" / "sampler_weights" / "a"]
+    outside = tmp_path / "secret"
+    for folder in (*inside, outside):
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text('{"r": 7}')
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+    (roots["adapter_dir"] / "link").symlink_to(outside)
+    for path, folder in (
+        ("mine", inside[0]),
+        (str(inside[0]), inside[0]),
+        ("gradwire://run-1/sampler_weights/a", inside[1]),
+    ):
+        assert adapter_folder(path, **roots) == folder
+        assert adapter_rank(folder, path) == 7
+    for path in ("../secret", str(outside), "link", "", ".", "mine/../../secret", "/etc", "a\0b", "x" * 10_000):
+        with pytest.raises(InvalidArgumentError, match="--adapter-dir") as caught:
+            adapter_folder(path, **roots)
+        assert caught.value.field_violations[0][0] == "adapter_path"
+        assert len(caught.value.message) < 700
+    with pytest.raises(InvalidArgumentError, match="adapter_path"):
+        adapter_folder("gradwire://../../secret", **roots)
+    with pytest.raises(InvalidArgumentError, match="resumable state"):
+        adapter_folder("gradwire://run-1/state/a", **roots)
+    for path in ("yours", "gradwire://run-1/sampler_weights/b"):
+        with pytest.raises(NotFoundError):
+            adapter_folder(path, **roots)
+    (inside[0] / "adapter_model.safetensors").rename(inside[0] / "adapter_model.bin")
+    with pytest.raises(InvalidArgumentError, match="has no adapter_model.safetensors"):
+        adapter_folder("mine", **roots)
+    (inside[0] / "adapter_config.json").write_text('{"r": "x"}')
+    with pytest.raises(InvalidArgumentError, match="r is 'x'"):
+        adapter_rank(inside[0], "mine")
+
+
+# ── settings ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        (LoraSettings(rank=0), "lora_rank"),
+        (LoraSettings(rank=33), "lora_rank"),
+        (LoraSettings(rank=4, alpha=0.0), "lora_alpha"),
+        (LoraSettings(rank=4, alpha=float("nan")), "lora_alpha"),
+        (LoraSettings(rank=4, train_attn=False, train_mlp=False, train_unembed=False), "train_attn"),
+    ],
+)
+def test_settings_out_of_range_are_named(engine: Engine, settings: LoraSettings, field: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        engine.create_run("next", lora=settings)
+    assert caught.value.field_violations[0][0] == field
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (CreateRunRequest(lora_alpha=16), "lora_alpha"),
+        (CreateRunRequest(train_mlp=False), "train_mlp"),
+        (CreateRunRequest(seed=0), "seed"),
+        (CreateRunRequest(lora_rank=4, adapter_path="a", train_attn=True), "train_attn"),
+    ],
+)
+def test_settings_that_would_have_no_effect_are_refused(request_: CreateRunRequest, field: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        _lora_settings(request_)
+    assert caught.value.field_violations[0][0] == field
+
+
+def test_defaults_are_those_that_the_protocol_names() -> None:
+    assert _lora_settings(CreateRunRequest()) is None
+    assert _lora_settings(CreateRunRequest(lora_rank=8)) == LoraSettings(8, 32.0, 0, True, True, True)
+    given = CreateRunRequest(lora_rank=8, lora_alpha=4, seed=3, train_mlp=False, train_attn=True, train_unembed=False)
+    assert _lora_settings(given) == LoraSettings(8, 4.0, 3, False, True, False)
+
+
+# ── resumable state ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_resumed_lora_run_is_the_uninterrupted_one_bit_for_bit(tiny_llama: Path, tmp_path: Path) -> None:
+    engine = lora_engine(tiny_llama, tmp_path / "checkpoints", lora=ALL)
+    train(engine, "lora", range(3))
+    saved = engine.save_state("lora", "half")
+    train(engine, "lora", range(3, 5))
+    again = lora_engine(tiny_llama, tmp_path / "checkpoints", resumed=ALL, cold=ALL)
+    assert again.load_state("resumed", saved.path, with_optimizer=True) == 3
+    again.load_state("cold", saved.path, with_optimizer=False)
+    for run_id in ("resumed", "cold"):
+        train(again, run_id, range(3, 5))
+    wanted = adapter(engine, "lora")
+    assert all(torch.equal(parameter, wanted[name]) for name, parameter in adapter(again, "resumed").items())
+    assert not all(torch.equal(parameter, wanted[name]) for name, parameter in adapter(again, "cold").items())
+    # What trains, twice over for Adam, and not the base model.
+    floats = sum(parameter.numel() for parameter in wanted.values())
+    assert saved.size_bytes < 3 * 4 * floats + 40_000
+
+
+def test_a_state_of_another_rank_or_of_a_full_run_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    engine = lora_engine(tiny_llama, tmp_path, lora=ALL, wider=LoraSettings(rank=8), body=BODY)
+    engine.create_run("full")
+    path = engine.save_state("lora", "a").path
+    for run_id in ("wider", "body", "full"):
+        with pytest.raises(FailedPreconditionError) as caught:
+            engine.load_state(run_id, path, with_optimizer=True)
+        assert caught.value.reason == "CHECKPOINT_MISMATCH"
+    with pytest.raises(GradwireError, match="does not fit"):
+        engine.load_state("lora", engine.save_state("full", "a").path, with_optimizer=True)
+
+
+def test_a_merged_full_run_is_the_run_itself(tiny_llama: Path, tmp_path: Path) -> None:
+    engine = lora_engine(tiny_llama, tmp_path)
+    engine.create_run("full")
+    engine.forward_backward("full", 1, BATCH, CROSS_ENTROPY)
+    engine.save_weights_for_sampler("full", "a", merged=True)
+    close(plain_found(load_plain(tmp_path / "full" / "sampler_weights" / "a")), found(engine, "full"))
+
+
+def test_peft_itself_makes_what_is_refused_here_as_it_should() -> None:
+    """The list of what is no plain LoRA follows peft's own defaults: its plainest configuration is taken."""
+    from trainer_service.engine.models.adapter_files import _FREE, _default
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    changed = [
+        name
+        for name, field in LoraConfig.__dataclass_fields__.items()
+        if name not in _FREE and getattr(config, name) and getattr(config, name) != _default(field)
+    ]
+    assert changed == []
+
+
+def test_a_learning_rate_moves_an_adapter_of_a_bfloat16_model_by_just_that(tmp_path: Path):
+    """In bfloat16, 1e-3 would be 0.00099945."""
+    folder = make_tiny_llama(tmp_path / "model")
+    model: Any = load_plain(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    engine = lora_engine(folder, tmp_path / "checkpoints", lora=ALL)
+    before = {name: parameter.detach().clone() for name, parameter in adapter(engine, "lora").items()}
+    engine.forward_backward("lora", 1, make_batch(5, 9), CROSS_ENTROPY)
+    engine.optim_step("lora", 2, AdamParams(learning_rate=1e-3))
+    run = engine.run_state("lora")
+    moved = 0
+    for name, parameter in adapter(engine, "lora").items():
+        moments = run.optimizer.state_of(parameter)
+        assert {parameter.dtype, *(tensor.dtype for tensor in moments.values())} == {torch.float32}
+        # AdamW's first step goes by the learning rate, whatever the gradient, but for eps. B begins as 0.
+        if ".lora_B" in name:
+            assert not before[name].any()
+            steps = parameter.detach().abs()
+            torch.testing.assert_close(steps[steps > 0], torch.full_like(steps[steps > 0], 1e-3), rtol=1e-5, atol=0)
+            moved += int((steps > 0).sum())
+    assert moved > 100

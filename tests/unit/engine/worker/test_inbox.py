@@ -1,0 +1,56 @@
+"""The worker's inbox: operations in order, sampling ahead of them."""
+
+import queue
+import threading
+from collections.abc import Iterator
+
+from trainer_service.engine.worker.inbox import Inbox
+
+
+def running(inbox: Inbox[str, str], commands: Iterator[str]) -> list[threading.Thread]:
+    threads = [
+        threading.Thread(target=inbox.read, args=(commands,), daemon=True),
+        threading.Thread(target=inbox.decode, daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def test_operations_come_in_order_and_what_overtakes_comes_first():
+    source: queue.SimpleQueue[str] = queue.SimpleQueue()
+    decoded: list[str] = []
+
+    def prepare(command: str) -> str:
+        decoded.append(command)
+        return command.upper()
+
+    inbox: Inbox[str, str] = Inbox(prepare, lambda command: command.startswith("s"))
+    assert inbox.take(wait=False) == (None, False)
+    for number in range(20):
+        source.put(f"op{number}")
+    source.put("sample")
+    source.put("")
+    threads = running(inbox, iter(source.get, ""))
+    threads[0].join(10)
+    assert inbox.take(wait=True) == ("SAMPLE", False)
+    # Decoding keeps only a few ahead of those taken.
+    assert len([command for command in decoded if command != "sample"]) <= 9 or not threads[1].is_alive()
+    assert [inbox.take(wait=True) for _ in range(20)] == [(f"OP{number}", True) for number in range(20)]
+    threads[1].join(10)
+    assert inbox.take(wait=True) == (None, False)
+    assert inbox.ended
+
+
+def test_a_waiting_worker_wakes_for_either_kind():
+    source: queue.SimpleQueue[str] = queue.SimpleQueue()
+    inbox: Inbox[str, str] = Inbox(str.upper, lambda command: command.startswith("s"))
+    threads = running(inbox, iter(source.get, ""))
+    for command in ("sample", "op", "sample", "op"):
+        source.put(command)
+        assert inbox.take(wait=True) == (command.upper(), command == "op")
+    assert not inbox.ended
+    source.put("")
+    for thread in threads:
+        thread.join(10)
+    assert inbox.ended

@@ -1,0 +1,131 @@
+"""Makes runs: with parameters of their own, or with an adapter beside a base model that they share."""
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from trainer_service.engine.models import lora
+from trainer_service.engine.models.adapter_files import load_adapter
+from trainer_service.engine.models.lora import LoraSettings, Targets
+from trainer_service.engine.optim import AdamW
+from trainer_service.engine.run_state import RunState
+
+_READERS = ""
+"""Stands for whoever reads the shared base model without being a run; it is then shared for good."""
+
+
+class BaseModels:
+    """Makes the runs of one base model.
+
+    Args:
+        base_model: Its name.
+        first: A copy of it, loaded; the first run takes it.
+        load: Loads another.
+        forward: One forward of a model, as training makes it.
+    """
+
+    def __init__(
+        self,
+        base_model: str,
+        *,
+        first: PreTrainedModel,
+        load: Callable[[], PreTrainedModel],
+        forward: Callable[[PreTrainedModel], object],
+    ) -> None:
+        self._base_model = base_model
+        self._spare: PreTrainedModel | None = first
+        self._load = load
+        self._forward = forward
+        self._shared: PreTrainedModel | None = None
+        self._sharing: set[str] = set()
+        self._targets: Targets | None = None
+        self._hidden_size: int = first.config.get_text_config().hidden_size
+        self._read: weakref.ref[PreTrainedModel] | None = None
+        # One loaded only to be read, or that of a run that has not changed it yet.
+        self._read_is_a_run = False
+
+    def base_model(self) -> PreTrainedModel:
+        """The base model, to be read: a copy that no run has changed, loaded anew where there is none."""
+        model = self._shared or self._spare or (self._read and self._read())
+        if model is None:
+            model = self._load()
+            self._read, self._read_is_a_run = weakref.ref(model), False
+        return model
+
+    def adapted_model(self, folder: Path) -> PreTrainedModel:
+        """The base model with an adapter, to be read. Nothing of it will ever change.
+
+        Raises:
+            InvalidArgumentError: INVALID_FIELD: it is no LoRA of this model.
+        """
+        model = self._share(_READERS, lambda base, targets: self._loaded(base, targets, folder)).model
+        return model.requires_grad_(False)
+
+    def full(self, run_id: str) -> RunState:
+        """A run whose parameters all train; it shares nothing."""
+        if not self._sharing:
+            # Room for it. Whoever still samples from that one has a hold on it.
+            self._shared = None
+        model, self._spare = self._spare or self._load(), None
+        if self._read is None or self._read() is None:
+            self._read, self._read_is_a_run = weakref.ref(model), True
+        return RunState(run_id=run_id, model=model, optimizer=AdamW(model.parameters()))
+
+    def lora(self, run_id: str, settings: LoraSettings) -> RunState:
+        """A run that trains a new adapter.
+
+        Raises:
+            InvalidArgumentError: INVALID_FIELD: a setting out of range, or nothing that would train.
+        """
+        lora.check_settings(settings, hidden_size=self._hidden_size)
+        return self._share(
+            run_id, lambda base, targets: lora.new_adapter(base, targets, settings, base_model=self._base_model)
+        )
+
+    def from_adapter(self, run_id: str, folder: Path) -> RunState:
+        """A run that goes on training an adapter that is there.
+
+        Raises:
+            InvalidArgumentError: INVALID_FIELD: it is no LoRA of this model.
+        """
+        return self._share(run_id, lambda base, targets: self._loaded(base, targets, folder))
+
+    def will_change(self, run: RunState) -> None:
+        """The parameters of a run are about to change: its model is not the base model any more."""
+        if self._read_is_a_run and self._read is not None and self._read() is run.model:
+            self._read = None
+
+    def merged(self, run: RunState) -> PreTrainedModel:
+        """A model with the run's adapter in its weights."""
+        assert self._shared is not None
+        return lora.merged(self._shared, run.model)
+
+    def deleted(self, run_id: str) -> None:
+        """A run is gone. The base model stays for the next to share it, until a run that shares nothing needs room."""
+        self._sharing.discard(run_id)
+
+    def _share(self, run_id: str, make: Callable[[PreTrainedModel, Targets], PeftModel]) -> RunState:
+        base = self._shared
+        if base is None:
+            read = None if self._read_is_a_run or self._read is None else self._read()
+            base, self._spare = self._spare or read or self._load(), None
+            lora.freeze(base)
+            self._shared = base
+        self._sharing.add(run_id)
+        try:
+            if self._targets is None:
+                self._targets = lora.find_targets(base, lambda: self._forward(base))
+            adapter = make(base, self._targets)
+        except BaseException:
+            self.deleted(run_id)
+            raise
+        model = lora.inner(adapter)
+        optimizer = AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+        settings = lora.settings_of(adapter, self._targets)
+        return RunState(run_id=run_id, model=model, optimizer=optimizer, adapter=adapter, lora=settings)
+
+    def _loaded(self, base: PreTrainedModel, targets: Targets, folder: Path) -> PeftModel:
+        return load_adapter(base, targets, folder, base_model=self._base_model)

@@ -1,0 +1,1 @@
+"""Packs of sequences without padding: how they are planned, attended within, and turned into logprobs."""

@@ -1,0 +1,1 @@
+"""Runs and models as files: states, snapshots, checkpoints, deltas."""

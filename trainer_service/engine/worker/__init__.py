@@ -1,0 +1,1 @@
+"""The worker's side of the trainer's stream: commands in, answers out."""

@@ -1,0 +1,120 @@
+"""Room on the worker: how many runs it holds, which of them come back first, and which make room for others."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Mapping
+
+from gradwire.errors import GradwireError, error
+
+from trainer_service.fleet.worker import Worker
+from trainer_service.runs.run import Run
+
+logger = logging.getLogger(__name__)
+
+_TURN_S = 1.0
+"""How often it is looked who may go and who may come."""
+_PAUSE_S = 1.0
+"""How long nothing of a run must be under way before it makes room for one that waits."""
+
+
+class Capacity:
+    """Room for runs on one worker.
+
+    Args:
+        worker: Holds them.
+        runs: All there are, by run_id.
+        max_runs: The most it holds.
+        idle_lease_s: How long a run that nobody holds and nobody calls stays; 0: for good.
+    """
+
+    def __init__(self, worker: Worker, runs: Mapping[str, Run], *, max_runs: int, idle_lease_s: float) -> None:
+        self._worker = worker
+        self._runs = runs
+        self._max_runs = max_runs
+        self._idle_lease_s = idle_lease_s
+        self._being_made = 0
+
+    def full(self) -> GradwireError | None:
+        """Why there is no room for one run more, if there is none."""
+        active = self._being_made + sum(run.placement.on_worker for run in self._runs.values())
+        if active < self._max_runs:
+            return None
+        return error(
+            "LIMIT_EXCEEDED",
+            f"This trainer's worker holds {active} runs and takes at most {self._max_runs}. Delete one with "
+            f"DeleteRun, or leave one alone: {self._idle_lease_s:g} s after its last call it makes room.",
+            limit=self._max_runs,
+            got=active + 1,
+        )
+
+    @contextlib.asynccontextmanager
+    async def one_more(self) -> AsyncGenerator[None]:
+        """Room for one run more, while it is being made.
+
+        Raises:
+            GradwireError: LIMIT_EXCEEDED, WORKER_NOT_READY.
+        """
+        if (full := self.full()) is not None:
+            raise full
+        if self._worker.ready is None:
+            text = f"The worker is not ready: {self._worker.status_message}."
+            raise error("WORKER_NOT_READY", text, retry_after_s=0.5)
+        # Counted at once, so that runs made at the same time count against each other.
+        self._being_made += 1
+        try:
+            yield
+        finally:
+            self._being_made -= 1
+
+    def bring_back(self) -> None:
+        """A worker is ready: has the runs that are wanted restored, those first that had a place and have work."""
+        wanted = [run for run in self._runs.values() if run.placement.waiting or run.attachment is not None]
+        for run in sorted(wanted, key=lambda run: (not run.placement.has_place, not run.placement.waiting)):
+            run.placement.wake()
+
+    def let_in(self, *, made_room: bool = True) -> None:
+        """Restores the runs that wait for room, as many as there is room for, those first that wait longest.
+
+        Args:
+            made_room: Whether a run has gone, which may have left memory for another.
+        """
+        for run in self._waiting():
+            if self.full() is None and (made_room or time.monotonic() >= run.placement.not_before_s):
+                run.placement.wake()
+
+    async def keep(self) -> None:
+        """Until cancelled: unloads the runs that nobody uses, and for a run that waits one that pauses."""
+        lease_s = self._idle_lease_s
+        while True:
+            await asyncio.sleep(min(_TURN_S, lease_s / 4) if lease_s > 0 else _TURN_S)
+            for run in list(self._runs.values()):
+                over = lease_s > 0 and run.placement.live and run.idle and time.monotonic() - run.used_s > lease_s
+                if over and await self._unload(run, keep_place=False):
+                    logger.info("Unloaded an idle run.", extra={"fields": {"run_id": run.run_id}})
+            self.let_in(made_room=False)
+            if self._waiting():
+                await self._make_room()
+
+    def _waiting(self) -> list[Run]:
+        waiting = [run for run in self._runs.values() if run.placement.waits_for_room]
+        return sorted(waiting, key=lambda run: run.used_s)
+
+    async def _make_room(self) -> None:
+        """Unloads the run unused longest, attached or not, of which nothing is under way."""
+        paused_s = time.monotonic() - _PAUSE_S
+        paused = [run for run in self._runs.values() if run.used_s < paused_s and not run.unanswered]
+        for run in sorted(paused, key=lambda run: run.used_s):
+            if await self._unload(run, keep_place=True):
+                logger.info("Unloaded a run for one that waits.", extra={"fields": {"run_id": run.run_id}})
+                self.let_in()
+                return
+
+    async def _unload(self, run: Run, *, keep_place: bool) -> bool:
+        try:
+            return await run.placement.unload(keep_place=keep_place)
+        except Exception:
+            # One run's fault must not keep all others where they are.
+            logger.exception("Unloading a run failed.", extra={"fields": {"run_id": run.run_id}})
+            return False

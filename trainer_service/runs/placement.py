@@ -1,0 +1,376 @@
+"""A run on the worker: what was sent and not done yet, how it comes back after a death, and when it makes room.
+
+The worker may die at any point. What it held is then restored from a snapshot and the journal (recovery.py), what it
+had not done is sent again in order, and whoever waits for an answer waits a little longer.
+"""
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from gradwire.errors import GradwireError, error
+from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainResponse
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDeleteRun, WorkerDropGraphs
+
+from trainer_service.config import SnapshotPolicy
+from trainer_service.fleet.worker import Reply, Worker
+from trainer_service.folders import settle
+from trainer_service.runs.disk import has_no_room
+from trainer_service.runs.journal import NO_DEATHS, Record
+from trainer_service.runs.journal_writer import Journal
+from trainer_service.runs.recovery import DIED, NO_ROOM, command, fail_command, find_source, restore
+from trainer_service.runs.sequence import Entry
+from trainer_service.runs.snapshots import list_snapshots
+from trainer_service.runs.snapshotter import Snapshotter
+
+logger = logging.getLogger(__name__)
+
+MAX_DEATHS = 3
+"""Deaths of the worker under one operation after which it is given up; under a run's replay, the run."""
+_MAX_DISK_FAILURES = 3
+"""Failures to read a run's files, with room on their disk, after which the run is lost; without room it waits."""
+_DISK_RETRY_S = 1.0
+"""Between two attempts."""
+_MEMORY_RETRY_S = 10.0
+"""After which a worker that had no memory for a run is asked again, if nothing happens before."""
+
+
+class Owner(Protocol):
+    """Who is told what came of operations."""
+
+    def done(self, entry: Entry, response: TrainResponse, encoded: bytes) -> None:
+        """The worker executed it.
+
+        Args:
+            entry: The operation.
+            response: Its answer.
+            encoded: The same, as the worker encoded it.
+        """
+        ...
+
+    def failed(self, entry: Entry, failure: GradwireError) -> None:
+        """It will not be executed. What the failure does to the run is seen to."""
+        ...
+
+
+class Placement:
+    """One run's place on the worker.
+
+    Args:
+        record: The run.
+        journal: Its journal.
+        worker: Executes.
+        owner: Gets the answers.
+        snapshots: When they are due.
+        full: Says why the worker has no room for one run more, if it has none.
+        live: Whether the worker holds the run already.
+        last_seq_id: Last operation in the journal.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        journal: Journal,
+        worker: Worker,
+        owner: Owner,
+        *,
+        snapshots: SnapshotPolicy,
+        full: Callable[[], GradwireError | None],
+        live: bool,
+        last_seq_id: int,
+    ) -> None:
+        self._record = record
+        self._run_id = record.run_id
+        self._request = CreateRunRequest.FromString(record.create_request)
+        self._journal = journal
+        self._worker = worker
+        self._owner = owner
+        self._full = full
+        self.live = live
+        """Whether the worker holds the run, so that operations can be sent."""
+        self.has_place = True
+        """Whether operations wait for room on the worker where there is none. They are refused once the run has left
+        the worker because nobody used it, until it is back."""
+        self.lost: GradwireError | None = None
+        """Why the run cannot be had back."""
+        self.not_before_s = 0.0
+        """When it is time to ask a worker again that had no memory for the run, by time.monotonic."""
+        self._undone: dict[int, Entry] = {}  # In order.
+        self._last_seq_id = last_seq_id
+        self._snapshotter = Snapshotter(record.run_id, journal, worker, snapshots)
+        self._restoring: asyncio.Task[None] | None = None
+        self._epoch = 0  # Counts deaths.
+        self._replay_deaths = self._disk_failures = 0
+        self._closed = False
+
+    @property
+    def on_worker(self) -> bool:
+        """Whether the run takes room on the worker, or is about to."""
+        return self.live or self._restoring is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of the run is under way."""
+        return not self._undone and self._restoring is None and not self._snapshotter.busy
+
+    @property
+    def waiting(self) -> bool:
+        """Whether operations wait for the run to be live."""
+        return bool(self._undone) and not self.live
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether operations wait, and nothing is done about it."""
+        unfailed = any(entry.failure is None for entry in self._undone.values())
+        return unfailed and not self.live and self._restoring is None and self._worker.ready is not None
+
+    @property
+    def last_done_seq_id(self) -> int:
+        """Last operation before those still to be done."""
+        return next(iter(self._undone), self._last_seq_id + 1) - 1
+
+    def take_up(self, entry: Entry) -> None:
+        """An operation that an earlier trainer wrote to the journal, in order, before anything is sent."""
+        self._undone[entry.seq_id] = entry
+
+    def send(self, entry: Entry) -> None:
+        """An operation that is on disk, in order: sends it, or has the run restored for it."""
+        self._undone[entry.seq_id] = entry
+        self._last_seq_id = entry.seq_id
+        if self.live:
+            self._send(entry)
+        else:
+            self.wake()
+
+    def wake(self) -> None:
+        """Brings the run back onto the worker, if it is not there, and a worker is."""
+        if self.lost is not None:
+            self._give_up(self.lost)
+        elif not (self.live or self._closed or self._restoring is not None or self._worker.ready is None):
+            if (full := self._full()) is not None:
+                self._no_room(full)
+                return
+            task = asyncio.get_running_loop().create_task(self._restore(), name=f"restore-{self._run_id}")
+            self._restoring = task
+            task.add_done_callback(self._restored)
+
+    def worker_died(self) -> None:
+        """What the worker held is gone."""
+        self.live = False
+        self._epoch += 1
+        self._snapshotter.worker_died()
+
+    def drop_graphs(self) -> None:
+        """Lets the run's held graphs go."""
+        if self.live:
+            self._worker.submit(WorkerCommand(run_id=self._run_id, drop_graphs=WorkerDropGraphs()), lambda _: None)
+
+    async def unload(self, *, keep_place: bool = False) -> bool:
+        """Takes the run from the worker, leaving its state on disk.
+
+        Args:
+            keep_place: See has_place.
+
+        Returns:
+            Whether it went; one that is in use stays.
+        """
+        if not (self.live and self.idle):
+            return False
+        seq_id, epoch = self._last_seq_id, self._epoch
+        newest = next(iter(list_snapshots(self._journal.folder)), None)
+        at_its_beginning = seq_id == 0 and not self._record.parent_run_id
+        if not at_its_beginning and (newest is None or newest.seq_id != seq_id):
+            # Not awaited itself: it is cancelled when the run is deleted meanwhile.
+            await asyncio.wait({self._snapshotter.take(seq_id)})
+            newest = next(iter(list_snapshots(self._journal.folder)), None)
+            if newest is None or newest.seq_id != seq_id:
+                return False
+        if not self.idle or self._last_seq_id != seq_id or self._epoch != epoch:
+            return False
+        self.live, self.has_place = False, keep_place
+        self._take_off()
+        await self._journal.close()
+        return True
+
+    async def let_go(self) -> None:
+        """The trainer stops, and its worker has: the run stays on disk as it is."""
+        self._closed = True
+        if self._restoring is not None:
+            self._restoring.cancel()
+            await asyncio.gather(self._restoring, return_exceptions=True)
+        self._snapshotter.cancel()
+        first = next((entry for entry in self._undone.values() if entry.failure is None), None)
+        if first is not None:
+            # Otherwise the next trainer takes this end for a death that was the operation's doing.
+            self._journal.set_attempts(first.seq_id, first.attempts or NO_DEATHS)
+        await self._journal.close()
+
+    async def close(self, gone: GradwireError) -> None:
+        """The run is deleted; whatever waits fails with `gone`, but for what the worker has already begun."""
+        self._closed = True
+        self._snapshotter.cancel()
+        known = self.live or self._restoring is not None
+        if not self.live:
+            self._give_up(gone)
+        self.live = False
+        if self._restoring is not None:
+            self._restoring.cancel()
+        if known:
+            try:
+                await command(self._worker, WorkerCommand(run_id=self._run_id, delete_run=WorkerDeleteRun()))
+            except GradwireError as exc:
+                # When the worker dies instead, the run's memory is free all the same.
+                if exc.reason not in DIED:
+                    raise
+        self._give_up(gone)
+
+    # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _send(self, entry: Entry) -> None:
+        if entry.failure is not None:
+            self._send_failure(entry, entry.failure)
+            return
+        entry.attempts += 1
+        self._worker.submit(
+            WorkerCommand(run_id=self._run_id),
+            lambda outcome: self._delivered(entry, outcome),
+            request=entry.operation.encoded,
+        )
+        self._snapshotter.sent(entry.kind, entry.seq_id)
+
+    def _delivered(self, entry: Entry, outcome: Reply | GradwireError) -> None:
+        if isinstance(outcome, GradwireError):
+            # It stays undone. Held against it is only a death during its own execution, not the end of a trainer.
+            if "executing" not in outcome.metadata or outcome.reason == "DRAINING":
+                entry.attempts -= 1
+        elif self._undone.pop(entry.seq_id, None) is not None:
+            self._owner.done(entry, outcome.event.response, bytes(outcome.encoded_response))
+
+    def _send_failure(self, entry: Entry, failure: GradwireError) -> None:
+        request, seq_id = entry.operation.request, entry.seq_id
+        sent = fail_command(self._run_id, request, seq_id=seq_id, kind=entry.kind, reason=failure.reason)
+        if sent is None:
+            self._undone.pop(seq_id, None)
+            return
+
+        def delivered(outcome: Reply | GradwireError) -> None:
+            if not isinstance(outcome, GradwireError):
+                self._undone.pop(seq_id, None)
+
+        self._worker.submit(sent, delivered)
+
+    def _fail(self, entry: Entry, failure: GradwireError) -> None:
+        """Answers an operation without executing it; what that does to the run is still to be sent."""
+        if entry.failure is None:
+            entry.failure = failure
+            self._owner.failed(entry, failure)
+
+    def _give_up(self, failure: GradwireError) -> None:
+        for entry in list(self._undone.values()):
+            self._fail(entry, failure)
+        if self._closed or self.lost is not None:
+            self._undone.clear()
+
+    def _no_room(self, why: GradwireError) -> None:
+        if not self.has_place:
+            self._give_up(why)
+        elif self.waits_for_room:
+            logger.warning(
+                "A run waits for room on the worker.", extra={"fields": {"run_id": self._run_id, "why": why}}
+            )
+
+    def _take_off(self) -> None:
+        """Has the worker let go of the run, or of the half of it that it holds; it will be back."""
+        self._worker.submit(WorkerCommand(run_id=self._run_id, delete_run=WorkerDeleteRun(unload=True)), lambda _: None)
+
+    async def _restore(self) -> None:
+        while True:
+            try:
+                await self._try_restore()
+                return
+            except GradwireError:
+                raise
+            except (sqlite3.Error, OSError) as exc:
+                # There may be room again since it failed.
+                self._disk_failures += not has_no_room(self._journal.folder)
+                if self._disk_failures >= _MAX_DISK_FAILURES:
+                    raise
+                fields = {"run_id": self._run_id, "why": exc}
+                logger.error("A run waits for the disk to be restored.", extra={"fields": fields})
+            self._take_off()
+            await asyncio.sleep(_DISK_RETRY_S)
+
+    async def _try_restore(self) -> None:
+        epoch = self._epoch
+        # So that the journal has the outcome of everything that is not undone, and its callbacks were called.
+        await self._journal.flush()
+        up_to = self.last_done_seq_id
+        # No worker holds the run, so what is half written among its snapshots was left by one that died.
+        await asyncio.to_thread(settle, self._journal.folder / "snapshots")
+        source = await asyncio.to_thread(find_source, self._journal.folder, forked=bool(self._record.parent_run_id))
+        restored = await restore(self._worker, self._run_id, self._request, source, up_to=up_to)
+        await self._judge_first()
+        if self._epoch != epoch:
+            return
+        self._replay_deaths = self._disk_failures = 0
+        self.live = self.has_place = True
+        if restored.loaded:
+            self._snapshotter.take_soon(up_to)
+        for entry in list(self._undone.values()):
+            self._send(entry)
+        fields = {"run_id": self._run_id, "snapshot": restored.snapshot_seq_id, "replayed": restored.replayed}
+        fields |= {"load_s": round(restored.load_s, 3), "replay_s": round(restored.replay_s, 3)}
+        logger.info("Run restored.", extra={"fields": fields})
+
+    async def _judge_first(self) -> None:
+        """Gives up the operation next in turn if the worker died under it too often, and else counts this try."""
+        for entry in list(self._undone.values()):
+            if entry.failure is not None:
+                continue
+            if entry.attempts >= MAX_DEATHS:
+                self._fail(entry, _poisoned(entry, self._run_id))
+                continue
+            # On disk before it is tried, since it may take the trainer along.
+            self._journal.set_attempts(entry.seq_id, entry.attempts + 1)
+            await self._journal.flush()
+            return
+
+    def _restored(self, task: "asyncio.Task[None]") -> None:
+        self._restoring = None
+        exc = None if task.cancelled() else task.exception()
+        if not self.live and not self._closed:
+            self._take_off()
+        if exc is None:
+            if self.waiting and any(entry.failure is None for entry in self._undone.values()):
+                self.wake()
+            return
+        if isinstance(exc, GradwireError) and exc.reason in NO_ROOM:
+            self.not_before_s = time.monotonic() + _MEMORY_RETRY_S
+            self._no_room(exc)
+            return
+        if isinstance(exc, GradwireError) and exc.reason in DIED:
+            self._replay_deaths += "executing" in exc.metadata
+            if self._replay_deaths < MAX_DEATHS:
+                self.wake()
+                return
+            exc = error("RUN_LOST", f"the worker died {MAX_DEATHS} times while it replayed {self._run_id}'s journal.")
+        if not isinstance(exc, GradwireError):
+            logger.error("Restoring a run failed.", extra={"fields": {"run_id": self._run_id}}, exc_info=exc)
+        text = f"{self._run_id} is lost: {exc} A restart of the trainer tries again; else create a new run."
+        self.lost = error("RUN_LOST", text, run_id=self._run_id)
+        logger.error("Run lost.", extra={"fields": {"run_id": self._run_id, "why": str(exc)}})
+        self._give_up(self.lost)
+
+
+def _poisoned(entry: Entry, run_id: str) -> GradwireError:
+    return error(
+        "OPERATION_POISONED",
+        f"Operation {entry.seq_id} ({entry.kind}) of {run_id} was given up: the worker died {entry.attempts} times "
+        "while it executed it. The run is as it was before this call, and goes on; the trainer's log says what each "
+        "death was of. Send less at once, or other data.",
+        seq_id=entry.seq_id,
+        deaths=entry.attempts,
+    )
