@@ -22,7 +22,7 @@ def datum_from_messages(
 ) -> Datum:
     """A Datum of a whole chat, with weight 1 on what the assistant says and 0 on everything else.
 
-    What the assistant says is told by the template where it marks it (`{% generation %}`). Elsewhere it is what the chat
+    The template tells what the assistant says where it marks it (`{% generation %}`). Elsewhere it is what the chat
     with an answer has beyond the chat before it, up to and with the token that ends the turn; it is checked that the
     longer chat begins as the shorter one.
 
