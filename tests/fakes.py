@@ -44,6 +44,7 @@ from trainer_service.rpc.server import TrainerServer
 from trainer_service.user_metadata import check_user_metadata
 
 READY = WorkerReady(
+    model_folder="/no/such/model",
     model=ModelInfo(base_model="fake", architecture="Fake", vocab_size=100, max_context_length=64, dtype="float32"),
     losses=[LossInfo(name="cross_entropy", loss_fn_inputs=["weights"])],
 )
