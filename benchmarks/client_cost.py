@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from gradwire import Datum, ModelInput, answers
-from gradwire.codec import tensor_message
-from gradwire.custom_loss import run_custom_loss
-from gradwire.order import Operation
+from gradwire import Datum, ModelInput
+from gradwire._client import answers
+from gradwire._client.custom_loss import run_custom_loss
+from gradwire._client.order import Operation
+from gradwire._wire.codec import tensor_message
 from gradwire.training_client import backward_content
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import TrainRequest, TrainResponse

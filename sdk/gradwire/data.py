@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gradwire.arguments import check_array
+from gradwire._wire.arguments import check_array
 from gradwire.types import Datum, ModelInput, TensorData, to_array
 
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
-from gradwire.async_twins import awaited
+from gradwire._client.async_twins import awaited
+from gradwire._client.ported_names import RefusesTinkerNames, refuse_given
+from gradwire._client.transport import LOOP, Connection
 from gradwire.checkpoint_client import check_ttl_seconds, time_of
 from gradwire.errors import invalid_field
 from gradwire.futures import APIFuture
-from gradwire.ported_names import RefusesTinkerNames, refuse_given
-from gradwire.run_info import ServerCapabilities, SupportedModel
-from gradwire.transport import LOOP, Connection
+from gradwire.types.run_info import ServerCapabilities, SupportedModel
 from gradwire.v1 import checkpoint_pb2, run_pb2
 from gradwire.v1 import checkpoint_service_pb2 as checkpoints
 from gradwire.v1 import trainer_service_pb2 as trainer

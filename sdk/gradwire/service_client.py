@@ -9,21 +9,22 @@ from collections.abc import Mapping
 from concurrent.futures import Future as ConcurrentFuture
 from typing import Any
 
-from gradwire.answers import run_state_name
-from gradwire.arguments import check_flag, check_number, check_whole_number
-from gradwire.async_twins import off_thread
+from gradwire._client.answers import run_state_name
+from gradwire._client.async_twins import off_thread
+from gradwire._client.downloads import get_checkpoint
+from gradwire._client.ported_names import NO_ACCESS_TOKENS, RefusesTinkerNames, refuse_given, refuse_other_optimizer
+from gradwire._client.transport import ClientTls, Connection
+from gradwire._client.user_metadata import check_user_metadata
+from gradwire._wire.arguments import check_flag, check_number, check_whole_number
+from gradwire._wire.version import PROTOCOL_VERSION, __version__
 from gradwire.checkpoint_client import CheckpointClient
-from gradwire.downloads import get_checkpoint
 from gradwire.errors import OperationTimeoutError, error
 from gradwire.futures import APIFuture
-from gradwire.ported_names import NO_ACCESS_TOKENS, RefusesTinkerNames, refuse_given, refuse_other_optimizer
 from gradwire.rest_client import RestClient, server_capabilities
-from gradwire.run_info import ServerCapabilities
 from gradwire.sampling_client import SamplingClient, open_sampling_client
 from gradwire.training_client import TrainingClient
-from gradwire.transport import ClientTls, Connection
 from gradwire.types import MAX_LORA_RANK, MAX_SEED, ReplayDifference, ReplayReport
-from gradwire.user_metadata import check_user_metadata
+from gradwire.types.run_info import ServerCapabilities
 from gradwire.v1.checkpoint_pb2 import Checkpoint
 from gradwire.v1.trainer_service_pb2 import (
     CreateRunRequest,
@@ -35,7 +36,6 @@ from gradwire.v1.trainer_service_pb2 import (
     ReplayRunRequest,
 )
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
-from gradwire.version import PROTOCOL_VERSION, __version__
 
 logger = logging.getLogger("gradwire")
 

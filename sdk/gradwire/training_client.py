@@ -11,20 +11,21 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from google.protobuf.message import Message
 
-from gradwire import answers
-from gradwire.async_twins import awaited, off_thread, submitted
+from gradwire._client import answers
+from gradwire._client.async_twins import awaited, off_thread, submitted
+from gradwire._client.custom_loss import CustomLossFn, LossThread, run_custom_loss
+from gradwire._client.order import Call, Operation
+from gradwire._client.ported_names import NO_ACCESS_TOKENS, RefusesTinkerNames, refuse_given, refuse_other_optimizer
+from gradwire._client.stream import RunStream
+from gradwire._client.tokenizer_client import load_tokenizer
+from gradwire._client.transport import LOOP, Connection
+from gradwire._client.user_metadata import check_user_metadata
+from gradwire._wire.codec import Batch, batch_from_data, batch_parts, split, tensor_parts
+from gradwire._wire.wire_format import Parts, embed
 from gradwire.checkpoint_client import check_ttl_seconds
-from gradwire.codec import Batch, batch_from_data, batch_parts, split, tensor_parts
-from gradwire.custom_loss import CustomLossFn, LossThread, run_custom_loss
 from gradwire.errors import error, from_status, invalid_field
 from gradwire.futures import APIFuture
-from gradwire.order import Call, Operation
-from gradwire.ported_names import NO_ACCESS_TOKENS, RefusesTinkerNames, refuse_given, refuse_other_optimizer
-from gradwire.run_info import RunInfo
 from gradwire.sampling_client import NO_STABILITY_INFO, RETRIES_ITSELF, SamplingClient, open_sampling_client
-from gradwire.stream import RunStream
-from gradwire.tokenizer_client import load_tokenizer
-from gradwire.transport import LOOP, Connection
 from gradwire.types import (
     AdamParams,
     ForwardBackwardOutput,
@@ -32,7 +33,7 @@ from gradwire.types import (
     SavedState,
     SaveWeightsResult,
 )
-from gradwire.user_metadata import check_user_metadata
+from gradwire.types.run_info import RunInfo
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.checkpoint_pb2 import CHECKPOINT_TYPE_BASE, CHECKPOINT_TYPE_DELTA
 from gradwire.v1.run_pb2 import Run
@@ -45,7 +46,6 @@ from gradwire.v1.trainer_service_pb2 import (
     TrainResponse,
 )
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
-from gradwire.wire_format import Parts, embed
 
 logger = logging.getLogger("gradwire")
 

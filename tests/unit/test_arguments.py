@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gradwire import AdamParams, LoraConfig, ServiceClient
-from gradwire.arguments import check_flag, check_number, check_whole_number
+from gradwire._wire.arguments import check_flag, check_number, check_whole_number
 from gradwire.errors import InvalidArgumentError
 
 

@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from gradwire.order import Call, CallOrder, Operation
+from gradwire._client.order import Call, CallOrder, Operation
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import TrainRequest
 

@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from gradwire._wire.wire_format import Parts
 from gradwire.errors import GradwireError
 from gradwire.v1.trainer_service_pb2 import TrainRequest, TrainResponse
-from gradwire.wire_format import Parts
 
 
 @dataclass(eq=False)

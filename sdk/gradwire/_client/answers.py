@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradwire.codec import decode_tensor
-from gradwire.metrics import combine_metrics
+from gradwire._wire.codec import decode_tensor
+from gradwire._wire.metrics import combine_metrics
 from gradwire.sampling_client import SamplerSource
 from gradwire.types import (
     ForwardBackwardOutput,

@@ -14,6 +14,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from gradwire._client.order import Call, CallOrder, Operation
+from gradwire._client.transport import LOOP, Connection
 from gradwire.errors import (
     GradwireError,
     InternalError,
@@ -22,8 +24,6 @@ from gradwire.errors import (
     error,
     from_status,
 )
-from gradwire.order import Call, CallOrder, Operation
-from gradwire.transport import LOOP, Connection
 from gradwire.v1 import trainer_service_pb2
 from gradwire.v1.operation_pb2 import CancelRequest
 from gradwire.v1.trainer_service_pb2 import AttachRequest, Limits, TrainRequest, TrainResponse

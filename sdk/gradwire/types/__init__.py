@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from gradwire.arguments import check_array, check_flag, check_number, check_whole_number
+from gradwire._wire.arguments import check_array, check_flag, check_number, check_whole_number
+from gradwire._wire.token_ids import token_ids_of
 from gradwire.errors import invalid_field
-from gradwire.replay import ReplayDifference, ReplayReport
-from gradwire.run_info import ModelData, RunInfo, ServerCapabilities, SupportedModel
-from gradwire.sampling_results import SampledSequence, SampledToken, SampleResponse, StopReason
-from gradwire.saved import SavedState, SaveWeightsResult
-from gradwire.token_ids import token_ids_of
+from gradwire.types.replay import ReplayDifference, ReplayReport
+from gradwire.types.run_info import ModelData, RunInfo, ServerCapabilities, SupportedModel
+from gradwire.types.sampling_results import SampledSequence, SampledToken, SampleResponse, StopReason
+from gradwire.types.saved import SavedState, SaveWeightsResult
 
 if TYPE_CHECKING:
     import torch

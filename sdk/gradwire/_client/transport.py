@@ -21,10 +21,10 @@ from urllib.parse import urlsplit
 import grpc
 import grpc.aio
 
+from gradwire._client.forks import keep_for_ever
+from gradwire._client.proxies import proxy_used, reaches_this_machine
+from gradwire._wire.version import PROTOCOL_VERSION
 from gradwire.errors import FailedPreconditionError, GradwireError, OperationTimeoutError, from_rpc_error
-from gradwire.forks import keep_for_ever
-from gradwire.proxies import proxy_used, reaches_this_machine
-from gradwire.version import PROTOCOL_VERSION
 
 logger = logging.getLogger("gradwire")
 
