@@ -31,7 +31,7 @@ from gradwire._client.ported_names import (
     TinkerError,
     UnprocessableEntityError,
 )
-from gradwire._client.transport import ClientTls
+from gradwire._client.tls import ClientTls
 from gradwire._wire.version import __version__
 from gradwire.chats import datum_from_messages
 from gradwire.checkpoint_client import Checkpoint, CheckpointClient, CheckpointFile

@@ -24,7 +24,8 @@ from gradwire._client.terminal import (
     size_text,
     time_text,
 )
-from gradwire._client.transport import ClientTls, Connection
+from gradwire._client.tls import ClientTls
+from gradwire._client.transport import Connection
 from gradwire._wire.untrusted import stays_inside
 from gradwire._wire.version import __version__
 from gradwire.errors import GradwireError, UnavailableError

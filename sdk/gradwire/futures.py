@@ -7,7 +7,7 @@ from concurrent.futures import Future as ConcurrentFuture
 from concurrent.futures import TimeoutError as ConcurrentTimeoutError
 from typing import Any, Generic, TypeVar
 
-from gradwire._client.transport import LOOP
+from gradwire._client.loop import LOOP
 from gradwire.errors import OperationCancelledError, OperationTimeoutError
 
 T = TypeVar("T")

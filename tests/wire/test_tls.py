@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from gradwire import ServiceClient
-from gradwire._client.transport import ClientTls, Connection
+from gradwire._client.tls import ClientTls
+from gradwire._client.transport import Connection
 from gradwire.errors import UnauthenticatedError, UnavailableError
 
 from tests.fakes import front_end_on_a_thread

@@ -12,7 +12,8 @@ from typing import IO, Any
 
 import grpc.aio
 
-from gradwire._client.transport import LOOP, Connection
+from gradwire._client.loop import LOOP
+from gradwire._client.transport import Connection
 from gradwire._wire import delta
 from gradwire._wire.untrusted import confined
 from gradwire.errors import GradwireError, error
