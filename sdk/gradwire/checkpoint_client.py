@@ -26,11 +26,14 @@ _KIND_NUMBERS = {name: number for number, name in _KINDS.items()}
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """One file: its path inside the checkpoint, its size in bytes, its SHA-256 in hex."""
+    """One file of a checkpoint."""
 
     name: str
+    """Its path inside the checkpoint."""
     size_bytes: int
+    """Its size."""
     sha256: str
+    """Digest of its content, hex."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +132,12 @@ class CheckpointClient:
         """Fetches sampler weights as a folder that transformers (or peft) loads; a delta is made whole with its base.
 
         Raises:
-            FailedPreconditionError: CHECKPOINT_MISMATCH: it is a resumable state. DELTA_BASE_UNUSABLE.
-            FileExistsError: The folder is there and not empty; for a delta.
-            As download.
+            FailedPreconditionError: CHECKPOINT_MISMATCH: it is a resumable state. DELTA_BASE_UNUSABLE: a delta's base
+                is gone, or is not as it was saved.
+            FileExistsError: The path is a delta's, and the folder exists and is not empty.
+            DataLossError: As in `download`.
+            UnavailableError: As in `download`.
+            OSError: As in `download`.
         """
         return _checkpoint(downloads.export(self._connection, path, Path(folder), progress))
 

@@ -48,11 +48,13 @@ class TrainerJob:
     """A trainer job as it stood when asked."""
 
     job_id: str
+    """Identifier, unique on its control plane."""
     job_name: str
     """display_name and the first letters of job_id."""
     base_url: str
     """What ServiceClient takes; "" until the trainer listens."""
     base_model: str
+    """The model it serves, as it was ordered."""
     state: str
     """"starting", "ready" or "failed"."""
     status_message: str
@@ -62,6 +64,7 @@ class TrainerJob:
     log_path: str
     """Its log, on the control plane's host; told as log_tail is, else ""."""
     created_at: datetime.datetime
+    """When it was created, UTC."""
 
 
 class TrainerJobManager:

@@ -89,7 +89,7 @@ class TrainingClient(SavingCalls, RefusesTinkerNames):
             loss_fn_config: The loss's settings.
 
         Returns:
-            Future of the output: loss_fn_outputs[i]["logprobs"] of data[i], float32, natural log, shaped as its
+            Future of the output: `loss_fn_outputs[i]["logprobs"]` of `data[i]`, float32, natural log, shaped as its
             targets, [N], or [N, K] of soft ones; metrics "loss:sum" (nats) and others where a loss was evaluated.
 
         Raises:

@@ -135,6 +135,7 @@ class EncodedTextChunk:
     """A piece of a ModelInput: token ids."""
 
     tokens: Sequence[int]
+    """Token ids, [N]."""
 
     @property
     def length(self) -> int:
