@@ -134,7 +134,7 @@ class RestClient(RefusesTinkerNames):
     """Made by ServiceClient.create_rest_client. Calls return a future at once; `…_async` twins give its answer.
 
     Where a call takes a `tinker_path`, it is a gradwire:// path, as saving returned it. Calls that name a run or a
-    checkpoint fail with NotFoundError where there is none, or it is somebody else's.
+    checkpoint fail with NotFoundError if there is none, or it is another owner's.
     """
 
     def __init__(self, connection: Connection, *, timeout_s: float) -> None:
@@ -156,8 +156,8 @@ class RestClient(RefusesTinkerNames):
         """A run that is on the trainer.
 
         Args:
-            training_run_id: It.
-            access_scope: Without effect: one's key sees one's own, an admin's all.
+            training_run_id: The run.
+            access_scope: Has no effect: a key sees its owner's runs, an admin's key sees all.
         """
 
         async def ask() -> TrainingRun:
@@ -179,8 +179,8 @@ class RestClient(RefusesTinkerNames):
         """Runs that are on the trainer, newest first.
 
         Args:
-            limit: At most so many.
-            offset: So many are passed over.
+            limit: The most entries to return.
+            offset: Number of entries to skip.
             access_scope: As in get_training_run.
             project_id: Must be None.
         """
@@ -197,15 +197,15 @@ class RestClient(RefusesTinkerNames):
     # ── checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def list_checkpoints(self, training_run_id: str) -> APIFuture[CheckpointsListResponse]:
-        """A run's checkpoints, newest first; those of one that was deleted too."""
+        """A run's checkpoints, newest first; also those of a run that was deleted."""
         return self._list("list_checkpoints", training_run_id, None)
 
     def list_user_checkpoints(self, limit: int = 100, offset: int = 0) -> APIFuture[CheckpointsListResponse]:
         """Checkpoints of all runs, newest first.
 
         Args:
-            limit: At most so many.
-            offset: So many are passed over.
+            limit: The most entries to return.
+            offset: Number of entries to skip.
         """
         return self._list("list_user_checkpoints", "", (limit, offset))
 
@@ -246,7 +246,7 @@ class RestClient(RefusesTinkerNames):
         return self._done("delete_checkpoint", "DeleteCheckpoint", request)
 
     def set_checkpoint_ttl_from_tinker_path(self, tinker_path: str, ttl_seconds: int | None) -> APIFuture[None]:
-        """Keeps a checkpoint so long from now, seconds; None for ever."""
+        """Sets how long a checkpoint is kept from now, seconds; None keeps it for ever."""
         request = checkpoints.SetCheckpointTtlRequest(path=tinker_path, ttl_seconds=check_ttl_seconds(ttl_seconds))
         return self._done("set_checkpoint_ttl", "SetCheckpointTtl", request)
 

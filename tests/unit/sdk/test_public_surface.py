@@ -44,18 +44,19 @@ def named_in(annotation: Any) -> Iterator[type]:
 
 def annotated(owner: Any) -> Iterator[tuple[str, Any]]:
     """(place, annotation) of everything public of a class."""
+    title = owner.__name__
     if dataclasses.is_dataclass(owner):
-        yield from ((f"{owner.__name__}.{name}", one) for name, one in typing.get_type_hints(owner).items())
+        yield from ((f"{title}.{name}", one) for name, one in typing.get_type_hints(owner).items())
     for name, member in inspect.getmembers(owner):
         if name.startswith("_") and (name != "__init__" or owner in MADE_BY_OTHERS or dataclasses.is_dataclass(owner)):
             continue
         function: Any = member.fget if isinstance(member, property) else member
         if inspect.isfunction(inspect.unwrap(function)) and function.__module__.startswith("gradwire"):
             hints = typing.get_type_hints(function, localns=NOT_LOADED)
-            yield from ((f"{owner.__name__}.{name}", one) for one in hints.values())
+            yield from ((f"{title}.{name}", one) for one in hints.values())
         elif inspect.ismethod(function):
             hints = typing.get_type_hints(function.__func__, localns=NOT_LOADED)
-            yield from ((f"{owner.__name__}.{name}", one) for one in hints.values())
+            yield from ((f"{title}.{name}", one) for one in hints.values())
 
 
 def unexported(places: Iterator[tuple[str, Any]]) -> set[str]:
