@@ -51,7 +51,7 @@ class ServiceClient(RefusesTinkerNames):
             GRADWIRE_TLS_CERT_FILE and GRADWIRE_TLS_KEY_FILE, and without them trusts the system's roots.
         timeout_s: For each blocking call, its retries included, seconds.
         reconnect_timeout_s: How long a training client tries to reach a lost trainer before its futures fail, seconds.
-        user_metadata: Your own words about the runs made here, texts by name, beside what each is given itself.
+        user_metadata: Your notes on the runs made here, texts by name, added to those given with each run.
         display_name: Your name for runs made here that are given none.
         project_id: Must be None: there are no projects.
 
@@ -106,11 +106,11 @@ class ServiceClient(RefusesTinkerNames):
         """Makes a run from the base model, waiting until the trainer has loaded it.
 
         Args:
-            base_model: Must be what the trainer serves; "" takes whatever that is.
+            base_model: Must be what the trainer serves; "" takes that.
             lora_rank: 0 trains all parameters; above 0 an adapter of that rank, beside a base model that all such runs
                 share.
             lora_alpha: The adapter is scaled by lora_alpha / lora_rank; None is 32.
-            seed: Of the adapter's first matrices; None is 0. The second ones are zero, so training starts from the
+            seed: Seed of the adapter's first matrices; None is 0. The second ones are zero, so training starts from the
                 base model.
             train_mlp: Adapt the feed-forward layers; None does.
             train_attn: Adapt the attention layers; None does.
@@ -119,8 +119,8 @@ class ServiceClient(RefusesTinkerNames):
                 save_weights_for_sampler of a LoRA run returned, or a folder saved by peft below the trainer's
                 --adapter-dir.
             display_name: Your name for the run; "" takes the client's.
-            user_metadata: Your own words about it, texts by name, beside the client's; get_info() and list_runs() tell
-                them, and get_server_info().limits how much may be said.
+            user_metadata: Your notes on it, texts by name, added to the client's; get_info() and list_runs() return
+                them. See get_server_info().limits.
             timeout_s: Longest wait, seconds; None takes the client's.
 
         Raises:
@@ -161,17 +161,17 @@ class ServiceClient(RefusesTinkerNames):
         """As create_training_client with lora_rank=rank, under the names users of tinker know.
 
         Args:
-            base_model: As there, and so are those not named here.
-            rank: Of the adapter.
-            seed: As there.
-            train_mlp: As there.
-            train_attn: As there.
-            train_unembed: As there.
-            user_metadata: As there.
+            base_model: As in create_training_client.
+            rank: Rank of the adapter.
+            seed: As in create_training_client.
+            train_mlp: As in create_training_client.
+            train_attn: As in create_training_client.
+            train_unembed: As in create_training_client.
+            user_metadata: As in create_training_client.
             optimizer: None or tinker's AdamOptimizerConfig: runs are trained with AdamW.
-            lora_alpha: As there.
-            display_name: As there.
-            timeout_s: As there.
+            lora_alpha: As in create_training_client.
+            display_name: As in create_training_client.
+            timeout_s: As in create_training_client.
         """
         refuse_other_optimizer("optimizer", optimizer)
         check_whole_number("rank", rank, at_least=1, at_most=MAX_LORA_RANK)
@@ -199,15 +199,15 @@ class ServiceClient(RefusesTinkerNames):
         display_name: str = "",
         timeout_s: float | None = None,
     ) -> TrainingClient:
-        """Makes a run that begins with the parameters of a saved state; its optimizer starts afresh.
+        """Makes a run that begins with the parameters of a saved state; its optimizer starts anew.
 
         Of a LoRA run's state it makes a LoRA run of the same rank, alpha and layers.
 
         Args:
             path: As save_state returned it.
-            base_model: Must be what the trainer serves; None or "" takes whatever that is.
+            base_model: Must be what the trainer serves; None or "" takes that.
             user_metadata: As in create_training_client.
-            weights_access_token: Must be None: one's own checkpoints are open to one's key, and no others are.
+            weights_access_token: Must be None: a key opens its owner's checkpoints, and no others.
             optimizer: As in create_lora_training_client.
             display_name: Your name for the run; "" takes the client's.
             timeout_s: Longest wait, seconds; None takes the client's.
@@ -248,7 +248,7 @@ class ServiceClient(RefusesTinkerNames):
             load = client.load_state_with_optimizer if with_optimizer else client.load_state
             load(path).result(timeout_s)
         except BaseException:
-            # Nobody will ever hear of this run.
+            # The caller never learns of this run.
             client.delete_run()
             raise
         return client
@@ -265,8 +265,8 @@ class ServiceClient(RefusesTinkerNames):
         """A client of a sampler, waiting until the trainer has loaded it.
 
         Args:
-            model_path: gradwire:// path that save_weights_for_sampler returned, or a snapshot's. One's own.
-            base_model: Without a model_path: must be what the trainer serves; None or "" takes whatever that is.
+            model_path: gradwire:// path that save_weights_for_sampler returned, or a snapshot's; of your own runs.
+            base_model: Without a model_path: must be what the trainer serves; None or "" takes that.
             retry_config: Must be None: calls are tried again until they time out.
             record_stability_info: Must be False: there is no loss that reads it.
             timeout_s: Longest wait, seconds; None takes the client's.
@@ -288,7 +288,7 @@ class ServiceClient(RefusesTinkerNames):
         )
 
     def training_client(self, run_id: str, *, timeout_s: float | None = None) -> TrainingClient:
-        """Takes hold of a run that exists, after a script's restart for example. A client still attached is put off."""
+        """A client of a run that exists, such as after a script's restart. A client still attached loses the run."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         answer = self._connection.call(TrainerServiceStub, "GetRun", GetRunRequest(run_id=run_id), timeout_s=timeout_s)
         return self._client(answer.run, timeout_s)
@@ -296,18 +296,18 @@ class ServiceClient(RefusesTinkerNames):
     def fork_run(
         self, run_id: str, step: int | None = None, *, display_name: str = "", timeout_s: float | None = None
     ) -> TrainingClient:
-        """Makes a run with the state another one had after a step. The other is left as it is, and may go on meanwhile.
+        """Makes a run with the state another one had after a step. The other is unchanged, and may go on meanwhile.
 
         Args:
             run_id: The run to fork.
-            step: Optimizer steps applied in the state wanted; None takes as many as the run has now. Where the run was
-                at that step several times, since it loaded a state, the last time is meant.
+            step: Number of optimizer steps applied in the state to copy; None takes as many as the run has now. If the
+                run was at that step several times, since it loaded a state, the last time is meant.
             display_name: Your name for the new run.
             timeout_s: Longest wait, seconds; None takes the client's.
 
         Raises:
             InvalidArgumentError: The run's journal does not have that step; the message says which it has.
-            FailedPreconditionError: RUN_LOST: the journal, or a snapshot, that far back has been let go.
+            FailedPreconditionError: RUN_LOST: the journal, or a snapshot, that far back has been removed.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         request = ForkRunRequest(run_id=run_id, step=step, request_id=uuid.uuid4().hex, display_name=display_name)
@@ -315,10 +315,10 @@ class ServiceClient(RefusesTinkerNames):
         return self._client(answer.run, timeout_s)
 
     def replay_run(self, run_id: str, *, timeout_s: float | None = None) -> ReplayReport:
-        """Executes a run's journal again, aside, and compares every answer with the one it got.
+        """Executes a run's journal again in a copy, and compares every answer with the recorded one.
 
-        On one CPU setup a run replays bit for bit; on other devices, and after a change of software, it may not. While
-        it lasts, a copy of the run is on the worker.
+        On one CPU setup a run replays bit for bit; on other devices, and after a change of software, it may not. The
+        copy is on the worker until the call returns.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         found = self._connection.call(
@@ -364,8 +364,8 @@ class ServiceClient(RefusesTinkerNames):
         """Closes the connection, and the training clients made from it.
 
         Args:
-            status: How the loop ended, which users of tinker say; it is logged here, and nowhere else.
-            detail: More of that.
+            status: How the loop ended, as users of tinker say it; it is logged here, and nowhere else.
+            detail: Logged with the status.
 
         Returns:
             A future that is done.

@@ -89,7 +89,7 @@ class TrainingClient(SavingCalls, RefusesTinkerNames):
             loss_fn_config: The loss's settings.
 
         Returns:
-            Future of the output: loss_fn_outputs[i]["logprobs"] of data[i], float32, natural log, shaped as its
+            Future of the output: `loss_fn_outputs[i]["logprobs"]` of `data[i]`, float32, natural log, shaped as its
             targets, [N], or [N, K] of soft ones; metrics "loss:sum" (nats) and others where a loss was evaluated.
 
         Raises:
@@ -145,7 +145,7 @@ class TrainingClient(SavingCalls, RefusesTinkerNames):
             Future of the output, whose metrics are those `loss_fn` returned and "loss:sum", the loss.
 
         Raises:
-            InvalidArgumentError: As forward, or another loss_type_input.
+            InvalidArgumentError: As forward; also an unknown loss_type_input.
         """
         if loss_type_input not in (None, "logprobs"):
             raise invalid_field("loss_type_input", f'is {loss_type_input!r}; it must be "logprobs".')
@@ -167,15 +167,15 @@ class TrainingClient(SavingCalls, RefusesTinkerNames):
 
         Args:
             optim_params: AdamParams, ours or tinker's; None takes the defaults.
-            adam_params: The same under its older name; one of the two.
+            adam_params: The older name of optim_params; give one of them.
             grad_accumulation_normalization: What gradients are divided by before clipping.
 
         Returns:
-            Future of the step's number and metrics; "grad_norm:mean" is the global L2 norm before clipping.
+            Future of the number of steps applied, and metrics; "grad_norm:mean" is the global L2 norm before clipping.
 
         Raises:
-            InvalidArgumentError: No such normalization, both names, hyperparameters of another optimizer, or one that
-                AdamParams does not take.
+            InvalidArgumentError: The normalization is unknown, both names are given, or the hyperparameters are another
+                optimizer's or out of range.
         """
         if adam_params is not None:
             refuse_given("it is optim_params under its older name; give one of them.", optim_params=optim_params)
@@ -209,8 +209,8 @@ class TrainingClient(SavingCalls, RefusesTinkerNames):
         """A client of a new run with the state this one had after a step; see ServiceClient.fork_run.
 
         Args:
-            step: Optimizer steps applied in the state wanted; None takes as many as are applied now, calls that were
-                not answered yet left out.
+            step: Number of optimizer steps applied in the state to copy; None takes as many as are applied now, without
+                calls that are not answered yet.
             display_name: Your name for the new run.
             timeout_s: Longest wait, seconds.
         """
@@ -244,7 +244,7 @@ class TrainingClient(SavingCalls, RefusesTinkerNames):
         )
 
     def get_tokenizer(self) -> Any:
-        """The base model's tokenizer, which the trainer hands out; see tokenizer_client.load_tokenizer."""
+        """The base model's tokenizer, fetched from the trainer and loaded with transformers."""
         return load_tokenizer(self._connection)
 
     def delete_run(self, *, timeout_s: float = 60.0) -> None:
@@ -255,8 +255,8 @@ class TrainingClient(SavingCalls, RefusesTinkerNames):
         )
 
     def close(self) -> None:
-        """Leaves the run, which stays on the trainer. Futures not answered yet fail; those of a client that is only
-        forgotten do not."""
+        """Leaves the run, which stays on the trainer. Futures that are not answered yet fail; those of a client that is
+        garbage-collected without `close` complete."""
         if self._finalizer.detach() is not None and not LOOP.lost:
             self._losses.stop()
             LOOP.call_soon(self._stream.close)
@@ -269,7 +269,7 @@ class TrainingClient(SavingCalls, RefusesTinkerNames):
         )
 
     def result(self, timeout: float | None = None) -> "TrainingClient":
-        """This client: what made it has waited for it already. For loops that wait for it as for a future."""
+        """Returns this client, which is ready: for loops that wait for it as for a future."""
         return self
 
     async def result_async(self, timeout: float | None = None) -> "TrainingClient":

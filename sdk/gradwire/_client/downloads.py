@@ -1,4 +1,4 @@
-"""Fetches checkpoints from a trainer: file by file, from where it was cut off, with digests compared."""
+"""Fetches checkpoints from a trainer: file by file, resuming where a download stopped, with digests compared."""
 
 import asyncio
 import errno
@@ -49,7 +49,7 @@ def get_checkpoint(connection: Connection, path: str, *, timeout_s: float = 60.0
 
 
 def download(connection: Connection, path: str, folder: Path, progress: Progress = lambda *_: None) -> Checkpoint:
-    """Fetches a checkpoint's files into a folder. What is there already, whole or in part, is not fetched again.
+    """Fetches a checkpoint's files into a folder. What is already there, whole or in part, is not fetched again.
 
     Args:
         connection: To the trainer.

@@ -11,7 +11,7 @@ from gradwire.v1.trainer_service_pb2 import TrainRequest, TrainResponse
 
 
 class Gather:
-    """Collects the answers of one call's operations into one future. On the loop's thread after `operation`."""
+    """Collects the answers of one call's operations into one future. Used on the loop's thread, but for `operation`."""
 
     def __init__(self, count: int, combine: Callable[[list[TrainResponse]], Any]) -> None:
         self.future: ConcurrentFuture[Any] = ConcurrentFuture()
@@ -23,7 +23,7 @@ class Gather:
         self._combine = combine
 
     def operation(self, request: TrainRequest | Parts) -> OutgoingOperation:
-        """The next operation of the call, encoded where it is large; its answer takes the same place among the
+        """Adds the next operation of the call, encoded where it is large; its answer takes the same place among the
         answers."""
         place = next(self._places)
 

@@ -18,7 +18,7 @@ from gradwire.v1.trainer_service_pb2 import TrainRequest, TrainResponse
 
 @dataclass(eq=False)
 class OutgoingOperation:
-    """One message up and what to do with its answer."""
+    """One message to the trainer, and what to do with its answer."""
 
     request: TrainRequest
     """All of it but `content`; gets its seq_id when it is sent."""
@@ -40,7 +40,7 @@ class OutgoingOperation:
 
 @dataclass(eq=False)
 class Call:
-    """What one call of the user's sends."""
+    """The operations that one call of the user sends."""
 
     operations: deque[OutgoingOperation]
     barrier: bool = False
@@ -81,7 +81,7 @@ class CallOrder:
         return not (self._first or self._line or self._open)
 
     def next(self) -> OutgoingOperation | None:
-        """The operation to send now, or None while there is nothing that may go."""
+        """The operation to send now; None while nothing may be sent."""
         if self._first:
             return self._first.popleft()
         if not self._line:
@@ -97,7 +97,7 @@ class CallOrder:
         return operation
 
     def drain(self) -> list[OutgoingOperation]:
-        """Takes out everything, when the run's stream is over."""
+        """Removes and returns everything, when the run's stream is over."""
         left = [*self._first, *(operation for call in self._line for operation in call.operations)]
         self._first.clear()
         self._line.clear()

@@ -1,7 +1,7 @@
-"""For loops written for tinker: names that mean something else here, and those that there are not, with the reason.
+"""For loops written for tinker: names that mean something else here, and names that do not exist, with the reason.
 
-What such a loop uses is there under tinker's name, in the class where tinker has it; after its import is changed it
-runs. tests/unit/test_tinker_names.py has the whole list.
+What such a loop uses has tinker's name, in the class where tinker has it; the loop runs once its import is changed.
+tests/unit/test_tinker_names.py has the whole list.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ InternalServerError = errors.InternalError
 NotFoundError = errors.NotFoundError
 RateLimitError = errors.ResourceExhaustedError
 
-NO_ACCESS_TOKENS = "one's own checkpoints are open to one's key, and no others are."
+NO_ACCESS_TOKENS = "a key opens its owner's checkpoints, and no others."
 """Why weights_access_token is refused."""
 
 _CONSOLE = "there is no console; the trainer's log and its Prometheus endpoint tell what it does."
@@ -102,8 +102,8 @@ REFUSED: dict[str, dict[str, str]] = {
         "whoami": "the trainer's owner knows keys by name; see --api-key-file.",
     },
 }
-"""By class, or package: what tinker has and we have not, and why, or what does it here. An …_async twin goes with its
-call."""
+"""By class, or package: what tinker has and Gradwire does not, and why, or what to use instead. An …_async twin goes
+with its call."""
 
 
 def missing(where: str, name: str, owner: object) -> AttributeError:

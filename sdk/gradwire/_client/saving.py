@@ -43,7 +43,7 @@ class SavingCalls:
         Args:
             name: Letters, digits, '.', '_' and '-'.
             ttl_seconds: When it may be deleted, seconds from now; None keeps it.
-            user_metadata: Your own words about it, texts by name, listed with it; see get_server_info().limits.
+            user_metadata: Your notes on it, texts by name, listed with it; see get_server_info().limits.
             merged: Of a LoRA run: a Hugging Face folder with the adapter added into the base model's weights.
             overwrite: Replace a checkpoint of that name; otherwise a taken name is refused (AlreadyExistsError).
             dtype: What a Hugging Face folder's parameters are written in, as a name or torch's own: "float32", as they
@@ -69,21 +69,21 @@ class SavingCalls:
         record_stability_info: bool = False,
         kind: Literal["snapshot"] = "snapshot",
     ) -> SamplingClient:
-        """A sampler of the parameters as they are at this place in the run's order; they are frozen in the trainer's
-        memory, and copied only once training changes them.
+        """Freezes the parameters as they are at this place in the run's order, and returns a client that samples from
+        them. They stay in the trainer's memory, and are copied only once training changes them.
 
-        Returns at once: calls of the client wait for the snapshot, and `.result()` of it does too. A run has four
-        snapshots at most (get_server_info().limits.max_snapshots); beyond, the one unused longest goes. A snapshot goes
-        with its run, with its worker, and with this client of it.
+        Returns at once: the client's calls, and its `.result()`, wait for the snapshot. A run has a few snapshots at
+        most (get_server_info().limits.max_snapshots); a further one replaces the least recently used. A snapshot ends
+        with its run, with its worker, and with this client.
 
         Args:
-            name: Without meaning; users of tinker pass one.
+            name: Has no effect; users of tinker pass one.
             retry_config: Must be None: calls are tried again until they time out.
             record_stability_info: Must be False: there is no loss that reads it.
             kind: "snapshot": make a new client after training to sample from newer parameters.
 
         Raises:
-            InvalidArgumentError: An argument of tinker's that means nothing here.
+            InvalidArgumentError: An argument of tinker's that has no meaning here.
         """
         refuse_given(RETRIES_ITSELF, retry_config=retry_config)
         refuse_given(NO_STABILITY_INFO, record_stability_info=record_stability_info)
@@ -109,15 +109,15 @@ class SavingCalls:
         """As save_weights_for_sampler, but waits.
 
         Args:
-            name: As there.
+            name: As in save_weights_for_sampler.
             checkpoint_type: "base", all parameters; "delta", only what changed since this run's newest base, without
-                loss, smaller, and loadable as long as that base is there.
-            overwrite: As there.
-            merged: As there.
-            dtype: As there.
-            ttl_seconds: As there.
-            user_metadata: As there.
-            timeout_s: Longest wait, seconds; None waits until it is done or given up.
+                loss, smaller, and loadable as long as that base exists.
+            overwrite: As in save_weights_for_sampler.
+            merged: As in save_weights_for_sampler.
+            dtype: As in save_weights_for_sampler.
+            ttl_seconds: As in save_weights_for_sampler.
+            user_metadata: As in save_weights_for_sampler.
+            timeout_s: Longest wait, seconds; None waits until the save succeeds or fails.
 
         Raises:
             FailedPreconditionError: DELTA_BASE_UNUSABLE: no base was saved, or it is not as it was saved.

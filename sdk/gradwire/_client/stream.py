@@ -57,7 +57,7 @@ class RunStream:
 
     Args:
         connection: To the run's trainer.
-        run_id: The run.
+        run_id: The run to attach to.
         limits: What the trainer announced.
         reconnect_timeout_s: How long a lost connection is tried again before every waiting operation fails.
     """

@@ -28,10 +28,10 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def say(text: str, *, out: TextIO | None = None) -> None:
-    """A line, whoever wrote its words. Everything printed goes through here, but a bar that moves.
+    """Prints a line, whoever wrote its words. All output but a moving progress bar goes through here.
 
     Args:
-        text: It.
+        text: The line.
         out: Where to; None is standard output.
     """
     print(printable(text).rstrip(), file=out, flush=out is not None)
@@ -41,7 +41,7 @@ def say(text: str, *, out: TextIO | None = None) -> None:
 
 
 def print_json(found: Any) -> None:
-    """For programs. All that is not ASCII is escaped, and so is what a terminal would obey."""
+    """Prints JSON for programs. Everything but printable ASCII is escaped."""
     print(json.dumps(found, indent=2).replace("\x7f", "\\u007f"))
 
 
@@ -54,7 +54,7 @@ def print_table(rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
 
 
 def print_message(message: Any) -> None:
-    """A message's fields for people; those that say nothing are left out."""
+    """Prints a message's fields for people; empty ones are left out."""
     rows: list[tuple[str, str]] = []
     lists: list[tuple[str, list[dict[str, Any]]]] = []
     for name, value in as_json(message).items():
@@ -178,7 +178,7 @@ class ProgressBar:
                 self._update(file, done_bytes, size_bytes)
 
     def close(self) -> None:
-        """Nothing is shown from here on. The line of a bar that has not come to its end is ended."""
+        """Shows nothing from here on, and ends the line of a bar that is not full."""
         with self._lock, contextlib.suppress(OSError):
             self._closed = True
             if self._half_drawn:

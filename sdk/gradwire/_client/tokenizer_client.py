@@ -59,7 +59,7 @@ def load_tokenizer(connection: Connection) -> Any:
 
 
 def fetch_tokenizer(connection: Connection) -> Path:
-    """The folder with the tokenizer's files, brought here unless it is here. Raises as load_tokenizer."""
+    """The folder with the tokenizer's files, fetched unless it is already here. Raises as load_tokenizer."""
     answer = connection.call(TrainerServiceStub, "GetTokenizer", GetTokenizerRequest(), timeout_s=_TIMEOUT_S)
     files = list(answer.files)
     _check(files)

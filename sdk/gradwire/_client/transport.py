@@ -158,7 +158,7 @@ class Connection:
 
         Raises:
             GradwireError: The server's error, or UnavailableError: the time is up, nobody has listened for
-                connect_timeout_s, or TLS does not come about.
+                connect_timeout_s, or the TLS handshake fails.
         """
         deadline = time.monotonic() + timeout_s
         connect_deadline = time.monotonic() + min(timeout_s, self._connect_timeout_s)

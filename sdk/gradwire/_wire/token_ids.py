@@ -13,7 +13,7 @@ def token_ids_of(tokens: Any, where: str) -> Any:
     template (BatchEncoding, a dict with "input_ids", tokenizers.Encoding), and a batch [1, N] of one sequence.
 
     Args:
-        tokens: It.
+        tokens: The value to read.
         where: What the caller calls it, for the error.
 
     Returns:

@@ -52,7 +52,7 @@ def printable(text: str, *, lines: bool = False) -> str:
     Python writes it: "\\x1b[2J".
 
     Args:
-        text: It.
+        text: The text to show.
         lines: Leave newlines as they are.
     """
     return "".join(

@@ -26,7 +26,7 @@ def to_array(values: Any) -> npt.NDArray[Any]:
     """
     if isinstance(values, Mapping):
         keys = ", ".join(sorted(map(str, values))[:8]) or "nothing"
-        raise ValueError(f"a {type(values).__name__} of {keys} is no array; pass one of them.")
+        raise ValueError(f"a {type(values).__name__} of {keys} is not an array; pass one of them.")
     if isinstance(values, np.ndarray):
         return np.ascontiguousarray(values)
     if hasattr(values, "to_numpy"):
@@ -51,7 +51,7 @@ class TensorData:
         shape: Sizes of the dims; None keeps the shape of `data`.
 
     Raises:
-        InvalidArgumentError: `data` are no numbers, ragged, or not what the dtype holds; they do not fill the shape.
+        InvalidArgumentError: `data` is not numeric, ragged, not what the dtype holds, or does not fill the shape.
     """
 
     __slots__ = ("_array",)
@@ -135,6 +135,7 @@ class EncodedTextChunk:
     """A piece of a ModelInput: token ids."""
 
     tokens: Sequence[int]
+    """Token ids, [N]."""
 
     @property
     def length(self) -> int:
@@ -156,7 +157,7 @@ class ModelInput:
 
     @classmethod
     def from_ints(cls, tokens: Any) -> "ModelInput":
-        """From token ids.
+        """A ModelInput of token ids.
 
         Args:
             tokens: Integers [N], or [1, N]: a list, numpy array or torch tensor; or what a tokenizer or chat template
@@ -171,24 +172,24 @@ class ModelInput:
 
     @classmethod
     def empty(cls) -> "ModelInput":
-        """Of no tokens, to append to."""
+        """A ModelInput without tokens, to append to."""
         return cls()
 
     def append(self, chunk: Any) -> "ModelInput":
-        """A new one with a chunk's tokens behind its own; itself it stays as it is.
+        """A new ModelInput with a chunk's tokens after its own; this one is unchanged.
 
         Args:
             chunk: EncodedTextChunk, or anything with `.tokens`.
 
         Raises:
-            ValueError: It has no tokens (an image, say), or ids that are not integers.
+            ValueError: The chunk has no tokens (an image, for example), or ids that are not integers.
         """
         made = ModelInput()
         made._tokens = np.concatenate([self._tokens, model_input_tokens([chunk], "chunk")])
         return made
 
     def append_int(self, token: int) -> "ModelInput":
-        """A new one with a token behind its own."""
+        """A new ModelInput with a token after its own."""
         return self.append(EncodedTextChunk([token]))
 
     @property
@@ -232,7 +233,7 @@ def model_input_tokens(model_input: Any, where: str) -> npt.NDArray[np.int64]:
         int64 [N].
 
     Raises:
-        ValueError: A chunk has no tokens (an image, say), or ids are not integers.
+        ValueError: A chunk has no tokens (an image, for example), or ids are not integers.
     """
     if isinstance(model_input, ModelInput):
         return model_input.to_numpy()
@@ -258,7 +259,7 @@ class Datum:
             Lists, numpy arrays and torch tensors become TensorData.
 
     Raises:
-        InvalidArgumentError: loss_fn_inputs is no mapping, or one of them no tensor; names it.
+        InvalidArgumentError: loss_fn_inputs is not a mapping, or a value is not a tensor; names it.
     """
 
     model_input: Any
@@ -275,7 +276,7 @@ def check_loss_fn_inputs(where: str, inputs: Any) -> Mapping[str, Any]:
     """Loss inputs by name.
 
     Raises:
-        InvalidArgumentError: INVALID_FIELD: they are no mapping, or a name is no text.
+        InvalidArgumentError: INVALID_FIELD: they are not a mapping, or a name is not a string.
     """
     if not isinstance(inputs, Mapping):
         raise invalid_field(where, f"is a {type(inputs).__name__}; it must be a dict of per-token inputs by name.")

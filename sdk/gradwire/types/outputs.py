@@ -18,11 +18,11 @@ class Timing:
     """Where one call's time went, summed over its operations, milliseconds."""
 
     queue_ms: float = 0.0
-    """Waiting for its turn on the trainer."""
+    """Time waiting for its turn on the trainer."""
     execute_ms: float = 0.0
-    """On the device."""
+    """Time on the device."""
     transfer_ms: float = 0.0
-    """Between trainer and worker."""
+    """Time moving between trainer and worker."""
 
 
 class LossFnOutputs(Sequence[dict[str, TensorData]]):
@@ -74,7 +74,7 @@ class LossFnOutputs(Sequence[dict[str, TensorData]]):
 
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
-    """What forward, forward_backward and forward_backward_custom found.
+    """Result of forward, forward_backward and forward_backward_custom.
 
     Attributes:
         loss_fn_outputs: One dict a datum, in the order given; "logprobs" (float32, natural log, shaped as the targets)
@@ -91,7 +91,7 @@ class ForwardBackwardOutput:
 
 @dataclass(frozen=True)
 class OptimStepResponse:
-    """What optim_step did.
+    """Result of optim_step.
 
     Attributes:
         step: Number of steps applied to the run, this one included.

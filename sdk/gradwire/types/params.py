@@ -16,7 +16,7 @@ class AdamParams:
     """Hyperparameters of one optim_step, as torch.optim.AdamW takes them; each a number that float32 holds.
 
     Raises:
-        InvalidArgumentError: One is no number, or out of range.
+        InvalidArgumentError: One is not a number, or out of range.
     """
 
     learning_rate: float = 1e-4
@@ -52,9 +52,9 @@ class LoraConfig:
     """
 
     rank: int = 32
-    """Of the adapter's matrices."""
+    """Rank of the adapter's matrices."""
     seed: int | None = None
-    """Of its first matrices; None is 0."""
+    """Seed of the adapter's first matrices; None is 0."""
     train_unembed: bool = True
     """Adapt the head, the layer that makes logits."""
     train_mlp: bool = True
@@ -75,15 +75,15 @@ class SamplingParams:
     """How tokens are chosen: first temperature, then top_k, then top_p."""
 
     max_tokens: int | None = None
-    """At most so many tokens a sample; None for as many as the context has room for."""
+    """Most tokens in a sample; None takes as many as fit the context."""
     seed: int | None = None
-    """Equal seeds choose equally, whatever else the trainer does; None takes a new one each time."""
+    """The same seed makes the same choices, whatever else the trainer does; None takes a new one each time."""
     stop: str | Sequence[str] | Sequence[int] | None = None
     """Texts, or token ids, that end a sample and are part of it. None: the model's own end-of-sequence tokens; given,
     those no longer count, and an empty list stops at nothing."""
     temperature: float = 1.0
     """Logits are divided by it; 0 takes the likeliest token."""
     top_k: int = -1
-    """Only the so many likeliest tokens are chosen from; -1 or 0 is off."""
+    """Tokens are chosen among this many likeliest ones; -1 or 0 is off."""
     top_p: float = 1.0
-    """Only the fewest likeliest tokens whose probabilities reach this sum are chosen from; 1 is off."""
+    """Tokens are chosen among the fewest likeliest ones whose probabilities reach this sum; 1 is off."""

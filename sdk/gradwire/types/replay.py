@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ReplayDifference:
-    """The first answer of a replayed run that did not come out as it did."""
+    """The first answer of a replayed run that differs from the recorded one."""
 
     seq_id: int
-    """The operation."""
+    """seq_id of the operation."""
     kind: str
     """Its kind, such as "optim_step"."""
     step: int
@@ -21,13 +21,13 @@ class ReplayDifference:
 
 @dataclass(frozen=True)
 class ReplayReport:
-    """What replaying a run's journal found."""
+    """Result of replaying a run's journal."""
 
     after_seq_id: int
-    """The replay began behind this operation; 0: at the base model, or where a forked run began."""
+    """The replay began after this operation; 0: at the base model, or where a forked run began."""
     compared: int
     """Operations whose answers were compared."""
     not_compared: int
-    """Operations that failed the first time, or that only save: not executed again."""
+    """Operations not executed again: they failed the first time, or only save."""
     difference: ReplayDifference | None
-    """None: every answer came out as it did."""
+    """The first answer that differs; None: every answer is as recorded."""

@@ -17,7 +17,7 @@ class SampledSequence:
         tokens: Token ids, the one that stopped it included.
         logprobs: Of each token, natural log, in the model's own distribution: before temperature, top_k and top_p.
         stop_reason: "stop" for a stop token or text, "length" for max_tokens or a full context.
-        sequence_id: Tells this sample from every other one; the trainer does not know it.
+        sequence_id: Unique identifier of the sample, made by the SDK.
     """
 
     tokens: list[int]
@@ -38,13 +38,13 @@ class SampledSequence:
 
 @dataclass(frozen=True)
 class SampleResponse:
-    """What SamplingClient.sample found.
+    """Result of SamplingClient.sample.
 
     Attributes:
-        sequences: The samples.
-        prompt_logprobs: Of the prompt's tokens, None for the first; None where they were not asked for.
-        topk_prompt_logprobs: At each place of the prompt the likeliest (token, logprob) pairs in falling order, None
-            for the first place; None where they were not asked for.
+        sequences: One entry a sample.
+        prompt_logprobs: Logprobs of the prompt's tokens, None for the first; None if not asked for.
+        topk_prompt_logprobs: At each position of the prompt the likeliest (token, logprob) pairs in falling order, None
+            for the first position; None if not asked for.
         prompt_cache_hit_tokens: Always 0: a prompt is computed once for all its samples, and nothing is billed.
     """
 
@@ -66,8 +66,8 @@ class SampledToken:
     """One token of SamplingClient.stream.
 
     Attributes:
-        sample: Which sample, from 0.
-        token: Its id.
+        sample: Index of the sample, from 0.
+        token: Token id.
         logprob: As in SampledSequence.
         stop_reason: With a sample's last token, as in SampledSequence; before it None.
     """

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SaveWeightsResult:
-    """Where exported parameters are.
+    """Location of exported parameters.
 
     Attributes:
         path: gradwire://<run_id>/sampler_weights/<name>
         snapshot_name: The name under which it was saved.
-        uri: The same place on the trainer's host: file:///…
+        uri: The same location on the trainer's host: file:///…
         size_bytes: Size of all files.
     """
 
@@ -21,10 +21,10 @@ class SaveWeightsResult:
 
 
 class SavedState(str):
-    """Where a resumable state is: its path, gradwire://<run_id>/state/<name>, as text that load_state takes.
+    """Path of a resumable state, gradwire://<run_id>/state/<name>: a str that load_state takes.
 
     Attributes:
-        path: The same, for whoever knows it from save_weights_for_sampler's result.
+        path: The same string, as save_weights_for_sampler's result has one.
     """
 
     __slots__ = ()
