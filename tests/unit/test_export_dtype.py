@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 from tests.engines import RUN, forward_backward, make_engine
 from tests.loras import ALL, BODY, lora_engine, randomize
 from tests.tiny import make_tiny_llama
-from trainer_service.checkpoint_path import CheckpointPath
 from trainer_service.checkpoints import manifests
 from trainer_service.checkpoints.catalog import Checkpoint
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.export import stored_dtype
 from trainer_service.engine.storage.deltas import whole_weights
 from trainer_service.engine.worker.commands import Commands
+from trainer_service.paths import CheckpointPath
 from trainer_service.rpc.checkpoint_servicer import _message
 
 WEIGHTS = "model.safetensors"

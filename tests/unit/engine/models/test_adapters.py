@@ -18,7 +18,7 @@ from tests.engines import BATCH, CROSS_ENTROPY, make_batch
 from tests.loras import ALL, BODY, adapter, lora_engine, plain_peft, randomize
 from tests.numerics.plain import load_plain, plain_logprobs, random_sequences, to_batch
 from tests.tiny import VOCAB_SIZE, make_tiny_llama
-from trainer_service.adapter_path import adapter_folder, adapter_rank
+from trainer_service.adapter_folders import adapter_folder, adapter_rank
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.worker.commands import _lora_settings
