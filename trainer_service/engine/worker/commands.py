@@ -246,11 +246,10 @@ class Commands:
             raise invalid_field("loss_fn_config", "is set without loss_fn; name the loss it configures.")
         loss = find_loss(request.loss_fn) if request.loss_fn else None
         batch = self._checked_batch(request, loss)
-        config, keep_graph = dict(request.loss_fn_config), request.keep_graph
-        staged = self._engine.stage(batch, loss)
+        staged, keep_graph = self._engine.stage(batch, loss, dict(request.loss_fn_config)), request.keep_graph
 
         def work() -> Message:
-            found = self._engine.forward(run_id, seq_id, staged, keep_graph=keep_graph, loss=loss, config=config)
+            found = self._engine.forward(run_id, seq_id, staged, keep_graph=keep_graph)
             return ops.ForwardResponse(**_encoded(found, batch))
 
         return work
@@ -258,11 +257,10 @@ class Commands:
     def _forward_backward(self, run_id: str, seq_id: int, request: ops.ForwardBackwardRequest) -> Work:
         loss = find_loss(request.loss_fn)
         batch = self._checked_batch(request, loss)
-        config = dict(request.loss_fn_config)
-        staged = self._engine.stage(batch, loss)
+        staged = self._engine.stage(batch, loss, dict(request.loss_fn_config))
 
         def work() -> Message:
-            found = self._engine.forward_backward(run_id, seq_id, staged, loss, config)
+            found = self._engine.forward_backward(run_id, seq_id, staged)
             return ops.ForwardBackwardResponse(**_encoded(found, batch))
 
         return work

@@ -32,7 +32,7 @@ STEP = AdamParams(learning_rate=1e-2)
 
 
 def found(engine: Engine, run_id: str = "lora") -> np.ndarray:
-    return engine.forward(run_id, 90, to_batch(SEQUENCES)).logprobs_TK
+    return engine.forward(run_id, 90, engine.stage(to_batch(SEQUENCES))).logprobs_TK
 
 
 def plain_found(model: Any) -> np.ndarray:
@@ -45,7 +45,7 @@ def close(left: np.ndarray, right: np.ndarray) -> None:
 
 def train(engine: Engine, run_id: str, seeds: range) -> None:
     for seed in seeds:
-        engine.forward_backward(run_id, 2 * seed, make_batch(5, 9, seed=seed), CROSS_ENTROPY)
+        engine.forward_backward(run_id, 2 * seed, engine.stage(make_batch(5, 9, seed=seed), CROSS_ENTROPY))
         engine.optim_step(run_id, 2 * seed + 1, STEP)
 
 
@@ -429,7 +429,7 @@ def test_a_state_of_another_rank_or_of_a_full_run_is_refused(tiny_llama: Path, t
 def test_a_merged_full_run_is_the_run_itself(tiny_llama: Path, tmp_path: Path) -> None:
     engine = lora_engine(tiny_llama, tmp_path)
     engine.create_run("full")
-    engine.forward_backward("full", 1, BATCH, CROSS_ENTROPY)
+    engine.forward_backward("full", 1, engine.stage(BATCH, CROSS_ENTROPY))
     engine.save_weights_for_sampler("full", "a", merged=True)
     close(plain_found(load_plain(tmp_path / "full" / "sampler_weights" / "a")), found(engine, "full"))
 
@@ -454,7 +454,7 @@ def test_a_learning_rate_moves_an_adapter_of_a_bfloat16_model_by_just_that(tmp_p
     model.to(torch.bfloat16).save_pretrained(folder)
     engine = lora_engine(folder, tmp_path / "checkpoints", lora=ALL)
     before = {name: parameter.detach().clone() for name, parameter in adapter(engine, "lora").items()}
-    engine.forward_backward("lora", 1, make_batch(5, 9), CROSS_ENTROPY)
+    engine.forward_backward("lora", 1, engine.stage(make_batch(5, 9), CROSS_ENTROPY))
     engine.optim_step("lora", 2, AdamParams(learning_rate=1e-3))
     run = engine.run_state("lora")
     moved = 0
