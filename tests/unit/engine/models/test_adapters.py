@@ -21,7 +21,7 @@ from tests.tiny import VOCAB_SIZE, make_tiny_llama
 from trainer_service.adapter_folders import adapter_folder, adapter_rank
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.lora import LoraSettings
-from trainer_service.engine.worker.commands import _lora_settings
+from trainer_service.engine.worker.run_life import lora_settings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -382,15 +382,15 @@ def test_settings_out_of_range_are_named(engine: Engine, settings: LoraSettings,
 )
 def test_settings_that_would_have_no_effect_are_refused(request_: CreateRunRequest, field: str) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
-        _lora_settings(request_)
+        lora_settings(request_)
     assert caught.value.field_violations[0][0] == field
 
 
 def test_defaults_are_those_that_the_protocol_names() -> None:
-    assert _lora_settings(CreateRunRequest()) is None
-    assert _lora_settings(CreateRunRequest(lora_rank=8)) == LoraSettings(8, 32.0, 0, True, True, True)
+    assert lora_settings(CreateRunRequest()) is None
+    assert lora_settings(CreateRunRequest(lora_rank=8)) == LoraSettings(8, 32.0, 0, True, True, True)
     given = CreateRunRequest(lora_rank=8, lora_alpha=4, seed=3, train_mlp=False, train_attn=True, train_unembed=False)
-    assert _lora_settings(given) == LoraSettings(8, 4.0, 3, False, True, False)
+    assert lora_settings(given) == LoraSettings(8, 4.0, 3, False, True, False)
 
 
 # ── resumable state ───────────────────────────────────────────────────────────────────────────────────────────────────
