@@ -57,7 +57,7 @@ class Runs:
 
     def step(self, run_id: str) -> None:
         """One whole step."""
-        self.engine.forward_backward(run_id, 1, self._batch, CROSS_ENTROPY)
+        self.engine.forward_backward(run_id, 1, self.engine.stage(self._batch, CROSS_ENTROPY))
         self.engine.optim_step(run_id, 2, ADAM)
 
     def optimizer_bytes(self, run_id: str) -> int:

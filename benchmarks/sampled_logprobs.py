@@ -49,7 +49,7 @@ def mismatch(
         made = [(job.request.prompt, sample) for job in jobs for sample in job.samples]
         sequences = [prompt + sample.tokens for prompt, sample in made]
         data = [datum_from_tokens_weights(tokens, np.ones(len(tokens))) for tokens in sequences]
-        answer = engine.forward("run", 1, batch_from_data(data))
+        answer = engine.forward("run", 1, engine.stage(batch_from_data(data)))
     rows = np.split(answer.logprobs_TK, answer.cu_seqlens[1:-1])
     differences = np.concatenate(
         [

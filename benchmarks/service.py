@@ -79,7 +79,7 @@ class InProcess:
     def forward_backward(self, data: list[Datum]) -> None:
         """Gradients, added to those there are."""
         self._seq_id += 1
-        self.engine.forward_backward("run", self._seq_id, batch_from_data(data), self._loss)
+        self.engine.forward_backward("run", self._seq_id, self.engine.stage(batch_from_data(data), self._loss))
 
     def step(self, data: list[Datum]) -> None:
         """Data in, step done."""

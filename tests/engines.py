@@ -50,4 +50,4 @@ BATCH = make_batch(5, 9, 3)
 
 def forward_backward(engine: Engine, seq_id: int = 1, batch: Batch = BATCH, run_id: str = RUN) -> ForwardResult:
     """forward_backward with cross_entropy."""
-    return engine.forward_backward(run_id, seq_id, batch, CROSS_ENTROPY)
+    return engine.forward_backward(run_id, seq_id, engine.stage(batch, CROSS_ENTROPY))

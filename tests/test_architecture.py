@@ -13,17 +13,16 @@ SDK = ROOT / "sdk" / "gradwire"
 
 GROUND = {
     "access",
-    "adapter_path",
-    "checkpoint_path",
+    "adapter_folders",
     "config",
     "descriptors",
     "executing",
     "folders",
     "metrics_server",
     "observability",
+    "paths",
     "processes",
     "request_limits",
-    "sampler_path",
     "user_metadata",
 }
 """Imported by all; import only each other."""

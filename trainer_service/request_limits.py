@@ -15,6 +15,8 @@ from gradwire.errors import GradwireError, error, invalid_field
 
 from trainer_service.config import Limits
 
+MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
+"""Longest time that a checkpoint can be kept for, short of for ever."""
 _NAME = "max_name_bytes"
 
 LIMIT_OF: Mapping[str, str] = {
@@ -181,6 +183,16 @@ def prompt_too_long(got: int, limit: int) -> GradwireError:
         limit=limit,
         got=got,
     )
+
+
+def check_ttl_seconds(ttl_seconds: int | None) -> None:
+    """Refuses a time to keep a checkpoint that is out of range; None keeps it for ever.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD.
+    """
+    if ttl_seconds is not None and not 0 < ttl_seconds <= MAX_TTL_SECONDS:
+        raise invalid_field("ttl_seconds", f"is {ttl_seconds}; it must be 1 to {MAX_TTL_SECONDS} (ten years).")
 
 
 def _refusal(where: str, limit_name: str, got: int, unit: str, limits: Limits) -> GradwireError:

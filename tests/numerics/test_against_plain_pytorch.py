@@ -62,7 +62,7 @@ def coupled_loss(logprobs: list[torch.Tensor]) -> torch.Tensor:
 
 def custom_backward(engine: Engine, batch: Batch, seq_id: int) -> tuple[float, np.ndarray]:
     """What forward_backward_custom does, without the wire."""
-    found = engine.forward(RUN, seq_id, batch, keep_graph=True)
+    found = engine.forward(RUN, seq_id, engine.stage(batch), keep_graph=True)
     gradients, loss, _ = run_custom_loss(
         lambda _, logprobs: (coupled_loss(logprobs), {}),
         [None] * batch.num_sequences,
@@ -87,7 +87,7 @@ def check_cross_entropy(found: ForwardResult, sequences: list[PlainSequence]) ->
 
 
 def test_built_in_loss_equals_plain_pytorch(engine: Engine, case: ModelCase, sequences: list[PlainSequence]) -> None:
-    found = engine.forward_backward(RUN, 1, to_batch(sequences), CROSS_ENTROPY)
+    found = engine.forward_backward(RUN, 1, engine.stage(to_batch(sequences), CROSS_ENTROPY))
     wanted = reference(case, "built_in")
     wanted.check_logprobs(found.logprobs_TK)
     wanted.check_gradients(engine.live_model(RUN).named_parameters())
@@ -99,7 +99,9 @@ def test_accumulation_over_three_calls_equals_one_call(
 ) -> None:
     for number, (start, stop) in enumerate(((0, 1), (1, 3), (3, 4)), 1):
         piece = to_batch(sequences).sequences(start, stop)
-        check_cross_entropy(engine.forward_backward(RUN, number, piece, CROSS_ENTROPY), sequences[start:stop])
+        check_cross_entropy(
+            engine.forward_backward(RUN, number, engine.stage(piece, CROSS_ENTROPY)), sequences[start:stop]
+        )
     reference(case, "built_in").check_gradients(engine.live_model(RUN).named_parameters())
 
 
@@ -118,7 +120,7 @@ def test_custom_loss_equals_plain_pytorch(engine: Engine, case: ModelCase, seque
 @tiny_only
 def test_soft_targets_equal_plain_pytorch(engine: Engine, case: ModelCase) -> None:
     sequences = case.sequences(3)
-    found = engine.forward_backward(RUN, 1, to_batch(sequences), CROSS_ENTROPY)
+    found = engine.forward_backward(RUN, 1, engine.stage(to_batch(sequences), CROSS_ENTROPY))
     wanted = reference(case, "built_in", 3)
     assert found.logprobs_TK.shape == (sum(len(s.tokens) for s in sequences), 3)
     wanted.check_logprobs(found.logprobs_TK)
@@ -129,7 +131,7 @@ def test_soft_targets_equal_plain_pytorch(engine: Engine, case: ModelCase) -> No
 @tiny_only
 def test_built_in_and_custom_losses_add_up(engine: Engine, case: ModelCase, sequences: list[PlainSequence]) -> None:
     batch = to_batch(sequences)
-    engine.forward_backward(RUN, 1, batch, CROSS_ENTROPY)
+    engine.forward_backward(RUN, 1, engine.stage(batch, CROSS_ENTROPY))
     custom_backward(engine, batch, 2)
     reference(case, "both").check_gradients(engine.live_model(RUN).named_parameters())
 
@@ -220,7 +222,7 @@ def test_three_adamw_steps_equal_plain_pytorch(
     before, norms = parameters_of(engine), []
     for number, params in enumerate(settings):
         if loss == "built_in":
-            engine.forward_backward(RUN, 10 * number, to_batch(sequences), CROSS_ENTROPY)
+            engine.forward_backward(RUN, 10 * number, engine.stage(to_batch(sequences), CROSS_ENTROPY))
         else:
             custom_backward(engine, to_batch(sequences), 10 * number)
         found = engine.optim_step(RUN, 10 * number + 5, params)
@@ -241,6 +243,6 @@ def test_normalization_divides_before_clipping(
     batch, before = to_batch(sequences), parameters_of(engine)
     for number in (0, 2):
         # In two calls, so that the counts have to add up too.
-        engine.forward_backward(RUN, number + 1, batch.sequences(number, number + 2), CROSS_ENTROPY)
+        engine.forward_backward(RUN, number + 1, engine.stage(batch.sequences(number, number + 2), CROSS_ENTROPY))
     found = engine.optim_step(RUN, 9, params, normalization)
     wanted.check(engine, before, [found.metrics["grad_norm:mean"]])

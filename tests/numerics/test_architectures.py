@@ -150,7 +150,7 @@ def ragged(k: int | None = None, seed: int = 0) -> list[PlainSequence]:
 
 def check(engine: Engine, folder: Path, sequences: list[PlainSequence]) -> dict[str, float]:
     """One forward_backward on either side; returns the engine's metrics."""
-    found = engine.forward_backward(RUN, 1, to_batch(sequences), CROSS_ENTROPY)
+    found = engine.forward_backward(RUN, 1, engine.stage(to_batch(sequences), CROSS_ENTROPY))
     wanted = reference_of(folder, sequences, cross_entropy_of(sequences))
     wanted.check_logprobs(found.logprobs_TK)
     wanted.check_gradients(engine.live_model(RUN).named_parameters())
@@ -254,7 +254,7 @@ def test_custom_losses_held_and_recomputed_equal_plain_transformers(
     rng = np.random.default_rng(3)
     gradients = rng.normal(size=batch.num_tokens).astype(np.float32)
     for seq_id in (1, 2, 3):
-        engine.forward(RUN, seq_id, batch, keep_graph=True)
+        engine.forward(RUN, seq_id, engine.stage(batch), keep_graph=True)
     for seq_id in (2, 1, 3):
         engine.backward(RUN, 10 + seq_id, forward_seq_id=seq_id, gradients_TK=seq_id * gradients)
     assert engine.counters.recomputed_graphs_total > 0
@@ -270,8 +270,8 @@ def test_answers_come_back_in_the_order_asked_as_if_each_were_alone(
 ) -> None:
     folder, sequences = folder_of("Llama"), ragged()
     engine = make_engine(folder, tmp_path)
-    whole = engine.forward(RUN, 1, to_batch(sequences)).logprobs_TK
-    parts = [engine.forward(RUN, 2, to_batch([sequence])).logprobs_TK for sequence in sequences]
+    whole = engine.forward(RUN, 1, engine.stage(to_batch(sequences))).logprobs_TK
+    parts = [engine.forward(RUN, 2, engine.stage(to_batch([sequence]))).logprobs_TK for sequence in sequences]
     wanted = reference_of(folder, sequences, cross_entropy_of(sequences))
     wanted.check_logprobs(whole)
     wanted.check_logprobs(np.concatenate(parts))

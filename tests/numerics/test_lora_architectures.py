@@ -65,7 +65,7 @@ def test_logprobs_and_gradients_are_those_of_the_formula(
     linear = {name for name, module in load_plain(folder).named_modules() if isinstance(module, torch.nn.Linear)}
     routers = {name for name in linear if name.endswith(("router", "gate"))}
     assert {name.partition(".lora_")[0] for name in adapter(engine, "lora")} == linear - routers
-    found = engine.forward_backward("lora", 1, to_batch(SEQUENCES), CROSS_ENTROPY)
+    found = engine.forward_backward("lora", 1, engine.stage(to_batch(SEQUENCES), CROSS_ENTROPY))
     logprobs, gradients = by_formula(folder, dict(adapter(engine, "lora")))
     np.testing.assert_allclose(found.logprobs_TK, logprobs, rtol=0, atol=1e-4)
     for name, parameter in adapter(engine, "lora").items():
@@ -79,14 +79,14 @@ def test_adapters_beside_experts_go_out_and_come_back_whole(
     folder = folder_of(architecture)
     engine = lora_engine(folder, tmp_path, lora=ALL, resumed=ALL)
     randomize(engine, "lora")
-    wanted = engine.forward("lora", 1, to_batch(SEQUENCES)).logprobs_TK
+    wanted = engine.forward("lora", 1, engine.stage(to_batch(SEQUENCES))).logprobs_TK
     engine.save_weights_for_sampler("lora", "adapter")
     engine.save_weights_for_sampler("lora", "merged", merged=True)
     saved = tmp_path / "lora" / "sampler_weights"
     engine.create_run("next", adapter=str(saved / "adapter"))
     engine.load_state("resumed", engine.save_state("lora", "half").path, with_optimizer=True)
     for run_id in ("next", "resumed"):
-        np.testing.assert_array_equal(engine.forward(run_id, 1, to_batch(SEQUENCES)).logprobs_TK, wanted)
+        np.testing.assert_array_equal(engine.forward(run_id, 1, engine.stage(to_batch(SEQUENCES))).logprobs_TK, wanted)
         assert engine.run_state(run_id).lora == engine.run_state("lora").lora is not None
     merged: Any = load_plain(saved / "merged")
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_what_a_run_samples_has_the_logprobs_of_its_own_forward(
         (sample,) = job.samples
         tokens = np.array(job.request.prompt + sample.tokens)
         sequence = PlainSequence(tokens[:-1], tokens[1:], np.ones(len(tokens) - 1, dtype=np.float32))
-        found = engine.forward("lora", 2, to_batch([sequence])).logprobs_TK
+        found = engine.forward("lora", 2, engine.stage(to_batch([sequence]))).logprobs_TK
         np.testing.assert_allclose(found[-len(sample.tokens) :], sample.logprobs, rtol=0, atol=2e-5)
 
 

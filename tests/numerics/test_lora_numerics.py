@@ -62,7 +62,7 @@ def reference_of(folder: Path, engine: Engine, settings: LoraSettings, **config:
 def check_against_plain_peft(engine: Engine, folder: Path, settings: LoraSettings, **config: Any) -> None:
     """Logprobs, loss and gradients of the run "lora"."""
     randomize(engine, "lora")
-    found = engine.forward_backward("lora", 1, to_batch(SEQUENCES), CROSS_ENTROPY)
+    found = engine.forward_backward("lora", 1, engine.stage(to_batch(SEQUENCES), CROSS_ENTROPY))
     wanted = reference_of(folder, engine, settings, **config)
     wanted.check_logprobs(found.logprobs_TK)
     wanted.check_gradients(adapter(engine, "lora").items())
@@ -96,7 +96,7 @@ def test_three_steps_equal_plain_peft(tiny_llama: Path, tmp_path: Path, settings
 
     exact, moved = plain_steps(torch.float64), plain_steps(torch.float32)
     for number in range(3):
-        engine.forward_backward("lora", 2 * number, to_batch(SEQUENCES), CROSS_ENTROPY)
+        engine.forward_backward("lora", 2 * number, engine.stage(to_batch(SEQUENCES), CROSS_ENTROPY))
         engine.optim_step("lora", 2 * number + 1, STEP)
     found = {name: parameter.detach() - before[name] for name, parameter in adapter(engine, "lora").items()}
     assert worst_error(found, exact) <= FACTOR * worst_error(moved, exact)
@@ -107,7 +107,7 @@ def test_a_new_adapter_changes_nothing_and_its_seed_decides(tiny_llama: Path, tm
     engine = lora_engine(tiny_llama, tmp_path, **runs)
     load = lambda dtype: load_plain(tiny_llama, dtype=dtype)  # noqa: E731
     wanted = Reference.of(load, SEQUENCES, cross_entropy_of(SEQUENCES))
-    wanted.check_logprobs(engine.forward("one", 1, to_batch(SEQUENCES)).logprobs_TK)
+    wanted.check_logprobs(engine.forward("one", 1, engine.stage(to_batch(SEQUENCES))).logprobs_TK)
     one, same, other = (adapter(engine, run_id) for run_id in runs)
     assert all(torch.equal(one[name], same[name]) for name in one)
     firsts = [name for name in one if "lora_A" in name]
@@ -127,10 +127,10 @@ def test_activation_checkpointing_and_held_graphs_give_the_same_gradients(tiny_l
         randomize(engine, "lora")
         wanted = reference_of(tiny_llama, engine, ALL)
         batch = to_batch(SEQUENCES)
-        engine.forward_backward("lora", 1, batch, CROSS_ENTROPY)
+        engine.forward_backward("lora", 1, engine.stage(batch, CROSS_ENTROPY))
         wanted.check_gradients(adapter(engine, "lora").items())
         engine.zero_grad("lora")
-        engine.forward("lora", 2, batch, keep_graph=True)
+        engine.forward("lora", 2, engine.stage(batch), keep_graph=True)
         engine.backward("lora", 3, forward_seq_id=2, gradients_TK=-batch.loss_fn_inputs["weights"])
         wanted.check_gradients(adapter(engine, "lora").items())
 
@@ -143,9 +143,9 @@ def test_logprobs_have_the_same_bits_whether_or_not_a_graph_is_kept(
     engine = lora_engine(tiny_llama, tmp_path, lora=settings)
     randomize(engine, "lora")
     batch = to_batch(SEQUENCES)
-    kept = engine.forward("lora", 1, batch, keep_graph=True).logprobs_TK
-    assert np.array_equal(engine.forward("lora", 2, batch).logprobs_TK, kept)
-    assert np.array_equal(engine.forward_backward("lora", 3, batch, CROSS_ENTROPY).logprobs_TK, kept)
+    kept = engine.forward("lora", 1, engine.stage(batch), keep_graph=True).logprobs_TK
+    assert np.array_equal(engine.forward("lora", 2, engine.stage(batch)).logprobs_TK, kept)
+    assert np.array_equal(engine.forward_backward("lora", 3, engine.stage(batch, CROSS_ENTROPY)).logprobs_TK, kept)
 
 
 def script(engine: Engine, run_id: str, seed: int) -> list[Callable[[], Any]]:
@@ -154,13 +154,13 @@ def script(engine: Engine, run_id: str, seed: int) -> list[Callable[[], Any]]:
     gradients = np.random.default_rng(seed).normal(size=batches[1].num_tokens).astype(np.float32)
     step = AdamParams(learning_rate=1e-2 * (1 + seed))
     return [
-        lambda: engine.forward_backward(run_id, 1, batches[0], CROSS_ENTROPY).logprobs_TK,
-        lambda: engine.forward(run_id, 2, batches[1], keep_graph=True).logprobs_TK,
+        lambda: engine.forward_backward(run_id, 1, engine.stage(batches[0], CROSS_ENTROPY)).logprobs_TK,
+        lambda: engine.forward(run_id, 2, engine.stage(batches[1]), keep_graph=True).logprobs_TK,
         lambda: engine.backward(run_id, 3, forward_seq_id=2, gradients_TK=gradients),
         lambda: engine.optim_step(run_id, 4, step),
-        lambda: engine.forward_backward(run_id, 5, batches[1], CROSS_ENTROPY).logprobs_TK,
+        lambda: engine.forward_backward(run_id, 5, engine.stage(batches[1], CROSS_ENTROPY)).logprobs_TK,
         lambda: engine.optim_step(run_id, 6, step),
-        lambda: engine.forward(run_id, 7, batches[0]).logprobs_TK,
+        lambda: engine.forward(run_id, 7, engine.stage(batches[0])).logprobs_TK,
     ]
 
 
@@ -190,7 +190,7 @@ def test_the_base_model_is_shared_and_never_changes(tiny_llama: Path, tmp_path: 
     assert not frozen[2]
     for number in range(2):
         for run_id in ("a", "b", "full"):
-            engine.forward_backward(run_id, 2 * number, make_batch(9, 4), CROSS_ENTROPY)
+            engine.forward_backward(run_id, 2 * number, engine.stage(make_batch(9, 4), CROSS_ENTROPY))
             engine.optim_step(run_id, 2 * number + 1, STEP)
     base = dict(load_plain(tiny_llama).named_parameters())
     held = dict(models[0].named_parameters())
@@ -218,9 +218,9 @@ def test_a_frozen_head_needs_no_second_pass_over_the_vocabulary(
         raise AssertionError("the head was gone through again")
 
     monkeypatch.setattr(logprobs_module, "_backward_trained", refuse)
-    engine.forward_backward("body", 1, make_batch(5, 9), CROSS_ENTROPY)
+    engine.forward_backward("body", 1, engine.stage(make_batch(5, 9), CROSS_ENTROPY))
     with pytest.raises(AssertionError, match="gone through again"):
-        engine.forward_backward("all", 1, make_batch(5, 9), CROSS_ENTROPY)
+        engine.forward_backward("all", 1, engine.stage(make_batch(5, 9), CROSS_ENTROPY))
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 150, 1 << 24])
@@ -276,7 +276,7 @@ def test_the_learning_rate_is_not_rounded(tiny_llama: Path, tmp_path: Path) -> N
     """In bfloat16, 1e-3 would come back as 0.00099945."""
     engine = lora_engine(tiny_llama, tmp_path, lora=BODY)
     before = {name: parameter.detach().clone() for name, parameter in adapter(engine, "lora").items()}
-    engine.forward_backward("lora", 1, make_batch(9, 4), CROSS_ENTROPY)
+    engine.forward_backward("lora", 1, engine.stage(make_batch(9, 4), CROSS_ENTROPY))
     gradients = {name: p.grad.clone() for name, p in adapter(engine, "lora").items() if p.grad is not None}
     engine.optim_step("lora", 2, AdamParams(learning_rate=1e-3))
     for name, parameter in adapter(engine, "lora").items():

@@ -205,7 +205,7 @@ def test_through_the_engine_whole_or_in_pieces_equals_plain_autograd(
     engine = make_engine(tiny_llama, tmp_path)
     for cuts in ((0, 5), (0, 1, 3, 5)):
         found = [
-            engine.forward_backward(RUN, number, batch.sequences(start, stop), find_loss(name), config)
+            engine.forward_backward(RUN, number, engine.stage(batch.sequences(start, stop), find_loss(name), config))
             for number, (start, stop) in enumerate(pairwise(cuts), 1)
         ]
         logprobs = np.concatenate([piece.logprobs_TK for piece in found])

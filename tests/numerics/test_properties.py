@@ -93,7 +93,7 @@ def own(tiny_llama: Path, plain: PreTrainedModel) -> Distance:
 
 def check(engine: Engine, plain: PreTrainedModel, own: Distance, sequences: list[PlainSequence]) -> None:
     engine.zero_grad(RUN)
-    found = engine.forward_backward(RUN, 1, to_batch(sequences), CROSS_ENTROPY)
+    found = engine.forward_backward(RUN, 1, engine.stage(to_batch(sequences), CROSS_ENTROPY))
     logprobs = plain_found(plain, sequences)
     apart = Distance.of(found.logprobs_TK, engine.live_model(RUN), logprobs, plain)
     assert apart.logprobs <= FACTOR * own.logprobs
@@ -154,8 +154,8 @@ def test_no_tensor_of_all_tokens_times_the_vocabulary_is_ever_made(
     batch = make_batch(60, 50, 64, 30)
     largest_parameter = max(parameter.numel() for parameter in engine.live_model(RUN).parameters())
     with LargestTensor() as seen:
-        engine.forward_backward(RUN, 1, batch, CROSS_ENTROPY)
-        engine.forward(RUN, 2, batch, keep_graph=True)
+        engine.forward_backward(RUN, 1, engine.stage(batch, CROSS_ENTROPY))
+        engine.forward(RUN, 2, engine.stage(batch), keep_graph=True)
         engine.backward(RUN, 3, forward_seq_id=2, gradients_TK=np.ones(batch.num_tokens, np.float32))
     intermediate_size = 64
     assert seen.num_elements <= max(largest_parameter, batch.num_tokens * intermediate_size)
@@ -171,7 +171,7 @@ def test_bfloat16_compute_is_as_near_as_plain_autocast(
     autocast = load_plain(tiny_llama)
     with torch.autocast("cpu", torch.bfloat16):
         own = Distance.of(plain_found(autocast, sequences), autocast, exact, plain)
-    found = half.forward_backward(RUN, 1, to_batch(sequences), CROSS_ENTROPY)
+    found = half.forward_backward(RUN, 1, half.stage(to_batch(sequences), CROSS_ENTROPY))
     assert found.logprobs_TK.dtype == np.float32
     assert {parameter.dtype for parameter in half.live_model(RUN).parameters()} == {torch.float32}
     assert {gradient.dtype for gradient in gradients_of(half.live_model(RUN).named_parameters()).values()} == {

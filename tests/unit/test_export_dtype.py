@@ -9,19 +9,20 @@ import torch
 from gradwire.errors import GradwireError, InvalidArgumentError
 from gradwire.types import AdamParams
 from gradwire.v1 import operation_pb2 as ops
+from gradwire.v1.trainer_service_pb2 import TrainRequest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.engines import RUN, forward_backward, make_engine
 from tests.loras import ALL, BODY, lora_engine, randomize
 from tests.tiny import make_tiny_llama
-from trainer_service.checkpoint_path import CheckpointPath
 from trainer_service.checkpoints import manifests
 from trainer_service.checkpoints.catalog import Checkpoint
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.export import stored_dtype
 from trainer_service.engine.storage.deltas import whole_weights
-from trainer_service.engine.worker.commands import Commands
+from trainer_service.engine.worker.operations import RunOperations
+from trainer_service.paths import CheckpointPath
 from trainer_service.rpc.checkpoint_servicer import _message
 
 WEIGHTS = "model.safetensors"
@@ -146,7 +147,7 @@ def test_the_dtype_of_files_that_say_none_is_float32(tmp_path: Path):
 
 
 def test_a_snapshot_in_memory_has_no_dtype_of_its_own(tmp_path: Path, tiny_llama: Path):
-    commands = Commands(make_engine(tiny_llama, tmp_path), lambda _: None)
-    request = ops.SaveWeightsForSamplerRequest(ephemeral=True, dtype="float32")
+    operations = RunOperations(make_engine(tiny_llama, tmp_path), sampling=None)
+    save = ops.SaveWeightsForSamplerRequest(ephemeral=True, dtype="float32")
     with pytest.raises(GradwireError, match="an ephemeral snapshot has the dtype that trains"):
-        commands._freeze(RUN, 1, request)
+        operations.prepare(RUN, TrainRequest(seq_id=1, save_weights_for_sampler=save))

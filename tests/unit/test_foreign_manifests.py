@@ -13,10 +13,10 @@ import pytest
 from gradwire.errors import GradwireError
 
 from trainer_service.access import Caller, current_caller
-from trainer_service.checkpoint_path import CheckpointPath
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.storage import Storage
 from trainer_service.folders import whole_folder
+from trainer_service.paths import CheckpointPath
 from trainer_service.rpc.checkpoint_servicer import _message
 
 EVIL, GOOD, OLD = (f"gradwire://run-1/sampler_weights/{name}" for name in ("evil", "good", "old"))

@@ -20,8 +20,8 @@ from gradwire.v1 import sampling_service_pb2 as pb_sampling
 from tests.fakes import FrontEnd, front_end
 from tests.wire.test_border import error_of, with_key
 from tests.wire.test_ownership import ALICE, BOB, KEYS, OPS, create, without_id
-from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPath
 from trainer_service.config import Limits
+from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath
 
 
 async def save(trainer: FrontEnd, name: str = "a", metadata: Any = None, run_id: str = "") -> str:

@@ -13,8 +13,8 @@ from gradwire import __version__
 from tests.cli import gradwire, refusal
 from tests.fakes import FrontEnd, front_end_on_a_thread
 from tests.pem import Pem, make_pem
-from trainer_service.checkpoint_path import STATE, CheckpointPath
 from trainer_service.config import ServerTls
+from trainer_service.paths import STATE, CheckpointPath
 
 NOBODY = "http://127.0.0.1:1"
 

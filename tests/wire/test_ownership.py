@@ -18,8 +18,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tests.fakes import FakeWorker, FrontEnd, Stream, front_end
 from tests.wire.test_border import error_of, with_key
-from trainer_service.checkpoint_path import STATE, CheckpointPath
 from trainer_service.config import Limits
+from trainer_service.paths import STATE, CheckpointPath
 
 KEYS = ("alice alices-key", "bob bobs-key", "ops ops-key admin")
 ALICE, BOB, OPS = (with_key(key) for key in ("alices-key", "bobs-key", "ops-key"))

@@ -15,8 +15,8 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, DeleteRunRequest
 
 from tests.fakes import FakeWorker, FrontEnd, front_end
 from tests.wire.test_border import error_of, with_key
-from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, CheckpointPath
 from trainer_service.config import Limits
+from trainer_service.paths import SAMPLER_WEIGHTS, CheckpointPath
 
 KEYS = ("alice alices-key", "bob bobs-key", "ops ops-key admin")
 ALICE, BOB, OPS = (with_key(key) for key in ("alices-key", "bobs-key", "ops-key"))

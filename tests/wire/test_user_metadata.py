@@ -12,7 +12,7 @@ from gradwire.types import SavedState
 
 from tests.cli import gradwire
 from tests.fakes import FrontEnd, front_end_on_a_thread
-from trainer_service.checkpoint_path import STATE, CheckpointPath
+from trainer_service.paths import STATE, CheckpointPath
 
 
 @pytest.fixture(scope="module")

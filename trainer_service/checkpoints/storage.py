@@ -24,10 +24,10 @@ from fsspec.implementations.local import LocalFileSystem
 from gradwire._wire.untrusted import parse_json
 from gradwire.errors import DataLossError, GradwireError, error
 
-from trainer_service.checkpoint_path import CheckpointPath
 from trainer_service.checkpoints import manifests
 from trainer_service.checkpoints.manifests import UPLOAD
 from trainer_service.folders import MANIFEST, MAX_MANIFEST_BYTES, FolderWriter, Manifest, damaged
+from trainer_service.paths import SCHEME, CheckpointPath
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Storage:
                 continue
             # Something else may lie there, and a damaged manifest hides nothing but itself.
             with contextlib.suppress(GradwireError):
-                path = CheckpointPath.parse(f"gradwire://{posixpath.dirname(inside)}")
+                path = CheckpointPath.parse(f"{SCHEME}{posixpath.dirname(inside)}")
                 listed[path] = self._manifest(path, info)
         return listed
 

@@ -16,15 +16,39 @@ from trainer_service.engine.run_state import RunState
 _READERS = ""
 """Stands for whoever reads the shared base model without being a run; it is then shared for good."""
 
+_Weak = Callable[[], PreTrainedModel | None]
+"""A weak reference."""
+
+
+def _nothing() -> None:
+    """A weak reference to no model."""
+
 
 class BaseModels:
-    """Makes the runs of one base model.
+    """Makes the runs of one base model, and keeps as few copies of its parameters as it can.
+
+    A copy is in one of five states. Of the first four there is at most one copy each:
+
+        unused      loaded, and nobody's
+        shared      frozen; adapters train beside it, and it is read
+        lent        loaded only to be read; it lives as long as its readers do
+        unchanged   a run's that trains all parameters, while they still equal the base model's; it is read too
+        changed     a run's that trains all parameters, from its first change on, or while another is lent or unchanged
+
+        event                           from → to                  where there is none
+        __init__                        → unused
+        base_model                      nothing moves              → lent
+        full                            unused → unchanged         → unchanged
+        lora, from_adapter,             unused → shared,           → shared
+          adapted_model                   or else lent → shared
+        will_change                     unchanged → changed
+        full, while nobody shares it    shared → let go
 
     Args:
         base_model: Its name.
-        first: A copy of it, loaded; the first run takes it.
+        first: A loaded copy of it; the first run takes it.
         load: Loads another.
-        forward: One forward of a model, as training makes it.
+        forward: Makes one forward of a model, as training does.
     """
 
     def __init__(
@@ -36,23 +60,22 @@ class BaseModels:
         forward: Callable[[PreTrainedModel], object],
     ) -> None:
         self._base_model = base_model
-        self._spare: PreTrainedModel | None = first
         self._load = load
         self._forward = forward
+        self._unused: PreTrainedModel | None = first
         self._shared: PreTrainedModel | None = None
+        self._lent: _Weak = _nothing
+        self._unchanged: _Weak = _nothing
         self._sharing: set[str] = set()
         self._targets: Targets | None = None
         self._hidden_size: int = first.config.get_text_config().hidden_size
-        self._read: weakref.ref[PreTrainedModel] | None = None
-        # One loaded only to be read, or that of a run that has not changed it yet.
-        self._read_is_a_run = False
 
     def base_model(self) -> PreTrainedModel:
         """The base model, to be read: a copy that no run has changed, loaded anew where there is none."""
-        model = self._shared or self._spare or (self._read and self._read())
+        model = self._shared or self._unused or self._lent() or self._unchanged()
         if model is None:
             model = self._load()
-            self._read, self._read_is_a_run = weakref.ref(model), False
+            self._lent = weakref.ref(model)
         return model
 
     def adapted_model(self, folder: Path) -> PreTrainedModel:
@@ -67,11 +90,11 @@ class BaseModels:
     def full(self, run_id: str) -> RunState:
         """A run whose parameters all train; it shares nothing."""
         if not self._sharing:
-            # Room for it. Whoever still samples from that one has a hold on it.
+            # This makes room for the run. Whoever still samples from that copy keeps it alive.
             self._shared = None
-        model, self._spare = self._spare or self._load(), None
-        if self._read is None or self._read() is None:
-            self._read, self._read_is_a_run = weakref.ref(model), True
+        model, self._unused = self._unused or self._load(), None
+        if self._lent() is None and self._unchanged() is None:
+            self._unchanged = weakref.ref(model)
         return RunState(run_id=run_id, model=model, optimizer=AdamW(model.parameters()))
 
     def lora(self, run_id: str, settings: LoraSettings) -> RunState:
@@ -95,8 +118,8 @@ class BaseModels:
 
     def will_change(self, run: RunState) -> None:
         """The parameters of a run are about to change: its model is not the base model any more."""
-        if self._read_is_a_run and self._read is not None and self._read() is run.model:
-            self._read = None
+        if self._unchanged() is run.model:
+            self._unchanged = _nothing
 
     def merged(self, run: RunState) -> PreTrainedModel:
         """A model with the run's adapter in its weights."""
@@ -110,8 +133,7 @@ class BaseModels:
     def _share(self, run_id: str, make: Callable[[PreTrainedModel, Targets], PeftModel]) -> RunState:
         base = self._shared
         if base is None:
-            read = None if self._read_is_a_run or self._read is None else self._read()
-            base, self._spare = self._spare or read or self._load(), None
+            base, self._unused = self._unused or self._lent() or self._load(), None
             lora.freeze(base)
             self._shared = base
         self._sharing.add(run_id)

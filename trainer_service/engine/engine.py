@@ -22,7 +22,6 @@ from trainer_service.engine.adapter_offload import AdapterOffload
 from trainer_service.engine.base_models import BaseModels
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device, out_of_memory
-from trainer_service.engine.loss_totals import LossTotals
 from trainer_service.engine.losses.loss import Loss
 from trainer_service.engine.memory import plan_memory
 from trainer_service.engine.microbatch import Forwards
@@ -159,50 +158,35 @@ class Engine:
             self.device.release_cached_memory()
             self._count_held()
 
-    def stage(self, batch: Batch, loss: Loss | None = None) -> Batch | Staged:
-        """Does for a pass what can be done before its turn, on any thread; the verbs take either.
+    def stage(self, batch: Batch, loss: Loss | None = None, config: Mapping[str, float] | None = None) -> Staged:
+        """What forward and forward_backward take. Does what can be done before their turn, on any thread.
+
+        Where the device has no memory to spare, that is left for their turn: it will fit then, or be told so.
 
         Args:
             batch: Checked.
-            loss: The one that will be evaluated; None for none.
-
-        Returns:
-            The batch itself where the device has no memory to spare: in its turn it will be told so, or fit.
+            loss: The loss to evaluate; None for none.
+            config: What the caller set of the loss's settings.
         """
+        staged = self._passes.stage(batch, loss, config)
         try:
-            return self._passes.stage(batch, loss)
+            staged.place_ahead()
         except Exception as exc:
             if not out_of_memory(exc):
                 raise
-            return batch
+        return staged
 
-    def forward(
-        self,
-        run_id: str,
-        seq_id: int,
-        batch: Batch | Staged,
-        *,
-        keep_graph: bool = False,
-        loss: Loss | None = None,
-        config: Mapping[str, float] | None = None,
-    ) -> ForwardResult:
+    def forward(self, run_id: str, seq_id: int, staged: Staged, *, keep_graph: bool = False) -> ForwardResult:
         """Logprobs of the targets; with keep_graph held for one backward, with a loss that loss's metrics too."""
-        assert not (keep_graph and loss)
+        assert not (keep_graph and staged.loss)
         run = self._run(run_id)
-
-        def work() -> ForwardResult:
-            staged = batch if isinstance(batch, Staged) else self._passes.stage(batch, loss)
-            totals = LossTotals(loss, config) if loss else None
-            return self._passes.forward(run, seq_id, staged, keep_graph=keep_graph, totals=totals)
-
+        work = lambda: self._passes.forward(run, seq_id, staged, keep_graph=keep_graph)  # noqa: E731
         try:
-            return self._attempt(work, what=f"the forward of {_num_tokens(batch)} tokens")
+            return self._attempt(work, what=f"the forward of {staged.batch.num_tokens} tokens")
         finally:
             self._count_held()
 
-    def forward_backward(
-        self, run_id: str, seq_id: int, batch: Batch | Staged, loss: Loss, config: Mapping[str, float] | None = None
-    ) -> ForwardResult:
+    def forward_backward(self, run_id: str, seq_id: int, staged: Staged) -> ForwardResult:
         """A built-in loss, whose gradients are added to the run's. Whatever it raises taints the accumulation.
 
         Raises:
@@ -210,13 +194,8 @@ class Engine:
             DeviceOutOfMemoryError: As it says.
         """
         run = self._run(run_id, taints=seq_id)
-
-        def work() -> ForwardResult:
-            staged = batch if isinstance(batch, Staged) else self._passes.stage(batch, loss)
-            return self._passes.forward_backward(run, staged, LossTotals(loss, config))
-
-        what = f"the forward_backward of {_num_tokens(batch)} tokens"
-        return self._attempt(work, what=what, taints=(run, seq_id))
+        what = f"the forward_backward of {staged.batch.num_tokens} tokens"
+        return self._attempt(lambda: self._passes.forward_backward(run, staged), what=what, taints=(run, seq_id))
 
     def backward(
         self, run_id: str, seq_id: int, *, forward_seq_id: int, gradients_TK: npt.NDArray[np.float32]
@@ -377,7 +356,7 @@ class Engine:
     def _try_forward(self, model: PreTrainedModel) -> None:
         """A forward of two tokens, as training makes it."""
         batch = Batch(np.zeros(2, dtype=np.int32), np.array([0, 2]), {"target_tokens": np.zeros(2, dtype=np.int64)})
-        for microbatch in self._passes.stage(batch, None).microbatches:
+        for microbatch in self._passes.stage(batch).on_device().microbatches:
             microbatch.logprobs(model)
 
     def _will_change(self, run: RunState) -> None:
@@ -429,7 +408,3 @@ class Engine:
         self.counters.held_graphs = len(graphs)
         self.counters.held_graph_bytes = sum(piece.held_bytes for graph in graphs for piece in graph.pieces)
         self.counters.runs = len(self._runs)
-
-
-def _num_tokens(batch: Batch | Staged) -> int:
-    return batch.batch.num_tokens if isinstance(batch, Staged) else batch.num_tokens

@@ -38,18 +38,45 @@ class ForwardResult:
 
 
 @dataclass(frozen=True)
-class Staged:
-    """A batch on the device, cut into microbatches: all that can be done for a pass before its turn comes.
+class DeviceBatch:
+    """A batch on the device.
 
     Attributes:
-        batch: It.
-        columns: It on the device.
+        columns: Its tokens, targets and loss inputs.
         microbatches: Answer every row once.
     """
 
-    batch: Batch
     columns: Columns
     microbatches: tuple[Microbatch, ...]
+
+
+class Staged:
+    """What a pass is made of: a batch, its loss, and a place on the device, taken ahead of its turn or in it.
+
+    Attributes:
+        batch: Checked.
+        loss: The loss to evaluate; None for none.
+        config: What the caller set of the loss's settings.
+    """
+
+    def __init__(
+        self, batch: Batch, loss: Loss | None, config: Mapping[str, float] | None, place: Callable[[], DeviceBatch]
+    ) -> None:
+        self.batch, self.loss, self.config = batch, loss, config
+        self._place = place
+        self._ahead: DeviceBatch | None = None
+
+    def place_ahead(self) -> None:
+        """Puts the batch on the device before its turn comes. May run on any thread, while the device is busy."""
+        self._ahead = self._place()
+
+    def on_device(self) -> DeviceBatch:
+        """The batch on the device, put there now unless it was ahead of its turn."""
+        return self._ahead or self._place()
+
+    def totals(self) -> LossTotals | None:
+        """Adds its loss up; None where it has none."""
+        return LossTotals(self.loss, self.config) if self.loss else None
 
 
 class Passes:
@@ -66,35 +93,16 @@ class Passes:
         self._counters = counters
         self._held_graphs = held_graphs
 
-    def stage(self, batch: Batch, loss: Loss | None) -> Staged:
-        """Plans a batch and puts it on the device. May run on another thread, while the device is busy.
+    def stage(self, batch: Batch, loss: Loss | None = None, config: Mapping[str, float] | None = None) -> Staged:
+        """A pass over a checked batch, with a loss or without. It has no place on the device yet."""
+        return Staged(batch, loss, config, lambda: self._place(batch, loss))
 
-        Args:
-            batch: Checked.
-            loss: Whose inputs to take along.
-        """
-        traits = self._forwards.traits
-        packed = not traits.why_not_packed
-        packs = plan_packs(
-            batch.tokens_T,
-            batch.cu_seqlens,
-            max_tokens=self._forwards.memory.max_pack_tokens if packed else 1,
-            share=packed and not traits.why_not_shared,
-        )
-        columns = Columns(
-            tokens_T=self._copy(batch.tokens_T).long(),
-            targets_TK=self._copy(batch.loss_fn_inputs["target_tokens"]),
-            inputs={name: self._copy(batch.loss_fn_inputs[name]) for name in (loss.inputs if loss else ())},
-        )
-        return Staged(batch, columns, tuple(Microbatch(pack, columns, self._forwards) for pack in packs))
-
-    def forward(
-        self, run: RunState, seq_id: int, staged: Staged, *, keep_graph: bool, totals: LossTotals | None
-    ) -> ForwardResult:
-        """Logprobs; with keep_graph held for one backward, otherwise `totals` are added to, if given."""
+    def forward(self, run: RunState, seq_id: int, staged: Staged, *, keep_graph: bool) -> ForwardResult:
+        """Logprobs, and the metrics of the loss where there is one; with keep_graph held for one backward."""
+        placed, totals = staged.on_device(), staged.totals()
         pieces: list[tuple[Microbatch, Tensor]] = []
         held: list[HeldPiece] = []
-        for microbatch in staged.microbatches:
+        for microbatch in placed.microbatches:
             with_graph = keep_graph and self._make_room(microbatch, held)
             with torch.set_grad_enabled(with_graph):
                 logprobs_RK = self._logprobs(run, microbatch)
@@ -103,24 +111,26 @@ class Passes:
                 held.append(HeldPiece(microbatch, logprobs_RK if with_graph else None))
             if totals is not None:
                 totals.add(microbatch.pack, microbatch.loss_inputs(logprobs_RK))
-        result = _result(staged, pieces, totals.metrics() if totals else {})
+        result = _result(staged.batch, placed.columns, pieces, totals.metrics() if totals else {})
         if keep_graph:
             run.graphs[seq_id] = HeldGraph(held, result.logprobs_TK.shape, staged.batch.num_sequences)
         return result
 
-    def forward_backward(self, run: RunState, staged: Staged, totals: LossTotals) -> ForwardResult:
+    def forward_backward(self, run: RunState, staged: Staged) -> ForwardResult:
         """A loss, and its gradients added to the run's.
 
         Raises:
             FailedPreconditionError: NON_FINITE: the loss is NaN or infinite.
         """
+        placed, totals = staged.on_device(), staged.totals()
+        assert totals is not None
         pieces: list[tuple[Microbatch, Tensor]] = []
-        for microbatch in staged.microbatches:
+        for microbatch in placed.microbatches:
             logprobs_RK = self._logprobs(run, microbatch)
             pieces.append((microbatch, logprobs_RK.detach()))
             self._backward(microbatch, totals.add(microbatch.pack, microbatch.loss_inputs(logprobs_RK)))
         totals.check_finite(staged.batch)
-        result = _result(staged, pieces, totals.metrics())
+        result = _result(staged.batch, placed.columns, pieces, totals.metrics())
         run.accumulation.add(
             num_loss_tokens=int(result.metrics["num_loss_tokens:sum"]), num_sequences=staged.batch.num_sequences
         )
@@ -151,6 +161,23 @@ class Passes:
         num_loss_tokens = int(np.count_nonzero(gradients_TK))
         run.accumulation.add(num_loss_tokens=num_loss_tokens, num_sequences=graph.num_sequences)
         return {"num_loss_tokens:sum": float(num_loss_tokens), "forward_passes:sum": float(recomputed)}
+
+    def _place(self, batch: Batch, loss: Loss | None) -> DeviceBatch:
+        """Cuts a batch into microbatches and puts it on the device, with the inputs of its loss."""
+        traits = self._forwards.traits
+        packed = not traits.why_not_packed
+        packs = plan_packs(
+            batch.tokens_T,
+            batch.cu_seqlens,
+            max_tokens=self._forwards.memory.max_pack_tokens if packed else 1,
+            share=packed and not traits.why_not_shared,
+        )
+        columns = Columns(
+            tokens_T=self._copy(batch.tokens_T).long(),
+            targets_TK=self._copy(batch.loss_fn_inputs["target_tokens"]),
+            inputs={name: self._copy(batch.loss_fn_inputs[name]) for name in (loss.inputs if loss else ())},
+        )
+        return DeviceBatch(columns, tuple(Microbatch(pack, columns, self._forwards) for pack in packs))
 
     def _copy(self, array: npt.NDArray[Any]) -> Tensor:
         # A copy also on the CPU: arrays off the wire are read-only, which torch does not take, and a held graph must
@@ -188,12 +215,13 @@ class Passes:
         return True
 
 
-def _result(staged: Staged, pieces: list[tuple[Microbatch, Tensor]], metrics: Mapping[str, float]) -> ForwardResult:
-    batch = staged.batch
+def _result(
+    batch: Batch, columns: Columns, pieces: list[tuple[Microbatch, Tensor]], metrics: Mapping[str, float]
+) -> ForwardResult:
     counted = {
         "num_tokens:sum": float(batch.num_tokens),
         "num_sequences:sum": float(batch.num_sequences),
         "num_shared_tokens:sum": float(sum(microbatch.pack.num_shared_tokens for microbatch, _ in pieces)),
         "forward_passes:sum": float(len(pieces)),
     }
-    return ForwardResult(gather(pieces, staged.columns.targets_TK), batch.cu_seqlens, {**counted, **metrics})
+    return ForwardResult(gather(pieces, columns.targets_TK), batch.cu_seqlens, {**counted, **metrics})

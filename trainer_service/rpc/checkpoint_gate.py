@@ -10,8 +10,8 @@ import contextlib
 from gradwire.errors import GradwireError
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 
-from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE
 from trainer_service.checkpoints.transfers import Transfers
+from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.run import Run
 from trainer_service.runs.sequence import error_response
@@ -41,9 +41,8 @@ class CheckpointGate:
                 self._catalog.claim(run.run_id, run.owner)
                 if not _is_snapshot(operation):
                     name = getattr(operation.request, operation.kind).name
-                    await asyncio.to_thread(
-                        self._catalog.make_way, f"gradwire://{run.run_id}/{_SAVES[operation.kind]}/{name}"
-                    )
+                    path = CheckpointPath(run.run_id, _SAVES[operation.kind], name)
+                    await asyncio.to_thread(self._catalog.make_way, str(path))
             elif operation.kind == "load_state":
                 await self._transfers.fetch(operation.request.load_state.path)
 

@@ -14,10 +14,10 @@ import pytest
 from gradwire.errors import GradwireError
 
 from trainer_service.access import Caller, current_caller
-from trainer_service.checkpoint_path import CheckpointPath
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.storage import Storage
 from trainer_service.folders import read_manifest, verify, whole_folder
+from trainer_service.paths import CheckpointPath
 
 MakeCatalog = Callable[..., Catalog]
 """A catalog over a folder, by its name, and over the one store of the test."""

@@ -47,7 +47,7 @@ def away(engine: Engine, run_id: str) -> bool:
 
 
 def step(engine: Engine, run_id: str, seq_id: int) -> np.ndarray:
-    found = engine.forward_backward(run_id, seq_id, BATCHES[0], CROSS_ENTROPY).logprobs_TK
+    found = engine.forward_backward(run_id, seq_id, engine.stage(BATCHES[0], CROSS_ENTROPY)).logprobs_TK
     engine.optim_step(run_id, seq_id + 1, STEP)
     return found
 
@@ -59,9 +59,9 @@ def play(engine: Engine) -> list[Any]:
     for seq_id in (1, 3):
         answers += [step(engine, run_id, seq_id) for run_id in RUNS]
     for run_id in RUNS:
-        answers.append(engine.forward_backward(run_id, 5, BATCHES[1], CROSS_ENTROPY).logprobs_TK)
+        answers.append(engine.forward_backward(run_id, 5, engine.stage(BATCHES[1], CROSS_ENTROPY)).logprobs_TK)
     for run_id in RUNS:
-        answers.append(engine.forward(run_id, 6, BATCHES[1], keep_graph=True).logprobs_TK)
+        answers.append(engine.forward(run_id, 6, engine.stage(BATCHES[1]), keep_graph=True).logprobs_TK)
     for run_id in RUNS:
         engine.backward(run_id, 7, forward_seq_id=6, gradients_TK=gradients)
     for run_id in RUNS:
@@ -120,7 +120,7 @@ def test_parameters_that_a_sampler_reads_stay_until_they_change(tiny_llama: Path
 
 def test_a_held_graph_keeps_its_adapter_where_it_is(tiny_llama: Path, tmp_path: Path) -> None:
     engine = engine_with(tiny_llama, tmp_path, ONE_AT_A_TIME)
-    engine.forward("a", 1, BATCHES[0], keep_graph=True)
+    engine.forward("a", 1, engine.stage(BATCHES[0]), keep_graph=True)
     step(engine, "b", 1)
     assert not away(engine, "a")
     engine.cancel("a", [1])
@@ -147,7 +147,7 @@ def test_an_adapter_that_finds_no_room_fails_the_pass_and_waits_on(
     with monkeypatch.context() as patched:
         patched.setattr(adapter_offload, "_on_device", full)
         with pytest.raises(ResourceExhaustedError, match="an adapter that was in host memory"):
-            engine.forward_backward("a", 3, BATCHES[0], CROSS_ENTROPY)
+            engine.forward_backward("a", 3, engine.stage(BATCHES[0], CROSS_ENTROPY))
     with pytest.raises(FailedPreconditionError, match="Operation 3 failed"):
         engine.optim_step("a", 4, STEP)
     np.testing.assert_array_equal(step(engine, "a", 5), step(wanted, "a", 5))

@@ -80,7 +80,7 @@ def test_custom_loss_runs_exactly_as_many_forwards_as_a_built_in_one(engine: Eng
     counters = engine.counters
     forward_backward(engine)
     built_in = counters.forward_passes_total, counters.backward_passes_total, counters.tokens_total
-    found = engine.forward(RUN, 2, BATCH, keep_graph=True)
+    found = engine.forward(RUN, 2, engine.stage(BATCH), keep_graph=True)
     engine.backward(RUN, 3, forward_seq_id=2, gradients_TK=ones_like(found))
     after = counters.forward_passes_total, counters.backward_passes_total, counters.tokens_total
     assert after == tuple(2 * count for count in built_in)
@@ -90,34 +90,34 @@ def test_custom_loss_equal_to_a_built_in_one_gives_the_same_bits(engine: Engine)
     built_in = forward_backward(engine)
     wanted = grads(engine)
     engine.zero_grad(RUN)
-    found = engine.forward(RUN, 2, BATCH, keep_graph=True)
+    found = engine.forward(RUN, 2, engine.stage(BATCH), keep_graph=True)
     engine.backward(RUN, 3, forward_seq_id=2, gradients_TK=-BATCH.loss_fn_inputs["weights"])
     assert same(grads(engine), wanted)
     np.testing.assert_array_equal(found.logprobs_TK, built_in.logprobs_TK)
 
 
 def test_datum_that_a_custom_loss_ignores_contributes_nothing(engine: Engine) -> None:
-    found = engine.forward(RUN, 1, BATCH, keep_graph=True)
+    found = engine.forward(RUN, 1, engine.stage(BATCH), keep_graph=True)
     gradients = ones_like(found)
     gradients[5:14] = 0
     engine.backward(RUN, 2, forward_seq_id=1, gradients_TK=gradients)
     with_it = grads(engine)
     engine.zero_grad(RUN)
     for number, (start, stop) in enumerate(((0, 1), (2, 3)), 3):
-        found = engine.forward(RUN, 2 * number, BATCH.sequences(start, stop), keep_graph=True)
+        found = engine.forward(RUN, 2 * number, engine.stage(BATCH.sequences(start, stop)), keep_graph=True)
         engine.backward(RUN, 2 * number + 1, forward_seq_id=2 * number, gradients_TK=ones_like(found))
     for ours, wanted in zip(with_it, grads(engine), strict=True):
         torch.testing.assert_close(ours, wanted)
 
 
 def test_forward_with_a_loss_says_its_value_and_leaves_no_gradients(engine: Engine) -> None:
-    found = engine.forward(RUN, 1, BATCH, loss=CROSS_ENTROPY)
+    found = engine.forward(RUN, 1, engine.stage(BATCH, CROSS_ENTROPY))
     assert grads(engine) == []
     assert found.metrics == forward_backward(engine).metrics
 
 
 def test_forward_alone_holds_nothing(engine: Engine) -> None:
-    found = engine.forward(RUN, 1, BATCH)
+    found = engine.forward(RUN, 1, engine.stage(BATCH))
     assert "loss:sum" not in found.metrics
     assert engine.counters.held_graphs == 0
     with pytest.raises(FailedPreconditionError, match="never was"):
@@ -129,7 +129,7 @@ def test_two_runs_with_the_same_log_are_the_same_bit_for_bit(engine: Engine) -> 
     for run_id in (RUN, "run-2"):
         for number in range(3):
             forward_backward(engine, 4 * number, run_id=run_id)
-            found = engine.forward(run_id, 4 * number + 1, BATCH, keep_graph=True)
+            found = engine.forward(run_id, 4 * number + 1, engine.stage(BATCH), keep_graph=True)
             engine.backward(run_id, 4 * number + 2, forward_seq_id=4 * number + 1, gradients_TK=ones_like(found))
             engine.optim_step(run_id, 4 * number + 3, STEP)
     assert same(params(engine), params(engine, "run-2"))
@@ -204,13 +204,13 @@ def fail_with_an_infinite_loss(engine: Engine, seq_id: int) -> None:
 
 
 def fail_with_gradients_of_another_shape(engine: Engine, seq_id: int) -> None:
-    engine.forward(RUN, 500, BATCH, keep_graph=True)
+    engine.forward(RUN, 500, engine.stage(BATCH), keep_graph=True)
     with pytest.raises(InvalidArgumentError, match="must match"):
         engine.backward(RUN, seq_id, forward_seq_id=500, gradients_TK=np.ones(3, dtype=np.float32))
 
 
 def fail_by_cancel(engine: Engine, seq_id: int) -> None:
-    engine.forward(RUN, seq_id, BATCH, keep_graph=True)
+    engine.forward(RUN, seq_id, engine.stage(BATCH), keep_graph=True)
     assert engine.cancel(RUN, [seq_id], taint=True) == 1
 
 
@@ -261,7 +261,7 @@ def test_failed_forward_does_not_taint(engine: Engine, monkeypatch: pytest.Monke
     with monkeypatch.context() as patched:
         out_of_memory_at(patched, engine, forward=2)
         with pytest.raises(DeviceOutOfMemoryError):
-            engine.forward(RUN, 2, BATCH, keep_graph=True)
+            engine.forward(RUN, 2, engine.stage(BATCH), keep_graph=True)
     assert engine.counters.held_graphs == 0
     assert engine.optim_step(RUN, 3, STEP).step == 1
 
@@ -278,6 +278,18 @@ def out_of_memory_at(monkeypatch: pytest.MonkeyPatch, engine: Engine, *, forward
         return real(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", starved)
+
+
+def test_a_batch_that_finds_no_memory_ahead_of_its_turn_is_put_on_the_device_in_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._passes, "_copy", lambda _: torch.empty(1 << 60))
+        staged = engine.stage(BATCH)
+        with pytest.raises(DeviceOutOfMemoryError, match="the forward of 17 tokens"):
+            engine.forward(RUN, 1, staged)
+    found = engine.forward(RUN, 2, staged)
+    np.testing.assert_array_equal(found.logprobs_TK, engine.forward(RUN, 3, engine.stage(BATCH)).logprobs_TK)
 
 
 def test_device_out_of_memory_says_what_to_do_and_the_run_goes_on(
@@ -303,7 +315,7 @@ def test_device_out_of_memory_says_what_to_do_and_the_run_goes_on(
 
 def test_optim_step_with_infinite_gradients_is_refused_and_clears_them(engine: Engine) -> None:
     before = params(engine)
-    found = engine.forward(RUN, 1, BATCH, keep_graph=True)
+    found = engine.forward(RUN, 1, engine.stage(BATCH), keep_graph=True)
     engine.backward(RUN, 2, forward_seq_id=1, gradients_TK=np.full_like(found.logprobs_TK, 3e38))
     with pytest.raises(FailedPreconditionError) as caught:
         engine.optim_step(RUN, 3, STEP)
@@ -314,7 +326,7 @@ def test_optim_step_with_infinite_gradients_is_refused_and_clears_them(engine: E
 
 
 def test_graph_serves_one_backward(engine: Engine) -> None:
-    found = engine.forward(RUN, 1, BATCH, keep_graph=True)
+    found = engine.forward(RUN, 1, engine.stage(BATCH), keep_graph=True)
     assert engine.counters.held_graphs == 1
     engine.backward(RUN, 2, forward_seq_id=1, gradients_TK=ones_like(found))
     assert engine.counters.held_graphs == 0
@@ -331,7 +343,7 @@ def test_graph_stays_held_when_gradients_do_not_fit(engine: Engine) -> None:
 
 
 def test_backward_after_an_optim_step_is_refused_instead_of_wrong(engine: Engine) -> None:
-    found = engine.forward(RUN, 1, BATCH, keep_graph=True)
+    found = engine.forward(RUN, 1, engine.stage(BATCH), keep_graph=True)
     forward_backward(engine, 2)
     engine.optim_step(RUN, 3, STEP)
     with pytest.raises(FailedPreconditionError, match="dropped by optim_step 3, which changed the parameters"):
@@ -339,7 +351,7 @@ def test_backward_after_an_optim_step_is_refused_instead_of_wrong(engine: Engine
 
 
 def test_refused_optim_step_leaves_graphs_held(engine: Engine) -> None:
-    found = engine.forward(RUN, 1, BATCH, keep_graph=True)
+    found = engine.forward(RUN, 1, engine.stage(BATCH), keep_graph=True)
     with pytest.raises(NoGradientsError):
         engine.optim_step(RUN, 2, STEP)
     engine.backward(RUN, 3, forward_seq_id=1, gradients_TK=ones_like(found))
@@ -348,7 +360,7 @@ def test_refused_optim_step_leaves_graphs_held(engine: Engine) -> None:
 def test_graphs_take_their_backwards_in_any_order(engine: Engine) -> None:
     batches = {seq_id: make_batch(4, 6, seed=seq_id) for seq_id in (1, 2, 3)}
     for seq_id, batch in batches.items():
-        engine.forward(RUN, seq_id, batch, keep_graph=True)
+        engine.forward(RUN, seq_id, engine.stage(batch), keep_graph=True)
     forward_backward(engine, 4)
     for seq_id in (2, 3, 1):
         gradients = -batches[seq_id].loss_fn_inputs["weights"]
@@ -367,7 +379,7 @@ def test_held_graph_does_not_see_what_its_caller_does_to_the_arrays(engine: Engi
     wanted = grads(engine)
     engine.zero_grad(RUN)
     weights = batch.loss_fn_inputs["weights"].copy()
-    engine.forward(RUN, 2, batch, keep_graph=True)
+    engine.forward(RUN, 2, engine.stage(batch), keep_graph=True)
     for array in (batch.tokens_T, *batch.loss_fn_inputs.values()):
         array[:] = 0
     engine.backward(RUN, 3, forward_seq_id=2, gradients_TK=-weights)
@@ -375,8 +387,8 @@ def test_held_graph_does_not_see_what_its_caller_does_to_the_arrays(engine: Engi
 
 
 def test_cancel_passes_over_graphs_that_are_not_held(engine: Engine) -> None:
-    engine.forward(RUN, 1, BATCH, keep_graph=True)
-    engine.forward(RUN, 2, BATCH, keep_graph=True)
+    engine.forward(RUN, 1, engine.stage(BATCH), keep_graph=True)
+    engine.forward(RUN, 2, engine.stage(BATCH), keep_graph=True)
     assert engine.cancel(RUN, [1, 1, 77]) == 1
     assert engine.counters.held_graphs == 1
     engine.drop_graphs(RUN)

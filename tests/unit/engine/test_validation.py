@@ -11,7 +11,6 @@ from gradwire.errors import GradwireError, InvalidArgumentError, ResourceExhaust
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer_service.checkpoint_path import check_checkpoint_name
 from trainer_service.config import Limits
 from trainer_service.engine.losses import find_loss
 from trainer_service.engine.validation import (
@@ -20,6 +19,7 @@ from trainer_service.engine.validation import (
     check_gradients_shape,
     check_loss_config,
 )
+from trainer_service.paths import check_checkpoint_name
 
 CROSS_ENTROPY = find_loss("cross_entropy")
 

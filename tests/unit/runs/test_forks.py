@@ -11,8 +11,8 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, ForkRunRequest, Tr
 
 from tests.fakes import FakeWorker
 from tests.unit.runs.test_recovery import operations, settled, step, trainer
-from trainer_service.checkpoint_path import STATE, CheckpointPath
 from trainer_service.config import Durability, Retention, SnapshotPolicy
+from trainer_service.paths import STATE, CheckpointPath
 from trainer_service.runs import fork_replay, journal, recovery
 from trainer_service.runs.operation import Operation
 

@@ -4,16 +4,15 @@ A run gets a model of its own: a copy of the base model's modules whose paramete
 tensor, and whose linear layers peft has wrapped. So there is nothing to switch between runs and nothing that one could
 leave behind for another; a further run costs its adapter, and a few megabytes of Python objects.
 
-What an adapter is, how it starts, its files and its configuration are peft's. The product is ours: one autograd
-function a layer, which adds the low-rank part into the base layer's output and makes no further tensors of that size.
+What an adapter is, how it starts, its files and its configuration are peft's. The product is ours (lora_layer.py).
 
-Shape suffixes: T tokens, I and O a layer's inputs and outputs, R the LoRA rank.
+Shape suffixes: I and O a layer's inputs and outputs.
 """
 
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,16 +20,14 @@ import torch
 from gradwire._wire.arguments import check_number
 from gradwire.errors import invalid_field
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from trainer_service.engine.models.lora_layer import ADAPTER, FusedLoraLinear
 from trainer_service.engine.packed.logprobs import LowRank
 
-ADAPTER = "default"
-"""What peft calls the one adapter of a model."""
 _ROUTERS = {"router", "gate", "shared_expert_gate"}
 """Linear layers that choose experts; no part of attention or MLP."""
 
@@ -246,69 +243,6 @@ def merged(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
         # Tied in the base model perhaps, and not any more.
         made.config.get_text_config().tie_word_embeddings = made.config.tie_word_embeddings = False
     return made
-
-
-class FusedLoraLinear(PeftLinear):
-    """peft's layer with one autograd function for all of it."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[…, I] → […, O]."""
-        base: Any = self.base_layer
-        if self.disable_adapters or self.merged or self.lora_variant or args or kwargs or self.training:
-            return super().forward(x, *args, **kwargs)
-        a_RI, b_OR = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        product = _LoraLinear.apply(x, base.weight, base.bias, a_RI, b_OR, self.scaling[ADAPTER])
-        assert isinstance(product, Tensor)
-        return product
-
-
-class _LoraLinear(torch.autograd.Function):
-    """x · Wᵀ + bias + scale · (x · Aᵀ) · Bᵀ, W and bias without gradients.
-
-    Thin products are made as [R, …], which on a CPU takes a third of the time of […, R].
-    """
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
-    ) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with _without_autocast(kind):
-            x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
-            low_RT = (a_RI.to(dtype) @ x_TI.T).mul_(scale)
-            # Made in the shape it is returned in: autograd lets no model change a view of it in place.
-            product = x_TI.new_empty(*x.shape[:-1], len(weight_OI))
-            product_TO = product.view(-1, len(weight_OI))
-            if bias_O is None:
-                torch.mm(x_TI, weight_OI.to(dtype).T, out=product_TO)
-            else:
-                torch.addmm(bias_O.to(dtype), x_TI, weight_OI.to(dtype).T, out=product_TO)
-            product_TO.addmm_(low_RT.T, b_OR.to(dtype).T)
-        ctx.save_for_backward(x_TI, low_RT, weight_OI, a_RI, b_OR)
-        ctx.scale, ctx.shape, ctx.x_dtype = scale, x.shape, x.dtype
-        return product
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_TI, low_RT, weight_OI, a_RI, b_OR = ctx.saved_tensors
-        dtype = x_TI.dtype
-        with _without_autocast(grad.device.type):
-            grad_TO = grad.reshape(-1, grad.shape[-1]).to(dtype)
-            grad_low_RT = (b_OR.to(dtype).T @ grad_TO.T).mul_(ctx.scale)
-            grad_b_OR = (low_RT @ grad_TO).T.to(b_OR.dtype).contiguous() if ctx.needs_input_grad[4] else None
-            grad_a_RI = (grad_low_RT @ x_TI).to(a_RI.dtype) if ctx.needs_input_grad[3] else None
-            grad_x = None
-            if ctx.needs_input_grad[0]:
-                grad_x_TI = grad_TO @ weight_OI.to(dtype)
-                grad_x = grad_x_TI.addmm_(grad_low_RT.T, a_RI.to(dtype)).to(ctx.x_dtype).view(ctx.shape)
-        return grad_x, None, None, grad_a_RI, grad_b_OR, None
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Products in the dtype they are given. To enter torch.autocast takes tens of microseconds: only where it is on."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def check_settings(settings: LoraSettings, *, hidden_size: int) -> None:

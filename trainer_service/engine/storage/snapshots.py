@@ -20,7 +20,7 @@ Written = Callable[[GradwireError | None], object]
 
 
 @dataclass(frozen=True)
-class _Job:
+class _UnwrittenSnapshot:
     state: State
     folder: Path
     run_id: str
@@ -31,7 +31,7 @@ class SnapshotWriter:
     """Writes snapshots one after the other on a thread of its own, which starts with the first."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._unwritten: queue.SimpleQueue[_UnwrittenSnapshot] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def take(self, run: RunState, folder: Path, written: Written) -> None:
@@ -51,29 +51,34 @@ class SnapshotWriter:
             raise error("CANCELLED", text)
         state = capture(run, gradients=True)
         refuse_without_room(folder, state.size_bytes)
-        job = _Job(state.copied(), folder, run.run_id, written)
+        snapshot = _UnwrittenSnapshot(state.copied(), folder, run.run_id, written)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
             self._thread.start()
-        self._jobs.put(job)
+        self._unwritten.put(snapshot)
 
     def _run(self) -> None:
         while True:
-            job = self._jobs.get()
+            snapshot = self._unwritten.get()
             try:
-                write_state(job.state, job.folder, about={"run_id": job.run_id, "kind": "snapshot"}, overwrite=True)
+                write_state(
+                    snapshot.state,
+                    snapshot.folder,
+                    about={"run_id": snapshot.run_id, "kind": "snapshot"},
+                    overwrite=True,
+                )
                 # Read back now, since what it makes superfluous is deleted next.
-                open_state(job.folder)
+                open_state(snapshot.folder)
             except GradwireError as exc:
-                job.written(exc)
+                snapshot.written(exc)
             except Exception as exc:
                 logger.exception("Writing a snapshot failed.")
                 text = f"The snapshot could not be written: {type(exc).__name__}: {exc}"
-                job.written(error("STORAGE_FAILED", text))
+                snapshot.written(error("STORAGE_FAILED", text))
             else:
-                job.written(None)
-            # Not until the next one comes: it is as large as the run.
-            del job
+                snapshot.written(None)
+            # It is as large as the run, and would otherwise stay until the next one comes.
+            del snapshot
 
 
 def restore_snapshot(run: RunState, folder: Path) -> None:

@@ -56,13 +56,13 @@ def load(folder: Path, name: str, text: str | None) -> dict[str, Loss]:
 def test_a_loss_of_a_module_trains(folder: Path, tiny_llama: Path, tmp_path: Path) -> None:
     (focal,) = load(folder, "focal", FOCAL).values()
     engine = make_engine(tiny_llama, tmp_path / "checkpoints")
-    found = engine.forward_backward(RUN, 1, BATCH, focal)
+    found = engine.forward_backward(RUN, 1, engine.stage(BATCH, focal))
     logprobs = torch.tensor(found.logprobs_TK)
     weights = torch.tensor(BATCH.loss_fn_inputs["weights"])
     hard = (1 - logprobs.exp()) ** 2
     assert found.metrics["loss:sum"] == pytest.approx(-(hard * logprobs * weights).sum().item(), rel=1e-5)
     assert found.metrics["hardness:mean"] == pytest.approx(hard.mean().item(), rel=1e-5)
-    sharper = engine.forward_backward(RUN, 2, BATCH, focal, {"gamma": 5.0})
+    sharper = engine.forward_backward(RUN, 2, engine.stage(BATCH, focal, {"gamma": 5.0}))
     assert sharper.metrics["loss:sum"] < found.metrics["loss:sum"]
 
 
@@ -95,7 +95,7 @@ def test_a_fault_of_the_loss_is_told_as_its_own_and_nothing_is_applied(
     (loss,) = load(folder, f"faulty_{request.node.callspec.indices['body']}", text).values()
     engine = make_engine(tiny_llama, folder / "checkpoints")
     with pytest.raises(FailedPreconditionError) as caught:
-        engine.forward_backward(RUN, 1, BATCH, loss)
+        engine.forward_backward(RUN, 1, engine.stage(BATCH, loss))
     assert caught.value.reason == "LOSS_FAILED"
     assert why in caught.value.message
     assert all(parameter.grad is None for parameter in engine.live_model(RUN).parameters())

@@ -18,10 +18,10 @@ from tests.engines import BATCH, CROSS_ENTROPY, make_batch
 from tests.loras import ALL, BODY, adapter, lora_engine, plain_peft, randomize
 from tests.numerics.plain import load_plain, plain_logprobs, random_sequences, to_batch
 from tests.tiny import VOCAB_SIZE, make_tiny_llama
-from trainer_service.adapter_path import adapter_folder, adapter_rank
+from trainer_service.adapter_folders import adapter_folder, adapter_rank
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.lora import LoraSettings
-from trainer_service.engine.worker.commands import _lora_settings
+from trainer_service.engine.worker.run_life import lora_settings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -32,7 +32,7 @@ STEP = AdamParams(learning_rate=1e-2)
 
 
 def found(engine: Engine, run_id: str = "lora") -> np.ndarray:
-    return engine.forward(run_id, 90, to_batch(SEQUENCES)).logprobs_TK
+    return engine.forward(run_id, 90, engine.stage(to_batch(SEQUENCES))).logprobs_TK
 
 
 def plain_found(model: Any) -> np.ndarray:
@@ -45,7 +45,7 @@ def close(left: np.ndarray, right: np.ndarray) -> None:
 
 def train(engine: Engine, run_id: str, seeds: range) -> None:
     for seed in seeds:
-        engine.forward_backward(run_id, 2 * seed, make_batch(5, 9, seed=seed), CROSS_ENTROPY)
+        engine.forward_backward(run_id, 2 * seed, engine.stage(make_batch(5, 9, seed=seed), CROSS_ENTROPY))
         engine.optim_step(run_id, 2 * seed + 1, STEP)
 
 
@@ -382,15 +382,15 @@ def test_settings_out_of_range_are_named(engine: Engine, settings: LoraSettings,
 )
 def test_settings_that_would_have_no_effect_are_refused(request_: CreateRunRequest, field: str) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
-        _lora_settings(request_)
+        lora_settings(request_)
     assert caught.value.field_violations[0][0] == field
 
 
 def test_defaults_are_those_that_the_protocol_names() -> None:
-    assert _lora_settings(CreateRunRequest()) is None
-    assert _lora_settings(CreateRunRequest(lora_rank=8)) == LoraSettings(8, 32.0, 0, True, True, True)
+    assert lora_settings(CreateRunRequest()) is None
+    assert lora_settings(CreateRunRequest(lora_rank=8)) == LoraSettings(8, 32.0, 0, True, True, True)
     given = CreateRunRequest(lora_rank=8, lora_alpha=4, seed=3, train_mlp=False, train_attn=True, train_unembed=False)
-    assert _lora_settings(given) == LoraSettings(8, 4.0, 3, False, True, False)
+    assert lora_settings(given) == LoraSettings(8, 4.0, 3, False, True, False)
 
 
 # ── resumable state ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -429,7 +429,7 @@ def test_a_state_of_another_rank_or_of_a_full_run_is_refused(tiny_llama: Path, t
 def test_a_merged_full_run_is_the_run_itself(tiny_llama: Path, tmp_path: Path) -> None:
     engine = lora_engine(tiny_llama, tmp_path)
     engine.create_run("full")
-    engine.forward_backward("full", 1, BATCH, CROSS_ENTROPY)
+    engine.forward_backward("full", 1, engine.stage(BATCH, CROSS_ENTROPY))
     engine.save_weights_for_sampler("full", "a", merged=True)
     close(plain_found(load_plain(tmp_path / "full" / "sampler_weights" / "a")), found(engine, "full"))
 
@@ -454,7 +454,7 @@ def test_a_learning_rate_moves_an_adapter_of_a_bfloat16_model_by_just_that(tmp_p
     model.to(torch.bfloat16).save_pretrained(folder)
     engine = lora_engine(folder, tmp_path / "checkpoints", lora=ALL)
     before = {name: parameter.detach().clone() for name, parameter in adapter(engine, "lora").items()}
-    engine.forward_backward("lora", 1, make_batch(5, 9), CROSS_ENTROPY)
+    engine.forward_backward("lora", 1, engine.stage(make_batch(5, 9), CROSS_ENTROPY))
     engine.optim_step("lora", 2, AdamParams(learning_rate=1e-3))
     run = engine.run_state("lora")
     moved = 0

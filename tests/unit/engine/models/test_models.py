@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from gradwire.errors import AlreadyExistsError, FailedPreconditionError, InvalidArgumentError
@@ -87,13 +88,17 @@ def test_what_a_longer_sequence_left_behind_changes_no_shorter_one(tiny_llama: P
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     folder = changed(tiny_llama, tmp_path, rope_parameters=rope, max_position_embeddings=16)
     lengths = (16, 20, 10)
-    wanted = [make_engine(folder, tmp_path).forward(RUN, 1, make_batch(length)).logprobs_TK for length in lengths]
+
+    def logprobs(engine: Engine, length: int) -> npt.NDArray[np.float32]:
+        return engine.forward(RUN, 1, engine.stage(make_batch(length))).logprobs_TK
+
+    wanted = [logprobs(make_engine(folder, tmp_path), length) for length in lengths]
     engine = make_engine(folder, tmp_path)
     assert engine.traits.batching.startswith("one sequence at a time: its positions depend on the longest sequence")
-    engine.forward(RUN, 1, make_batch(60))
+    logprobs(engine, 60)
     for length, alone in zip(lengths, wanted, strict=True):
-        np.testing.assert_array_equal(engine.forward(RUN, 1, make_batch(length)).logprobs_TK, alone)
-        engine.forward(RUN, 1, make_batch(60))
+        np.testing.assert_array_equal(logprobs(engine, length), alone)
+        logprobs(engine, 60)
 
 
 def test_bfloat16_model_trains_in_float32(tiny_llama: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def step(engine: Engine, seq_id: int) -> None:
 
 
 def logprobs(engine: Engine) -> np.ndarray:
-    return engine.forward(RUN, 99, BATCH).logprobs_TK
+    return engine.forward(RUN, 99, engine.stage(BATCH)).logprobs_TK
 
 
 def test_a_run_restored_in_the_middle_of_an_accumulation_goes_on_bit_for_bit(driver: Driver, tmp_path: Path):
@@ -148,7 +148,7 @@ def test_a_damaged_snapshot_is_refused_and_leaves_no_run_behind(driver: Driver, 
 
 
 def test_no_snapshot_is_taken_while_a_custom_loss_is_under_way(driver: Driver, tmp_path: Path):
-    driver.engine.forward(RUN, 1, BATCH, keep_graph=True)
+    driver.engine.forward(RUN, 1, driver.engine.stage(BATCH), keep_graph=True)
     assert "1 custom losses are under way" in driver.snapshot(tmp_path / "snapshot").done.error.message
     assert not (tmp_path / "snapshot").exists()
 
@@ -165,7 +165,7 @@ def test_what_a_failure_did_is_done_again_without_executing_anything(driver: Dri
     assert engine.run_state(RUN).accumulation.num_passes == 1
     driver.command(fail_operation=WorkerFailOperation(seq_id=2, kind="optim_step", reason="NON_FINITE"))
     assert engine.run_state(RUN).accumulation.num_passes == 0
-    engine.forward(RUN, 3, BATCH, keep_graph=True)
+    engine.forward(RUN, 3, engine.stage(BATCH), keep_graph=True)
     failed = WorkerFailOperation(seq_id=4, kind="backward", forward_seq_id=3)
     failed.reason = "INVALID_FIELD"
     driver.command(fail_operation=failed)

@@ -100,7 +100,7 @@ def test_no_operation_draws_from_torchs_generator_which_no_state_has(engine: Eng
     engine.create_run("lora", lora=LoraSettings(rank=2))
     before = torch.get_rng_state()
     for run_id in (RUN, "lora"):
-        engine.forward(run_id, 1, BATCH, keep_graph=True)
+        engine.forward(run_id, 1, engine.stage(BATCH), keep_graph=True)
         engine.backward(run_id, 2, forward_seq_id=1, gradients_TK=np.ones(BATCH.num_tokens, dtype=np.float32))
         train(engine, range(1), run_id)
     engine.create_run("another", lora=LoraSettings(rank=2))

@@ -1,4 +1,7 @@
-"""The adapter a run starts from. Paths come from callers, and must lead nowhere else; no torch. Ground floor."""
+"""Folders of LoRA adapters, as peft writes them: which one an adapter_path names, what it says, copying it. Ground.
+
+Paths come from callers, and must lead nowhere else.
+"""
 
 import shutil
 from pathlib import Path
@@ -7,19 +10,18 @@ from typing import Any
 from gradwire._wire.untrusted import parse_json
 from gradwire.errors import error, invalid_field
 
-from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, CheckpointPath
 from trainer_service.folders import sync
+from trainer_service.paths import SAMPLER_WEIGHTS, SCHEME, CheckpointPath
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The two files of an adapter, as peft writes them."""
-_SCHEME = "gradwire://"
 _MAX_PATH = 4096
 _MAX_CONFIG_BYTES = 1 << 20
 
 
 def is_checkpoint(path: str) -> bool:
     """Whether an adapter_path names a checkpoint, rather than a folder."""
-    return path.startswith(_SCHEME)
+    return path.startswith(SCHEME)
 
 
 def adapter_folder(path: str, *, checkpoint_dir: Path, adapter_dir: Path) -> Path:

@@ -1,0 +1,30 @@
+"""Commands that were decoded and checked, and wait for their turn on the device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from google.protobuf.message import Message
+
+Work = Callable[[], Message | None]
+"""Executes a command; returns an operation's answer, None for a command that is not one."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A command ready to execute.
+
+    Attributes:
+        command_id: To answer with.
+        seq_id: Of the operation; None for a command that is not one.
+        what: Its name: the field of TrainResponse that answers an operation.
+        work: Executes it, or raises what is wrong with it.
+        answered_later: Whether it goes on by itself, once begun, and is answered when it is done.
+        received_s: When it came, by time.monotonic.
+    """
+
+    command_id: int
+    seq_id: int | None
+    what: str
+    work: Work
+    received_s: float
+    answered_later: bool = False
