@@ -43,7 +43,7 @@ def to_datum(problem: Problem, sampled: gradwire.SampledSequence, advantage: flo
 
 
 def advantages(rewards: list[float]) -> list[float]:
-    """How far above the group's mean, in standard deviations; nothing where all are alike."""
+    """How far each reward is above its group's mean, in standard deviations; none where all are equal."""
     spread = statistics.pstdev(rewards)
     return [(reward - statistics.mean(rewards)) / spread if spread else 0.0 for reward in rewards]
 
@@ -66,7 +66,7 @@ def main() -> None:
         print(f"Right on {len(held_out)} sums never trained on, before: {checked[0][1]:.1%}", flush=True)
         start_s = time.monotonic()
         for step in range(1, args.steps + 1):
-            # The snapshot comes behind the optimizer step before it, and costs nothing until the next one.
+            # The snapshot is taken after the optimizer step before it, and costs nothing until the next step.
             sampler = client.save_weights_and_get_sampling_client()
             batch = rng.sample(problems, args.sums)
             futures = [sampler.sample(prompt(problem), args.group, params) for problem in batch]

@@ -59,7 +59,7 @@ def learning_rate(step: int, *, num_steps: int, warmup_steps: int, highest: floa
 
 
 def mean_loss(outputs: list[gradwire.ForwardBackwardOutput]) -> float:
-    """Per token trained on; the service's losses are sums."""
+    """Loss per token trained on; the service's losses are sums."""
     return sum(o.metrics["loss:sum"] for o in outputs) / sum(o.metrics["num_loss_tokens:sum"] for o in outputs)
 
 
@@ -93,7 +93,7 @@ def train(
             rates.append(
                 learning_rate(step, num_steps=num_steps, warmup_steps=args.warmup_steps, highest=args.learning_rate)
             )
-            # Nothing is waited for here: the trainer runs them in this order, and always has the next at hand.
+            # Nothing waits here: the trainer runs the calls in this order, and always has the next one.
             passes = [client.forward_backward(part, "cross_entropy") for part in parts]
             adam_params = gradwire.AdamParams(learning_rate=rates[-1], beta2=0.99, grad_clip_norm=1.0)
             in_flight.append(

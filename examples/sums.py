@@ -76,7 +76,7 @@ def supervised(
 
 
 def parser(description: str | None, *, steps: int, plot: str) -> argparse.ArgumentParser:
-    """What the three take from the command line."""
+    """Command-line arguments that the three examples share."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--base-url", help="a running trainer over a model of make_model; without it one is started here")
     made.add_argument("--steps", type=int, default=steps)

@@ -218,3 +218,13 @@ def test_the_worker_says_hello_before_it_loads_torch():
     assert {
         name for name in modules_after("import trainer_service.engine.__main__") if within(name, {"torch"})
     } == set()
+
+
+def test_a_module_of_the_sdk_is_for_users_or_in_a_folder_that_says_otherwise():
+    import gradwire
+
+    homes = {
+        vars(gradwire)[name].__module__ for name in gradwire.__all__ if hasattr(vars(gradwire)[name], "__module__")
+    }
+    public = {f"gradwire.{file.stem}" for file in SDK.glob("*.py")} - {"gradwire.__init__", "gradwire.cli"}
+    assert public - homes == set()

@@ -77,7 +77,7 @@ class _Chat:
         self._kwargs = kwargs
 
     def tokens(self) -> tuple[list[int], list[tuple[int, int]]]:
-        """Of the whole chat, and where each stands in its text."""
+        """Tokens of the whole chat, and where each stands in its text."""
         encoded = self._tokenizer(
             self._text(len(self._messages)), add_special_tokens=False, return_offsets_mapping=True
         )

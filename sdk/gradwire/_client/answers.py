@@ -1,4 +1,4 @@
-"""From the trainer's answers to what users get back."""
+"""Turns the trainer's answers into the values users get."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields

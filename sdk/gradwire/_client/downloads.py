@@ -191,7 +191,7 @@ def _size(part: Path) -> int:
 def _append(
     connection: Connection, path: str, file: CheckpointFile, part: Path, offset: int, progress: Progress
 ) -> None:
-    """Brings what a part lacks. Only reading is the loop's, which the training of the same process shares."""
+    """Fetches what a part lacks. The loop only reads, since the training of the same process shares it."""
     request = DownloadCheckpointRequest(path=path, file=file.name, offset=offset, sha256=file.sha256)
     call = LOOP.run(_begin(connection, request))
     try:

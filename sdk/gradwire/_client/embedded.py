@@ -1,4 +1,4 @@
-"""The control plane as a child of the user's script: started on first use, gone when the script is, however it ends."""
+"""The control plane as a child of the user's script: started on first use, stopped with the script, however it ends."""
 
 import atexit
 import contextlib

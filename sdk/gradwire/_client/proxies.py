@@ -24,7 +24,7 @@ def reaches_this_machine(target: str) -> bool:
 
 
 def proxy_used(target: str) -> str:
-    """What an error says of the proxy between here and a target: the variable, the proxy and the way past it; "" where
+    """What an error says of the proxy on the way to a target: the variable, the proxy and how to avoid it; "" where
     there is none. A password in the proxy's URL is left out."""
     if reaches_this_machine(target):
         return ""
@@ -42,7 +42,7 @@ def proxy_used(target: str) -> str:
 
 
 def _bypassed(host: str) -> bool:
-    """Whether no_proxy takes a host out: by the end of its name, or by a network its address is in."""
+    """Whether no_proxy excludes a host: by the end of its name, or by a network its address is in."""
     listed = next((value for name in _NO_PROXY_VARIABLES if (value := os.environ.get(name))), "")
     return any(_takes_out(entry.strip().lower(), host) for entry in listed.split(",") if entry.strip())
 

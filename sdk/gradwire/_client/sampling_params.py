@@ -1,4 +1,4 @@
-"""SamplingParams on their way to the wire: types and ranges are checked, and the argument is named."""
+"""SamplingParams as a message: types and ranges are checked, and errors name the argument."""
 
 import math
 import numbers

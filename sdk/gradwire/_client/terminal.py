@@ -113,7 +113,7 @@ def _text(field: Any, value: Any) -> str:
 
 
 def time_text(stamp: Any) -> str:
-    """A protobuf Timestamp, to the second; "?" for one that is no time."""
+    """A protobuf Timestamp, to the second; "?" for one that is not a time."""
     try:
         return datetime.fromtimestamp(stamp.seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
     except (ValueError, OverflowError, OSError):
@@ -147,7 +147,7 @@ def _scaled(size_bytes: float, exponent: int) -> str:
 
 
 class ProgressBar:
-    """How far a download is: a bar that moves on a terminal, elsewhere a line a file, and one every few seconds.
+    """Shows how far a download is: a bar that moves on a terminal, elsewhere a line a file, and one every few seconds.
 
     May be updated from any thread.
 

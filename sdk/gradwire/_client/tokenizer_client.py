@@ -78,7 +78,7 @@ def fetch_tokenizer(connection: Connection) -> Path:
 
 
 def _check(files: list[TokenizerFile]) -> None:
-    """Refuses what no tokenizer of an honest trainer is made of."""
+    """Refuses files that no tokenizer of an honest trainer has."""
     names = [file.name for file in files]
     sizes = [file.size_bytes for file in files]
     if len(files) > MAX_FILES or sum(sizes) > MAX_TOTAL_BYTES or max(sizes, default=0) > MAX_FILE_BYTES:
@@ -91,7 +91,7 @@ def _check(files: list[TokenizerFile]) -> None:
 
 
 def _digest_of(files: Iterable[TokenizerFile]) -> str:
-    """Tells tokenizers apart by content."""
+    """A digest of a tokenizer's content, which names its folder."""
     lines = sorted(f"{file.sha256} {file.size_bytes} {file.name}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -129,7 +129,7 @@ def _fetch(connection: Connection, file: TokenizerFile, target: Path) -> None:
 
 
 def _pieces(connection: Connection, name: str) -> Generator[bytes]:
-    """One file's bytes. Only reading is the loop's, which the training of the same process shares."""
+    """One file's bytes. The loop only reads, since the training of the same process shares it."""
 
     async def begin() -> Any:
         request = DownloadTokenizerRequest(file=name)

@@ -36,10 +36,10 @@ def is_passing(error: GradwireError) -> bool:
 
 
 class Closable(Protocol):
-    """What ends with its connection."""
+    """Something open on a connection, closed with it."""
 
     def close(self) -> None:
-        """Ends it, on the loop's thread."""
+        """Closes it, on the loop's thread."""
         ...
 
 
@@ -223,7 +223,7 @@ class Connection:
             await channel.close()
 
     def close(self) -> None:
-        """Closes the channel; calls under way fail. In a forked child, whose parent's it is, does nothing."""
+        """Closes the channel; calls under way fail. Does nothing in a forked child: the channel is its parent's."""
         if not LOOP.lost:
             LOOP.run(self.close_async(), 5)
 
@@ -234,5 +234,5 @@ def _connect_again(api_key: str | None, base_url: str, tls: ClientTls | None, co
 
 
 def _settled(exc: grpc.aio.AioRpcError) -> str:
-    """Why a connection will not be made, however often it is tried; "" for all that may yet be."""
+    """Why no retry will make the connection; "" where one may."""
     return next((why for said, why in _SETTLED.items() if said in (exc.details() or "")), "")

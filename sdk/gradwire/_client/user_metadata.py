@@ -7,7 +7,7 @@ from gradwire.errors import invalid_field
 
 
 def check_user_metadata(user_metadata: Mapping[str, str] | None) -> dict[str, str]:
-    """It, as it can be sent; how much of it may be is the trainer's to say.
+    """The user metadata as it can be sent; the trainer decides how much it may be.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD: it is no mapping of text to text.

@@ -1,4 +1,4 @@
-"""Checks of single arguments, for both sides of the wire: what does not fit is refused with the argument's name."""
+"""Checks of single arguments, for both sides of the wire: errors name the argument."""
 
 import math
 import operator
@@ -55,7 +55,7 @@ def check_number(
 
 
 def check_whole_number(field: str, value: Any, *, at_least: int, at_most: int) -> int:
-    """A whole number in a range; text, bool and floats, 2.0 too, are none.
+    """A whole number in a range; text, bool and floats, even 2.0, are refused.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD.
@@ -72,7 +72,7 @@ def check_whole_number(field: str, value: Any, *, at_least: int, at_most: int) -
 
 
 def check_flag(field: str, value: Any) -> bool:
-    """True or False, and nothing that only counts as such.
+    """True or False; other values that count as true or false are refused.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD.

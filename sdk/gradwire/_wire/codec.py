@@ -1,4 +1,4 @@
-"""Between numpy arrays and the wire's tensors and data. Used by both sides; numpy and protobuf only.
+"""Converts between numpy arrays and the wire's tensors and data. Used by both sides; numpy and protobuf only.
 
 Shape suffixes: T tokens of all sequences end to end, N sequences, K soft targets a token.
 """
@@ -55,16 +55,16 @@ class Batch:
 
     @property
     def num_sequences(self) -> int:
-        """N."""
+        """Number of sequences, N."""
         return len(self.cu_seqlens) - 1
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """Number of tokens, T."""
         return len(self.tokens_T)
 
     def size_bytes(self) -> int:
-        """Bytes of all arrays: what the batch takes on the wire, near enough."""
+        """Bytes of all arrays, about what the batch takes on the wire."""
         return self.tokens_T.nbytes + self.cu_seqlens.nbytes + sum(a.nbytes for a in self.loss_fn_inputs.values())
 
     def datum_path(self, number: int) -> str:

@@ -34,7 +34,7 @@ _MAX_HEADER_BYTES = 100 << 20
 
 
 def compress(base: bytes, changed: bytes) -> bytes:
-    """What makes `changed` of `base`, which is as long; empty where they are equal."""
+    """The bytes that turn `base` into `changed`, which is as long; empty if they are equal."""
     difference = np.bitwise_xor(np.frombuffer(base, np.uint8), np.frombuffer(changed, np.uint8))
     if not difference.any():
         return b""
@@ -44,7 +44,7 @@ def compress(base: bytes, changed: bytes) -> bytes:
 
 
 def expand(base: bytes, compressed: bytes) -> bytes:
-    """What `compress` was given.
+    """The bytes that `compress` was given as `changed`.
 
     Raises:
         ValueError: It is not what compress made.
@@ -114,7 +114,7 @@ def safetensors_header(sizes: Mapping[str, list[int]]) -> bytes:
 
 def describe(folder: Path, *, name: str = "") -> dict[str, Any] | None:
     """delta.json of a checkpoint: "base" ({"path", "files": {name: sha256}}) and "files" ({name: {"size_bytes",
-    "sha256"}}); None where it is no delta.
+    "sha256"}}); None if it is not a delta.
 
     Args:
         folder: The checkpoint's.
@@ -237,7 +237,7 @@ def _expand_file(name: str, base: Path, base_sha256: str, out: Path, entry: Mapp
 
 
 def unusable_base(name: str, why: str) -> GradwireError:
-    """DELTA_BASE_UNUSABLE."""
+    """The DELTA_BASE_UNUSABLE error."""
     text = f'The delta "{name}" cannot be used with its base: {why}. Save a base, and deltas on it, anew.'
     return error("DELTA_BASE_UNUSABLE", text, name=name)
 

@@ -1,4 +1,4 @@
-"""What a tokenizer returned, taken as the token ids of one sequence."""
+"""Reads the token ids of one sequence from what a tokenizer returned."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def token_ids_of(tokens: Any, where: str) -> Any:
-    """The token ids of one sequence in what stands for them.
+    """The token ids of one sequence, from any of the forms they come in.
 
     Taken as they are: a list, numpy array or torch tensor [N]. Looked into: the result of a tokenizer or of a chat
     template (BatchEncoding, a dict with "input_ids", tokenizers.Encoding), and a batch [1, N] of one sequence.
@@ -43,7 +43,7 @@ def token_ids_of(tokens: Any, where: str) -> Any:
 
 
 def _only_row(tokens: Any, where: str) -> Any:
-    """The one row of a batch of one; anything but a batch as it is."""
+    """The only row of a batch of one; anything else is returned as it is."""
     shape = getattr(tokens, "shape", None)
     if shape is not None:
         batch = len(shape) == 2
@@ -62,7 +62,7 @@ def _is_row(entry: Any) -> bool:
 
 
 def _refuse_padding(attention_mask: Any, where: str) -> None:
-    """Padding would be trained on, or sampled behind, as if it were text."""
+    """Refuses padding, which would be trained on, or continued, as if it were text."""
     if attention_mask is None:
         return
     mask = np.asarray(attention_mask.detach().cpu() if hasattr(attention_mask, "detach") else attention_mask)

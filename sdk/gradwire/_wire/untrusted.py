@@ -1,4 +1,4 @@
-"""What others made, taken in with care: JSON, names of files, texts for a terminal. Both sides of the wire."""
+"""Reads untrusted input with care: JSON, file names, texts for a terminal. Both sides of the wire."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ _MAX_PARTS = 16
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says.
+    """Parses a JSON text.
 
     Raises:
         ValueError: It is no JSON, or nested beyond what can be read.
@@ -22,7 +22,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def stays_inside(name: str) -> bool:
-    """Whether a name of somebody else's leads to a file in whatever folder it is put behind, and to no hidden one."""
+    """Whether an untrusted name stays inside the folder it is joined to, and is not hidden."""
     parts = name.split("/")
     return (
         name.isprintable()
@@ -33,7 +33,7 @@ def stays_inside(name: str) -> bool:
 
 
 def confined(folder: Path, name: str) -> Path:
-    """The place in a folder that somebody else's name stands for.
+    """The path inside a folder that an untrusted name stands for.
 
     Raises:
         ValueError: It stands for none; the text goes on from the name.
