@@ -3,7 +3,8 @@
     python benchmarks/fuzz.py --frames 20000 --seed 0
 
 Every one must be answered with a status other than INTERNAL or UNKNOWN, and within a minute; at the end the worker must
-be the same one, and a step must work. Prints a table of memory and file handles.
+be the same one, and a step must work. Prints a table of memory and file handles. Then the same for a control plane over
+fake trainers, see fuzz_jobs.py.
 """
 
 import argparse
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gradwire import AdamParams, ServiceClient, datum_from_tokens_weights
 
+from benchmarks.fuzz_jobs import fuzz_jobs
 from benchmarks.processes import num_handles, resident_mib
 from tests.frames import Frames, send_frames
 from tests.tiny import make_tiny_llama
@@ -56,6 +58,8 @@ def main() -> None:
                 client.forward_backward([datum_from_tokens_weights(tokens, [1.0] * len(tokens))], "cross_entropy")
                 assert client.optim_step(AdamParams()).result(60).step == 1
     print(f"\n{sum(seen.values())} frames in {took_s:.0f} s, then a step; statuses: {dict(seen.most_common())}")
+    with tempfile.TemporaryDirectory() as folder:
+        fuzz_jobs(Path(folder), arguments.frames // 10, arguments.seed)
 
 
 if __name__ == "__main__":

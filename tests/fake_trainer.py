@@ -1,7 +1,8 @@
 """A trainer's outside without its inside, for tests of trainer jobs: `python -m tests.fake_trainer --base-model=…`.
 
 The base model's name says what it does: "quick" gets ready at once, "loading" never, "broken" ends with a sentence,
-"silent" ends without one, "deaf" does not hear SIGTERM, "dies" gets ready and ends a second later.
+"silent" ends without one, "deaf" does not hear SIGTERM, "dies" gets ready and ends a second later, "tells" ends with a
+sentence about a folder of the host.
 """
 
 import argparse
@@ -44,6 +45,9 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if args.base_model == "broken":
         print("looking for it\ngradwire: There is no model at broken.", file=sys.stderr)
+        sys.exit(1)
+    if args.base_model == "tells":
+        print(f"gradwire: {args.ready_file} is not what it should be; see https://example.org/x.", file=sys.stderr)
         sys.exit(1)
     if args.base_model == "silent":
         sys.exit(3)

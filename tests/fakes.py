@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -235,8 +235,10 @@ class FakeWorker:
         match request.WhichOneof("operation"):
             case "forward":
                 # The targets' own bytes as logprobs: an answer as large as the question.
-                tensor = request.forward.batch.loss_fn_inputs["target_tokens"]
-                return TrainResponse(forward=ops.ForwardResponse(loss_fn_outputs={"logprobs": tensor}))
+                batch = request.forward.batch
+                outputs = {"logprobs": batch.loss_fn_inputs["target_tokens"]}
+                answer = ops.ForwardResponse(loss_fn_outputs=outputs, cu_seqlens=batch.cu_seqlens)
+                return TrainResponse(forward=answer)
             case "forward_backward":
                 batch = request.forward_backward.batch
                 response = ops.ForwardBackwardResponse(metrics={"loss:sum": float(request.seq_id)})
@@ -255,13 +257,15 @@ class FakeWorker:
             case "cancel":
                 return TrainResponse(cancel=ops.CancelResponse())
             case "save_state" if self.checkpoint_dir is not None:
-                path = self.save(CheckpointPath(run_id, STATE, request.save_state.name))
+                save = request.save_state
+                path = self.save(CheckpointPath(run_id, STATE, save.name), **_label(save))
                 return TrainResponse(save_state=ops.SaveStateResponse(path=path))
             case "save_weights_for_sampler" if request.save_weights_for_sampler.ephemeral:
                 path = f"gradwire://{run_id}/snapshots/{request.seq_id}"
                 return TrainResponse(save_weights_for_sampler=ops.SaveWeightsForSamplerResponse(path=path))
             case "save_weights_for_sampler" if self.checkpoint_dir is not None:
-                path = self.save(CheckpointPath(run_id, SAMPLER_WEIGHTS, request.save_weights_for_sampler.name))
+                save = request.save_weights_for_sampler
+                path = self.save(CheckpointPath(run_id, SAMPLER_WEIGHTS, save.name), **_label(save))
                 return TrainResponse(save_weights_for_sampler=ops.SaveWeightsForSamplerResponse(path=path))
             case "load_state" if self.checkpoint_dir is not None:
                 folder = CheckpointPath.parse(request.load_state.path).folder(self.checkpoint_dir)
@@ -269,6 +273,14 @@ class FakeWorker:
                 return TrainResponse(load_state=ops.LoadStateResponse(step=self.steps[run_id]))
             case other:
                 return TrainResponse(error=to_status(error("NOT_IMPLEMENTED", f"{other} is not built yet.")))
+
+
+def _label(save: Any) -> dict[str, Any]:
+    """What a manifest tells of what the caller said about a checkpoint."""
+    label: dict[str, Any] = {"user_metadata": dict(save.user_metadata)}
+    if save.HasField("ttl_seconds"):
+        label["expires_at"] = (datetime.now(UTC) + timedelta(seconds=save.ttl_seconds)).isoformat()
+    return label
 
 
 def _read_snapshot(folder: Path) -> int:

@@ -1,6 +1,6 @@
 """A trainer front end with a fake worker in a process of its own, whose memory can be measured.
 
-`python -m tests.front_end_process` prints its address, and ends when its stdin does.
+`python -m tests.front_end_process KEY…` prints its address, and ends when its stdin does.
 """
 
 import asyncio
@@ -15,9 +15,6 @@ from pathlib import Path
 from tests.fakes import front_end
 from trainer_service.config import Limits
 from trainer_service.processes import parent_gone
-
-KEY = "the-key"
-"""Opens it."""
 
 
 @dataclass
@@ -41,9 +38,13 @@ class FrontEndProcess:
 
 
 @contextlib.contextmanager
-def front_end_process() -> Iterator[FrontEndProcess]:
-    """Starts one, and ends it."""
-    command = [sys.executable, "-m", "tests.front_end_process"]
+def front_end_process(*api_keys: str) -> Iterator[FrontEndProcess]:
+    """Starts one, and ends it.
+
+    Args:
+        *api_keys: Keys that open it; none lets everybody in.
+    """
+    command = [sys.executable, "-m", "tests.front_end_process", *api_keys]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -68,7 +69,7 @@ def _status(pid: int, name: str) -> int:
 
 
 async def _main() -> None:
-    async with front_end(api_keys=(KEY,), limits=Limits(max_runs=64)) as trainer:
+    async with front_end(api_keys=tuple(sys.argv[1:]), limits=Limits(max_runs=1000)) as trainer:
         print(trainer.address, flush=True)
         await parent_gone()
 

@@ -1,6 +1,6 @@
 """A real control plane over fake trainers.
 
-Its process is `python -m tests.jobs_process READY_FILE DATA_DIR STORAGE_URL`.
+Its process is `python -m tests.jobs_process READY_FILE DATA_DIR SETTINGS`, settings of JobsConfig as JSON.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.trainer_process import descendants, wait_gone
 
@@ -20,13 +21,22 @@ API_KEY = "key-of-the-tests"
 
 
 @contextlib.contextmanager
-def running_jobs(folder: Path, *, storage_url: str = "") -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """The control plane's process and base_url; it is stopped with SIGTERM and must leave nothing behind."""
+def running_jobs(
+    folder: Path, *, api_keys: str = f"tests {API_KEY} admin", **settings: Any
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """The control plane's process and base_url; it is stopped with SIGTERM and must leave nothing behind.
+
+    Args:
+        folder: Its data is below it, in "data".
+        api_keys: As in GRADWIRE_API_KEY.
+        **settings: Of JobsConfig, in JSON's types.
+    """
     ready_file, log = folder / "jobs.json", folder / "jobs.log"
-    with log.open("wb") as out:
+    ready_file.unlink(missing_ok=True)
+    with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.jobs_process", str(ready_file), str(folder / "data"), storage_url],
-            env={**os.environ, "GRADWIRE_API_KEY": API_KEY},
+            [sys.executable, "-m", "tests.jobs_process", str(ready_file), str(folder / "data"), json.dumps(settings)],
+            env={**os.environ, "GRADWIRE_API_KEY": api_keys},
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=out,
@@ -54,14 +64,14 @@ def main() -> int:
     from trainer_service.rpc.jobs_server import serve_jobs
 
     configure_logging(as_json=False)
-    ready_file, data_dir, storage_url = sys.argv[1:]
+    ready_file, data_dir, settings = sys.argv[1:]
     config = JobsConfig(
         listen="127.0.0.1:0",
         data_dir=Path(data_dir),
-        storage_url=storage_url,
         api_keys=read_api_keys(),
         ready_file=Path(ready_file),
         exit_with_parent=True,
+        **json.loads(settings),
     )
     jobs = LocalJobs(config, trainer_command=(sys.executable, "-m", "tests.fake_trainer"), stop_grace_s=1.5)
     return asyncio.run(serve_jobs(config, jobs))

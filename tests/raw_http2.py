@@ -34,6 +34,8 @@ class RawHttp2:
         self._next_stream = 1
         self.ended: set[int] = set()
         """Streams the server has ended or reset."""
+        self.answered: set[int] = set()
+        """Streams the server has sent anything of an answer on."""
         self.closed = False
         """Whether the server has closed the connection, or said that it will."""
         self.max_concurrent_streams: int | None = None
@@ -103,6 +105,14 @@ class RawHttp2:
             assert time.monotonic() < deadline, "the server did not end the call"
             self.read(0.2)
 
+    def wait_answered(self, streams: Iterable[int]) -> None:
+        """Waits until the server has begun to answer all these calls."""
+        deadline = time.monotonic() + self._timeout_s
+        while not self.answered.issuperset(streams):
+            assert not self.closed, "the server closed the connection"
+            assert time.monotonic() < deadline, "the server did not answer"
+            self.read(0.2)
+
     def settings_came(self) -> None:
         """Waits for the server's settings, and with them its windows."""
         deadline = time.monotonic() + self._timeout_s
@@ -136,6 +146,8 @@ class RawHttp2:
         return True
 
     def _take(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
+        if kind in (_DATA, _HEADERS):
+            self.answered.add(stream)
         if kind == _WINDOW_UPDATE:
             size = int.from_bytes(payload, "big")
             if stream:

@@ -23,6 +23,7 @@ GROUND = {
     "observability",
     "processes",
     "sampler_path",
+    "user_metadata",
 }
 """Imported by all; import only each other."""
 DOORS = {
@@ -63,6 +64,12 @@ WIRE_HALF = {
     "gradwire.errors",
     "gradwire.codec",
     "gradwire.types",
+    "gradwire.replay",
+    "gradwire.run_info",
+    "gradwire.sampling_results",
+    "gradwire.saved",
+    "gradwire.token_ids",
+    "gradwire.tokenizer_files",
     "gradwire.version",
     "gradwire.metrics",
     "gradwire.wire_format",
@@ -183,7 +190,18 @@ def test_the_sdk_knows_no_server_and_imports_torch_only_inside_functions():
 def test_the_wire_half_stands_alone():
     """The server loads it, so it must not pull the client half in by itself."""
     wrong: list[str] = []
-    for name in ("errors", "codec", "types", "version", "metrics", "wire_format", "delta", "untrusted"):
+    for name in (
+        "errors",
+        "codec",
+        "types",
+        "token_ids",
+        "tokenizer_files",
+        "version",
+        "metrics",
+        "wire_format",
+        "delta",
+        "untrusted",
+    ):
         wrong += complaints(SDK / f"{name}.py", WIRE_HALF)
     assert wrong == []
 

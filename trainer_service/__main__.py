@@ -138,6 +138,10 @@ async def _jobs(args: argparse.Namespace) -> int:
     settings = config.JobsConfig(
         listen=args.listen,
         data_dir=args.data_dir.resolve(),
+        model_dir=None if args.model_dir is None else args.model_dir.resolve(),
+        max_jobs=args.max_jobs,
+        max_jobs_per_key=args.max_jobs_per_key,
+        embedded=args.embedded,
         storage_url=args.storage_url,
         api_keys=config.read_api_keys(),
         api_key_file=args.api_key_file,
@@ -213,6 +217,20 @@ def _parser() -> argparse.ArgumentParser:
     jobs = commands.add_parser("jobs", parents=[common], help="start and stop trainers on this machine")
     jobs.set_defaults(command=_jobs)
     jobs.add_argument("--listen", default="127.0.0.1:7070", help="host:port; port 0 takes a free one")
+    jobs.add_argument(
+        "--model-dir",
+        type=Path,
+        help="models that callers may name by their path below it; those who are no admins name hub ids or these; "
+        "default: models in --data-dir",
+    )
+    plane = config.JobsConfig()
+    jobs.add_argument("--max-jobs", type=int, default=plane.max_jobs, help="at once; default: %(default)s")
+    jobs.add_argument("--max-jobs-per-key", type=int, default=0, help="of one API key; default: --max-jobs alone")
+    jobs.add_argument(
+        "--embedded",
+        action="store_true",
+        help="serve the program that started it alone: every caller is told what an admin is, and jobs end with it",
+    )
     return parser
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from trainer_service import user_metadata
+
 MIN_PROTOCOL_VERSION = 1
 """Oldest protocol version this trainer speaks; the newest is gradwire.version.PROTOCOL_VERSION."""
 
@@ -55,6 +57,10 @@ class Limits:
     """Sample and ComputeLogprobs requests under way at once, of all clients together."""
     max_snapshots: int = 4
     """Snapshots of one run; the one unused longest makes room."""
+    max_user_metadata_entries: int = user_metadata.MAX_ENTRIES
+    """Of one user_metadata."""
+    max_user_metadata_bytes: int = user_metadata.MAX_BYTES
+    """Its keys and values together."""
 
 
 Checkpointing = Literal["auto", "on", "off"]
@@ -241,6 +247,16 @@ class JobsConfig:
     """host:port; port 0 takes a free one."""
     data_dir: Path = field(default_factory=lambda: default_data_dir())
     """Where trainers' logs and checkpoints go."""
+    model_dir: Path | None = None
+    """Where base_model is looked for when it is a relative path; callers that are not admins may name no other folder.
+    None: for them, models in data_dir; for admins, where the control plane runs."""
+    max_jobs: int = 8
+    """Trainer jobs at once, failed ones that nobody deleted included."""
+    max_jobs_per_key: int = 0
+    """Of those, jobs of one API key; 0 for no limit of its own."""
+    embedded: bool = False
+    """Of one program, which started it for itself and runs as the same user: every caller is told of the host what an
+    admin is told and may name any folder, and jobs end with the control plane."""
     storage_url: str = ""
     """Of the trainers, see TrainerConfig."""
     api_keys: tuple[str, ...] = ()

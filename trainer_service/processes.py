@@ -48,6 +48,7 @@ async def start_child(
     env: dict[str, str] | None = None,
     stdout: int | IO[Any] | None = None,
     stderr: int | IO[Any] | None = None,
+    cwd: Path | None = None,
 ) -> Process:
     """Starts a program that leads its own session and has a pipe from us on stdin.
 
@@ -56,6 +57,7 @@ async def start_child(
         env: Its environment; None hands ours on.
         stdout: As in subprocess; None throws it away.
         stderr: As in subprocess; None shares ours.
+        cwd: Where it runs; None is where we do.
     """
     return await asyncio.create_subprocess_exec(
         *command,
@@ -63,6 +65,7 @@ async def start_child(
         stdout=DEVNULL if stdout is None else stdout,
         stderr=stderr,
         env=env,
+        cwd=cwd,
         start_new_session=True,
     )
 

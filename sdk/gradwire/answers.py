@@ -9,7 +9,14 @@ import numpy.typing as npt
 from gradwire.codec import decode_tensor
 from gradwire.metrics import combine_metrics
 from gradwire.sampling_client import SamplerSource
-from gradwire.types import ForwardBackwardOutput, LossFnOutputs, OptimStepResponse, SaveWeightsResult, Timing
+from gradwire.types import (
+    ForwardBackwardOutput,
+    LossFnOutputs,
+    OptimStepResponse,
+    SavedState,
+    SaveWeightsResult,
+    Timing,
+)
 from gradwire.v1.run_pb2 import RunState
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 
@@ -87,9 +94,9 @@ def sampler_source(responses: Sequence[TrainResponse]) -> SamplerSource:
     return SamplerSource(model_path=responses[0].save_weights_for_sampler.path)
 
 
-def path(responses: Sequence[TrainResponse]) -> str:
+def saved_state(responses: Sequence[TrainResponse]) -> SavedState:
     """Output of save_state."""
-    return responses[0].save_state.path
+    return SavedState(responses[0].save_state.path)
 
 
 def nothing(_responses: Sequence[TrainResponse]) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints of a trainer: found, described, kept for longer or shorter, fetched, deleted."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
@@ -51,6 +52,7 @@ class Checkpoint:
         dtype: Of sampler weights: what their parameters are written in, such as "bfloat16"; else "".
         created_at: When it was saved, UTC.
         expires_at: When it is deleted, UTC; None for never.
+        user_metadata: What its owner wrote about it when it was saved.
         files: Empty in lists; `CheckpointClient.get` tells them.
     """
 
@@ -69,6 +71,7 @@ class Checkpoint:
     expires_at: datetime | None
     dtype: str = ""
     files: tuple[CheckpointFile, ...] = ()
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 class CheckpointClient:
@@ -163,16 +166,22 @@ def _checkpoint(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
         lora_rank=message.lora_rank,
         checkpoint_type="delta" if delta else "base",
         base_path=message.base_path,
-        created_at=_time(message, "created_at"),
-        expires_at=_time(message, "expires_at") if message.HasField("expires_at") else None,
+        created_at=time_of(message, "created_at"),
+        expires_at=time_of(message, "expires_at") if message.HasField("expires_at") else None,
         dtype=message.dtype,
         files=tuple(CheckpointFile(file.name, file.size_bytes, file.sha256) for file in message.files),
+        user_metadata=dict(message.user_metadata),
     )
 
 
-def _time(message: checkpoint_pb2.Checkpoint, field: str) -> datetime:
+def time_of(message: Any, field: str) -> datetime:
+    """A Timestamp of an answer, which may be none.
+
+    Raises:
+        GradwireError: PROTOCOL_VIOLATION.
+    """
     try:
         return getattr(message, field).ToDatetime(UTC)
     except (ValueError, OverflowError):
-        text = f"The trainer answered a {field} of {message.path[:200]!r} that is no time."
+        text = f"The trainer answered a {field} that is no time."
         raise error("PROTOCOL_VIOLATION", text) from None

@@ -17,6 +17,7 @@ from gradwire.server_commands import SERVER_COMMANDS, run_server_command
 from gradwire.terminal import (
     ProgressBar,
     as_json,
+    metadata_text,
     print_json,
     print_message,
     print_table,
@@ -146,10 +147,11 @@ def _checkpoints_list(connection: Connection, arguments: argparse.Namespace) -> 
             size_text(one.size_bytes),
             time_text(one.created_at),
             time_text(one.expires_at) if one.HasField("expires_at") else "never",
+            metadata_text(one.user_metadata),
         )
         for one in found
     ]
-    _list(arguments, found, [("CHECKPOINT", "TYPE", "STEP", "SIZE", "CREATED", "EXPIRES"), *rows])
+    _list(arguments, found, [("CHECKPOINT", "TYPE", "STEP", "SIZE", "CREATED", "EXPIRES", "METADATA"), *rows])
 
 
 def _checkpoints_show(connection: Connection, arguments: argparse.Namespace) -> None:

@@ -9,23 +9,21 @@ def datum_from_tokens_weights(tokens: Any, weights: Any, max_length: int | None 
     """A Datum for next-token prediction: the model reads tokens[:-1] and is scored on tokens[1:].
 
     Args:
-        tokens: Token ids [N], N ≥ 2: list, numpy array or torch tensor of integers.
-        weights: Loss weight of each token [N]; weights[i] belongs to predicting tokens[i], so weights[0] is not used.
+        tokens: Token ids [N], N ≥ 2, as ModelInput.from_ints takes them.
+        weights: Loss weight of each token [N], or [1, N]; weights[i] belongs to predicting tokens[i], so weights[0] is
+            not used.
         max_length: Longest sequence kept, in tokens; the rest is cut off at the end. None keeps all.
 
     Returns:
         Datum with loss_fn_inputs "target_tokens" (int64 [N - 1]) and "weights" (float32 [N - 1]).
 
     Raises:
-        ValueError: Lengths differ, or fewer than two tokens are left.
+        ValueError: What from_ints refuses, lengths that differ, or fewer than two tokens are left.
     """
-    token_array = to_array(tokens)
+    token_array = ModelInput.from_ints(tokens).to_numpy()
     weight_array = to_array(weights)
-    if token_array.ndim != 1 or token_array.dtype.kind not in "iu":
-        raise ValueError(
-            f"tokens must be a one-dim sequence of integers, got dtype {token_array.dtype} and shape "
-            f"{list(token_array.shape)}."
-        )
+    if weight_array.ndim == 2 and len(weight_array) == 1:
+        weight_array = weight_array[0]
     if token_array.shape != weight_array.shape:
         raise ValueError(f"weights has shape {list(weight_array.shape)}, but tokens has {list(token_array.shape)}.")
     if max_length is not None:

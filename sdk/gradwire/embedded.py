@@ -77,7 +77,7 @@ class EmbeddedControlPlane:
         with tempfile.TemporaryDirectory(prefix="gradwire-") as folder:
             ready_file = Path(folder) / "ready.json"
             command = [sys.executable, "-m", "trainer_service", "jobs", "--listen", "127.0.0.1:0"]
-            command += ["--exit-with-parent", "--ready-file", str(ready_file)]
+            command += ["--embedded", "--exit-with-parent", "--ready-file", str(ready_file)]
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,

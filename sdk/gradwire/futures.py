@@ -8,6 +8,7 @@ from concurrent.futures import TimeoutError as ConcurrentTimeoutError
 from typing import Any, Generic, TypeVar
 
 from gradwire.errors import OperationCancelledError, OperationTimeoutError
+from gradwire.transport import LOOP
 
 T = TypeVar("T")
 
@@ -16,8 +17,9 @@ class APIFuture(Generic[T]):
     """The answer to a call, when it comes.
 
     `.result()` blocks, from any thread; `await` works on any event loop. The call is on its way whether or not anybody
-    waits, and a future nobody looks at costs nothing. It always resolves: a lost connection ends in UnavailableError
-    once reconnecting is given up.
+    waits, and whether or not its client is still there; a future nobody looks at costs nothing. It always resolves: a
+    lost connection ends in UnavailableError once reconnecting is given up. In a forked child one that the parent waits
+    for raises FailedPreconditionError.
     """
 
     def __init__(self, future: "ConcurrentFuture[T]", what: str) -> None:
@@ -34,6 +36,7 @@ class APIFuture(Generic[T]):
             OperationTimeoutError: Nothing within `timeout`.
             GradwireError: What the call failed with.
         """
+        self._refuse_in_fork()
         try:
             return self._future.result(timeout)
         except CancelledError:
@@ -45,6 +48,7 @@ class APIFuture(Generic[T]):
 
     async def result_async(self, timeout: float | None = None) -> T:
         """As `result`, for coroutines."""
+        self._refuse_in_fork()
         try:
             # Shielded: a caller that stops waiting must not cancel an operation already in the run's order.
             return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._future)), timeout)
@@ -55,6 +59,10 @@ class APIFuture(Generic[T]):
 
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()
+
+    async def coroutine(self) -> T:
+        """As `result`, for what takes a coroutine, such as asyncio.create_task."""
+        return await self
 
     def future(self) -> "ConcurrentFuture[T]":
         """The concurrent.futures.Future beneath."""
@@ -85,6 +93,17 @@ class APIFuture(Generic[T]):
     def add_done_callback(self, callback: "Callable[[APIFuture[T]], object]") -> None:
         """Calls `callback(self)` once answered, on Gradwire's event loop thread: it must not block."""
         self._future.add_done_callback(lambda _: callback(self))
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"The future of {self._what} cannot be pickled or copied: its answer arrives in the process that made the "
+            "call. Hand on what .result() returns."
+        )
+
+    def _refuse_in_fork(self) -> None:
+        if not self._future.done():
+            # The answer arrives in the parent.
+            LOOP.refuse_if_lost()
 
     def _timed_out(self, timeout: float | None) -> OperationTimeoutError:
         return OperationTimeoutError(

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from gradwire.embedded import EmbeddedControlPlane
 from gradwire.errors import GradwireError, OperationTimeoutError, UnavailableError, error
-from gradwire.transport import Connection
+from gradwire.transport import LOOP, Connection
 from gradwire.v1 import trainer_job_service_pb2 as pb
 from gradwire.v1.trainer_job_service_pb2_grpc import TrainerJobServiceStub
 
@@ -28,7 +28,7 @@ class TrainerJobConfig:
     """The trainer wanted."""
 
     base_model: str
-    """Hub id, or a folder on the control plane's host."""
+    """Hub id, or a folder on the control plane's host: with an admin's key any, else a path below its --model-dir."""
     _: KW_ONLY
     lora_rank: int = 0
     """For the record: each run says its own lora_rank when it is made."""
@@ -57,9 +57,9 @@ class TrainerJob:
     status_message: str
     """What it is doing, or why it failed."""
     log_tail: str
-    """Last lines of its log when it failed, else ""."""
+    """Last lines of its log when it failed, else ""; told to admins, and by the local control plane."""
     log_path: str
-    """Its log, on the control plane's host."""
+    """Its log, on the control plane's host; told as log_tail is, else ""."""
     created_at: datetime.datetime
 
 
@@ -145,7 +145,7 @@ class TrainerJobManager:
         return self._decode(self._call("GetTrainerJob", pb.GetTrainerJobRequest(job_id=job_id)).trainer_job)
 
     def list(self) -> "list[TrainerJob]":
-        """All jobs of the control plane, newest first."""
+        """Your jobs, newest first; an admin's key lists everybody's."""
         if self._embedded is not None and not self._embedded.started:
             return []
         jobs = self._call("ListTrainerJobs", pb.ListTrainerJobsRequest()).trainer_jobs
@@ -164,6 +164,12 @@ class TrainerJobManager:
         if self._embedded is not None:
             self._embedded.stop()
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "A TrainerJobManager cannot be pickled or copied: a control plane it started ends with this process. Hand "
+            "on the base_url of a job, or make another manager there."
+        )
+
     def __enter__(self) -> "TrainerJobManager":
         return self
 
@@ -176,17 +182,19 @@ class TrainerJobManager:
             progress.say(f"Starting trainer {job.job_name}", job.status_message)
             if time.monotonic() > deadline:
                 text = f"Trainer job {job.job_name} was not ready within {timeout_s:g} s; it was at: "
-                raise OperationTimeoutError(f"{text}{job.status_message}. Its log: {job.log_path}")
+                raise OperationTimeoutError(f"{text}{job.status_message}. {_where_log_is(job)}")
             time.sleep(poll_interval_s)
             job = self.get(job.job_id)
         if job.state == "failed":
             text = f"Trainer job {job.job_name} failed: {job.status_message}"
-            text += f"\nThe last lines of its log, {job.log_path}:\n{job.log_tail}"
+            text += f"\nThe last lines of its log, {job.log_path}:\n{job.log_tail}" if job.log_path else ""
             raise error("TRAINER_JOB_FAILED", text, job_id=job.job_id)
         progress.done(f"Trainer {job.job_name} is ready")
         return job
 
     def _call(self, method: str, request: Any, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
+        # Before a control plane is started that nobody could call.
+        LOOP.refuse_if_lost()
         if self._embedded is None:
             if self._connection is None:
                 raise ValueError("This TrainerJobManager is closed; make a new one.")
@@ -229,6 +237,12 @@ class TrainerJobManager:
             log_path=job.log_path,
             created_at=job.created_at.ToDatetime(datetime.UTC),
         )
+
+
+def _where_log_is(job: TrainerJob) -> str:
+    return (
+        f"Its log: {job.log_path}" if job.log_path else f"Whoever runs the control plane has the log of {job.job_id}."
+    )
 
 
 class _Progress:

@@ -2,26 +2,36 @@
 
 import asyncio
 import contextlib
+import functools
 import queue
 import time
+import uuid
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from concurrent.futures import Future as ConcurrentFuture
 from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
 
+from gradwire.async_twins import awaited, off_thread
 from gradwire.errors import GradwireError, OperationCancelledError, invalid_field
 from gradwire.futures import APIFuture
+from gradwire.ported_names import RefusesTinkerNames, refuse_given
+from gradwire.sampling_results import StopReason
+from gradwire.tokenizer_client import load_tokenizer
 from gradwire.transport import LOOP, Connection, is_passing
 from gradwire.types import SampledSequence, SampledToken, SampleResponse, SamplingParams, model_input_tokens
 from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.datum_pb2 import ModelInput
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 
-_STOP_REASONS = {pb.STOP_REASON_LENGTH: "length", pb.STOP_REASON_STOP: "stop"}
+_STOP_REASONS: dict[int, StopReason] = {pb.STOP_REASON_LENGTH: "length", pb.STOP_REASON_STOP: "stop"}
 _CLOSE_TIMEOUT_S = 10.0
+
+RETRIES_ITSELF = "calls are tried again by themselves until they time out."
+NO_STABILITY_INFO = "there is no loss that reads it."
+_PROMPTS_LOGPROBS = "of a prompt there are include_prompt_logprobs and topk_prompt_logprobs, for all of its tokens."
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class SamplerSource:
         return pb.Sampler(model_path=self.model_path) if self.model_path else pb.Sampler(base_model=self.base_model)
 
 
-class SamplingClient:
+class SamplingClient(RefusesTinkerNames):
     """Generates from the base model, a checkpoint, or a snapshot. Made by ServiceClient and TrainingClient.
 
     Calls return futures at once; make many, and the trainer works on them together. What is sampled is of frozen
@@ -47,11 +57,16 @@ class SamplingClient:
     (importance_sampling, ppo) therefore takes them as they are from samples drawn at temperature 1 with neither top_k
     nor top_p; from others it corrects for the model's distribution, not for the narrower one they were drawn from.
 
+    It can be pickled, once its sampler is there (pickling waits for that): the copy in another process has a connection
+    of its own to the same sampler. A snapshot lives as long as the client it was made with, so keep that one. The API
+    key goes along only in the arguments of a process that multiprocessing starts ("spawn" or "forkserver"), over its
+    private pipe; no other pickle holds it, and who unpickles one takes GRADWIRE_API_KEY from the environment.
+
     Args:
         connection: To the trainer.
         source: Names the sampler, now or once an operation has been answered.
-        get_tokenizer: Loads the base model's tokenizer.
         timeout_s: Longest that one call may take, seconds.
+        owner: Whether a snapshot goes with this client.
     """
 
     def __init__(
@@ -59,11 +74,10 @@ class SamplingClient:
         connection: Connection,
         source: "SamplerSource | ConcurrentFuture[SamplerSource]",
         *,
-        get_tokenizer: Callable[[], Any],
         timeout_s: float = 3600.0,
+        owner: bool = True,
     ) -> None:
         self._connection = connection
-        self._get_tokenizer = get_tokenizer
         self._timeout_s = timeout_s
         self._source: ConcurrentFuture[SamplerSource]
         if isinstance(source, SamplerSource):
@@ -71,7 +85,7 @@ class SamplingClient:
             self._source.set_result(source)
         else:
             self._source = source
-        self._finalizer = weakref.finalize(self, _abandon, connection, self._source)
+        self._finalizer = weakref.finalize(self, _let_go if owner else _nothing, connection, self._source)
         # At exit the loop is stopped; the snapshot goes with its run.
         self._finalizer.atexit = False
 
@@ -84,6 +98,10 @@ class SamplingClient:
         sampling_params: Any = None,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: Any = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
     ) -> APIFuture[SampleResponse]:
         """Continues a prompt. Cancelling the future frees its place on the trainer.
 
@@ -93,10 +111,21 @@ class SamplingClient:
             sampling_params: SamplingParams, ours or tinker's; None takes the defaults.
             include_prompt_logprobs: Answer with the logprobs of the prompt's tokens too.
             topk_prompt_logprobs: Answer with so many likeliest tokens at each place of the prompt too.
+            topk_sample_logprobs: Must be 0, as tinker's further arguments: the trainer does not know them.
+            target_prompt_logprobs: Must be None.
+            prompt_alt_tokens_k: Must be 0.
+            prompt_logprobs_last_n: Must be None.
 
         Raises:
             InvalidArgumentError: Arguments that cannot be sent. What the trainer finds wrong comes through the future.
         """
+        refuse_given(
+            _PROMPTS_LOGPROBS,
+            target_prompt_logprobs=target_prompt_logprobs,
+            prompt_alt_tokens_k=prompt_alt_tokens_k,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+        )
+        refuse_given("samples come with the logprobs of their own tokens.", topk_sample_logprobs=topk_sample_logprobs)
         request = self._request(prompt, num_samples, sampling_params, include_prompt_logprobs, topk_prompt_logprobs)
         return APIFuture(LOOP.submit(self._gather(request)), "sample")
 
@@ -116,12 +145,14 @@ class SamplingClient:
         request = self._request(prompt, num_samples, sampling_params)
         return self._iterate(request)
 
-    def compute_logprobs(self, prompt: Any) -> APIFuture[list[float | None]]:
-        """The logprob of every token of a prompt given those before it; None for the first.
+    def compute_logprobs(self, prompt: Any, prompt_logprobs_last_n: int | None = None) -> APIFuture[list[float | None]]:
+        """The logprob of every token of a prompt given those before it, natural log; None for the first.
 
         Args:
             prompt: As in `sample`.
+            prompt_logprobs_last_n: Must be None.
         """
+        refuse_given(_PROMPTS_LOGPROBS, prompt_logprobs_last_n=prompt_logprobs_last_n)
         request = self._request(prompt, 1, SamplingParams(max_tokens=0), include_prompt_logprobs=True)
 
         async def compute() -> list[float | None]:
@@ -134,7 +165,7 @@ class SamplingClient:
     @property
     def model_path(self) -> str:
         """gradwire:// path of the checkpoint or snapshot, "" for the base model; waits for a snapshot to be made."""
-        return self._source.result().model_path
+        return APIFuture(self._source, "the sampler").result().model_path
 
     def result(self, timeout: float | None = None) -> "SamplingClient":
         """This client, once its sampler is there: it is usable before, and its calls wait for it.
@@ -154,8 +185,18 @@ class SamplingClient:
         return self.result_async().__await__()
 
     def get_tokenizer(self) -> Any:
-        """The base model's tokenizer, loaded here with transformers from the same hub id or folder."""
-        return self._get_tokenizer()
+        """The base model's tokenizer, which the trainer hands out; see tokenizer_client.load_tokenizer."""
+        return load_tokenizer(self._connection)
+
+    def get_base_model(self, *, timeout_s: float = 30.0) -> str:
+        """The base model, as the trainer was given it; asks the trainer."""
+        source = APIFuture(self._source, "the sampler").result(timeout_s)
+        return _open(self._connection, source, timeout_s)
+
+    sample_async = awaited(sample)
+    compute_logprobs_async = awaited(compute_logprobs)
+    get_base_model_async = off_thread(get_base_model)
+    get_tokenizer_async = off_thread(get_tokenizer)
 
     def close(self) -> None:
         """Lets a snapshot go; the trainer frees it. A client that is forgotten does the same."""
@@ -166,6 +207,16 @@ class SamplingClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> Any:
+        source = APIFuture(self._source, "the sampler").result()
+        return _sampling_client, (self._connection, source, self._timeout_s)
+
+    def __copy__(self) -> "SamplingClient":
+        return self
+
+    def __deepcopy__(self, _: Any) -> "SamplingClient":
+        return self
 
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -224,7 +275,7 @@ class SamplingClient:
     async def _gather(self, request: pb.SampleRequest) -> SampleResponse:
         tokens: list[list[int]] = [[] for _ in range(request.num_samples)]
         logprobs: list[list[float]] = [[] for _ in tokens]
-        reasons = ["length"] * len(tokens)
+        reasons: list[StopReason] = ["length"] * len(tokens)
         prompt = None
         async with contextlib.aclosing(self._responses(request)) as responses:
             async for response in responses:
@@ -234,7 +285,11 @@ class SamplingClient:
                     tokens[piece.sample].extend(piece.tokens)
                     logprobs[piece.sample].extend(piece.logprobs)
                     reasons[piece.sample] = _STOP_REASONS.get(piece.stop_reason, "length")
-        sequences = [SampledSequence(*each) for each in zip(tokens, logprobs, reasons, strict=True)]
+        sample_id = uuid.uuid4().hex
+        sequences = [
+            SampledSequence(*each, sequence_id=f"{sample_id}-{number}")
+            for number, each in enumerate(zip(tokens, logprobs, reasons, strict=True))
+        ]
         if prompt is None:
             return SampleResponse(sequences)
         prompt_logprobs = [None, *prompt.logprobs] if request.include_prompt_logprobs else None
@@ -256,7 +311,12 @@ class SamplingClient:
 
         reading = LOOP.submit(read())
         try:
-            while (got := arrived.get()) is not None:
+            while True:
+                # In a forked child nothing arrives any more.
+                LOOP.refuse_if_lost()
+                got = arrived.get()
+                if got is None:
+                    return
                 if isinstance(got, GradwireError):
                     raise got
                 for piece in got.samples:
@@ -265,14 +325,31 @@ class SamplingClient:
                     for place, (token, logprob) in enumerate(zip(piece.tokens, piece.logprobs, strict=True)):
                         yield SampledToken(piece.sample, token, logprob, reason if place == last else None)
         finally:
-            reading.cancel()
+            if not LOOP.lost:
+                reading.cancel()
 
 
-def load_tokenizer(base_model: str) -> Any:
-    """The tokenizer of a hub id or folder."""
-    import transformers
+def open_sampling_client(
+    connection: Connection,
+    *,
+    model_path: str = "",
+    base_model: str = "",
+    retry_config: Any = None,
+    record_stability_info: bool = False,
+    timeout_s: float,
+) -> SamplingClient:
+    """A client of a sampler that the trainer has loaded; see ServiceClient.create_sampling_client."""
+    refuse_given(RETRIES_ITSELF, retry_config=retry_config)
+    refuse_given(NO_STABILITY_INFO, record_stability_info=record_stability_info)
+    source = SamplerSource(base_model=base_model, model_path=model_path)
+    _open(connection, source, timeout_s)
+    return SamplingClient(connection, source)
 
-    return transformers.AutoTokenizer.from_pretrained(base_model)
+
+def _open(connection: Connection, source: SamplerSource, timeout_s: float) -> str:
+    """Has the trainer load a sampler, and says of which base model it is."""
+    request = pb.OpenSamplerRequest(sampler=source.message())
+    return connection.call(SamplingServiceStub, "OpenSampler", request, timeout_s=timeout_s).base_model
 
 
 def sampling_params_message(params: Any) -> pb.SamplingParams:
@@ -317,9 +394,22 @@ def _topk(prompt: pb.PromptLogprobs) -> list[list[tuple[int, float]] | None]:
     return [None, *(pairs[start : start + count] for start in range(0, len(pairs), count))]
 
 
-def _abandon(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
-    """Lets a snapshot go, without waiting: nobody is left who could be told that it failed."""
-    path = "" if not source.done() or source.cancelled() or source.exception() else source.result().model_path
+def _sampling_client(connection: Connection, source: SamplerSource, timeout_s: float) -> SamplingClient:
+    return SamplingClient(connection, source, timeout_s=timeout_s, owner=False)
+
+
+def _nothing(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
+    """The snapshot is another client's."""
+
+
+def _let_go(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
+    """Lets a snapshot go once it is there, without waiting: nobody is left who could be told that it failed."""
+    if not LOOP.lost:
+        source.add_done_callback(functools.partial(_close_sampler, connection))
+
+
+def _close_sampler(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
+    path = "" if source.cancelled() or source.exception() else source.result().model_path
     if "/snapshots/" not in path:
         return
 

@@ -1,24 +1,29 @@
 """The way in: connects to a trainer and makes training clients."""
 
-import functools
 import logging
 import os
 import time
 import uuid
 import weakref
+from collections.abc import Mapping
+from concurrent.futures import Future as ConcurrentFuture
 from typing import Any
 
 from gradwire.answers import run_state_name
+from gradwire.async_twins import off_thread
 from gradwire.checkpoint_client import CheckpointClient
 from gradwire.downloads import get_checkpoint
 from gradwire.errors import OperationTimeoutError, error
-from gradwire.sampling_client import SamplerSource, SamplingClient, load_tokenizer
+from gradwire.futures import APIFuture
+from gradwire.ported_names import NO_ACCESS_TOKENS, RefusesTinkerNames, refuse_given, refuse_other_optimizer
+from gradwire.rest_client import RestClient, server_capabilities
+from gradwire.run_info import ServerCapabilities
+from gradwire.sampling_client import SamplingClient, open_sampling_client
 from gradwire.training_client import TrainingClient
 from gradwire.transport import ClientTls, Connection
 from gradwire.types import ReplayDifference, ReplayReport
+from gradwire.user_metadata import check_user_metadata
 from gradwire.v1.checkpoint_pb2 import Checkpoint
-from gradwire.v1.sampling_service_pb2 import OpenSamplerRequest
-from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 from gradwire.v1.trainer_service_pb2 import (
     CreateRunRequest,
     ForkRunRequest,
@@ -34,8 +39,10 @@ from gradwire.version import PROTOCOL_VERSION, __version__
 logger = logging.getLogger("gradwire")
 
 
-class ServiceClient:
+class ServiceClient(RefusesTinkerNames):
     """A connection to one trainer.
+
+    Every call has an `…_async` twin for coroutines, which leaves the event loop to others while it waits.
 
     Args:
         base_url: "http://host:port" (plaintext gRPC) or "https://host" (TLS); None reads GRADWIRE_BASE_URL.
@@ -44,12 +51,16 @@ class ServiceClient:
             GRADWIRE_TLS_CERT_FILE and GRADWIRE_TLS_KEY_FILE, and without them trusts the system's roots.
         timeout_s: For each blocking call, its retries included, seconds.
         reconnect_timeout_s: How long a training client tries to reach a lost trainer before its futures fail, seconds.
+        user_metadata: Your own words about the runs made here, texts by name, beside what each is given itself.
+        display_name: Your name for runs made here that are given none.
+        project_id: Must be None: there are no projects.
 
     Attributes:
         checkpoints: What runs saved, those of deleted runs included; see CheckpointClient.
 
     Raises:
         ValueError: No base_url, or one that names no server.
+        InvalidArgumentError: user_metadata is no mapping of texts; a project_id.
     """
 
     def __init__(
@@ -60,11 +71,17 @@ class ServiceClient:
         tls: ClientTls | None = None,
         timeout_s: float = 600.0,
         reconnect_timeout_s: float = 120.0,
+        user_metadata: Mapping[str, str] | None = None,
+        display_name: str | None = None,
+        project_id: str | None = None,
     ) -> None:
         base_url = base_url or os.environ.get("GRADWIRE_BASE_URL")
         if not base_url:
             raise ValueError('base_url is missing; pass "http://host:port" or set GRADWIRE_BASE_URL.')
+        refuse_given("there are no projects; runs belong to the key that made them.", project_id=project_id)
         self.base_url = base_url
+        self._user_metadata = check_user_metadata(user_metadata)
+        self._display_name = display_name or ""
         self._connection = Connection(base_url, api_key or os.environ.get("GRADWIRE_API_KEY"), tls=tls)
         self.checkpoints = CheckpointClient(self._connection, timeout_s=timeout_s)
         self._timeout_s = timeout_s
@@ -83,6 +100,7 @@ class ServiceClient:
         train_unembed: bool | None = None,
         adapter_path: str = "",
         display_name: str = "",
+        user_metadata: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> TrainingClient:
         """Makes a run from the base model, waiting until the trainer has loaded it.
@@ -100,7 +118,9 @@ class ServiceClient:
             adapter_path: Starts from an adapter instead, with its own rank, alpha and layers: the path that
                 save_weights_for_sampler of a LoRA run returned, or a folder saved by peft below the trainer's
                 --adapter-dir.
-            display_name: Your name for the run.
+            display_name: Your name for the run; "" takes the client's.
+            user_metadata: Your own words about it, texts by name, beside the client's; get_info() and list_runs() tell
+                them, and get_server_info().limits how much may be said.
             timeout_s: Longest wait, seconds; None takes the client's.
 
         Raises:
@@ -121,7 +141,8 @@ class ServiceClient:
             request_id=uuid.uuid4().hex,
             base_model=base_model,
             lora_rank=lora_rank,
-            display_name=display_name,
+            display_name=display_name or self._display_name,
+            user_metadata={**self._user_metadata, **check_user_metadata(user_metadata)},
             adapter_path=adapter_path,
             # What is None is absent, and the trainer's default.
             **{name: value for name, value in settings.items() if value is not None},
@@ -137,12 +158,29 @@ class ServiceClient:
         train_mlp: bool = True,
         train_attn: bool = True,
         train_unembed: bool = True,
+        user_metadata: Mapping[str, str] | None = None,
+        optimizer: Any = None,
         *,
         lora_alpha: float | None = None,
         display_name: str = "",
         timeout_s: float | None = None,
     ) -> TrainingClient:
-        """As create_training_client with lora_rank=rank, under the names users of tinker know."""
+        """As create_training_client with lora_rank=rank, under the names users of tinker know.
+
+        Args:
+            base_model: As there, and so are those not named here.
+            rank: Of the adapter.
+            seed: As there.
+            train_mlp: As there.
+            train_attn: As there.
+            train_unembed: As there.
+            user_metadata: As there.
+            optimizer: None or tinker's AdamOptimizerConfig: runs are trained with AdamW.
+            lora_alpha: As there.
+            display_name: As there.
+            timeout_s: As there.
+        """
+        refuse_other_optimizer("optimizer", optimizer)
         return self.create_training_client(
             base_model,
             rank,
@@ -151,12 +189,21 @@ class ServiceClient:
             train_mlp=train_mlp,
             train_attn=train_attn,
             train_unembed=train_unembed,
+            user_metadata=user_metadata,
             display_name=display_name,
             timeout_s=timeout_s,
         )
 
     def create_training_client_from_state(
-        self, path: str, *, display_name: str = "", timeout_s: float | None = None
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: Any = None,
+        *,
+        display_name: str = "",
+        timeout_s: float | None = None,
     ) -> TrainingClient:
         """Makes a run that begins with the parameters of a saved state; its optimizer starts afresh.
 
@@ -164,7 +211,11 @@ class ServiceClient:
 
         Args:
             path: As save_state returned it.
-            display_name: Your name for the run.
+            base_model: Must be what the trainer serves; None or "" takes whatever that is.
+            user_metadata: As in create_training_client.
+            weights_access_token: Must be None: one's own checkpoints are open to one's key, and no others are.
+            optimizer: As in create_lora_training_client.
+            display_name: Your name for the run; "" takes the client's.
             timeout_s: Longest wait, seconds; None takes the client's.
 
         Raises:
@@ -173,20 +224,32 @@ class ServiceClient:
                 run and does not say of which layers.
             DataLossError: CHECKPOINT_DAMAGED.
         """
-        return self._from_state(path, display_name, timeout_s, with_optimizer=False)
+        refuse_given(NO_ACCESS_TOKENS, weights_access_token=weights_access_token)
+        refuse_other_optimizer("optimizer", optimizer)
+        made = {"base_model": base_model or "", "user_metadata": user_metadata, "display_name": display_name}
+        return self._from_state(path, made, timeout_s, with_optimizer=False)
 
     def create_training_client_from_state_with_optimizer(
-        self, path: str, *, display_name: str = "", timeout_s: float | None = None
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        *,
+        display_name: str = "",
+        timeout_s: float | None = None,
     ) -> TrainingClient:
         """As create_training_client_from_state, with the optimizer's state: training goes on where it was saved."""
-        return self._from_state(path, display_name, timeout_s, with_optimizer=True)
+        refuse_given(NO_ACCESS_TOKENS, weights_access_token=weights_access_token)
+        made = {"base_model": base_model or "", "user_metadata": user_metadata, "display_name": display_name}
+        return self._from_state(path, made, timeout_s, with_optimizer=True)
 
     def _from_state(
-        self, path: str, display_name: str, timeout_s: float | None, *, with_optimizer: bool
+        self, path: str, made: dict[str, Any], timeout_s: float | None, *, with_optimizer: bool
     ) -> TrainingClient:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         state = get_checkpoint(self._connection, path, timeout_s=timeout_s)
-        client = self.create_training_client(display_name=display_name, timeout_s=timeout_s, **_lora_arguments(state))
+        client = self.create_training_client(timeout_s=timeout_s, **made, **_lora_arguments(state))
         try:
             load = client.load_state_with_optimizer if with_optimizer else client.load_state
             load(path).result(timeout_s)
@@ -197,13 +260,21 @@ class ServiceClient:
         return client
 
     def create_sampling_client(
-        self, model_path: str | None = None, base_model: str | None = None, *, timeout_s: float | None = None
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+        *,
+        timeout_s: float | None = None,
     ) -> SamplingClient:
         """A client of a sampler, waiting until the trainer has loaded it.
 
         Args:
             model_path: gradwire:// path that save_weights_for_sampler returned, or a snapshot's. One's own.
             base_model: Without a model_path: must be what the trainer serves; None or "" takes whatever that is.
+            retry_config: Must be None: calls are tried again until they time out.
+            record_stability_info: Must be False: there is no loss that reads it.
             timeout_s: Longest wait, seconds; None takes the client's.
 
         Raises:
@@ -213,11 +284,13 @@ class ServiceClient:
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         self._wait_until_ready(timeout_s)
-        source = SamplerSource(base_model=base_model or "", model_path=model_path or "")
-        request = OpenSamplerRequest(sampler=source.message())
-        answer = self._connection.call(SamplingServiceStub, "OpenSampler", request, timeout_s=timeout_s)
-        return SamplingClient(
-            self._connection, source, get_tokenizer=functools.partial(load_tokenizer, answer.base_model)
+        return open_sampling_client(
+            self._connection,
+            model_path=model_path or "",
+            base_model=base_model or "",
+            retry_config=retry_config,
+            record_stability_info=record_stability_info,
+            timeout_s=timeout_s,
         )
 
     def training_client(self, run_id: str, *, timeout_s: float | None = None) -> TrainingClient:
@@ -307,7 +380,7 @@ class ServiceClient:
         return info
 
     def list_runs(self, *, timeout_s: float | None = None) -> list[dict[str, Any]]:
-        """The trainer's runs, newest first: run_id, base_model, state, step, display_name, attached."""
+        """The trainer's runs, newest first: run_id, base_model, state, step, display_name, attached, user_metadata."""
         answer = self._connection.call(
             TrainerServiceStub, "ListRuns", ListRunsRequest(), timeout_s=timeout_s or self._timeout_s
         )
@@ -319,15 +392,59 @@ class ServiceClient:
                 "step": run.step,
                 "display_name": run.display_name,
                 "attached": run.attached,
+                "user_metadata": dict(run.user_metadata),
             }
             for run in answer.runs
         ]
 
-    def close(self) -> None:
-        """Closes the connection, and the training clients made from it."""
+    def get_server_capabilities(self, *, timeout_s: float | None = None) -> ServerCapabilities:
+        """The model the trainer serves, waiting until it is loaded; get_server_info() says more."""
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        self._wait_until_ready(timeout_s)
+        return server_capabilities(self.get_server_info(timeout_s=timeout_s))
+
+    def create_rest_client(self) -> RestClient:
+        """Runs and checkpoints under the names of tinker's RestClient; `checkpoints` and list_runs() say more."""
+        return RestClient(self._connection, timeout_s=self._timeout_s)
+
+    def close(self, status: str | None = None, detail: str | None = None) -> APIFuture[None]:
+        """Closes the connection, and the training clients made from it.
+
+        Args:
+            status: How the loop ended, which users of tinker say; it is logged here, and nowhere else.
+            detail: More of that.
+
+        Returns:
+            A future that is done.
+        """
+        if status is not None:
+            logger.info("Closing the connection to %s: %s.", self.base_url, ", ".join(filter(None, (status, detail))))
         for client in list(self._clients):
             client.close()
         self._connection.close()
+        closed: ConcurrentFuture[None] = ConcurrentFuture()
+        closed.set_result(None)
+        return APIFuture(closed, "close")
+
+    create_training_client_async = off_thread(create_training_client)
+    create_lora_training_client_async = off_thread(create_lora_training_client)
+    create_training_client_from_state_async = off_thread(create_training_client_from_state)
+    create_training_client_from_state_with_optimizer_async = off_thread(
+        create_training_client_from_state_with_optimizer
+    )
+    create_sampling_client_async = off_thread(create_sampling_client)
+    training_client_async = off_thread(training_client)
+    fork_run_async = off_thread(fork_run)
+    replay_run_async = off_thread(replay_run)
+    get_server_info_async = off_thread(get_server_info)
+    get_server_capabilities_async = off_thread(get_server_capabilities)
+    list_runs_async = off_thread(list_runs)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "A ServiceClient cannot be pickled or copied: its connections are this process's. Hand on its base_url and "
+            "make another one there, or pickle a SamplingClient."
+        )
 
     def __enter__(self) -> "ServiceClient":
         return self

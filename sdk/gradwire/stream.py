@@ -8,6 +8,7 @@ import logging
 import random
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -22,7 +23,7 @@ from gradwire.errors import (
     from_status,
 )
 from gradwire.order import Call, CallOrder, Operation
-from gradwire.transport import Connection
+from gradwire.transport import LOOP, Connection
 from gradwire.v1 import trainer_service_pb2
 from gradwire.v1.operation_pb2 import CancelRequest
 from gradwire.v1.trainer_service_pb2 import AttachRequest, Limits, TrainRequest, TrainResponse
@@ -77,6 +78,7 @@ class RunStream:
         self._task: asyncio.Task[None] | None = None
         self._attached = False
         self._over: GradwireError | None = None
+        self._left: Callable[[], object] | None = None
 
     def submit(self, call: Call) -> None:
         """Puts a call in the line; a call made after the stream is over fails at once with what ended it."""
@@ -98,10 +100,16 @@ class RunStream:
         """The custom loss has handed over its last operation; what waited for it may go."""
         self._order.close(call)
         self._wake.set()
+        self._leave_if_idle()
 
     def barrier_waits(self) -> bool:
         """Whether an optim_step or its like waits behind the open custom losses."""
         return self._order.barrier_waits()
+
+    def leave(self, left: Callable[[], object]) -> None:
+        """Leaves the run once everything that was called is answered, and calls `left()`. Nobody will call again."""
+        self._left = left
+        self._leave_if_idle()
 
     def close(self) -> None:
         """Leaves the run: whatever is not answered yet fails with OperationCancelledError."""
@@ -112,13 +120,26 @@ class RunStream:
         if self._task is not None:
             self._task.cancel()
 
+    def _leave_if_idle(self) -> None:
+        if self._left is not None and not self._in_flight and self._order.idle():
+            left, self._left = self._left, None
+            self.close()
+            left()
+
     def _kick(self) -> None:
         if self._over is not None:
             self._fail_waiting(self._over)
         elif self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run(), name=f"gradwire-{self._run_id}")
+            self._connection.streams.add(self)
+            self._task = LOOP.start(self._run_once(), name=f"gradwire-{self._run_id}")
         else:
             self._wake.set()
+
+    async def _run_once(self) -> None:
+        try:
+            await self._run()
+        finally:
+            self._connection.streams.discard(self)
 
     async def _run(self) -> None:
         """Keeps a stream up until the run is over for this client."""
@@ -268,6 +289,7 @@ class RunStream:
                 self._ack_timer = asyncio.get_running_loop().call_later(_ACK_DELAY_S, self._acknowledge)
             self._remember_refused(operation, response)
             operation.answered(response)
+            self._leave_if_idle()
 
     def _remember_refused(self, operation: Operation, response: TrainResponse) -> None:
         """A trainer whose disk is so full that not even a refusal can be written down has forgotten it when it is
@@ -301,6 +323,7 @@ class RunStream:
         if self._ack_timer is not None:
             self._ack_timer.cancel()
         self._fail_waiting(exc)
+        self._leave_if_idle()
 
     def _fail_waiting(self, exc: GradwireError) -> None:
         waiting = [*self._in_flight.values(), *self._order.drain()]

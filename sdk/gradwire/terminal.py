@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -20,6 +20,7 @@ _LINE_INTERVAL_S = 5.0
 _DEFAULT_COLUMNS = 80
 _AMOUNT_COLUMNS = len("150.0 of 150.0 MiB")
 _NOTE_COLUMNS = len("1023.9 MiB/s")
+_METADATA_COLUMNS = 60
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -60,8 +61,12 @@ def print_message(message: Any) -> None:
         if isinstance(value, list):
             lists.append((name, value))
         elif isinstance(value, dict):
-            fields = message.DESCRIPTOR.fields_by_name[name].message_type.fields_by_name
-            rows += [(f"{name}.{inner}", _text(fields[inner], each)) for inner, each in value.items()]
+            kind = message.DESCRIPTOR.fields_by_name[name].message_type
+            fields = kind.fields_by_name
+            is_map = kind.GetOptions().map_entry
+            rows += [
+                (f"{name}.{inner}", _text(fields["value" if is_map else inner], each)) for inner, each in value.items()
+            ]
         elif value != "":
             rows.append((name, _text(message.DESCRIPTOR.fields_by_name[name], value)))
     print_table(rows)
@@ -90,7 +95,9 @@ def _in_order(descriptor: Any, found: dict[str, Any]) -> dict[str, Any]:
         if field.name in found:
             value = found[field.name]
             if isinstance(value, dict):
-                value = _in_order(field.message_type, value)
+                is_map = field.message_type.GetOptions().map_entry
+                # A map's entries come in any order.
+                value = dict(sorted(value.items())) if is_map else _in_order(field.message_type, value)
             elif isinstance(value, list) and field.message_type is not None:
                 value = [_in_order(field.message_type, each) for each in value]
             made[field.name] = value
@@ -111,6 +118,12 @@ def time_text(stamp: Any) -> str:
         return datetime.fromtimestamp(stamp.seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
     except (ValueError, OverflowError, OSError):
         return "?"
+
+
+def metadata_text(user_metadata: Mapping[str, str]) -> str:
+    """ "epoch=3, run=a", cut at some 60 characters."""
+    text = ", ".join(f"{key}={value}" for key, value in sorted(user_metadata.items()))
+    return _shortened(text, _METADATA_COLUMNS)
 
 
 def size_text(size_bytes: float) -> str:

@@ -4,30 +4,35 @@ import logging
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future as ConcurrentFuture
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from google.protobuf.message import Message
 
 from gradwire import answers
+from gradwire.async_twins import awaited, off_thread, submitted
 from gradwire.checkpoint_client import check_ttl_seconds
 from gradwire.codec import Batch, batch_from_data, batch_parts, split, tensor_parts
 from gradwire.custom_loss import CustomLossFn, LossThread, run_custom_loss
 from gradwire.errors import from_status, invalid_field
 from gradwire.futures import APIFuture
 from gradwire.order import Call, Operation
-from gradwire.sampling_client import SamplingClient
+from gradwire.ported_names import NO_ACCESS_TOKENS, RefusesTinkerNames, refuse_given, refuse_other_optimizer
+from gradwire.run_info import RunInfo
+from gradwire.sampling_client import NO_STABILITY_INFO, RETRIES_ITSELF, SamplingClient, open_sampling_client
 from gradwire.stream import RunStream
+from gradwire.tokenizer_client import load_tokenizer
 from gradwire.transport import LOOP, Connection
 from gradwire.types import (
     AdamParams,
     ForwardBackwardOutput,
     OptimStepResponse,
+    SavedState,
     SaveWeightsResult,
 )
+from gradwire.user_metadata import check_user_metadata
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.checkpoint_pb2 import CHECKPOINT_TYPE_BASE, CHECKPOINT_TYPE_DELTA
 from gradwire.v1.run_pb2 import Run
@@ -55,33 +60,14 @@ _NORMALIZATIONS = {
 }
 
 
-@dataclass(frozen=True)
-class RunInfo:
-    """What a run is and where it stands."""
-
-    run_id: str
-    base_model: str
-    lora_rank: int
-    step: int
-    """Number of optimizer steps applied."""
-    state: str
-    """"active" or "lost"."""
-    vocab_size: int
-    max_context_length: int
-    """Longest sequence taken, tokens."""
-    num_parameters: int
-
-    @property
-    def model_name(self) -> str:
-        """The base model's name."""
-        return self.base_model
-
-
-class TrainingClient:
+class TrainingClient(RefusesTinkerNames):
     """Drives one run. Made by ServiceClient; usable from any thread.
 
     Calls return an APIFuture at once and may be made far ahead: they are sent, and execute, in the order made. Losses
     are sums over tokens and datums; gradients add up until optim_step uses and clears them.
+
+    Every call has an `…_async` twin for coroutines. Where the call returns a future, awaiting the twin makes the call
+    and gives that future, to be awaited as well; elsewhere it gives the answer, and the event loop goes on meanwhile.
     """
 
     def __init__(
@@ -102,7 +88,8 @@ class TrainingClient:
         self._limits = server_info.limits
         self._stream = RunStream(connection, run.run_id, server_info.limits, reconnect_timeout_s)
         self._losses = LossThread(f"gradwire-loss-{run.run_id}")
-        self._finalizer = weakref.finalize(self, _abandon, self._stream, self._losses)
+        # A client that is forgotten is not closed: what it called completes.
+        self._finalizer = weakref.finalize(self, _forgotten, self._stream, self._losses)
         # At exit the loop itself is stopped, streams and all.
         self._finalizer.atexit = False
 
@@ -117,6 +104,10 @@ class TrainingClient:
             data: Datums, ours or tinker's; each with loss_fn_inputs["target_tokens"].
             loss_fn: Name of a built-in loss to evaluate as well; "" evaluates none.
             loss_fn_config: The loss's settings.
+
+        Returns:
+            Future of the output: loss_fn_outputs[i]["logprobs"] of data[i], float32, natural log, shaped as its
+            targets, [N], or [N, K] of soft ones; metrics "loss:sum" (nats) and others where a loss was evaluated.
 
         Raises:
             InvalidArgumentError: The data cannot be sent as it is; names the datum and input. Errors found by the
@@ -140,6 +131,10 @@ class TrainingClient:
             loss_fn: Name of the loss; ServiceClient.get_server_info() lists them.
             loss_fn_config: The loss's settings.
 
+        Returns:
+            Future of the output, as forward's: per-token logprobs, and metrics with "loss:sum", the sum over the tokens
+            and datums of this call in nats.
+
         Raises:
             InvalidArgumentError: As forward.
         """
@@ -148,43 +143,67 @@ class TrainingClient:
         requests = [_with_batch("forward_backward", settings, piece) for piece in self._pieces(data)]
         return self._send("forward_backward", requests, answers.forward_output)
 
-    def forward_backward_custom(self, data: Iterable[Any], fn: CustomLossFn) -> APIFuture[ForwardBackwardOutput]:
+    def forward_backward_custom(
+        self, data: Iterable[Any], loss_fn: CustomLossFn, *, loss_type_input: Literal["logprobs"] | None = None
+    ) -> APIFuture[ForwardBackwardOutput]:
         """Any loss you can write in torch, for the price of one forward.
 
-        The trainer computes the logprobs and keeps the graph; `fn(data, logprobs_list)` runs here, on a thread of its
-        own, with one float32 leaf a datum (requires_grad, shaped as the targets) and returns (scalar loss, metrics);
-        its gradients go back through the kept graph. A datum the loss ignores gets zero gradient. Inside `fn`,
-        `forward` of this client may be called and waited for; other calls are refused.
+        The trainer computes the logprobs and keeps the graph; `loss_fn(data, logprobs_list)` runs here, on a thread of
+        its own, with one float32 leaf a datum (requires_grad, shaped as the targets) and returns (scalar loss,
+        metrics); its gradients go back through the kept graph. A datum the loss ignores gets zero gradient. Inside
+        `loss_fn`, `forward` of this client may be called and waited for; other calls are refused.
 
-        If `fn` raises, the future raises the same and nothing is accumulated; an optim_step that was already called
-        behind it is refused (PriorOperationFailedError) rather than applied without this loss.
+        If `loss_fn` raises, the future raises the same and nothing is accumulated; an optim_step that was already
+        called behind it is refused (PriorOperationFailedError) rather than applied without this loss.
+
+        Args:
+            data: As in forward_backward; `loss_fn` gets it as a list.
+            loss_fn: The loss.
+            loss_type_input: What `loss_fn` is given: "logprobs", which None means too.
 
         Returns:
-            Future of the output, whose metrics are those `fn` returned and "loss:sum", the loss.
+            Future of the output, whose metrics are those `loss_fn` returned and "loss:sum", the loss.
+
+        Raises:
+            InvalidArgumentError: As forward, or another loss_type_input.
         """
+        if loss_type_input not in (None, "logprobs"):
+            raise invalid_field("loss_type_input", f'is {loss_type_input!r}; it must be "logprobs".')
         self._refuse_inside_loss("forward_backward_custom")
         data = list(data)
-        return _CustomCall(self._stream, self._losses, data, fn, self._pieces(data)).start()
+        return _CustomCall(self._stream, self._losses, data, loss_fn, self._pieces(data)).start()
 
     def optim_step(
-        self, adam_params: Any = None, *, grad_accumulation_normalization: GradAccumulationNormalization = "none"
+        self,
+        optim_params: Any = None,
+        *,
+        adam_params: Any = None,
+        grad_accumulation_normalization: GradAccumulationNormalization = "none",
     ) -> APIFuture[OptimStepResponse]:
         """AdamW on the accumulated gradients, which it clears.
 
         Args:
-            adam_params: AdamParams, ours or tinker's; None takes the defaults.
+            optim_params: AdamParams, ours or tinker's; None takes the defaults.
+            adam_params: The same under its older name; one of the two.
             grad_accumulation_normalization: What gradients are divided by before clipping.
 
+        Returns:
+            Future of the step's number and metrics; "grad_norm:mean" is the global L2 norm before clipping.
+
         Raises:
-            InvalidArgumentError: No such normalization.
+            InvalidArgumentError: No such normalization, both names, or hyperparameters of another optimizer.
         """
         self._refuse_inside_loss("optim_step")
+        if adam_params is not None:
+            refuse_given("it is optim_params under its older name; give one of them.", optim_params=optim_params)
+            optim_params = adam_params
+        refuse_other_optimizer("optim_params", optim_params)
         if grad_accumulation_normalization not in _NORMALIZATIONS:
             raise invalid_field(
                 "grad_accumulation_normalization",
                 f"is {grad_accumulation_normalization!r}; it must be one of {', '.join(map(repr, _NORMALIZATIONS))}.",
             )
-        params = AdamParams() if adam_params is None else adam_params
+        params = AdamParams() if optim_params is None else optim_params
         settings: dict[str, Any] = {}
         for name in AdamParams.__dataclass_fields__:
             value = getattr(params, name, None)
@@ -203,12 +222,21 @@ class TrainingClient:
     # ── saving and loading ────────────────────────────────────────────────────────────────────────────────────────
 
     def save_weights_for_sampler(
-        self, name: str, *, overwrite: bool = False, merged: bool = False, dtype: Any = None
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        *,
+        overwrite: bool = False,
+        merged: bool = False,
+        dtype: Any = None,
     ) -> APIFuture[SaveWeightsResult]:
         """Exports the parameters on the trainer's host: as a Hugging Face folder, those of a LoRA run as a peft folder.
 
         Args:
             name: Letters, digits, '.', '_' and '-'.
+            ttl_seconds: When it may be deleted, seconds from now; None keeps it.
+            user_metadata: Your own words about it, texts by name, listed with it; see get_server_info().limits.
             merged: Of a LoRA run: a Hugging Face folder with the adapter added into the base model's weights.
             overwrite: Replace a checkpoint of that name; otherwise a taken name is refused (AlreadyExistsError).
             dtype: What a Hugging Face folder's parameters are written in, as a name or torch's own: "float32", as they
@@ -218,12 +246,23 @@ class TrainingClient:
         self._refuse_inside_loss("save_weights_for_sampler")
         request = TrainRequest(
             save_weights_for_sampler=ops.SaveWeightsForSamplerRequest(
-                name=name, overwrite=overwrite, merged=merged, dtype=_dtype_name(dtype)
+                name=name,
+                overwrite=overwrite,
+                merged=merged,
+                dtype=_dtype_name(dtype),
+                ttl_seconds=check_ttl_seconds(ttl_seconds),
+                user_metadata=check_user_metadata(user_metadata),
             )
         )
         return self._send("save_weights_for_sampler", [request], answers.save_weights, barrier=True)
 
-    def save_weights_and_get_sampling_client(self, name: str | None = None) -> SamplingClient:
+    def save_weights_and_get_sampling_client(
+        self,
+        name: str | None = None,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+        kind: Literal["snapshot"] = "snapshot",
+    ) -> SamplingClient:
         """A sampler of the parameters as they are at this place in the run's order; they are frozen in the trainer's
         memory, and copied only once training changes them.
 
@@ -233,11 +272,21 @@ class TrainingClient:
 
         Args:
             name: Without meaning; users of tinker pass one.
+            retry_config: Must be None: calls are tried again until they time out.
+            record_stability_info: Must be False: there is no loss that reads it.
+            kind: "snapshot": make a new client after training to sample from newer parameters.
+
+        Raises:
+            InvalidArgumentError: An argument of tinker's that means nothing here.
         """
         self._refuse_inside_loss("save_weights_and_get_sampling_client")
+        refuse_given(RETRIES_ITSELF, retry_config=retry_config)
+        refuse_given(NO_STABILITY_INFO, record_stability_info=record_stability_info)
+        if kind != "snapshot":
+            raise invalid_field("kind", f'is {kind!r}; it must be "snapshot": make a new client after each step.')
         request = TrainRequest(save_weights_for_sampler=ops.SaveWeightsForSamplerRequest(ephemeral=True))
         source = self._send("save_weights_for_sampler", [request], answers.sampler_source, barrier=True)
-        return SamplingClient(self._connection, source.future(), get_tokenizer=self.get_tokenizer)
+        return SamplingClient(self._connection, source.future())
 
     def save_weights_for_sampler_ext(
         self,
@@ -247,6 +296,8 @@ class TrainingClient:
         overwrite: bool = False,
         merged: bool = False,
         dtype: Any = None,
+        ttl_seconds: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> SaveWeightsResult:
         """As save_weights_for_sampler, but waits.
@@ -258,6 +309,8 @@ class TrainingClient:
             overwrite: As there.
             merged: As there.
             dtype: As there.
+            ttl_seconds: As there.
+            user_metadata: As there.
             timeout_s: Longest wait, seconds; None waits until it is done or given up.
 
         Raises:
@@ -272,11 +325,19 @@ class TrainingClient:
             merged=merged,
             checkpoint_type=_CHECKPOINT_TYPES[checkpoint_type],
             dtype=_dtype_name(dtype),
+            ttl_seconds=check_ttl_seconds(ttl_seconds),
+            user_metadata=check_user_metadata(user_metadata),
         )
         sent = [TrainRequest(save_weights_for_sampler=request)]
         return self._send("save_weights_for_sampler", sent, answers.save_weights, barrier=True).result(timeout_s)
 
-    def save_state(self, name: str, *, ttl_seconds: int | None = None, overwrite: bool = False) -> APIFuture[str]:
+    def save_state(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> APIFuture[SavedState]:
         """Saves parameters, optimizer state and counters on the trainer, whole or not at all.
 
         What was accumulated since the last optim_step is not saved, so save after a step.
@@ -284,29 +345,41 @@ class TrainingClient:
         Args:
             name: Letters, digits, '.', '_' and '-'.
             ttl_seconds: When it may be deleted, seconds from now; None keeps it.
-            overwrite: Replace a state of that name; otherwise a taken name is refused (AlreadyExistsError).
+            overwrite: Replace a state of that name, user_metadata and all; otherwise a taken name is refused
+                (AlreadyExistsError).
+            user_metadata: As in save_weights_for_sampler.
 
         Returns:
-            Future of its path, "gradwire://<run_id>/state/<name>".
+            Future of its path, "gradwire://<run_id>/state/<name>", a text that has it as `.path` too.
         """
         self._refuse_inside_loss("save_state")
-        request = ops.SaveStateRequest(name=name, overwrite=overwrite, ttl_seconds=check_ttl_seconds(ttl_seconds))
-        return self._send("save_state", [TrainRequest(save_state=request)], answers.path, barrier=True)
+        request = ops.SaveStateRequest(
+            name=name,
+            overwrite=overwrite,
+            ttl_seconds=check_ttl_seconds(ttl_seconds),
+            user_metadata=check_user_metadata(user_metadata),
+        )
+        return self._send("save_state", [TrainRequest(save_state=request)], answers.saved_state, barrier=True)
 
-    def load_state(self, path: str) -> APIFuture[None]:
+    def load_state(self, path: str, weights_access_token: str | None = None) -> APIFuture[None]:
         """Loads the parameters of a saved state, of this run or another of yours; the optimizer starts afresh.
 
         Accumulated gradients are dropped. A state that does not fit (FailedPreconditionError), is not there
         (NotFoundError) or is damaged (DataLossError) changes nothing.
+
+        Args:
+            path: As save_state returned it.
+            weights_access_token: Must be None: one's own checkpoints are open to one's key, and no others are.
         """
-        return self._load(path, with_optimizer=False)
+        return self._load(path, weights_access_token, with_optimizer=False)
 
-    def load_state_with_optimizer(self, path: str) -> APIFuture[None]:
+    def load_state_with_optimizer(self, path: str, weights_access_token: str | None = None) -> APIFuture[None]:
         """As load_state, with the optimizer's state: training goes on as if it had never stopped."""
-        return self._load(path, with_optimizer=True)
+        return self._load(path, weights_access_token, with_optimizer=True)
 
-    def _load(self, path: str, *, with_optimizer: bool) -> APIFuture[None]:
+    def _load(self, path: str, weights_access_token: str | None, *, with_optimizer: bool) -> APIFuture[None]:
         self._refuse_inside_loss("load_state")
+        refuse_given(NO_ACCESS_TOKENS, weights_access_token=weights_access_token)
         request = TrainRequest(load_state=ops.LoadStateRequest(path=path, with_optimizer=with_optimizer))
         return self._send("load_state", [request], answers.nothing, barrier=True)
 
@@ -327,6 +400,9 @@ class TrainingClient:
             vocab_size=model.vocab_size,
             max_context_length=model.max_context_length,
             num_parameters=model.num_parameters,
+            architecture=model.architecture,
+            display_name=answer.run.display_name,
+            user_metadata=dict(answer.run.user_metadata),
         )
 
     def fork(self, step: int | None = None, *, display_name: str = "", timeout_s: float = 600.0) -> "TrainingClient":
@@ -350,11 +426,26 @@ class TrainingClient:
         self._made(client)
         return client
 
-    def get_tokenizer(self) -> Any:
-        """The base model's tokenizer, loaded here with transformers from the same hub id or folder."""
-        import transformers
+    def create_sampling_client(
+        self,
+        model_path: str,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+        *,
+        timeout_s: float = 600.0,
+    ) -> SamplingClient:
+        """A client of saved sampler weights; see ServiceClient.create_sampling_client."""
+        return open_sampling_client(
+            self._connection,
+            model_path=model_path,
+            retry_config=retry_config,
+            record_stability_info=record_stability_info,
+            timeout_s=timeout_s,
+        )
 
-        return transformers.AutoTokenizer.from_pretrained(self.base_model)
+    def get_tokenizer(self) -> Any:
+        """The base model's tokenizer, which the trainer hands out; see tokenizer_client.load_tokenizer."""
+        return load_tokenizer(self._connection)
 
     def delete_run(self, *, timeout_s: float = 60.0) -> None:
         """Frees the run's memory on the trainer and closes this client. Saved checkpoints stay."""
@@ -364,8 +455,48 @@ class TrainingClient:
         )
 
     def close(self) -> None:
-        """Leaves the run, which stays on the trainer. Futures not answered yet fail."""
-        self._finalizer()
+        """Leaves the run, which stays on the trainer. Futures not answered yet fail; those of a client that is only
+        forgotten do not."""
+        if self._finalizer.detach() is not None and not LOOP.lost:
+            self._losses.stop()
+            LOOP.call_soon(self._stream.close)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "A TrainingClient cannot be pickled or copied: it keeps its run's calls in order, which one process must "
+            "do. To go on in another process, close() it and call ServiceClient(…).training_client(run_id) there; to "
+            "sample there, pickle the SamplingClient of save_weights_and_get_sampling_client()."
+        )
+
+    def result(self, timeout: float | None = None) -> "TrainingClient":
+        """This client: what made it has waited for it already. For loops that wait for it as for a future."""
+        return self
+
+    async def result_async(self, timeout: float | None = None) -> "TrainingClient":
+        """As `result`, for coroutines."""
+        return self
+
+    def __await__(self) -> Generator[Any, None, "TrainingClient"]:
+        return self.result_async().__await__()
+
+    # ── for coroutines ────────────────────────────────────────────────────────────────────────────────────────────
+
+    forward_async = submitted(forward)
+    forward_backward_async = submitted(forward_backward)
+    forward_backward_custom_async = submitted(forward_backward_custom)
+    optim_step_async = submitted(optim_step)
+    zero_grad_async = submitted(zero_grad)
+    save_weights_for_sampler_async = submitted(save_weights_for_sampler)
+    save_weights_and_get_sampling_client_async = awaited(save_weights_and_get_sampling_client)
+    save_weights_for_sampler_ext_async = off_thread(save_weights_for_sampler_ext)
+    save_state_async = submitted(save_state)
+    load_state_async = submitted(load_state)
+    load_state_with_optimizer_async = submitted(load_state_with_optimizer)
+    get_info_async = off_thread(get_info)
+    fork_async = off_thread(fork)
+    create_sampling_client_async = off_thread(create_sampling_client)
+    get_tokenizer_async = off_thread(get_tokenizer)
+    delete_run_async = off_thread(delete_run)
 
     def __enter__(self) -> "TrainingClient":
         return self
@@ -538,6 +669,6 @@ class _CustomCall:
         return answers.custom_output(self._forward_output, backward_responses, self._loss, self._metrics)
 
 
-def _abandon(stream: RunStream, losses: LossThread) -> None:
-    losses.stop()
-    LOOP.call_soon(stream.close)
+def _forgotten(stream: RunStream, losses: LossThread) -> None:
+    if not LOOP.lost:
+        LOOP.call_soon(stream.leave, losses.stop)

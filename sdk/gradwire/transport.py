@@ -3,23 +3,27 @@
 import asyncio
 import atexit
 import logging
+import multiprocessing.context
 import os
 import random
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future as ConcurrentFuture
 from concurrent.futures import TimeoutError as ConcurrentTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import grpc
 import grpc.aio
 
-from gradwire.errors import GradwireError, OperationTimeoutError, from_rpc_error
+from gradwire.errors import FailedPreconditionError, GradwireError, OperationTimeoutError, from_rpc_error
+from gradwire.forks import keep_for_ever
+from gradwire.proxies import proxy_used, reaches_this_machine
 from gradwire.version import PROTOCOL_VERSION
 
 logger = logging.getLogger("gradwire")
@@ -33,6 +37,7 @@ _SETTLED = {
     "GRADWIRE_TLS_CA_FILE",
     "Hostname Verification Check failed": "its certificate is for another host name",
     "WRONG_VERSION_NUMBER": "it does not speak TLS; use http://",
+    "HTTP proxy returned response code 4": "the proxy refuses to connect there",
 }
 """What grpc says of connections that no waiting will make, and what that means."""
 
@@ -49,9 +54,17 @@ class LoopThread:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.lost = False
+        """Whether this process is a fork of one whose loop ran: then none will run here."""
 
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The running loop."""
+        """The running loop.
+
+        Raises:
+            FailedPreconditionError: This process was forked from one whose loop ran.
+        """
+        self.refuse_if_lost()
         with self._lock:
             if self._loop is None:
                 loop = asyncio.new_event_loop()
@@ -60,13 +73,37 @@ class LoopThread:
                 self._loop = loop
             return self._loop
 
+    def refuse_if_lost(self) -> None:
+        """Raises FailedPreconditionError where no loop can run; see `lost`."""
+        if self.lost:
+            raise FailedPreconditionError(
+                "This process was forked from one that had already called a Gradwire server, and gRPC connections do "
+                "not survive a fork; the parent is not disturbed. Start such processes with "
+                'multiprocessing.get_context("spawn") or "forkserver" (for torch, '
+                'DataLoader(multiprocessing_context="spawn")), and give them a base_url or a pickled SamplingClient; '
+                "or fork before the first call."
+            )
+
     def call_soon(self, callback: Callable[..., object], *args: object) -> None:
         """Runs `callback(*args)` on the loop; calls from one thread run in the order made."""
         self.loop().call_soon_threadsafe(callback, *args)
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "ConcurrentFuture[T]":
         """Runs a coroutine on the loop, from any thread."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop())
+        try:
+            loop = self.loop()
+        except BaseException:
+            coroutine.close()
+            raise
+        return asyncio.run_coroutine_threadsafe(coroutine, loop)
+
+    def start(self, coroutine: Coroutine[Any, Any, T], name: str) -> "asyncio.Task[T]":
+        """Runs a coroutine on the loop, from the loop's own thread. It lives until it is over, whoever forgets it."""
+        task = asyncio.get_running_loop().create_task(coroutine, name=name)
+        # A loop refers to its tasks only weakly.
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         """Runs a coroutine on the loop and waits for it; not to be called on the loop's own thread."""
@@ -111,15 +148,27 @@ class LoopThread:
         thread.join(2)
 
     def forget(self) -> None:
-        """In a forked child, where the thread does not exist: start afresh on next use."""
+        """In a forked child, where the thread does not exist: a loop that ran is not touched again."""
         self._lock = threading.Lock()
-        self._loop = self._thread = None
+        loop, self._loop, self._thread = self._loop, None, None
+        if loop is not None:
+            self.lost = True
+            keep_for_ever([loop, *asyncio.all_tasks(loop), *_CONNECTIONS])
 
 
 LOOP = LoopThread()
+_CONNECTIONS: "weakref.WeakSet[Connection]" = weakref.WeakSet()
 atexit.register(LOOP.stop)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=LOOP.forget)
+
+
+class Closable(Protocol):
+    """What ends with its connection."""
+
+    def close(self) -> None:
+        """Ends it, on the loop's thread."""
+        ...
 
 
 def parse_base_url(base_url: str) -> tuple[str, bool]:
@@ -242,6 +291,8 @@ class Connection:
         connect_timeout_s: float = 20.0,
     ) -> None:
         self.base_url = base_url
+        self._arguments = (base_url, tls, connect_timeout_s)
+        self._api_key = api_key
         self._connect_timeout_s = connect_timeout_s
         self._target, self._tls = parse_base_url(base_url)
         if tls is not None and not self._tls:
@@ -254,6 +305,9 @@ class Connection:
         if api_key:
             self.metadata.append(("authorization", f"Bearer {api_key}"))
         self._channel: grpc.aio.Channel | None = None
+        self.streams: set[Closable] = set()
+        """What is open on it, closed with it. On the loop's thread only."""
+        _CONNECTIONS.add(self)
 
     def channel(self) -> grpc.aio.Channel:
         """The channel; on the loop's thread only."""
@@ -269,6 +323,8 @@ class Connection:
                 ("grpc.max_reconnect_backoff_ms", 1_000),
                 # Two clients in one process get a connection each, so that one's bulk does not delay the other.
                 ("grpc.use_local_subchannel_pool", 1),
+                # A proxy would look for "this machine" on its own.
+                ("grpc.enable_http_proxy", 0 if reaches_this_machine(self._target) else 1),
                 # A megabyte and more in few system calls: grpc's defaults are made for small messages.
                 ("grpc.http2.max_frame_size", 1 << 22),
                 ("grpc.http2.lookahead_bytes", 1 << 24),
@@ -313,6 +369,16 @@ class Connection:
                     raise error from None
             await asyncio.sleep(delay_s * random.uniform(0.8, 1.2))  # noqa: S311  (jitter, not a secret)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A connection of its own in the process that unpickles it.
+
+        The key goes along only to a child process that multiprocessing is just starting, over its private pipe. In
+        every other pickle, which may lie in a file, pass a queue or travel, there is none: the process that unpickles
+        takes GRADWIRE_API_KEY from its own environment.
+        """
+        key = self._api_key if multiprocessing.context.get_spawning_popen() is not None else None
+        return _connect_again, (key, *self._arguments)
+
     def call(self, stub: Callable[[Any], Any], method: str, request: Any, *, timeout_s: float) -> Any:
         """One unary call from any thread but the loop's; see call_async."""
         return LOOP.run(self.call_async(stub, method, request, timeout_s), timeout_s + 5)
@@ -335,17 +401,27 @@ class Connection:
             error.message = f"{what}: no answer from {self.base_url} within {timeout_s:g} s."
         else:
             error.message = f"{what}: {self.base_url} answered {exc.code().name}: {exc.details()}"
+        if exc.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            error.message += (proxy := proxy_used(self._target)) and f" {proxy}."
         return error
 
     async def close_async(self) -> None:
-        """Closes the channel, on the loop's thread."""
+        """Closes what is open on the channel, then the channel; on the loop's thread."""
+        for stream in list(self.streams):
+            stream.close()
         channel, self._channel = self._channel, None
         if channel is not None:
             await channel.close()
 
     def close(self) -> None:
-        """Closes the channel; calls under way fail."""
-        LOOP.run(self.close_async(), 5)
+        """Closes the channel; calls under way fail. In a forked child, whose parent's it is, does nothing."""
+        if not LOOP.lost:
+            LOOP.run(self.close_async(), 5)
+
+
+def _connect_again(api_key: str | None, base_url: str, tls: ClientTls | None, connect_timeout_s: float) -> Connection:
+    api_key = api_key or os.environ.get("GRADWIRE_API_KEY")
+    return Connection(base_url, api_key, tls=tls, connect_timeout_s=connect_timeout_s)
 
 
 def _settled(exc: grpc.aio.AioRpcError) -> str:

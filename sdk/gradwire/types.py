@@ -11,15 +11,67 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
+from gradwire.replay import ReplayDifference, ReplayReport
+from gradwire.run_info import ModelData, RunInfo, ServerCapabilities, SupportedModel
+from gradwire.sampling_results import SampledSequence, SampledToken, SampleResponse, StopReason
+from gradwire.saved import SavedState, SaveWeightsResult
+from gradwire.token_ids import token_ids_of
+
 if TYPE_CHECKING:
     import torch
 
+__all__ = [
+    "AdamParams",
+    "Datum",
+    "EncodedTextChunk",
+    "ForwardBackwardOutput",
+    "ForwardOutput",
+    "GetInfoResponse",
+    "GetServerCapabilitiesResponse",
+    "LoraConfig",
+    "LossFnOutputs",
+    "LossFnType",
+    "ModelData",
+    "ModelInput",
+    "ModelInputChunk",
+    "OptimParams",
+    "OptimStepResponse",
+    "ReplayDifference",
+    "ReplayReport",
+    "RunInfo",
+    "SampleResponse",
+    "SampledSequence",
+    "SampledToken",
+    "SamplingParams",
+    "SaveWeightsForSamplerResponse",
+    "SaveWeightsResponse",
+    "SaveWeightsResult",
+    "SavedState",
+    "ServerCapabilities",
+    "StopReason",
+    "SupportedModel",
+    "TensorData",
+    "TensorDtype",
+    "Timing",
+    "model_input_tokens",
+    "to_array",
+]
+
 TensorDtype = Literal["float32", "int64"]
+LossFnType = str
+"""Name of a loss; get_server_info() lists them."""
 
 
 def to_array(values: Any) -> npt.NDArray[Any]:
     """A contiguous numpy array over `values`: a list, a numpy array, a torch tensor on any device, or a TensorData
-    (ours or tinker's). Shares memory where it can; bfloat16 becomes float32."""
+    (ours or tinker's). Shares memory where it can; bfloat16 becomes float32.
+
+    Raises:
+        ValueError: A mapping, such as a tokenizer's result: it holds several arrays.
+    """
+    if isinstance(values, Mapping):
+        keys = ", ".join(sorted(map(str, values))[:8]) or "nothing"
+        raise ValueError(f"a {type(values).__name__} of {keys} is no array; pass one of them.")
     if isinstance(values, np.ndarray):
         return np.ascontiguousarray(values)
     if hasattr(values, "to_numpy"):
@@ -112,7 +164,7 @@ class EncodedTextChunk:
     @property
     def length(self) -> int:
         """Number of tokens."""
-        return len(self.tokens)
+        return len(token_ids_of(self.tokens, "tokens"))
 
 
 class ModelInput:
@@ -129,10 +181,40 @@ class ModelInput:
 
     @classmethod
     def from_ints(cls, tokens: Any) -> "ModelInput":
-        """From token ids: a list, numpy array or torch tensor of integers, one dim."""
+        """From token ids.
+
+        Args:
+            tokens: Integers [N], or [1, N]: a list, numpy array or torch tensor; or what a tokenizer or chat template
+                returned (BatchEncoding, a dict with "input_ids").
+
+        Raises:
+            ValueError: Text, several sequences, padding, or ids that are not integers.
+        """
         made = cls()
         made._tokens = _token_array(tokens, "tokens")
         return made
+
+    @classmethod
+    def empty(cls) -> "ModelInput":
+        """Of no tokens, to append to."""
+        return cls()
+
+    def append(self, chunk: Any) -> "ModelInput":
+        """A new one with a chunk's tokens behind its own; itself it stays as it is.
+
+        Args:
+            chunk: EncodedTextChunk, or anything with `.tokens`.
+
+        Raises:
+            ValueError: It has no tokens (an image, say), or ids that are not integers.
+        """
+        made = ModelInput()
+        made._tokens = np.concatenate([self._tokens, model_input_tokens([chunk], "chunk")])
+        return made
+
+    def append_int(self, token: int) -> "ModelInput":
+        """A new one with a token behind its own."""
+        return self.append(EncodedTextChunk([token]))
 
     @property
     def chunks(self) -> list[EncodedTextChunk]:
@@ -157,7 +239,7 @@ class ModelInput:
 
 
 def _token_array(tokens: Any, where: str) -> npt.NDArray[np.int64]:
-    array = to_array(tokens)
+    array = to_array(token_ids_of(tokens, where))
     if array.size == 0:
         return np.zeros(0, dtype=np.int64)
     if array.dtype.kind not in "iu" or array.ndim != 1:
@@ -168,7 +250,8 @@ def _token_array(tokens: Any, where: str) -> npt.NDArray[np.int64]:
 
 
 def model_input_tokens(model_input: Any, where: str) -> npt.NDArray[np.int64]:
-    """Token ids of anything that stands for a model input: ours, tinker's (by `.chunks`), chunks, or plain token ids.
+    """Token ids of anything that stands for a model input: ours, tinker's (by `.chunks`), chunks, plain token ids, or
+    what a tokenizer returned.
 
     Returns:
         int64 [N].
@@ -179,7 +262,8 @@ def model_input_tokens(model_input: Any, where: str) -> npt.NDArray[np.int64]:
     if isinstance(model_input, ModelInput):
         return model_input.to_numpy()
     chunks = getattr(model_input, "chunks", model_input)
-    if isinstance(chunks, list) and chunks and not isinstance(chunks[0], int | np.integer):
+    first = chunks[0] if isinstance(chunks, list) and chunks else None
+    if first is not None and not isinstance(first, int | float | Sequence | Mapping) and not hasattr(first, "shape"):
         for number, chunk in enumerate(chunks):
             if not hasattr(chunk, "tokens"):
                 raise ValueError(
@@ -338,23 +422,6 @@ class OptimStepResponse:
 
 
 @dataclass(frozen=True)
-class SaveWeightsResult:
-    """Where exported parameters are.
-
-    Attributes:
-        path: gradwire://<run_id>/sampler_weights/<name>
-        snapshot_name: The name under which it was saved.
-        uri: The same place on the trainer's host: file:///…
-        size_bytes: Size of all files.
-    """
-
-    path: str
-    snapshot_name: str
-    uri: str
-    size_bytes: int
-
-
-@dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen: first temperature, then top_k, then top_p."""
 
@@ -373,79 +440,10 @@ class SamplingParams:
     """Only the fewest likeliest tokens whose probabilities reach this sum are chosen from; 1 is off."""
 
 
-@dataclass(frozen=True)
-class SampledSequence:
-    """One sample.
-
-    Attributes:
-        tokens: Token ids, the one that stopped it included.
-        logprobs: Of each token, natural log, in the model's own distribution: before temperature, top_k and top_p.
-        stop_reason: "stop" for a stop token or text, "length" for max_tokens or a full context.
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
-    stop_reason: str
-
-
-@dataclass(frozen=True)
-class SampleResponse:
-    """What SamplingClient.sample found.
-
-    Attributes:
-        sequences: The samples.
-        prompt_logprobs: Of the prompt's tokens, None for the first; None where they were not asked for.
-        topk_prompt_logprobs: At each place of the prompt the likeliest (token, logprob) pairs in falling order, None
-            for the first place; None where they were not asked for.
-    """
-
-    sequences: list[SampledSequence]
-    prompt_logprobs: list[float | None] | None = None
-    topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
-
-
-@dataclass(frozen=True)
-class SampledToken:
-    """One token of SamplingClient.stream.
-
-    Attributes:
-        sample: Which sample, from 0.
-        token: Its id.
-        logprob: As in SampledSequence.
-        stop_reason: With a sample's last token, as in SampledSequence; before it None.
-    """
-
-    sample: int
-    token: int
-    logprob: float
-    stop_reason: str | None = None
-
-
-@dataclass(frozen=True)
-class ReplayDifference:
-    """The first answer of a replayed run that did not come out as it did."""
-
-    seq_id: int
-    """The operation."""
-    kind: str
-    """Its kind, such as "optim_step"."""
-    step: int
-    """Optimizer steps applied before it."""
-    recorded_digest: str
-    """SHA-256 of its answer in the journal, hex."""
-    replayed_digest: str
-    """SHA-256 of its answer now, hex."""
-
-
-@dataclass(frozen=True)
-class ReplayReport:
-    """What replaying a run's journal found."""
-
-    after_seq_id: int
-    """The replay began behind this operation; 0: at the base model, or where a forked run began."""
-    compared: int
-    """Operations whose answers were compared."""
-    not_compared: int
-    """Operations that failed the first time, or that only save: not executed again."""
-    difference: ReplayDifference | None
-    """None: every answer came out as it did."""
+# The names that users of tinker know them by.
+GetInfoResponse = RunInfo
+GetServerCapabilitiesResponse = ServerCapabilities
+ModelInputChunk = EncodedTextChunk
+OptimParams = AdamParams
+SaveWeightsForSamplerResponse = SaveWeightsResult
+SaveWeightsResponse = SavedState

@@ -36,7 +36,7 @@ def test_runs_and_checkpoints_from_the_command_line(trainer: TrainerProcess, cli
     listed = json.loads(gradwire(url, "checkpoints", "list", "--run", client.run_id, "--json").stdout)
     assert [one["path"] for one in listed] == [state, whole, delta, base]
     table = gradwire(url, "checkpoints", "list", "--run", client.run_id).stdout
-    assert table.splitlines()[0].split() == ["CHECKPOINT", "TYPE", "STEP", "SIZE", "CREATED", "EXPIRES"]
+    assert table.splitlines()[0].split() == ["CHECKPOINT", "TYPE", "STEP", "SIZE", "CREATED", "EXPIRES", "METADATA"]
     assert "model.safetensors" in gradwire(url, "checkpoints", "show", whole).stdout
 
     folder = tmp_path / "whole"

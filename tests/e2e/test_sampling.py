@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import gradwire
 import pytest
@@ -194,7 +195,10 @@ def test_a_stream_that_is_left_and_a_future_that_is_cancelled_free_their_places(
     assert len(greedy(base)) == 6
 
 
-def test_a_prompt_typed_as_text_is_answered_with_text(service: ServiceClient):
+def test_a_prompt_typed_as_text_is_answered_with_text(
+    service: ServiceClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("GRADWIRE_HOME", str(tmp_path))
     service.create_sampling_client()
     connection = service._connection
     request = SampleRequest(sampler=Sampler(), prompt_text="Hello")

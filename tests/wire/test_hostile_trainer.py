@@ -254,7 +254,7 @@ def test_a_time_that_is_none_is_no_traceback(hostile: Hostile):
     hostile.put({"a": b"x"}, created_at=Timestamp(seconds=1 << 60), expires_at=Timestamp(seconds=-(1 << 60)))
     assert "  ?  " in gradwire(hostile.url, "checkpoints", "list").stdout
     assert "The trainer answered what cannot be shown" in refusal(hostile.url, "checkpoints", "show", PATH)
-    with ServiceClient(hostile.url) as service, pytest.raises(GradwireError, match="created_at of .* is no time"):
+    with ServiceClient(hostile.url) as service, pytest.raises(GradwireError, match="created_at that is no time"):
         service.checkpoints.get(PATH)
 
 

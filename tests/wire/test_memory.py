@@ -16,12 +16,13 @@ from gradwire.wire_format import embed
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.bystander import Bystander
-from tests.front_end_process import KEY, FrontEndProcess, front_end_process
+from tests.front_end_process import FrontEndProcess, front_end_process
 from tests.raw_http2 import RawHttp2, message_header
 from trainer_service.rpc import messages
 
 FORWARD_BACKWARD = "/gradwire.v1.TrainerService/ForwardBackward"
 CHECK = "/grpc.health.v1.Health/Check"
+KEY = "the-key"
 WITH_KEY = (("authorization", f"Bearer {KEY}"),)
 MIB = 1 << 20
 UNLIMITED = [("grpc.max_send_message_length", -1)]
@@ -29,7 +30,7 @@ UNLIMITED = [("grpc.max_send_message_length", -1)]
 
 @pytest.fixture(scope="module")
 def trainer() -> Iterator[FrontEndProcess]:
-    with front_end_process() as running:
+    with front_end_process(KEY) as running:
         yield running
 
 
@@ -128,7 +129,7 @@ def test_only_so_many_calls_without_a_key_are_under_way_and_a_key_passes_them(
         calls = [peer.call(watch) for _ in range(messages.KEYLESS_CALLS_PER_HOST)]
         for call in calls:
             peer.send(call, message_header(0), end=True)
-        peer.read(1)
+        peer.wait_answered(calls)
         stub = health(channel)
         refused = refusal(lambda: next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=60)))
         assert (refused.reason, refused.metadata["limit"]) == ("LIMIT_EXCEEDED", str(messages.KEYLESS_CALLS_PER_HOST))

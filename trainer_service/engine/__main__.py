@@ -175,6 +175,7 @@ def _ready(engine: "Engine") -> WorkerEvent:
                 )
                 for loss in LOSSES.values()
             ],
+            model_folder=str(engine.folder),
         ),
     )
 

@@ -32,7 +32,7 @@ from trainer_service.engine.models.probe import find_traits
 from trainer_service.engine.models.runner import prepare
 from trainer_service.engine.passes import ForwardResult, Passes, Staged
 from trainer_service.engine.run_state import HeldGraph, RunState
-from trainer_service.engine.storage.checkpoints import Checkpoints, SavedCheckpoint
+from trainer_service.engine.storage.checkpoints import Checkpoints, Label, SavedCheckpoint
 from trainer_service.engine.storage.snapshots import restore_snapshot
 
 logger = logging.getLogger(__name__)
@@ -310,6 +310,7 @@ class Engine:
         self,
         run_id: str,
         name: str,
+        label: Label | None = None,
         *,
         merged: bool = False,
         delta: bool = False,
@@ -329,13 +330,13 @@ class Engine:
         def work() -> SavedCheckpoint:
             model = self._base_models.merged(run) if merged and run.adapter is not None else None
             return self._checkpoints.save_weights_for_sampler(
-                run, name, merged=model, delta=delta, overwrite=overwrite, dtype=dtype
+                run, name, label, merged=model, delta=delta, overwrite=overwrite, dtype=dtype
             )
 
         return self._attempt(work, what="the merged weights")
 
     def save_state(
-        self, run_id: str, name: str, *, overwrite: bool = False, ttl_seconds: int | None = None
+        self, run_id: str, name: str, label: Label | None = None, *, overwrite: bool = False
     ) -> SavedCheckpoint:
         """Saves resumable state.
 
@@ -344,7 +345,7 @@ class Engine:
             FailedPreconditionError: STORAGE_FAILED.
         """
         run = self._run(run_id)
-        return self._checkpoints.save_state(run, name, overwrite=overwrite, ttl_seconds=ttl_seconds)
+        return self._checkpoints.save_state(run, name, label, overwrite=overwrite)
 
     def load_state(self, run_id: str, path: str, *, with_optimizer: bool) -> int:
         """Loads resumable state; see Checkpoints.load_state. Returns the optimizer steps in it."""

@@ -1,7 +1,8 @@
 """Trainer jobs as child processes on this machine.
 
 A trainer here never outlives the control plane: it is stopped when the control plane stops, and stops by itself when
-its stdin reaches EOF, which comes however the control plane dies.
+its stdin reaches EOF, which comes however the control plane dies. Its job does: the next control plane on the same data
+folder holds it as one that failed, for its owner to find and to delete.
 """
 
 import asyncio
@@ -17,16 +18,17 @@ from asyncio.subprocess import Process
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import grpc
 import grpc.aio
-from gradwire.errors import error
+from gradwire.errors import GradwireError, error
 from gradwire.v1 import trainer_service_pb2
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from trainer_service.config import JobsConfig, split_address
+from trainer_service.jobs.records import JobFolder, JobRecord, left_behind
 from trainer_service.jobs.trainer_job import TrainerJob, TrainerJobSpec, TrainerJobState
 from trainer_service.processes import start_child, stop_child
 
@@ -37,6 +39,13 @@ _SERVICE = trainer_service_pb2.DESCRIPTOR.services_by_name["TrainerService"].ful
 _DRAIN_TIMEOUT_S = 5.0
 """For the operation that runs when a job is deleted; whoever deletes it no longer waits for the rest."""
 _LISTEN_POLL_S = 0.05
+_ROOT = Path(__file__).parents[2]
+_KEPT_LOGS = 100
+"""Of deleted jobs: an error that names a log is read after its job was deleted."""
+_CONTROL_PLANE_ENDED = (
+    "The control plane ended, and this trainer with it. What it saved as checkpoints is there; delete this job and "
+    "start another."
+)
 _LOG_TAIL_LINES = 20
 _LOG_TAIL_BYTES = 16_384
 
@@ -45,10 +54,8 @@ _LOG_TAIL_BYTES = 16_384
 class _Job:
     """One trainer process and what is known about it."""
 
-    job_id: str
-    spec: TrainerJobSpec
-    folder: Path
-    created_at: datetime.datetime
+    record: JobRecord
+    held: JobFolder
     base_url: str = ""
     state: TrainerJobState = TrainerJobState.STARTING
     status_message: str = "starting the trainer"
@@ -58,6 +65,18 @@ class _Job:
     watcher: asyncio.Task[None] | None = None
     follower: asyncio.Task[None] | None = None
     stopping: asyncio.Task[None] | None = None
+
+    @property
+    def job_id(self) -> str:
+        return self.record.job_id
+
+    @property
+    def spec(self) -> TrainerJobSpec:
+        return self.record.spec
+
+    @property
+    def folder(self) -> Path:
+        return self.held.path
 
     @property
     def log_path(self) -> Path:
@@ -72,8 +91,10 @@ class _Job:
             state=self.state,
             status_message=self.status_message,
             log_tail=self.log_tail,
-            created_at=self.created_at,
+            created_at=self.record.created_at,
             log_path=str(self.log_path),
+            owner=self.record.owner,
+            request_id=self.record.request_id,
         )
 
 
@@ -96,23 +117,40 @@ class LocalJobs:
         self._stop_grace_s = stop_grace_s
         self._trainer_command = tuple(trainer_command)
         self._jobs: dict[str, _Job] = {}
-        self._deleted: set[str] = set()
-        self._requests: dict[str, asyncio.Task[_Job]] = {}
         self._stopped = False
 
-    async def create(self, spec: TrainerJobSpec, *, request_id: str = "") -> TrainerJob:
-        creating = self._requests.get(request_id) if request_id else None
-        if creating is None:
-            if self._stopped:
-                raise error("DRAINING", "The control plane is shutting down and starts no trainers.", retry_after_s=5.0)
-            creating = asyncio.create_task(self._start(spec))
-            if request_id:
-                self._requests[request_id] = creating
-        # A client that leaves while its trainer starts may come back with the same request_id.
-        return (await asyncio.shield(creating)).describe()
+    async def start(self) -> None:
+        if self._config.embedded:
+            # Who started it begins with none, and takes none of another script's.
+            return
+        for held, record in await asyncio.to_thread(lambda: list(left_behind(self._jobs_dir))):
+            job = _Job(record=record, held=held, state=TrainerJobState.FAILED, status_message=_CONTROL_PLANE_ENDED)
+            self._jobs[job.job_id] = job
+        if self._jobs:
+            logger.info("Took up trainer jobs.", extra={"fields": {"jobs": len(self._jobs)}})
+
+    async def create(self, spec: TrainerJobSpec, *, owner: str, request_id: str) -> TrainerJob:
+        if self._stopped:
+            raise error("DRAINING", "The control plane is shutting down and starts no trainers.", retry_after_s=5.0)
+        record = JobRecord(
+            job_id=f"job-{secrets.token_hex(6)}",
+            owner=owner,
+            request_id=request_id,
+            spec=spec,
+            created_at=datetime.datetime.now(datetime.UTC),
+        )
+        job = await self._start(record)
+        if self._stopped:
+            # Meanwhile; those who stop did not know of it.
+            await self._stop(job)
+        return job.describe()
+
+    async def find(self, job_id: str) -> TrainerJob | None:
+        job = self._jobs.get(job_id)
+        return None if job is None else job.describe()
 
     async def get(self, job_id: str) -> TrainerJob:
-        job = self._find(job_id)
+        job = self._jobs[job_id]
         await self._ask_status(job)
         return job.describe()
 
@@ -120,45 +158,60 @@ class LocalJobs:
         return [job.describe() for job in reversed(self._jobs.values())]
 
     async def delete(self, job_id: str) -> None:
-        if job_id in self._deleted:
-            return
-        job = self._find(job_id)
+        job = self._jobs[job_id]
         if job.stopping is None:
             job.stopping = asyncio.create_task(self._stop(job))
         await asyncio.shield(job.stopping)
+        # The job's runs end with it; what they saved as checkpoints is elsewhere, and stays. So does its log, a while.
+        await asyncio.to_thread(_remove_all_but_the_log, job.held)
+        if self._jobs.pop(job_id, None) is not None:
+            job.held.release()
+            await asyncio.to_thread(_let_old_logs_go, self._jobs_dir)
 
     async def stop(self) -> None:
         self._stopped = True
-        # Those being started have no process yet to stop.
-        await asyncio.gather(*self._requests.values(), return_exceptions=True)
-        await asyncio.gather(*(self.delete(job_id) for job_id in list(self._jobs)))
+        jobs = list(self._jobs.values())
+        if self._config.embedded:
+            await asyncio.gather(*(self.delete(job.job_id) for job in jobs))
+            return
+        for job in jobs:
+            if job.stopping is None:
+                job.stopping = asyncio.create_task(self._stop(job))
+        await asyncio.gather(*(job.stopping for job in jobs if job.stopping is not None))
 
-    def _find(self, job_id: str) -> _Job:
-        job = self._jobs.get(job_id)
-        if job is None:
-            raise error(
-                "TRAINER_JOB_NOT_FOUND",
-                f'There is no trainer job "{job_id}"; it was deleted, or another control plane holds it.',
-                job_id=job_id,
-            )
-        return job
+    @property
+    def _jobs_dir(self) -> Path:
+        return self._config.data_dir / "jobs"
 
-    async def _start(self, spec: TrainerJobSpec) -> _Job:
-        job_id = f"job-{secrets.token_hex(6)}"
-        folder = self._config.data_dir / "jobs" / job_id
-        job = _Job(job_id=job_id, spec=spec, folder=folder, created_at=datetime.datetime.now(datetime.UTC))
+    async def _start(self, record: JobRecord) -> _Job:
         try:
-            folder.mkdir(parents=True)
-            with job.log_path.open("wb") as log:
-                job.process = await start_child(*self._command(job), env=self._environment(), stdout=log, stderr=log)
+            held = JobFolder.make(self._jobs_dir / record.job_id)
         except OSError as exc:
-            text = f"The trainer's process could not be started: {exc}."
-            raise error("TRAINER_JOB_FAILED", text, job_id=job_id) from exc
-        self._jobs[job_id] = job
-        job.watcher = asyncio.create_task(self._watch(job, job.process), name=f"watch-{job_id}")
-        fields = {"job_id": job_id, "base_model": spec.base_model, "pid": job.process.pid, "log": str(job.log_path)}
-        logger.info("Trainer started.", extra={"fields": fields})
+            raise _not_started(record, exc) from exc
+        job = _Job(record=record, held=held)
+        try:
+            held.write(record)
+            with _open_log(job.log_path) as log:
+                job.process = await start_child(
+                    *self._command(job), env=self._environment(job), stdout=log, stderr=log, cwd=self._cwd(job)
+                )
+        except OSError as exc:
+            shutil.rmtree(held.path, ignore_errors=True)
+            held.release()
+            raise _not_started(record, exc) from exc
+        self._jobs[job.job_id] = job
+        job.watcher = asyncio.create_task(self._watch(job, job.process), name=f"watch-{job.job_id}")
+        fields = {"job_id": job.job_id, "base_model": record.spec.base_model, "pid": job.process.pid}
+        logger.info("Trainer started.", extra={"fields": fields | {"log": str(job.log_path)}})
         return job
+
+    def _cwd(self, job: _Job) -> Path | None:
+        """Where a base_model that is a relative path is looked for."""
+        if job.spec.any_folder and self._config.model_dir is None:
+            return None
+        folder = self._config.model_dir or self._config.data_dir / "models"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder
 
     def _command(self, job: _Job) -> Sequence[str]:
         host, _ = split_address(self._config.listen)
@@ -177,8 +230,14 @@ class LocalJobs:
             command.append("--allow-no-api-key")
         return command
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, job: _Job) -> dict[str, str]:
         env = {name: value for name, value in os.environ.items() if name != "GRADWIRE_API_KEY"}
+        if self._cwd(job) is not None:
+            # Modules are found where they are for us, and never among the models.
+            paths = [str(Path(path).absolute()) for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
+            if _ROOT.name not in ("site-packages", "dist-packages"):
+                paths.append(str(_ROOT))
+            env |= {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "PYTHONSAFEPATH": "1"}
         if self._guarded:
             # Not on the command line, which everybody on the machine can read.
             env["GRADWIRE_API_KEY"] = ",".join([*self._config.api_keys, f"control-plane {self._own_key}"])
@@ -211,7 +270,9 @@ class LocalJobs:
         host, port = split_address(address)
         # A trainer on every interface is reached here over loopback.
         reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, address.rpartition(":")[0])  # noqa: S104
-        job.channel = grpc.aio.insecure_channel(f"{reached}:{port}", [("grpc.max_reconnect_backoff_ms", 500)])
+        job.channel = grpc.aio.insecure_channel(
+            f"{reached}:{port}", [("grpc.max_reconnect_backoff_ms", 500), ("grpc.enable_http_proxy", 0)]
+        )
         job.base_url = f"http://{address}"
         job.status_message = "starting the worker"
         health: Any = health_pb2_grpc.HealthStub(job.channel)
@@ -242,7 +303,9 @@ class LocalJobs:
                 job.status_message = info.status_message
 
     async def _stop(self, job: _Job) -> None:
-        assert job.process is not None
+        if job.process is None:
+            # Of a control plane before this one, and ended with it.
+            return
         if job.follower is not None:
             # The trainer waits a moment for calls under way, ours too.
             job.follower.cancel()
@@ -251,11 +314,34 @@ class LocalJobs:
             await asyncio.gather(job.watcher, return_exceptions=True)
         if job.channel is not None:
             await job.channel.close()
-        # The job's runs end with it; what they saved as checkpoints is elsewhere, and stays.
-        await asyncio.to_thread(shutil.rmtree, job.folder / "runs", ignore_errors=True)
-        del self._jobs[job.job_id]
-        self._deleted.add(job.job_id)
         logger.info("Trainer stopped.", extra={"fields": {"job_id": job.job_id, "returncode": returncode}})
+
+
+def _not_started(record: JobRecord, exc: OSError) -> GradwireError:
+    # Which file it was is for the log alone.
+    logger.error("A trainer could not be started.", extra={"fields": {"job_id": record.job_id, "error": str(exc)}})
+    text = (
+        f"The trainer's process could not be started on the control plane's host: {exc.strerror or 'no reason given'}."
+    )
+    return error("TRAINER_JOB_FAILED", text, job_id=record.job_id)
+
+
+def _open_log(path: Path) -> IO[bytes]:
+    return open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600))
+
+
+def _remove_all_but_the_log(held: JobFolder) -> None:
+    held.forget()
+    shutil.rmtree(held.path / "runs", ignore_errors=True)
+    (held.path / "ready.json").unlink(missing_ok=True)
+
+
+def _let_old_logs_go(jobs_dir: Path) -> None:
+    """Removes the folders of jobs deleted long ago, where there is nothing but a log any more."""
+    left = [path for path in jobs_dir.glob("job-*/trainer.log") if not (path.parent / "job.json").exists()]
+    left.sort(key=lambda path: path.stat().st_mtime)
+    for path in left[:-_KEPT_LOGS]:
+        shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def _tail(log_path: Path) -> str:

@@ -24,6 +24,8 @@ class TrainerJobSpec:
     """The user's name for it."""
     max_context_length: int = 0
     """Longest sequence taken, tokens; 0 takes the model's own limit."""
+    any_folder: bool = True
+    """Whether base_model may be any folder of the host; else it is a hub id or lies in the folder of models."""
 
 
 @dataclass(frozen=True)
@@ -42,30 +44,43 @@ class TrainerJob:
     """Last lines of its log when it failed, else ""."""
     created_at: datetime.datetime
     log_path: str
+    owner: str
+    """See access.Caller."""
+    request_id: str
+    """Of the call that made it, or ""."""
 
 
 class TrainerJobs(Protocol):
-    """A place where trainers run: this machine (`local.py`); a cluster would be another."""
+    """A place where trainers run: this machine (`local.py`); a cluster would be another.
 
-    async def create(self, spec: TrainerJobSpec, *, request_id: str = "") -> TrainerJob:
-        """Starts a trainer and returns before it is ready; the same request_id gets the same job."""
+    It keeps owner and request_id with each job, so that a control plane that is started again finds them, and gives
+    them no meaning: `owned.py` decides above it who may do what.
+    """
+
+    async def start(self) -> None:
+        """Takes up the jobs of the control plane before this one."""
+        ...
+
+    async def create(self, spec: TrainerJobSpec, *, owner: str, request_id: str) -> TrainerJob:
+        """Starts a trainer and returns before it is ready; always a new one."""
+        ...
+
+    async def find(self, job_id: str) -> TrainerJob | None:
+        """The job as it was last known, at once; None where there is none."""
         ...
 
     async def get(self, job_id: str) -> TrainerJob:
-        """The job as it stands. Raises TRAINER_JOB_NOT_FOUND."""
+        """The job, which is there, as it stands; its trainer may be asked."""
         ...
 
     async def list(self) -> list[TrainerJob]:
-        """All jobs, newest first."""
+        """All jobs as they were last known, newest first."""
         ...
 
     async def delete(self, job_id: str) -> None:
-        """Stops the trainer and forgets the job; returns once its processes are gone. Twice is not an error.
-
-        Raises TRAINER_JOB_NOT_FOUND for a job there never was.
-        """
+        """Stops the trainer of a job, which is there, and forgets the job; returns once its processes are gone."""
         ...
 
     async def stop(self) -> None:
-        """Stops all trainers and takes no new ones."""
+        """Takes no new jobs, and stops trainers that cannot outlive the control plane."""
         ...

@@ -11,6 +11,7 @@ from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceServicer
 
 from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, check_ttl_seconds
 from trainer_service.checkpoints.catalog import Catalog, Checkpoint
+from trainer_service.user_metadata import read_user_metadata
 
 _KINDS = {
     messages.CHECKPOINT_KIND_UNSPECIFIED: "",
@@ -88,6 +89,7 @@ def _message(checkpoint: Checkpoint, *, files: bool = False) -> messages.Checkpo
         checkpoint_type=_TYPES.get(about.get("checkpoint_type") or "", messages.CHECKPOINT_TYPE_BASE),
         base_path=checkpoint.base_path,
         dtype=about.get("dtype") or "",
+        user_metadata=read_user_metadata(about.get("user_metadata")),
     )
     if lora := about.get("lora"):
         flags = {name: lora[name] for name in ("train_mlp", "train_attn", "train_unembed")}

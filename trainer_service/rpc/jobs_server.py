@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from trainer_service import descriptors
 from trainer_service.access import ApiKeys
 from trainer_service.config import JobsConfig, split_address
+from trainer_service.jobs.owned import OwnedJobs
 from trainer_service.jobs.trainer_job import TrainerJobs
 from trainer_service.observability import Metrics
 from trainer_service.processes import parent_gone, write_ready_file
@@ -50,7 +51,8 @@ async def serve_jobs(config: JobsConfig, jobs: TrainerJobs) -> int:
         max_connections=descriptors.max_connections(reserved=_DESCRIPTORS_RESERVED),
     )
     server = grpc.aio.server(interceptors=[border], options=options)
-    add_TrainerJobServiceServicer_to_server(TrainerJobServicer(jobs), server)
+    owned = OwnedJobs(jobs, max_jobs=config.max_jobs, max_jobs_per_key=config.max_jobs_per_key)
+    add_TrainerJobServiceServicer_to_server(TrainerJobServicer(owned, embedded=config.embedded), server)
     health_servicer = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -62,6 +64,7 @@ async def serve_jobs(config: JobsConfig, jobs: TrainerJobs) -> int:
         raise OSError(f"cannot listen on {config.listen}: {exc}") from exc
     for name in ("", SERVICE):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    await jobs.start()
     await server.start()
     address = f"{bracketed}:{port}"
     logger.info("Listening.", extra={"fields": {"address": address, "version": __version__}})

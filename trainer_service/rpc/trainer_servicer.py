@@ -1,6 +1,9 @@
 """TrainerService: translates and delegates."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -13,6 +16,7 @@ from gradwire.version import PROTOCOL_VERSION, __version__
 from trainer_service.config import MIN_PROTOCOL_VERSION, Limits
 from trainer_service.fleet.worker import Worker
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
+from trainer_service.rpc.tokenizer_download import TokenizerDownload
 from trainer_service.rpc.train_stream import TrainStream, read_attach
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
@@ -44,6 +48,7 @@ class TrainerServicer(TrainerServiceServicer):
         self._worker = worker
         self._limits = limits
         self._draining = draining
+        self._tokenizer = TokenizerDownload()
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.GetServerInfoResponse:
         ready = self._worker.ready
@@ -95,6 +100,24 @@ class TrainerServicer(TrainerServiceServicer):
     async def DeleteRun(self, request: pb.DeleteRunRequest, context: Any) -> pb.DeleteRunResponse:
         await self._runs.delete(request.run_id)
         return pb.DeleteRunResponse()
+
+    async def GetTokenizer(self, request: pb.GetTokenizerRequest, context: Any) -> pb.GetTokenizerResponse:
+        return pb.GetTokenizerResponse(files=await self._tokenizer.files(self._model_folder()))
+
+    async def DownloadTokenizer(
+        self, request: pb.DownloadTokenizerRequest, context: Any
+    ) -> AsyncIterator[pb.DownloadTokenizerResponse]:
+        async with contextlib.aclosing(self._tokenizer.read(self._model_folder(), request.file)) as pieces:
+            async for data in pieces:
+                yield pb.DownloadTokenizerResponse(data=data)
+
+    def _model_folder(self) -> Path:
+        ready = self._worker.ready
+        if ready is None:
+            text = f"The model is not loaded yet: {self._worker.status_message}."
+            raise error("WORKER_NOT_READY", text, retry_after_s=0.5)
+        assert ready.model_folder, "a worker that does not say where its model lies"
+        return Path(ready.model_folder)
 
     async def Train(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:
         first = await read_attach(context)

@@ -270,10 +270,13 @@ class Journal:
 
     def _check_in_place(self) -> None:
         """Raises OSError once the file was removed, moved or replaced: what is written to it goes nowhere then."""
-        self._gone = True
-        file_id = journal.file_id(self.folder)
-        if self._file_id not in (None, file_id):
-            raise FileNotFoundError("another file is in its place")
+        try:
+            file_id = journal.file_id(self.folder)
+            if self._file_id not in (None, file_id):
+                raise FileNotFoundError("another file is in its place")
+        except OSError:
+            self._gone = True
+            raise
         self._file_id, self._gone = file_id, False
 
     def _spend(self, spent: bool) -> None:

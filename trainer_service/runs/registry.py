@@ -30,6 +30,7 @@ from trainer_service.runs.operation import Operation
 from trainer_service.runs.recovery import Source, command, find_source
 from trainer_service.runs.run import Observe, Run, RunSettings
 from trainer_service.runs.store import RunStore, StoredRun
+from trainer_service.user_metadata import check_user_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -230,6 +231,7 @@ class Runs:
 
     def _check(self, request: CreateRunRequest) -> None:
         self.check_base_model(request.base_model)
+        check_user_metadata(request.user_metadata)
 
     async def _once(self, request_id: str, making: Coroutine[Any, Any, Run]) -> Run:
         """What `making` makes, or made under the same request_id of the same owner."""

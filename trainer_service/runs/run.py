@@ -342,6 +342,7 @@ class Run:
             step=self.step,
             display_name=self.create_request.display_name,
             attached=self.attachment is not None,
+            user_metadata=self.create_request.user_metadata,
         )
         message.created_at.FromDatetime(datetime.fromtimestamp(self.record.created_s, UTC))
         return message

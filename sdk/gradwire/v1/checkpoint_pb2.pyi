@@ -51,7 +51,14 @@ class LoraLayout(_message.Message):
     def __init__(self, lora_alpha: _Optional[float] = ..., train_mlp: bool = ..., train_attn: bool = ..., train_unembed: bool = ...) -> None: ...
 
 class Checkpoint(_message.Message):
-    __slots__ = ("path", "run_id", "kind", "name", "size_bytes", "step", "base_model", "architecture", "lora_rank", "created_at", "expires_at", "checkpoint_type", "base_path", "files", "dtype", "lora")
+    __slots__ = ("path", "run_id", "kind", "name", "size_bytes", "step", "base_model", "architecture", "lora_rank", "created_at", "expires_at", "checkpoint_type", "base_path", "files", "dtype", "lora", "user_metadata")
+    class UserMetadataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     PATH_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +75,7 @@ class Checkpoint(_message.Message):
     FILES_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
+    USER_METADATA_FIELD_NUMBER: _ClassVar[int]
     path: str
     run_id: str
     kind: CheckpointKind
@@ -84,4 +92,5 @@ class Checkpoint(_message.Message):
     files: _containers.RepeatedCompositeFieldContainer[CheckpointFile]
     dtype: str
     lora: LoraLayout
-    def __init__(self, path: _Optional[str] = ..., run_id: _Optional[str] = ..., kind: _Optional[_Union[CheckpointKind, str]] = ..., name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., step: _Optional[int] = ..., base_model: _Optional[str] = ..., architecture: _Optional[str] = ..., lora_rank: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., checkpoint_type: _Optional[_Union[CheckpointType, str]] = ..., base_path: _Optional[str] = ..., files: _Optional[_Iterable[_Union[CheckpointFile, _Mapping]]] = ..., dtype: _Optional[str] = ..., lora: _Optional[_Union[LoraLayout, _Mapping]] = ...) -> None: ...
+    user_metadata: _containers.ScalarMap[str, str]
+    def __init__(self, path: _Optional[str] = ..., run_id: _Optional[str] = ..., kind: _Optional[_Union[CheckpointKind, str]] = ..., name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., step: _Optional[int] = ..., base_model: _Optional[str] = ..., architecture: _Optional[str] = ..., lora_rank: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., checkpoint_type: _Optional[_Union[CheckpointType, str]] = ..., base_path: _Optional[str] = ..., files: _Optional[_Iterable[_Union[CheckpointFile, _Mapping]]] = ..., dtype: _Optional[str] = ..., lora: _Optional[_Union[LoraLayout, _Mapping]] = ..., user_metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...

@@ -210,7 +210,14 @@ class CancelResponse(_message.Message):
     def __init__(self, dropped: _Optional[int] = ...) -> None: ...
 
 class SaveWeightsForSamplerRequest(_message.Message):
-    __slots__ = ("run_id", "seq_id", "name", "overwrite", "ephemeral", "merged", "checkpoint_type", "dtype")
+    __slots__ = ("run_id", "seq_id", "name", "overwrite", "ephemeral", "merged", "checkpoint_type", "dtype", "ttl_seconds", "user_metadata")
+    class UserMetadataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     SEQ_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +226,8 @@ class SaveWeightsForSamplerRequest(_message.Message):
     MERGED_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_TYPE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    TTL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    USER_METADATA_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     seq_id: int
     name: str
@@ -227,7 +236,9 @@ class SaveWeightsForSamplerRequest(_message.Message):
     merged: bool
     checkpoint_type: _checkpoint_pb2.CheckpointType
     dtype: str
-    def __init__(self, run_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., name: _Optional[str] = ..., overwrite: bool = ..., ephemeral: bool = ..., merged: bool = ..., checkpoint_type: _Optional[_Union[_checkpoint_pb2.CheckpointType, str]] = ..., dtype: _Optional[str] = ...) -> None: ...
+    ttl_seconds: int
+    user_metadata: _containers.ScalarMap[str, str]
+    def __init__(self, run_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., name: _Optional[str] = ..., overwrite: bool = ..., ephemeral: bool = ..., merged: bool = ..., checkpoint_type: _Optional[_Union[_checkpoint_pb2.CheckpointType, str]] = ..., dtype: _Optional[str] = ..., ttl_seconds: _Optional[int] = ..., user_metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class SaveWeightsForSamplerResponse(_message.Message):
     __slots__ = ("path", "uri", "size_bytes")
@@ -240,18 +251,27 @@ class SaveWeightsForSamplerResponse(_message.Message):
     def __init__(self, path: _Optional[str] = ..., uri: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class SaveStateRequest(_message.Message):
-    __slots__ = ("run_id", "seq_id", "name", "overwrite", "ttl_seconds")
+    __slots__ = ("run_id", "seq_id", "name", "overwrite", "ttl_seconds", "user_metadata")
+    class UserMetadataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     SEQ_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     OVERWRITE_FIELD_NUMBER: _ClassVar[int]
     TTL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    USER_METADATA_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     seq_id: int
     name: str
     overwrite: bool
     ttl_seconds: int
-    def __init__(self, run_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., name: _Optional[str] = ..., overwrite: bool = ..., ttl_seconds: _Optional[int] = ...) -> None: ...
+    user_metadata: _containers.ScalarMap[str, str]
+    def __init__(self, run_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., name: _Optional[str] = ..., overwrite: bool = ..., ttl_seconds: _Optional[int] = ..., user_metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class SaveStateResponse(_message.Message):
     __slots__ = ("path", "size_bytes")

@@ -1,6 +1,7 @@
 import datetime
 
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -19,7 +20,14 @@ RUN_STATE_ACTIVE: RunState
 RUN_STATE_LOST: RunState
 
 class Run(_message.Message):
-    __slots__ = ("run_id", "base_model", "lora_rank", "state", "next_seq_id", "step", "created_at", "display_name", "attached")
+    __slots__ = ("run_id", "base_model", "lora_rank", "state", "next_seq_id", "step", "created_at", "display_name", "attached", "user_metadata")
+    class UserMetadataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     LORA_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +37,7 @@ class Run(_message.Message):
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     DISPLAY_NAME_FIELD_NUMBER: _ClassVar[int]
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    USER_METADATA_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     base_model: str
     lora_rank: int
@@ -38,4 +47,5 @@ class Run(_message.Message):
     created_at: _timestamp_pb2.Timestamp
     display_name: str
     attached: bool
-    def __init__(self, run_id: _Optional[str] = ..., base_model: _Optional[str] = ..., lora_rank: _Optional[int] = ..., state: _Optional[_Union[RunState, str]] = ..., next_seq_id: _Optional[int] = ..., step: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., display_name: _Optional[str] = ..., attached: bool = ...) -> None: ...
+    user_metadata: _containers.ScalarMap[str, str]
+    def __init__(self, run_id: _Optional[str] = ..., base_model: _Optional[str] = ..., lora_rank: _Optional[int] = ..., state: _Optional[_Union[RunState, str]] = ..., next_seq_id: _Optional[int] = ..., step: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., display_name: _Optional[str] = ..., attached: bool = ..., user_metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class TrainerJobServiceStub(object):
-    """Provisions trainers.
+    """Provisions trainers. A key sees only the jobs it made; somebody else's answers as one that does not exist. An admin's
+    key sees all.
     """
 
     def __init__(self, channel):
@@ -58,11 +59,13 @@ class TrainerJobServiceStub(object):
 
 
 class TrainerJobServiceServicer(object):
-    """Provisions trainers.
+    """Provisions trainers. A key sees only the jobs it made; somebody else's answers as one that does not exist. An admin's
+    key sees all.
     """
 
     def CreateTrainerJob(self, request, context):
-        """Starts a trainer; answers at once, before it is ready.
+        """Starts a trainer; answers at once, before it is ready. LIMIT_EXCEEDED: there are as many jobs, or the key has as many,
+        as the control plane takes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,7 +124,8 @@ def add_TrainerJobServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TrainerJobService(object):
-    """Provisions trainers.
+    """Provisions trainers. A key sees only the jobs it made; somebody else's answers as one that does not exist. An admin's
+    key sees all.
     """
 
     @staticmethod

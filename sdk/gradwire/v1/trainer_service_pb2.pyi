@@ -55,7 +55,7 @@ class ModelInfo(_message.Message):
     def __init__(self, base_model: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_length: _Optional[int] = ..., num_parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., batching: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_message_bytes", "target_message_bytes", "max_in_flight_operations", "max_runs", "max_datums", "max_tokens", "max_num_samples", "max_topk_logprobs", "max_sample_requests", "max_snapshots")
+    __slots__ = ("max_message_bytes", "target_message_bytes", "max_in_flight_operations", "max_runs", "max_datums", "max_tokens", "max_num_samples", "max_topk_logprobs", "max_sample_requests", "max_snapshots", "max_user_metadata_entries", "max_user_metadata_bytes")
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TARGET_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_IN_FLIGHT_OPERATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +66,8 @@ class Limits(_message.Message):
     MAX_TOPK_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MAX_SAMPLE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_USER_METADATA_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    MAX_USER_METADATA_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_message_bytes: int
     target_message_bytes: int
     max_in_flight_operations: int
@@ -76,7 +78,9 @@ class Limits(_message.Message):
     max_topk_logprobs: int
     max_sample_requests: int
     max_snapshots: int
-    def __init__(self, max_message_bytes: _Optional[int] = ..., target_message_bytes: _Optional[int] = ..., max_in_flight_operations: _Optional[int] = ..., max_runs: _Optional[int] = ..., max_datums: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_num_samples: _Optional[int] = ..., max_topk_logprobs: _Optional[int] = ..., max_sample_requests: _Optional[int] = ..., max_snapshots: _Optional[int] = ...) -> None: ...
+    max_user_metadata_entries: int
+    max_user_metadata_bytes: int
+    def __init__(self, max_message_bytes: _Optional[int] = ..., target_message_bytes: _Optional[int] = ..., max_in_flight_operations: _Optional[int] = ..., max_runs: _Optional[int] = ..., max_datums: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_num_samples: _Optional[int] = ..., max_topk_logprobs: _Optional[int] = ..., max_sample_requests: _Optional[int] = ..., max_snapshots: _Optional[int] = ..., max_user_metadata_entries: _Optional[int] = ..., max_user_metadata_bytes: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
     __slots__ = ("software_version", "min_protocol_version", "max_protocol_version", "models", "losses", "limits", "ready", "status_message")
@@ -99,7 +103,14 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, software_version: _Optional[str] = ..., min_protocol_version: _Optional[int] = ..., max_protocol_version: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ..., losses: _Optional[_Iterable[_Union[LossInfo, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., ready: bool = ..., status_message: _Optional[str] = ...) -> None: ...
 
 class CreateRunRequest(_message.Message):
-    __slots__ = ("request_id", "base_model", "lora_rank", "display_name", "lora_alpha", "seed", "train_mlp", "train_attn", "train_unembed", "adapter_path")
+    __slots__ = ("request_id", "base_model", "lora_rank", "display_name", "lora_alpha", "seed", "train_mlp", "train_attn", "train_unembed", "adapter_path", "user_metadata")
+    class UserMetadataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     LORA_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +121,7 @@ class CreateRunRequest(_message.Message):
     TRAIN_ATTN_FIELD_NUMBER: _ClassVar[int]
     TRAIN_UNEMBED_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_PATH_FIELD_NUMBER: _ClassVar[int]
+    USER_METADATA_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     base_model: str
     lora_rank: int
@@ -120,7 +132,8 @@ class CreateRunRequest(_message.Message):
     train_attn: bool
     train_unembed: bool
     adapter_path: str
-    def __init__(self, request_id: _Optional[str] = ..., base_model: _Optional[str] = ..., lora_rank: _Optional[int] = ..., display_name: _Optional[str] = ..., lora_alpha: _Optional[float] = ..., seed: _Optional[int] = ..., train_mlp: bool = ..., train_attn: bool = ..., train_unembed: bool = ..., adapter_path: _Optional[str] = ...) -> None: ...
+    user_metadata: _containers.ScalarMap[str, str]
+    def __init__(self, request_id: _Optional[str] = ..., base_model: _Optional[str] = ..., lora_rank: _Optional[int] = ..., display_name: _Optional[str] = ..., lora_alpha: _Optional[float] = ..., seed: _Optional[int] = ..., train_mlp: bool = ..., train_attn: bool = ..., train_unembed: bool = ..., adapter_path: _Optional[str] = ..., user_metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class CreateRunResponse(_message.Message):
     __slots__ = ("run",)
@@ -159,6 +172,38 @@ class DeleteRunRequest(_message.Message):
 class DeleteRunResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class GetTokenizerRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class TokenizerFile(_message.Message):
+    __slots__ = ("name", "size_bytes", "sha256")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size_bytes: int
+    sha256: str
+    def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
+
+class GetTokenizerResponse(_message.Message):
+    __slots__ = ("files",)
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    files: _containers.RepeatedCompositeFieldContainer[TokenizerFile]
+    def __init__(self, files: _Optional[_Iterable[_Union[TokenizerFile, _Mapping]]] = ...) -> None: ...
+
+class DownloadTokenizerRequest(_message.Message):
+    __slots__ = ("file",)
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    file: str
+    def __init__(self, file: _Optional[str] = ...) -> None: ...
+
+class DownloadTokenizerResponse(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class ForkRunRequest(_message.Message):
     __slots__ = ("run_id", "step", "request_id", "display_name")

@@ -71,6 +71,16 @@ class TrainerServiceStub(object):
                 request_serializer=gradwire_dot_v1_dot_trainer__service__pb2.DeleteRunRequest.SerializeToString,
                 response_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.DeleteRunResponse.FromString,
                 _registered_method=True)
+        self.GetTokenizer = channel.unary_unary(
+                '/gradwire.v1.TrainerService/GetTokenizer',
+                request_serializer=gradwire_dot_v1_dot_trainer__service__pb2.GetTokenizerRequest.SerializeToString,
+                response_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.GetTokenizerResponse.FromString,
+                _registered_method=True)
+        self.DownloadTokenizer = channel.unary_stream(
+                '/gradwire.v1.TrainerService/DownloadTokenizer',
+                request_serializer=gradwire_dot_v1_dot_trainer__service__pb2.DownloadTokenizerRequest.SerializeToString,
+                response_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.DownloadTokenizerResponse.FromString,
+                _registered_method=True)
         self.Train = channel.stream_stream(
                 '/gradwire.v1.TrainerService/Train',
                 request_serializer=gradwire_dot_v1_dot_trainer__service__pb2.TrainRequest.SerializeToString,
@@ -171,6 +181,20 @@ class TrainerServiceServicer(object):
 
     def DeleteRun(self, request, context):
         """Frees a run's memory and removes its journal and snapshots. Its saved checkpoints stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTokenizer(self, request, context):
+        """Says which files the base model's tokenizer is loaded from.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadTokenizer(self, request, context):
+        """One of these files' bytes, so that a client has them without a hub, whatever folder the trainer serves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -283,6 +307,16 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.DeleteRun,
                     request_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.DeleteRunRequest.FromString,
                     response_serializer=gradwire_dot_v1_dot_trainer__service__pb2.DeleteRunResponse.SerializeToString,
+            ),
+            'GetTokenizer': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTokenizer,
+                    request_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.GetTokenizerRequest.FromString,
+                    response_serializer=gradwire_dot_v1_dot_trainer__service__pb2.GetTokenizerResponse.SerializeToString,
+            ),
+            'DownloadTokenizer': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadTokenizer,
+                    request_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.DownloadTokenizerRequest.FromString,
+                    response_serializer=gradwire_dot_v1_dot_trainer__service__pb2.DownloadTokenizerResponse.SerializeToString,
             ),
             'Train': grpc.stream_stream_rpc_method_handler(
                     servicer.Train,
@@ -525,6 +559,60 @@ class TrainerService(object):
             '/gradwire.v1.TrainerService/DeleteRun',
             gradwire_dot_v1_dot_trainer__service__pb2.DeleteRunRequest.SerializeToString,
             gradwire_dot_v1_dot_trainer__service__pb2.DeleteRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTokenizer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.TrainerService/GetTokenizer',
+            gradwire_dot_v1_dot_trainer__service__pb2.GetTokenizerRequest.SerializeToString,
+            gradwire_dot_v1_dot_trainer__service__pb2.GetTokenizerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadTokenizer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/gradwire.v1.TrainerService/DownloadTokenizer',
+            gradwire_dot_v1_dot_trainer__service__pb2.DownloadTokenizerRequest.SerializeToString,
+            gradwire_dot_v1_dot_trainer__service__pb2.DownloadTokenizerResponse.FromString,
             options,
             channel_credentials,
             insecure,

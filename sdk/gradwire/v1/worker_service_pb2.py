@@ -27,7 +27,7 @@ from gradwire.v1 import sampling_service_pb2 as gradwire_dot_v1_dot_sampling__se
 from gradwire.v1 import trainer_service_pb2 as gradwire_dot_v1_dot_trainer__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n gradwire/v1/worker_service.proto\x12\x0bgradwire.v1\x1a\x17google/rpc/status.proto\x1a\"gradwire/v1/sampling_service.proto\x1a!gradwire/v1/trainer_service.proto\"W\n\x0bWorkerHello\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x12\n\nworld_size\x18\x03 \x01(\r\x12\x18\n\x10software_version\x18\x04 \x01(\t\"[\n\x0bWorkerReady\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.gradwire.v1.ModelInfo\x12%\n\x06losses\x18\x02 \x03(\x0b\x32\x15.gradwire.v1.LossInfo\"\x11\n\x0fWorkerHeartbeat\"/\n\nWorkerDone\x12!\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x12.google.rpc.Status\"\xe0\x03\n\x0bWorkerEvent\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x38\n\x08\x63ounters\x18\x02 \x03(\x0b\x32&.gradwire.v1.WorkerEvent.CountersEntry\x12)\n\x05hello\x18\x03 \x01(\x0b\x32\x18.gradwire.v1.WorkerHelloH\x00\x12\x11\n\x07loading\x18\x04 \x01(\tH\x00\x12)\n\x05ready\x18\x05 \x01(\x0b\x32\x18.gradwire.v1.WorkerReadyH\x00\x12$\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12.\n\x08response\x18\x07 \x01(\x0b\x32\x1a.gradwire.v1.TrainResponseH\x00\x12\'\n\x04\x64one\x18\x08 \x01(\x0b\x32\x17.gradwire.v1.WorkerDoneH\x00\x12\x31\n\theartbeat\x18\t \x01(\x0b\x32\x1c.gradwire.v1.WorkerHeartbeatH\x00\x12.\n\x07sampled\x18\x14 \x01(\x0b\x32\x1b.gradwire.v1.SampleResponseH\x00\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05\x65vent\"Z\n\x0fWorkerCreateRun\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.gradwire.v1.CreateRunRequest\x12\x17\n\x0fsnapshot_folder\x18\x02 \x01(\t\"!\n\x0fWorkerDeleteRun\x12\x0e\n\x06unload\x18\x01 \x01(\x08\"\x12\n\x10WorkerDropGraphs\"[\n\x13WorkerFailOperation\x12\x0e\n\x06seq_id\x18\x01 \x01(\x04\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x16\n\x0e\x66orward_seq_id\x18\x04 \x01(\x04\"#\n\x11WorkerSnapshotRun\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\"N\n\x0cWorkerSample\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.gradwire.v1.SampleRequest\"\'\n\x12WorkerCancelSample\x12\x11\n\tsample_id\x18\x01 \x01(\t\":\n\x11WorkerOpenSampler\x12%\n\x07sampler\x18\x01 \x01(\x0b\x32\x14.gradwire.v1.Sampler\";\n\x12WorkerCloseSampler\x12%\n\x07sampler\x18\x01 \x01(\x0b\x32\x14.gradwire.v1.Sampler\"\xd7\x04\n\rWorkerCommand\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x32\n\ncreate_run\x18\x03 \x01(\x0b\x32\x1c.gradwire.v1.WorkerCreateRunH\x00\x12\x32\n\ndelete_run\x18\x04 \x01(\x0b\x32\x1c.gradwire.v1.WorkerDeleteRunH\x00\x12,\n\x07request\x18\x05 \x01(\x0b\x32\x19.gradwire.v1.TrainRequestH\x00\x12\x34\n\x0b\x64rop_graphs\x18\x06 \x01(\x0b\x32\x1d.gradwire.v1.WorkerDropGraphsH\x00\x12:\n\x0e\x66\x61il_operation\x18\x07 \x01(\x0b\x32 .gradwire.v1.WorkerFailOperationH\x00\x12\x36\n\x0csnapshot_run\x18\x08 \x01(\x0b\x32\x1e.gradwire.v1.WorkerSnapshotRunH\x00\x12+\n\x06sample\x18\x14 \x01(\x0b\x32\x19.gradwire.v1.WorkerSampleH\x00\x12\x38\n\rcancel_sample\x18\x15 \x01(\x0b\x32\x1f.gradwire.v1.WorkerCancelSampleH\x00\x12\x36\n\x0copen_sampler\x18\x16 \x01(\x0b\x32\x1e.gradwire.v1.WorkerOpenSamplerH\x00\x12\x38\n\rclose_sampler\x18\x17 \x01(\x0b\x32\x1f.gradwire.v1.WorkerCloseSamplerH\x00\x42\t\n\x07\x63ommand2S\n\rWorkerService\x12\x42\n\x06\x41ttach\x12\x18.gradwire.v1.WorkerEvent\x1a\x1a.gradwire.v1.WorkerCommand(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n gradwire/v1/worker_service.proto\x12\x0bgradwire.v1\x1a\x17google/rpc/status.proto\x1a\"gradwire/v1/sampling_service.proto\x1a!gradwire/v1/trainer_service.proto\"W\n\x0bWorkerHello\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x12\n\nworld_size\x18\x03 \x01(\r\x12\x18\n\x10software_version\x18\x04 \x01(\t\"q\n\x0bWorkerReady\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.gradwire.v1.ModelInfo\x12%\n\x06losses\x18\x02 \x03(\x0b\x32\x15.gradwire.v1.LossInfo\x12\x14\n\x0cmodel_folder\x18\x1f \x01(\t\"\x11\n\x0fWorkerHeartbeat\"/\n\nWorkerDone\x12!\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x12.google.rpc.Status\"\xe0\x03\n\x0bWorkerEvent\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x38\n\x08\x63ounters\x18\x02 \x03(\x0b\x32&.gradwire.v1.WorkerEvent.CountersEntry\x12)\n\x05hello\x18\x03 \x01(\x0b\x32\x18.gradwire.v1.WorkerHelloH\x00\x12\x11\n\x07loading\x18\x04 \x01(\tH\x00\x12)\n\x05ready\x18\x05 \x01(\x0b\x32\x18.gradwire.v1.WorkerReadyH\x00\x12$\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12.\n\x08response\x18\x07 \x01(\x0b\x32\x1a.gradwire.v1.TrainResponseH\x00\x12\'\n\x04\x64one\x18\x08 \x01(\x0b\x32\x17.gradwire.v1.WorkerDoneH\x00\x12\x31\n\theartbeat\x18\t \x01(\x0b\x32\x1c.gradwire.v1.WorkerHeartbeatH\x00\x12.\n\x07sampled\x18\x14 \x01(\x0b\x32\x1b.gradwire.v1.SampleResponseH\x00\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05\x65vent\"Z\n\x0fWorkerCreateRun\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.gradwire.v1.CreateRunRequest\x12\x17\n\x0fsnapshot_folder\x18\x02 \x01(\t\"!\n\x0fWorkerDeleteRun\x12\x0e\n\x06unload\x18\x01 \x01(\x08\"\x12\n\x10WorkerDropGraphs\"[\n\x13WorkerFailOperation\x12\x0e\n\x06seq_id\x18\x01 \x01(\x04\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x16\n\x0e\x66orward_seq_id\x18\x04 \x01(\x04\"#\n\x11WorkerSnapshotRun\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\"N\n\x0cWorkerSample\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.gradwire.v1.SampleRequest\"\'\n\x12WorkerCancelSample\x12\x11\n\tsample_id\x18\x01 \x01(\t\":\n\x11WorkerOpenSampler\x12%\n\x07sampler\x18\x01 \x01(\x0b\x32\x14.gradwire.v1.Sampler\";\n\x12WorkerCloseSampler\x12%\n\x07sampler\x18\x01 \x01(\x0b\x32\x14.gradwire.v1.Sampler\"\xd7\x04\n\rWorkerCommand\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x32\n\ncreate_run\x18\x03 \x01(\x0b\x32\x1c.gradwire.v1.WorkerCreateRunH\x00\x12\x32\n\ndelete_run\x18\x04 \x01(\x0b\x32\x1c.gradwire.v1.WorkerDeleteRunH\x00\x12,\n\x07request\x18\x05 \x01(\x0b\x32\x19.gradwire.v1.TrainRequestH\x00\x12\x34\n\x0b\x64rop_graphs\x18\x06 \x01(\x0b\x32\x1d.gradwire.v1.WorkerDropGraphsH\x00\x12:\n\x0e\x66\x61il_operation\x18\x07 \x01(\x0b\x32 .gradwire.v1.WorkerFailOperationH\x00\x12\x36\n\x0csnapshot_run\x18\x08 \x01(\x0b\x32\x1e.gradwire.v1.WorkerSnapshotRunH\x00\x12+\n\x06sample\x18\x14 \x01(\x0b\x32\x19.gradwire.v1.WorkerSampleH\x00\x12\x38\n\rcancel_sample\x18\x15 \x01(\x0b\x32\x1f.gradwire.v1.WorkerCancelSampleH\x00\x12\x36\n\x0copen_sampler\x18\x16 \x01(\x0b\x32\x1e.gradwire.v1.WorkerOpenSamplerH\x00\x12\x38\n\rclose_sampler\x18\x17 \x01(\x0b\x32\x1f.gradwire.v1.WorkerCloseSamplerH\x00\x42\t\n\x07\x63ommand2S\n\rWorkerService\x12\x42\n\x06\x41ttach\x12\x18.gradwire.v1.WorkerEvent\x1a\x1a.gradwire.v1.WorkerCommand(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,35 +39,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERHELLO']._serialized_start=145
   _globals['_WORKERHELLO']._serialized_end=232
   _globals['_WORKERREADY']._serialized_start=234
-  _globals['_WORKERREADY']._serialized_end=325
-  _globals['_WORKERHEARTBEAT']._serialized_start=327
-  _globals['_WORKERHEARTBEAT']._serialized_end=344
-  _globals['_WORKERDONE']._serialized_start=346
-  _globals['_WORKERDONE']._serialized_end=393
-  _globals['_WORKEREVENT']._serialized_start=396
-  _globals['_WORKEREVENT']._serialized_end=876
-  _globals['_WORKEREVENT_COUNTERSENTRY']._serialized_start=820
-  _globals['_WORKEREVENT_COUNTERSENTRY']._serialized_end=867
-  _globals['_WORKERCREATERUN']._serialized_start=878
-  _globals['_WORKERCREATERUN']._serialized_end=968
-  _globals['_WORKERDELETERUN']._serialized_start=970
-  _globals['_WORKERDELETERUN']._serialized_end=1003
-  _globals['_WORKERDROPGRAPHS']._serialized_start=1005
-  _globals['_WORKERDROPGRAPHS']._serialized_end=1023
-  _globals['_WORKERFAILOPERATION']._serialized_start=1025
-  _globals['_WORKERFAILOPERATION']._serialized_end=1116
-  _globals['_WORKERSNAPSHOTRUN']._serialized_start=1118
-  _globals['_WORKERSNAPSHOTRUN']._serialized_end=1153
-  _globals['_WORKERSAMPLE']._serialized_start=1155
-  _globals['_WORKERSAMPLE']._serialized_end=1233
-  _globals['_WORKERCANCELSAMPLE']._serialized_start=1235
-  _globals['_WORKERCANCELSAMPLE']._serialized_end=1274
-  _globals['_WORKEROPENSAMPLER']._serialized_start=1276
-  _globals['_WORKEROPENSAMPLER']._serialized_end=1334
-  _globals['_WORKERCLOSESAMPLER']._serialized_start=1336
-  _globals['_WORKERCLOSESAMPLER']._serialized_end=1395
-  _globals['_WORKERCOMMAND']._serialized_start=1398
-  _globals['_WORKERCOMMAND']._serialized_end=1997
-  _globals['_WORKERSERVICE']._serialized_start=1999
-  _globals['_WORKERSERVICE']._serialized_end=2082
+  _globals['_WORKERREADY']._serialized_end=347
+  _globals['_WORKERHEARTBEAT']._serialized_start=349
+  _globals['_WORKERHEARTBEAT']._serialized_end=366
+  _globals['_WORKERDONE']._serialized_start=368
+  _globals['_WORKERDONE']._serialized_end=415
+  _globals['_WORKEREVENT']._serialized_start=418
+  _globals['_WORKEREVENT']._serialized_end=898
+  _globals['_WORKEREVENT_COUNTERSENTRY']._serialized_start=842
+  _globals['_WORKEREVENT_COUNTERSENTRY']._serialized_end=889
+  _globals['_WORKERCREATERUN']._serialized_start=900
+  _globals['_WORKERCREATERUN']._serialized_end=990
+  _globals['_WORKERDELETERUN']._serialized_start=992
+  _globals['_WORKERDELETERUN']._serialized_end=1025
+  _globals['_WORKERDROPGRAPHS']._serialized_start=1027
+  _globals['_WORKERDROPGRAPHS']._serialized_end=1045
+  _globals['_WORKERFAILOPERATION']._serialized_start=1047
+  _globals['_WORKERFAILOPERATION']._serialized_end=1138
+  _globals['_WORKERSNAPSHOTRUN']._serialized_start=1140
+  _globals['_WORKERSNAPSHOTRUN']._serialized_end=1175
+  _globals['_WORKERSAMPLE']._serialized_start=1177
+  _globals['_WORKERSAMPLE']._serialized_end=1255
+  _globals['_WORKERCANCELSAMPLE']._serialized_start=1257
+  _globals['_WORKERCANCELSAMPLE']._serialized_end=1296
+  _globals['_WORKEROPENSAMPLER']._serialized_start=1298
+  _globals['_WORKEROPENSAMPLER']._serialized_end=1356
+  _globals['_WORKERCLOSESAMPLER']._serialized_start=1358
+  _globals['_WORKERCLOSESAMPLER']._serialized_end=1417
+  _globals['_WORKERCOMMAND']._serialized_start=1420
+  _globals['_WORKERCOMMAND']._serialized_end=2019
+  _globals['_WORKERSERVICE']._serialized_start=2021
+  _globals['_WORKERSERVICE']._serialized_end=2104
 # @@protoc_insertion_point(module_scope)

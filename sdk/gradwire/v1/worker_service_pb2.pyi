@@ -22,12 +22,14 @@ class WorkerHello(_message.Message):
     def __init__(self, token: _Optional[str] = ..., pid: _Optional[int] = ..., world_size: _Optional[int] = ..., software_version: _Optional[str] = ...) -> None: ...
 
 class WorkerReady(_message.Message):
-    __slots__ = ("model", "losses")
+    __slots__ = ("model", "losses", "model_folder")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LOSSES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FOLDER_FIELD_NUMBER: _ClassVar[int]
     model: _trainer_service_pb2.ModelInfo
     losses: _containers.RepeatedCompositeFieldContainer[_trainer_service_pb2.LossInfo]
-    def __init__(self, model: _Optional[_Union[_trainer_service_pb2.ModelInfo, _Mapping]] = ..., losses: _Optional[_Iterable[_Union[_trainer_service_pb2.LossInfo, _Mapping]]] = ...) -> None: ...
+    model_folder: str
+    def __init__(self, model: _Optional[_Union[_trainer_service_pb2.ModelInfo, _Mapping]] = ..., losses: _Optional[_Iterable[_Union[_trainer_service_pb2.LossInfo, _Mapping]]] = ..., model_folder: _Optional[str] = ...) -> None: ...
 
 class WorkerHeartbeat(_message.Message):
     __slots__ = ()

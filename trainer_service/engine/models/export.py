@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from gradwire.errors import invalid_field
+from gradwire.tokenizer_files import CHAT_TEMPLATE_FOLDER, TOKENIZER_FILES
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,22 +21,6 @@ from trainer_service.folders import whole_folder
 
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What parameters may be written in, by name."""
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
-)
 
 
 def stored_dtype(folder: Path) -> str:
@@ -119,7 +104,7 @@ def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in _TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, CHAT_TEMPLATE_FOLDER):
         if (source / name).is_dir():
             shutil.copytree(source / name, folder / name)
         elif (source / name).exists():

@@ -1,6 +1,7 @@
 """Saving a run as a checkpoint and loading one, in the local folder that worker and trainer share."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,16 @@ class SavedCheckpoint:
     size_bytes: int
 
 
+@dataclass(frozen=True)
+class Label:
+    """What the caller says about a checkpoint."""
+
+    ttl_seconds: int | None = None
+    """How long it is kept; None for ever."""
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    """In words of its own; see trainer_service/user_metadata.py."""
+
+
 class Checkpoints:
     """The checkpoints of a worker's runs.
 
@@ -49,7 +60,7 @@ class Checkpoints:
                 settle(parent)
 
     def save_state(
-        self, run: RunState, name: str, *, overwrite: bool = False, ttl_seconds: int | None = None
+        self, run: RunState, name: str, label: Label | None = None, *, overwrite: bool = False
     ) -> SavedCheckpoint:
         """Parameters, optimizer and counters; what has been accumulated since the last step is left out.
 
@@ -59,7 +70,7 @@ class Checkpoints:
         """
         place = CheckpointPath(run.run_id, STATE, name)
         folder = place.folder(self._root)
-        about = self._about(run, place, ttl_seconds)
+        about = self._about(run, place, label or Label())
         if (size_bytes := _saved_before(folder, about)) is not None:
             return _saved(place, folder, size_bytes)
         size_bytes = write_state(capture(run, gradients=False), folder, about=about, overwrite=overwrite)
@@ -97,11 +108,11 @@ class Checkpoints:
         self,
         run: RunState,
         name: str,
+        label: Label | None = None,
         *,
         merged: PreTrainedModel | None = None,
         delta: bool = False,
         overwrite: bool = False,
-        ttl_seconds: int | None = None,
         dtype: str = "",
     ) -> SavedCheckpoint:
         """The parameters as a Hugging Face folder, or an adapter as a peft folder.
@@ -109,10 +120,10 @@ class Checkpoints:
         Args:
             run: It.
             name: Of the checkpoint.
+            label: What the caller says about it; None: nothing.
             merged: Of a LoRA run: the model to write in place of its adapter.
             delta: Only what changed since the run's newest base.
             overwrite: Replace what is there.
-            ttl_seconds: How long it is kept; None for ever.
             dtype: What a Hugging Face folder's parameters are written in: "float32", as they train, or that of the base
                 model's files; "" is the latter, or of a delta its base's. An adapter is written in float32.
 
@@ -127,7 +138,7 @@ class Checkpoints:
         written = self._export_dtype(
             dtype, "float32" if adapter is not None else dtype_of_base(folder) if delta else ""
         )
-        about = {**self._about(run, place, ttl_seconds), "dtype": written}
+        about = {**self._about(run, place, label or Label()), "dtype": written}
         if (size_bytes := _saved_before(folder, about)) is not None:
             return _saved(place, folder, size_bytes)
         if delta:
@@ -161,7 +172,7 @@ class Checkpoints:
             raise invalid_field("dtype", f'is "{asked[:200]}"; it must be {names}, {why}.')
         return asked or allowed[-1]
 
-    def _about(self, run: RunState, place: CheckpointPath, ttl_seconds: int | None) -> dict[str, Any]:
+    def _about(self, run: RunState, place: CheckpointPath, label: Label) -> dict[str, Any]:
         now = datetime.now(UTC)
         return {
             "run_id": place.run_id,
@@ -175,8 +186,9 @@ class Checkpoints:
             "lora": None if run.lora is None else {name: getattr(run.lora, name) for name in _LAYOUT},
             "created_at": now.isoformat(timespec="milliseconds"),
             "expires_at": None
-            if ttl_seconds is None
-            else (now + timedelta(seconds=ttl_seconds)).isoformat(timespec="milliseconds"),
+            if label.ttl_seconds is None
+            else (now + timedelta(seconds=label.ttl_seconds)).isoformat(timespec="milliseconds"),
+            "user_metadata": dict(label.user_metadata),
         }
 
 

@@ -29,7 +29,9 @@ from trainer_service.engine.losses import find_loss
 from trainer_service.engine.losses.loss import Loss
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.sampling.service import Sampling
+from trainer_service.engine.storage.checkpoints import Label
 from trainer_service.engine.storage.snapshots import SnapshotWriter, repeat_failure
+from trainer_service.user_metadata import check_user_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -315,11 +317,12 @@ class Commands:
         if request.checkpoint_type not in CheckpointType.values():
             raise invalid_field("checkpoint_type", f"is {request.checkpoint_type}; it must be BASE or DELTA.")
         delta = request.checkpoint_type == CHECKPOINT_TYPE_DELTA
+        label = _label(request)
 
         def work() -> Message:
             self._engine.run_state(run_id).saving_seq_id = seq_id
             saved = self._engine.save_weights_for_sampler(
-                run_id, name, merged=merged, delta=delta, overwrite=overwrite, dtype=dtype
+                run_id, name, label, merged=merged, delta=delta, overwrite=overwrite, dtype=dtype
             )
             return ops.SaveWeightsForSamplerResponse(path=saved.path, uri=saved.uri, size_bytes=saved.size_bytes)
 
@@ -330,6 +333,10 @@ class Commands:
             raise invalid_field("name", "and overwrite belong to checkpoints; an ephemeral snapshot has neither.")
         if request.dtype:
             raise invalid_field("dtype", "is of what is written; an ephemeral snapshot has the dtype that trains.")
+        if request.HasField("ttl_seconds") or request.user_metadata:
+            raise invalid_field(
+                "ttl_seconds", "and user_metadata belong to checkpoints; an ephemeral snapshot has neither."
+            )
 
         def work() -> Message:
             assert self._sampling is not None, "a worker without sampling"
@@ -340,13 +347,11 @@ class Commands:
 
     def _save_state(self, run_id: str, seq_id: int, request: ops.SaveStateRequest) -> Work:
         check_checkpoint_name(request.name)
-        ttl_seconds = request.ttl_seconds if request.HasField("ttl_seconds") else None
-        check_ttl_seconds(ttl_seconds)
-        name, overwrite = request.name, request.overwrite
+        name, overwrite, label = request.name, request.overwrite, _label(request)
 
         def work() -> Message:
             self._engine.run_state(run_id).saving_seq_id = seq_id
-            saved = self._engine.save_state(run_id, name, overwrite=overwrite, ttl_seconds=ttl_seconds)
+            saved = self._engine.save_state(run_id, name, label, overwrite=overwrite)
             return ops.SaveStateResponse(path=saved.path, size_bytes=saved.size_bytes)
 
         return work
@@ -359,6 +364,17 @@ class Commands:
             return ops.LoadStateResponse(step=self._engine.load_state(run_id, path, with_optimizer=with_optimizer))
 
         return work
+
+
+def _label(request: ops.SaveStateRequest | ops.SaveWeightsForSamplerRequest) -> Label:
+    """What the caller says about a checkpoint.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD. ResourceExhaustedError: LIMIT_EXCEEDED.
+    """
+    ttl_seconds = request.ttl_seconds if request.HasField("ttl_seconds") else None
+    check_ttl_seconds(ttl_seconds)
+    return Label(ttl_seconds, check_user_metadata(request.user_metadata))
 
 
 def _lora_settings(request: CreateRunRequest) -> LoraSettings | None:

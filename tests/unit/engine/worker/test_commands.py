@@ -1,6 +1,8 @@
 """Commands in, events out: what the trainer sends and what it is answered, without a process or a socket."""
 
 import copy
+import re
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,10 @@ from gradwire.v1.worker_service_pb2 import (
 from tests.engines import BATCH, RUN, make_engine
 from tests.tiny import MAX_CONTEXT_LENGTH, VOCAB_SIZE
 from trainer_service.engine.worker.commands import Commands
+from trainer_service.folders import read_manifest
+
+SAVES = {"save_state": "state", "save_weights_for_sampler": "sampler_weights"}
+"""Operation to the kind of checkpoint it makes."""
 
 
 def never(event: WorkerEvent) -> None:
@@ -303,8 +309,48 @@ def test_states_stay_in_their_folder(driver: Driver, tmp_path: Path, name: str) 
 
 @pytest.mark.parametrize("ttl_seconds", [0, 1 << 62])
 def test_a_time_to_live_that_cannot_be_is_refused(driver: Driver, ttl_seconds: int) -> None:
-    exc = driver.refused(save_state=ops.SaveStateRequest(name="a", ttl_seconds=ttl_seconds))
-    assert exc.field_violations[0][0] == "ttl_seconds"
+    for save in SAVES:
+        exc = driver.refused(**{save: {"name": "a", "ttl_seconds": ttl_seconds}})
+        assert exc.field_violations[0][0] == "ttl_seconds"
+
+
+def test_what_the_caller_says_of_a_checkpoint_is_in_its_manifest(driver: Driver, tmp_path: Path) -> None:
+    for save, kind in SAVES.items():
+        driver.send(**{save: {"name": "a", "ttl_seconds": 3600, "user_metadata": {"epoch": "3", "run": "ä"}}})
+        about = read_manifest(tmp_path / RUN / kind / "a").about
+        assert about["user_metadata"] == {"epoch": "3", "run": "ä"}
+        kept = datetime.fromisoformat(about["expires_at"]) - datetime.fromisoformat(about["created_at"])
+        assert kept == timedelta(hours=1)
+        # Saved anew, it says what is said then.
+        driver.send(**{save: {"name": "a", "overwrite": True}})
+        about = read_manifest(tmp_path / RUN / kind / "a").about
+        assert (about["user_metadata"], about["expires_at"]) == ({}, None)
+
+
+@pytest.mark.parametrize(
+    ("user_metadata", "message"),
+    [
+        ({str(n): "" for n in range(65)}, "has 65 entries; it may have 64"),
+        ({"": "x"}, "has a key of 0 bytes"),
+        ({"x" * 129: "x"}, "has a key of 129 bytes, 'xxx"),
+        ({"a": "x" * 4097}, r"user_metadata\['a'\] has 4097 bytes"),
+        ({str(n): "ä" * 2040 for n in range(5)}, "has 20405 bytes; its keys and values may have 16384 together"),
+    ],
+)
+def test_more_than_may_be_said_of_a_checkpoint_is_refused(
+    driver: Driver, tmp_path: Path, user_metadata: dict[str, str], message: str
+) -> None:
+    for save in SAVES:
+        exc = driver.refused(**{save: {"name": "a", "user_metadata": user_metadata}})
+        assert re.search(message, exc.message)
+        assert len(exc.message) < 300
+    assert not (tmp_path / RUN).exists()
+
+
+@pytest.mark.parametrize("said", [{"ttl_seconds": 60}, {"user_metadata": {"a": "b"}}])
+def test_of_a_snapshot_nothing_can_be_said(driver: Driver, said: dict[str, Any]) -> None:
+    exc = driver.refused(save_weights_for_sampler={"ephemeral": True, **said})
+    assert "belong to checkpoints" in exc.message
 
 
 @pytest.mark.parametrize("operation", [{}, {"attach": AttachRequest(run_id=RUN)}])

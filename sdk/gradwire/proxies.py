@@ -1,0 +1,60 @@
+"""Which HTTP proxy gRPC goes through to reach a server: as the environment says, never for this machine itself."""
+
+import ipaddress
+import os
+from urllib.parse import urlsplit
+
+_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+"""Those that gRPC reads, in its order; it knows them in lower case only."""
+_NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy")
+
+
+def reaches_this_machine(target: str) -> bool:
+    """Whether a gRPC target is on this machine: a unix socket, "localhost", a loopback or the wildcard address."""
+    if target.startswith("unix:"):
+        return True
+    host = _host(target)
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    address = mapped or address
+    return address.is_loopback or address.is_unspecified
+
+
+def proxy_used(target: str) -> str:
+    """What an error says of the proxy between here and a target: the variable, the proxy and the way past it; "" where
+    there is none. A password in the proxy's URL is left out."""
+    if reaches_this_machine(target):
+        return ""
+    variable = next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
+    host = _host(target)
+    if variable is None or _bypassed(host):
+        return ""
+    value = os.environ[variable]
+    parts = urlsplit(value if "://" in value else f"http://{value}")
+    proxy = parts.netloc.rpartition("@")[2] or "a proxy"
+    return (
+        f"The connection goes through {proxy}, the proxy that the environment variable {variable} names; if the server "
+        f"can be reached without it, set no_proxy={host}"
+    )
+
+
+def _bypassed(host: str) -> bool:
+    """Whether no_proxy takes a host out: by the end of its name, or by a network its address is in."""
+    listed = next((value for name in _NO_PROXY_VARIABLES if (value := os.environ.get(name))), "")
+    return any(_takes_out(entry.strip().lower(), host) for entry in listed.split(",") if entry.strip())
+
+
+def _takes_out(entry: str, host: str) -> bool:
+    if host.endswith(entry):
+        return True
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
+    except ValueError:
+        return False
+
+
+def _host(target: str) -> str:
+    return target.rpartition(":")[0].strip("[]").lower()
