@@ -14,6 +14,7 @@ SDK = ROOT / "sdk" / "gradwire"
 GROUND = {
     "access",
     "adapter_path",
+    "certificates",
     "checkpoint_path",
     "config",
     "descriptors",
