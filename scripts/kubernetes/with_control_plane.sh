@@ -16,7 +16,8 @@ chmod 700 "$run"
 pids=()
 stop() {
     local pid
-    for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || :; done
+    # What they hold is thrown away; asked kindly, an API server waits for its watchers.
+    for pid in "${pids[@]}"; do kill -KILL "$pid" 2>/dev/null || :; done
     for pid in "${pids[@]}"; do wait "$pid" 2>/dev/null || :; done
     rm -rf "$run"
 }
