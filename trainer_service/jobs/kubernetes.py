@@ -137,7 +137,7 @@ class KubernetesJobs:
             job = await self._make_the_rest(spec, service, made)
         except BaseException:
             # What was refused is told, whatever becomes of removing the rest.
-            with contextlib.suppress(ApiError, GradwireError):
+            with contextlib.suppress(GradwireError):
                 await asyncio.shield(self._remove(name))
             self._jobs.pop(name, None)
             raise
@@ -193,14 +193,19 @@ class KubernetesJobs:
     async def _remove(self, name: str) -> None:
         """Deletes all of a job, and returns once its pod is gone."""
         what = "remove the job"
-        await self._asked(self._api.delete("StatefulSet", name, wait_for_dependents=True), what)
+        # First what owns the rest: should we get no further, the cluster removes what it owned.
         await self._asked(self._api.delete("Service", name), what)
+        await self._asked(self._api.delete("StatefulSet", name, wait_for_dependents=True), what)
         await self._asked(self._api.delete("Secret", name), what)
         spec = self._template.stateful_set["spec"]["template"]["spec"]
         deadline = time.monotonic() + spec.get("terminationGracePeriodSeconds", 30) + _GONE_MARGIN_S
         label = f"{JOB_LABEL}={name}"
         while True:
-            left = [item for kind in ("StatefulSet", "Pod") for item in (await self._api.listing(kind, label))[0]]
+            left = [
+                item
+                for kind in ("StatefulSet", "Pod")
+                for item in (await self._asked(self._api.listing(kind, label), what))[0]
+            ]
             if not left:
                 break
             if time.monotonic() > deadline:
