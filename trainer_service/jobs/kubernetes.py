@@ -18,6 +18,7 @@ from trainer_service.config import JobsConfig, KubernetesSettings, SettingsError
 from trainer_service.jobs.kubernetes_api import ApiError, KubernetesApi, Object
 from trainer_service.jobs.kubernetes_objects import (
     JOB_LABEL,
+    LABEL_VALUE,
     JobRecord,
     Template,
     claim_name,
@@ -76,6 +77,11 @@ class KubernetesJobs:
         self._jobs: dict[str, _Job] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._stopped = False
+        if not LABEL_VALUE.fullmatch(settings.name):
+            raise SettingsError(
+                f"--kubernetes-name {settings.name!r} must be the value of a label: at most 63 letters, digits, "
+                '"-", "_" and ".", beginning and ending with a letter or digit.'
+            )
         try:
             split_address(self._address({"metadata": {"name": "x"}, "spec": {"ports": []}}))
         except (KeyError, ValueError, IndexError) as exc:
@@ -99,7 +105,11 @@ class KubernetesJobs:
             raise
 
     async def start(self) -> None:
-        services, _ = await self._asked(self._api.listing("Service", selector(self._settings)), "look for trainer jobs")
+        try:
+            services, _ = await self._asked(self._api.listing("Service", selector(self._settings)), "look for its jobs")
+        except GradwireError as exc:
+            await self._api.close()
+            raise SettingsError(str(exc)) from exc
         for service in services:
             try:
                 record = JobRecord.of(service, self._address)

@@ -183,6 +183,8 @@ class KubernetesApi:
             await _refuse_errors(response)
             async for line in response.response.content:
                 event = json.loads(line)
+                if not event.keys() >= {"type", "object"}:
+                    raise ValueError(f"a watch told {event.get('kind', 'something else')} in place of an event")
                 yield event["type"], event["object"]
         finally:
             response.response.close()

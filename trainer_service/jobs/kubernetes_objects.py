@@ -6,6 +6,7 @@ must know of a job stands on the Service, as labels and annotations, so that the
 
 import copy
 import datetime
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from trainer_service.jobs.trainer_job import TrainerJobSpec
 Object = dict[str, Any]
 CONTROL_PLANE_LABEL = "gradwire.v1/control-plane"
 JOB_LABEL = "gradwire.v1/job"
+LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _ANNOTATION = "gradwire.v1/"
 _TLS_FOLDER = "/etc/gradwire/job-tls"
 DATA_VOLUME = "data"
