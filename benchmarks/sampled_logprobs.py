@@ -15,6 +15,7 @@ from trainer_service.config import ComputeDtype, EngineSettings
 from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.picking import Choice
 from trainer_service.engine.sampling.samplers import Sampler
+from trainer_service.engine.sampling.trial import find_decoding
 
 
 def mismatch(
@@ -32,7 +33,13 @@ def mismatch(
     """
     with tempfile.TemporaryDirectory() as folder:
         engine = InProcess(model, Path(folder), EngineSettings(compute_dtype)).engine
-        decoder = Decoder.of(engine.live_model("run"), engine.device)
+        decoding = find_decoding(
+            engine.live_model("run"),
+            engine.device,
+            attention=engine.traits.attention,
+            max_context_length=engine.model.max_context_length,
+        )
+        decoder = Decoder(engine.live_model("run"), engine.device, decoding)
         rng = random.Random(0)
         lengths = [rng.randrange(16, 97) for _ in range(num_prompts)]
         vocab = engine.model.vocab_size

@@ -24,12 +24,13 @@ def generate(
             choice=choice,
             seed=seed,
             stop_tokens=frozenset(),
-            stop_strings=(),
+            stop_strings=None,
             prompt_logprobs=False,
             topk=0,
             with_text=False,
+            text=None,
         )
-        jobs.append(Job(0, "", request, sampler, None))
+        jobs.append(Job(0, "", request, sampler))
         scheduler.start(jobs[-1])
     while scheduler.busy:
         scheduler.step()

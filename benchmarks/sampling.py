@@ -28,6 +28,7 @@ from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.job import Job
 from trainer_service.engine.sampling.picking import Choice
 from trainer_service.engine.sampling.samplers import Sampler
+from trainer_service.engine.sampling.trial import find_decoding
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,7 +55,11 @@ def _measure(arguments: argparse.Namespace) -> None:
     model: Any = load_model(arguments.base_model, fetch(arguments.base_model), device)
     vocab_size = model.config.vocab_size
     model.generation_config.update(eos_token_id=None, pad_token_id=0, do_sample=False)
-    sampler = Sampler(None, Decoder.of(model, device))
+    attention = str(model.config._attn_implementation)
+    decoding = find_decoding(
+        model, device, attention=attention, max_context_length=model.config.max_position_embeddings
+    )
+    sampler = Sampler(None, Decoder(model, device, decoding))
     rng = random.Random(0)
     prompts = [_tokens(rng, rng.randrange(16, 97), vocab_size) for _ in range(arguments.requests)]
     shared = _tokens(rng, 256, vocab_size)

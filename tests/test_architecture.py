@@ -23,6 +23,7 @@ GROUND = {
     "metrics_server",
     "observability",
     "processes",
+    "request_limits",
     "sampler_path",
     "user_metadata",
 }

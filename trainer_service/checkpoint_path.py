@@ -33,7 +33,7 @@ class CheckpointPath:
         Raises:
             InvalidArgumentError: INVALID_FIELD: it is not of this form, or would lead elsewhere.
         """
-        run_id, kind, name = [*path.removeprefix(_SCHEME).split("/"), "", "", ""][:3]
+        run_id, kind, name = [*path.removeprefix(_SCHEME).split("/", 3), "", "", ""][:3]
         well_formed = (
             path == f"{_SCHEME}{run_id}/{kind}/{name}"
             and _RUN_ID.fullmatch(run_id)

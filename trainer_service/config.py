@@ -61,6 +61,33 @@ class Limits:
     """Of one user_metadata."""
     max_user_metadata_bytes: int = user_metadata.MAX_BYTES
     """Its keys and values together."""
+    max_message_fields: int = 65_536
+    """Fields of one message, nested ones included; counted before it is parsed, which takes the longer the more there
+    are. Data sent as `batch` have a dozen."""
+    max_name_bytes: int = 4096
+    """One name, identifier or path: as much as a path of Linux has."""
+    max_loss_fn_inputs: int = 64
+    """Per-token inputs of one datum."""
+    max_loss_fn_config_keys: int = 64
+    """Settings of a loss in one operation."""
+    max_forward_seq_ids: int = 4096
+    """Graphs dropped by one cancel."""
+    max_typed_datums: int = 4096
+    """Sequences in one operation in the form a person types (`data`); each costs time of its own to look at."""
+    max_typed_values: int = 4_194_304
+    """Elements of one tensor in the form a person types (`floats`, `ints`)."""
+    max_tensor_dims: int = 64
+    """Dims of one tensor: as many as numpy has."""
+    max_prompt_text_bytes: int = 262_144
+    """One prompt as text: some 60,000 tokens, a fraction of a second of the tokenizer's time."""
+    max_stop_token_ids: int = 1024
+    """Stop tokens of one request."""
+    max_stop_strings: int = 128
+    """Stop strings of one request."""
+    max_stop_string_bytes: int = 1024
+    """One of them."""
+    max_stop_bytes: int = 4096
+    """All of them together: what finds them takes a hundred times as much memory, for every request under way."""
 
 
 Checkpointing = Literal["auto", "on", "off"]

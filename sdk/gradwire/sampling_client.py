@@ -7,7 +7,8 @@ import queue
 import time
 import uuid
 import weakref
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Generator, Iterator
 from concurrent.futures import Future as ConcurrentFuture
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from gradwire.async_twins import awaited, off_thread
 from gradwire.errors import GradwireError, OperationCancelledError, invalid_field
 from gradwire.futures import APIFuture
 from gradwire.ported_names import RefusesTinkerNames, refuse_given
+from gradwire.sampling_params import MAX_UINT32, checked_integer, sampling_params_message, shown
 from gradwire.sampling_results import StopReason
 from gradwire.tokenizer_client import load_tokenizer
 from gradwire.transport import LOOP, Connection, is_passing
@@ -230,9 +232,12 @@ class SamplingClient(RefusesTinkerNames):
     ) -> pb.SampleRequest:
         if not self._finalizer.alive:
             raise OperationCancelledError("This SamplingClient is closed; make a new one.", reason="CANCELLED")
-        for name, count, lowest in (("num_samples", num_samples, 1), ("topk_prompt_logprobs", topk_prompt_logprobs, 0)):
-            if not isinstance(count, int) or not lowest <= count < 1 << 31:
-                raise invalid_field(name, f"is {count!r}; it must be an integer from {lowest}.")
+        num_samples = checked_integer("num_samples", num_samples, 1, MAX_UINT32)
+        topk_prompt_logprobs = checked_integer("topk_prompt_logprobs", topk_prompt_logprobs, 0, MAX_UINT32)
+        if not isinstance(include_prompt_logprobs, bool):
+            raise invalid_field(
+                "include_prompt_logprobs", f"is {shown(include_prompt_logprobs)}; it must be True or False."
+            )
         try:
             tokens = model_input_tokens(prompt, "prompt")
             message = ModelInput(tokens=tokens)
@@ -273,9 +278,10 @@ class SamplingClient(RefusesTinkerNames):
             await asyncio.sleep(delay_s)
 
     async def _gather(self, request: pb.SampleRequest) -> SampleResponse:
-        tokens: list[list[int]] = [[] for _ in range(request.num_samples)]
-        logprobs: list[list[float]] = [[] for _ in tokens]
-        reasons: list[StopReason] = ["length"] * len(tokens)
+        # By sample, as they come: how many is for the trainer to check before anything of that length is made here.
+        tokens: defaultdict[int, list[int]] = defaultdict(list)
+        logprobs: defaultdict[int, list[float]] = defaultdict(list)
+        reasons: dict[int, StopReason] = {}
         prompt = None
         async with contextlib.aclosing(self._responses(request)) as responses:
             async for response in responses:
@@ -287,8 +293,10 @@ class SamplingClient(RefusesTinkerNames):
                     reasons[piece.sample] = _STOP_REASONS.get(piece.stop_reason, "length")
         sample_id = uuid.uuid4().hex
         sequences = [
-            SampledSequence(*each, sequence_id=f"{sample_id}-{number}")
-            for number, each in enumerate(zip(tokens, logprobs, reasons, strict=True))
+            SampledSequence(
+                tokens[number], logprobs[number], reasons.get(number, "length"), sequence_id=f"{sample_id}-{number}"
+            )
+            for number in range(request.num_samples)
         ]
         if prompt is None:
             return SampleResponse(sequences)
@@ -350,42 +358,6 @@ def _open(connection: Connection, source: SamplerSource, timeout_s: float) -> st
     """Has the trainer load a sampler, and says of which base model it is."""
     request = pb.OpenSamplerRequest(sampler=source.message())
     return connection.call(SamplingServiceStub, "OpenSampler", request, timeout_s=timeout_s).base_model
-
-
-def sampling_params_message(params: Any) -> pb.SamplingParams:
-    """SamplingParams, ours or tinker's, for the wire.
-
-    Raises:
-        InvalidArgumentError: A value that cannot be sent; the trainer checks ranges.
-    """
-    settings: dict[str, Any] = {}
-    for name, kind in (("max_tokens", int), ("seed", int), ("temperature", float), ("top_k", int), ("top_p", float)):
-        value = getattr(params, name, None)
-        if value is None:
-            continue
-        try:
-            settings[name] = kind(value)
-            pb.SamplingParams(**{name: settings[name]})
-        except (TypeError, ValueError, OverflowError):
-            what = "an integer" if kind is int else "a number"
-            lowest = " from 0" if name == "max_tokens" else ""
-            raise invalid_field(f"sampling_params.{name}", f"is {value!r}; it must be {what}{lowest}.") from None
-    stop = getattr(params, "stop", None)
-    if stop is not None:
-        settings["stop"] = _stop_message(stop)
-    return pb.SamplingParams(**settings)
-
-
-def _stop_message(stop: Any) -> pb.Stop:
-    entries: Sequence[Any] = [stop] if isinstance(stop, str) else list(stop)
-    if all(isinstance(entry, str) for entry in entries):
-        return pb.Stop(strings=entries)
-    try:
-        return pb.Stop(token_ids=[int(entry) for entry in entries])
-    except (TypeError, ValueError):
-        raise invalid_field(
-            "sampling_params.stop", f"is {stop!r}; it must be a text, texts, token ids, or None for the model's own."
-        ) from None
 
 
 def _topk(prompt: pb.PromptLogprobs) -> list[list[tuple[int, float]] | None]:

@@ -20,7 +20,7 @@ def fields(encoded: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
         Number, the whole field with its tag, and the content of a length-delimited one (else empty).
 
     Raises:
-        ValueError: A group, which proto3 has not; only unknown fields can be one.
+        ValueError: A group, which proto3 has not; only unknown fields can be one. Or a number that has no end.
     """
     place = 0
     while place < len(encoded):
@@ -57,6 +57,8 @@ def _varint(encoded: memoryview, place: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, place
         shift += 7
+        if shift > 63:
+            raise ValueError(f"a number of more than ten bytes before byte {place}")
 
 
 def _encode_varint(value: int) -> bytes:

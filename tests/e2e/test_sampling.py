@@ -124,7 +124,6 @@ def test_a_text_or_a_token_ends_a_sample(base: SamplingClient):
         ("num_samples", ([1], 0)),
         ("num_samples", ([1], 129)),
         ("topk_prompt_logprobs", ([1], 1, None, False, 129)),
-        ("sampling_params.max_tokens", ([1], 1, SamplingParams(max_tokens=64))),
         ("sampling_params.max_tokens", ([1], 1, SamplingParams(max_tokens=-1))),
         ("sampling_params.temperature", ([1], 1, SamplingParams(temperature=-0.1))),
         ("sampling_params.temperature", ([1], 1, SamplingParams(temperature=float("nan")))),
@@ -132,13 +131,18 @@ def test_a_text_or_a_token_ends_a_sample(base: SamplingClient):
         ("sampling_params.top_p", ([1], 1, SamplingParams(top_p=0.0))),
         ("sampling_params.top_p", ([1], 1, SamplingParams(top_p=1.1))),
         ("sampling_params.stop.token_ids[0]", ([1], 1, SamplingParams(stop=[128]))),
-        ("sampling_params.stop.strings[0]", ([1], 1, SamplingParams(stop=""))),
+        ("sampling_params.stop", ([1], 1, SamplingParams(stop=""))),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_naming_the_field(base: SamplingClient, field: str, arguments: tuple):
     with pytest.raises(InvalidArgumentError) as refused:
         base.sample(*arguments).result(30)
     assert refused.value.field_violations[0][0] == field
+
+
+def test_what_the_context_has_no_room_for_is_not_generated(base: SamplingClient):
+    response = base.sample([1] * 60, 2, SamplingParams(max_tokens=1000, stop=[])).result(30)
+    assert [(len(one.tokens), one.stop_reason) for one in response.sequences] == [(4, "length")] * 2
 
 
 def test_of_a_runs_snapshots_the_one_unused_longest_makes_room(client: TrainingClient):

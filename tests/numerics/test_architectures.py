@@ -23,6 +23,8 @@ from tests.numerics.plain import (
 from tests.tiny import VOCAB_SIZE
 from trainer_service.config import EngineSettings
 from trainer_service.engine.engine import Engine
+from trainer_service.engine.models.comparison import relative_difference
+from trainer_service.engine.sampling.service import Sampling
 
 LOSS = 1e-6
 LOGPROBS = 2e-5
@@ -44,6 +46,15 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 1,
 }
 _MIXED = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+_ROUTED = {
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 PACKED: dict[str, dict[str, Any]] = {
     "Llama": {"tie_word_embeddings": False},
     "Qwen2": {"tie_word_embeddings": True},
@@ -68,15 +79,46 @@ PACKED: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 2.0,
     },
     "Cohere": {"logit_scale": 0.25},
-    "Qwen3Moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "Qwen3Moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "mlp_only_layers": [0],
+    },
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "GptOss": {**_MIXED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": None},
+    "Glm4Moe": {"head_dim": 8, **_ROUTED},
+    "DeepseekV3": {
+        **_ROUTED,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
 }
 ALONE: dict[str, dict[str, Any]] = {
     "Lfm2": {"layer_types": ["conv", "full_attention"]},
     "Mamba": {"state_size": 4},
+    "Falcon": {"alibi": True, "new_decoder_architecture": False, "num_key_value_heads": None},
+    "Llama4": {
+        "head_dim": 8,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 2,
+        "attention_chunk_size": WINDOW,
+        "moe_layers": [1],
+        "no_rope_layers": [1, 0],
+    },
 }
-_CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+WHY_ALONE = {
+    "Lfm2": "it has layers of kind conv",
+    "Mamba": "it has layers of kind ",
+    "Falcon": "its attention does not go through transformers' interface",
+    "Llama4": "it has layers of kind chunked_attention",
+}
+_CONFIGS = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}
 _MODELS = {"GPT2": "GPT2LMHeadModel"}
 
 
@@ -148,13 +190,51 @@ def test_many_packs_soft_targets_and_checkpointing_equal_plain_transformers(
     assert metrics["forward_passes:sum"] > 1
 
 
+def test_a_head_that_rules_tokens_out_is_packed_and_sampled_like_any_other(tmp_path: Path) -> None:
+    """Ids that only pad the vocabulary have a bias of −inf: their logits are infinite on every side, and equal."""
+    settings = {**_COMMON, "num_key_value_heads": 4, "vocab_size": VOCAB_SIZE + 16}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.PhiForCausalLM(transformers.PhiConfig(**settings))
+    head: Any = model.get_output_embeddings()
+    with torch.no_grad():
+        head.bias.normal_()
+        head.bias[VOCAB_SIZE:] = -torch.inf
+    model.save_pretrained(tmp_path / "phi")
+    engine = make_engine(tmp_path / "phi", tmp_path)
+    assert engine.traits.batching == "packed, shared beginnings once"
+    check(engine, load_plain(tmp_path / "phi"), ragged())
+    sampling = Sampling(engine, checkpoint_dir=tmp_path, send=lambda event: None)
+    assert sampling.decoding.described == "together"
+
+
+@pytest.mark.parametrize(
+    ("got", "wanted", "difference"),
+    [
+        ([1.0, -torch.inf], [1.0, -torch.inf], 0.0),
+        ([1.0, -torch.inf], [2.0, -torch.inf], 0.5),
+        ([1.0, torch.inf], [1.0, -torch.inf], torch.inf),
+        ([1.0, 3.0], [1.0, -torch.inf], torch.inf),
+        ([1.0, -torch.inf], [1.0, 3.0], torch.inf),
+        ([torch.nan, 1.0], [torch.nan, 1.0], torch.inf),
+        ([torch.inf, torch.inf], [-torch.inf, -torch.inf], torch.inf),
+        ([1.0, 3.0], [1.0, 4.0], 0.25),
+        ([1.0, -3e38], [2.0, -3e38], 0.5),
+    ],
+)
+def test_what_is_infinite_on_both_sides_alike_is_no_difference(
+    got: list[float], wanted: list[float], difference: float
+) -> None:
+    assert relative_difference(torch.tensor(got), torch.tensor(wanted)) == difference
+
+
 @pytest.mark.parametrize("architecture", ALONE)
-def test_recurrent_and_hybrid_models_run_one_sequence_at_a_time_and_say_so(
+def test_what_cannot_be_packed_runs_one_sequence_at_a_time_and_says_so(
     folder_of: Callable[[str], Path], architecture: str, tmp_path: Path
 ) -> None:
     folder = folder_of(architecture)
     engine = make_engine(folder, tmp_path)
-    assert engine.traits.batching.startswith("one sequence at a time: it has layers of kind ")
+    assert engine.traits.batching.startswith(f"one sequence at a time: {WHY_ALONE[architecture]}")
     sequences = ragged()
     metrics = check(engine, load_plain(folder), sequences)
     assert metrics["forward_passes:sum"] == len(sequences)

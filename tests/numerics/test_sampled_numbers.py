@@ -1,6 +1,7 @@
 """Sampling against transformers.generate and the trainer's own forward, over architectures that differ."""
 
 import random
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +9,17 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
     GPT2Config,
+    GPTNeoConfig,
     GPTNeoXConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    Phi3Config,
+    PhimoeConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -22,16 +28,21 @@ from transformers import (
 from tests.engines import CPU
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device
+from trainer_service.engine.models.positions import forget_longest_sequence
 from trainer_service.engine.sampling import decoder as decoder_module
 from trainer_service.engine.sampling import scheduler as scheduler_module
+from trainer_service.engine.sampling import trial as trial_module
 from trainer_service.engine.sampling.decoder import Decoder
+from trainer_service.engine.sampling.decoding import Decoding, Way
 from trainer_service.engine.sampling.job import Job
 from trainer_service.engine.sampling.picking import Choice
 from trainer_service.engine.sampling.request import Request
 from trainer_service.engine.sampling.samplers import Sampler
 from trainer_service.engine.sampling.scheduler import Scheduler
+from trainer_service.engine.sampling.trial import find_decoding
 
 VOCAB_SIZE = 96
+MAX_CONTEXT_LENGTH = 640
 SIZES: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 COMMON: dict[str, Any] = SIZES | {"max_position_embeddings": 96, "initializer_range": 0.3}
 HEADS: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
@@ -47,13 +58,86 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
 }
 ALONE = {"mamba, which has no keys"}
+LONG_ROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.0, 1.2],
+    "long_factor": [4.0, 8.0, 2.0, 3.0],
+    "original_max_position_embeddings": 24,
+    "factor": 4.0,
+}
+LLAMA4: dict[str, Any] = {
+    **COMMON,
+    **HEADS,
+    "intermediate_size_mlp": 64,
+    "num_local_experts": 2,
+    "moe_layers": [1],
+    "no_rope_layers": [1, 0],
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+TOGETHER = r"together"
+ALONE_ALL = r"one by one: it has attention that comes out otherwise, by .*"
+BOUNDED: dict[str, tuple[PretrainedConfig, str]] = {
+    "llama4, by chunks of 24": (
+        Llama4TextConfig(**LLAMA4, attention_chunk_size=24, attn_temperature_tuning=False),
+        r"together; beyond 24 tokens one by one: .*",
+    ),
+    "llama4, whose scores grow with the place in a row": (
+        Llama4TextConfig(**LLAMA4, attention_chunk_size=24, floor_scale=20, attn_scale=0.5),
+        ALONE_ALL,
+    ),
+    "phi3, turned otherwise from 25 tokens on": (
+        Phi3Config(
+            **COMMON,
+            original_max_position_embeddings=24,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            rope_parameters=LONG_ROPE,
+            pad_token_id=0,
+        ),
+        r"together; beyond 24 tokens one by one: .*",
+    ),
+    "llama, turned otherwise with every token from 25 on": (
+        LlamaConfig(
+            **COMMON | {"max_position_embeddings": 24},
+            **HEADS,
+            rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        ),
+        r"together; beyond 24 tokens every token computes all before it again: .*",
+    ),
+    "mistral, whose layers see 24 tokens": (MistralConfig(**COMMON, **HEADS, sliding_window=24), TOGETHER),
+    "gpt_neo, one layer of 24 tokens that nothing moves": (
+        GPTNeoConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            window_size=24,
+            max_position_embeddings=96,
+            initializer_range=0.3,
+            bos_token_id=0,
+            eos_token_id=1,
+        ),
+        r"one by one: it has layers that share their keys",
+    ),
+    "falcon with alibi": (
+        FalconConfig(**COMMON, alibi=True, new_decoder_architecture=False, bos_token_id=0, eos_token_id=1),
+        r"one by one: its forward in company fails .*",
+    ),
+}
 PROMPTS = ([5, 17, 3, 88, 41, 9, 60], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25], [2, 90])
 
 
 def make_model(name: str, seed: int = 0) -> PreTrainedModel:
+    config = CONFIGS[name] if name in CONFIGS else BOUNDED[name][0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+        model = AutoModelForCausalLM.from_config(config).eval()
+    # As load_model does.
+    forget_longest_sequence(model)
     model.generation_config.pad_token_id = 0
     return model
 
@@ -64,12 +148,18 @@ def make_request(prompt: list[int], max_tokens: int = 12, **fields: Any) -> Requ
         "choice": Choice(),
         "seed": 1,
         "stop_tokens": frozenset(),
-        "stop_strings": (),
+        "stop_strings": None,
         "prompt_logprobs": False,
         "topk": 0,
         "with_text": False,
+        "text": None,
     }
     return Request(prompt=prompt, max_tokens=max_tokens, **defaults | fields)
+
+
+def decoding_of(model: PreTrainedModel, device: Device = CPU, max_context_length: int = MAX_CONTEXT_LENGTH) -> Decoding:
+    attention = str(model.config._attn_implementation)
+    return find_decoding(model, device, attention=attention, max_context_length=max_context_length)
 
 
 @dataclass
@@ -81,11 +171,11 @@ class Bench:
 
     @classmethod
     def of(cls, model: PreTrainedModel, device: Device = CPU) -> "Bench":
-        sampler = Sampler(None, Decoder.of(model, device))
+        sampler = Sampler(None, Decoder(model, device, decoding_of(model, device)))
         return cls(sampler, Scheduler(device, Counters(), lambda event: None, max_cache_bytes=1 << 30))
 
     def start(self, *requests: Request) -> list[Job]:
-        jobs = [Job(number, str(number), request, self.sampler, None) for number, request in enumerate(requests)]
+        jobs = [Job(number, str(number), request, self.sampler) for number, request in enumerate(requests)]
         for job in jobs:
             self.scheduler.start(job)
         return jobs
@@ -112,7 +202,7 @@ def generate(model: Any, prompt: torch.Tensor, **settings: Any) -> torch.Tensor:
 def test_greedy_samples_are_those_of_transformers_generate_token_for_token(name: str):
     model = make_model(name)
     bench = Bench.of(model)
-    assert bool(bench.sampler.decoder.why_alone) == (name in ALONE)
+    assert (bench.sampler.decoder.decoding.near is Way.ALONE) == (name in ALONE)
     greedy = Choice(temperature=0.0)
     jobs = bench.run(
         *(make_request(list(prompt), 20, choice=greedy, num_samples=1 + len(prompt) % 2) for prompt in PROMPTS)
@@ -147,6 +237,77 @@ def test_logprobs_of_samples_and_prompts_are_those_of_a_plain_forward(name: str,
         assert torch.allclose(
             torch.tensor(list(job.prompt.topk_logprobs)), likeliest.values.flatten(), atol=1e-5, rtol=0
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "max_copied"),
+    [*((name, 4096) for name in BOUNDED), ("phi3, turned otherwise from 25 tokens on", 0)],
+)
+def test_past_every_boundary_samples_are_those_of_a_plain_forward_and_it_is_told_how(
+    name: str, max_copied: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Each token is the likeliest, and has the logprob, that a forward of all before it finds; so has the prompt."""
+    monkeypatch.setattr(scheduler_module, "_CPU_PIECE", 6)
+    monkeypatch.setattr(decoder_module, "_MAX_COPIED", max_copied)
+    model = make_model(name)
+    bench = Bench.of(model)
+    assert re.fullmatch(BOUNDED[name][1], bench.sampler.decoder.decoding.described)
+    rng = random.Random(0)
+    # Short of the first boundary to the end, growing past it, up to it, one past it, and past the second.
+    lengths = [(5, 4, 1), (3, 30, 2), (23, 6, 1), (24, 4, 2), (25, 4, 1), (47, 5, 2), (60, 4, 1)]
+    requests = [
+        make_request(
+            [rng.randrange(VOCAB_SIZE) for _ in range(prompt)],
+            new,
+            num_samples=count,
+            choice=Choice(temperature=0.0),
+            prompt_logprobs=True,
+        )
+        for prompt, new, count in lengths
+    ]
+    for request, job in zip(requests, bench.run(*requests), strict=True):
+        prompt = request.prompt
+        before = own_logprobs(model, prompt)[range(len(prompt) - 1), prompt[1:]]
+        assert torch.allclose(torch.tensor(list(job.prompt.logprobs)), before, atol=1e-5, rtol=0)
+        for sample in job.samples:
+            assert len(sample.tokens) == request.max_tokens
+            for number, (token, logprob) in enumerate(zip(sample.tokens, sample.logprobs, strict=True)):
+                wanted = own_logprobs(model, prompt + sample.tokens[:number])[-1]
+                assert token == int(wanted.argmax())
+                assert logprob == pytest.approx(float(wanted[token]), abs=1e-5)
+
+
+def test_a_boundary_beyond_the_longest_sequence_changes_nothing():
+    model = make_model("phi3, turned otherwise from 25 tokens on")
+    assert decoding_of(model, max_context_length=24).described == "together"
+
+
+def test_a_boundary_beyond_which_all_is_as_before_it_is_none():
+    """Phi-3.5-MoE tells one, turns by the same angles on either side, and scales by the same factor."""
+    for scale, beyond in ((1.2, False), (2.0, True)):
+        rope: Any = LONG_ROPE | {"short_mscale": 1.2, "long_mscale": scale}
+        sizes: dict[str, Any] = {"num_key_value_heads": 2, "intermediate_size": 16, "num_local_experts": 2}
+        config = PhimoeConfig(**COMMON, **sizes, rope_parameters=rope)
+        torch.manual_seed(0)
+        decoding = decoding_of(AutoModelForCausalLM.from_config(config).eval())
+        assert (decoding.boundary == 24) is beyond
+
+
+def test_a_boundary_that_can_neither_be_moved_nor_tried_is_not_trusted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trial_module, "_MOST_IN_PLACE", 23)
+    decoding = decoding_of(make_model("gpt_neo, one layer of 24 tokens that nothing moves"))
+    assert decoding.described.endswith(
+        "; beyond 24 tokens every token computes all before it again: its window_size of 24 tokens could not be tried"
+    )
+
+
+def test_a_model_that_was_tried_is_as_it_was():
+    name = "phi3, turned otherwise from 25 tokens on"
+    model, untouched = make_model(name), make_model(name)
+    decoding_of(model)
+    assert model.config.to_dict() == untouched.config.to_dict()
+    tokens = list(range(40))
+    assert torch.equal(own_logprobs(model, tokens), own_logprobs(untouched, tokens))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2, softcapped, one layer of 8 tokens"])
@@ -203,7 +364,7 @@ def test_in_bfloat16_logprobs_are_those_of_a_plain_forward_to_a_few_of_its_steps
     model = make_model(name)
     device = Device(torch.device("cpu"), "cpu", torch.bfloat16)
     bench = Bench.of(model, device)
-    assert not bench.sampler.decoder.why_alone
+    assert bench.sampler.decoder.decoding.described == "together"
     for job in bench.run(*(make_request(list(prompt), 12, num_samples=2) for prompt in PROMPTS)):
         prompt = job.request.prompt
         for sample in job.samples:

@@ -209,7 +209,7 @@ async def test_large_messages_of_one_key_hold_so_much_memory_at_once_and_those_o
 
 async def test_a_long_message_still_reaches_the_client():
     async with front_end() as trainer:
-        refused = await error_of(trainer.create_run(base_model="x" * 20_000))
+        refused = await error_of(trainer.create_run(base_model="x" * 4_000))
         assert refused.reason == "BASE_MODEL_MISMATCH"
         assert refused.code == grpc.StatusCode.FAILED_PRECONDITION.value[0]
         assert len(refused.message) < 2000

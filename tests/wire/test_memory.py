@@ -171,7 +171,7 @@ def test_a_message_of_millions_of_fields_is_refused_before_it_is_parsed_and_so_i
             refusal(lambda: _second_message(channel, _as_operation(request))),
         ]
     for each in refused:
-        assert (each.reason, each.metadata["limit"]) == ("LIMIT_EXCEEDED", str(messages.MAX_TYPED_BYTES))
+        assert (each.reason, each.metadata["limit_name"]) == ("LIMIT_EXCEEDED", "max_message_fields")
     # Their bytes, copied, and nothing of what they would become.
     assert grows_by() < 400
 

@@ -74,12 +74,10 @@ def main() -> int:
         ranks = Ranks.from_environment()
         with _nothing_collected():
             engine = _load(arguments, ranks, limits, trainer)
+            sampling = _sampling(engine, arguments.checkpoint_dir, trainer)
     except Exception as exc:
         return _give_up(trainer, exc)
-    from trainer_service.engine.sampling.service import Sampling
-
-    sampling = Sampling(engine, checkpoint_dir=arguments.checkpoint_dir, send=trainer.send)
-    trainer.send(_ready(engine))
+    trainer.send(_ready(engine, sampling))
     start_heartbeat(trainer.send, trainer.ended)
     logger.info("Ready.", extra={"fields": {"base_model": engine.model.base_model, "device": engine.model.device}})
     _serve(trainer, engine, sampling, ranks, Executing(arguments.socket))
@@ -148,7 +146,16 @@ def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, trainer: 
         )
 
 
-def _ready(engine: "Engine") -> WorkerEvent:
+def _sampling(engine: "Engine", checkpoint_dir: Path, trainer: TrainerConnection) -> "Sampling":
+    from trainer_service.engine.sampling.service import Sampling
+
+    trying = WorkerEvent(loading="finding out how the model's samples can be decoded")
+    trainer.send(trying)
+    with told_of_progress(lambda: trainer.send(trying)):
+        return Sampling(engine, checkpoint_dir=checkpoint_dir, send=trainer.send)
+
+
+def _ready(engine: "Engine", sampling: "Sampling") -> WorkerEvent:
     from trainer_service.engine.losses import LOSSES
 
     model = engine.model
@@ -164,6 +171,7 @@ def _ready(engine: "Engine") -> WorkerEvent:
                 dtype=model.dtype,
                 device=model.device,
                 batching=engine.traits.batching,
+                sampling=sampling.decoding.described,
             ),
             losses=[
                 LossInfo(
@@ -208,7 +216,8 @@ def _serve(
             inbox.read(trainer.commands)
 
     threading.Thread(target=read, name="commands", daemon=True).start()
-    threading.Thread(target=inbox.decode, name="decode", daemon=True).start()
+    threading.Thread(target=inbox.prepare_operations, name="prepare-operations", daemon=True).start()
+    threading.Thread(target=inbox.prepare_overtaking, name="prepare-sampling", daemon=True).start()
     scheduler = sampling.scheduler
     while not inbox.ended:
         prepared, in_turn = inbox.take(wait=not scheduler.busy)

@@ -21,6 +21,7 @@ from trainer_service.access import ANYBODY, ApiKeys, Caller, current_caller
 from trainer_service.config import MIN_PROTOCOL_VERSION
 from trainer_service.observability import Metrics, request_id
 from trainer_service.rpc.messages import Malformed, Messages, Received, memory_bytes
+from trainer_service.rpc.request_limiter import RequestLimiter
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +48,15 @@ class Border(grpc.aio.ServerInterceptor):
         api_keys: Keys that open the server.
         metrics: Counts calls.
         max_message_bytes: Largest message taken; a larger one is refused saying so.
+        limiter: Looks at the fields of messages; None takes any.
     """
 
-    def __init__(self, *, api_keys: ApiKeys, metrics: Metrics, max_message_bytes: int) -> None:
+    def __init__(
+        self, *, api_keys: ApiKeys, metrics: Metrics, max_message_bytes: int, limiter: RequestLimiter | None = None
+    ) -> None:
         self._api_keys = api_keys
         self._metrics = metrics
-        self._messages = Messages(max_message_bytes=max_message_bytes)
+        self._messages = Messages(max_message_bytes=max_message_bytes, limiter=limiter)
         self._streams: dict[asyncio.Timeout, Caller] = {}
         """Answers that stream, each by what ends it, and whose key opened it."""
         self._watch: asyncio.Task[None] | None = None
@@ -98,7 +102,7 @@ class Border(grpc.aio.ServerInterceptor):
                 return contextlib.nullcontext(_unwrapped(messages))
             if call.caller is ANYBODY and self._api_keys.required:
                 return self._messages.only_one_without_key(context, message_type, call.method)
-            return self._messages.only_one(context, message_type, call.caller.owner)
+            return self._messages.only_one(context, message_type, call.caller.owner, call.method)
 
         async def unary(messages: Any, context: grpc.aio.ServicerContext) -> Any:
             async with self._passing(call, context):
@@ -147,10 +151,13 @@ class Border(grpc.aio.ServerInterceptor):
         except GradwireError as exc:
             code = _code_name(exc)
             await _abort(context, exc)
-        except (grpc.aio.AbortError, grpc.aio.BaseError):
-            # Aborted by the handler, or the connection broke while it answered.
+        except grpc.aio.AbortError:
             code = "ABORTED"
             raise
+        except grpc.aio.InternalError as exc:
+            # The connection broke while it answered; to grpc anything but a cancellation is worth a traceback.
+            code = "ABORTED"
+            raise asyncio.CancelledError from exc
         except Exception:
             code = "INTERNAL"
             logger.exception("A call failed.", extra={"fields": {"method": call.method}})

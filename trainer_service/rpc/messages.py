@@ -20,6 +20,8 @@ from google.protobuf.message import DecodeError, Message
 from gradwire.errors import GradwireError, error
 from gradwire.wire_format import fields
 
+from trainer_service.rpc.request_limiter import RequestLimiter
+
 MAX_TYPED_BYTES = 4 << 20
 """Most of a message that may be anything but the `data` of tensors. A field takes up to twenty times its encoding once
 it is parsed, and parsing stops the event loop, some 50 ms a megabyte."""
@@ -66,17 +68,19 @@ class Messages:
 
     Args:
         max_message_bytes: The largest one taken.
+        limiter: Looks at their fields; None takes any.
     """
 
-    def __init__(self, *, max_message_bytes: int) -> None:
+    def __init__(self, *, max_message_bytes: int, limiter: RequestLimiter | None) -> None:
         self._max_message_bytes = max_message_bytes
+        self._limiter = limiter
         self._held_bytes: Counter[str] = Counter()
         """Memory that messages of calls being served take, by owner."""
         self._keyless = _Keyless()
 
     @contextlib.asynccontextmanager
     async def only_one(
-        self, context: grpc.aio.ServicerContext, kind: type[Message], owner: str
+        self, context: grpc.aio.ServicerContext, kind: type[Message], owner: str, method: str
     ) -> AsyncGenerator[Message]:
         """The message of a call that takes one; it counts for its owner as long as the call is served.
 
@@ -94,7 +98,10 @@ class Messages:
             raise error("LIMIT_EXCEEDED", text, limit=MAX_HELD_BYTES, retry_after_s=1.0)
         self._held_bytes[owner] += held_bytes
         try:
-            yield self.parse(data, kind)
+            message = self.parse(data, kind)
+            if self._limiter is not None:
+                self._limiter.check(method, message)
+            yield message
         finally:
             self._held_bytes[owner] -= held_bytes
 
@@ -121,6 +128,8 @@ class Messages:
             text = f"The message has {len(data)} bytes, but at most {self._max_message_bytes} are taken."
             raise error("LIMIT_EXCEEDED", text, limit=self._max_message_bytes, got=len(data))
         try:
+            if self._limiter is not None:
+                self._limiter.check_encoded(data, kind.DESCRIPTOR)
             typed = 0 if len(data) <= MAX_TYPED_BYTES else typed_bytes(data, kind)
             message = kind.FromString(data) if typed <= MAX_TYPED_BYTES else None
         except (DecodeError, ValueError, IndexError):

@@ -29,6 +29,7 @@ from trainer_service.rpc.border import Border
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.rpc.checkpoint_servicer import CheckpointServicer
 from trainer_service.rpc.ports import open_port, serve_health
+from trainer_service.rpc.request_limiter import RequestLimiter
 from trainer_service.rpc.sampling_servicer import SamplingServicer
 from trainer_service.rpc.trainer_servicer import TrainerServicer
 from trainer_service.rpc.transport import server_options
@@ -103,7 +104,12 @@ class TrainerServer:
             max_connections=descriptors.max_connections(reserved=_descriptors_reserved(limits)),
             max_calls=limits.max_sample_requests,
         )
-        border = Border(api_keys=self._api_keys, metrics=self.metrics, max_message_bytes=limits.max_message_bytes)
+        border = Border(
+            api_keys=self._api_keys,
+            metrics=self.metrics,
+            max_message_bytes=limits.max_message_bytes,
+            limiter=RequestLimiter(limits),
+        )
         self._server = grpc.aio.server(interceptors=[border], options=options)
         servicer = TrainerServicer(
             self.runs,

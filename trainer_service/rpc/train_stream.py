@@ -9,6 +9,8 @@ import grpc.aio
 from gradwire.errors import GradwireError, error
 from gradwire.v1.trainer_service_pb2 import AttachResponse, TrainRequest, TrainResponse
 
+from trainer_service.config import Limits
+from trainer_service.request_limits import find_excess
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.rpc.messages import Malformed, Received
 from trainer_service.runs.attachment import Attachment
@@ -25,14 +27,14 @@ MAX_UNWRITTEN_BYTES = 256 * 1024 * 1024
 class TrainStream:
     """Serves one stream that has attached to a run.
 
-    It reads no further while the run has max_in_flight operations unanswered, or too many bytes of them, or while this
+    It reads no further while the run has max_in_flight_operations unanswered, or too many bytes of them, or while this
     client has that many answers, or MAX_UNWRITTEN_BYTES of them, still to take: then the client is slowed down, and
     nothing fails.
 
     Args:
         run: The run.
         context: The call.
-        max_in_flight: See above.
+        limits: The most a client may send; its max_in_flight_operations are those above.
         draining: Set when the trainer shuts down.
         gate: The way of saves and loads.
     """
@@ -42,7 +44,7 @@ class TrainStream:
         run: Run,
         context: grpc.aio.ServicerContext,
         *,
-        max_in_flight: int,
+        limits: Limits,
         draining: asyncio.Event,
         gate: CheckpointGate,
     ) -> None:
@@ -50,7 +52,8 @@ class TrainStream:
         self._storing: set[asyncio.Task[None]] = set()
         self._run = run
         self._context = context
-        self._max_in_flight = max_in_flight
+        self._limits = limits
+        self._max_in_flight = limits.max_in_flight_operations
         self._draining = draining
         self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
         self._unwritten_bytes = 0
@@ -97,13 +100,22 @@ class TrainStream:
             if self._draining.is_set() or attachment.taken.done():
                 # Not ours to take in any more; what ends the stream is under way.
                 await asyncio.Event().wait()
-            operation = Operation(received.message, received.encoded, received.memory_bytes)
+            operation = self._operation(received)
             await self._gate.before(self._run, operation)
             self._receive(operation)
             await self._run.room(self._max_in_flight)
             while self._outgoing.qsize() >= self._max_in_flight or self._unwritten_bytes >= MAX_UNWRITTEN_BYTES:
                 self._written.clear()
                 await self._written.wait()
+
+    def _operation(self, received: Received) -> Operation:
+        operation = Operation(received.message, received.encoded, received.memory_bytes)
+        if not operation.kind:
+            return operation
+        content = getattr(operation.request, operation.kind)
+        if (refusal := find_excess(content, self._limits)) is None:
+            return operation
+        return Operation.refused(operation.kind, content, refusal, seq_id=operation.seq_id)
 
     def _receive(self, operation: Operation) -> None:
         request, kind = operation.request, operation.kind

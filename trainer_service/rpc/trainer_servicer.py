@@ -15,6 +15,7 @@ from gradwire.version import PROTOCOL_VERSION, __version__
 
 from trainer_service.config import MIN_PROTOCOL_VERSION, Limits
 from trainer_service.fleet.worker import Worker
+from trainer_service.request_limits import check_limits, check_name, find_excess
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.rpc.tokenizer_download import TokenizerDownload
 from trainer_service.rpc.train_stream import TrainStream, read_attach
@@ -121,13 +122,14 @@ class TrainerServicer(TrainerServiceServicer):
 
     async def Train(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:
         first = await read_attach(context)
+        check_limits(first.attach, self._limits)
         refuse_while_draining(self._draining)
         run = self._runs.get(first.attach.run_id)
         run.acknowledge(first.acked_seq_id)
         stream = TrainStream(
             run,
             context,
-            max_in_flight=self._limits.max_in_flight_operations,
+            limits=self._limits,
             draining=self._draining,
             gate=self._gate,
         )
@@ -164,17 +166,23 @@ class TrainerServicer(TrainerServiceServicer):
 
     async def _operation(self, kind: str, request: Any, context: grpc.aio.ServicerContext) -> Any:
         """One ordered operation as a unary call."""
+        check_name(request.run_id, "run_id", self._limits)
         run = self._runs.get(request.run_id)
         self._refuse_to_cut_in(run)
         await run.room(self._limits.max_in_flight_operations)
-        await self._gate.before(run, Operation.made(pb.TrainRequest(**{kind: request})))
+        refusal = find_excess(request, self._limits)
+        if refusal is None:
+            await self._gate.before(run, Operation.made(pb.TrainRequest(**{kind: request})))
         # Much may have happened while it waited.
         self._refuse_to_cut_in(run)
         seq_id = request.seq_id if request.HasField("seq_id") else run.next_seq_id
         # Both said by the call itself; without them a repeat is the same operation however it is sent.
         request.ClearField("run_id")
         request.ClearField("seq_id")
-        operation = Operation.made(pb.TrainRequest(seq_id=seq_id, **{kind: request}))
+        if refusal is None:
+            operation = Operation.made(pb.TrainRequest(seq_id=seq_id, **{kind: request}))
+        else:
+            operation = Operation.refused(kind, request, refusal, seq_id=seq_id)
         response = await run.execute(operation)
         if self._gate.stores(operation):
             response.MergeFromString(await self._gate.after(operation, response.SerializeToString()))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import xxhash
+from gradwire.errors import GradwireError
 from gradwire.v1.trainer_service_pb2 import TrainRequest
 from gradwire.wire_format import fields
 
@@ -18,11 +19,31 @@ class Operation:
     """The same, as the client encoded it."""
     memory_bytes: int = 0
     """About what both take up; 0 where somebody else counts it."""
+    refusal: GradwireError | None = None
+    """Why it is not executed, where that was known before it took its place."""
 
     @classmethod
     def made(cls, request: TrainRequest) -> "Operation":
         """An operation that did not come encoded."""
         return cls(request, request.SerializeToString(deterministic=True))
+
+    @classmethod
+    def refused(cls, kind: str, content: Any, refusal: GradwireError, *, seq_id: int = 0) -> "Operation":
+        """What stands for an operation of which there is too much to be kept, digested or executed.
+
+        Args:
+            kind: Its kind.
+            content: Its message, of which flags and numbers remain.
+            refusal: What it fails with in its turn; a repeat is told by failing with the same.
+            seq_id: Its place in the run's order.
+        """
+        request = TrainRequest(seq_id=seq_id)
+        kept: Any = getattr(request, kind)
+        kept.SetInParent()
+        for field, value in content.ListFields():
+            if not field.is_repeated and isinstance(value, bool | int | float):
+                setattr(kept, field.name, value)
+        return cls(request, request.SerializeToString(deterministic=True), refusal=refusal)
 
     @property
     def seq_id(self) -> int:
@@ -44,6 +65,9 @@ class Operation:
         kind = self.kind
         content: Any = getattr(self.request, kind)
         hashed = xxhash.xxh3_128(kind.encode() + b"\0")
+        if self.refusal is not None:
+            hashed.update(self.refusal.message.encode())
+            return hashed.digest()
         try:
             large = _large_content(self.encoded, kind, content)
             if large is not None:

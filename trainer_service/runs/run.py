@@ -142,7 +142,7 @@ class Run:
             return
         if entry is not None:
             entry.received_s = time.perf_counter()
-            entry.failure = self.placement.lost or self._settings.refuse(operation)
+            entry.failure = self.placement.lost or operation.refusal or self._settings.refuse(operation)
             self._journal.append(operation, entry.digest, lambda failure: self._journalled(entry, failure))
 
     def take_up(self, rows: list[Row]) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator
+from typing import TypeGuard
 
 from gradwire.errors import GradwireError, error, from_status
 from gradwire.v1 import sampling_service_pb2 as pb
@@ -17,6 +18,7 @@ from gradwire.v1.worker_service_pb2 import (
 from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Limits
 from trainer_service.fleet.worker import Reply, Worker
+from trainer_service.request_limits import prompt_too_long
 from trainer_service.runs.registry import Runs
 from trainer_service.sampler_path import SNAPSHOTS, SamplerPath
 
@@ -37,6 +39,7 @@ class Sampling:
         self._transfers = transfers
         self._limits = limits
         self._under_way: set[str] = set()
+        """Requests that came and that the worker is not done with, those given up included."""
 
     def __len__(self) -> int:
         return len(self._under_way)
@@ -60,22 +63,30 @@ class Sampling:
         outcomes: asyncio.Queue[Reply | GradwireError] = asyncio.Queue()
         self._under_way.add(sample_id)
         sent = done = False
+
+        def deliver(outcome: Reply | GradwireError) -> None:
+            if not _is_sampled(outcome):
+                self._under_way.discard(sample_id)
+            outcomes.put_nowait(outcome)
+
         try:
+            self._check_prompt(request)
             await self._check(request.sampler, recent=True)
             command = WorkerCommand(sample=WorkerSample(sample_id=sample_id, request=request))
-            self._worker.submit(command, outcomes.put_nowait)
             sent = True
+            self._worker.submit(command, deliver)
             while True:
                 outcome = await outcomes.get()
-                if not isinstance(outcome, GradwireError) and outcome.event.HasField("sampled"):
+                if _is_sampled(outcome):
                     yield outcome.event.sampled
                     continue
                 done = True
                 _raise_failure(outcome)
                 return
         finally:
-            self._under_way.discard(sample_id)
-            if sent and not done:
+            if not sent:
+                self._under_way.discard(sample_id)
+            elif not done:
                 command = WorkerCommand(cancel_sample=WorkerCancelSample(sample_id=sample_id))
                 self._worker.submit(command, lambda _: None)
 
@@ -97,6 +108,12 @@ class Sampling:
         await self._check(sampler, fetch=False)
         await self._command(WorkerCommand(close_sampler=WorkerCloseSampler(sampler=sampler)))
 
+    def _check_prompt(self, request: pb.SampleRequest) -> None:
+        """Refuses a prompt that the model's context does not hold before it takes the worker's time."""
+        ready, got = self._worker.ready, len(request.prompt.tokens)
+        if ready is not None and got > ready.model.max_context_length:
+            raise prompt_too_long(got, ready.model.max_context_length)
+
     async def _check(self, sampler: pb.Sampler, *, fetch: bool = True, recent: bool = False) -> None:
         """Whether the current caller may use a sampler. The worker can read it from then on, unless `fetch` is off."""
         if sampler.WhichOneof("source") != "model_path":
@@ -114,6 +131,11 @@ class Sampling:
         future: asyncio.Future[Reply | GradwireError] = asyncio.get_running_loop().create_future()
         self._worker.submit(command, lambda outcome: None if future.done() else future.set_result(outcome))
         _raise_failure(await future)
+
+
+def _is_sampled(outcome: Reply | GradwireError) -> TypeGuard[Reply]:
+    """Whether more will come."""
+    return not isinstance(outcome, GradwireError) and outcome.event.HasField("sampled")
 
 
 def _raise_failure(outcome: Reply | GradwireError) -> None:

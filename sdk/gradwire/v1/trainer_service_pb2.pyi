@@ -35,7 +35,7 @@ class LossInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., loss_fn_inputs: _Optional[_Iterable[str]] = ..., loss_fn_config_keys: _Optional[_Iterable[str]] = ..., loss_fn_config_defaults: _Optional[_Mapping[str, float]] = ..., soft_targets: bool = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("base_model", "architecture", "vocab_size", "max_context_length", "num_parameters", "dtype", "device", "batching")
+    __slots__ = ("base_model", "architecture", "vocab_size", "max_context_length", "num_parameters", "dtype", "device", "batching", "sampling")
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class ModelInfo(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     BATCHING_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
     base_model: str
     architecture: str
     vocab_size: int
@@ -52,10 +53,11 @@ class ModelInfo(_message.Message):
     dtype: str
     device: str
     batching: str
-    def __init__(self, base_model: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_length: _Optional[int] = ..., num_parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., batching: _Optional[str] = ...) -> None: ...
+    sampling: str
+    def __init__(self, base_model: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_length: _Optional[int] = ..., num_parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., batching: _Optional[str] = ..., sampling: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_message_bytes", "target_message_bytes", "max_in_flight_operations", "max_runs", "max_datums", "max_tokens", "max_num_samples", "max_topk_logprobs", "max_sample_requests", "max_snapshots", "max_user_metadata_entries", "max_user_metadata_bytes")
+    __slots__ = ("max_message_bytes", "target_message_bytes", "max_in_flight_operations", "max_runs", "max_datums", "max_tokens", "max_num_samples", "max_topk_logprobs", "max_sample_requests", "max_snapshots", "max_user_metadata_entries", "max_user_metadata_bytes", "max_message_fields", "max_name_bytes", "max_loss_fn_inputs", "max_loss_fn_config_keys", "max_forward_seq_ids", "max_typed_datums", "max_typed_values", "max_tensor_dims", "max_prompt_text_bytes", "max_stop_token_ids", "max_stop_strings", "max_stop_string_bytes", "max_stop_bytes")
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TARGET_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_IN_FLIGHT_OPERATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +70,19 @@ class Limits(_message.Message):
     MAX_SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
     MAX_USER_METADATA_ENTRIES_FIELD_NUMBER: _ClassVar[int]
     MAX_USER_METADATA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_FIELDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NAME_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_LOSS_FN_INPUTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LOSS_FN_CONFIG_KEYS_FIELD_NUMBER: _ClassVar[int]
+    MAX_FORWARD_SEQ_IDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TYPED_DATUMS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TYPED_VALUES_FIELD_NUMBER: _ClassVar[int]
+    MAX_TENSOR_DIMS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PROMPT_TEXT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_STOP_STRINGS_FIELD_NUMBER: _ClassVar[int]
+    MAX_STOP_STRING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_STOP_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_message_bytes: int
     target_message_bytes: int
     max_in_flight_operations: int
@@ -80,7 +95,20 @@ class Limits(_message.Message):
     max_snapshots: int
     max_user_metadata_entries: int
     max_user_metadata_bytes: int
-    def __init__(self, max_message_bytes: _Optional[int] = ..., target_message_bytes: _Optional[int] = ..., max_in_flight_operations: _Optional[int] = ..., max_runs: _Optional[int] = ..., max_datums: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_num_samples: _Optional[int] = ..., max_topk_logprobs: _Optional[int] = ..., max_sample_requests: _Optional[int] = ..., max_snapshots: _Optional[int] = ..., max_user_metadata_entries: _Optional[int] = ..., max_user_metadata_bytes: _Optional[int] = ...) -> None: ...
+    max_message_fields: int
+    max_name_bytes: int
+    max_loss_fn_inputs: int
+    max_loss_fn_config_keys: int
+    max_forward_seq_ids: int
+    max_typed_datums: int
+    max_typed_values: int
+    max_tensor_dims: int
+    max_prompt_text_bytes: int
+    max_stop_token_ids: int
+    max_stop_strings: int
+    max_stop_string_bytes: int
+    max_stop_bytes: int
+    def __init__(self, max_message_bytes: _Optional[int] = ..., target_message_bytes: _Optional[int] = ..., max_in_flight_operations: _Optional[int] = ..., max_runs: _Optional[int] = ..., max_datums: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_num_samples: _Optional[int] = ..., max_topk_logprobs: _Optional[int] = ..., max_sample_requests: _Optional[int] = ..., max_snapshots: _Optional[int] = ..., max_user_metadata_entries: _Optional[int] = ..., max_user_metadata_bytes: _Optional[int] = ..., max_message_fields: _Optional[int] = ..., max_name_bytes: _Optional[int] = ..., max_loss_fn_inputs: _Optional[int] = ..., max_loss_fn_config_keys: _Optional[int] = ..., max_forward_seq_ids: _Optional[int] = ..., max_typed_datums: _Optional[int] = ..., max_typed_values: _Optional[int] = ..., max_tensor_dims: _Optional[int] = ..., max_prompt_text_bytes: _Optional[int] = ..., max_stop_token_ids: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_stop_string_bytes: _Optional[int] = ..., max_stop_bytes: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
     __slots__ = ("software_version", "min_protocol_version", "max_protocol_version", "models", "losses", "limits", "ready", "status_message")

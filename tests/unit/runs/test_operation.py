@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from gradwire.errors import error
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.datum_pb2 import DatumBatch
 from gradwire.v1.tensor_pb2 import DATA_TYPE_FLOAT32, Tensor
@@ -121,3 +122,19 @@ def test_fields_step_over_every_wire_type():
     assert b"".join(whole for _, whole, _ in fields(encoded)) == encoded
     with pytest.raises(ValueError, match="wire type 3"):
         list(fields(memoryview(b"\x1b\x08\x01\x1c")))
+
+
+def test_of_a_refused_operation_flags_and_numbers_remain_and_a_repeat_is_told_by_its_refusal():
+    many: dict[str, Any] = {"forward_seq_ids": list(range(5)), "taint": True}
+    refusal, other = (error("LIMIT_EXCEEDED", text) for text in ("too many", "too long"))
+    refused = Operation.refused("cancel", ops.CancelRequest(**many), refusal, seq_id=7)
+    assert refused.request == TrainRequest(seq_id=7, cancel={"taint": True})
+    assert (refused.seq_id, refused.kind) == (7, "cancel")
+    again = Operation.refused("cancel", ops.CancelRequest(**many), refusal, seq_id=7)
+    others = [
+        Operation.refused("cancel", ops.CancelRequest(**many), other, seq_id=7),
+        Operation.refused("forward", ops.ForwardRequest(), refusal, seq_id=7),
+        Operation.made(refused.request),
+    ]
+    assert refused.digest() == again.digest()
+    assert refused.digest() not in {operation.digest() for operation in others}

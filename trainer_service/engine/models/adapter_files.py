@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from trainer_service.adapter_path import CONFIG, WEIGHTS, read_adapter_config
 from trainer_service.engine.models import adapter_config
-from trainer_service.engine.models.lora import ADAPTER, Targets, inner, lora_layers, wrap
+from trainer_service.engine.models.lora import ADAPTER, Targets, inner, layers_as_named, lora_layers, wrap
 from trainer_service.engine.tensor_files import DTYPES, read_tensors
 from trainer_service.folders import whole_folder
 
@@ -69,6 +70,11 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
     """
     fields = _read_config(folder)
     weights = _read_weights(folder)
+    eligible = {*targets.attn, *targets.mlp, *targets.unembed}
+    adapted = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in weights}
+    _refuse_experts(base, adapted)
+    # Where its file names layers of this model, so does its configuration; if not, peft may know older names.
+    as_named = adapted <= eligible
     try:
         adapter_config.use_names(fields, weights, (name for name, _ in base.named_modules()))
         adapter_config.check_ranks(fields, weights)
@@ -80,16 +86,16 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
     except ValueError as exc:
         raise _refused(f"has an {CONFIG} that cannot be read: {_first_line(exc)}") from exc
     try:
-        model = wrap(base, config, base_model=base_model)
+        model = wrap(base, config, base_model=base_model, as_named=as_named)
     except ValueError as exc:
         # peft's, about layers that are not there.
         raise _refused(f"does not fit this model: {_first_line(exc)}") from exc
-    eligible = {*targets.attn, *targets.mlp, *targets.unembed}
     for name, _ in lora_layers(inner(model)):
         if name not in eligible:
             raise _refused(f"adapts {name}, which is no linear layer that this model's forward calls.")
     try:
-        found: Any = set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
+        with layers_as_named(inner(model)) if as_named else nullcontext():
+            found: Any = set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
     except RuntimeError as exc:
         raise _refused(f"has matrices of other sizes than this model: {_last_line(exc)}") from exc
     missing = [key for key in found.missing_keys if ".lora_" in key]
@@ -97,6 +103,19 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
         if keys:
             raise _refused(f"{what} {len(keys)} tensors, {keys[0]} for one.")
     return model
+
+
+def _refuse_experts(base: PreTrainedModel, adapted: set[str]) -> None:
+    """Refuses layers within a module that holds the parameters of all its experts stacked, as transformers does now."""
+    stacked = {
+        name
+        for name, module in base.named_modules()
+        if name.endswith(".experts") and list(module.parameters(recurse=False))
+    }
+    for name in sorted(adapted):
+        experts = name.partition(".experts.")[0] + ".experts"
+        if experts in stacked:
+            raise _refused(f"adapts the experts in {experts}; here they are not adapted, only the layers beside them.")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from gradwire.errors import GradwireError, invalid_field
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trainer_service.engine.device import Device
+from trainer_service.engine.models.positions import context_length, forget_longest_sequence
 
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")
@@ -104,6 +105,7 @@ def load_model(base_model: str, folder: Path, device: Device) -> PreTrainedModel
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    forget_longest_sequence(model)
     return model.to(device.torch_device)
 
 
@@ -116,10 +118,7 @@ def describe(model: PreTrainedModel, *, base_model: str, device: Device, max_con
         device: Where it runs.
         max_context_length: The trainer's own limit, tokens; 0 for none.
     """
-    config = model.config.get_text_config()
-    own_limit = next(
-        (n for key in ("max_position_embeddings", "n_positions", "max_seq_len") if (n := getattr(config, key, None))), 0
-    )
+    own_limit = context_length(model.config.get_text_config())
     limits = [limit for limit in (own_limit, max_context_length) if limit]
     return ModelDescription(
         base_model=base_model,

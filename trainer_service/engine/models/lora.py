@@ -114,22 +114,53 @@ def new_adapter(base: PreTrainedModel, targets: Targets, settings: LoraSettings,
         fan_in_fan_out=all(isinstance(linear[name], Conv1D) for name in names),
         task_type="CAUSAL_LM",
     )
-    return wrap(base, config, base_model=base_model, seed=settings.seed)
+    model = wrap(base, config, base_model=base_model, seed=settings.seed)
+    adapted = {name for name, _ in lora_layers(inner(model))}
+    assert adapted == set(names), f"peft adapts {adapted ^ set(names)} against what was asked"
+    return model
 
 
-def wrap(base: PreTrainedModel, config: LoraConfig, *, base_model: str, seed: int = 0) -> PeftModel:
-    """The base model, tensor for tensor, with a new adapter of that configuration: float32, on the base's device."""
+def wrap(
+    base: PreTrainedModel, config: LoraConfig, *, base_model: str, seed: int = 0, as_named: bool = True
+) -> PeftModel:
+    """The base model, tensor for tensor, with a new adapter of that configuration: float32, on the base's device.
+
+    Args:
+        base: Frozen.
+        config: What and how to adapt.
+        base_model: Its name, for the configuration.
+        seed: Of the first matrices.
+        as_named: The configuration names layers of this very model; see layers_as_named.
+    """
     config._register_custom_module({nn.Linear: FusedLoraLinear})
-    with _quiet_peft(), torch.random.fork_rng(devices=[]):
+    copied = shared_copy(base)
+    named = layers_as_named(copied) if as_named else nullcontext()
+    with named, _quiet_peft(), torch.random.fork_rng(devices=[]):
         # peft makes adapters on the CPU, whatever the device, so the seed decides.
         torch.manual_seed(seed)
-        model = get_peft_model(shared_copy(base), config, autocast_adapter_dtype=True)
+        model = get_peft_model(copied, config, autocast_adapter_dtype=True)
     assert isinstance(model, PeftModel)
     # peft takes the folder that the model was loaded from, which may be a cache's.
     model.peft_config[ADAPTER].base_model_name_or_path = base_model
     # Nothing in a model that drops out, as in every other model here.
     model.eval()
     return model
+
+
+@contextmanager
+def layers_as_named(model: PreTrainedModel) -> Iterator[None]:
+    """peft takes names of layers as they are within.
+
+    By itself it reads those of models with routed experts (by `model_type`) as older transformers' names, where every
+    expert had layers of its own: it would adapt the experts in place of the dense and shared layers asked for.
+    """
+    config: Any = model.config
+    before = config.model_type
+    config.model_type = "as named"
+    try:
+        yield
+    finally:
+        config.model_type = before
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -246,12 +277,17 @@ class _LoraLinear(torch.autograd.Function):
         with _without_autocast(kind):
             x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
             low_RT = (a_RI.to(dtype) @ x_TI.T).mul_(scale)
-            bias_cast_O = None if bias_O is None else bias_O.to(dtype)
-            product_TO = torch.nn.functional.linear(x_TI, weight_OI.to(dtype), bias_cast_O)
+            # Made in the shape it is returned in: autograd lets no model change a view of it in place.
+            product = x_TI.new_empty(*x.shape[:-1], len(weight_OI))
+            product_TO = product.view(-1, len(weight_OI))
+            if bias_O is None:
+                torch.mm(x_TI, weight_OI.to(dtype).T, out=product_TO)
+            else:
+                torch.addmm(bias_O.to(dtype), x_TI, weight_OI.to(dtype).T, out=product_TO)
             product_TO.addmm_(low_RT.T, b_OR.to(dtype).T)
         ctx.save_for_backward(x_TI, low_RT, weight_OI, a_RI, b_OR)
         ctx.scale, ctx.shape, ctx.x_dtype = scale, x.shape, x.dtype
-        return product_TO.view(*x.shape[:-1], -1)
+        return product
 
     @staticmethod
     @torch.autograd.function.once_differentiable

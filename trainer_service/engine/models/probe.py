@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer_service.engine.models.comparison import relative_difference
+from trainer_service.engine.models.positions import rope_boundaries
 from trainer_service.engine.models.runner import (
     HeadTraits,
     Traits,
@@ -42,8 +44,6 @@ _PROBE_LENGTHS = (13, 21, 8)
 _PROBE_SHARED = 6
 """Tokens that the first two sequences of the probe have in common."""
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-"""Rotary embeddings whose frequencies change with the longest sequence of a forward."""
 
 
 def find_traits(model: PreTrainedModel, device: torch.device, *, max_context_length: int) -> Traits:
@@ -57,10 +57,12 @@ def find_traits(model: PreTrainedModel, device: torch.device, *, max_context_len
     tokens = _probe_tokens(model)
     with torch.no_grad():
         alone = [_plain(model, ids.to(device)) for ids in tokens]
-    traits = Traits(
-        why_not_packed=_why_never_packed(model, max_context_length), head=_find_head(model, tokens, alone, device)
-    )
     before = str(model.config._attn_implementation)
+    traits = Traits(
+        attention=before,
+        why_not_packed=_why_never_packed(model, max_context_length),
+        head=_find_head(model, tokens, alone, device),
+    )
     if not traits.why_not_packed:
         traits = replace(traits, why_not_packed=_why_not(model, tokens, alone, device, max_context_length, share=False))
     if not traits.why_not_packed:
@@ -135,11 +137,8 @@ def _why_never_packed(model: PreTrainedModel, max_context_length: int) -> str:
         return f"it has layers of kind {', '.join(sorted(map(str, kinds)))}"
     if getattr(config, "attention_chunk_size", None):
         return "its attention goes by chunks of the sequence"
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type") if isinstance(rope, dict) else None
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", 0)
-    if kind in _LENGTH_DEPENDENT_ROPE and max_context_length > (original or 0):
-        return f"its positions ({kind}) depend on the longest sequence of a forward"
+    if any(boundary.length < max_context_length for boundary in rope_boundaries(config)):
+        return "its positions depend on the longest sequence of a forward"
     return ""
 
 
@@ -205,7 +204,7 @@ def _sliding_window(model: PreTrainedModel) -> int:
 
 def _close(got: Tensor, wanted: Tensor) -> bool:
     """Whether two ways to compute the same came out the same; a NaN is not."""
-    return bool((got - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())
+    return relative_difference(got, wanted) <= _TOLERANCE
 
 
 def _with_measured_bytes(model: PreTrainedModel, traits: Traits, tokens_T: Tensor, device: torch.device) -> Traits:

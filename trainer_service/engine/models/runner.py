@@ -36,6 +36,7 @@ class Traits:
     """What an architecture allows.
 
     Attributes:
+        attention: What the model's own is called, with which it was loaded.
         why_not_packed: Why sequences go one at a time; empty where they go packed.
         why_not_shared: Why common beginnings are computed for each sequence; empty where they are computed once.
         head: How hidden states become logits; None where only the model itself knows, and full logits are made.
@@ -43,6 +44,7 @@ class Traits:
         checkpointed_bytes_per_token: The same with activation checkpointing; 0 where the architecture cannot.
     """
 
+    attention: str
     why_not_packed: str = ""
     why_not_shared: str = ""
     head: HeadTraits | None = None

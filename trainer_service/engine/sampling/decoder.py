@@ -3,17 +3,16 @@
 Most architectures send attention through transformers' interface; they decode the requests of a step together, in one
 row without padding (attention.py). Those that do not (recurrent ones, or with a bias of their own) decode each sample
 by itself over transformers' own cache: the same numbers, slower. Those whose cache does not go on from where it was
-compute everything again for every token. Which it is, is found by trying.
+compute everything again for every token. Which it is, is found by trying when the model is loaded (trial.py), and may
+be another for sequences longer than some boundary of the model's.
 
 Shape suffixes: N new tokens, C tokens of a prompt so far, V vocabulary.
 """
 
 import contextlib
 import copy
-import dataclasses
 import inspect
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +23,8 @@ from transformers import DynamicCache, PreTrainedModel
 from trainer_service.engine.device import Device
 from trainer_service.engine.sampling.attention import ATTENTION, Part, Tokens, tokens_in_use
 from trainer_service.engine.sampling.cache import Block, CacheShape, capacity
+from trainer_service.engine.sampling.decoding import Decoding, Way
 from trainer_service.engine.sampling.slots import Group, Slot, Slots
-
-logger = logging.getLogger(__name__)
 
 _ROWS = 16
 """Forwards have a multiple of this many rows. On the CPU a matrix product of few rows, or of some odd number of them,
@@ -34,9 +32,6 @@ adds up in another order than others, whose rows come out the same however many 
 numbers of a sample do not depend on its company."""
 _MAX_COPIED = 4096
 """Tokens of a prompt that are copied for its samples, all together; beyond, they share it."""
-_CACHE_ARGUMENTS = ("past_key_values", "cache_params")
-_TRIAL = (3, 7, 5, 2, 11, 6, 4, 9)
-_TRIAL_TOLERANCE = 1e-3
 
 
 class Sequences:
@@ -56,12 +51,19 @@ class Sequences:
         """Of samples that do not."""
         self.caches: list[Any] = []
         """Where samples are decoded by themselves: of the prompt at first, then one a sample."""
+        self.tokens: list[list[int]] = [[]]
+        """What each sample has been through, where it may have to be computed again; of the prompt at first."""
+        self.way: Way | None = None
+        """How they are decoded now; None before the first token."""
+        self.beyond = False
+        """Whether they have passed the decoding's boundary."""
         self.length = 0
         """Tokens each sample has been through."""
 
     def keep(self, samples: list[int]) -> None:
         """Lets go of all samples but these, by their present numbers."""
         self.num_samples = len(samples)
+        self.tokens = [self.tokens[sample] for sample in samples]
         if self.own is not None:
             self.own.keep(samples)
         elif self.slots:
@@ -79,6 +81,11 @@ class Sequences:
             slot.free()
         self.slots, self.caches = [], []
         self.prompt = self.own = None
+
+    def add(self, tokens: list[list[int]]) -> None:
+        """Notes new tokens of each sample, or of the prompt."""
+        for own, new in zip(self.tokens, tokens, strict=True):
+            own += new
 
 
 def num_cached_tokens(num_samples: int, num_prompt: int, max_tokens: int) -> int:
@@ -99,16 +106,12 @@ class Decoder:
     Attributes:
         model: Its parameters are read, never changed.
         device: Where.
-        shape: Of a cached token; None where each sample is decoded by itself.
-        why_alone: Why it is; "" where they are decoded together.
-        cache_argument: Under which name the model takes its own cache; "" where it is of no use.
+        decoding: How; of a model of the same architecture.
     """
 
     model: PreTrainedModel
     device: Device
-    shape: CacheShape | None = None
-    why_alone: str = ""
-    cache_argument: str = ""
+    decoding: Decoding
     _configs: list[Any] = field(init=False)
     _arguments: frozenset[str] = field(init=False)
     _slots: Slots | None = field(init=False, default=None)
@@ -119,60 +122,60 @@ class Decoder:
         self._arguments = frozenset(inspect.signature(self.model.forward).parameters)
         self._configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
 
-    @classmethod
-    def of(cls, model: PreTrainedModel, device: Device) -> "Decoder":
-        """The decoder of a model, tried on a few tokens."""
-        # Tried in float32 whatever will be computed in: then what differs is the model's doing, not rounding's.
-        trial = cls(model, dataclasses.replace(device, compute_dtype=torch.float32))
-        trial.cache_argument = next(filter(trial._takes, _CACHE_ARGUMENTS), "")
-        try:
-            trial.shape = trial._find_shape()
-            trial._try_out()
-        except Exception as exc:
-            # Whatever a model does that we do not foresee, another way serves it.
-            trial.shape, trial.why_alone = None, str(exc).partition("\n")[0] or type(exc).__name__
-            fields = {"architecture": type(model).__name__, "why": trial.why_alone}
-            logger.warning("Samples are decoded one by one: slower, same tokens.", extra={"fields": fields})
-            try:
-                trial._try_out()
-            except Exception as exc:
-                trial.cache_argument = ""
-                fields = {"architecture": type(model).__name__, "why": str(exc).partition("\n")[0]}
-                logger.warning("Every token computes all before it again: very slow.", extra={"fields": fields})
-        decoder = cls(model, device, None, trial.why_alone, trial.cache_argument)
-        if trial.shape is not None:
-            decoder.shape = decoder._find_shape()
-        return decoder
+    @property
+    def shape(self) -> CacheShape | None:
+        """Of a cached token; None where no samples are decoded together."""
+        return self.decoding.shape
 
     def with_model(self, model: PreTrainedModel) -> "Decoder":
         """The same over another copy of the model, which goes on with what is cached."""
-        decoder = Decoder(model, self.device, self.shape, self.why_alone, self.cache_argument)
+        decoder = Decoder(model, self.device, self.decoding)
         decoder._slots = self._slots
         return decoder
+
+    def piece(self, num_prompt: int, usual: int) -> int:
+        """Tokens of a prompt to take in at a time: as many as usual, or all where only the whole comes out right."""
+        decoding = self.decoding
+        return num_prompt if decoding.whole or decoding.is_beyond(num_prompt) else usual
 
     def prefill(self, batch: list[Sequences], tokens: list[list[int]], *, all_logits: list[bool]) -> list[Tensor]:
         """Takes the next tokens of prompts in.
 
         Args:
             batch: Whose prompts.
-            tokens: N of each.
+            tokens: N of each, no more at a time than `piece` says and no fewer but at the end.
             all_logits: Whether the logits behind each token are wanted, or only those behind the last, of each.
 
         Returns:
             float32 [N, V] or [1, V] of each.
         """
-        prefill = self._prefill_alone if self.shape is None else self._prefill_together
-        found = prefill(batch, tokens, all_logits)
+        found: dict[Sequences, Tensor] = {}
+        together: list[int] = []
+        for number, (sequences, own) in enumerate(zip(batch, tokens, strict=True)):
+            self._take_note(sequences, [own], len(own))
+            if sequences.way is Way.TOGETHER:
+                together.append(number)
+            else:
+                (logits_NV,) = self._forward_alone(sequences, [own], num_wanted=len(own) if all_logits[number] else 1)
+                found[sequences] = logits_NV
+        if together:
+            parts = [batch[number] for number in together]
+            logits = self._prefill_together(
+                parts, [tokens[number] for number in together], [all_logits[number] for number in together]
+            )
+            found.update(zip(parts, logits, strict=True))
         for sequences, own in zip(batch, tokens, strict=True):
             sequences.length += len(own)
-        return found
+        return [found[sequences] for sequences in batch]
 
     def branch(self, sequences: Sequences) -> None:
         """The prompt is complete: from here each sample goes its own way."""
         count = sequences.num_samples
-        if self.shape is None:
+        sequences.tokens = [list(sequences.tokens[0]) for _ in range(count)]
+        if sequences.way is not Way.TOGETHER:
             sequences.caches += [copy.deepcopy(sequences.caches[0]) for _ in range(count - 1)]
             return
+        assert self.shape is not None
         assert sequences.prompt is not None, "branch before prefill"
         if _shares_prompt(count, sequences.length):
             sequences.own = Block(self.shape, count, 1)
@@ -192,10 +195,70 @@ class Decoder:
         Returns:
             Logits behind them, float32 [tokens, V].
         """
-        logits_NV = self._decode_alone(batch, tokens) if self.shape is None else self._decode_together(batch, tokens)
+        rows: dict[int, Tensor] = {}
+        together: list[Sequences] = []
+        places: list[int] = []
+        start = 0
+        for sequences in batch:
+            own = range(start, start + sequences.num_samples)
+            new = [[tokens[place]] for place in own]
+            self._take_note(sequences, new, 1)
+            if sequences.way is Way.TOGETHER:
+                together.append(sequences)
+                places += own
+            else:
+                rows.update(zip(own, self._forward_alone(sequences, new, num_wanted=1), strict=True))
+            start = own.stop
+        logits_NV = self._decode_together(together, [tokens[place] for place in places]) if together else None
         for sequences in batch:
             sequences.length += 1
-        return logits_NV
+        if logits_NV is not None:
+            if not rows:
+                return logits_NV
+            rows.update(zip(places, logits_NV.split(1), strict=True))
+        return torch.cat([rows[place] for place in range(start)])
+
+    def own_logits(self, tokens: list[int], positions: list[int] | None = None) -> Tensor:
+        """What a plain forward of the model itself finds behind each token of a sequence, float32 [N, V].
+
+        Args:
+            tokens: N of them.
+            positions: Theirs, where they are not those of a sequence.
+        """
+        return self._forward_with(None, tokens, positions, num_wanted=len(tokens))
+
+    def find_shape(self) -> CacheShape:
+        """What a token takes, as the model's own cache has it after one.
+
+        Raises:
+            NotImplementedError: Not every layer has keys and values of one shape.
+        """
+        cache = DynamicCache(config=self.model.config)
+        self._forward_with(cache, [0], [0], num_wanted=1)
+        found = set()
+        for layer in cache.layers:
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
+                raise NotImplementedError(f"{type(layer).__name__} without keys and values")
+            found.add((keys.shape[1], keys.shape[3], values.shape[3], keys.dtype))
+        if len(found) != 1:
+            raise NotImplementedError("layers whose keys differ in shape")
+        num_heads, key_size, value_size, dtype = found.pop()
+        return CacheShape(len(cache.layers), num_heads, key_size, value_size, dtype, self.device.torch_device)
+
+    def takes(self, argument: str) -> bool:
+        """Whether the model's forward has an argument of that name."""
+        return argument in self._arguments
+
+    def _take_note(self, sequences: Sequences, tokens: list[list[int]], count: int) -> None:
+        """`count` new tokens of each sample are coming; what was cached goes where it does not serve for so many."""
+        decoding = self.decoding
+        if decoding.boundary is not None:
+            sequences.add(tokens)
+        beyond = decoding.is_beyond(sequences.length + count)
+        if beyond is not sequences.beyond:
+            sequences.close()
+        sequences.way, sequences.beyond = decoding.far if beyond else decoding.near, beyond
 
     def _prefill_together(
         self, batch: list[Sequences], tokens: list[list[int]], all_logits: list[bool]
@@ -252,7 +315,7 @@ class Decoder:
         rows = wanted + [wanted[0]] * (-len(wanted) % _ROWS)
         device = self.device.torch_device
         logits_to_keep = (
-            torch.tensor(rows, device=device) if self._takes("logits_to_keep") and len(rows) < len(tokens) else None
+            torch.tensor(rows, device=device) if self.takes("logits_to_keep") and len(rows) < len(tokens) else None
         )
         extra = {} if logits_to_keep is None else {"logits_to_keep": logits_to_keep}
         with torch.no_grad(), self.device.autocast(), self._attention(ATTENTION), tokens_in_use(in_use):
@@ -269,49 +332,44 @@ class Decoder:
         in_order = wanted == list(range(len(wanted)))
         return (logits_NV[: len(wanted)] if in_order else logits_NV[wanted]).float()
 
-    def _new_cache(self) -> Any:
-        """The model's own, or else the tokens themselves."""
-        return DynamicCache(config=self.model.config) if self.cache_argument else []
+    def _forward_alone(self, sequences: Sequences, tokens: list[list[int]], *, num_wanted: int) -> list[Tensor]:
+        """New tokens of each sample, or of the prompt: logits behind the last `num_wanted` of them, [num_wanted, V]."""
+        start = sequences.length
+        if not sequences.caches:
+            # At the beginning, or where what was cached went: then everything so far is computed anew.
+            sequences.caches = [self._new_cache(sequences) for _ in tokens]
+            if start:
+                start, tokens = 0, sequences.tokens
+        return [
+            self._forward_with(cache, own, range(start, start + len(own)), num_wanted=num_wanted)
+            for cache, own in zip(sequences.caches, tokens, strict=True)
+        ]
 
-    def _forward_alone(self, cache: Any, tokens: list[int], positions: list[int]) -> Tensor:
+    def _new_cache(self, sequences: Sequences) -> Any:
+        """The model's own, or the tokens themselves."""
+        return [] if sequences.way is Way.RECOMPUTED else DynamicCache(config=self.model.config)
+
+    def _forward_with(
+        self, cache: Any, tokens: list[int], positions: Sequence[int] | None, *, num_wanted: int
+    ) -> Tensor:
+        """Logits behind the last `num_wanted` of new tokens, by the model's own attention.
+
+        Args:
+            cache: Of what comes before them; a list of tokens is computed again, None is for nothing.
+            tokens: New ones; what comes behind them goes on from the cache.
+            positions: Theirs; None leaves them to the model, as training does.
+            num_wanted: At most as many as new tokens.
+        """
         device = self.device.torch_device
-        with torch.no_grad(), self.device.autocast(), self._attention("eager"):
-            if isinstance(cache, list):
-                cache += tokens
-                logits_CV = self.model(input_ids=torch.tensor([cache], device=device), use_cache=False).logits[0]
-                return logits_CV[-len(tokens) :].float()
-            places = {"position_ids": torch.tensor([positions], device=device)} if self._takes("position_ids") else {}
-            return (
-                self.model(
-                    input_ids=torch.tensor([tokens], device=device),
-                    use_cache=True,
-                    **{self.cache_argument: cache},
-                    **places,
-                )
-                .logits[0]
-                .float()
-            )
-
-    def _prefill_alone(self, batch: list[Sequences], tokens: list[list[int]], all_logits: list[bool]) -> list[Tensor]:
-        found: list[Tensor] = []
-        for sequences, own, every in zip(batch, tokens, all_logits, strict=True):
-            if not sequences.caches:
-                sequences.caches = [self._new_cache()]
-            positions = list(range(sequences.length, sequences.length + len(own)))
-            logits_NV = self._forward_alone(sequences.caches[0], own, positions)
-            found.append(logits_NV if every else logits_NV[-1:])
-        return found
-
-    def _decode_alone(self, batch: list[Sequences], tokens: list[int]) -> Tensor:
-        rows, place = [], 0
-        for sequences in batch:
-            for cache in sequences.caches:
-                rows.append(self._forward_alone(cache, [tokens[place]], [sequences.length]))
-                place += 1
-        return torch.cat(rows)
-
-    def _takes(self, argument: str) -> bool:
-        return argument in self._arguments
+        extra: dict[str, Any] = {"logits_to_keep": num_wanted} if self.takes("logits_to_keep") else {}
+        if isinstance(cache, list):
+            cache += tokens
+            cache, tokens, positions = None, cache, None
+        if positions is not None and self.takes("position_ids"):
+            extra["position_ids"] = torch.tensor([*positions], device=device)[None]
+        extra |= {"use_cache": False} if cache is None else {"use_cache": True, self.decoding.cache_argument: cache}
+        with torch.no_grad(), self.device.autocast(), self._attention(self.decoding.attention):
+            return self.model(input_ids=torch.tensor([tokens], device=device), **extra).logits[0, -num_wanted:].float()
 
     @contextlib.contextmanager
     def _attention(self, implementation: str) -> Iterator[None]:
@@ -324,36 +382,3 @@ class Decoder:
         finally:
             for config, own in zip(self._configs, before, strict=True):
                 config._attn_implementation = own
-
-    def _find_shape(self) -> CacheShape:
-        """What a token takes, as the model's own cache has it after one."""
-        cache = DynamicCache(config=self.model.config)
-        self._forward_alone(cache, [0], [0])
-        found = set()
-        for layer in cache.layers:
-            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-            if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
-                raise NotImplementedError(f"{type(layer).__name__} without keys and values")
-            found.add((keys.shape[1], keys.shape[3], values.shape[3], keys.dtype))
-        if len(found) != 1:
-            raise NotImplementedError("layers whose keys differ in shape")
-        num_heads, key_size, value_size, dtype = found.pop()
-        return CacheShape(len(cache.layers), num_heads, key_size, value_size, dtype, self.device.torch_device)
-
-    def _try_out(self) -> None:
-        """Decodes two samples of one prompt, and a third beside them, as the model itself computes them."""
-        tokens = [token % self.model.config.get_text_config().vocab_size for token in _TRIAL]
-        pair, single = Sequences(2), Sequences(1)
-        self.prefill([pair], [tokens[:2]], all_logits=[False])
-        self.prefill([pair, single], [tokens[2:5], tokens[:3]], all_logits=[False, False])
-        self.branch(pair)
-        self.branch(single)
-        self.decode([pair, single], [tokens[5], tokens[6], tokens[3]])
-        got = self.decode([pair, single], [tokens[6], tokens[7], tokens[4]])
-        for row, whole in zip(
-            got, ([*tokens[:5], tokens[5], tokens[6]], [*tokens[:5], tokens[6], tokens[7]], tokens[:5]), strict=True
-        ):
-            own = self._forward_alone([], whole, [])[-1]
-            error = float((own - row).abs().max() / own.abs().max().clamp(min=1.0))
-            if not error < _TRIAL_TOLERANCE:
-                raise NotImplementedError(f"attention that comes out otherwise, by {error:.2g}")

@@ -12,7 +12,7 @@ from trainer_service.engine.sampling import picking
 from trainer_service.engine.sampling.decoder import Sequences, num_cached_tokens
 from trainer_service.engine.sampling.request import Request
 from trainer_service.engine.sampling.samplers import Sampler
-from trainer_service.engine.sampling.text import Text, Transcript
+from trainer_service.engine.sampling.text import Transcript
 
 _SEND_INTERVAL_S = 0.05
 """Tokens that come faster travel together: a message each would cost trainer and client more than the tokens."""
@@ -41,10 +41,9 @@ class Job:
         sample_id: Names it to cancel_sample.
         request: What to generate.
         sampler: Whose parameters.
-        text: The tokenizer, where the request needs it.
     """
 
-    def __init__(self, command_id: int, sample_id: str, request: Request, sampler: Sampler, text: Text | None) -> None:
+    def __init__(self, command_id: int, sample_id: str, request: Request, sampler: Sampler) -> None:
         self.command_id = command_id
         self.sample_id = sample_id
         self.request = request
@@ -55,9 +54,11 @@ class Job:
         self.samples = [
             Sample(number, picking.generator(request.seed, number)) for number in range(request.num_samples)
         ]
-        if text is not None:
+        if request.text is not None:
             for sample in self.samples:
-                sample.transcript = Transcript(text, request.stop_strings)
+                sample.transcript = Transcript(
+                    request.text, request.prompt, request.stop_strings, keep=request.with_text
+                )
         self.alive = list(self.samples)
         """Those that have not ended, in the order in which the decoder knows them."""
         self.prompt = pb.PromptLogprobs(topk=request.topk)
@@ -103,9 +104,8 @@ class Job:
                 )
             sample.tokens.append(token)
             sample.logprobs.append(logprob)
-            if token in request.stop_tokens or (
-                sample.transcript is not None and sample.transcript.stops(sample.tokens)
-            ):
+            stopped = sample.transcript is not None and sample.transcript.add(token)
+            if stopped or token in request.stop_tokens:
                 sample.stop_reason = pb.STOP_REASON_STOP
             elif len(sample.tokens) == request.max_tokens:
                 sample.stop_reason = pb.STOP_REASON_LENGTH
@@ -133,7 +133,7 @@ class Job:
                     tokens=sample.tokens[sample.num_sent :],
                     logprobs=sample.logprobs[sample.num_sent :],
                     stop_reason=sample.stop_reason,
-                    text=sample.transcript.unsent(sample.tokens, last=sample.ended)
+                    text=sample.transcript.take(last=sample.ended)
                     if sample.transcript is not None and self.request.with_text
                     else "",
                 )

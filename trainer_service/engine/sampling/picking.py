@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 2.0**-126, 2.0**127
+"""Between them float32 holds a temperature with all its digits; one that becomes 0 or infinite would choose nothing."""
 _FIRST_LOOK = 1024
 """Likeliest tokens looked at for top_p before all are sorted: nearly always enough."""
 

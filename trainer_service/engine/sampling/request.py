@@ -1,6 +1,5 @@
 """What a client asks to be generated, checked."""
 
-import math
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +8,10 @@ from gradwire.errors import invalid_field
 from gradwire.v1.sampling_service_pb2 import SampleRequest, SamplingParams, Stop
 
 from trainer_service.config import Limits
-from trainer_service.engine.sampling.picking import Choice
+from trainer_service.engine.sampling.picking import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, Choice
+from trainer_service.engine.sampling.stops import StopStrings
 from trainer_service.engine.sampling.text import Text
+from trainer_service.request_limits import check_limits, prompt_too_long
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class Request:
         choice: How tokens are chosen.
         seed: Of the samples' generators.
         stop_tokens: Tokens that end a sample.
-        stop_strings: Texts that end one.
+        stop_strings: Texts that end one; None for none.
         prompt_logprobs: Whether they are asked for.
         topk: Likeliest tokens asked for at each place of the prompt.
         with_text: Whether responses carry text.
+        text: The tokenizer; None where nothing of it is text.
     """
 
     prompt: list[int]
@@ -36,10 +38,11 @@ class Request:
     choice: Choice
     seed: int
     stop_tokens: frozenset[int]
-    stop_strings: tuple[str, ...]
+    stop_strings: StopStrings | None
     prompt_logprobs: bool
     topk: int
     with_text: bool
+    text: Text | None
 
     @property
     def wants_prompt(self) -> bool:
@@ -70,25 +73,18 @@ def read_request(
         InvalidArgumentError: INVALID_FIELD or SEQUENCE_TOO_LONG, with the field's path.
         ResourceExhaustedError: LIMIT_EXCEEDED.
     """
+    check_limits(message, limits)
     prompt = _prompt(message, vocab_size, text)
     if len(prompt) > max_context_length:
-        raise invalid_field(
-            "prompt",
-            f"has {len(prompt)} tokens, but this trainer takes at most {max_context_length}; shorten it, or start a "
-            "trainer with a larger max_context_length if the model can take it.",
-            reason="SEQUENCE_TOO_LONG",
-            limit=max_context_length,
-            got=len(prompt),
-        )
+        raise prompt_too_long(len(prompt), max_context_length)
     num_samples = message.num_samples if message.HasField("num_samples") else 1
     _check_range("num_samples", num_samples, 1, limits.max_num_samples)
     _check_range("topk_prompt_logprobs", message.topk_prompt_logprobs, 0, min(limits.max_topk_logprobs, vocab_size))
     params = message.sampling_params
-    stop_tokens, stop_strings = eos_tokens, ()
+    stop_tokens, stop_strings = eos_tokens, None
     if params.HasField("stop"):
         stop_tokens, stop_strings = _stop(params.stop, vocab_size)
-        if stop_strings:
-            text()  # So that a model without a tokenizer says so now.
+    with_text = bool(message.prompt_text)
     return Request(
         prompt=prompt,
         num_samples=num_samples,
@@ -99,7 +95,8 @@ def read_request(
         stop_strings=stop_strings,
         prompt_logprobs=message.include_prompt_logprobs,
         topk=message.topk_prompt_logprobs,
-        with_text=bool(message.prompt_text),
+        with_text=with_text,
+        text=text() if with_text or stop_strings is not None else None,
     )
 
 
@@ -130,31 +127,28 @@ def _check_range(where: str, got: int, lowest: int, highest: int) -> None:
 
 
 def _max_tokens(params: SamplingParams, num_prompt: int, max_context_length: int) -> int:
+    """As many as were asked for, or as the context has room for behind the prompt."""
     room = max_context_length - num_prompt
-    if not params.HasField("max_tokens"):
-        if not room:
-            raise invalid_field(
-                "prompt",
-                f"has {num_prompt} tokens and fills the context, so nothing can be generated; shorten it, or pass "
-                "max_tokens=0 for the prompt's logprobs alone.",
-            )
-        return room
-    if params.max_tokens > room:
+    asked = params.max_tokens if params.HasField("max_tokens") else max_context_length
+    if asked and not room:
         raise invalid_field(
-            "sampling_params.max_tokens",
-            f"is {params.max_tokens}, but behind a prompt of {num_prompt} tokens the context of {max_context_length} "
-            f"has room for {room}.",
-            limit=room,
-            got=params.max_tokens,
+            "prompt",
+            f"has {num_prompt} tokens and fills the context of {max_context_length}, so nothing can be generated; "
+            "shorten it, or pass max_tokens=0 for the prompt's logprobs alone.",
+            reason="SEQUENCE_TOO_LONG",
+            limit=max_context_length - 1,
+            got=num_prompt,
         )
-    return params.max_tokens
+    return min(asked, room)
 
 
 def _choice(params: SamplingParams, vocab_size: int) -> Choice:
     temperature = params.temperature if params.HasField("temperature") else 1.0
-    if not (math.isfinite(temperature) and temperature >= 0):
+    if temperature and not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
         raise invalid_field(
-            "sampling_params.temperature", f"is {temperature:g}; it must be a number from 0, which takes the likeliest."
+            "sampling_params.temperature",
+            f"is {temperature:g}; it must be 0, which takes the likeliest, or {LOWEST_TEMPERATURE:g} to "
+            f"{HIGHEST_TEMPERATURE:g}.",
         )
     if params.top_k < -1:
         raise invalid_field("sampling_params.top_k", f"is {params.top_k}; it must be at least 1, or -1 or 0 for off.")
@@ -164,9 +158,9 @@ def _choice(params: SamplingParams, vocab_size: int) -> Choice:
     return Choice(temperature, max(0, min(params.top_k, vocab_size)), top_p)
 
 
-def _stop(stop: Stop, vocab_size: int) -> tuple[frozenset[int], tuple[str, ...]]:
+def _stop(stop: Stop, vocab_size: int) -> tuple[frozenset[int], StopStrings | None]:
     _check_tokens("sampling_params.stop.token_ids", list(stop.token_ids), vocab_size)
     for place, string in enumerate(stop.strings):
         if not string:
             raise invalid_field(f"sampling_params.stop.strings[{place}]", "is empty, which every text holds.")
-    return frozenset(stop.token_ids), tuple(stop.strings)
+    return frozenset(stop.token_ids), StopStrings(stop.strings) if stop.strings else None

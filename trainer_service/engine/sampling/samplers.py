@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.models.lora import frozen_copy
 from trainer_service.engine.sampling.decoder import Decoder
+from trainer_service.engine.sampling.decoding import Decoding
 from trainer_service.sampler_path import SAMPLER_WEIGHTS, SNAPSHOTS, SamplerPath
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Samplers:
 
     Args:
         device: Where.
+        decoding: How samples of this architecture are decoded.
         checkpoint_dir: Where checkpoints are, in a folder a run.
         base: Gives the base model; parameters of it that may be trained are no harm.
         live_model: Gives a run's model.
@@ -60,6 +62,7 @@ class Samplers:
         self,
         device: Device,
         *,
+        decoding: Decoding,
         checkpoint_dir: Path,
         base: Callable[[], PreTrainedModel],
         live_model: Callable[[str], PreTrainedModel],
@@ -67,6 +70,7 @@ class Samplers:
         max_snapshots: int,
     ) -> None:
         self._device = device
+        self._decoding = decoding
         self._checkpoint_dir = checkpoint_dir
         self._get_base = base
         self._live_model = live_model
@@ -76,7 +80,6 @@ class Samplers:
         self._dropped: dict[SamplerPath, str] = {}
         self._alive: weakref.WeakSet[Sampler] = weakref.WeakSet()
         # Those held, and those let go that requests under way still use: they stay frozen all the same.
-        self._pattern: Decoder | None = None
 
     def find(self, model_path: str) -> Sampler:
         """The sampler of a model_path, loaded if need be; "" is the base model.
@@ -168,12 +171,7 @@ class Samplers:
         return held
 
     def _decoder(self, model: PreTrainedModel) -> Decoder:
-        """The decoder of a model; what was found out about the first holds for all of the architecture."""
-        if self._pattern is None:
-            self._pattern = Decoder.of(model, self._device)
-            return self._pattern
-        pattern = self._pattern
-        return Decoder(model, self._device, pattern.shape, pattern.why_alone, pattern.cache_argument)
+        return Decoder(model, self._device, self._decoding)
 
     def _hold(self, sampler: Sampler) -> Sampler:
         self._held[sampler.path] = sampler

@@ -119,14 +119,16 @@ class Scheduler:
         room, taken = self._piece, []
         for job in list(self._prefilling):
             size = len(self._next_piece(job))
-            if size <= room and (not taken or job.sampler is taken[0].sampler):
+            # One that only the whole comes out right of may be larger than a piece, and goes by itself.
+            if not taken or (size <= room and job.sampler is taken[0].sampler):
                 room -= size
                 taken.append(job)
                 self._prefilling.remove(job)
         return taken
 
     def _next_piece(self, job: Job) -> list[int]:
-        return job.request.prompt[job.num_prefilled : job.num_prefilled + self._piece]
+        prompt = job.request.prompt
+        return prompt[job.num_prefilled :][: job.sampler.decoder.piece(len(prompt), self._piece)]
 
     def _prefill(self, batch: list[Job]) -> None:
         pieces = [self._next_piece(job) for job in batch]

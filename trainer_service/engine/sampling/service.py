@@ -17,6 +17,7 @@ from trainer_service.engine.sampling.request import Request, read_request
 from trainer_service.engine.sampling.samplers import Samplers
 from trainer_service.engine.sampling.scheduler import Scheduler
 from trainer_service.engine.sampling.text import Text
+from trainer_service.engine.sampling.trial import find_decoding
 from trainer_service.engine.storage.deltas import whole_weights
 from trainer_service.folders import read_manifest
 
@@ -39,8 +40,16 @@ class Sampling:
         base = engine.base_model()
         self._eos_tokens = _eos_tokens(engine.folder, base)
         self._shapes = _shapes(base)
+        self.decoding = find_decoding(
+            base,
+            engine.device,
+            attention=engine.traits.attention,
+            max_context_length=engine.model.max_context_length,
+        )
+        """How samples are decoded, for GetServerInfo."""
         self.samplers = Samplers(
             engine.device,
+            decoding=self.decoding,
             checkpoint_dir=checkpoint_dir,
             base=engine.base_model,
             live_model=engine.live_model,
@@ -56,7 +65,7 @@ class Sampling:
         )
 
     def read(self, message: pb.SampleRequest) -> Request:
-        """Checks a request; on any one thread.
+        """Checks a request, and tokenizes what is text; on a thread of its own, always the same.
 
         Raises:
             GradwireError: What is wrong with it; see read_request.
@@ -78,8 +87,7 @@ class Sampling:
             GradwireError: Its sampler is not there.
         """
         sampler = self.samplers.find(command.request.sampler.model_path)
-        text = self._tokenizer() if request.with_text or request.stop_strings else None
-        self.scheduler.start(Job(command_id, command.sample_id, request, sampler, text))
+        self.scheduler.start(Job(command_id, command.sample_id, request, sampler))
 
     def open(self, model_path: str) -> None:
         """Loads a sampler.

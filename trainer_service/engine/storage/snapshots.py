@@ -97,7 +97,7 @@ def repeat_failure(run: RunState, *, seq_id: int, kind: str, reason: str, forwar
     """
     if kind in ("forward_backward", "backward", "cancel"):
         run.taint(seq_id)
-    if kind == "backward" and reason not in ("NO_HELD_GRAPH", "INVALID_FIELD", "STORAGE_FAILED"):
+    if kind == "backward" and reason not in ("NO_HELD_GRAPH", "INVALID_FIELD", "LIMIT_EXCEEDED", "STORAGE_FAILED"):
         run.drop_graphs("was used by an earlier backward; one forward serves one backward", [forward_seq_id])
     if kind == "optim_step" and reason in ("PRIOR_OPERATION_FAILED", "NON_FINITE"):
         run.clear_gradients()

@@ -1,7 +1,9 @@
 """Commands between the thread that reads them and the one that executes them. Light: no torch.
 
 Operations execute in the order they came. What belongs to sampling overtakes them: a request should join the batch, or
-leave it, between two operations rather than behind all that wait.
+leave it, between two operations rather than behind all that wait. Preparing a command (decoding a batch, tokenizing a
+prompt) may take long: each of the two lines has a thread for it, so that neither waits for the other, and nothing waits
+to be read.
 """
 
 import threading
@@ -13,14 +15,30 @@ C = TypeVar("C")
 P = TypeVar("P")
 
 _AHEAD = 8
-"""Operations decoded while one executes: enough to keep the device busy, few enough to bound memory."""
+"""Operations prepared while one executes: enough to keep the device busy, few enough to bound memory."""
+
+
+class _Line(Generic[C, P]):
+    """Commands of one kind, in the order they came."""
+
+    def __init__(self, ahead: int | None) -> None:
+        self.ahead = ahead
+        """How many may be prepared and not taken; None for any number."""
+        self.raw: deque[C] = deque()
+        self.prepared: deque[P] = deque()
+        self.ended = False
+        """Whether all there will ever be are prepared."""
+
+    @property
+    def next_may_be_prepared(self) -> bool:
+        return bool(self.raw) and (self.ahead is None or len(self.prepared) < self.ahead)
 
 
 class Inbox(Generic[C, P]):
-    """Takes commands from a stream, decodes them ahead, and hands them out.
+    """Takes commands from a stream, prepares them ahead, and hands them out.
 
     Args:
-        prepare: Decodes a command; must not raise.
+        prepare: Decodes and checks a command; must not raise.
         overtakes: Whether a command is of those that overtake.
     """
 
@@ -28,44 +46,44 @@ class Inbox(Generic[C, P]):
         self._prepare = prepare
         self._overtakes = overtakes
         self._changed = threading.Condition()
-        self._raw: deque[C] = deque()
-        self._decoded: deque[P] = deque()
-        self._urgent: deque[P] = deque()
+        self._in_turn: _Line[C, P] = _Line(_AHEAD)
+        # Whoever reads bounds how many requests to sample are under way.
+        self._urgent: _Line[C, P] = _Line(None)
         self._ended = False
-        self._read = False
 
     def read(self, commands: Iterable[C]) -> None:
         """Takes commands in until there are no more; on a thread of its own."""
         try:
             for command in commands:
-                overtakes = self._overtakes(command)
-                prepared = self._prepare(command) if overtakes else None
+                line = self._urgent if self._overtakes(command) else self._in_turn
                 with self._changed:
-                    if prepared is None:
-                        self._raw.append(command)
-                    else:
-                        self._urgent.append(prepared)
+                    line.raw.append(command)
                     self._changed.notify_all()
         finally:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
 
-    def decode(self) -> None:
-        """Decodes operations ahead of their turn until there are no more; on a thread of its own."""
+    def prepare_operations(self) -> None:
+        """Prepares operations ahead of their turn until there are no more; on a thread of its own."""
+        self._prepare_line(self._in_turn)
+
+    def prepare_overtaking(self) -> None:
+        """Prepares what overtakes them until there is no more; on a thread of its own."""
+        self._prepare_line(self._urgent)
+
+    def _prepare_line(self, line: _Line[C, P]) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._ended or (self._raw and len(self._decoded) < _AHEAD))
-                if not self._raw:
-                    self._read = self._ended
+                self._changed.wait_for(lambda: line.next_may_be_prepared or (self._ended and not line.raw))
+                if not line.raw:
+                    line.ended = True
                     self._changed.notify_all()
-                    if self._ended:
-                        return
-                    continue
-                command = self._raw.popleft()
+                    return
+                command = line.raw.popleft()
             prepared = self._prepare(command)
             with self._changed:
-                self._decoded.append(prepared)
+                line.prepared.append(prepared)
                 self._changed.notify_all()
 
     def take(self, *, wait: bool) -> tuple[P | None, bool]:
@@ -76,11 +94,11 @@ class Inbox(Generic[C, P]):
         """
         with self._changed:
             if wait:
-                self._changed.wait_for(lambda: self._urgent or self._decoded or self._read)
-            if self._urgent:
-                return self._urgent.popleft(), False
-            if self._decoded:
-                prepared = self._decoded.popleft()
+                self._changed.wait_for(lambda: self._urgent.prepared or self._in_turn.prepared or self._all_prepared)
+            if self._urgent.prepared:
+                return self._urgent.prepared.popleft(), False
+            if self._in_turn.prepared:
+                prepared = self._in_turn.prepared.popleft()
                 self._changed.notify_all()
                 return prepared, True
             return None, False
@@ -89,4 +107,8 @@ class Inbox(Generic[C, P]):
     def ended(self) -> bool:
         """Whether all commands there will ever be have been taken."""
         with self._changed:
-            return self._read and not self._urgent and not self._decoded
+            return self._all_prepared and not self._urgent.prepared and not self._in_turn.prepared
+
+    @property
+    def _all_prepared(self) -> bool:
+        return self._urgent.ended and self._in_turn.ended

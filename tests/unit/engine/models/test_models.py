@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gradwire.errors import AlreadyExistsError, FailedPreconditionError, InvalidArgumentError
@@ -16,7 +17,7 @@ from gradwire.types import AdamParams
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.engines import CPU, RUN, forward_backward, make_engine
+from tests.engines import CPU, RUN, forward_backward, make_batch, make_engine
 from tests.tiny import MAX_CONTEXT_LENGTH, VOCAB_SIZE, make_tiny_llama
 from trainer_service import folders
 from trainer_service.engine.engine import Engine
@@ -58,6 +59,41 @@ def test_context_length_is_the_lesser_of_the_model_s_and_the_trainer_s(
     tiny_llama: Path, tmp_path: Path, asked: int, taken: int
 ) -> None:
     assert load_engine(str(tiny_llama), tmp_path, max_context_length=asked).model.max_context_length == taken
+
+
+@pytest.mark.parametrize(
+    ("rope", "own", "asked", "taken"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 32, 0, 128),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 32, 100, 100),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128, 0, 128),
+        ({"rope_type": "yarn", "factor": 4.0}, 32, 0, 128),
+        ({"type": "dynamic", "factor": 2.0}, 32, 0, 64),
+        ({"rope_type": "linear", "factor": 2.0}, 32, 0, 32),
+        ({"rope_type": "default"}, 32, 0, 32),
+    ],
+)
+def test_context_length_reaches_as_far_as_positions_are_scaled(
+    tiny_llama: Path, tmp_path: Path, rope: dict[str, Any], own: int, asked: int, taken: int
+) -> None:
+    rope = {"rope_theta": 10000.0, **rope}
+    folder = changed(tiny_llama, tmp_path, rope_parameters=rope, max_position_embeddings=own)
+    engine = load_engine(str(folder), tmp_path, max_context_length=asked)
+    assert engine.model.max_context_length == taken
+
+
+def test_what_a_longer_sequence_left_behind_changes_no_shorter_one(tiny_llama: Path, tmp_path: Path) -> None:
+    """Rotary embeddings that grow with the sequence keep, by themselves, the angles of the longest there was."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    folder = changed(tiny_llama, tmp_path, rope_parameters=rope, max_position_embeddings=16)
+    lengths = (16, 20, 10)
+    wanted = [make_engine(folder, tmp_path).forward(RUN, 1, make_batch(length)).logprobs_TK for length in lengths]
+    engine = make_engine(folder, tmp_path)
+    assert engine.traits.batching.startswith("one sequence at a time: its positions depend on the longest sequence")
+    engine.forward(RUN, 1, make_batch(60))
+    for length, alone in zip(lengths, wanted, strict=True):
+        np.testing.assert_array_equal(engine.forward(RUN, 1, make_batch(length)).logprobs_TK, alone)
+        engine.forward(RUN, 1, make_batch(60))
 
 
 def test_bfloat16_model_trains_in_float32(tiny_llama: Path, tmp_path: Path) -> None:

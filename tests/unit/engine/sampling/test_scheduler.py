@@ -17,6 +17,7 @@ from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.sampling import decoder as decoder_module
 from trainer_service.engine.sampling import samplers as samplers_module
 from trainer_service.engine.sampling import scheduler as scheduler_module
+from trainer_service.engine.sampling import trial
 from trainer_service.engine.sampling.service import Sampling
 
 
@@ -282,19 +283,21 @@ def test_a_model_that_cannot_be_decoded_together_is_decoded_alone_and_then_witho
     together = Worker(tiny_llama, tmp_path / "together")
     wanted = together.start(max_tokens=12, num_samples=2)
     together.finish()
-    assert not together.sampling.samplers.find("").decoder.why_alone
+    assert together.sampling.decoding.described == "together"
 
     def refuse(self: object) -> object:
         raise NotImplementedError("attention of its own")
 
-    monkeypatch.setattr(decoder_module.Decoder, "_find_shape", refuse)
-    for cache_arguments in (("past_key_values",), ()):
-        monkeypatch.setattr(decoder_module, "_CACHE_ARGUMENTS", cache_arguments)
+    monkeypatch.setattr(decoder_module.Decoder, "find_shape", refuse)
+    for cache_arguments, described in (
+        (("past_key_values",), "one by one: it has attention of its own"),
+        ((), "every token computes all before it again: it has no cache that its forward takes"),
+    ):
+        monkeypatch.setattr(trial, "_CACHE_ARGUMENTS", cache_arguments)
         alone = Worker(tiny_llama, tmp_path / f"alone{len(cache_arguments)}")
         got = alone.start(max_tokens=12, num_samples=2)
         alone.finish()
-        decoder = alone.sampling.samplers.find("").decoder
-        assert (decoder.why_alone, bool(decoder.cache_argument)) == ("attention of its own", bool(cache_arguments))
+        assert alone.sampling.decoding.described == described
         assert alone.tokens(got) == together.tokens(wanted)
 
 

@@ -10,7 +10,8 @@ from trainer_service.engine.worker.inbox import Inbox
 def running(inbox: Inbox[str, str], commands: Iterator[str]) -> list[threading.Thread]:
     threads = [
         threading.Thread(target=inbox.read, args=(commands,), daemon=True),
-        threading.Thread(target=inbox.decode, daemon=True),
+        threading.Thread(target=inbox.prepare_overtaking, daemon=True),
+        threading.Thread(target=inbox.prepare_operations, daemon=True),
     ]
     for thread in threads:
         thread.start()
@@ -32,13 +33,41 @@ def test_operations_come_in_order_and_what_overtakes_comes_first():
     source.put("sample")
     source.put("")
     threads = running(inbox, iter(source.get, ""))
-    threads[0].join(10)
+    for thread in threads[:2]:
+        thread.join(10)
     assert inbox.take(wait=True) == ("SAMPLE", False)
-    # Decoding keeps only a few ahead of those taken.
-    assert len([command for command in decoded if command != "sample"]) <= 9 or not threads[1].is_alive()
+    # Preparing keeps only a few ahead of those taken.
+    assert len([command for command in decoded if command != "sample"]) <= 9 or not threads[2].is_alive()
     assert [inbox.take(wait=True) for _ in range(20)] == [(f"OP{number}", True) for number in range(20)]
-    threads[1].join(10)
+    threads[2].join(10)
     assert inbox.take(wait=True) == (None, False)
+    assert inbox.ended
+
+
+def test_what_takes_long_to_prepare_keeps_nobody_else_waiting():
+    source: queue.SimpleQueue[str] = queue.SimpleQueue()
+    held = {"slow op": threading.Event(), "sample slowly": threading.Event()}
+
+    def prepare(command: str) -> str:
+        if command in held:
+            assert held[command].wait(10)
+        return command
+
+    inbox: Inbox[str, str] = Inbox(prepare, lambda command: command.startswith("sample"))
+    threads = running(inbox, iter(source.get, ""))
+    source.put("sample slowly")
+    source.put("op")
+    assert inbox.take(wait=True) == ("op", True)
+    held["sample slowly"].set()
+    assert inbox.take(wait=True) == ("sample slowly", False)
+    source.put("slow op")
+    source.put("sample")
+    assert inbox.take(wait=True) == ("sample", False)
+    held["slow op"].set()
+    assert inbox.take(wait=True) == ("slow op", True)
+    source.put("")
+    for thread in threads:
+        thread.join(10)
     assert inbox.ended
 
 

@@ -174,6 +174,7 @@ def test_worker_from_hello_to_its_end(trainer: RecordingTrainer, start_worker: S
     assert ready.model.max_context_length == 32
     assert ready.model.dtype == "float32"
     assert ready.model.batching == "packed, shared beginnings once"
+    assert ready.model.sampling == "together"
     assert ("cross_entropy", ["weights"]) in [(loss.name, list(loss.loss_fn_inputs)) for loss in ready.losses]
 
     # Commands sent together are answered each once, in order.

@@ -1,0 +1,59 @@
+"""How samples of a model are decoded: what was found out about its architecture when it was loaded (trial.py)."""
+
+import enum
+from dataclasses import dataclass
+
+from trainer_service.engine.sampling.cache import CacheShape
+
+
+class Way(enum.IntEnum):
+    """The fastest first."""
+
+    TOGETHER = 0
+    """All samples of a step in one row, over caches of our own."""
+    ALONE = 1
+    """Each sample by itself, over transformers' own cache."""
+    RECOMPUTED = 2
+    """Each sample by itself and without a cache: every token computes all before it again."""
+
+    @property
+    def described(self) -> str:
+        """In a few words."""
+        return ("together", "one by one", "every token computes all before it again")[self]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Attributes:
+    near: How sequences of at most `boundary` tokens are decoded.
+    far: How longer ones are; one that passes the boundary is computed again, whole.
+    boundary: Tokens; None where all sequences are decoded alike.
+    attention: What the model's own attention is called, with which it computes what is right.
+    shape: Of a cached token; None where no samples are decoded together.
+    whole: Prompts are taken in whole: a cache that holds a part of one does not go on with more tokens than one.
+    cache_argument: Under which name the model takes its own cache; "" where it is of no use.
+    why_near: Why `near` is not the fastest way; "" where it is.
+    why_far: Why `far` is not `near`; "" where it is.
+    """
+
+    near: Way
+    far: Way
+    attention: str
+    boundary: int | None = None
+    shape: CacheShape | None = None
+    whole: bool = False
+    cache_argument: str = ""
+    why_near: str = ""
+    why_far: str = ""
+
+    def is_beyond(self, num_tokens: int) -> bool:
+        """Whether a sequence of so many tokens has passed the boundary."""
+        return self.boundary is not None and num_tokens > self.boundary
+
+    @property
+    def described(self) -> str:
+        """In a few words, for GetServerInfo."""
+        near = f"{self.near.described}: {self.why_near}" if self.why_near else self.near.described
+        if self.boundary is None:
+            return near
+        return f"{near}; beyond {self.boundary} tokens {self.far.described}: {self.why_far}"
