@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -295,3 +296,17 @@ def test_a_value_set_is_left_as_it_was(helm: Path):
     spec = one(rendered(helm, sets), "StatefulSet")["spec"]["template"]["spec"]
     assert "--drain-timeout-s=60" in spec["containers"][0]["args"]
     assert "nvidia.com/gpu" not in spec["containers"][0]["resources"]["limits"]
+
+
+def test_the_documents_name_values_that_there_are():
+    known = {".".join(path) for path in paths(values())}
+    of_trainer = {f"jobs.{name}" for name in known if name.startswith("trainer.")}
+    text = "".join((CHART.parents[2] / name).read_text() for name in ("docs/kubernetes.md", "deploy/README.md"))
+    tops = "|".join(values())
+    named = set(re.findall(rf"(?<![\w./-])((?:{tops})\.[A-Za-z.]+[A-Za-z])(?![\w/(])", text))
+    named -= {"tls.crt", "tls.key"}  # Keys of a Secret.
+    assert len(named) > 10
+    for name in named:
+        # `job.…` and objects' own fields are no values; below a free-form value anything goes.
+        free = any(name.startswith(f"{one}.") for one in known if not any(k.startswith(f"{one}.") for k in known))
+        assert name in known | of_trainer or free, name
