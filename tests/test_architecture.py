@@ -49,6 +49,7 @@ ENGINE_FLOORS = (
     "loss_totals",
     "validation",
     "microbatch",
+    "step_bounds",
     "optim",
     "run_state",
     "passes",
@@ -63,6 +64,7 @@ ENGINE_FLOORS = (
 """What engine/ is built of, from the ground up: each file or wing imports only what stands before it."""
 WIRE_HALF = {
     "gradwire.v1",
+    "gradwire.arguments",
     "gradwire.errors",
     "gradwire.codec",
     "gradwire.types",
@@ -193,6 +195,7 @@ def test_the_wire_half_stands_alone():
     """The server loads it, so it must not pull the client half in by itself."""
     wrong: list[str] = []
     for name in (
+        "arguments",
         "errors",
         "codec",
         "types",

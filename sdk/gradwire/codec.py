@@ -3,6 +3,8 @@
 Shape suffixes: T tokens of all sequences end to end, N sequences, K soft targets a token.
 """
 
+import contextlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradwire.arguments import check_array
 from gradwire.errors import invalid_field
-from gradwire.types import TensorData, model_input_tokens, to_array
+from gradwire.types import TensorData, check_loss_fn_inputs, model_input_tokens, to_array
 from gradwire.v1 import datum_pb2, tensor_pb2
 from gradwire.wire_format import Parts, embed
 
@@ -27,6 +30,8 @@ _TOKENS = datum_pb2.DatumBatch.TOKENS_FIELD_NUMBER
 _CU_SEQLENS = datum_pb2.DatumBatch.CU_SEQLENS_FIELD_NUMBER
 _LOSS_FN_INPUTS = datum_pb2.DatumBatch.LOSS_FN_INPUTS_FIELD_NUMBER
 _MAP_KEY, _MAP_VALUE = 1, 2
+_MAX_DIMS = 8
+"""Of a tensor; nothing here has more than two."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,14 @@ class Batch:
         cu_seqlens: int64 [N + 1]; sequence i is tokens_T[cu_seqlens[i]:cu_seqlens[i + 1]].
         loss_fn_inputs: By name, each [T] or [T, K]: float32, or int64 for target_tokens.
         typed_by_hand: Came as `repeated Datum`, so the answer is to be readable too.
+        first_datum_index: Of sequence 0 among the caller's data, of which this may be a piece.
     """
 
     tokens_T: npt.NDArray[np.int32]
     cu_seqlens: npt.NDArray[np.int64]
     loss_fn_inputs: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     typed_by_hand: bool = False
+    first_datum_index: int = 0
 
     @property
     def num_sequences(self) -> int:
@@ -59,6 +66,19 @@ class Batch:
         """Bytes of all arrays: what the batch takes on the wire, near enough."""
         return self.tokens_T.nbytes + self.cu_seqlens.nbytes + sum(a.nbytes for a in self.loss_fn_inputs.values())
 
+    def datum_path(self, number: int) -> str:
+        """Path of sequence `number` as the caller wrote it, such as "data[150]"."""
+        return f"data[{self.first_datum_index + number}]"
+
+    def input_path(self, number: int, name: str) -> str:
+        """Path of a loss input of sequence `number` as the caller wrote it."""
+        return input_path(self.first_datum_index + number, name)
+
+    def place(self, row: int) -> tuple[int, int]:
+        """(sequence, place inside it) of one of the T rows."""
+        number = int(np.searchsorted(self.cu_seqlens, row, side="right")) - 1
+        return number, row - int(self.cu_seqlens[number])
+
     def sequences(self, start: int, stop: int) -> "Batch":
         """Sequences start to stop as a batch of their own, sharing memory."""
         lo, hi = int(self.cu_seqlens[start]), int(self.cu_seqlens[stop])
@@ -67,6 +87,7 @@ class Batch:
             cu_seqlens=self.cu_seqlens[start : stop + 1] - lo,
             loss_fn_inputs={name: array[lo:hi] for name, array in self.loss_fn_inputs.items()},
             typed_by_hand=self.typed_by_hand,
+            first_datum_index=self.first_datum_index + start,
         )
 
 
@@ -114,13 +135,14 @@ def decode_tensor(tensor: tensor_pb2.Tensor, where: str) -> npt.NDArray[Any]:
         flat = np.array(values, dtype=_NUMPY_TYPES[natural])
     if not tensor.shape:
         return flat
+    if len(tensor.shape) > _MAX_DIMS:
+        raise invalid_field(where, f"has a shape of {len(tensor.shape)} dims; there may be at most {_MAX_DIMS}.")
     shape = tuple(tensor.shape)
-    count = 1
-    for size in shape:
-        count *= size
-    if min(shape) < 0 or count != flat.size:
-        raise invalid_field(where, f"has {flat.size} elements, which do not fill shape {list(shape)}.")
-    return flat.reshape(shape)
+    # numpy would take one -1, and refuses what passes its own limits though it holds nothing.
+    if min(shape) >= 0 and math.prod(shape) == flat.size:
+        with contextlib.suppress(ValueError):
+            return flat.reshape(shape)
+    raise invalid_field(where, f"has {flat.size} elements, which do not fill shape {list(shape)}.")
 
 
 def tensor_parts(array: npt.NDArray[Any]) -> Parts:
@@ -137,7 +159,7 @@ def batch_parts(batch: Batch) -> Parts:
     for name, array in batch.loss_fn_inputs.items():
         value = embed(_MAP_VALUE, *tensor_parts(array))
         parts += embed(_LOSS_FN_INPUTS, *embed(_MAP_KEY, name.encode()), *value)
-    return parts
+    return [*parts, datum_pb2.DatumBatch(first_datum_index=batch.first_datum_index).SerializeToString()]
 
 
 def batch_message(batch: Batch) -> datum_pb2.DatumBatch:
@@ -187,7 +209,8 @@ def _decode_columns(batch: datum_pb2.DatumBatch) -> Batch:
         )
     empty = np.flatnonzero(np.diff(cu_seqlens) == 0)
     if len(empty):
-        raise invalid_field(f"data[{empty[0]}].model_input", "has no tokens; a datum needs at least one.")
+        number = batch.first_datum_index + int(empty[0])
+        raise invalid_field(f"data[{number}].model_input", "has no tokens; a datum needs at least one.")
     inputs: dict[str, npt.NDArray[Any]] = {}
     for name, tensor in batch.loss_fn_inputs.items():
         where = f'batch.loss_fn_inputs["{name}"]'
@@ -197,7 +220,12 @@ def _decode_columns(batch: datum_pb2.DatumBatch) -> Batch:
                 where, f"has shape {list(array.shape)}, but there are {len(tokens_T)} tokens; they must match."
             )
         inputs[name] = _as_dtype(array, _input_dtype(name), where)
-    return Batch(tokens_T=tokens_T, cu_seqlens=cu_seqlens, loss_fn_inputs=inputs)
+    return Batch(
+        tokens_T=tokens_T,
+        cu_seqlens=cu_seqlens,
+        loss_fn_inputs=inputs,
+        first_datum_index=batch.first_datum_index,
+    )
 
 
 def batch_from_data(data: Iterable[Any]) -> Batch:
@@ -206,6 +234,9 @@ def batch_from_data(data: Iterable[Any]) -> Batch:
     Raises:
         InvalidArgumentError: Naming the datum and input that does not fit.
     """
+
+    if not isinstance(data, Iterable):
+        raise invalid_field("data", f"is a {type(data).__name__}; it must be a list of datums.")
 
     def arrays() -> Iterable[tuple[npt.NDArray[np.int64], dict[str, npt.NDArray[Any]]]]:
         for number, datum in enumerate(data):
@@ -216,13 +247,13 @@ def batch_from_data(data: Iterable[Any]) -> Batch:
                 )
             try:
                 tokens = model_input_tokens(datum.model_input, f"{where}.model_input")
-            except ValueError as exc:
+            except (TypeError, ValueError) as exc:
                 raise invalid_field(f"{where}.model_input", f"cannot be read: {exc}") from exc
             inputs: dict[str, npt.NDArray[Any]] = {}
-            for name, value in datum.loss_fn_inputs.items():
+            for name, value in check_loss_fn_inputs(f"{where}.loss_fn_inputs", datum.loss_fn_inputs).items():
                 try:
                     inputs[name] = value.to_numpy() if isinstance(value, TensorData) else to_array(value)
-                except ValueError as exc:
+                except (TypeError, ValueError) as exc:
                     raise invalid_field(input_path(number, name), f"cannot be read: {exc}") from exc
             yield tokens, inputs
 
@@ -329,4 +360,4 @@ def _as_dtype(array: npt.NDArray[Any], wanted: np.dtype[Any], where: str) -> npt
         return array
     if array.dtype.kind not in "iubf" or (wanted.kind == "i" and array.dtype.kind == "f"):
         raise invalid_field(where, f"has dtype {array.dtype}; it must be {wanted}.")
-    return array.astype(wanted)
+    return check_array(where, array, "float32" if wanted.kind == "f" else "int64").astype(wanted, copy=False)

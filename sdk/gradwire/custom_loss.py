@@ -37,7 +37,7 @@ def run_custom_loss(
         loss; the user's metrics.
 
     Raises:
-        TypeError, ValueError: `fn` returned something else.
+        TypeError: `fn` returned something else; names the metric that is no number.
         GradwireError: NON_FINITE: the loss or a gradient is NaN or infinite.
         Exception: Whatever `fn` raised.
     """
@@ -90,9 +90,24 @@ def _checked(returned: Any) -> tuple["torch.Tensor", dict[str, float]]:
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         got = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise TypeError(f"The custom loss must return a scalar tensor as loss; got {got}.")
-    if not isinstance(metrics, dict):
+    if not isinstance(metrics, Mapping):
         raise TypeError(f"The custom loss must return a dict of metrics; got {type(metrics).__name__}.")
-    return loss.reshape(()), {str(name): float(value) for name, value in metrics.items()}
+    return loss.reshape(()), {str(name): _metric(str(name), value) for name, value in metrics.items()}
+
+
+def _metric(name: str, value: Any) -> float:
+    """One metric; NaN and infinity are the user's own."""
+    if not isinstance(value, str | bytes):
+        try:
+            return float(value.item() if hasattr(value, "item") else value)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            pass
+    shape = getattr(value, "shape", None)
+    got = f"a {type(value).__name__}" + (f" of shape {list(shape)}" if shape is not None else "")
+    raise TypeError(
+        f'The custom loss returned the metric "{name}" as {got}; a metric must be one number. Reduce it, by a mean, '
+        "or return its parts under names of their own."
+    )
 
 
 class LossThread:

@@ -10,6 +10,7 @@ from concurrent.futures import Future as ConcurrentFuture
 from typing import Any
 
 from gradwire.answers import run_state_name
+from gradwire.arguments import check_flag, check_number, check_whole_number
 from gradwire.async_twins import off_thread
 from gradwire.checkpoint_client import CheckpointClient
 from gradwire.downloads import get_checkpoint
@@ -21,7 +22,7 @@ from gradwire.run_info import ServerCapabilities
 from gradwire.sampling_client import SamplingClient, open_sampling_client
 from gradwire.training_client import TrainingClient
 from gradwire.transport import ClientTls, Connection
-from gradwire.types import ReplayDifference, ReplayReport
+from gradwire.types import MAX_LORA_RANK, MAX_SEED, ReplayDifference, ReplayReport
 from gradwire.user_metadata import check_user_metadata
 from gradwire.v1.checkpoint_pb2 import Checkpoint
 from gradwire.v1.trainer_service_pb2 import (
@@ -128,15 +129,18 @@ class ServiceClient(RefusesTinkerNames):
             NotFoundError: There is no such adapter.
             FailedPreconditionError: BASE_MODEL_MISMATCH names both models; PROTOCOL_VERSION_UNSUPPORTED both versions.
         """
+        check_whole_number("lora_rank", lora_rank, at_least=0, at_most=MAX_LORA_RANK)
+        if lora_alpha is not None:
+            check_number("lora_alpha", lora_alpha, above=0)
+        if seed is not None:
+            check_whole_number("seed", seed, at_least=0, at_most=MAX_SEED)
+        flags = {"train_mlp": train_mlp, "train_attn": train_attn, "train_unembed": train_unembed}
+        for name, value in flags.items():
+            if value is not None:
+                check_flag(name, value)
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         self._wait_until_ready(timeout_s)
-        settings: dict[str, Any] = {
-            "lora_alpha": lora_alpha,
-            "seed": seed,
-            "train_mlp": train_mlp,
-            "train_attn": train_attn,
-            "train_unembed": train_unembed,
-        }
+        settings: dict[str, Any] = {"lora_alpha": lora_alpha, "seed": seed, **flags}
         request = CreateRunRequest(
             request_id=uuid.uuid4().hex,
             base_model=base_model,
@@ -181,6 +185,7 @@ class ServiceClient(RefusesTinkerNames):
             timeout_s: As there.
         """
         refuse_other_optimizer("optimizer", optimizer)
+        check_whole_number("rank", rank, at_least=1, at_most=MAX_LORA_RANK)
         return self.create_training_client(
             base_model,
             rank,

@@ -335,8 +335,8 @@ class RunStream:
 def _too_large(size_bytes: int, limit: int) -> GradwireError:
     return error(
         "LIMIT_EXCEEDED",
-        f"A datum takes {size_bytes} bytes on the wire, but the trainer takes messages of at most {limit} bytes. "
-        "Send shorter sequences, or fewer soft targets a token.",
+        f"The call needs a message of {size_bytes} bytes, but the trainer takes messages of at most {limit} bytes. "
+        "Send shorter sequences, names and settings.",
         limit=limit,
         got=size_bytes,
     )

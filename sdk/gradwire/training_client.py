@@ -16,7 +16,7 @@ from gradwire.async_twins import awaited, off_thread, submitted
 from gradwire.checkpoint_client import check_ttl_seconds
 from gradwire.codec import Batch, batch_from_data, batch_parts, split, tensor_parts
 from gradwire.custom_loss import CustomLossFn, LossThread, run_custom_loss
-from gradwire.errors import from_status, invalid_field
+from gradwire.errors import error, from_status, invalid_field
 from gradwire.futures import APIFuture
 from gradwire.order import Call, Operation
 from gradwire.ported_names import NO_ACCESS_TOKENS, RefusesTinkerNames, refuse_given, refuse_other_optimizer
@@ -112,6 +112,7 @@ class TrainingClient(RefusesTinkerNames):
         Raises:
             InvalidArgumentError: The data cannot be sent as it is; names the datum and input. Errors found by the
                 trainer come through the future.
+            ResourceExhaustedError: LIMIT_EXCEEDED: one datum is larger than a message may be.
         """
         settings = ops.ForwardRequest(loss_fn=loss_fn, loss_fn_config=loss_fn_config or {})
         requests = [_with_batch("forward", settings, piece) for piece in self._pieces(data)]
@@ -170,8 +171,13 @@ class TrainingClient(RefusesTinkerNames):
         if loss_type_input not in (None, "logprobs"):
             raise invalid_field("loss_type_input", f'is {loss_type_input!r}; it must be "logprobs".')
         self._refuse_inside_loss("forward_backward_custom")
-        data = list(data)
-        return _CustomCall(self._stream, self._losses, data, loss_fn, self._pieces(data)).start()
+        if not callable(loss_fn):
+            raise invalid_field(
+                "loss_fn", f"is a {type(loss_fn).__name__}; it must be a function of (data, logprobs_list)."
+            )
+        data = list(data) if isinstance(data, Iterable) else data
+        pieces = self._pieces(data)
+        return _CustomCall(self._stream, self._losses, data, loss_fn, pieces).start()
 
     def optim_step(
         self,
@@ -191,7 +197,8 @@ class TrainingClient(RefusesTinkerNames):
             Future of the step's number and metrics; "grad_norm:mean" is the global L2 norm before clipping.
 
         Raises:
-            InvalidArgumentError: No such normalization, both names, or hyperparameters of another optimizer.
+            InvalidArgumentError: No such normalization, both names, hyperparameters of another optimizer, or one that
+                AdamParams does not take.
         """
         self._refuse_inside_loss("optim_step")
         if adam_params is not None:
@@ -203,15 +210,9 @@ class TrainingClient(RefusesTinkerNames):
                 "grad_accumulation_normalization",
                 f"is {grad_accumulation_normalization!r}; it must be one of {', '.join(map(repr, _NORMALIZATIONS))}.",
             )
-        params = AdamParams() if optim_params is None else optim_params
-        settings: dict[str, Any] = {}
-        for name in AdamParams.__dataclass_fields__:
-            value = getattr(params, name, None)
-            if value is not None:
-                settings[name] = float(value)
-        request = ops.OptimStepRequest(
-            **settings, grad_accumulation_normalization=_NORMALIZATIONS[grad_accumulation_normalization]
-        )
+        params = adam_params_of(optim_params)
+        normalization = _NORMALIZATIONS[grad_accumulation_normalization]
+        request = ops.OptimStepRequest(**vars(params), grad_accumulation_normalization=normalization)
         return self._send("optim_step", [TrainRequest(optim_step=request)], answers.optim_step, barrier=True)
 
     def zero_grad(self) -> APIFuture[None]:
@@ -507,7 +508,20 @@ class TrainingClient(RefusesTinkerNames):
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _pieces(self, data: Iterable[Any]) -> list[Batch]:
-        return split(batch_from_data(data), self._limits.target_message_bytes)
+        pieces = split(batch_from_data(data), self._limits.target_message_bytes)
+        limit = self._limits.max_message_bytes
+        for piece in pieces:
+            # Several datums are one piece only below the target, which is far below the limit.
+            if (size_bytes := piece.size_bytes()) > limit:
+                raise error(
+                    "LIMIT_EXCEEDED",
+                    f"{piece.datum_path(0)} takes {size_bytes} bytes on the wire, but the trainer takes messages of at "
+                    f"most {limit} bytes. Send shorter sequences, or fewer soft targets a token.",
+                    limit=limit,
+                    got=size_bytes,
+                    datum=piece.first_datum_index,
+                )
+        return pieces
 
     def _refuse_inside_loss(self, call: str) -> None:
         if self._losses.current():
@@ -537,6 +551,19 @@ class TrainingClient(RefusesTinkerNames):
 def _dtype_name(dtype: Any) -> str:
     """ "bfloat16" for that or torch.bfloat16; "" for None."""
     return "" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def adam_params_of(given: Any) -> AdamParams:
+    """AdamParams of whatever has some of its attributes; those that are missing or None take their defaults.
+
+    Raises:
+        InvalidArgumentError: It has none of them, or one that AdamParams does not take.
+    """
+    names = AdamParams.__dataclass_fields__
+    found = {name: value for name in names if (value := getattr(given, name, None)) is not None}
+    if given is not None and not found:
+        raise invalid_field("optim_params", f"is a {type(given).__name__}; it must have {', '.join(names)}.")
+    return AdamParams(**found)
 
 
 def _with_batch(kind: str, settings: Message, batch: Batch) -> Parts:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
+from gradwire.arguments import check_array, check_flag, check_number, check_whole_number
+from gradwire.errors import invalid_field
 from gradwire.replay import ReplayDifference, ReplayReport
 from gradwire.run_info import ModelData, RunInfo, ServerCapabilities, SupportedModel
 from gradwire.sampling_results import SampledSequence, SampledToken, SampleResponse, StopReason
@@ -60,6 +62,10 @@ __all__ = [
 TensorDtype = Literal["float32", "int64"]
 LossFnType = str
 """Name of a loss; get_server_info() lists them."""
+MAX_LORA_RANK = 2**32 - 1
+"""Largest rank the wire carries; a model takes ranks up to its hidden size."""
+MAX_SEED = 2**64 - 1
+"""Largest seed."""
 
 
 def to_array(values: Any) -> npt.NDArray[Any]:
@@ -94,20 +100,40 @@ class TensorData:
         data: Elements, in any form `to_array` takes.
         dtype: "float32" or "int64"; None takes float32 for floating point and int64 for integers.
         shape: Sizes of the dims; None keeps the shape of `data`.
+
+    Raises:
+        InvalidArgumentError: `data` are no numbers, ragged, or not what the dtype holds; they do not fill the shape.
     """
 
     __slots__ = ("_array",)
 
     def __init__(self, data: Any, dtype: TensorDtype | None = None, shape: Sequence[int] | None = None) -> None:
-        array = to_array(data)
-        if dtype is None:
-            if array.dtype.kind not in "fiub":
-                raise TypeError(f"TensorData takes numbers, got dtype {array.dtype}.")
-            dtype = "float32" if array.dtype.kind == "f" else "int64"
-        if dtype not in ("float32", "int64"):
-            raise ValueError(f'TensorData dtype must be "float32" or "int64", got {dtype!r}.')
-        array = array.astype(dtype, copy=False)
-        self._array = array if shape is None else array.reshape(tuple(shape))
+        self._array = self._read(data, dtype, shape, "data")
+
+    @staticmethod
+    def _read(data: Any, dtype: Any, shape: Any, where: str) -> npt.NDArray[Any]:
+        if dtype not in (None, "float32", "int64"):
+            raise invalid_field("dtype", f'is {dtype!r}; it must be "float32" or "int64".')
+        try:
+            array = to_array(data)
+        except (TypeError, ValueError) as exc:
+            raise invalid_field(where, f"cannot be read: {exc}") from exc
+        array = check_array(where, array, dtype or ("float32" if array.dtype.kind == "f" else "int64"))
+        if shape is None:
+            return array
+        try:
+            return array.reshape(tuple(shape))
+        except (TypeError, ValueError):
+            raise invalid_field("shape", f"is {shape!r}, which {array.size} elements do not fill.") from None
+
+    @classmethod
+    def of(cls, data: Any, where: str) -> "TensorData":
+        """As TensorData(data), which an error calls `where`; a TensorData as it is."""
+        if isinstance(data, TensorData):
+            return data
+        made = cls.__new__(cls)
+        made._array = cls._read(data, None, None, where)
+        return made
 
     @classmethod
     def from_numpy(cls, array: npt.NDArray[Any]) -> "TensorData":
@@ -281,6 +307,9 @@ class Datum:
         model_input: The N tokens the model reads.
         loss_fn_inputs: Per-token inputs of the loss by name, each [N] or [N, K]; "target_tokens" (int64) always.
             Lists, numpy arrays and torch tensors become TensorData.
+
+    Raises:
+        InvalidArgumentError: loss_fn_inputs is no mapping, or one of them no tensor; names it.
     """
 
     model_input: Any
@@ -288,14 +317,32 @@ class Datum:
 
     def __post_init__(self) -> None:
         self.loss_fn_inputs = {
-            name: value if isinstance(value, TensorData) else TensorData(value)
-            for name, value in self.loss_fn_inputs.items()
+            name: TensorData.of(value, f'loss_fn_inputs["{name}"]')
+            for name, value in check_loss_fn_inputs("loss_fn_inputs", self.loss_fn_inputs).items()
         }
+
+
+def check_loss_fn_inputs(where: str, inputs: Any) -> Mapping[str, Any]:
+    """Loss inputs by name.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD: they are no mapping, or a name is no text.
+    """
+    if not isinstance(inputs, Mapping):
+        raise invalid_field(where, f"is a {type(inputs).__name__}; it must be a dict of per-token inputs by name.")
+    for name in inputs:
+        if not isinstance(name, str):
+            raise invalid_field(where, f"has the key {name!r}; names of inputs are text.")
+    return inputs
 
 
 @dataclass(frozen=True)
 class AdamParams:
-    """Hyperparameters of one optim_step, as torch.optim.AdamW takes them."""
+    """Hyperparameters of one optim_step, as torch.optim.AdamW takes them; each a number that float32 holds.
+
+    Raises:
+        InvalidArgumentError: One is no number, or out of range.
+    """
 
     learning_rate: float = 1e-4
     """At least 0."""
@@ -310,10 +357,24 @@ class AdamParams:
     grad_clip_norm: float = 0.0
     """Gradients are scaled so that their global L2 norm is at most this; 0 is off."""
 
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "weight_decay", "grad_clip_norm"):
+            self._check(name, at_least=0)
+        for name in ("beta1", "beta2"):
+            self._check(name, at_least=0, below=1)
+        self._check("eps", above=0)
+
+    def _check(self, name: str, **bounds: float) -> None:
+        object.__setattr__(self, name, check_number(name, getattr(self, name), **bounds))
+
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Settings of a LoRA run, as create_lora_training_client(**vars(config)) takes them."""
+    """Settings of a LoRA run, as create_lora_training_client(**vars(config)) takes them.
+
+    Raises:
+        InvalidArgumentError: One is of another type, or out of range.
+    """
 
     rank: int = 32
     """Of the adapter's matrices."""
@@ -325,6 +386,13 @@ class LoraConfig:
     """Adapt the feed-forward layers."""
     train_attn: bool = True
     """Adapt the attention layers."""
+
+    def __post_init__(self) -> None:
+        check_whole_number("rank", self.rank, at_least=1, at_most=MAX_LORA_RANK)
+        if self.seed is not None:
+            check_whole_number("seed", self.seed, at_least=0, at_most=MAX_SEED)
+        for name in ("train_unembed", "train_mlp", "train_attn"):
+            check_flag(name, getattr(self, name))
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,8 @@ def test_pem_files_with_a_plaintext_url_and_half_a_pair_are_refused(pem: Pem):
 
 
 def test_the_readmes_grpcurl_lines_for_a_key_and_tls_work(pem: Pem):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    script = readme.split("<!-- grpcurl: run by tests/wire/test_tls.py -->")[1].split("```bash\n")[1].split("```")[0]
+    readme = (Path(__file__).parents[2] / "docs" / "grpcurl.md").read_text()
+    script = readme.split("<!-- run by tests/wire/test_tls.py -->")[1].split("```bash\n")[1].split("```")[0]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with front_end_on_a_thread(tls=server_tls(pem, mutual=True), api_keys=("alice secret",)) as trainer:
         for name, text in {

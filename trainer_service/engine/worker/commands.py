@@ -279,7 +279,6 @@ class Commands:
     def _optim_step(self, run_id: str, seq_id: int, request: ops.OptimStepRequest) -> Work:
         names = AdamParams.__dataclass_fields__
         params = AdamParams(**{name: getattr(request, name) for name in names if request.HasField(name)})
-        validation.check_adam_params(params)
         normalization = _NORMALIZATIONS.get(request.grad_accumulation_normalization)
         if normalization is None:
             raise invalid_field(
