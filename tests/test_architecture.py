@@ -238,6 +238,7 @@ def test_import_gradwire_is_light():
         "trainer_service.runs.registry",
         "trainer_service.fleet.supervisor",
         "trainer_service.jobs.local",
+        "trainer_service.jobs.kubernetes",
         "trainer_service.checkpoints.catalog",
     ],
 )

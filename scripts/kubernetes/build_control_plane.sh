@@ -25,7 +25,7 @@ fi
 exec 3>&1 1>&2 # the folder's name is all that goes to stdout
 
 if ! grep -qsx 'VERSION_CODENAME=bookworm' /etc/os-release || ! command -v apt-get >/dev/null; then
-    echo "A control plane can only be built on Debian 12, out of its packages; set KUBECONFIG to a cluster for tests (for example kind)."
+    echo "A control plane is built on Debian 12 alone, out of its packages; set KUBECONFIG to a cluster for tests, such as kind's."
     exit 3
 fi
 

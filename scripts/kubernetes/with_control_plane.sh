@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a command with an API server: GRADWIRE_TEST_KUBECONFIG names its kubeconfig. Where KUBECONFIG is set, that cluster is
 # taken; else etcd, kube-apiserver and kube-controller-manager are started on loopback, on free ports, with an empty store,
-# and stopped when the command ends. There are no nodes and no kubelet.
+# and stopped when the command ends. There are no nodes and no kubelet. Where neither can be had, the command runs without.
 #   ./scripts/kubernetes/with_control_plane.sh command …
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
@@ -10,7 +10,10 @@ if [ -n "${KUBECONFIG:-}" ]; then
     GRADWIRE_TEST_KUBECONFIG=$KUBECONFIG exec "$@"
 fi
 
-binaries=$("$here/build_control_plane.sh")
+if ! binaries=$("$here/build_control_plane.sh"); then
+    # Its reason was told; what needs no API server runs all the same.
+    exec "$@"
+fi
 run=$(mktemp -d "${TMPDIR:-/tmp}/gradwire-kubernetes.XXXXXX")
 chmod 700 "$run"
 pids=()

@@ -43,7 +43,8 @@ def install(cluster: Cluster, helm: Path, namespace: str, folder: Path, values: 
     data = {"api-keys": base64.b64encode(lines.encode()).decode()}
     cluster.create("v1", "secrets", {"metadata": {"name": "gradwire-api-keys"}, "data": data}, namespace)
     template = folder / "trainer.yaml"
-    template.write_text(_older(one(objects, "ConfigMap")["data"]["trainer.yaml"]))
+    parts = yaml.safe_load_all(one(objects, "ConfigMap")["data"]["trainer.yaml"])
+    template.write_text(yaml.safe_dump_all([older(part) for part in parts]))
     (folder / "api-keys").write_text(lines + "\n")
     account = "gradwire-jobs"
     kubeconfig = folder / "kubeconfig"
@@ -51,15 +52,15 @@ def install(cluster: Cluster, helm: Path, namespace: str, folder: Path, values: 
     return Release(namespace, template, kubeconfig, f"system:serviceaccount:{namespace}:{account}")
 
 
-def _older(template: str) -> str:
-    """The template for API servers before 1.24, which know no gRPC probes and refuse a probe they see no handler in."""
-    objects = list(yaml.safe_load_all(template))
-    for item in objects:
-        if item["kind"] == "StatefulSet":
-            (container,) = item["spec"]["template"]["spec"]["containers"]
-            for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-                container[probe]["tcpSocket"] = {"port": container[probe].pop("grpc")["port"]}
-    return yaml.safe_dump_all(objects)
+def older(item: Any) -> Any:
+    """An object for API servers before 1.24, which know no gRPC probes and refuse a probe they see no handler in."""
+    if item["kind"] in ("StatefulSet", "Deployment"):
+        (container,) = item["spec"]["template"]["spec"]["containers"]
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            container[probe]["tcpSocket"] = {"port": container[probe].pop("grpc")["port"]}
+    elif item["kind"] == "PodDisruptionBudget":
+        item = {**item, "apiVersion": "policy/v1beta1"}
+    return item
 
 
 def _kubeconfig(cluster: Cluster, namespace: str, account: str) -> str:

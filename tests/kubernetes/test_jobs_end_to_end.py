@@ -33,6 +33,7 @@ def step(client: gradwire.TrainingClient) -> float:
     return loss
 
 
+@pytest.mark.timeout(300)
 def test_a_job_trains_survives_its_pod_and_the_control_plane_and_is_deleted_whole(
     cluster: Cluster,
     namespace: str,

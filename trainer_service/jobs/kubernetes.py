@@ -17,6 +17,7 @@ from trainer_service.certificates import make_certificate
 from trainer_service.config import JobsConfig, KubernetesSettings, SettingsError, split_address
 from trainer_service.jobs.kubernetes_api import ApiError, KubernetesApi, Object
 from trainer_service.jobs.kubernetes_objects import (
+    CREATION_LABEL,
     JOB_LABEL,
     LABEL_VALUE,
     JobRecord,
@@ -34,6 +35,7 @@ from trainer_service.jobs.trainer_job import TrainerJob, TrainerJobSpec, Trainer
 logger = logging.getLogger(__name__)
 
 _LOG_LINES = 20
+_FIRST_LIST_S = 30.0
 _GONE_POLL_S = 0.5
 _GONE_MARGIN_S = 60.0
 """Beyond the pod's own grace, until a deletion that does not end is told of."""
@@ -119,19 +121,23 @@ class KubernetesJobs:
                 continue
             self._jobs[record.name] = _Job(record)
         # Before anybody asks, so that a job found again is told of as it stands.
-        ready = [asyncio.Event() for _ in range(3)]
-        labels = selector(self._settings)
-        for watcher, listed in zip(
-            (
-                self._watch_pods(self._api.follow("Pod", labels), ready[0]),
-                self._watch_stateful_sets(self._api.follow("StatefulSet", labels), ready[1]),
-                self._watch_events(self._api.follow("Event", ""), ready[2]),
-            ),
-            ready,
-            strict=True,
+        own = selector(self._settings)
+        for kind, labels, watch in (
+            ("Pod", own, self._watch_pods),
+            ("StatefulSet", own, self._watch_stateful_sets),
+            ("Event", "", self._watch_events),
         ):
-            self._tasks.append(asyncio.create_task(watcher))
-            await listed.wait()
+            listed = asyncio.Event()
+            task = asyncio.create_task(watch(self._api.follow(kind, labels), listed), name=f"watch-{kind}")
+            task.add_done_callback(_watching_ended)
+            self._tasks.append(task)
+            try:
+                await asyncio.wait_for(listed.wait(), _FIRST_LIST_S)
+            except TimeoutError:
+                await self.stop()
+                raise SettingsError(
+                    f"The control plane cannot watch {kind}s in the namespace {self._api.namespace}; its log says why."
+                ) from None
         if self._jobs:
             logger.info("Took up trainer jobs.", extra={"fields": {"jobs": len(self._jobs)}})
 
@@ -141,7 +147,7 @@ class KubernetesJobs:
         made = self._config.make_certificates
         tls = made or self._shows_given_certificate
         service = service_of(self._template, self._settings, spec, owner=owner, request_id=request_id, tls=tls)
-        service = await self._asked(self._api.create("Service", service), "make the job's Service")
+        service = await self._asked(self._make_service(service), "make the job's Service")
         name = service["metadata"]["name"]
         try:
             job = await self._make_the_rest(spec, service, made)
@@ -179,6 +185,18 @@ class KubernetesJobs:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._api.close()
+
+    async def _make_service(self, service: Object) -> Object:
+        try:
+            return await self._api.create("Service", service)
+        except ApiError as exc:
+            if exc.status == 0:
+                # It may have been made before the connection broke; nobody would know its name.
+                label = f"{CREATION_LABEL}={service['metadata']['labels'][CREATION_LABEL]}"
+                with contextlib.suppress(ApiError):
+                    for made in (await self._api.listing("Service", label))[0]:
+                        await self._api.delete("Service", made["metadata"]["name"])
+            raise
 
     async def _make_the_rest(self, spec: TrainerJobSpec, service: Object, made: bool) -> _Job:
         """Makes what the job's Service owns, and has the Service lead to it."""
@@ -357,6 +375,12 @@ class KubernetesJobs:
             return await call
         except ApiError as exc:
             raise _in_words(exc, what, self._api.namespace) from exc
+
+
+def _watching_ended(task: asyncio.Task[None]) -> None:
+    """Watching goes on for ever; that it ended is a fault of ours, and jobs would stand still unnoticed."""
+    if not task.cancelled() and task.exception() is not None:
+        logger.critical("What becomes of jobs is not watched any more.", exc_info=task.exception())
 
 
 def _in_words(exc: ApiError, what: str, namespace: str) -> GradwireError:

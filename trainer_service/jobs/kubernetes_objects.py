@@ -7,6 +7,7 @@ must know of a job stands on the Service, as labels and annotations, so that the
 import copy
 import datetime
 import re
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from trainer_service.jobs.trainer_job import TrainerJobSpec
 Object = dict[str, Any]
 CONTROL_PLANE_LABEL = "gradwire.v1/control-plane"
 JOB_LABEL = "gradwire.v1/job"
+CREATION_LABEL = "gradwire.v1/creation"
+"""Of a Service, whose name only the API server's answer tells: finds it where the answer was lost."""
 LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _ANNOTATION = "gradwire.v1/"
 _TLS_FOLDER = "/etc/gradwire/job-tls"
@@ -142,7 +145,7 @@ def service_of(
     metadata.pop("name", None)
     metadata.pop("namespace", None)
     metadata["generateName"] = "job-"
-    metadata.setdefault("labels", {})[CONTROL_PLANE_LABEL] = settings.name
+    metadata.setdefault("labels", {}).update({CONTROL_PLANE_LABEL: settings.name, CREATION_LABEL: secrets.token_hex(8)})
     said = {
         "owner": owner,
         "request-id": request_id,

@@ -4,13 +4,18 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from gradwire.errors import FailedPreconditionError
 from kubernetes.aio import client
 
+from trainer_service.config import JobsConfig, KubernetesSettings
+from trainer_service.jobs.kubernetes import KubernetesJobs
 from trainer_service.jobs.kubernetes_api import ApiError, KubernetesApi
+from trainer_service.jobs.trainer_job import TrainerJobSpec
 
 Answer = Callable[[web.Request], Any]
 
@@ -128,3 +133,19 @@ async def test_a_refusal_says_what_the_server_said():
 async def test_what_is_not_there_is_deleted_already():
     async with server(web.json_response({"reason": "NotFound", "message": "no"}, status=404)) as (api, _):
         await api.delete("Secret", "gone")
+
+
+async def test_a_service_whose_making_was_not_answered_is_looked_for_and_removed(tmp_path: Path):
+    template = tmp_path / "trainer.yaml"
+    container = {"image": "gradwire:1", "args": ["serve"]}
+    stateful_set = {"kind": "StatefulSet", "spec": {"template": {"spec": {"containers": [container]}}}}
+    service = {"kind": "Service", "spec": {"ports": [{"name": "grpc", "port": 7777}]}}
+    template.write_text(json.dumps(stateful_set) + "\n---\n" + json.dumps(service))
+    gone = web.json_response({"kind": "Status"})
+    async with server(ConnectionError(), listed(5, pod("job-abcde", 4)), gone) as (api, asked):
+        settings = KubernetesSettings(template=template)
+        jobs = KubernetesJobs(JobsConfig(kubernetes=settings), settings, api)
+        with pytest.raises(FailedPreconditionError, match="does not answer, so the control plane cannot make the job"):
+            await jobs.create(TrainerJobSpec("a-model"), owner="alice", request_id="")
+        assert await jobs.list() == []
+    assert asked == ["post", "get", "delete"]
