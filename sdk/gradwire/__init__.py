@@ -9,15 +9,13 @@ client.optim_step(gradwire.AdamParams(learning_rate=1e-5)).result()
 import sys
 from typing import TYPE_CHECKING
 
-from gradwire import forks as forks  # Before anything that imports grpc.
-from gradwire import ported_names, types
-from gradwire.chats import datum_from_messages
-from gradwire.checkpoint_client import Checkpoint, CheckpointClient, CheckpointFile
-from gradwire.data import datum_from_tokens_weights
-from gradwire.errors import GradwireError
-from gradwire.futures import APIFuture
-from gradwire.jobs import TrainerJob, TrainerJobConfig, TrainerJobManager
-from gradwire.ported_names import (
+# Before anything that imports grpc.
+from gradwire._client import forks as forks
+
+# isort: split
+from gradwire import types
+from gradwire._client import ported_names
+from gradwire._client.ported_names import (
     APIConnectionError,
     APIError,
     APIStatusError,
@@ -33,11 +31,18 @@ from gradwire.ported_names import (
     TinkerError,
     UnprocessableEntityError,
 )
+from gradwire._client.tls import ClientTls
+from gradwire._wire.version import __version__
+from gradwire.chats import datum_from_messages
+from gradwire.checkpoint_client import Checkpoint, CheckpointClient, CheckpointFile
+from gradwire.data import datum_from_tokens_weights
+from gradwire.errors import GradwireError
+from gradwire.futures import APIFuture
+from gradwire.jobs import TrainerJob, TrainerJobConfig, TrainerJobManager
 from gradwire.rest_client import RestClient, TrainingRun
 from gradwire.sampling_client import SamplingClient
 from gradwire.service_client import FiretitanServiceClient, ServiceClient
 from gradwire.training_client import TrainingClient
-from gradwire.transport import ClientTls
 from gradwire.types import (
     AdamParams,
     Datum,
@@ -59,7 +64,6 @@ from gradwire.types import (
     TensorData,
     TensorDtype,
 )
-from gradwire.version import __version__
 
 __all__ = [
     "APIConnectionError",

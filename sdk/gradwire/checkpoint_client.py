@@ -7,9 +7,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from gradwire import downloads
+from gradwire._client import downloads
+from gradwire._client.transport import Connection
 from gradwire.errors import error, invalid_field
-from gradwire.transport import Connection
 from gradwire.v1 import checkpoint_pb2
 from gradwire.v1 import checkpoint_service_pb2 as pb
 from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from gradwire.arguments import check_array
-from gradwire.types import Datum, ModelInput, TensorData, to_array
+from gradwire._wire.arguments import check_array
+from gradwire.types import Datum, ModelInput, TensorData
+from gradwire.types.data import to_array
 
 
 def datum_from_tokens_weights(tokens: Any, weights: Any, max_length: int | None = None) -> Datum:

@@ -33,7 +33,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from gradwire.untrusted import printable
+from gradwire._wire.untrusted import printable
 
 DOMAIN = "gradwire.v1"
 MAX_TEXT_CHARS = 4096

@@ -7,8 +7,8 @@ from concurrent.futures import Future as ConcurrentFuture
 from concurrent.futures import TimeoutError as ConcurrentTimeoutError
 from typing import Any, Generic, TypeVar
 
+from gradwire._client.loop import LOOP
 from gradwire.errors import OperationCancelledError, OperationTimeoutError
-from gradwire.transport import LOOP
 
 T = TypeVar("T")
 

@@ -11,9 +11,11 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
-from gradwire.embedded import EmbeddedControlPlane
+from gradwire._client.embedded import EmbeddedControlPlane
+from gradwire._client.loop import LOOP
+from gradwire._client.tls import ClientTls
+from gradwire._client.transport import Connection
 from gradwire.errors import GradwireError, OperationTimeoutError, UnavailableError, error
-from gradwire.transport import LOOP, ClientTls, Connection
 from gradwire.v1 import trainer_job_service_pb2 as pb
 from gradwire.v1.trainer_job_service_pb2_grpc import TrainerJobServiceStub
 

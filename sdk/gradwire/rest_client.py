@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
-from gradwire.async_twins import awaited
+from gradwire._client.answers import server_capabilities, server_info
+from gradwire._client.async_twins import awaited
+from gradwire._client.loop import LOOP
+from gradwire._client.ported_names import RefusesTinkerNames, refuse_given
+from gradwire._client.transport import Connection
 from gradwire.checkpoint_client import check_ttl_seconds, time_of
 from gradwire.errors import invalid_field
 from gradwire.futures import APIFuture
-from gradwire.ported_names import RefusesTinkerNames, refuse_given
-from gradwire.run_info import ServerCapabilities, SupportedModel
-from gradwire.transport import LOOP, Connection
+from gradwire.types.run_info import ServerCapabilities
 from gradwire.v1 import checkpoint_pb2, run_pb2
 from gradwire.v1 import checkpoint_service_pb2 as checkpoints
 from gradwire.v1 import trainer_service_pb2 as trainer
@@ -111,11 +113,6 @@ class WeightsInfoResponse:
     train_attn: bool | None
 
 
-def server_capabilities(info: trainer.GetServerInfoResponse) -> ServerCapabilities:
-    """What a trainer can do, of what it says of itself."""
-    return ServerCapabilities([SupportedModel(model.base_model, model.max_context_length) for model in info.models])
-
-
 class RestClient(RefusesTinkerNames):
     """Made by ServiceClient.create_rest_client. Calls return a future at once; `…_async` twins give its answer.
 
@@ -131,7 +128,8 @@ class RestClient(RefusesTinkerNames):
         """The model the trainer serves; none while it is still loading."""
 
         async def ask() -> ServerCapabilities:
-            return server_capabilities(await self._trainer("GetServerInfo", trainer.GetServerInfoRequest()))
+            found = await self._trainer("GetServerInfo", trainer.GetServerInfoRequest())
+            return server_capabilities(server_info(found))
 
         return APIFuture(LOOP.submit(ask()), "get_server_capabilities")
 

@@ -15,15 +15,17 @@ from typing import Any
 
 import grpc.aio
 
-from gradwire.async_twins import awaited, off_thread
+from gradwire._client.async_twins import awaited, off_thread
+from gradwire._client.loop import LOOP
+from gradwire._client.ported_names import RefusesTinkerNames, refuse_given
+from gradwire._client.sampling_params import MAX_UINT32, checked_integer, sampling_params_message, shown
+from gradwire._client.tokenizer_client import load_tokenizer
+from gradwire._client.transport import Connection, is_passing
 from gradwire.errors import GradwireError, OperationCancelledError, invalid_field
 from gradwire.futures import APIFuture
-from gradwire.ported_names import RefusesTinkerNames, refuse_given
-from gradwire.sampling_params import MAX_UINT32, checked_integer, sampling_params_message, shown
-from gradwire.sampling_results import StopReason
-from gradwire.tokenizer_client import load_tokenizer
-from gradwire.transport import LOOP, Connection, is_passing
-from gradwire.types import SampledSequence, SampledToken, SampleResponse, SamplingParams, model_input_tokens
+from gradwire.types import SampledSequence, SampledToken, SampleResponse, SamplingParams
+from gradwire.types.data import model_input_tokens
+from gradwire.types.sampling_results import StopReason
 from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.datum_pb2 import ModelInput
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub

@@ -2,40 +2,39 @@
 
 import logging
 import os
-import time
 import uuid
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future as ConcurrentFuture
 from typing import Any
 
-from gradwire.answers import run_state_name
-from gradwire.arguments import check_flag, check_number, check_whole_number
-from gradwire.async_twins import off_thread
+from gradwire._client import answers
+from gradwire._client.async_twins import off_thread
+from gradwire._client.downloads import get_checkpoint
+from gradwire._client.lora_settings import lora_arguments, lora_settings
+from gradwire._client.ported_names import NO_ACCESS_TOKENS, RefusesTinkerNames, refuse_given, refuse_other_optimizer
+from gradwire._client.tls import ClientTls
+from gradwire._client.trainer_info import get_server_info, wait_until_ready
+from gradwire._client.transport import Connection
+from gradwire._client.user_metadata import check_user_metadata
+from gradwire._wire.arguments import check_whole_number
 from gradwire.checkpoint_client import CheckpointClient
-from gradwire.downloads import get_checkpoint
-from gradwire.errors import OperationTimeoutError, error
 from gradwire.futures import APIFuture
-from gradwire.ported_names import NO_ACCESS_TOKENS, RefusesTinkerNames, refuse_given, refuse_other_optimizer
-from gradwire.rest_client import RestClient, server_capabilities
-from gradwire.run_info import ServerCapabilities
+from gradwire.rest_client import RestClient
 from gradwire.sampling_client import SamplingClient, open_sampling_client
 from gradwire.training_client import TrainingClient
-from gradwire.transport import ClientTls, Connection
-from gradwire.types import MAX_LORA_RANK, MAX_SEED, ReplayDifference, ReplayReport
-from gradwire.user_metadata import check_user_metadata
-from gradwire.v1.checkpoint_pb2 import Checkpoint
+from gradwire.types import ReplayReport
+from gradwire.types.params import MAX_LORA_RANK
+from gradwire.types.run_info import ListedRun, ServerCapabilities
+from gradwire.types.server_info import ServerInfo
 from gradwire.v1.trainer_service_pb2 import (
     CreateRunRequest,
     ForkRunRequest,
     GetRunRequest,
-    GetServerInfoRequest,
-    GetServerInfoResponse,
     ListRunsRequest,
     ReplayRunRequest,
 )
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
-from gradwire.version import PROTOCOL_VERSION, __version__
 
 logger = logging.getLogger("gradwire")
 
@@ -129,27 +128,17 @@ class ServiceClient(RefusesTinkerNames):
             NotFoundError: There is no such adapter.
             FailedPreconditionError: BASE_MODEL_MISMATCH names both models; PROTOCOL_VERSION_UNSUPPORTED both versions.
         """
-        check_whole_number("lora_rank", lora_rank, at_least=0, at_most=MAX_LORA_RANK)
-        if lora_alpha is not None:
-            check_number("lora_alpha", lora_alpha, above=0)
-        if seed is not None:
-            check_whole_number("seed", seed, at_least=0, at_most=MAX_SEED)
-        flags = {"train_mlp": train_mlp, "train_attn": train_attn, "train_unembed": train_unembed}
-        for name, value in flags.items():
-            if value is not None:
-                check_flag(name, value)
+        layers = {"train_mlp": train_mlp, "train_attn": train_attn, "train_unembed": train_unembed}
+        settings = lora_settings(lora_rank, lora_alpha, seed, layers)
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        self._wait_until_ready(timeout_s)
-        settings: dict[str, Any] = {"lora_alpha": lora_alpha, "seed": seed, **flags}
+        wait_until_ready(self._connection, timeout_s)
         request = CreateRunRequest(
             request_id=uuid.uuid4().hex,
             base_model=base_model,
-            lora_rank=lora_rank,
             display_name=display_name or self._display_name,
             user_metadata={**self._user_metadata, **check_user_metadata(user_metadata)},
             adapter_path=adapter_path,
-            # What is None is absent, and the trainer's default.
-            **{name: value for name, value in settings.items() if value is not None},
+            **settings,
         )
         answer = self._connection.call(TrainerServiceStub, "CreateRun", request, timeout_s=timeout_s)
         return self._client(answer.run, timeout_s)
@@ -254,7 +243,7 @@ class ServiceClient(RefusesTinkerNames):
     ) -> TrainingClient:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         state = get_checkpoint(self._connection, path, timeout_s=timeout_s)
-        client = self.create_training_client(timeout_s=timeout_s, **made, **_lora_arguments(state))
+        client = self.create_training_client(timeout_s=timeout_s, **made, **lora_arguments(state))
         try:
             load = client.load_state_with_optimizer if with_optimizer else client.load_state
             load(path).result(timeout_s)
@@ -288,7 +277,7 @@ class ServiceClient(RefusesTinkerNames):
             FailedPreconditionError: BASE_MODEL_MISMATCH names both models. CHECKPOINT_MISMATCH: of another base model.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        self._wait_until_ready(timeout_s)
+        wait_until_ready(self._connection, timeout_s)
         return open_sampling_client(
             self._connection,
             model_path=model_path or "",
@@ -335,26 +324,7 @@ class ServiceClient(RefusesTinkerNames):
         found = self._connection.call(
             TrainerServiceStub, "ReplayRun", ReplayRunRequest(run_id=run_id), timeout_s=timeout_s
         )
-        difference = None
-        if found.HasField("difference"):
-            names = ReplayDifference.__dataclass_fields__
-            difference = ReplayDifference(**{name: getattr(found.difference, name) for name in names})
-        return ReplayReport(found.after_seq_id, found.compared, found.not_compared, difference)
-
-    def _wait_until_ready(self, timeout_s: float) -> None:
-        """Waits until the trainer has loaded its model; says so if that takes a while."""
-        start = time.monotonic()
-        said = ""
-        while not (info := self.get_server_info(timeout_s=timeout_s)).ready:
-            waited_s = time.monotonic() - start
-            if waited_s > timeout_s:
-                raise OperationTimeoutError(
-                    f"The trainer at {self.base_url} was not ready within {timeout_s:g} s: {info.status_message}."
-                )
-            if waited_s > 2 and info.status_message != said:
-                said = info.status_message
-                logger.info("Waiting for the trainer at %s: %s.", self.base_url, said)
-            time.sleep(min(1.0, 0.1 + waited_s / 10))
+        return answers.replay_report(found)
 
     def _client(self, run: Any, timeout_s: float) -> TrainingClient:
         # Asked again: the model's limits are known only once it is loaded, and a run says that it is.
@@ -365,48 +335,26 @@ class ServiceClient(RefusesTinkerNames):
         self._clients.add(client)
         return client
 
-    def get_server_info(self, *, timeout_s: float | None = None) -> GetServerInfoResponse:
+    def get_server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
         """Versions, model, losses and limits of the trainer.
 
         Raises:
             FailedPreconditionError: PROTOCOL_VERSION_UNSUPPORTED: the trainer does not speak our version.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        info = self._connection.call(TrainerServiceStub, "GetServerInfo", GetServerInfoRequest(), timeout_s=timeout_s)
-        if not info.min_protocol_version <= PROTOCOL_VERSION <= info.max_protocol_version:
-            raise error(
-                "PROTOCOL_VERSION_UNSUPPORTED",
-                f"This SDK (gradwire {__version__}) speaks protocol version {PROTOCOL_VERSION}, but the trainer at "
-                f"{self.base_url} (gradwire {info.software_version}) speaks {info.min_protocol_version} to "
-                f"{info.max_protocol_version}. Install the same gradwire on both sides.",
-                client=PROTOCOL_VERSION,
-                server=info.max_protocol_version,
-            )
-        return info
+        return get_server_info(self._connection, timeout_s)
 
-    def list_runs(self, *, timeout_s: float | None = None) -> list[dict[str, Any]]:
-        """The trainer's runs, newest first: run_id, base_model, state, step, display_name, attached, user_metadata."""
-        answer = self._connection.call(
-            TrainerServiceStub, "ListRuns", ListRunsRequest(), timeout_s=timeout_s or self._timeout_s
-        )
-        return [
-            {
-                "run_id": run.run_id,
-                "base_model": run.base_model,
-                "state": run_state_name(run.state),
-                "step": run.step,
-                "display_name": run.display_name,
-                "attached": run.attached,
-                "user_metadata": dict(run.user_metadata),
-            }
-            for run in answer.runs
-        ]
+    def list_runs(self, *, timeout_s: float | None = None) -> list[ListedRun]:
+        """The trainer's runs that the key may see, newest first."""
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        answer = self._connection.call(TrainerServiceStub, "ListRuns", ListRunsRequest(), timeout_s=timeout_s)
+        return [answers.listed_run(run) for run in answer.runs]
 
     def get_server_capabilities(self, *, timeout_s: float | None = None) -> ServerCapabilities:
         """The model the trainer serves, waiting until it is loaded; get_server_info() says more."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        self._wait_until_ready(timeout_s)
-        return server_capabilities(self.get_server_info(timeout_s=timeout_s))
+        wait_until_ready(self._connection, timeout_s)
+        return answers.server_capabilities(self.get_server_info(timeout_s=timeout_s))
 
     def create_rest_client(self) -> RestClient:
         """Runs and checkpoints under the names of tinker's RestClient; `checkpoints` and list_runs() say more."""
@@ -456,23 +404,6 @@ class ServiceClient(RefusesTinkerNames):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _lora_arguments(state: Checkpoint) -> dict[str, Any]:
-    """Arguments of create_training_client that make a run which can load a state."""
-    if not state.lora_rank:
-        return {}
-    if not state.HasField("lora"):
-        raise error(
-            "CHECKPOINT_MISMATCH",
-            f"{state.path} was saved by a LoRA run of rank {state.lora_rank} and does not say which layers it adapts: "
-            "it is of an older version, or its run was started from an adapter that no settings make. To go on, call "
-            "create_training_client with the lora_… settings or the adapter_path of that run, and load_state or "
-            "load_state_with_optimizer on the client.",
-            path=state.path,
-        )
-    names = ("lora_alpha", "train_mlp", "train_attn", "train_unembed")
-    return {"lora_rank": state.lora_rank, **{name: getattr(state.lora, name) for name in names}}
 
 
 FiretitanServiceClient = ServiceClient

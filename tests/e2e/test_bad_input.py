@@ -1,5 +1,6 @@
 """Bad input gets an answer that says what is wrong, and the run trains on."""
 
+import dataclasses
 from collections.abc import Callable
 
 import grpc
@@ -100,7 +101,7 @@ def test_bad_data_is_refused_by_name_and_the_run_trains_on(
 
 @pytest.mark.parametrize("call", ["forward", "forward_backward", "forward_backward_custom"])
 def test_bad_data_in_a_call_sent_in_pieces_is_refused_with_the_callers_place(client: TrainingClient, call: str):
-    client._limits.target_message_bytes = 2_000
+    client._calls.limits = dataclasses.replace(client._calls.limits, target_message_bytes=2_000)
     batch = [datum() for _ in range(200)]
     batch[150] = datum(tokens=[5, 6, 999, 8])
     loss = [lambda d, lp: (-lp[0].sum(), {})] if call == "forward_backward_custom" else []
@@ -212,9 +213,8 @@ def test_a_message_over_the_limit_is_refused_saying_the_limit(trainer: TrainerPr
 
 
 def test_the_sdk_refuses_a_datum_over_the_limit_before_sending_it(client: TrainingClient):
-    client._limits.max_message_bytes = 1_000
-    client._stream._limits.max_message_bytes = 1_000
-    client._limits.target_message_bytes = 500
+    limits = dataclasses.replace(client._calls.limits, max_message_bytes=1_000, target_message_bytes=500)
+    client._calls.limits = client._stream._limits = limits
     long = datum(64, target_tokens=np.ones((64, 8), np.int64), weights=np.ones((64, 8)))
     with pytest.raises(GradwireError, match=r"^data\[1\] takes .* 1000 bytes") as caught:
         client.forward_backward([datum(3, target_tokens=np.ones((3, 8), np.int64), weights=np.ones((3, 8))), long])

@@ -8,8 +8,8 @@ from pathlib import Path
 import gradwire
 import pytest
 from gradwire import AdamParams, SamplingClient, SamplingParams, ServiceClient, TrainingClient
+from gradwire._client.loop import LOOP
 from gradwire.errors import InvalidArgumentError, NotFoundError, OperationCancelledError
-from gradwire.transport import LOOP
 from gradwire.v1.sampling_service_pb2 import Sampler, SampleRequest
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 

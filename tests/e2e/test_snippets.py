@@ -107,5 +107,5 @@ def test_every_block_of_a_page_runs(page: Path, trainer: TrainerProcess, service
     finally:
         # The trainer holds a few runs at a time, and the next page makes its own.
         for run in service.list_runs():
-            service.training_client(run["run_id"]).delete_run()
+            service.training_client(run.run_id).delete_run()
     assert done.returncode == 0, done.stdout + done.stderr

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from gradwire.codec import Batch
+from gradwire._wire.codec import Batch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 FACTOR = 4.0

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gradwire.codec import Batch
-from gradwire.custom_loss import run_custom_loss
+from gradwire._client.custom_loss import run_custom_loss
+from gradwire._wire.codec import Batch
 from gradwire.types import AdamParams
 
 from tests.engines import CROSS_ENTROPY, RUN, make_engine

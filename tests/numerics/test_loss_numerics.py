@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gradwire.metrics import combine_metrics
+from gradwire._wire.metrics import combine_metrics
 from torch import Tensor
 
 from tests.engines import RUN, make_engine

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gradwire import AdamParams, LoraConfig, ServiceClient
-from gradwire.arguments import check_flag, check_number, check_whole_number
+from gradwire._wire.arguments import check_flag, check_number, check_whole_number
 from gradwire.errors import InvalidArgumentError
 
 
@@ -92,7 +92,7 @@ def test_checks_give_the_value_back() -> None:
 
 
 def test_something_else_in_place_of_hyperparameters_is_refused() -> None:
-    from gradwire.training_client import adam_params_of
+    from gradwire._client.requests import adam_params_of
 
     assert adam_params_of(SimpleNamespace(learning_rate=1e-3, beta1=None)) == AdamParams(learning_rate=1e-3)
     assert adam_params_of(None) == AdamParams()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradwire.codec import Batch, batch_message, tensor_message
+from gradwire._wire.codec import Batch, batch_message, tensor_message
 from gradwire.errors import from_status
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.datum_pb2 import Datum, ModelInput

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from gradwire import Datum, EncodedTextChunk, ModelInput, datum_from_tokens_weights
-from gradwire.codec import batch_from_data
+from gradwire._wire.codec import batch_from_data
 from gradwire.errors import InvalidArgumentError
-from gradwire.types import model_input_tokens
+from gradwire.types.data import model_input_tokens
 
 IDS = [5, 6, 7]
 

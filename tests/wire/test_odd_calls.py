@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import numpy as np
-from gradwire.codec import batch_message, tensor_message
+from gradwire._wire.codec import batch_message, tensor_message
 from gradwire.errors import from_rpc_error
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from gradwire import ServiceClient
+from gradwire._client.tls import ClientTls
+from gradwire._client.transport import Connection
 from gradwire.errors import UnauthenticatedError, UnavailableError
-from gradwire.transport import ClientTls, Connection
 
 from tests.fakes import front_end_on_a_thread
 from tests.pem import Pem, make_pem

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from gradwire.codec import Batch
+from gradwire._wire.codec import Batch
 from gradwire.errors import error
 from gradwire.types import AdamParams
 from transformers import PreTrainedModel

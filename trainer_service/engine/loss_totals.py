@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
 import torch
-from gradwire.codec import Batch
+from gradwire._wire.codec import Batch
+from gradwire._wire.metrics import combine_metrics
 from gradwire.errors import error
-from gradwire.metrics import combine_metrics
 from torch import Tensor
 
 from trainer_service.engine.losses.loss import Loss, LossInputs

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from gradwire.codec import Batch
+from gradwire._wire.codec import Batch
 from torch import Tensor
 
 from trainer_service.engine.counters import Counters

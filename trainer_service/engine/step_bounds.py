@@ -14,7 +14,7 @@ float32 has 38 of them: training that means to train stays below it for ever, an
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gradwire.arguments import FLOAT32_MAX
+from gradwire._wire.arguments import FLOAT32_MAX
 from gradwire.types import AdamParams
 
 _LIMIT = FLOAT32_MAX / 4

@@ -1,7 +1,7 @@
 """Refuses what an operation must not contain, naming the place as the caller wrote it. numpy only.
 
 Runs ahead of the device, on the thread that reads commands. Forms (dtypes, equal lengths) were checked when the message
-was decoded (gradwire.codec); here it is about contents.
+was decoded (gradwire._wire.codec); here it is about contents.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gradwire.arguments import check_number
-from gradwire.codec import Batch
+from gradwire._wire.arguments import check_number
+from gradwire._wire.codec import Batch
 from gradwire.errors import GradwireError, error, invalid_field
 
 from trainer_service.config import Limits

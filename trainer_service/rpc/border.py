@@ -14,8 +14,8 @@ from urllib.parse import quote
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
+from gradwire._wire.version import PROTOCOL_VERSION
 from gradwire.errors import GradwireError, error, to_status
-from gradwire.version import PROTOCOL_VERSION
 from grpc_status import rpc_status
 
 from trainer_service.access import ANYBODY, ApiKeys, Caller, current_caller

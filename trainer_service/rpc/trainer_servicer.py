@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+from gradwire._wire.version import PROTOCOL_VERSION, __version__
 from gradwire.errors import error, from_status, invalid_field
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer
-from gradwire.version import PROTOCOL_VERSION, __version__
 
 from trainer_service.config import MIN_PROTOCOL_VERSION, Limits
 from trainer_service.fleet.worker import Worker

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from gradwire.codec import Batch
+from gradwire._wire.codec import Batch
 from gradwire.errors import GradwireError, InvalidArgumentError, ResourceExhaustedError
 from hypothesis import given
 from hypothesis import strategies as st

@@ -5,7 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradwire.codec import Batch, batch_from_data, batch_message, decode_batch, decode_tensor, split, tensor_message
+from gradwire._wire.codec import (
+    Batch,
+    batch_from_data,
+    batch_message,
+    decode_batch,
+    decode_tensor,
+    split,
+    tensor_message,
+)
 from gradwire.errors import InvalidArgumentError
 from gradwire.types import Datum, ModelInput, TensorData
 from gradwire.v1 import datum_pb2, tensor_pb2

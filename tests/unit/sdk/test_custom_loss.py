@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from gradwire.custom_loss import run_custom_loss
+from gradwire._client.custom_loss import run_custom_loss
 from gradwire.errors import GradwireError
 
 LOGPROBS = np.array([-1.0, -2.0, -3.0, -0.5, -0.25], dtype=np.float32)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-from gradwire.codec import Batch
+from gradwire._wire.codec import Batch
 from gradwire.errors import invalid_field
 
 from trainer_service.engine.losses.loss import Loss, LossInputs, LossOutput

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gradwire.codec import Batch
+from gradwire._wire.codec import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ Shape suffixes: T targets of one microbatch.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from gradwire.arguments import FLOAT32_MAX
+from gradwire._wire.arguments import FLOAT32_MAX
 from gradwire.errors import invalid_field
 
 from trainer_service.engine.losses.loss import LossInputs

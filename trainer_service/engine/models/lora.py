@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from gradwire.arguments import check_number
+from gradwire._wire.arguments import check_number
 from gradwire.errors import invalid_field
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import Message
-from gradwire.codec import Batch, decode_batch, decode_tensor, tensor_message
+from gradwire._wire.codec import Batch, decode_batch, decode_tensor, tensor_message
 from gradwire.errors import GradwireError, error, invalid_field, to_status
 from gradwire.types import AdamParams
 from gradwire.v1 import operation_pb2 as ops

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from gradwire.arguments import FLOAT32_MAX
-from gradwire.metrics import combine_metrics
+from gradwire._wire.arguments import FLOAT32_MAX
+from gradwire._wire.metrics import combine_metrics
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import grpc.aio
 
+from gradwire._client.loop import LOOP
+from gradwire._client.transport import Connection, is_passing
+from gradwire._wire.tokenizer_files import MAX_FILE_BYTES, MAX_FILES, MAX_TOTAL_BYTES, may_be_of_a_tokenizer
 from gradwire.errors import GradwireError, error
-from gradwire.tokenizer_files import MAX_FILE_BYTES, MAX_FILES, MAX_TOTAL_BYTES, may_be_of_a_tokenizer
-from gradwire.transport import LOOP, Connection, is_passing
 from gradwire.v1.trainer_service_pb2 import (
     DownloadTokenizerRequest,
     DownloadTokenizerResponse,

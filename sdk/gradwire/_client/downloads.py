@@ -12,10 +12,11 @@ from typing import IO, Any
 
 import grpc.aio
 
-from gradwire import delta
+from gradwire._client.loop import LOOP
+from gradwire._client.transport import Connection
+from gradwire._wire import delta
+from gradwire._wire.untrusted import confined
 from gradwire.errors import GradwireError, error
-from gradwire.transport import LOOP, Connection
-from gradwire.untrusted import confined
 from gradwire.v1.checkpoint_pb2 import CHECKPOINT_KIND_SAMPLER_WEIGHTS, Checkpoint, CheckpointFile
 from gradwire.v1.checkpoint_service_pb2 import (
     DownloadCheckpointRequest,

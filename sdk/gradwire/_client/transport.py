@@ -1,34 +1,22 @@
-"""Channels to a trainer or a control plane, and the one background event loop all clients share."""
+"""Channels to a trainer or a control plane."""
 
 import asyncio
-import atexit
-import logging
 import multiprocessing.context
 import os
 import random
-import ssl
-import threading
 import time
-import weakref
-from collections.abc import Callable, Coroutine
-from concurrent.futures import Future as ConcurrentFuture
-from concurrent.futures import TimeoutError as ConcurrentTimeoutError
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import grpc
 import grpc.aio
 
-from gradwire.errors import FailedPreconditionError, GradwireError, OperationTimeoutError, from_rpc_error
-from gradwire.forks import keep_for_ever
-from gradwire.proxies import proxy_used, reaches_this_machine
-from gradwire.version import PROTOCOL_VERSION
-
-logger = logging.getLogger("gradwire")
-
-T = TypeVar("T")
+from gradwire._client.loop import LOOP
+from gradwire._client.proxies import proxy_used, reaches_this_machine
+from gradwire._client.tls import ClientTls
+from gradwire._wire.version import PROTOCOL_VERSION
+from gradwire.errors import GradwireError, from_rpc_error
 
 _RETRIED_REASONS = {"", "WORKER_NOT_READY"}
 """Reasons of an UNAVAILABLE that pass by themselves; "" is grpc's own: nobody listens, or the connection broke."""
@@ -45,122 +33,6 @@ _SETTLED = {
 def is_passing(error: GradwireError) -> bool:
     """Whether a call that failed so may be tried again as it is: the server is away, or not ready yet."""
     return error.code == grpc.StatusCode.UNAVAILABLE.value[0] and error.reason in _RETRIED_REASONS
-
-
-class LoopThread:
-    """An asyncio event loop on a daemon thread of its own, started on first use."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self.lost = False
-        """Whether this process is a fork of one whose loop ran: then none will run here."""
-
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The running loop.
-
-        Raises:
-            FailedPreconditionError: This process was forked from one whose loop ran.
-        """
-        self.refuse_if_lost()
-        with self._lock:
-            if self._loop is None:
-                loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=loop.run_forever, name="gradwire-loop", daemon=True)
-                self._thread.start()
-                self._loop = loop
-            return self._loop
-
-    def refuse_if_lost(self) -> None:
-        """Raises FailedPreconditionError where no loop can run; see `lost`."""
-        if self.lost:
-            raise FailedPreconditionError(
-                "This process was forked from one that had already called a Gradwire server, and gRPC connections do "
-                "not survive a fork; the parent is not disturbed. Start such processes with "
-                'multiprocessing.get_context("spawn") or "forkserver" (for torch, '
-                'DataLoader(multiprocessing_context="spawn")), and give them a base_url or a pickled SamplingClient; '
-                "or fork before the first call."
-            )
-
-    def call_soon(self, callback: Callable[..., object], *args: object) -> None:
-        """Runs `callback(*args)` on the loop; calls from one thread run in the order made."""
-        self.loop().call_soon_threadsafe(callback, *args)
-
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> "ConcurrentFuture[T]":
-        """Runs a coroutine on the loop, from any thread."""
-        try:
-            loop = self.loop()
-        except BaseException:
-            coroutine.close()
-            raise
-        return asyncio.run_coroutine_threadsafe(coroutine, loop)
-
-    def start(self, coroutine: Coroutine[Any, Any, T], name: str) -> "asyncio.Task[T]":
-        """Runs a coroutine on the loop, from the loop's own thread. It lives until it is over, whoever forgets it."""
-        task = asyncio.get_running_loop().create_task(coroutine, name=name)
-        # A loop refers to its tasks only weakly.
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """Runs a coroutine on the loop and waits for it; not to be called on the loop's own thread."""
-        if threading.current_thread() is self._thread:
-            coroutine.close()
-            raise RuntimeError(
-                "A blocking Gradwire call was made on Gradwire's own event loop; make it on another thread."
-            )
-        future = self.submit(coroutine)
-        try:
-            return future.result(timeout_s)
-        except ConcurrentTimeoutError:
-            if future.done():
-                raise
-            future.cancel()
-            raise OperationTimeoutError(f"No answer within {timeout_s:g} s.") from None
-        except BaseException:
-            # Ctrl-C while waiting: what was asked for is no longer wanted.
-            future.cancel()
-            raise
-
-    def stop(self) -> None:
-        """Ends the loop and its thread."""
-        with self._lock:
-            loop, thread = self._loop, self._thread
-            self._loop = self._thread = None
-        if loop is None or thread is None or not thread.is_alive():
-            return
-
-        async def drain() -> None:
-            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-        try:
-            asyncio.run_coroutine_threadsafe(drain(), loop).result(2)
-        except (ConcurrentTimeoutError, TimeoutError):
-            logger.debug("The event loop did not drain within 2 s; it ends with the process.")
-            return
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(2)
-
-    def forget(self) -> None:
-        """In a forked child, where the thread does not exist: a loop that ran is not touched again."""
-        self._lock = threading.Lock()
-        loop, self._loop, self._thread = self._loop, None, None
-        if loop is not None:
-            self.lost = True
-            keep_for_ever([loop, *asyncio.all_tasks(loop), *_CONNECTIONS])
-
-
-LOOP = LoopThread()
-_CONNECTIONS: "weakref.WeakSet[Connection]" = weakref.WeakSet()
-atexit.register(LOOP.stop)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=LOOP.forget)
 
 
 class Closable(Protocol):
@@ -204,76 +76,6 @@ def parse_base_url(base_url: str) -> tuple[str, bool]:
     return f"{host}:{port}", parts.scheme == "https"
 
 
-@dataclass(frozen=True)
-class ClientTls:
-    """Roots, and a certificate of its own, of a client that speaks TLS."""
-
-    ca_file: Path | None = None
-    """Roots the server's certificate must come from; None takes the system's."""
-    cert_file: Path | None = None
-    """Certificate shown to a server that asks for one, and those between it and its root; None shows none."""
-    key_file: Path | None = None
-    """The certificate's private key."""
-    ca_pem: str | None = None
-    """Roots as text in place of ca_file, such as TrainerJob.ca_certificate."""
-
-    @staticmethod
-    def from_environment() -> "ClientTls":
-        """GRADWIRE_TLS_CA_FILE, GRADWIRE_TLS_CERT_FILE and GRADWIRE_TLS_KEY_FILE."""
-
-        def path(name: str) -> Path | None:
-            value = os.environ.get(f"GRADWIRE_TLS_{name}_FILE")
-            return Path(value) if value else None
-
-        return ClientTls(ca_file=path("CA"), cert_file=path("CERT"), key_file=path("KEY"))
-
-    def credentials(self) -> grpc.ChannelCredentials:
-        """What grpc connects with.
-
-        Raises:
-            ValueError: A certificate without its key, or the other way round; a file that holds neither.
-            OSError: A file cannot be read.
-        """
-        if (self.cert_file is None) != (self.key_file is None):
-            raise ValueError(
-                "A client certificate needs both cert_file and key_file, or GRADWIRE_TLS_CERT_FILE and "
-                "GRADWIRE_TLS_KEY_FILE."
-            )
-        ca, key, cert = (
-            None if file is None else file.read_bytes() for file in (self.ca_file, self.key_file, self.cert_file)
-        )
-        if self.ca_pem is not None:
-            if self.ca_file is not None:
-                raise ValueError("ca_file and ca_pem are both given; the roots are in one of them.")
-            ca = self.ca_pem.encode()
-        _check_pem(self, ca)
-        return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
-
-
-def _check_pem(tls: ClientTls, ca: bytes | None) -> None:
-    """Says what is wrong with PEM files; grpc would only say, and only when it connects, that it cannot."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    # Whether a key is long enough is for the server to judge.
-    context.set_ciphers("DEFAULT@SECLEVEL=0")
-    try:
-        if ca is not None:
-            context.load_verify_locations(cadata=ca.decode("ascii", "ignore"))
-    except ssl.SSLError as exc:
-        where = "ca_pem" if tls.ca_file is None else f"ca_file {tls.ca_file}"
-        raise ValueError(f"{where} has no PEM certificate in it.") from exc
-    # What a shell hands over as a pipe can be read only once.
-    if tls.cert_file is None or tls.key_file is None or not (tls.cert_file.is_file() and tls.key_file.is_file()):
-        return
-    try:
-        # Without a password it would be asked for on the terminal.
-        context.load_cert_chain(tls.cert_file, tls.key_file, password="")
-    except ssl.SSLError as exc:
-        raise ValueError(
-            f"cert_file {tls.cert_file} and key_file {tls.key_file} are not a PEM certificate and its private key; "
-            "the key must not be encrypted."
-        ) from exc
-
-
 class Connection:
     """A channel to one server, shared by every call and stream to it.
 
@@ -314,7 +116,7 @@ class Connection:
         self._channel: grpc.aio.Channel | None = None
         self.streams: set[Closable] = set()
         """What is open on it, closed with it. On the loop's thread only."""
-        _CONNECTIONS.add(self)
+        LOOP.connections.add(self)
 
     def channel(self) -> grpc.aio.Channel:
         """The channel; on the loop's thread only."""

@@ -11,13 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from gradwire._wire.wire_format import Parts
 from gradwire.errors import GradwireError
 from gradwire.v1.trainer_service_pb2 import TrainRequest, TrainResponse
-from gradwire.wire_format import Parts
 
 
 @dataclass(eq=False)
-class Operation:
+class OutgoingOperation:
     """One message up and what to do with its answer."""
 
     request: TrainRequest
@@ -42,7 +42,7 @@ class Operation:
 class Call:
     """What one call of the user's sends."""
 
-    operations: deque[Operation]
+    operations: deque[OutgoingOperation]
     barrier: bool = False
     """Waits for every custom loss before it."""
     custom: bool = False
@@ -54,14 +54,14 @@ class CallOrder:
 
     def __init__(self) -> None:
         self._line: deque[Call] = deque()
-        self._first: deque[Operation] = deque()
+        self._first: deque[OutgoingOperation] = deque()
         self._open: set[Call] = set()
 
     def add(self, call: Call) -> None:
         """Puts a call at the end of the line."""
         self._line.append(call)
 
-    def overtake(self, operations: Iterable[Operation]) -> None:
+    def overtake(self, operations: Iterable[OutgoingOperation]) -> None:
         """Sends operations of an open custom loss before everything in the line."""
         self._first.extend(operations)
 
@@ -80,7 +80,7 @@ class CallOrder:
         """Whether nothing waits to be sent and no custom loss is open."""
         return not (self._first or self._line or self._open)
 
-    def next(self) -> Operation | None:
+    def next(self) -> OutgoingOperation | None:
         """The operation to send now, or None while there is nothing that may go."""
         if self._first:
             return self._first.popleft()
@@ -96,7 +96,7 @@ class CallOrder:
             self._line.popleft()
         return operation
 
-    def drain(self) -> list[Operation]:
+    def drain(self) -> list[OutgoingOperation]:
         """Takes out everything, when the run's stream is over."""
         left = [*self._first, *(operation for call in self._line for operation in call.operations)]
         self._first.clear()

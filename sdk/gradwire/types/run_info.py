@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 
 
 @dataclass(frozen=True)
@@ -17,24 +18,53 @@ class ModelData:
 
 
 @dataclass(frozen=True)
+class ListedRun:
+    """A run in the answer to list_runs()."""
+
+    run_id: str
+    """Identifier, unique on its trainer."""
+    base_model: str
+    """The model it started from, as the trainer was given it."""
+    lora_rank: int
+    """Rank of its adapter; 0 where all parameters train."""
+    state: str
+    """"active" or "lost": it could not be restored, and takes no more operations."""
+    step: int
+    """Number of optimizer steps applied."""
+    created_at: datetime
+    """When it was created, UTC."""
+    display_name: str
+    """The name its owner gave it; may be empty."""
+    attached: bool
+    """Whether a client drives it now."""
+    user_metadata: Mapping[str, str]
+    """What its owner wrote about it."""
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """What a run is and where it stands."""
 
     run_id: str
+    """Identifier, unique on its trainer."""
     base_model: str
+    """The model it started from, as the trainer was given it."""
     lora_rank: int
+    """Rank of its adapter; 0 where all parameters train."""
     step: int
     """Number of optimizer steps applied."""
     state: str
-    """"active" or "lost"."""
+    """"active" or "lost": it could not be restored, and takes no more operations."""
     vocab_size: int
+    """Number of token ids; ids are below it."""
     max_context_length: int
     """Longest sequence taken, tokens."""
     num_parameters: int
+    """Number of the model's parameters."""
     architecture: str = ""
     """Such as "LlamaForCausalLM"."""
     display_name: str = ""
-    """The name its owner gave it."""
+    """The name its owner gave it; may be empty."""
     user_metadata: Mapping[str, str] = field(default_factory=dict)
     """What its owner wrote about it."""
 
@@ -55,7 +85,7 @@ class RunInfo:
 
     @property
     def model_data(self) -> ModelData:
-        """Its model."""
+        """The model of the run."""
         return ModelData(model_name=self.base_model, arch=self.architecture, tokenizer_id=self.base_model)
 
 
@@ -68,7 +98,9 @@ class SupportedModel:
     max_context_length: int
     """Longest sequence taken, tokens."""
     trainable: bool = True
+    """Always: it can be trained."""
     sampleable: bool = True
+    """Always: it can be sampled from."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any, TextIO
 
 from google.protobuf.json_format import MessageToDict, SerializeToJsonError
 
+from gradwire._wire.untrusted import printable
 from gradwire.errors import error
-from gradwire.untrusted import printable
 
 _MOVING_INTERVAL_S = 0.1
 _LINE_INTERVAL_S = 5.0

@@ -14,6 +14,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from gradwire._client.loop import LOOP
+from gradwire._client.order import Call, CallOrder, OutgoingOperation
+from gradwire._client.transport import Connection
 from gradwire.errors import (
     GradwireError,
     InternalError,
@@ -22,11 +25,10 @@ from gradwire.errors import (
     error,
     from_status,
 )
-from gradwire.order import Call, CallOrder, Operation
-from gradwire.transport import LOOP, Connection
+from gradwire.types.server_info import Limits
 from gradwire.v1 import trainer_service_pb2
 from gradwire.v1.operation_pb2 import CancelRequest
-from gradwire.v1.trainer_service_pb2 import AttachRequest, Limits, TrainRequest, TrainResponse
+from gradwire.v1.trainer_service_pb2 import AttachRequest, TrainRequest, TrainResponse
 
 logger = logging.getLogger("gradwire")
 
@@ -67,7 +69,7 @@ class RunStream:
         self._reconnect_timeout_s = reconnect_timeout_s
         self._client_id = uuid.uuid4().hex
         self._order = CallOrder()
-        self._in_flight: dict[int, Operation] = {}
+        self._in_flight: dict[int, OutgoingOperation] = {}
         self._in_flight_bytes = 0
         self._next_seq_id = 1
         self._refused: dict[int, TrainRequest] = {}  # See _remember_refused.
@@ -91,7 +93,7 @@ class RunStream:
         self._order.add(call)
         self._kick()
 
-    def overtake(self, operations: list[Operation]) -> None:
+    def overtake(self, operations: list[OutgoingOperation]) -> None:
         """Sends operations of an open custom loss before everything that waits."""
         self._order.overtake(operations)
         self._kick()
@@ -228,7 +230,7 @@ class RunStream:
                 expected=expected,
             )
         for seq_id in answered:
-            again = Operation(self._refused[seq_id], answered=lambda _: None, failed=lambda _: None)
+            again = OutgoingOperation(self._refused[seq_id], answered=lambda _: None, failed=lambda _: None)
             self._in_flight[seq_id] = again
             self._in_flight_bytes += again.size_bytes
         self._in_flight = dict(sorted(self._in_flight.items()))
@@ -291,7 +293,7 @@ class RunStream:
             operation.answered(response)
             self._leave_if_idle()
 
-    def _remember_refused(self, operation: Operation, response: TrainResponse) -> None:
+    def _remember_refused(self, operation: OutgoingOperation, response: TrainResponse) -> None:
         """A trainer whose disk is so full that not even a refusal can be written down has forgotten it when it is
         killed, and the number is free again: what then takes its place leaves on the run the mark of the refusal."""
         if response.WhichOneof("result") != "error" or from_status(response.error).reason != "STORAGE_FAILED":

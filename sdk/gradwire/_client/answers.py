@@ -1,13 +1,15 @@
 """From the trainer's answers to what users get back."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from gradwire.codec import decode_tensor
-from gradwire.metrics import combine_metrics
+from gradwire._wire.codec import decode_tensor
+from gradwire._wire.metrics import combine_metrics
+from gradwire.checkpoint_client import time_of
 from gradwire.sampling_client import SamplerSource
 from gradwire.types import (
     ForwardBackwardOutput,
@@ -17,8 +19,13 @@ from gradwire.types import (
     SaveWeightsResult,
     Timing,
 )
-from gradwire.v1.run_pb2 import RunState
-from gradwire.v1.trainer_service_pb2 import TrainResponse
+from gradwire.types.replay import ReplayDifference, ReplayReport
+from gradwire.types.run_info import ListedRun, RunInfo, ServerCapabilities, SupportedModel
+from gradwire.types.server_info import Limits, LossInfo, ModelInfo, ServerInfo
+from gradwire.v1.run_pb2 import Run, RunState
+from gradwire.v1.trainer_service_pb2 import GetServerInfoResponse, ReplayRunResponse, TrainResponse
+
+T = TypeVar("T")
 
 
 def timing(responses: Iterable[TrainResponse]) -> Timing:
@@ -107,3 +114,68 @@ def run_state_name(state: int) -> str:
     """ "active" for RUN_STATE_ACTIVE, and so on; the number of one that only a newer trainer knows."""
     known = RunState.DESCRIPTOR.values_by_number.get(state)
     return str(state) if known is None else known.name.removeprefix("RUN_STATE_").lower()
+
+
+def _copied(made: type[T], message: Any, **read: Any) -> T:
+    """A dataclass with the fields of a message of the same names; those in `read` are given."""
+    # A dataclass's own fields, so that a message of a newer trainer may have more.
+    return made(**{f.name: getattr(message, f.name) for f in fields(made) if f.name not in read} | read)  # type: ignore[arg-type]
+
+
+def server_info(message: GetServerInfoResponse) -> ServerInfo:
+    """Output of get_server_info."""
+    return _copied(
+        ServerInfo,
+        message,
+        models=tuple(_copied(ModelInfo, model) for model in message.models),
+        losses=tuple(
+            _copied(
+                LossInfo,
+                loss,
+                loss_fn_inputs=tuple(loss.loss_fn_inputs),
+                loss_fn_config_keys=tuple(loss.loss_fn_config_keys),
+                loss_fn_config_defaults=dict(loss.loss_fn_config_defaults),
+            )
+            for loss in message.losses
+        ),
+        limits=_copied(Limits, message.limits),
+    )
+
+
+def server_capabilities(info: ServerInfo) -> ServerCapabilities:
+    """Output of get_server_capabilities."""
+    return ServerCapabilities([SupportedModel(model.base_model, model.max_context_length) for model in info.models])
+
+
+def listed_run(run: Run) -> ListedRun:
+    """One run of list_runs."""
+    return _copied(
+        ListedRun,
+        run,
+        state=run_state_name(run.state),
+        created_at=time_of(run, "created_at"),
+        user_metadata=dict(run.user_metadata),
+    )
+
+
+def run_info(run: Run, model: ModelInfo) -> RunInfo:
+    """Output of get_info."""
+    return RunInfo(
+        run_id=run.run_id,
+        base_model=run.base_model,
+        lora_rank=run.lora_rank,
+        step=run.step,
+        state=run_state_name(run.state),
+        vocab_size=model.vocab_size,
+        max_context_length=model.max_context_length,
+        num_parameters=model.num_parameters,
+        architecture=model.architecture,
+        display_name=run.display_name,
+        user_metadata=dict(run.user_metadata),
+    )
+
+
+def replay_report(message: ReplayRunResponse) -> ReplayReport:
+    """Output of replay_run."""
+    difference = _copied(ReplayDifference, message.difference) if message.HasField("difference") else None
+    return _copied(ReplayReport, message, difference=difference)

@@ -14,8 +14,8 @@ import weakref
 from pathlib import Path
 from typing import IO
 
+from gradwire._client.server_commands import missing_packages
 from gradwire.errors import FailedPreconditionError, error
-from gradwire.server_commands import missing_packages
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0

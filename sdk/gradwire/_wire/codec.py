@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradwire.arguments import check_array
+from gradwire._wire.arguments import check_array
+from gradwire._wire.wire_format import Parts, embed
 from gradwire.errors import invalid_field
-from gradwire.types import TensorData, check_loss_fn_inputs, model_input_tokens, to_array
+from gradwire.types import TensorData
+from gradwire.types.data import check_loss_fn_inputs, model_input_tokens, to_array
 from gradwire.v1 import datum_pb2, tensor_pb2
-from gradwire.wire_format import Parts, embed
 
 _NUMPY_TYPES: dict[tensor_pb2.DataType, np.dtype[Any]] = {
     tensor_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from gradwire._wire.untrusted import parse_json, stays_inside
 from gradwire.errors import GradwireError, error
-from gradwire.untrusted import parse_json, stays_inside
 
 DESCRIPTION = "delta.json"
 TENSORS = "delta.safetensors"
