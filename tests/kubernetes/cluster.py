@@ -79,7 +79,7 @@ class Cluster:
 
     def delete(self, api: str, plural: str, name: str, namespace: str = "", *, grace_s: int | None = None) -> None:
         """Deletes an object; one that is not there is deleted already."""
-        body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
+        body: dict[str, Any] = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
         if grace_s is not None:
             body["gracePeriodSeconds"] = grace_s
         try:

@@ -6,7 +6,7 @@ Objects stay as the API server has them: the client's models refuse what newer a
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -147,7 +147,7 @@ class KubernetesApi:
             # It never ran, its node is gone, or what it wrote was thrown away.
             return ""
 
-    async def follow(self, kind: str, selector: str) -> AsyncIterator[tuple[str, Object]]:
+    async def follow(self, kind: str, selector: str) -> AsyncGenerator[tuple[str, Object], None]:
         """What becomes of objects, for ever: ("LISTED", {"items": …}) first and whenever something may have been
         missed, then ("ADDED" | "MODIFIED" | "DELETED", object). Connections that break are made again."""
         backoff_s = 0.1
@@ -175,7 +175,7 @@ class KubernetesApi:
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
-    async def _watch(self, kind: str, selector: str, version: str) -> AsyncIterator[tuple[str, Object]]:
+    async def _watch(self, kind: str, selector: str, version: str) -> AsyncGenerator[tuple[str, Object], None]:
         query = [("watch", "true"), ("allowWatchBookmarks", "true"), ("resourceVersion", version)]
         query += [("timeoutSeconds", str(_WATCH_S)), *([("labelSelector", selector)] if selector else [])]
         response = await self._open("GET", self._path(kind), query=query, timeout_s=_WATCH_S + 30)

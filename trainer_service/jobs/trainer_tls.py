@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class TrainerTls:
         """Of `gradwire serve`."""
         return ["--tls-cert-file", str(self.cert_file), "--tls-key-file", str(self.key_file)]
 
-    def channel(self, address: str, options: list[tuple[str, str | int]]) -> grpc.aio.Channel:
+    def channel(self, address: str, options: Sequence[tuple[str, str | int]]) -> grpc.aio.Channel:
         """A channel that trusts this very certificate, by whatever name the trainer is reached here."""
         pem = self.cert_file.read_bytes()
         override = ("grpc.ssl_target_name_override", first_name(pem))
