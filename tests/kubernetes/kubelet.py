@@ -193,7 +193,8 @@ class FakeKubelet:
 
         args = []
         for arg in spec["args"]:
-            option, equals, value = arg.partition("=")
+            # Ours name no variables; $$ stands for $.
+            option, equals, value = arg.replace("$$", "$").partition("=")
             if option == "--listen":
                 value = f"127.0.0.1:{port}"
             elif option == "--health-listen":

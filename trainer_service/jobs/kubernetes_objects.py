@@ -208,7 +208,8 @@ def stateful_set_of(
     for claim in made["spec"].get("volumeClaimTemplates", []):
         claim["metadata"].setdefault("labels", {}).update(own)
     (container,) = pod["spec"]["containers"]
-    container["args"].append(f"--base-model={spec.base_model}")
+    # The kubelet puts variables in place of $(NAME), keys among them; what somebody asks for names none.
+    container["args"].append(f"--base-model={spec.base_model.replace('$', '$$')}")
     if spec.max_context_length:
         container["args"].append(f"--max-context-length={spec.max_context_length}")
     if spec.accelerator_type:

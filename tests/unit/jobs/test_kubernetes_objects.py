@@ -80,6 +80,16 @@ def test_keys_and_certificates_are_in_the_secret_and_nowhere_else(tmp_path: Path
     assert secret_of(record, where, api_keys=[], tls_pair=None) is None
 
 
+def test_a_base_model_names_no_variable_of_its_pod(tmp_path: Path):
+    where = settings(tmp_path, stateful_set(), SERVICE)
+    template = Template.read(where)
+    spec = TrainerJobSpec("$(GRADWIRE_API_KEY)")
+    service = made(service_of(template, where, spec, owner="a", request_id="", tls=False))
+    job = stateful_set_of(template, JobRecord.of(service, lambda _: ""), where, spec, secret=None)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == ["serve", "--base-model=$$(GRADWIRE_API_KEY)"]
+
+
 def test_making_one_job_leaves_the_template_for_the_next(tmp_path: Path):
     where = settings(tmp_path, stateful_set(), SERVICE)
     template = Template.read(where)
