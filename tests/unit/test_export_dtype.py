@@ -10,12 +10,12 @@ from gradwire.errors import GradwireError, InvalidArgumentError
 from gradwire.types import AdamParams
 from gradwire.v1 import operation_pb2 as ops
 from safetensors.torch import load_file
+from trainer_service.paths import CheckpointPath
 from transformers import AutoModelForCausalLM
 
 from tests.engines import RUN, forward_backward, make_engine
 from tests.loras import ALL, BODY, lora_engine, randomize
 from tests.tiny import make_tiny_llama
-from trainer_service.checkpoint_path import CheckpointPath
 from trainer_service.checkpoints import manifests
 from trainer_service.checkpoints.catalog import Checkpoint
 from trainer_service.engine.engine import Engine

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from gradwire import ServiceClient
 from gradwire.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath
 
 from tests.fakes import FrontEnd, front_end_on_a_thread
-from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPath
 from trainer_service.rpc import checkpoint_servicer
 
 

@@ -16,11 +16,11 @@ from gradwire.v1 import checkpoint_pb2, trainer_service_pb2
 from gradwire.v1 import checkpoint_service_pb2 as pb
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import sampling_service_pb2 as pb_sampling
+from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath
 
 from tests.fakes import FrontEnd, front_end
 from tests.wire.test_border import error_of, with_key
 from tests.wire.test_ownership import ALICE, BOB, KEYS, OPS, create, without_id
-from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPath
 from trainer_service.config import Limits
 
 

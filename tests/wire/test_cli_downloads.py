@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gradwire._wire import delta
+from trainer_service.paths import CheckpointPath
 
 from tests.cli import command, gradwire, refusal
 from tests.cut_proxy import CutProxy, cut_proxy
 from tests.fakes import FrontEnd, front_end_on_a_thread
-from trainer_service.checkpoint_path import CheckpointPath
 from trainer_service.folders import whole_folder
 
 WEIGHTS = "model.safetensors"

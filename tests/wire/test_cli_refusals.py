@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from gradwire import __version__
+from trainer_service.paths import STATE, CheckpointPath
 
 from tests.cli import gradwire, refusal
 from tests.fakes import FrontEnd, front_end_on_a_thread
 from tests.pem import Pem, make_pem
-from trainer_service.checkpoint_path import STATE, CheckpointPath
 from trainer_service.config import ServerTls
 
 NOBODY = "http://127.0.0.1:1"

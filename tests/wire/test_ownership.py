@@ -15,10 +15,10 @@ from gradwire.v1.checkpoint_service_pb2 import DownloadCheckpointRequest
 from gradwire.v1.sampling_service_pb2 import SampleRequest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from trainer_service.paths import STATE, CheckpointPath
 
 from tests.fakes import FakeWorker, FrontEnd, Stream, front_end
 from tests.wire.test_border import error_of, with_key
-from trainer_service.checkpoint_path import STATE, CheckpointPath
 from trainer_service.config import Limits
 
 KEYS = ("alice alices-key", "bob bobs-key", "ops ops-key admin")

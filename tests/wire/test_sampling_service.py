@@ -12,10 +12,10 @@ from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.datum_pb2 import ModelInput
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, DeleteRunRequest
+from trainer_service.paths import SAMPLER_WEIGHTS, CheckpointPath
 
 from tests.fakes import FakeWorker, FrontEnd, front_end
 from tests.wire.test_border import error_of, with_key
-from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, CheckpointPath
 from trainer_service.config import Limits
 
 KEYS = ("alice alices-key", "bob bobs-key", "ops ops-key admin")

@@ -9,10 +9,10 @@ import pytest
 from gradwire import Datum, ServiceClient
 from gradwire.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from gradwire.types import SavedState
+from trainer_service.paths import STATE, CheckpointPath
 
 from tests.cli import gradwire
 from tests.fakes import FrontEnd, front_end_on_a_thread
-from trainer_service.checkpoint_path import STATE, CheckpointPath
 
 
 @pytest.fixture(scope="module")

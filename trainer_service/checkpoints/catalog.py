@@ -21,13 +21,13 @@ from gradwire._wire.untrusted import parse_json
 from gradwire.errors import DataLossError, GradwireError, error
 
 from trainer_service.access import current_caller
-from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, CheckpointPath
 from trainer_service.checkpoints import manifests
 from trainer_service.checkpoints.files import check_range, open_at, opened, pieces, read_at, replace
 from trainer_service.checkpoints.local import LocalManifests
 from trainer_service.checkpoints.manifests import UPLOAD
 from trainer_service.checkpoints.storage import OWNER, Storage, read_owner, write_owner
 from trainer_service.folders import MANIFEST, Manifest, alone, damaged, whole_folder
+from trainer_service.paths import SAMPLER_WEIGHTS, CheckpointPath
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from gradwire.errors import GradwireError
 
-from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, CheckpointPath
 from trainer_service.folders import MANIFEST, MAX_MANIFEST_BYTES, Manifest, damaged
+from trainer_service.paths import SAMPLER_WEIGHTS, CheckpointPath
 
 UPLOAD = "upload"
 """Key of a stored manifest: the folder its files are in."""

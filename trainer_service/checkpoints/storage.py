@@ -24,10 +24,10 @@ from fsspec.implementations.local import LocalFileSystem
 from gradwire._wire.untrusted import parse_json
 from gradwire.errors import DataLossError, GradwireError, error
 
-from trainer_service.checkpoint_path import CheckpointPath
 from trainer_service.checkpoints import manifests
 from trainer_service.checkpoints.manifests import UPLOAD
 from trainer_service.folders import MANIFEST, MAX_MANIFEST_BYTES, FolderWriter, Manifest, damaged
+from trainer_service.paths import CheckpointPath
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import contextlib
 from gradwire.errors import GradwireError
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 
-from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE
 from trainer_service.checkpoints.transfers import Transfers
+from trainer_service.paths import SAMPLER_WEIGHTS, STATE
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.run import Run
 from trainer_service.runs.sequence import error_response

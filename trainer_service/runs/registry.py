@@ -15,7 +15,7 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, ForkRunRequest
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerDeleteRun
 
 from trainer_service.access import current_caller
-from trainer_service.adapter_path import adapter_folder, adapter_rank, is_checkpoint
+from trainer_service.adapter_folders import adapter_folder, adapter_rank, is_checkpoint
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Durability, Limits

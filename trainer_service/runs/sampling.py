@@ -18,9 +18,9 @@ from gradwire.v1.worker_service_pb2 import (
 from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Limits
 from trainer_service.fleet.worker import Reply, Worker
+from trainer_service.paths import SNAPSHOTS, SamplerPath
 from trainer_service.request_limits import prompt_too_long
 from trainer_service.runs.registry import Runs
-from trainer_service.sampler_path import SNAPSHOTS, SamplerPath
 
 
 class Sampling:

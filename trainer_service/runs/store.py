@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gradwire.errors import GradwireError, error
 
-from trainer_service.adapter_path import copy_adapter
+from trainer_service.adapter_folders import copy_adapter
 from trainer_service.config import Durability
 from trainer_service.folders import alone, sync
 from trainer_service.runs import journal

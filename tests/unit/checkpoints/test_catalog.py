@@ -12,9 +12,9 @@ from typing import Any
 import fsspec
 import pytest
 from gradwire.errors import GradwireError
+from trainer_service.paths import CheckpointPath
 
 from trainer_service.access import Caller, current_caller
-from trainer_service.checkpoint_path import CheckpointPath
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.storage import Storage
 from trainer_service.folders import read_manifest, verify, whole_folder

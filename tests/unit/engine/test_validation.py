@@ -10,8 +10,8 @@ from gradwire._wire.codec import Batch
 from gradwire.errors import GradwireError, InvalidArgumentError, ResourceExhaustedError
 from hypothesis import given
 from hypothesis import strategies as st
+from trainer_service.paths import check_checkpoint_name
 
-from trainer_service.checkpoint_path import check_checkpoint_name
 from trainer_service.config import Limits
 from trainer_service.engine.losses import find_loss
 from trainer_service.engine.validation import (

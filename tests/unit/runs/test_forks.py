@@ -8,10 +8,10 @@ import pytest
 from gradwire.errors import InvalidArgumentError, NotFoundError
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, ForkRunRequest, TrainRequest
+from trainer_service.paths import STATE, CheckpointPath
 
 from tests.fakes import FakeWorker
 from tests.unit.runs.test_recovery import operations, settled, step, trainer
-from trainer_service.checkpoint_path import STATE, CheckpointPath
 from trainer_service.config import Durability, Retention, SnapshotPolicy
 from trainer_service.runs import fork_replay, journal, recovery
 from trainer_service.runs.operation import Operation

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from gradwire.errors import GradwireError, error
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest
+from trainer_service.paths import STATE, CheckpointPath
 
 from tests.fakes import FakeWorker
 from tests.unit.runs.test_forks import a_worker, load
 from tests.unit.runs.test_recovery import EVERY_2_STEPS, operations, settled, step, trainer
-from trainer_service.checkpoint_path import STATE, CheckpointPath
 from trainer_service.runs import snapshotter
 from trainer_service.runs.run import Run
 from trainer_service.runs.snapshots import list_snapshots, prune_snapshots

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trainer_service.adapter_path import CONFIG, WEIGHTS, read_adapter_config
+from trainer_service.adapter_folders import CONFIG, WEIGHTS, read_adapter_config
 from trainer_service.engine.models import adapter_config
 from trainer_service.engine.models.lora import ADAPTER, Targets, inner, layers_as_named, lora_layers, wrap
 from trainer_service.engine.tensor_files import DTYPES, read_tensors

@@ -18,7 +18,7 @@ from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.models.lora import frozen_copy
 from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.decoding import Decoding
-from trainer_service.sampler_path import SAMPLER_WEIGHTS, SNAPSHOTS, SamplerPath
+from trainer_service.paths import SAMPLER_WEIGHTS, SNAPSHOTS, SamplerPath
 
 logger = logging.getLogger(__name__)
 

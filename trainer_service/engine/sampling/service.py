@@ -9,7 +9,7 @@ from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerSample
 from transformers import GenerationConfig, PreTrainedModel
 
-from trainer_service.adapter_path import CONFIG as ADAPTER_CONFIG
+from trainer_service.adapter_folders import CONFIG as ADAPTER_CONFIG
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.load import load_model
 from trainer_service.engine.sampling.job import Job

@@ -9,7 +9,6 @@ from typing import Any
 from gradwire.errors import GradwireError, error, invalid_field
 from transformers import PreTrainedModel
 
-from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPath
 from trainer_service.engine.models.adapter_files import save_adapter, write_adapter
 from trainer_service.engine.models.export import EXPORT_DTYPES, export, stored_dtype, write_model
 from trainer_service.engine.models.load import ModelDescription
@@ -17,6 +16,7 @@ from trainer_service.engine.run_state import RunState
 from trainer_service.engine.storage.deltas import dtype_of_base, save_delta
 from trainer_service.engine.storage.state_files import capture, open_state, write_state
 from trainer_service.folders import read_manifest, settle
+from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath
 
 _LAYOUT = ("alpha", "train_mlp", "train_attn", "train_unembed")
 """Of LoRA settings: what a run must be made with to load the state of another, beside the rank."""

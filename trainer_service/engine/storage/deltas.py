@@ -11,9 +11,9 @@ from typing import Any
 from gradwire._wire import delta as deltas
 from gradwire.errors import GradwireError, error
 
-from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, CheckpointPath
 from trainer_service.engine.models.export import EXPORT_DTYPES
 from trainer_service.folders import MANIFEST, Manifest, damaged, read_manifest, whole_folder
+from trainer_service.paths import SAMPLER_WEIGHTS, CheckpointPath
 
 _COPY_BYTES = 8 << 20
 

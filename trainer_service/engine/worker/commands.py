@@ -21,7 +21,6 @@ from gradwire.v1.checkpoint_pb2 import CHECKPOINT_TYPE_DELTA, CheckpointType
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainResponse
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent
 
-from trainer_service.checkpoint_path import CheckpointPath, check_checkpoint_name, check_ttl_seconds
 from trainer_service.engine import validation
 from trainer_service.engine.device import broken
 from trainer_service.engine.engine import Engine, ForwardResult, Normalization
@@ -31,6 +30,8 @@ from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.sampling.service import Sampling
 from trainer_service.engine.storage.checkpoints import Label
 from trainer_service.engine.storage.snapshots import SnapshotWriter, repeat_failure
+from trainer_service.paths import CheckpointPath, check_checkpoint_name
+from trainer_service.request_limits import check_ttl_seconds
 from trainer_service.user_metadata import check_user_metadata
 
 logger = logging.getLogger(__name__)

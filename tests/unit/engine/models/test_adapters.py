@@ -13,12 +13,12 @@ from gradwire.types import AdamParams
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
+from trainer_service.adapter_folders import adapter_folder, adapter_rank
 
 from tests.engines import BATCH, CROSS_ENTROPY, make_batch
 from tests.loras import ALL, BODY, adapter, lora_engine, plain_peft, randomize
 from tests.numerics.plain import load_plain, plain_logprobs, random_sequences, to_batch
 from tests.tiny import VOCAB_SIZE, make_tiny_llama
-from trainer_service.adapter_path import adapter_folder, adapter_rank
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.worker.commands import _lora_settings
