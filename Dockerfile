@@ -5,11 +5,14 @@
 #   docker run --rm -p 7777:7777 -e GRADWIRE_API_KEY=… -v gradwire:/data [--gpus all] gradwire \
 #       serve --listen 0.0.0.0:7777 --base-model HuggingFaceTB/SmolLM2-135M-Instruct
 # /data holds checkpoints and the hub's cache. For the control plane (`jobs --listen 0.0.0.0:7070`) set
-# GRADWIRE_HEALTH_ADDRESS=127.0.0.1:7070 and GRADWIRE_HEALTH_SERVICE=gradwire.v1.TrainerJobService.
+# GRADWIRE_HEALTH_ADDRESS=127.0.0.1:7070 and GRADWIRE_HEALTH_SERVICE=gradwire.v1.TrainerJobService. A server that speaks
+# TLS is asked on a port of its own: --health-listen 127.0.0.1:7776, GRADWIRE_HEALTH_ADDRESS=127.0.0.1:7776.
+# scripts/check_dockerfile.py runs the steps that need no Docker engine.
 
-ARG PYTHON=python:3.12-slim-bookworm
+# By its digest, an index of all architectures; the tag is for people. To renew: docker buildx imagetools inspect TAG
+ARG PYTHON=python:3.12.15-slim-bookworm@sha256:54c85f3c47607a77f32adec749d3c81d1348bf25833671f512b26a9b6d778cb3
 
-# ── What others wrote: changes only when constraints.txt or the dependencies do ────────────────────────────────────────
+# ── What others wrote, pinned: changes only when constraints.txt or the dependencies do ────────────────────────────────
 FROM ${PYTHON} AS dependencies
 ARG DEVICE=cpu
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
@@ -27,7 +30,8 @@ RUN case "$DEVICE" in \
       "$(grep '^torch==' constraints.txt)"
 COPY pyproject.toml ./
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-print(*p['dependencies'], *p['optional-dependencies']['server'], sep='\n')" > requirements.txt; \
+extras = p['optional-dependencies']; \
+print(*p['dependencies'], *extras['server'], *extras['s3'], *extras['kubernetes'], sep='\n')" > requirements.txt; \
     pip --python /opt/gradwire/bin/python install --constraint constraints.txt --requirement requirements.txt; \
     find /opt/gradwire -name __pycache__ -type d -prune -exec rm -rf {} +
 

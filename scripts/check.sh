@@ -8,7 +8,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/venv.sh"
 gradwire_venv dev
 "$python" -m ruff format --check --quiet
 "$python" -m ruff check --quiet
-"$root/.venv/bin/shellcheck" --external-sources scripts/*.sh .ci/run
+"$root/.venv/bin/shellcheck" --external-sources scripts/*.sh scripts/kubernetes/*.sh .ci/run
 "$python" -m pyright
 "$python" scripts/gen_protos.py --lint --check
 if [ "${1:-}" != --static ]; then

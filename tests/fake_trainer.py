@@ -15,6 +15,7 @@ from concurrent import futures
 from pathlib import Path
 
 import grpc
+from gradwire._wire.version import PROTOCOL_VERSION
 from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer, add_TrainerServiceServicer_to_server
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -33,13 +34,17 @@ class Servicer(TrainerServiceServicer):
         metadata = {item[0]: str(item[1]) for item in context.invocation_metadata()}
         if not ApiKeys(read_api_keys()).find(metadata.get("authorization", "").removeprefix("Bearer ")):
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "no")
-        return pb.GetServerInfoResponse(status_message="loading the model")
+        return pb.GetServerInfoResponse(
+            status_message="loading the model", min_protocol_version=1, max_protocol_version=PROTOCOL_VERSION
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--base-model")
     parser.add_argument("--ready-file", type=Path)
+    parser.add_argument("--tls-cert-file", type=Path)
+    parser.add_argument("--tls-key-file", type=Path)
     args, _ = parser.parse_known_args()
     if args.base_model == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -58,7 +63,11 @@ def main() -> None:
     checks.set("gradwire.v1.TrainerService", status)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     add_TrainerServiceServicer_to_server(Servicer(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    if args.tls_cert_file is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        pair = (args.tls_key_file.read_bytes(), args.tls_cert_file.read_bytes())
+        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
     server.start()
     write_ready_file(args.ready_file, address=f"127.0.0.1:{port}", metrics_address="")
     if args.base_model == "dies":

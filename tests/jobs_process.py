@@ -29,7 +29,7 @@ def running_jobs(
     Args:
         folder: Its data is below it, in "data".
         api_keys: As in GRADWIRE_API_KEY.
-        **settings: Of JobsConfig, in JSON's types.
+        **settings: Of JobsConfig, in JSON's types; `tls` is a pair of paths, certificate and key.
     """
     ready_file, log = folder / "jobs.json", folder / "jobs.log"
     ready_file.unlink(missing_ok=True)
@@ -47,7 +47,7 @@ def running_jobs(
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
-        yield process, f"http://{json.loads(ready_file.read_text())['address']}"
+        yield process, f"{'https' if 'tls' in settings else 'http'}://{json.loads(ready_file.read_text())['address']}"
     finally:
         below = descendants(process.pid)
         process.send_signal(signal.SIGTERM)
@@ -58,20 +58,23 @@ def running_jobs(
 
 
 def main() -> int:
-    from trainer_service.config import JobsConfig, read_api_keys
+    from trainer_service.config import JobsConfig, ServerTls, read_api_keys
     from trainer_service.jobs.local import LocalJobs
     from trainer_service.observability import configure_logging
     from trainer_service.rpc.jobs_server import serve_jobs
 
     configure_logging(as_json=False)
-    ready_file, data_dir, settings = sys.argv[1:]
+    ready_file, data_dir, text = sys.argv[1:]
+    settings = json.loads(text)
+    if "tls" in settings:
+        settings["tls"] = ServerTls(*map(Path, settings["tls"]))
     config = JobsConfig(
         listen="127.0.0.1:0",
         data_dir=Path(data_dir),
         api_keys=read_api_keys(),
         ready_file=Path(ready_file),
         exit_with_parent=True,
-        **json.loads(settings),
+        **settings,
     )
     jobs = LocalJobs(config, trainer_command=(sys.executable, "-m", "tests.fake_trainer"), stop_grace_s=1.5)
     return asyncio.run(serve_jobs(config, jobs))

@@ -40,3 +40,9 @@ def _address(text: str) -> str:
         return f"{socket.inet_ntop(socket.AF_INET, packed)}:{int(port, 16)}"
     name = socket.inet_ntop(socket.AF_INET6, packed)
     return f"{name.removeprefix('::ffff:')}:{int(port, 16)}"
+
+
+def free_port() -> int:
+    """A port of loopback that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        return held.getsockname()[1]

@@ -14,6 +14,7 @@ SDK = ROOT / "sdk" / "gradwire"
 GROUND = {
     "access",
     "adapter_folders",
+    "certificates",
     "config",
     "descriptors",
     "executing",
@@ -205,6 +206,7 @@ def test_import_gradwire_is_light():
         "trainer_service.runs.registry",
         "trainer_service.fleet.supervisor",
         "trainer_service.jobs.local",
+        "trainer_service.jobs.kubernetes",
         "trainer_service.checkpoints.catalog",
     ],
 )

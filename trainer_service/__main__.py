@@ -20,7 +20,7 @@ def main() -> int:
         # Before anything is written. Processes that are started inherit it.
         os.umask(config.read_umask())
         keys = ApiKeys(config.read_api_keys(), args.api_key_file)
-        # Only trainers speak TLS themselves; a client certificate they ask for guards as a key does.
+        # A client certificate that is asked for guards as a key does.
         guarded = keys.required or getattr(args, "tls_client_ca_file", None) is not None
         config.check_exposure(args.listen, guarded=guarded, allow_no_api_key=args.allow_no_api_key)
         return asyncio.run(args.command(args))
@@ -50,6 +50,7 @@ async def _trainer(args: argparse.Namespace) -> int:
         api_keys=config.read_api_keys(),
         api_key_file=args.api_key_file,
         allow_no_api_key=args.allow_no_api_key,
+        health_listen=_health_listen(args),
         reflection=not args.no_reflection,
         ready_file=args.ready_file,
         drain_timeout_s=args.drain_timeout_s,
@@ -130,7 +131,6 @@ def _durability(args: argparse.Namespace) -> config.Durability:
 
 
 async def _jobs(args: argparse.Namespace) -> int:
-    from trainer_service.jobs.local import LocalJobs
     from trainer_service.rpc.jobs_server import serve_jobs
 
     # Told now, rather than by the first trainer.
@@ -145,11 +145,49 @@ async def _jobs(args: argparse.Namespace) -> int:
         storage_url=args.storage_url,
         api_keys=config.read_api_keys(),
         api_key_file=args.api_key_file,
+        tls=config.server_tls(cert_file=args.tls_cert_file, key_file=args.tls_key_file, client_ca_file=None),
+        make_certificates=args.make_certificates,
+        health_listen=_health_listen(args),
+        kubernetes=_kubernetes(args),
         allow_no_api_key=args.allow_no_api_key,
         ready_file=args.ready_file,
         exit_with_parent=args.exit_with_parent,
     )
-    return await serve_jobs(settings, LocalJobs(settings))
+    if settings.kubernetes is None:
+        from trainer_service.jobs.local import LocalJobs
+
+        return await serve_jobs(settings, LocalJobs(settings))
+    try:
+        from trainer_service.jobs.kubernetes import KubernetesJobs
+    except ImportError as exc:
+        raise config.SettingsError(
+            f"--backend kubernetes needs what {exc.name} belongs to; run `pip install 'gradwire[kubernetes]'`."
+        ) from exc
+    return await serve_jobs(settings, await KubernetesJobs.connect(settings, settings.kubernetes))
+
+
+def _health_listen(args: argparse.Namespace) -> str | None:
+    if args.health_listen is not None:
+        config.split_address(args.health_listen)
+    return args.health_listen
+
+
+def _kubernetes(args: argparse.Namespace) -> config.KubernetesSettings | None:
+    if args.backend != "kubernetes":
+        return None
+    if args.kubernetes_template is None:
+        raise config.SettingsError(
+            "--backend kubernetes needs --kubernetes-template: a StatefulSet and a Service, as the Helm chart has them."
+        )
+    return config.KubernetesSettings(
+        template=args.kubernetes_template,
+        namespace=args.kubernetes_namespace,
+        name=args.kubernetes_name,
+        address=args.kubernetes_address,
+        accelerator_label=args.kubernetes_accelerator_label,
+        accelerator_resource=args.kubernetes_accelerator_resource,
+        pending_timeout_s=args.pending_timeout_s,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,6 +202,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     common.add_argument("--api-key-file", type=Path, help="a line: `key`, `name key` or `name key admin`; see README")
     common.add_argument("--allow-no-api-key", action="store_true", help="listen beyond loopback without a key")
+    common.add_argument("--tls-cert-file", type=Path, help="PEM; with --tls-key-file: serve TLS")
+    common.add_argument("--tls-key-file", type=Path, help="PEM; the certificate's private key")
+    common.add_argument(
+        "--health-listen", metavar="HOST:PORT", help="serve health there too, in plaintext, for a cluster's probes"
+    )
     common.add_argument("--ready-file", type=Path, help="gets the address as JSON once listening")
     common.add_argument("--exit-with-parent", action="store_true", help="stop when stdin reaches its end")
     common.add_argument("--log-json", action="store_true", help="log one JSON object a line")
@@ -210,11 +253,9 @@ def _parser() -> argparse.ArgumentParser:
     trainer.add_argument("--max-runs", type=int, default=defaults.max_runs, help="held at once; default: %(default)s")
     trainer.add_argument("--max-runs-per-key", type=int, default=0, help="of one API key; default: --max-runs alone")
     trainer.add_argument("--max-disk-bytes", type=int, default=0, help="under --data-dir; saves beyond are refused")
-    trainer.add_argument("--tls-cert-file", type=Path, help="PEM; with --tls-key-file: serve TLS")
-    trainer.add_argument("--tls-key-file", type=Path, help="PEM; the certificate's private key")
     trainer.add_argument("--tls-client-ca-file", type=Path, help="PEM; ask clients for a certificate from this root")
     config.EngineSettings.add_arguments(trainer.add_argument_group("memory and precision"))
-    jobs = commands.add_parser("jobs", parents=[common], help="start and stop trainers on this machine")
+    jobs = commands.add_parser("jobs", parents=[common], help="start and stop trainers, here or in a cluster")
     jobs.set_defaults(command=_jobs)
     jobs.add_argument("--listen", default="127.0.0.1:7070", help="host:port; port 0 takes a free one")
     jobs.add_argument(
@@ -231,7 +272,44 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="serve the program that started it alone: every caller is told what an admin is, and jobs end with it",
     )
+    jobs.add_argument(
+        "--make-certificates",
+        action="store_true",
+        help="make each job's trainer a certificate, which its owner is handed, in place of --tls-cert-file",
+    )
+    _add_kubernetes(jobs)
     return parser
+
+
+def _add_kubernetes(jobs: argparse.ArgumentParser) -> None:
+    jobs.add_argument("--backend", choices=("local", "kubernetes"), default="local", help="default: %(default)s")
+    there = config.KubernetesSettings(Path())
+    group = jobs.add_argument_group("in a cluster (--backend kubernetes)")
+    group.add_argument(
+        "--kubernetes-template", type=Path, metavar="YAML", help="the StatefulSet and Service that jobs are made from"
+    )
+    group.add_argument("--kubernetes-namespace", default="", help="default: the pod's own, or the kubeconfig's")
+    group.add_argument("--kubernetes-name", default=there.name, help="of this control plane; a label of its jobs")
+    group.add_argument(
+        "--kubernetes-address",
+        default=there.address,
+        help="where clients reach a job's trainer, as its Service's {name}, {namespace}, {port}, {node_port}; "
+        "default: %(default)s",
+    )
+    group.add_argument(
+        "--kubernetes-accelerator-label",
+        default=there.accelerator_label,
+        help="node label that accelerator_type is looked for in; default: %(default)s",
+    )
+    group.add_argument(
+        "--kubernetes-accelerator-resource", default=there.accelerator_resource, help="default: %(default)s"
+    )
+    group.add_argument(
+        "--pending-timeout-s",
+        type=float,
+        default=there.pending_timeout_s,
+        help="how long a pod may find no node, volume or image; default: %(default)g",
+    )
 
 
 def _add_durability(trainer: argparse.ArgumentParser) -> None:

@@ -246,6 +246,8 @@ class TrainerConfig:
     """More of them, one a line; read again when it changes."""
     tls: "ServerTls | None" = None
     """How it proves who it is; None listens in plaintext."""
+    health_listen: str | None = None
+    """host:port that serves health alone, in plaintext and to everybody, for a cluster's probes; None opens none."""
     allow_no_api_key: bool = False
     """Listen beyond loopback without a key."""
     reflection: bool = True
@@ -264,6 +266,26 @@ class TrainerConfig:
     def checkpoint_dir(self) -> Path:
         """Folder that trainer and worker share."""
         return self.data_dir / "checkpoints"
+
+
+@dataclass(frozen=True)
+class KubernetesSettings:
+    """Where in a cluster trainer jobs run, and from what they are made."""
+
+    template: Path
+    """YAML of a StatefulSet and a Service, as the Helm chart renders them; jobs are made from it."""
+    namespace: str = ""
+    """"": the control plane's own, or where it runs outside the cluster, that of the kubeconfig's context."""
+    name: str = "gradwire"
+    """Of this control plane: a label of its jobs, by which it finds them again."""
+    address: str = "{name}.{namespace}.svc:{port}"
+    """host:port at which clients reach a job's trainer; {name} and {node_port} are of its Service."""
+    accelerator_label: str = "nvidia.com/gpu.product"
+    """Node label whose value a job's accelerator_type is."""
+    accelerator_resource: str = "nvidia.com/gpu"
+    """What a job's accelerator_count counts."""
+    pending_timeout_s: float = 900.0
+    """How long a pod may find no node, no volume or no image before its job has failed."""
 
 
 @dataclass(frozen=True)
@@ -290,6 +312,14 @@ class JobsConfig:
     """Entries of keys that open the control plane and the trainers it starts, see access.ApiKeys."""
     api_key_file: Path | None = None
     """More of them, one a line; read again when it changes, by the trainers too."""
+    tls: ServerTls | None = None
+    """How it proves who it is, and trainers on this machine too; None listens in plaintext."""
+    make_certificates: bool = False
+    """Make each job's trainer a certificate of its own, which its owner is handed."""
+    health_listen: str | None = None
+    """As in TrainerConfig."""
+    kubernetes: KubernetesSettings | None = None
+    """Trainers run in this cluster; None: on this machine."""
     allow_no_api_key: bool = False
     """Listen beyond loopback without a key."""
     ready_file: Path | None = None

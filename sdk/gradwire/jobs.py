@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from gradwire._client.embedded import EmbeddedControlPlane
 from gradwire._client.loop import LOOP
+from gradwire._client.tls import ClientTls
 from gradwire._client.transport import Connection
 from gradwire.errors import GradwireError, OperationTimeoutError, UnavailableError, error
 from gradwire.v1 import trainer_job_service_pb2 as pb
@@ -41,6 +42,12 @@ class TrainerJobConfig:
     """For the record: gradients add up until the loop calls optim_step. Any other value than 1 warns of that."""
     display_name: str = ""
     """Your name for it."""
+    accelerator_type: str = ""
+    """Kind of accelerator, as a cluster's nodes are labelled, such as "NVIDIA-H200"; "" takes any."""
+    accelerator_count: int = 0
+    """0 takes what the control plane's trainers have; a trainer uses one."""
+    node_count: int = 1
+    """Machines; a trainer runs on one."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,13 @@ class TrainerJob:
     """Path of its log on the control plane's host; given when log_tail is, else ""."""
     created_at: datetime.datetime
     """When it was created, UTC."""
+    ca_certificate: str = ""
+    """PEM of the certificate that the trainer shows, where one was made for it; else ""."""
+
+    @property
+    def tls(self) -> ClientTls | None:
+        """What ServiceClient takes as `tls` to trust this very trainer; None where nothing needs to be said."""
+        return ClientTls(ca_pem=self.ca_certificate) if self.ca_certificate else None
 
 
 class TrainerJobManager:
@@ -73,19 +87,26 @@ class TrainerJobManager:
     Args:
         api_key: The control plane's key; the trainers it starts take the same one.
         account_id: Accepted since hosted services take one; it has no effect.
-        base_url: The control plane, "http://host:port". None or "" starts one on this machine on first use; it and its
-            trainers end with `close`, with this process, and with Ctrl-C.
+        base_url: The control plane, "http://host:port", or "https://host:port" where it speaks TLS. None or "" starts
+            one on this machine on first use; it and its trainers end with `close`, with this process, and with Ctrl-C.
         quiet: Print nothing while waiting.
+        tls: PEM files for an "https://" base_url, as in ServiceClient.
     """
 
     def __init__(
-        self, api_key: str = "", account_id: str = "", base_url: str | None = None, *, quiet: bool = False
+        self,
+        api_key: str = "",
+        account_id: str = "",
+        base_url: str | None = None,
+        *,
+        quiet: bool = False,
+        tls: ClientTls | None = None,
     ) -> None:
         self.account_id = account_id
         self._api_key = api_key
         self._quiet = quiet
         self._embedded = None if base_url else EmbeddedControlPlane(api_key)
-        self._connection = Connection(base_url, api_key) if base_url else None
+        self._connection = Connection(base_url, api_key, tls=tls) if base_url else None
 
     def create_and_wait(
         self, config: TrainerJobConfig, *, timeout_s: float = 1800.0, poll_interval_s: float = 0.2
@@ -132,6 +153,9 @@ class TrainerJobManager:
             display_name=config.display_name,
             lora_rank=config.lora_rank,
             max_context_length=config.max_context_length or 0,
+            accelerator_type=config.accelerator_type,
+            accelerator_count=config.accelerator_count,
+            node_count=config.node_count,
         )
         return self._decode(self._call("CreateTrainerJob", request).trainer_job)
 
@@ -191,7 +215,8 @@ class TrainerJobManager:
             job = self.get(job.job_id)
         if job.state == "failed":
             text = f"Trainer job {job.job_name} failed: {job.status_message}"
-            text += f"\nThe last lines of its log, {job.log_path}:\n{job.log_tail}" if job.log_path else ""
+            if job.log_tail:
+                text += f"\nThe last lines of its log{f', {job.log_path}' if job.log_path else ''}:\n{job.log_tail}"
             raise error("TRAINER_JOB_FAILED", text, job_id=job.job_id)
         progress.done(f"Trainer {job.job_name} is ready")
         return job
@@ -229,7 +254,8 @@ class TrainerJobManager:
         if base_url and urlsplit(base_url).hostname in _WILDCARDS:
             # It listens on all interfaces of the control plane's host, which we know how to reach.
             host = urlsplit(self._connection.base_url).hostname
-            base_url = f"http://{f'[{host}]' if ':' in (host or '') else host}:{urlsplit(base_url).port}"
+            scheme = urlsplit(base_url).scheme
+            base_url = f"{scheme}://{f'[{host}]' if ':' in (host or '') else host}:{urlsplit(base_url).port}"
         return TrainerJob(
             job_id=job.job_id,
             job_name=job.job_name,
@@ -240,6 +266,7 @@ class TrainerJobManager:
             log_tail=job.log_tail,
             log_path=job.log_path,
             created_at=job.created_at.ToDatetime(datetime.UTC),
+            ca_certificate=job.ca_certificate,
         )
 
 

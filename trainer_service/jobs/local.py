@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import grpc
 import grpc.aio
-from gradwire.errors import GradwireError, error
+from gradwire.errors import GradwireError, error, invalid_field
 from gradwire.v1 import trainer_service_pb2
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -30,6 +30,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from trainer_service.config import JobsConfig, split_address
 from trainer_service.jobs.records import JobFolder, JobRecord, left_behind
 from trainer_service.jobs.trainer_job import TrainerJob, TrainerJobSpec, TrainerJobState
+from trainer_service.jobs.trainer_tls import TrainerTls
 from trainer_service.processes import start_child, stop_child
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class _Job:
     state: TrainerJobState = TrainerJobState.STARTING
     status_message: str = "starting the trainer"
     log_tail: str = ""
+    tls: TrainerTls | None = None
     process: Process | None = None
     channel: grpc.aio.Channel | None = None
     watcher: asyncio.Task[None] | None = None
@@ -95,6 +97,7 @@ class _Job:
             log_path=str(self.log_path),
             owner=self.record.owner,
             request_id=self.record.request_id,
+            ca_certificate=self.tls.certificate if self.tls is not None else "",
         )
 
 
@@ -130,6 +133,7 @@ class LocalJobs:
             logger.info("Took up trainer jobs.", extra={"fields": {"jobs": len(self._jobs)}})
 
     async def create(self, spec: TrainerJobSpec, *, owner: str, request_id: str) -> TrainerJob:
+        _refuse_a_cluster(spec)
         if self._stopped:
             raise error("DRAINING", "The control plane is shutting down and starts no trainers.", retry_after_s=5.0)
         record = JobRecord(
@@ -191,6 +195,7 @@ class LocalJobs:
         job = _Job(record=record, held=held)
         try:
             held.write(record)
+            job.tls = self._tls(job)
             with _open_log(job.log_path) as log:
                 job.process = await start_child(
                     *self._command(job), env=self._environment(job), stdout=log, stderr=log, cwd=self._cwd(job)
@@ -204,6 +209,12 @@ class LocalJobs:
         fields = {"job_id": job.job_id, "base_model": record.spec.base_model, "pid": job.process.pid}
         logger.info("Trainer started.", extra={"fields": fields | {"log": str(job.log_path)}})
         return job
+
+    def _tls(self, job: _Job) -> TrainerTls | None:
+        if self._config.make_certificates:
+            return TrainerTls.make(job.folder, split_address(self._config.listen)[0])
+        given = self._config.tls
+        return None if given is None else TrainerTls(given.cert_file.resolve(), given.key_file.resolve())
 
     def _cwd(self, job: _Job) -> Path | None:
         """Where a base_model that is a relative path is looked for."""
@@ -220,6 +231,8 @@ class LocalJobs:
         command += ["--data-dir", str(self._config.data_dir), "--runs-dir", str(job.folder / "runs")]
         command += ["--ready-file", str(job.folder / "ready.json")]
         command += ["--drain-timeout-s", str(_DRAIN_TIMEOUT_S), "--exit-with-parent"]
+        if job.tls is not None:
+            command += job.tls.arguments
         if self._config.storage_url:
             command += ["--storage-url", self._config.storage_url]
         if job.spec.max_context_length:
@@ -270,10 +283,10 @@ class LocalJobs:
         host, port = split_address(address)
         # A trainer on every interface is reached here over loopback.
         reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, address.rpartition(":")[0])  # noqa: S104
-        job.channel = grpc.aio.insecure_channel(
-            f"{reached}:{port}", [("grpc.max_reconnect_backoff_ms", 500), ("grpc.enable_http_proxy", 0)]
-        )
-        job.base_url = f"http://{address}"
+        options = [("grpc.max_reconnect_backoff_ms", 500), ("grpc.enable_http_proxy", 0)]
+        connect = grpc.aio.insecure_channel if job.tls is None else job.tls.channel
+        job.channel = connect(f"{reached}:{port}", options)
+        job.base_url = f"{'http' if job.tls is None else 'https'}://{address}"
         job.status_message = "starting the worker"
         health: Any = health_pb2_grpc.HealthStub(job.channel)
         while True:
@@ -317,6 +330,16 @@ class LocalJobs:
         logger.info("Trainer stopped.", extra={"fields": {"job_id": job.job_id, "returncode": returncode}})
 
 
+def _refuse_a_cluster(spec: TrainerJobSpec) -> None:
+    """Refuses what only a cluster has a choice of."""
+    if spec.accelerator_type:
+        raise invalid_field(
+            "accelerator_type",
+            f'is "{spec.accelerator_type}", but this control plane starts trainers on its own machine, with what that '
+            "has; leave it empty.",
+        )
+
+
 def _not_started(record: JobRecord, exc: OSError) -> GradwireError:
     # Which file it was is for the log alone.
     logger.error("A trainer could not be started.", extra={"fields": {"job_id": record.job_id, "error": str(exc)}})
@@ -333,7 +356,8 @@ def _open_log(path: Path) -> IO[bytes]:
 def _remove_all_but_the_log(held: JobFolder) -> None:
     held.forget()
     shutil.rmtree(held.path / "runs", ignore_errors=True)
-    (held.path / "ready.json").unlink(missing_ok=True)
+    for name in ("ready.json", "tls.crt", "tls.key"):
+        (held.path / name).unlink(missing_ok=True)
 
 
 def _let_old_logs_go(jobs_dir: Path) -> None:

@@ -24,6 +24,10 @@ class TrainerJobSpec:
     """The user's name for it."""
     max_context_length: int = 0
     """Longest sequence taken, tokens; 0 takes the model's own limit."""
+    accelerator_type: str = ""
+    """As nodes of a cluster are labelled; "" takes any."""
+    accelerator_count: int = 0
+    """0 takes what the control plane's trainers have."""
     any_folder: bool = True
     """Whether base_model may be any folder of the host; else it is a hub id or lies in the folder of models."""
 
@@ -48,10 +52,12 @@ class TrainerJob:
     """See access.Caller."""
     request_id: str
     """Of the call that made it, or ""."""
+    ca_certificate: str = ""
+    """PEM of the certificate its server shows, for clients to trust; "" in plaintext, or where they know its root."""
 
 
 class TrainerJobs(Protocol):
-    """A place where trainers run: this machine (`local.py`); a cluster would be another.
+    """A place where trainers run: this machine (`local.py`), or a cluster (`kubernetes.py`).
 
     It keeps owner and request_id with each job, so that a control plane that is started again finds them, and gives
     them no meaning: `owned.py` decides above it who may do what.

@@ -12,12 +12,13 @@ from grpc_reflection.v1alpha import reflection
 
 from trainer_service import descriptors
 from trainer_service.access import ApiKeys
-from trainer_service.config import JobsConfig, split_address
+from trainer_service.config import JobsConfig, listens_on_loopback
 from trainer_service.jobs.owned import OwnedJobs
 from trainer_service.jobs.trainer_job import TrainerJobs
 from trainer_service.observability import Metrics
 from trainer_service.processes import parent_gone, write_ready_file
 from trainer_service.rpc.border import Border
+from trainer_service.rpc.ports import open_port, serve_health
 from trainer_service.rpc.server import wait_for_signal
 from trainer_service.rpc.trainer_job_servicer import TrainerJobServicer
 from trainer_service.rpc.transport import server_options
@@ -52,31 +53,31 @@ async def serve_jobs(config: JobsConfig, jobs: TrainerJobs) -> int:
     )
     server = grpc.aio.server(interceptors=[border], options=options)
     owned = OwnedJobs(jobs, max_jobs=config.max_jobs, max_jobs_per_key=config.max_jobs_per_key)
-    add_TrainerJobServiceServicer_to_server(TrainerJobServicer(owned, embedded=config.embedded), server)
+    servicer = TrainerJobServicer(owned, embedded=config.embedded, own_hosts=config.kubernetes is not None)
+    add_TrainerJobServiceServicer_to_server(servicer, server)
     health_servicer = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    host, port = split_address(config.listen)
-    bracketed = f"[{host}]" if ":" in host else host
-    try:
-        port = server.add_insecure_port(f"{bracketed}:{port}")
-    except RuntimeError as exc:
-        raise OSError(f"cannot listen on {config.listen}: {exc}") from exc
+    address = open_port(server, config.listen, config.tls)
     for name in ("", SERVICE):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     await jobs.start()
     await server.start()
-    address = f"{bracketed}:{port}"
+    health_port = None if config.health_listen is None else await serve_health(config.health_listen, health_servicer)
+    if config.tls is None and api_keys.required and not listens_on_loopback(config.listen):
+        logger.warning("API keys cross the network in plaintext; give --tls-cert-file, or put TLS in front.")
     logger.info("Listening.", extra={"fields": {"address": address, "version": __version__}})
     try:
         if config.ready_file is not None:
             write_ready_file(config.ready_file, address=address)
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        logger.info("Stopping all trainers.")
+        logger.info("Stopping.")
         await health_servicer.enter_graceful_shutdown()
         await jobs.stop()
         await server.stop(grace=1.0)
+        if health_port is not None:
+            await health_port.stop(grace=None)
         for task in ends:
             task.cancel()
     logger.info("Stopped.")

@@ -7,7 +7,6 @@ import signal
 from collections.abc import Coroutine
 from typing import Any
 
-import grpc
 import grpc.aio
 from gradwire._wire.version import __version__
 from gradwire.v1 import checkpoint_service_pb2, sampling_service_pb2, trainer_service_pb2
@@ -23,12 +22,13 @@ from trainer_service.access import ApiKeys
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.storage import Storage
 from trainer_service.checkpoints.transfers import Transfers
-from trainer_service.config import Limits, ServerTls, TrainerConfig, listens_on_loopback, split_address
+from trainer_service.config import Limits, TrainerConfig, listens_on_loopback
 from trainer_service.fleet.worker import Worker
 from trainer_service.observability import Metrics
 from trainer_service.rpc.border import Border
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.rpc.checkpoint_servicer import CheckpointServicer
+from trainer_service.rpc.ports import open_port, serve_health
 from trainer_service.rpc.request_limiter import RequestLimiter
 from trainer_service.rpc.sampling_servicer import SamplingServicer
 from trainer_service.rpc.trainer_servicer import TrainerServicer
@@ -86,6 +86,7 @@ class TrainerServer:
         worker.on_death(lambda _: self._readiness_changed())
         worker.on_responding(self._readiness_changed)
         self._server: grpc.aio.Server | None = None
+        self._health_port: grpc.aio.Server | None = None
         self._background: set[asyncio.Task[None]] = set()
         self.address = ""
         """host:port it listens on, once started."""
@@ -126,22 +127,15 @@ class TrainerServer:
             ours = (SERVICE, CHECKPOINT_SERVICE, SAMPLING_SERVICE)
             names = (*ours, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
-        host, port = split_address(self._config.listen)
-        bracketed = f"[{host}]" if ":" in host else host
-        try:
-            if self._config.tls is not None:
-                port = self._server.add_secure_port(f"{bracketed}:{port}", _credentials(self._config.tls))
-            else:
-                port = self._server.add_insecure_port(f"{bracketed}:{port}")
-        except RuntimeError as exc:
-            raise OSError(f"cannot listen on {self._config.listen}: {exc}") from exc
+        self.address = open_port(self._server, self._config.listen, self._config.tls)
         self.runs.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(CHECKPOINT_SERVICE, health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+        if self._config.health_listen is not None:
+            self._health_port = await serve_health(self._config.health_listen, self._health)
         await self._server.start()
         self._in_background(self._sweep())
-        self.address = f"{bracketed}:{port}"
         if self._config.tls is None and self._api_keys.required and not listens_on_loopback(self._config.listen):
             logger.warning("API keys cross the network in plaintext; give --tls-cert-file, or put TLS in front.")
         logger.info("Listening.", extra={"fields": {"address": self.address, "version": __version__}})
@@ -161,6 +155,8 @@ class TrainerServer:
         if self._server is not None:
             # Streams end by themselves once quiet; the grace is for their last answers to leave.
             await self._server.stop(grace=2.0)
+        if self._health_port is not None:
+            await self._health_port.stop(grace=None)
         await self.runs.stop()
         self.transfers.close()
         logger.info("Stopped.")
@@ -202,13 +198,6 @@ class TrainerServer:
 def _descriptors_reserved(limits: Limits) -> int:
     """Those a trainer keeps for what is not a connection: itself, and lock, journal and snapshot of its runs."""
     return 64 + 12 * limits.max_runs
-
-
-def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
-    """What the server shows, and asks for."""
-    pair = (tls.key_file.read_bytes(), tls.cert_file.read_bytes())
-    roots = None if tls.client_ca_file is None else tls.client_ca_file.read_bytes()
-    return grpc.ssl_server_credentials([pair], root_certificates=roots, require_client_auth=roots is not None)
 
 
 async def wait_for_signal() -> None:

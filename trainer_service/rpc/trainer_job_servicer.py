@@ -16,6 +16,7 @@ from trainer_service.jobs.trainer_job import TrainerJob, TrainerJobSpec, Trainer
 _MAX_NAME_LENGTH = 100
 _MAX_PATH_LENGTH = 4096
 _HOST_PATH = re.compile(r"(?<![\w.-])~?/")
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _URL = re.compile(r"https?://\S+")
 
 
@@ -25,11 +26,13 @@ class TrainerJobServicer(TrainerJobServiceServicer):
     Args:
         jobs: They.
         embedded: See JobsConfig.
+        own_hosts: Each trainer has a machine of its own, of which its owner may know everything.
     """
 
-    def __init__(self, jobs: OwnedJobs, *, embedded: bool = False) -> None:
+    def __init__(self, jobs: OwnedJobs, *, embedded: bool = False, own_hosts: bool = False) -> None:
         self._jobs = jobs
         self._embedded = embedded
+        self._own_hosts = own_hosts
 
     async def CreateTrainerJob(self, request: pb.CreateTrainerJobRequest, context: Any) -> pb.CreateTrainerJobResponse:
         spec = read_spec(request, any_folder=self._knows_host)
@@ -52,7 +55,7 @@ class TrainerJobServicer(TrainerJobServiceServicer):
         return self._embedded or current_caller.get().admin
 
     def _message(self, job: TrainerJob) -> pb.TrainerJob:
-        return trainer_job_message(job if self._knows_host else without_host(job))
+        return trainer_job_message(job if self._knows_host or self._own_hosts else without_host(job))
 
 
 def without_host(job: TrainerJob) -> TrainerJob:
@@ -95,12 +98,30 @@ def read_spec(request: pb.CreateTrainerJobRequest, *, any_folder: bool) -> Train
                 f"has {len(text)} characters, or some that do not print; it must be at most {_MAX_NAME_LENGTH} "
                 "printable characters.",
             )
+    if request.accelerator_type and not _LABEL_VALUE.fullmatch(request.accelerator_type):
+        raise invalid_field(
+            "accelerator_type",
+            f"is {request.accelerator_type[:_MAX_NAME_LENGTH]!r}; it must be the value of a node's label: at most 63 "
+            'letters, digits, "-", "_" and ".", beginning and ending with a letter or digit.',
+        )
+    if request.accelerator_count > 1:
+        raise invalid_field(
+            "accelerator_count",
+            f"is {request.accelerator_count}; a trainer's worker is one process on one accelerator, so it must be 1, "
+            "or 0 for what the control plane's trainers have.",
+        )
+    if request.node_count > 1:
+        raise invalid_field(
+            "node_count", f"is {request.node_count}; a trainer runs on one machine, so it must be 1 or 0."
+        )
     if request.max_context_length == 1:
         raise invalid_field("max_context_length", "is 1; it must be at least 2 tokens, or 0 for the model's own limit.")
     return TrainerJobSpec(
         base_model=request.base_model,
         display_name=request.display_name,
         max_context_length=request.max_context_length,
+        accelerator_type=request.accelerator_type,
+        accelerator_count=request.accelerator_count,
         any_folder=any_folder,
     )
 
@@ -131,6 +152,7 @@ def trainer_job_message(job: TrainerJob) -> pb.TrainerJob:
         status_message=job.status_message,
         log_tail=job.log_tail,
         log_path=job.log_path,
+        ca_certificate=job.ca_certificate,
     )
     encoded.created_at.FromDatetime(job.created_at)
     return encoded

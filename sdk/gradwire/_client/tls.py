@@ -10,7 +10,7 @@ import grpc
 
 @dataclass(frozen=True)
 class ClientTls:
-    """PEM files of a client that speaks TLS."""
+    """Roots, and a certificate of its own, of a client that speaks TLS."""
 
     ca_file: Path | None = None
     """Roots the server's certificate must come from; None takes the system's."""
@@ -18,6 +18,8 @@ class ClientTls:
     """Certificate shown to a server that asks for one, and those between it and its root; None shows none."""
     key_file: Path | None = None
     """The certificate's private key."""
+    ca_pem: str | None = None
+    """Roots as text in place of ca_file, such as TrainerJob.ca_certificate."""
 
     @staticmethod
     def from_environment() -> "ClientTls":
@@ -44,6 +46,10 @@ class ClientTls:
         ca, key, cert = (
             None if file is None else file.read_bytes() for file in (self.ca_file, self.key_file, self.cert_file)
         )
+        if self.ca_pem is not None:
+            if self.ca_file is not None:
+                raise ValueError("ca_file and ca_pem are both given; the roots are in one of them.")
+            ca = self.ca_pem.encode()
         _check_pem(self, ca)
         return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
 
@@ -57,7 +63,8 @@ def _check_pem(tls: ClientTls, ca: bytes | None) -> None:
         if ca is not None:
             context.load_verify_locations(cadata=ca.decode("ascii", "ignore"))
     except ssl.SSLError as exc:
-        raise ValueError(f"ca_file {tls.ca_file} has no PEM certificate in it.") from exc
+        where = "ca_pem" if tls.ca_file is None else f"ca_file {tls.ca_file}"
+        raise ValueError(f"{where} has no PEM certificate in it.") from exc
     # What a shell hands over as a pipe can be read only once.
     if tls.cert_file is None or tls.key_file is None or not (tls.cert_file.is_file() and tls.key_file.is_file()):
         return

@@ -25,33 +25,33 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%gradwire/v1/trainer_job_service.proto\x12\x0bgradwire.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xed\x01\n\nTrainerJob\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x10\n\x08job_name\x18\x02 \x01(\t\x12\x10\n\x08\x62\x61se_url\x18\x03 \x01(\t\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12+\n\x05state\x18\x05 \x01(\x0e\x32\x1c.gradwire.v1.TrainerJobState\x12\x16\n\x0estatus_message\x18\x06 \x01(\t\x12\x10\n\x08log_tail\x18\x07 \x01(\t\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08log_path\x18\t \x01(\t\"\x86\x01\n\x17\x43reateTrainerJobRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x11\n\tlora_rank\x18\x04 \x01(\r\x12\x1a\n\x12max_context_length\x18\x05 \x01(\r\"H\n\x18\x43reateTrainerJobResponse\x12,\n\x0btrainer_job\x18\x01 \x01(\x0b\x32\x17.gradwire.v1.TrainerJob\"&\n\x14GetTrainerJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"E\n\x15GetTrainerJobResponse\x12,\n\x0btrainer_job\x18\x01 \x01(\x0b\x32\x17.gradwire.v1.TrainerJob\"\x18\n\x16ListTrainerJobsRequest\"H\n\x17ListTrainerJobsResponse\x12-\n\x0ctrainer_jobs\x18\x01 \x03(\x0b\x32\x17.gradwire.v1.TrainerJob\")\n\x17\x44\x65leteTrainerJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteTrainerJobResponse*\x8f\x01\n\x0fTrainerJobState\x12!\n\x1dTRAINER_JOB_STATE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aTRAINER_JOB_STATE_STARTING\x10\x01\x12\x1b\n\x17TRAINER_JOB_STATE_READY\x10\x02\x12\x1c\n\x18TRAINER_JOB_STATE_FAILED\x10\x03\x32\x8b\x03\n\x11TrainerJobService\x12_\n\x10\x43reateTrainerJob\x12$.gradwire.v1.CreateTrainerJobRequest\x1a%.gradwire.v1.CreateTrainerJobResponse\x12V\n\rGetTrainerJob\x12!.gradwire.v1.GetTrainerJobRequest\x1a\".gradwire.v1.GetTrainerJobResponse\x12\\\n\x0fListTrainerJobs\x12#.gradwire.v1.ListTrainerJobsRequest\x1a$.gradwire.v1.ListTrainerJobsResponse\x12_\n\x10\x44\x65leteTrainerJob\x12$.gradwire.v1.DeleteTrainerJobRequest\x1a%.gradwire.v1.DeleteTrainerJobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%gradwire/v1/trainer_job_service.proto\x12\x0bgradwire.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x85\x02\n\nTrainerJob\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x10\n\x08job_name\x18\x02 \x01(\t\x12\x10\n\x08\x62\x61se_url\x18\x03 \x01(\t\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12+\n\x05state\x18\x05 \x01(\x0e\x32\x1c.gradwire.v1.TrainerJobState\x12\x16\n\x0estatus_message\x18\x06 \x01(\t\x12\x10\n\x08log_tail\x18\x07 \x01(\t\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08log_path\x18\t \x01(\t\x12\x16\n\x0e\x63\x61_certificate\x18\n \x01(\t\"\xcf\x01\n\x17\x43reateTrainerJobRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x11\n\tlora_rank\x18\x04 \x01(\r\x12\x1a\n\x12max_context_length\x18\x05 \x01(\r\x12\x18\n\x10\x61\x63\x63\x65lerator_type\x18\x06 \x01(\t\x12\x19\n\x11\x61\x63\x63\x65lerator_count\x18\x07 \x01(\r\x12\x12\n\nnode_count\x18\x08 \x01(\r\"H\n\x18\x43reateTrainerJobResponse\x12,\n\x0btrainer_job\x18\x01 \x01(\x0b\x32\x17.gradwire.v1.TrainerJob\"&\n\x14GetTrainerJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"E\n\x15GetTrainerJobResponse\x12,\n\x0btrainer_job\x18\x01 \x01(\x0b\x32\x17.gradwire.v1.TrainerJob\"\x18\n\x16ListTrainerJobsRequest\"H\n\x17ListTrainerJobsResponse\x12-\n\x0ctrainer_jobs\x18\x01 \x03(\x0b\x32\x17.gradwire.v1.TrainerJob\")\n\x17\x44\x65leteTrainerJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteTrainerJobResponse*\x8f\x01\n\x0fTrainerJobState\x12!\n\x1dTRAINER_JOB_STATE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aTRAINER_JOB_STATE_STARTING\x10\x01\x12\x1b\n\x17TRAINER_JOB_STATE_READY\x10\x02\x12\x1c\n\x18TRAINER_JOB_STATE_FAILED\x10\x03\x32\x8b\x03\n\x11TrainerJobService\x12_\n\x10\x43reateTrainerJob\x12$.gradwire.v1.CreateTrainerJobRequest\x1a%.gradwire.v1.CreateTrainerJobResponse\x12V\n\rGetTrainerJob\x12!.gradwire.v1.GetTrainerJobRequest\x1a\".gradwire.v1.GetTrainerJobResponse\x12\\\n\x0fListTrainerJobs\x12#.gradwire.v1.ListTrainerJobsRequest\x1a$.gradwire.v1.ListTrainerJobsResponse\x12_\n\x10\x44\x65leteTrainerJob\x12$.gradwire.v1.DeleteTrainerJobRequest\x1a%.gradwire.v1.DeleteTrainerJobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gradwire.v1.trainer_job_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRAINERJOBSTATE']._serialized_start=821
-  _globals['_TRAINERJOBSTATE']._serialized_end=964
+  _globals['_TRAINERJOBSTATE']._serialized_start=918
+  _globals['_TRAINERJOBSTATE']._serialized_end=1061
   _globals['_TRAINERJOB']._serialized_start=88
-  _globals['_TRAINERJOB']._serialized_end=325
-  _globals['_CREATETRAINERJOBREQUEST']._serialized_start=328
-  _globals['_CREATETRAINERJOBREQUEST']._serialized_end=462
-  _globals['_CREATETRAINERJOBRESPONSE']._serialized_start=464
-  _globals['_CREATETRAINERJOBRESPONSE']._serialized_end=536
-  _globals['_GETTRAINERJOBREQUEST']._serialized_start=538
-  _globals['_GETTRAINERJOBREQUEST']._serialized_end=576
-  _globals['_GETTRAINERJOBRESPONSE']._serialized_start=578
-  _globals['_GETTRAINERJOBRESPONSE']._serialized_end=647
-  _globals['_LISTTRAINERJOBSREQUEST']._serialized_start=649
-  _globals['_LISTTRAINERJOBSREQUEST']._serialized_end=673
-  _globals['_LISTTRAINERJOBSRESPONSE']._serialized_start=675
-  _globals['_LISTTRAINERJOBSRESPONSE']._serialized_end=747
-  _globals['_DELETETRAINERJOBREQUEST']._serialized_start=749
-  _globals['_DELETETRAINERJOBREQUEST']._serialized_end=790
-  _globals['_DELETETRAINERJOBRESPONSE']._serialized_start=792
-  _globals['_DELETETRAINERJOBRESPONSE']._serialized_end=818
-  _globals['_TRAINERJOBSERVICE']._serialized_start=967
-  _globals['_TRAINERJOBSERVICE']._serialized_end=1362
+  _globals['_TRAINERJOB']._serialized_end=349
+  _globals['_CREATETRAINERJOBREQUEST']._serialized_start=352
+  _globals['_CREATETRAINERJOBREQUEST']._serialized_end=559
+  _globals['_CREATETRAINERJOBRESPONSE']._serialized_start=561
+  _globals['_CREATETRAINERJOBRESPONSE']._serialized_end=633
+  _globals['_GETTRAINERJOBREQUEST']._serialized_start=635
+  _globals['_GETTRAINERJOBREQUEST']._serialized_end=673
+  _globals['_GETTRAINERJOBRESPONSE']._serialized_start=675
+  _globals['_GETTRAINERJOBRESPONSE']._serialized_end=744
+  _globals['_LISTTRAINERJOBSREQUEST']._serialized_start=746
+  _globals['_LISTTRAINERJOBSREQUEST']._serialized_end=770
+  _globals['_LISTTRAINERJOBSRESPONSE']._serialized_start=772
+  _globals['_LISTTRAINERJOBSRESPONSE']._serialized_end=844
+  _globals['_DELETETRAINERJOBREQUEST']._serialized_start=846
+  _globals['_DELETETRAINERJOBREQUEST']._serialized_end=887
+  _globals['_DELETETRAINERJOBRESPONSE']._serialized_start=889
+  _globals['_DELETETRAINERJOBRESPONSE']._serialized_end=915
+  _globals['_TRAINERJOBSERVICE']._serialized_start=1064
+  _globals['_TRAINERJOBSERVICE']._serialized_end=1459
 # @@protoc_insertion_point(module_scope)

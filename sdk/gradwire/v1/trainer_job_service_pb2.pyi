@@ -22,7 +22,7 @@ TRAINER_JOB_STATE_READY: TrainerJobState
 TRAINER_JOB_STATE_FAILED: TrainerJobState
 
 class TrainerJob(_message.Message):
-    __slots__ = ("job_id", "job_name", "base_url", "base_model", "state", "status_message", "log_tail", "created_at", "log_path")
+    __slots__ = ("job_id", "job_name", "base_url", "base_model", "state", "status_message", "log_tail", "created_at", "log_path", "ca_certificate")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     JOB_NAME_FIELD_NUMBER: _ClassVar[int]
     BASE_URL_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,7 @@ class TrainerJob(_message.Message):
     LOG_TAIL_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     LOG_PATH_FIELD_NUMBER: _ClassVar[int]
+    CA_CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     job_name: str
     base_url: str
@@ -41,21 +42,28 @@ class TrainerJob(_message.Message):
     log_tail: str
     created_at: _timestamp_pb2.Timestamp
     log_path: str
-    def __init__(self, job_id: _Optional[str] = ..., job_name: _Optional[str] = ..., base_url: _Optional[str] = ..., base_model: _Optional[str] = ..., state: _Optional[_Union[TrainerJobState, str]] = ..., status_message: _Optional[str] = ..., log_tail: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., log_path: _Optional[str] = ...) -> None: ...
+    ca_certificate: str
+    def __init__(self, job_id: _Optional[str] = ..., job_name: _Optional[str] = ..., base_url: _Optional[str] = ..., base_model: _Optional[str] = ..., state: _Optional[_Union[TrainerJobState, str]] = ..., status_message: _Optional[str] = ..., log_tail: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., log_path: _Optional[str] = ..., ca_certificate: _Optional[str] = ...) -> None: ...
 
 class CreateTrainerJobRequest(_message.Message):
-    __slots__ = ("request_id", "base_model", "display_name", "lora_rank", "max_context_length")
+    __slots__ = ("request_id", "base_model", "display_name", "lora_rank", "max_context_length", "accelerator_type", "accelerator_count", "node_count")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     DISPLAY_NAME_FIELD_NUMBER: _ClassVar[int]
     LORA_RANK_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    ACCELERATOR_TYPE_FIELD_NUMBER: _ClassVar[int]
+    ACCELERATOR_COUNT_FIELD_NUMBER: _ClassVar[int]
+    NODE_COUNT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     base_model: str
     display_name: str
     lora_rank: int
     max_context_length: int
-    def __init__(self, request_id: _Optional[str] = ..., base_model: _Optional[str] = ..., display_name: _Optional[str] = ..., lora_rank: _Optional[int] = ..., max_context_length: _Optional[int] = ...) -> None: ...
+    accelerator_type: str
+    accelerator_count: int
+    node_count: int
+    def __init__(self, request_id: _Optional[str] = ..., base_model: _Optional[str] = ..., display_name: _Optional[str] = ..., lora_rank: _Optional[int] = ..., max_context_length: _Optional[int] = ..., accelerator_type: _Optional[str] = ..., accelerator_count: _Optional[int] = ..., node_count: _Optional[int] = ...) -> None: ...
 
 class CreateTrainerJobResponse(_message.Message):
     __slots__ = ("trainer_job",)

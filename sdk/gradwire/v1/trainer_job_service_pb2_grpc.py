@@ -86,7 +86,8 @@ class TrainerJobServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteTrainerJob(self, request, context):
-        """Stops a trainer and forgets the job. Saved checkpoints stay. Deleting a job twice is not an error.
+        """Stops a trainer and forgets the job. Saved checkpoints stay: on the control plane's machine, or in a cluster, where
+        the job's volume goes, in its object store. Deleting a job twice is not an error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

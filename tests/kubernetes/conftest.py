@@ -1,0 +1,75 @@
+"""What tests in a cluster share. Started by scripts/test_kubernetes.sh; without it they are skipped."""
+
+import functools
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kubernetes.cluster import Cluster
+
+KUBECONFIG = os.environ.get("GRADWIRE_TEST_KUBECONFIG", "")
+_NO_CLUSTER = "There is no API server; ./scripts/test_kubernetes.sh starts one, or takes yours (KUBECONFIG)."
+_NO_TOOLS = "There is no helm or no kubectl that runs; ./scripts/test_kubernetes.sh has both."
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what cannot be, by marks: pytest then tells each reason once a file."""
+    runs = {name: _tool(name) is not None for name in ("helm", "kubectl")}
+    for item in items:
+        if not item.path.is_relative_to(Path(__file__).parent):
+            continue
+        needed = getattr(item, "fixturenames", ())
+        if "cluster" in needed and not KUBECONFIG:
+            item.add_marker(pytest.mark.skip(reason=_NO_CLUSTER))
+        elif not all(there for name, there in runs.items() if name in needed):
+            item.add_marker(pytest.mark.skip(reason=_NO_TOOLS))
+
+
+@pytest.fixture(scope="session")
+def kubeconfig() -> Path:
+    """Of the cluster under test, as somebody who may do everything."""
+    return Path(KUBECONFIG)
+
+
+@pytest.fixture(scope="session")
+def cluster(kubeconfig: Path) -> Cluster:
+    """The cluster under test."""
+    return Cluster(kubeconfig)
+
+
+@pytest.fixture
+def namespace(cluster: Cluster) -> Iterator[str]:
+    """A namespace of the test's own."""
+    name = cluster.make_namespace()
+    yield name
+    cluster.delete("v1", "namespaces", name)
+
+
+@pytest.fixture(scope="session")
+def helm() -> Path:
+    """The helm binary."""
+    return Path(_tool("helm") or "")
+
+
+@pytest.fixture(scope="session")
+def kubectl() -> Path:
+    """The kubectl binary, which is kustomize as well."""
+    return Path(_tool("kubectl") or "")
+
+
+@functools.cache
+def _tool(name: str) -> str | None:
+    """Where a binary is that runs."""
+    found = shutil.which(name)
+    if found is None:
+        return None
+    version = [found, "version", *(["--client"] if name == "kubectl" else [])]
+    try:
+        subprocess.run(version, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found
