@@ -26,7 +26,7 @@ def make_pairs(problems: list[Problem]) -> list[Pair]:
 
 
 def to_data(pairs: list[Pair]) -> list[gradwire.Datum]:
-    """Chosen and rejected by turns."""
+    """Chosen and rejected answers, alternating."""
     return [datum(problem, tokens) for problem, *answers in pairs for tokens in answers]
 
 
@@ -55,7 +55,7 @@ def dpo_loss(reference: list[float], beta: float) -> Any:
 
 
 def preference(client: gradwire.TrainingClient, pairs: list[Pair]) -> float:
-    """In how many pairs, of all, the chosen answer is likelier than the rejected one."""
+    """In which part of the pairs the chosen answer is likelier than the rejected one."""
     outputs = client.forward(to_data(pairs)).result().loss_fn_outputs
     scores = [sum(output["logprobs"].tolist()[-3:]) for output in outputs]
     return sum(chosen > rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)) / len(pairs)

@@ -43,7 +43,7 @@ def to_datum(problem: Problem, sampled: gradwire.SampledSequence, advantage: flo
 
 
 def advantages(rewards: list[float]) -> list[float]:
-    """How far above the group's mean, in standard deviations; nothing where all are alike."""
+    """How far each reward is above the group's mean, in standard deviations; 0 if all rewards are alike."""
     spread = statistics.pstdev(rewards)
     return [(reward - statistics.mean(rewards)) / spread if spread else 0.0 for reward in rewards]
 

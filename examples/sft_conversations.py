@@ -59,14 +59,14 @@ def learning_rate(step: int, *, num_steps: int, warmup_steps: int, highest: floa
 
 
 def mean_loss(outputs: list[gradwire.ForwardBackwardOutput]) -> float:
-    """Per token trained on; the service's losses are sums."""
+    """The loss per token trained on; the service's losses are sums."""
     return sum(o.metrics["loss:sum"] for o in outputs) / sum(o.metrics["num_loss_tokens:sum"] for o in outputs)
 
 
 def train(
     client: gradwire.TrainingClient, data: list[gradwire.Datum], args: argparse.Namespace
 ) -> tuple[list[float], list[float]]:
-    """Returns the loss and the learning rate of every step."""
+    """Trains. Returns the loss and the learning rate of every step."""
     steps_per_epoch = math.ceil(len(data) / args.batch_size)
     num_steps = args.epochs * steps_per_epoch
     losses: list[float] = []

@@ -72,11 +72,11 @@ def supervised(
         client.optim_step(
             gradwire.AdamParams(rate, grad_clip_norm=1.0), grad_accumulation_normalization="num_loss_tokens"
         )
-    client.zero_grad().result()  # Waits for all before it.
+    client.zero_grad().result()  # This waits for all the steps before it.
 
 
 def parser(description: str | None, *, steps: int, plot: str) -> argparse.ArgumentParser:
-    """What the three take from the command line."""
+    """The arguments that the three take from the command line."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--base-url", help="a running trainer over a model of make_model; without it one is started here")
     made.add_argument("--steps", type=int, default=steps)
@@ -107,12 +107,12 @@ def make_model(folder: str) -> None:
 
 @contextlib.contextmanager
 def tiny_service(base_url: str | None) -> Iterator[gradwire.ServiceClient]:
-    """A trainer of this machine over such a model, stopped at the end; or one that serves it already."""
+    """A trainer on this machine over such a model, stopped at the end; or one that serves it already."""
     api_key = None
     try:
         with contextlib.ExitStack() as stack:
             if not base_url:
-                os.environ.setdefault("OMP_NUM_THREADS", "1")  # More only get into each other's way in a small model.
+                os.environ.setdefault("OMP_NUM_THREADS", "1")  # More only get in each other's way.
                 api_key = secrets.token_hex(16)
                 folder = stack.enter_context(tempfile.TemporaryDirectory())
                 make_model(folder)

@@ -61,7 +61,7 @@ def load_losses(module_name: str, known: Mapping[str, Loss]) -> dict[str, Loss]:
 
 
 def _guarded(loss: Loss, module_name: str) -> Callable[[LossInputs, Mapping[str, float]], LossOutput]:
-    """The loss's function; what goes wrong in it is told as its own fault, not ours."""
+    """The loss's function; what goes wrong in it is reported as its fault, not ours."""
 
     def fn(inputs: LossInputs, config: Mapping[str, float]) -> LossOutput:
         import torch

@@ -232,7 +232,7 @@ def test_damage_anywhere_is_refused_and_the_run_stays_as_it_was(
 
 
 def signed(folder: Path, name: str, content: bytes) -> None:
-    """Puts another file into a state, as whoever wrote its manifest could."""
+    """Replaces a file of a state, as whoever writes its manifest can."""
     (folder / name).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
