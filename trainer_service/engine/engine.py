@@ -121,7 +121,7 @@ class Engine:
         if len(self._runs) >= self.limits.max_runs:
             raise error(
                 "LIMIT_EXCEEDED",
-                f"This trainer holds {len(self._runs)} runs, as many as it may; delete one first.",
+                f"This trainer holds {len(self._runs)} runs, as many as it may hold; delete one first.",
                 limit=self.limits.max_runs,
                 got=len(self._runs) + 1,
             )

@@ -68,7 +68,7 @@ def _check_inputs(batch: Batch) -> None:
         number, place = batch.place(row)
         raise invalid_field(
             f"{batch.input_path(number, 'sequence_ratio_mask')}[{place}]",
-            f"is {mask_T[row]:g}; it must be 1, for a token that the mean ratio is over, or 0.",
+            f"is {mask_T[row]:g}; it must be 1 for a token that counts in the mean ratio, or else 0.",
         )
     empty_N = (np.add.reduceat(mask_T, starts_N) == 0) & (np.add.reduceat(advantages_T != 0, starts_N) != 0)
     if empty_N.any():

@@ -100,9 +100,9 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
     except RuntimeError as exc:
         raise _refused(f"has matrices of other sizes than this model: {_last_line(exc)}") from exc
     missing = [key for key in found.missing_keys if ".lora_" in key]
-    for keys, what in ((missing, "lacks"), (found.unexpected_keys, "has unknown")):
+    for keys, what in ((missing, "lacks {} tensors"), (found.unexpected_keys, "has {} unknown tensors")):
         if keys:
-            raise _refused(f"{what} {len(keys)} tensors, {keys[0]} for one.")
+            raise _refused(f"{what.format(len(keys))}, for example {keys[0]}.")
     return model
 
 
@@ -131,7 +131,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for name, value in raw.items():
         if name not in known and value:
             # A field of a newer peft that this one does not know matters unless it is off.
-            raise _refused(f"has {name[:200]} in {CONFIG}, which the trainer's peft does not know; upgrade that.")
+            raise _refused(f"has {name[:200]} in {CONFIG}, which the trainer's peft does not know; upgrade peft there.")
         if name in known and name not in _FREE and value and value != known[name]:
             raise _refused(f"has {name}={value!r:.200} in {CONFIG}; only plain LoRA can be trained on here.")
     start = raw.get("init_lora_weights", True)
@@ -154,7 +154,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     except ValueError as exc:
         raise _refused(f"has an {WEIGHTS} that cannot be read: it {_first_line(exc)}.") from exc
     if unknown := [name for name in weights if not adapter_config.KEY.fullmatch(name)]:
-        raise _refused(f"has unknown {len(unknown)} tensors, {unknown[0][:200]} for one.")
+        raise _refused(f"has {len(unknown)} unknown tensors, for example {unknown[0][:200]}.")
     for name, tensor in weights.items():
         if tensor.dtype not in _DTYPES:
             raise _refused(

@@ -98,8 +98,8 @@ def load_model(base_model: str, folder: Path, device: Device) -> PreTrainedModel
     if missing:
         raise _refused(
             base_model,
-            f"lacks {len(missing)} parameters of {type(model).__name__}, {missing[0]} for one; training would start "
-            "from random numbers there.",
+            f"lacks {len(missing)} parameters of {type(model).__name__}, for example {missing[0]}; training would "
+            "start from random numbers there.",
         )
     # Dropout would make two runs with the same log differ.
     model.eval()

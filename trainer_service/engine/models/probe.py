@@ -173,12 +173,16 @@ def _why_not(
         return "its attention does not go through transformers' interface"
     window = _sliding_window(model)
     if window and not any(packed.windows) and max_context_length > window:
-        return "its attention does not tell its sliding window"
+        return "its attention does not say what its sliding window is"
     if pack.token_of_row_R is not None:
         logits_TV = logits_TV[torch.from_numpy(pack.token_of_row_R).to(device)]
     for number, (start, stop) in zip(pack.sequences, pairwise(pack.cu_seqlens.tolist()), strict=True):
         if not _close(logits_TV[start:stop], alone[number].logits_TV):
-            return "packed sequences see one another" if not share else "sequences do not come out the same"
+            return (
+                "packed sequences see one another"
+                if not share
+                else "sequences give other results when they share beginnings"
+            )
     return ""
 
 

@@ -94,7 +94,7 @@ class Checkpoints:
         if place.kind != STATE:
             raise error(
                 "CHECKPOINT_MISMATCH",
-                f"{path} holds weights for sampling, which training cannot go on from; load one that save_state made.",
+                f"{path} holds sampler weights, from which training cannot resume; load a state that save_state saved.",
                 path=path,
             )
         folder = place.folder(self._root)
@@ -164,10 +164,10 @@ class Checkpoints:
         return _saved(place, folder, size_bytes)
 
     def _export_dtype(self, asked: str, only: str) -> str:
-        """What to write in, of what is asked for ("" for nothing) and what alone can be ("" for any)."""
+        """The dtype to write, given the one asked for ("" for none) and the only one possible ("" for any)."""
         allowed = [only] if only else ["float32", self._dtype]
         if asked and asked not in allowed:
-            why = "as what it belongs to" if only else "as it trains, or as in the base model's files"
+            why = "as what it builds on" if only else "as it trains, or as in the base model's files"
             names = " or ".join(f'"{name}"' for name in dict.fromkeys(allowed))
             raise invalid_field("dtype", f'is "{asked[:200]}"; it must be {names}, {why}.')
         return asked or allowed[-1]

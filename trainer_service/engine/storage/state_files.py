@@ -197,9 +197,9 @@ class StateFiles:
     def _check_parameters(self, tensors: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
         stored, wanted = set(tensors), set(trained)
         if missing := sorted(wanted - stored):
-            raise self._mismatch(f"it lacks {len(missing)} of the parameters this run trains, {missing[0]} for one")
+            raise self._mismatch(f"it lacks {len(missing)} of the parameters this run trains, for example {missing[0]}")
         if unknown := sorted(stored - wanted):
-            raise self._mismatch(f"it has {len(unknown)} parameters this run does not train, {unknown[0]} for one")
+            raise self._mismatch(f"it has {len(unknown)} parameters this run does not train, for example {unknown[0]}")
         for name, parameter in trained.items():
             self._check_tensor("parameters", name, tensors[name], parameter)
 

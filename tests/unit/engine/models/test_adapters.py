@@ -235,7 +235,10 @@ SPOILT: dict[str, tuple[Any, str]] = {
     ),
     "cut file": (cut, "adapter_model.safetensors that cannot be read"),
     "missing tensor": (lambda f: with_tensors(f, lambda t: t.pop(min(t))), "lacks 1 tensors"),
-    "unknown tensor": (lambda f: with_tensors(f, lambda t: t.update(x=torch.zeros(1))), "has unknown 1 tensors, x"),
+    "unknown tensor": (
+        lambda f: with_tensors(f, lambda t: t.update(x=torch.zeros(1))),
+        "has 1 unknown tensors, for example x",
+    ),
     "not finite": (lambda f: with_tensors(f, first_bad), "has a tensor that is not finite"),
 }
 
