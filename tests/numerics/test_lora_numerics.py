@@ -217,7 +217,7 @@ def test_a_frozen_head_needs_no_second_pass_over_the_vocabulary(
     def refuse(*_: object) -> None:
         raise AssertionError("the head was gone through again")
 
-    monkeypatch.setattr(logprobs_module, "_backward_trained", refuse)
+    monkeypatch.setattr(logprobs_module, "_Gradients", refuse)
     engine.forward_backward("body", 1, engine.stage(make_batch(5, 9), CROSS_ENTROPY))
     with pytest.raises(AssertionError, match="gone through again"):
         engine.forward_backward("all", 1, engine.stage(make_batch(5, 9), CROSS_ENTROPY))
