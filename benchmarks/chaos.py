@@ -43,7 +43,7 @@ from tests.full_disk import SmallDisk, small_disk
 from tests.tiny import make_tiny_llama
 
 DISK_BYTES = 384 << 20
-"""Of the disk that gets full."""
+"""Size of the disk that gets full."""
 
 
 def main() -> int:
@@ -114,14 +114,14 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
 
 @dataclass(frozen=True)
 class Counts:
-    """What came of trials."""
+    """The outcome of trials."""
 
     answers: int = 0
-    """Compared."""
+    """Trials compared."""
     different: int = 0
-    """Trials."""
+    """Trials that ended otherwise than the undisturbed loop."""
     refused: int = 0
-    """Answers that were refusals, the disk being full."""
+    """Answers that were refusals because the disk was full."""
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(*(one + another for one, another in zip(astuple(self), astuple(other), strict=True)))

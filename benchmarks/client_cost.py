@@ -43,7 +43,7 @@ class Ours:
             self._answers.append(TrainResponse(seq_id=start + 1, forward=answer).SerializeToString())
 
     def run(self) -> None:
-        """Answers to gradients."""
+        """Makes gradients from answers."""
         responses = [TrainResponse.FromString(answer) for answer in self._answers]
         outputs = answers.forward_output(responses).loss_fn_outputs
         gradients, _, _ = run_custom_loss(nll, self._data, outputs.arrays["logprobs"], outputs.cu_seqlens)
@@ -87,7 +87,7 @@ class Tinker:
         self._answer = answer.SerializeToString()
 
     def run(self) -> None:
-        """Answers to gradients."""
+        """Makes gradients from answers."""
         output = self._combine([self._decode(self._answer)])
         linear = self._evaluate(self._data, nll, output)
         batch = self._types.ForwardBackwardInput(data=linear.data, loss_fn="cross_entropy")

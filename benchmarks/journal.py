@@ -38,7 +38,7 @@ from trainer_service.runs.store import RunStore
 
 
 class NoJournal(Journal):
-    """Keeps nothing, and says so a turn of the loop later."""
+    """A journal that keeps nothing, and confirms it a turn of the loop later."""
 
     def append(self, operation: Operation, digest: bytes, written: Callable[[GradwireError | None], object]) -> None:
         asyncio.get_running_loop().call_soon(written, None)
@@ -51,7 +51,7 @@ class NoStore(RunStore):
     """Runs on disk whose journals keep nothing."""
 
     def journal(self, run_id: str) -> Journal:
-        """See NoJournal."""
+        """A journal that keeps nothing; see NoJournal."""
         return NoJournal(self.folder(run_id), JournalWriter(), sync="normal", retention=Retention())
 
 
@@ -106,7 +106,7 @@ async def sides(folder: Path) -> tuple[dict[str, Run], list[Runs]]:
 
 
 async def table(folder: Path, args: argparse.Namespace) -> None:
-    """Measures and prints."""
+    """Measures all sides and prints the table."""
     runs, everything = await sides(folder)
     mib = 1024 * 1024
     rows = [

@@ -16,7 +16,7 @@ from tests.long_fields import send_long_fields
 from tests.trainer_process import TrainerProcess
 
 _SLOWEST = 8
-"""Rows printed of all fields."""
+"""How many rows are printed of all fields."""
 _QUIET_S = 3.0
 """For how long steps are taken undisturbed, to compare with."""
 _TEXT_REQUESTS = 64
@@ -26,7 +26,7 @@ class Steps:
     """Another client's training, in a process of its own: how long its steps take.
 
     Args:
-        base_url: Of the trainer.
+        base_url: The trainer's.
     """
 
     def __init__(self, base_url: str) -> None:
@@ -38,7 +38,7 @@ class Steps:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()  # Its input ends, and so does it.
+        self._process.communicate()  # It ends when its input does.
 
     def taken(self) -> str:
         """Median and longest since the last call, ms; waits for the step under way."""
@@ -80,9 +80,9 @@ def measure_long_fields(trainer: TrainerProcess, service: ServiceClient, size_mi
     """Prints the fields that took longest, and the steps of another run beside each kind of attack.
 
     Args:
-        trainer: On a tiny model.
-        service: To it.
-        size_mib: Of a string; see send_long_fields.
+        trainer: Serves a tiny model.
+        service: A client of it.
+        size_mib: Size of a string; see send_long_fields.
     """
     with service.create_training_client() as attacked, Steps(trainer.base_url) as steps:
         before_mib = resident_mib(trainer.process.pid), resident_mib(trainer.worker_pid())

@@ -56,7 +56,7 @@ class Runs:
         self._batch = batch
 
     def step(self, run_id: str) -> None:
-        """One whole step."""
+        """Takes one whole step."""
         self.engine.forward_backward(run_id, 1, self.engine.stage(self._batch, CROSS_ENTROPY))
         self.engine.optim_step(run_id, 2, ADAM)
 
@@ -154,7 +154,7 @@ def _held_bytes(pid: int) -> int:
 
 
 def _batch(model: str, tokens: int) -> Batch:
-    """Four sequences."""
+    """A batch of four sequences."""
     return batch_from_data(make_data(_vocab_size(model), [tokens // 4] * 4))
 
 

@@ -71,7 +71,7 @@ def measure_head(num_tokens: int) -> int:
 
 
 def measure(side: str, *arguments: str) -> int:
-    """One side, by name."""
+    """Runs one side, by its name."""
     if side == "padded":
         return measure_padded(arguments[0], int(arguments[1]))
     if side == "engine":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainer_service.config import ComputeDtype, EngineSettings
 
 RAGGED = (200, 100, 64, 44, 40, 32)
-"""Lengths; padded to the longest they are 2.5 times as many tokens."""
+"""Lengths of sequences; padded to the longest, they have 2.5 times as many tokens."""
 
 
 class PaddedLoop:
@@ -44,7 +44,7 @@ class PaddedLoop:
         loss.backward()
 
     def step(self, data: list[Datum]) -> None:
-        """Data in, step done."""
+        """A whole step on these data."""
         self.forward_backward(data)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -56,7 +56,7 @@ def ragged(setting: Setting, vocab: int) -> list[Datum]:
 
 
 def over_padded_loop(setting: Setting) -> list[Row]:
-    """Tokens a second, the same batch."""
+    """Tokens a second on the same batch."""
     with (
         trainer(setting, "float32", "--compute-dtype", "float32") as float32,
         trainer(setting, "bfloat16", "--compute-dtype", "bfloat16") as bfloat16,

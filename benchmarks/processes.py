@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def resident_mib(pid: int) -> float:
-    """Memory that is its own, MiB."""
+    """The process's own memory, MiB."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) / 1024

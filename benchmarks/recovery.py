@@ -45,7 +45,7 @@ def main() -> int:
         metrics = f"127.0.0.1:{probe.getsockname()[1]}"
     arguments = ("--snapshot-steps", str(STEPS), "--metrics-port", metrics.rpartition(":")[2])
     kills: list[float] = []
-    # What it sets for tests is one thread.
+    # For tests it sets one thread.
     threads = os.environ["OMP_NUM_THREADS"]
     with (
         tempfile.TemporaryDirectory() as name,
@@ -94,7 +94,7 @@ def steps(client: TrainingClient, number: int, num_tokens: int) -> list[float]:
 
 
 def wait_for_snapshot(trainer: Trainer, client: TrainingClient, count: int) -> None:
-    """Until a run has had so many."""
+    """Waits until a run has had so many."""
     line = f"Snapshot. run_id={client.run_id}"
     deadline = time.monotonic() + ANSWER_S
     while trainer.log.read_text().count(line) < count:

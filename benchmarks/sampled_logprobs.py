@@ -24,12 +24,12 @@ def mismatch(
     """Samples of a run's parameters at temperature 1, and the same tokens through `forward` of that run.
 
     Args:
-        model: Folder.
-        compute_dtype: Of both.
-        num_prompts: Of 16 to 96 tokens.
-        num_samples: Of each.
-        max_tokens: Of each sample.
-        goal: For the table.
+        model: Folder of the model.
+        compute_dtype: Dtype of matrix products on both sides.
+        num_prompts: How many prompts, of 16 to 96 tokens.
+        num_samples: Samples of each prompt.
+        max_tokens: Tokens of each sample.
+        goal: The goal, for the table.
     """
     with tempfile.TemporaryDirectory() as folder:
         engine = InProcess(model, Path(folder), EngineSettings(compute_dtype)).engine

@@ -77,18 +77,18 @@ class InProcess:
         self._seq_id = 0
 
     def forward_backward(self, data: list[Datum]) -> None:
-        """Gradients, added to those there are."""
+        """Adds the gradients of these data to those already there."""
         self._seq_id += 1
         self.engine.forward_backward("run", self._seq_id, self.engine.stage(batch_from_data(data), self._loss))
 
     def step(self, data: list[Datum]) -> None:
-        """Data in, step done."""
+        """A whole step on these data."""
         self.forward_backward(data)
         self._seq_id += 1
         self.engine.optim_step("run", self._seq_id, ADAM)
 
     def gradients(self) -> list[torch.Tensor]:
-        """Accumulated so far."""
+        """The gradients accumulated so far."""
         parameters = self.engine._run("run").model.parameters()
         return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
@@ -129,7 +129,7 @@ def _trainer_process(model: str, folder: Path, *options: str) -> Iterator[Servic
 
 
 def vocab_size(service: ServiceClient) -> int:
-    """Of the trainer's model."""
+    """Size of the vocabulary of the trainer's model."""
     return service.get_server_info().models[0].vocab_size
 
 

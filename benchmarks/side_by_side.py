@@ -34,7 +34,7 @@ class Setting:
     """The one trainer of a quick run."""
 
     def pick(self, full: int, quick: int) -> int:
-        """A size."""
+        """One of two sizes: of a real row, or of a quick one."""
         return quick if self.quick else full
 
 

@@ -21,7 +21,7 @@ from stream_servers import ANSWER_PART, UNLIMITED
 
 CHUNK_BYTES = 1 << 20
 TOKEN_BYTES = 16
-"""Of a token with its target and weight."""
+"""Bytes of a token with its target and weight."""
 
 
 class Server:
@@ -116,7 +116,7 @@ def carry(client: TrainingClient, data: list[Datum]) -> None:
 
 
 def stream(setting: Setting) -> list[Row]:
-    """Bytes a second."""
+    """Measures bytes a second."""
     servers = {kind: Server(kind) for kind in ("front-end", "raw", "flight")}
     count = setting.pick(64, 2)
     try:

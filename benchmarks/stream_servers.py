@@ -98,13 +98,13 @@ class AnsweringWorker:
         self.became_ready = callback
 
     def on_death(self, callback: Callable[[Any], object]) -> None:
-        """It does not die."""
+        """Never called back: this worker does not die."""
 
     def on_responding(self, callback: Callable[[], object]) -> None:
-        """It always does."""
+        """Never called back: this worker always responds."""
 
     async def stop(self) -> None:
-        """Nothing to stop."""
+        """There is nothing to stop."""
 
 
 async def front_end() -> None:

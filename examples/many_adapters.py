@@ -88,7 +88,7 @@ def try_out(clients: Iterable[gradwire.TrainingClient], data: dict[str, list[gra
 
 
 def num_right(clients: Clients, words: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """How many words each adapter's likeliest answer is right for."""
+    """For how many words each adapter's likeliest answer is right."""
     greedy = gradwire.SamplingParams(max_tokens=16, temperature=0, stop=["."])
     samplers = {rule: client.save_weights_and_get_sampling_client() for rule, client in clients.items()}
     prompts = [tokenizer.encode(f"{word} ->", add_special_tokens=False) for word in words]

@@ -58,7 +58,7 @@ class Command:
     """A command in a process of its own.
 
     Attributes:
-        process: It.
+        process: The command's process.
         terminal: What it wrote to standard error so far, if that is a terminal.
     """
 

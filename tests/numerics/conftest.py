@@ -33,7 +33,7 @@ class ModelCase:
     scope="session", params=["tiny_llama", pytest.param("smollm2", marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
 )
 def case(request: pytest.FixtureRequest) -> ModelCase:
-    """A tiny random Llama, and SmolLM2-135M-Instruct where it has been fetched."""
+    """A tiny random Llama, and SmolLM2-135M-Instruct if it has been fetched."""
     if request.param == "tiny_llama":
         return ModelCase(
             request.getfixturevalue("tiny_llama"),

@@ -23,7 +23,7 @@ FACTOR = 4.0
 ROUNDING = 2.0**-24
 """Relative error of one rounding to float32."""
 PlainLoss = Callable[[list[torch.Tensor]], torch.Tensor]
-"""Logprobs of each sequence → scalar."""
+"""A loss: logprobs of each sequence → scalar."""
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,11 @@ class Reference:
         )
 
     def check_logprobs(self, found: npt.NDArray[np.float32]) -> None:
-        """As near to float64 as float32 allows."""
+        """Logprobs are as near to float64 as float32 allows."""
         np.testing.assert_allclose(found, self.logprobs, rtol=0, atol=FACTOR * self.logprobs_error)
 
     def check_gradients(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
-        """As near to float64 as float32 allows; float32 themselves."""
+        """Gradients are float32, and as near to float64 as float32 allows."""
         found = gradients_of(parameters)
         assert {gradient.dtype for gradient in found.values()} == {torch.float32}
         assert worst_error(found, self.gradients) <= FACTOR * self.gradient_error

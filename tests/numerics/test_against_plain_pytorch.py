@@ -49,7 +49,7 @@ def sequences(case: ModelCase) -> list[PlainSequence]:
 
 @functools.lru_cache(maxsize=1)
 def reference(case: ModelCase, loss: str, k: int | None = None) -> Reference:
-    """Of a case's sequences, for a loss of LOSSES."""
+    """The reference for a case's sequences under one of LOSSES."""
     sequences = case.sequences(k)
     return Reference.of(lambda dtype: load_plain(case.folder, dtype=dtype), sequences, LOSSES[loss](sequences))
 
@@ -81,7 +81,7 @@ LOSSES: dict[str, Callable[[list[PlainSequence]], PlainLoss]] = {
 
 
 def check_cross_entropy(found: ForwardResult, sequences: list[PlainSequence]) -> None:
-    """The loss is the sum of what was answered."""
+    """The engine's loss is the sum of the answered logprobs, weighted."""
     weights = np.concatenate([sequence.weights for sequence in sequences])
     check_sum(found.metrics["loss:sum"], -weights * found.logprobs_TK)
 
@@ -175,7 +175,7 @@ class SteppedReference:
     norms: list[float]
     moved_error: float
     norm_error: float
-    """Relative."""
+    """Relative errors."""
 
     @classmethod
     def of(cls, case: ModelCase, loss: str, settings: list[AdamParams], *, divisor: float = 1.0) -> "SteppedReference":

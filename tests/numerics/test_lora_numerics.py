@@ -49,7 +49,7 @@ def folder(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path: Path) -> 
 
 
 def reference_of(folder: Path, engine: Engine, settings: LoraSettings, **config: Any) -> Reference:
-    """Of plain peft with the engine's adapter."""
+    """The reference of plain peft with the engine's adapter."""
 
     def load(dtype: torch.dtype) -> Any:
         plain = plain_peft(folder, settings, dtype, **config)
@@ -197,7 +197,7 @@ def test_the_base_model_is_shared_and_never_changes(tiny_llama: Path, tmp_path: 
     for name, parameter in base.items():
         wrapped = name.replace(".weight", ".base_layer.weight")
         assert torch.equal(held[wrapped if wrapped in held else name], parameter), name
-    # Another LoRA run finds it there, also after the last was deleted; a run that trains everything never gets it.
+    # Another LoRA run finds it there, even after the last was deleted; a run that trains all parameters never gets it.
     engine.delete_run("a")
     engine.delete_run("b")
     engine.create_run("next", lora=BODY)
@@ -217,7 +217,7 @@ def test_a_frozen_head_needs_no_second_pass_over_the_vocabulary(
     def refuse(*_: object) -> None:
         raise AssertionError("the head was gone through again")
 
-    monkeypatch.setattr(logprobs_module, "_backward_trained", refuse)
+    monkeypatch.setattr(logprobs_module, "_Gradients", refuse)
     engine.forward_backward("body", 1, engine.stage(make_batch(5, 9), CROSS_ENTROPY))
     with pytest.raises(AssertionError, match="gone through again"):
         engine.forward_backward("all", 1, engine.stage(make_batch(5, 9), CROSS_ENTROPY))

@@ -178,7 +178,7 @@ def test_bfloat16_compute_is_as_near_as_plain_autocast(
         torch.float32
     }
     apart = Distance.of(found.logprobs_TK, half.live_model(RUN), exact, plain)
-    # Half precision was used at all.
+    # Half precision was really used.
     assert 2.0**-16 < apart.logprobs <= FACTOR * own.logprobs
     assert apart.gradients <= FACTOR * own.gradients
     weights = np.concatenate([sequence.weights for sequence in sequences])

@@ -118,7 +118,7 @@ def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, trainer: 
         trainer.send(WorkerEvent(loading=f"importing {arguments.loss_module}"))
         LOSSES.update(load_losses(arguments.loss_module, LOSSES))
     trainer.send(WorkerEvent(loading="importing torch and transformers"))
-    # Here, not at the top: these imports take seconds, and the trainer should hear from us before.
+    # Imported here, not at the top: these imports take seconds, and the trainer should hear from us before.
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -189,7 +189,7 @@ def _ready(engine: "Engine", sampling: "Sampling") -> WorkerEvent:
 
 
 def _give_up(trainer: TrainerConnection, exc: Exception) -> int:
-    """Tells the trainer why there will be no worker, and waits until it has heard."""
+    """Tells the trainer why this worker cannot start, and waits until it has heard."""
     if isinstance(exc, GradwireError):
         logger.error(exc.message)
     else:
@@ -204,14 +204,14 @@ def _give_up(trainer: TrainerConnection, exc: Exception) -> int:
 def _serve(
     trainer: TrainerConnection, engine: "Engine", sampling: "Sampling", ranks: Ranks, executing: Executing
 ) -> None:
-    """Executes commands until the stream ends: operations in order, and between them as much sampling as they took."""
+    """Executes commands until the stream ends: operations in order, and as long as each took, sampling after it."""
     from trainer_service.engine.worker.commands import Commands, overtakes
 
     commands = Commands(engine, trainer.send, sampling)
     inbox = Inbox(commands.prepare, overtakes)
 
     def read() -> None:
-        # A stream that breaks off has ended, by another name; main() says how.
+        # A stream that breaks off has ended too; main() says how.
         with contextlib.suppress(grpc.RpcError):
             inbox.read(trainer.commands)
 

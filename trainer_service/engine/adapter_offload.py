@@ -18,12 +18,12 @@ from trainer_service.engine.counters import Counters
 from trainer_service.engine.run_state import RunState
 
 _TENSORS_PER_PARAMETER = 4
-"""Itself, its gradient and the optimizer's two moments."""
+"""The parameter, its gradient and the optimizer's two moments."""
 
 
 @dataclass(frozen=True)
 class _Waiting:
-    """What of one parameter is in host memory; None is what stayed, or was not there."""
+    """What is in host memory of one parameter; None stands for what stayed on the device or does not exist."""
 
     values: Tensor | None
     grad: Tensor | None
@@ -35,11 +35,11 @@ class _Adapter:
     run: RunState
     full_bytes: int
     held_bytes: int = 0
-    """What it had on the device when it was last measured."""
+    """Bytes on the device when the adapter was last measured."""
     waiting: dict[Parameter, _Waiting] = field(default_factory=dict)
 
     def measure(self) -> None:
-        """Finds out what it has on the device."""
+        """Measures the bytes it has on the device."""
         optimizer = self.run.optimizer
         self.held_bytes = sum(
             p.nbytes + (0 if p.grad is None else p.grad.nbytes) + sum(t.nbytes for t in optimizer.state_of(p).values())
@@ -48,17 +48,17 @@ class _Adapter:
 
 
 class AdapterOffload:
-    """Keeps adapters on the device within a budget. Runs whose parameters all train are left alone.
+    """Keeps the adapters on the device within a budget. Runs that train all parameters are left alone.
 
     Args:
-        max_device_bytes: The budget; the adapter in use may pass it by itself. None: everything stays.
-        counters: Told how many adapters are away.
+        max_device_bytes: The budget; the adapter in use may exceed it by itself. None keeps everything on the device.
+        counters: Count the adapters in host memory.
     """
 
     def __init__(self, max_device_bytes: int | None, counters: Counters) -> None:
         self._max_device_bytes = max_device_bytes
         self._counters = counters
-        self._adapters: dict[str, _Adapter] = {}  # The one unused longest is first.
+        self._adapters: dict[str, _Adapter] = {}  # The one unused for longest comes first.
 
     def use(self, run: RunState) -> None:
         """Has all of a run's adapter on the device. It stays there at least until another run's turn.
@@ -86,7 +86,7 @@ class AdapterOffload:
         self._count_waiting()
 
     def forget(self, run_id: str) -> None:
-        """The run is deleted."""
+        """Forgets a run that is deleted."""
         self._adapters.pop(run_id, None)
         self._count_waiting()
 
@@ -95,7 +95,7 @@ class AdapterOffload:
 
 
 def _full_bytes(run: RunState) -> int:
-    """What an adapter holds in the middle of a step."""
+    """Bytes of an adapter in the middle of a step."""
     return _TENSORS_PER_PARAMETER * sum(parameter.nbytes for parameter in run.trained_parameters().values())
 
 
@@ -130,7 +130,7 @@ def _bring_back(adapter: _Adapter) -> None:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy in the host's memory, pinned where a GPU is to read it."""
+    """A copy in host memory, pinned if a GPU will read it."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor)
 
 

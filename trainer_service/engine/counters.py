@@ -11,24 +11,24 @@ class Counters:
     """Operations executed, failed ones included."""
     failed_operations_total: int = 0
     forward_passes_total: int = 0
-    """Forwards of the model: one a microbatch."""
+    """Forwards of the model, one for each microbatch."""
     backward_passes_total: int = 0
-    """Backwards of the model: one a microbatch."""
+    """Backwards of the model, one for each microbatch."""
     tokens_total: int = 0
     """Tokens that went through a forward."""
     shared_tokens_total: int = 0
     """Tokens that did not have to, since a sequence with the same beginning went through with them."""
     optim_steps_total: int = 0
     held_graphs: int = 0
-    """Graphs kept for custom losses now."""
+    """Graphs held for custom losses now."""
     held_graph_bytes: int = 0
-    """What they hold."""
+    """Memory that these graphs hold."""
     recomputed_graphs_total: int = 0
-    """Forwards done again at the backward, since holding their graphs would have passed the budget."""
+    """Forwards computed again at their backward, since holding their graphs would have exceeded the budget."""
     runs: int = 0
     """Runs held now."""
     adapters_in_host_memory: int = 0
-    """Adapters of those that wait there for their run's next operation."""
+    """Adapters that wait in host memory for their run's next operation."""
     busy_seconds_total: float = 0.0
     """Time spent executing operations."""
 

@@ -19,9 +19,9 @@ class Device:
     """A device and its precision.
 
     Attributes:
-        torch_device: Where tensors live.
+        torch_device: Where tensors are.
         name: For people: "cpu", or "cuda:0 (NVIDIA H200)".
-        compute_dtype: What matrix products run in.
+        compute_dtype: Dtype of matrix products.
     """
 
     torch_device: torch.device
@@ -29,7 +29,7 @@ class Device:
     compute_dtype: torch.dtype
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """What every forward runs in."""
+        """The autocast context that every forward runs in."""
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.torch_device.type, dtype=self.compute_dtype)

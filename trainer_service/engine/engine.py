@@ -52,9 +52,9 @@ class Engine:
 
     Args:
         base_model: Hub id or folder. Loaded here; the first run takes this copy.
-        device: Where.
-        checkpoint_dir: Where checkpoints go, in a folder a run.
-        limits: max_runs is kept here; the rest is for those who check batches.
+        device: Where models are.
+        checkpoint_dir: Where checkpoints go, in a folder for each run.
+        limits: max_runs is enforced here; the others are for whoever checks batches.
         settings: What the trainer's owner decided about memory.
         max_context_length: Longest sequence taken, tokens; 0 takes the model's own limit.
 
@@ -95,7 +95,7 @@ class Engine:
         self._runs: dict[str, RunState] = {}
         self._adapter_offload = AdapterOffload(self.memory.max_device_adapter_bytes, self.counters)
         self.before_change: Callable[[PreTrainedModel], object] = lambda model: None
-        """Called before the parameters of a model change: somebody may be reading them."""
+        """Called before the parameters of a model change, since somebody may be reading them."""
 
     def base_model(self) -> PreTrainedModel:
         """The base model, to be read: a copy that no run has changed, loaded anew where there is none."""
@@ -110,7 +110,7 @@ class Engine:
         """Makes a run with parameters of its own, equal to the base model's, or with an adapter beside a shared one.
 
         Args:
-            run_id: Its name.
+            run_id: Name of the run.
             lora: Trains a new adapter.
             adapter: Trains the adapter in this folder.
 
@@ -121,7 +121,7 @@ class Engine:
         if len(self._runs) >= self.limits.max_runs:
             raise error(
                 "LIMIT_EXCEEDED",
-                f"This trainer holds {len(self._runs)} runs, as many as it may; delete one first.",
+                f"This trainer holds {len(self._runs)} runs, as many as it may hold; delete one first.",
                 limit=self.limits.max_runs,
                 got=len(self._runs) + 1,
             )
@@ -191,7 +191,7 @@ class Engine:
 
         Raises:
             FailedPreconditionError: NON_FINITE: the loss is NaN or infinite.
-            DeviceOutOfMemoryError: As it says.
+            DeviceOutOfMemoryError: The device has no room for it.
         """
         run = self._run(run_id, taints=seq_id)
         what = f"the forward_backward of {staged.batch.num_tokens} tokens"
@@ -208,7 +208,7 @@ class Engine:
         Raises:
             FailedPreconditionError: NO_HELD_GRAPH.
             InvalidArgumentError: Gradients not shaped as the logprobs; the graph stays held.
-            DeviceOutOfMemoryError: As it says. Whatever is raised taints the accumulation.
+            DeviceOutOfMemoryError: The device has no room for it. Whatever is raised taints the accumulation.
         """
         run = self._run(run_id, taints=seq_id)
         work = lambda: self._passes.backward(run, forward_seq_id=forward_seq_id, gradients_TK=gradients_TK)  # noqa: E731
@@ -218,7 +218,7 @@ class Engine:
             self._count_held()
 
     def fail_pass(self, run_id: str, seq_id: int) -> None:
-        """A pass was refused before it got here (its request was bad): as if it had failed here."""
+        """Taints a run whose pass was refused before it got here, as if it had failed here."""
         self._run(run_id).taint(seq_id)
 
     def optim_step(
@@ -341,7 +341,7 @@ class Engine:
         return run.model
 
     def run_state(self, run_id: str) -> RunState:
-        """What is held for a run, for the thread that calls the verbs.
+        """The state of a run, for the thread that calls the verbs.
 
         Raises:
             NotFoundError: RUN_NOT_FOUND.

@@ -15,11 +15,11 @@ from trainer_service.engine.packed.packing import Pack
 
 
 class LossTotals:
-    """Values kept on the device: one transfer at the end, not one a microbatch.
+    """Keeps values on the device: one transfer at the end, not one for each microbatch.
 
     Args:
-        loss: Which.
-        config: What the caller set of its settings.
+        loss: The loss to evaluate.
+        config: The settings the caller has set; the others take their defaults.
     """
 
     def __init__(self, loss: Loss, config: Mapping[str, float] | None) -> None:
@@ -39,14 +39,14 @@ class LossTotals:
         return output.loss
 
     def metrics(self) -> dict[str, float]:
-        """By `name:reduction`."""
+        """Metrics over all microbatches, by `name:reduction`."""
         return combine_metrics(self._on_host())
 
     def check_finite(self, batch: Batch) -> None:
         """Refuses a loss that is NaN or infinite.
 
         Args:
-            batch: The operation's, which names its datums.
+            batch: The batch of the operation; it names its datums.
 
         Raises:
             FailedPreconditionError: NON_FINITE, naming the datum.
@@ -54,7 +54,7 @@ class LossTotals:
         values = [found["loss:sum"] for found in self._on_host()]
         if all(math.isfinite(value) for value in values):
             return
-        # Each finite by itself, their sum may still be infinite.
+        # Every loss may be finite and their sum infinite.
         datum, value = min(self._not_finite(), default=(None, math.fsum(values)))
         where = "the whole batch" if datum is None else batch.datum_path(datum)
         text = (
@@ -72,7 +72,7 @@ class LossTotals:
         return self._numbers
 
     def _not_finite(self) -> Iterator[tuple[int, float]]:
-        """(number of the datum, its loss) of all whose loss is not finite."""
+        """(number of the datum, its loss) for each datum whose loss is not finite."""
         for pack, inputs in self._seen:
             for sequence, (start, stop) in zip(pack.sequences, pairwise(pack.cu_seqlens.tolist()), strict=True):
                 rows = slice(start, stop)

@@ -18,12 +18,12 @@ _MIN_ACTIVATION_BYTES = 256 << 20
 _MIN_ADAPTER_BYTES = 256 << 20
 _FLOAT_BYTES = 4
 _FLOATS_PER_PARAMETER = 4
-"""Itself, its gradient and the optimizer's two moments."""
+"""The parameter, its gradient and the optimizer's two moments."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Budgets.
+    """How much memory each use may take.
 
     Attributes:
         max_pack_tokens: See EngineSettings.
@@ -44,10 +44,10 @@ def plan_memory(device: Device, traits: Traits, settings: EngineSettings, *, num
     """Budgets for a model, the same at every start on the same machine.
 
     Args:
-        device: Says how much there is.
+        device: Says how much memory there is.
         traits: Say how much a token holds.
-        settings: What has been decided.
-        num_parameters: They, their gradients and the optimizer's state come first.
+        settings: What the trainer's owner has decided.
+        num_parameters: Parameters, their gradients and the optimizer's state come first.
     """
     free = device.total_bytes() - _FLOATS_PER_PARAMETER * _FLOAT_BYTES * num_parameters
     activations = max(_MIN_ACTIVATION_BYTES, int(free * _ACTIVATIONS))

@@ -27,7 +27,7 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Columns:
-    """A batch on the device; all of one operation crosses in one copy a column."""
+    """A batch on the device, which took one copy for each column."""
 
     tokens_T: Tensor
     targets_TK: Tensor
@@ -39,9 +39,9 @@ class Forwards:
     """How every microbatch of an engine goes through a model.
 
     Attributes:
-        device: Where.
-        traits: Of the architecture.
-        memory: Budgets.
+        device: Where models and microbatches are.
+        traits: What the architecture allows.
+        memory: How much memory each use may take.
         checkpointing: See EngineSettings.
         vocab_size: Width of the head.
     """
@@ -64,7 +64,7 @@ class Forwards:
         return fits and not self.checkpoints(num_tokens)
 
     def held_bytes(self, num_tokens: int) -> int:
-        """What the graph of a forward holds."""
+        """Memory that the graph of a forward over so many tokens holds."""
         logits = self.vocab_size * _FLOAT_BYTES if self.keeps_logits(num_tokens) else 0
         return num_tokens * (held_bytes_per_token(self.traits, self.checkpoints(num_tokens)) + logits)
 
@@ -73,9 +73,9 @@ class Microbatch:
     """One pack, ready to be run.
 
     Args:
-        pack: Which rows of the batch.
+        pack: The rows of the batch it answers.
         columns: The batch.
-        forwards: How it is run.
+        forwards: How it goes through a model.
     """
 
     def __init__(self, pack: Pack, columns: Columns, forwards: Forwards) -> None:
@@ -91,11 +91,11 @@ class Microbatch:
 
     @property
     def held_bytes(self) -> int:
-        """What its graph holds."""
+        """Memory that its graph holds."""
         return self._forwards.held_bytes(self.pack.num_tokens)
 
     def logprobs(self, model: PreTrainedModel) -> Tensor:
-        """Of the rows' targets, float32, with a graph where grad is enabled."""
+        """Logprobs of the rows' targets, float32, with a graph where grad is enabled."""
         forwards, num_tokens = self._forwards, self.pack.num_tokens
         with forwards.device.autocast(), pack_in_use(self._attention):
             return runner.run(
@@ -116,7 +116,7 @@ class Microbatch:
             output.backward(gradient)
 
     def loss_inputs(self, logprobs_RK: Tensor) -> LossInputs:
-        """What a built-in loss sees."""
+        """The inputs of a built-in loss."""
         return LossInputs(logprobs_RK, self._inputs, self._put(self.pack.cu_seqlens))
 
     def _put(self, array: npt.NDArray[np.int64]) -> Tensor:
@@ -127,7 +127,7 @@ def gather(pieces: list[tuple[Microbatch, Tensor]], like: Tensor) -> npt.NDArray
     """Per-row values of all microbatches in the batch's order, on the host.
 
     Args:
-        pieces: Each with its rows' values.
+        pieces: Microbatches, each with the values of its rows.
         like: Anything shaped as the whole, on the device.
     """
     whole = torch.empty(like.shape, dtype=torch.float32, device=like.device)

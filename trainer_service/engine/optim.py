@@ -1,4 +1,4 @@
-"""AdamW with hyperparameters per step; normalisation and clipping ride in the same pass over the gradients.
+"""AdamW with hyperparameters per step; normalisation and clipping share its pass over the gradients.
 
 A step is taken whole, with a result that is finite, or not at all.
 """
@@ -19,7 +19,7 @@ class StepResult:
     """What one step did.
 
     Attributes:
-        applied: False where gradients or result are NaN or infinite: nothing was changed.
+        applied: False if the gradients or the result are NaN or infinite; then nothing was changed.
         grad_norm: Global L2 norm of the gradients after division, before clipping.
         overflowing: Where finite gradients were not applied: a parameter that would have become NaN or infinite, itself
             or a moment of it.
@@ -31,7 +31,7 @@ class StepResult:
 
 
 class AdamW:
-    """torch.optim.AdamW, fused. State is float32 and made at the first step.
+    """torch.optim.AdamW, fused. Its state is float32 and is made at the first step.
 
     Args:
         parameters: What it trains.
@@ -82,16 +82,16 @@ class AdamW:
         return self._optimizer.state.get(parameter, {})
 
     def load_state_of(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
-        """Takes over what state_of gave, on the parameter's device."""
+        """Restores what state_of returned, on the parameter's device."""
         self._bounds.forget()
         self._optimizer.state[parameter] = dict(state)
 
     def drop_state_of(self, parameter: nn.Parameter) -> None:
-        """Forgets what state_of gives, to be loaded again before the parameter's next step."""
+        """Forgets a parameter's state, which must be loaded again before its next step."""
         self._optimizer.state.pop(parameter, None)
 
     def clear_state(self) -> None:
-        """Starts afresh; also to be called when parameters were changed."""
+        """Starts afresh. Must also be called when something else has changed the parameters."""
         self._bounds.forget()
         self._optimizer.state.clear()
 
@@ -109,7 +109,7 @@ class AdamW:
             optimizer.state[trial] = {name: tensor.clone() for name, tensor in state.items()}
         optimizer.step()
         moments = [optimizer.state[trial][name] for name in ("exp_avg", "exp_avg_sq")]
-        # An infinite parameter may be meant so: a bias that forbids a token.
+        # An infinite parameter may be intended: a bias that forbids a token.
         fine = [trial.detach().isfinite() | ~before.isfinite(), *(moment.isfinite() for moment in moments)]
         return not all(bool(each.all()) for each in fine)
 
@@ -135,13 +135,13 @@ class AdamW:
 
 
 def _absolute_max(tensor: Tensor) -> Tensor:
-    """Largest absolute value; NaN where there is one."""
+    """The largest absolute value; NaN if any is NaN."""
     low, high = torch.aminmax(tensor)
     return torch.maximum(-low, high)
 
 
 def _max(scalars: Iterable[Tensor]) -> float:
-    """Largest of them; 0 of none, NaN where there is one."""
+    """The largest value; 0 if there is none, NaN if any is NaN."""
     found = list(scalars)
     return torch.stack(found).max().item() if found else 0.0
 

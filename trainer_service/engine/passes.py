@@ -24,12 +24,12 @@ from trainer_service.engine.validation import check_gradients_shape
 
 @dataclass(frozen=True)
 class ForwardResult:
-    """What a forward or forward_backward found.
+    """The answer of a forward or forward_backward.
 
     Attributes:
-        logprobs_TK: Of the targets, natural log, float32, [T] or [T, K] as the targets.
+        logprobs_TK: Natural-log probabilities of the targets, float32, [T] or [T, K] as the targets.
         cu_seqlens: The batch's, int64 [N + 1].
-        metrics: By `name:reduction`.
+        metrics: Metrics by `name:reduction`.
     """
 
     logprobs_TK: npt.NDArray[np.float32]
@@ -84,8 +84,8 @@ class Passes:
 
     Args:
         forwards: How microbatches go through a model.
-        counters: Count what is done.
-        held_graphs: All graphs that are held, of every run.
+        counters: Count passes and tokens.
+        held_graphs: Returns all graphs that are held, of every run.
     """
 
     def __init__(self, forwards: Forwards, counters: Counters, held_graphs: Callable[[], Iterable[HeldGraph]]) -> None:

@@ -26,7 +26,7 @@ class HeldPiece:
     Attributes:
         microbatch: What to run again where the graph is gone.
         logprobs_RK: With their graph; None where that would have passed the budget.
-        age: Larger is younger.
+        age: Larger for younger pieces.
     """
 
     microbatch: Microbatch
@@ -35,7 +35,7 @@ class HeldPiece:
 
     @property
     def held_bytes(self) -> int:
-        """What the graph holds."""
+        """Memory that the graph holds."""
         return 0 if self.logprobs_RK is None else self.microbatch.held_bytes
 
 
@@ -44,7 +44,7 @@ class HeldGraph:
     """What a forward kept for its backward.
 
     Attributes:
-        pieces: One a microbatch.
+        pieces: One for each microbatch.
         shape: Shape of all logprobs together, [T] or [T, K].
         num_sequences: Of the batch.
     """
@@ -61,8 +61,8 @@ class Accumulation:
     Attributes:
         num_passes: Backward passes that succeeded.
         num_loss_tokens: Targets with a weight, or a custom gradient, that is not zero.
-        num_sequences: Sequences.
-        failed_seq_id: First operation that failed, or None: with it the gradients will never be applied.
+        num_sequences: Sequences in those passes.
+        failed_seq_id: First operation that failed, or None. Once it is set, the gradients are never applied.
     """
 
     num_passes: int = 0
@@ -77,13 +77,13 @@ class Accumulation:
         self.num_sequences += num_sequences
 
     def divisor(self, normalization: str) -> int:
-        """What "none", "num_loss_tokens" or "num_sequences" divides the gradients by."""
+        """What the gradients are divided by for "none", "num_loss_tokens" or "num_sequences"."""
         return {"none": 1, "num_loss_tokens": self.num_loss_tokens, "num_sequences": self.num_sequences}[normalization]
 
 
 @dataclass
 class RunState:
-    """One run. Only the device thread touches it."""
+    """All that the worker holds for one run. Only the device thread touches it."""
 
     run_id: str
     model: PreTrainedModel
@@ -91,20 +91,20 @@ class RunState:
     adapter: PeftModel | None = None
     """Of a LoRA run: peft's view of `model`."""
     lora: LoraSettings | None = None
-    """Of a LoRA run: what makes another of the same layout, where anything does."""
+    """Of a LoRA run: settings that make another adapter of the same layout; None where no settings do."""
     step: int = 0
     """Optimizer steps applied."""
     being_read: bool = False
     """Whether somebody else may be reading its parameters where they are."""
     saving_seq_id: int = 0
-    """The operation that saves it now; a checkpoint remembers which made it."""
+    """The operation that is saving the run; its checkpoint records it."""
     accumulation: Accumulation = field(default_factory=Accumulation)
     graphs: dict[int, HeldGraph] = field(default_factory=dict)
     """By the seq_id of their forward."""
     _trained: dict[str, Parameter] = field(default_factory=dict)
-    """To walk through all modules takes milliseconds."""
+    """Kept, since walking through all modules takes milliseconds."""
     _gone: OrderedDict[int, str] = field(default_factory=OrderedDict)
-    """Why a graph is not there any more, for the sentence; the latest only."""
+    """Why a graph is no longer held, for the error that says so; only the latest reasons are kept."""
 
     @property
     def lora_rank(self) -> int:
@@ -112,7 +112,7 @@ class RunState:
         return 0 if self.adapter is None else adapter_rank(self.adapter)
 
     def trained_parameters(self) -> dict[str, Parameter]:
-        """What trains, by name; a tied parameter once. The same for as long as the run is there."""
+        """The parameters that train, by name; tied ones once. They stay the same for as long as the run lives."""
         if not self._trained:
             named = self.model.named_parameters()
             self._trained = {name: parameter for name, parameter in named if parameter.requires_grad}
@@ -120,19 +120,19 @@ class RunState:
 
     def clear_gradients(self) -> None:
         """Forgets gradients and the mark of a failed pass."""
-        # None, not zeros: the next backward then puts its own buffer here instead of adding to one.
+        # None, not zeros, so that the next backward leaves its own buffer here instead of adding to one.
         for parameter in self.trained_parameters().values():
             parameter.grad = None
         self.accumulation = Accumulation()
 
     def taint(self, seq_id: int) -> None:
-        """A pass failed: nothing accumulated so far or from now on is applied until gradients are cleared."""
+        """Marks a pass as failed: nothing accumulated is applied until the gradients are cleared."""
         first = self.accumulation.failed_seq_id
         self.clear_gradients()
         self.accumulation.failed_seq_id = seq_id if first is None else first
 
     def prior_failure(self) -> GradwireError | None:
-        """Why the gradients must not be applied, if a pass failed."""
+        """The error that says why the gradients must not be applied; None if no pass failed."""
         seq_id = self.accumulation.failed_seq_id
         if seq_id is None:
             return None
@@ -144,7 +144,7 @@ class RunState:
         )
 
     def step_failure(self, params: AdamParams, result: StepResult) -> GradwireError:
-        """Why a step was not applied."""
+        """The error that says why a step was not applied."""
         if result.overflowing is None:
             return error(
                 "NON_FINITE",
@@ -165,7 +165,7 @@ class RunState:
         )
 
     def peek_graph(self, forward_seq_id: int) -> HeldGraph:
-        """A graph, which stays held.
+        """The graph of a forward, which stays held.
 
         Raises:
             FailedPreconditionError: NO_HELD_GRAPH, saying why there is none.
@@ -182,17 +182,17 @@ class RunState:
         return graph
 
     def take_graph(self, forward_seq_id: int) -> HeldGraph:
-        """As peek_graph, but it is no longer held."""
+        """As peek_graph, but the graph is no longer held."""
         graph = self.peek_graph(forward_seq_id)
         self._forget(forward_seq_id, "was used by an earlier backward; one forward serves one backward")
         return graph
 
     def drop_graphs(self, why: str, forward_seq_ids: Iterable[int] | None = None) -> int:
-        """Lets graphs go: those named, or all. Returns how many were held.
+        """Drops the graphs of these forwards, or all. Returns how many were held.
 
         Args:
-            why: To be read after "whose graph".
-            forward_seq_ids: Which; one that holds no graph is passed over.
+            why: Continues the sentence "…, whose graph".
+            forward_seq_ids: None for all; a forward without a held graph is passed over.
         """
         held = self.graphs.keys() & set(self.graphs if forward_seq_ids is None else forward_seq_ids)
         for seq_id in sorted(held):

@@ -18,7 +18,7 @@ from gradwire._wire.arguments import FLOAT32_MAX
 from gradwire.types import AdamParams
 
 _LIMIT = FLOAT32_MAX / 4
-"""Room for what is rounded on the way."""
+"""Margin for rounding on the way."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class StepBounds:
         self._known: Largest | None = None
 
     def forget(self) -> None:
-        """Parameters or moments were changed by something else than a step."""
+        """Forgets what is known: something other than a step has changed parameters or moments."""
         self._known = None
 
     def admit(self, params: AdamParams, grad_norm: float, measure: Callable[[], Largest]) -> bool:
@@ -61,7 +61,7 @@ class StepBounds:
 
 def _after(before: Largest, params: AdamParams, grad_norm: float) -> Largest | None:
     """Bounds after a step; None where they are no bounds."""
-    # At least 1 both: what multiplies them must itself be finite, or a zero would become NaN.
+    # Both at least 1: what multiplies them must itself be finite, or a zero would become NaN.
     exp_avg = max(before.exp_avg, grad_norm, 1.0)
     update = params.learning_rate / (1 - params.beta1) * exp_avg * max(1.0, 1 / params.eps)
     kept = max(1.0, abs(1 - params.learning_rate * params.weight_decay))

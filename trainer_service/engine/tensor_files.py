@@ -34,7 +34,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""What tensors may be, as the format names it."""
+"""Dtypes that tensors may have, by the format's names."""
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
@@ -43,15 +43,15 @@ _CHUNK_BYTES = 8 << 20
 
 
 class Sink(Protocol):
-    """Where a file goes."""
+    """Takes a file's bytes."""
 
     def write(self, chunk: bytes | memoryview, /) -> object:
-        """Appends all of it."""
+        """Appends all of the content."""
         ...
 
 
 def write_tensors(file: Sink, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a file. Of tensors on a device a few MiB at a time come to the host."""
+    """Writes a file. Tensors on a device come to the host a few MiB at a time."""
     header: dict[str, Any] = {}
     end = 0
     for name, tensor in tensors.items():
@@ -89,7 +89,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             end = its_end
         if end != size_bytes - start:
             raise ValueError(f"has {size_bytes - start} bytes behind its header, and tensors of {end}")
-        # A map may not be empty, and the header never is.
+        # A memory map may not be empty, and the header never is.
         mapped = np.memmap(file, np.uint8, "c")
     return {
         name: _tensor(mapped[start + begin : start + end], dtype, shape) for name, dtype, shape, begin, end in found
@@ -123,7 +123,7 @@ def _read_entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int
     except (KeyError, TypeError, ValueError) as exc:
         raise ValueError(f"says of {name!r} what cannot be read: {entry!r:.200}") from exc
     plausible = type(shape) is list and all(type(number) is int and number >= 0 for number in numbers)
-    # A side of zero is no licence for others that no machine can count to.
+    # A dimension of zero does not excuse others that no machine can count to.
     if not plausible or math.prod(side or 1 for side in shape) >= 1 << 63:
         raise ValueError(f"has {name!r} of shape {shape!r:.200} from byte {begin!r:.40} to {end!r:.40}")
     wanted = math.prod(shape) * dtype.itemsize

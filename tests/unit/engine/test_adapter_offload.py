@@ -1,4 +1,4 @@
-"""Adapters wait in the host's memory while others are in use, and nobody can tell from what comes out.
+"""Adapters wait in host memory while others are in use, and the answers do not show it.
 
 On the CPU, where the device's memory and the host's are the same: what is away is another copy, and the parameter is
 empty.
@@ -40,7 +40,7 @@ def engine_with(folder: Path, checkpoint_dir: Path, max_device_adapter_bytes: in
 
 
 def away(engine: Engine, run_id: str) -> bool:
-    """Whether a run's parameters are; looked up past the engine, which would bring them back."""
+    """Whether a run's parameters are away. This asks past the engine, which would bring them back."""
     sizes = {parameter.numel() for parameter in engine._runs[run_id].trained_parameters().values()}
     assert 0 not in sizes or sizes == {0}
     return sizes == {0}
@@ -90,7 +90,7 @@ def test_runs_that_wait_in_host_memory_compute_the_same_bits(tiny_llama: Path, t
 def test_the_adapter_unused_longest_makes_room_and_comes_back(tiny_llama: Path, tmp_path: Path) -> None:
     engine = engine_with(tiny_llama, tmp_path / "measured", NO_LIMIT)
     held = {run_id: adapter_offload._full_bytes(engine.run_state(run_id)) for run_id in RUNS}
-    # Between steps there is no gradient, a quarter of it; and counters of steps are a few bytes more.
+    # Between steps there is no gradient, which is a quarter; counters of steps are a few bytes more.
     engine = engine_with(tiny_llama, tmp_path, held["a"] * 3 // 4 + held["b"] + 1000)
     for run_id in ("a", "b"):
         step(engine, run_id, 1)

@@ -239,7 +239,7 @@ def test_failed_pass_contributes_nothing_and_the_next_step_is_refused(engine: En
     assert grads(engine) == []
     assert same(params(engine), before)
 
-    # And the run goes on clean: as if none of it had happened.
+    # The run goes on as if none of it had happened.
     with pytest.raises(NoGradientsError):
         engine.optim_step(RUN, 10, STEP)
     engine.create_run("run-2")

@@ -1,4 +1,4 @@
-"""Built-in losses: one file a loss, and the only list of their names."""
+"""Built-in losses: one file for each, and the only list of their names."""
 
 from gradwire.errors import invalid_field
 

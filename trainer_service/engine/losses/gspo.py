@@ -1,4 +1,4 @@
-"""Policy gradient with one importance ratio a sequence."""
+"""Policy gradient with one importance ratio for each sequence."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -52,7 +52,7 @@ def _datum_mean(inputs: LossInputs) -> "Tensor":
     mask_T = inputs.inputs["sequence_ratio_mask"]
     log_T = (inputs.target_logprobs_TK.detach() - inputs.inputs["logprobs"]).where(mask_T != 0, 0.0)
     lengths_N = inputs.cu_seqlens.diff()
-    # In float64: a long datum's sum would otherwise lose digits that the bounds, so near 1, are about.
+    # In float64, since in float32 a long datum's sum loses digits that matter to bounds so close to 1.
     total_N = torch.segment_reduce(log_T.double(), "sum", lengths=lengths_N)
     size_N = torch.segment_reduce(mask_T.double(), "sum", lengths=lengths_N)
     mean_N = (total_N / size_N.clamp(min=1)).float()
@@ -68,7 +68,7 @@ def _check_inputs(batch: Batch) -> None:
         number, place = batch.place(row)
         raise invalid_field(
             f"{batch.input_path(number, 'sequence_ratio_mask')}[{place}]",
-            f"is {mask_T[row]:g}; it must be 1, for a token that the mean ratio is over, or 0.",
+            f"is {mask_T[row]:g}; it must be 1 for a token that counts in the mean ratio, or else 0.",
         )
     empty_N = (np.add.reduceat(mask_T, starts_N) == 0) & (np.add.reduceat(advantages_T != 0, starts_N) != 0)
     if empty_N.any():

@@ -53,15 +53,15 @@ def load_losses(module_name: str, known: Mapping[str, Loss]) -> dict[str, Loss]:
         if "target_tokens" in loss.inputs or len(set(loss.inputs)) != len(loss.inputs):
             raise _refused(
                 module_name,
-                f'lists the inputs of "{loss.name}" as {", ".join(loss.inputs)}; each must be there once, and '
-                "target_tokens, which every loss has, not at all.",
+                f'lists the inputs of "{loss.name}" as {", ".join(loss.inputs)}; each must be listed once, and '
+                "target_tokens, which every loss has, must not be listed.",
             )
         found[loss.name] = replace(loss, fn=_guarded(loss, module_name))
     return found
 
 
 def _guarded(loss: Loss, module_name: str) -> Callable[[LossInputs, Mapping[str, float]], LossOutput]:
-    """The loss's function; what goes wrong in it is told as its own fault, not ours."""
+    """The loss's function; what goes wrong in it is reported as its fault, not ours."""
 
     def fn(inputs: LossInputs, config: Mapping[str, float]) -> LossOutput:
         import torch

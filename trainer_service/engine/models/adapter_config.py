@@ -18,9 +18,9 @@ KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
 _PATTERN = re.compile(r"\^?(?:[\w-]|\\?\.)+", re.ASCII)
-"""Of peft's patterns those that are but a name: no repetition, so that matching takes no time."""
+"""Those of peft's patterns that are only a name. Without repetition, matching takes no time."""
 _MAX_PATTERNS = 512
-"""As many as Python keeps compiled; beyond, peft compiles each anew for every layer."""
+"""As many patterns as Python keeps compiled; beyond that, peft compiles each anew for every layer."""
 _MAX_FLOAT32 = 3.4028234663852886e38
 _MAX_SHOWN = 200
 
@@ -87,7 +87,7 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_alpha(value: object) -> bool:
-    # What is not a number at all compares with nothing.
+    # Something that is not a number at all compares with nothing.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_FLOAT32
 
 
@@ -124,7 +124,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layers_to_transform": (_is_indexes, "a layer's number or a list of them"),
     "layers_pattern": (lambda value: _is_names(value if isinstance(value, list) else [value]), "a module's name"),
 }
-"""Field to whether a value of it will do, and to what it must be."""
+"""For each field: whether a value of it is allowed, and what it must be."""
 
 
 def _shown(value: object) -> str:

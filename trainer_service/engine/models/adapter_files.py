@@ -26,7 +26,7 @@ _FREE = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
-"""What an adapter's configuration may say as it likes: the rest must be peft's default, or it is not plain LoRA."""
+"""Fields of an adapter's configuration that may have any value. The others must have peft's default: plain LoRA."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LEAVES_BASE_ALONE = (True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights with which an adapter belongs to the base model as it is."""
@@ -51,9 +51,9 @@ def write_adapter(model: PeftModel, folder: Path) -> None:
         # Embeddings do not train here; by itself peft would save them along with an adapter of the head.
         model.save_pretrained(str(folder), save_embedding_layers=False)
     except SafetensorError as exc:
-        # What it makes of a failed write.
+        # What safetensors raises when a write fails.
         raise OSError(str(exc)) from exc
-    # A form for people to fill in.
+    # A template for people to fill in.
     (folder / "README.md").unlink(missing_ok=True)
 
 
@@ -61,9 +61,9 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
     """A model that computes what base model and adapter do, and trains the adapter.
 
     Args:
-        base: Frozen.
-        targets: Of it.
-        folder: Of the adapter, made by anybody's peft.
+        base: The base model, frozen.
+        targets: Its layers that an adapter can be put beside.
+        folder: The adapter's, made by anybody's peft.
         base_model: Name of the base model.
 
     Raises:
@@ -100,9 +100,9 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
     except RuntimeError as exc:
         raise _refused(f"has matrices of other sizes than this model: {_last_line(exc)}") from exc
     missing = [key for key in found.missing_keys if ".lora_" in key]
-    for keys, what in ((missing, "lacks"), (found.unexpected_keys, "has unknown")):
+    for keys, what in ((missing, "lacks {} tensors"), (found.unexpected_keys, "has {} unknown tensors")):
         if keys:
-            raise _refused(f"{what} {len(keys)} tensors, {keys[0]} for one.")
+            raise _refused(f"{what.format(len(keys))}, for example {keys[0]}.")
     return model
 
 
@@ -130,8 +130,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     known = {field.name: _default(field) for field in dataclasses.fields(LoraConfig)}
     for name, value in raw.items():
         if name not in known and value:
-            # What a newer peft says and this one does not know matters unless it is off.
-            raise _refused(f"has {name[:200]} in {CONFIG}, which the trainer's peft does not know; upgrade that.")
+            # A field of a newer peft that this one does not know matters unless it is off.
+            raise _refused(f"has {name[:200]} in {CONFIG}, which the trainer's peft does not know; upgrade peft there.")
         if name in known and name not in _FREE and value and value != known[name]:
             raise _refused(f"has {name}={value!r:.200} in {CONFIG}; only plain LoRA can be trained on here.")
     start = raw.get("init_lora_weights", True)
@@ -154,13 +154,13 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     except ValueError as exc:
         raise _refused(f"has an {WEIGHTS} that cannot be read: it {_first_line(exc)}.") from exc
     if unknown := [name for name in weights if not adapter_config.KEY.fullmatch(name)]:
-        raise _refused(f"has unknown {len(unknown)} tensors, {unknown[0][:200]} for one.")
+        raise _refused(f"has {len(unknown)} unknown tensors, for example {unknown[0][:200]}.")
     for name, tensor in weights.items():
         if tensor.dtype not in _DTYPES:
             raise _refused(
                 f"has {name} in {DTYPES[tensor.dtype]}; it must be {', '.join(DTYPES[one] for one in _DTYPES)}."
             )
-        # What no float32 holds is not finite either, once it is one.
+        # What is too large for float32 becomes infinite in it.
         if not torch.isfinite(tensor.float()).all():
             raise _refused(f"has a tensor that is not finite, {name}.")
     return weights

@@ -1,4 +1,4 @@
-"""Whether two ways to compute the same came out the same."""
+"""Whether two ways of computing the same gave the same result."""
 
 import math
 

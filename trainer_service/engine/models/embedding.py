@@ -14,9 +14,9 @@ from torch.nn import functional as F
 def add_rows_in_place(model: nn.Module) -> None:
     """Has a model's input embeddings add their gradient to `weight.grad` directly, where they are a plain table."""
     table: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    # Subclasses scale or otherwise change what they look up; options other than these change the gradient.
+    # Subclasses scale or otherwise change what they look up, and other options change the gradient.
     if type(table) is nn.Embedding and table.max_norm is None and not table.scale_grad_by_freq and not table.sparse:
-        # Its class, not its `forward`: that would hold it, and a table in a cycle outlives its model.
+        # The class is changed, not `forward`: that would refer to the table, and a table in a cycle outlives its model.
         table.__class__ = _Table
 
 
@@ -43,7 +43,7 @@ class _Rows(torch.autograd.Function):
         weight, padding_idx = ctx.table.weight, ctx.table.padding_idx
         tokens_T, grad_TD = tokens.reshape(-1), grad.reshape(-1, grad.shape[-1]).to(weight.dtype)
         if padding_idx is not None:
-            # As torch: what stands for padding is not trained.
+            # As in torch, the padding token is not trained.
             grad_TD = grad_TD.masked_fill((tokens_T == padding_idx)[:, None], 0)
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)

@@ -20,14 +20,14 @@ from trainer_service.engine.tensor_files import read_tensors
 from trainer_service.folders import whole_folder
 
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What parameters may be written in, by name."""
+"""Dtypes that parameters may be written in, by name."""
 
 
 def stored_dtype(folder: Path) -> str:
     """What most of a model's parameters are in, in its files; "float32" where that is none of EXPORT_DTYPES."""
     found: Counter[torch.dtype] = Counter()
     for file in folder.glob("*.safetensors"):
-        # What cannot be read is for the loader to complain of.
+        # The loader complains about what cannot be read.
         with contextlib.suppress(OSError, ValueError):
             for tensor in read_tensors(file).values():
                 found[tensor.dtype] += tensor.numel()
@@ -47,12 +47,12 @@ def export(
     """Writes parameters, config and tokenizer, so that `from_pretrained(folder)` loads them.
 
     Args:
-        model: It.
+        model: The model to write.
         source: Folder the model was loaded from, for the tokenizer's files.
         folder: Where the export goes, whole or not at all.
-        about: For its manifest.
+        about: Goes into the manifest.
         overwrite: Replace what is there.
-        dtype: What parameters are written in. In float32, as they train, nothing is lost.
+        dtype: Dtype of the parameters in the files. In float32, as they train, nothing is lost.
 
     Returns:
         Size of all files, bytes.

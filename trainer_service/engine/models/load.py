@@ -20,7 +20,7 @@ _HUB_FILES_LEFT_OUT = ("consolidated*", "onnx/*", "original/*", "*/*.safetensors
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What GetServerInfo says about a model.
+    """A loaded model, as GetServerInfo describes it.
 
     Attributes:
         base_model: Hub id or folder, as the trainer was given it.
@@ -28,8 +28,8 @@ class ModelDescription:
         vocab_size: Number of token ids that both the embedding and the head know.
         max_context_length: Longest sequence taken, tokens.
         num_parameters: Tied ones counted once.
-        dtype: Of the parameters.
-        device: For people.
+        dtype: Of the parameters, such as "float32".
+        device: Name of the device, for people.
     """
 
     base_model: str
@@ -98,8 +98,8 @@ def load_model(base_model: str, folder: Path, device: Device) -> PreTrainedModel
     if missing:
         raise _refused(
             base_model,
-            f"lacks {len(missing)} parameters of {type(model).__name__}, {missing[0]} for one; training would start "
-            "from random numbers there.",
+            f"lacks {len(missing)} parameters of {type(model).__name__}, for example {missing[0]}; training would "
+            "start from random numbers there.",
         )
     # Dropout would make two runs with the same log differ.
     model.eval()
@@ -113,7 +113,7 @@ def describe(model: PreTrainedModel, *, base_model: str, device: Device, max_con
     """What clients are told about a loaded model.
 
     Args:
-        model: It.
+        model: The loaded model.
         base_model: As the trainer was given it.
         device: Where it runs.
         max_context_length: The trainer's own limit, tokens; 0 for none.

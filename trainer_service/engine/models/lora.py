@@ -34,12 +34,12 @@ _ROUTERS = {"router", "gate", "shared_expert_gate"}
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What a new adapter is like.
+    """Settings of a new adapter.
 
     Attributes:
         rank: R, at least 1.
         alpha: The low-rank part is scaled by alpha / rank.
-        seed: Of the first matrices; the second are zero, so that training starts from the base model.
+        seed: Draws the first matrices; the second are zero, so that training starts from the base model.
         train_mlp: Adapt the feed-forward layers.
         train_attn: Adapt the attention layers.
         train_unembed: Adapt the head, the layer that makes logits.
@@ -55,7 +55,7 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class Targets:
-    """Layers that an adapter can be put beside, by name in the model."""
+    """Layers that an adapter can be put beside, by their names in the model."""
 
     attn: tuple[str, ...]
     mlp: tuple[str, ...]
@@ -93,9 +93,9 @@ def new_adapter(base: PreTrainedModel, targets: Targets, settings: LoraSettings,
     """A model that computes what the base model does, and trains an adapter.
 
     Args:
-        base: Frozen.
-        targets: Of it.
-        settings: What is asked for.
+        base: The base model, frozen.
+        targets: Its layers that an adapter can be put beside.
+        settings: Of the new adapter.
         base_model: Its name, for the adapter's configuration.
 
     Raises:
@@ -123,10 +123,10 @@ def wrap(
     """The base model, tensor for tensor, with a new adapter of that configuration: float32, on the base's device.
 
     Args:
-        base: Frozen.
-        config: What and how to adapt.
+        base: The base model, frozen.
+        config: Which layers to adapt, and how.
         base_model: Its name, for the configuration.
-        seed: Of the first matrices.
+        seed: Draws the first matrices.
         as_named: The configuration names layers of this very model; see layers_as_named.
     """
     config._register_custom_module({nn.Linear: FusedLoraLinear})
@@ -137,16 +137,16 @@ def wrap(
         torch.manual_seed(seed)
         model = get_peft_model(copied, config, autocast_adapter_dtype=True)
     assert isinstance(model, PeftModel)
-    # peft takes the folder that the model was loaded from, which may be a cache's.
+    # peft writes the folder that the model was loaded from, which may be inside a cache.
     model.peft_config[ADAPTER].base_model_name_or_path = base_model
-    # Nothing in a model that drops out, as in every other model here.
+    # Dropout is off, as in every other model here.
     model.eval()
     return model
 
 
 @contextmanager
 def layers_as_named(model: PreTrainedModel) -> Iterator[None]:
-    """peft takes names of layers as they are within.
+    """Within, peft takes the names of layers literally.
 
     By itself it reads those of models with routed experts (by `model_type`) as older transformers' names, where every
     expert had layers of its own: it would adapt the experts in place of the dense and shared layers asked for.
@@ -161,13 +161,13 @@ def layers_as_named(model: PreTrainedModel) -> Iterator[None]:
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Modules of its own, and the same parameters and buffers."""
+    """A model with modules of its own, and the same parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def freeze(model: PreTrainedModel) -> None:
-    """Makes a model a base model, which adapters train beside."""
+    """Makes a model the base of adapters: none of its parameters train."""
     for parameter in model.parameters():
         parameter.grad = None
         parameter.requires_grad_(False)
@@ -188,7 +188,7 @@ def inner(model: PeftModel) -> PreTrainedModel:
 
 
 def adapter_rank(model: PeftModel) -> int:
-    """The rank its configuration says; single layers may have another."""
+    """The rank in its configuration; single layers may have another."""
     config: Any = model.peft_config[ADAPTER]
     return int(config.r)
 
@@ -205,7 +205,7 @@ def settings_of(model: PeftModel, targets: Targets) -> LoraSettings | None:
     rank = adapter_rank(model)
     shapes = {(layer.r[ADAPTER], float(layer.lora_alpha[ADAPTER]), layer.scaling[ADAPTER]) for layer in layers.values()}
     alpha = next(iter(shapes))[1]
-    # Its scale too, since there are adapters scaled otherwise (rslora), and layers of a rank of their own.
+    # The scale is compared too: some adapters are scaled otherwise (rslora), or have layers of another rank.
     if layers.keys() != covered or shapes != {(rank, alpha, alpha / rank)}:
         return None
     return LoraSettings(rank=rank, alpha=alpha, **trained)
@@ -240,7 +240,7 @@ def merged(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
     head: Any = made.get_output_embeddings()
     embedding: Any = made.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:
-        # Tied in the base model perhaps, and not any more.
+        # They may be tied in the base model, but no longer are.
         made.config.get_text_config().tie_word_embeddings = made.config.tie_word_embeddings = False
     return made
 
@@ -288,7 +288,7 @@ def _shortest(base: PreTrainedModel, names: list[str]) -> list[str]:
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Without warnings of what is so on purpose: an adapter of the head alone where head and embedding are tied."""
+    """Hides warnings of what is intended: an adapter of the head alone where head and embedding are tied."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
         # peft reads an attribute that transformers has renamed.

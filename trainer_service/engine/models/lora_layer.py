@@ -76,5 +76,5 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Products in the dtype they are given. To enter torch.autocast takes tens of microseconds: only where it is on."""
+    """Switches autocast off. Entering torch.autocast takes tens of microseconds, so only where it is on."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

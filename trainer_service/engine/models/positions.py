@@ -24,18 +24,18 @@ _WINDOWS = (
 )
 """Fields of configurations, and of layers, that say from which length on attention leaves tokens out or is scaled."""
 _BY_ROW = {"floor_scale"}
-"""Those that models count from the beginning of a row: a row of many short sequences passes them too."""
+"""Those that models count from the beginning of a row: a row of many short sequences crosses them too."""
 _ORIGINAL = "original_max_position_embeddings"
 _LONGEST = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """A length beyond which a model computes otherwise.
+    """A length beyond which a model computes differently.
 
     Attributes:
-        name: The configuration's.
-        length: Tokens.
+        name: Name of the field in the configuration.
+        length: In tokens.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """Finds out what an architecture allows by trying.
 
 Names and classes of architectures are not consulted: a loaded model is run over a few short sequences, one by one as it
-came and packed as we mean to, and what does not come out the same is not done. Where only long sequences would show the
-difference, its configuration says so.
+came and packed as we mean to run it. What gives other results is not done. Where only long sequences would show a
+difference, the model's configuration says so.
 
 Shape suffixes: T tokens, D hidden size, V vocabulary, K targets a token.
 """
@@ -51,7 +51,7 @@ def find_traits(model: PreTrainedModel, device: torch.device, *, max_context_len
 
     Args:
         model: In float32, on the device.
-        device: It.
+        device: Where the model is.
         max_context_length: Longest sequence there will be, tokens.
     """
     tokens = _probe_tokens(model)
@@ -81,7 +81,7 @@ def _probe_tokens(model: PreTrainedModel) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(int(vocab_size), (length,), generator=generator) for length in _PROBE_LENGTHS]
     tokens[1][:_PROBE_SHARED] = tokens[0][:_PROBE_SHARED]
-    # Different from there on, whatever was drawn.
+    # They differ from there on, whatever was drawn.
     tokens[1][_PROBE_SHARED] = (tokens[0][_PROBE_SHARED] + 1) % int(vocab_size)
     return tokens
 
@@ -151,7 +151,7 @@ def _why_not(
     *,
     share: bool,
 ) -> str:
-    """Why the probe's sequences in one pack do not come out as each alone, in a few words; empty if they do."""
+    """Why the probe's sequences give other results in one pack than alone, in a few words; empty if they do not."""
     bounds = np.cumsum([0, *map(len, tokens)]).astype(np.int64)
     tokens_T = torch.cat(list(tokens))
     (pack,) = plan_packs(
@@ -173,12 +173,16 @@ def _why_not(
         return "its attention does not go through transformers' interface"
     window = _sliding_window(model)
     if window and not any(packed.windows) and max_context_length > window:
-        return "its attention does not tell its sliding window"
+        return "its attention does not say what its sliding window is"
     if pack.token_of_row_R is not None:
         logits_TV = logits_TV[torch.from_numpy(pack.token_of_row_R).to(device)]
     for number, (start, stop) in zip(pack.sequences, pairwise(pack.cu_seqlens.tolist()), strict=True):
         if not _close(logits_TV[start:stop], alone[number].logits_TV):
-            return "packed sequences see one another" if not share else "sequences do not come out the same"
+            return (
+                "packed sequences see one another"
+                if not share
+                else "sequences give other results when they share beginnings"
+            )
     return ""
 
 
@@ -203,7 +207,7 @@ def _sliding_window(model: PreTrainedModel) -> int:
 
 
 def _close(got: Tensor, wanted: Tensor) -> bool:
-    """Whether two ways to compute the same came out the same; a NaN is not."""
+    """Whether two ways of computing the same gave the same result; a NaN never does."""
     return relative_difference(got, wanted) <= _TOLERANCE
 
 
@@ -257,7 +261,7 @@ def _with_measured_bytes(model: PreTrainedModel, traits: Traits, tokens_T: Tenso
 
 
 def _varlen_is_right(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether torch's FlashAttention over variable lengths is there and finds what plain attention does."""
+    """Whether torch's FlashAttention over variable lengths exists and gives what plain attention does."""
     config = model.config.get_text_config()
     num_heads = int(config.num_attention_heads)
     num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)

@@ -36,7 +36,7 @@ class Traits:
     """What an architecture allows.
 
     Attributes:
-        attention: What the model's own is called, with which it was loaded.
+        attention: Name of the attention implementation the model was loaded with.
         why_not_packed: Why sequences go one at a time; empty where they go packed.
         why_not_shared: Why common beginnings are computed for each sequence; empty where they are computed once.
         head: How hidden states become logits; None where only the model itself knows, and full logits are made.
@@ -53,7 +53,7 @@ class Traits:
 
     @property
     def batching(self) -> str:
-        """In a few words, for GetServerInfo."""
+        """How sequences are batched, in a few words, for GetServerInfo."""
         if self.why_not_packed:
             return f"one sequence at a time: {self.why_not_packed}"
         shared = f"no shared beginnings: {self.why_not_shared}" if self.why_not_shared else "shared beginnings once"
@@ -67,11 +67,11 @@ def prepare(model: PreTrainedModel, traits: Traits) -> None:
         use_attention(model, ATTENTION)
     add_rows_in_place(model)
     for layer in checkpointable_layers(model):
-        # While it checkpoints a layer has to believe that it trains, and what it then drops is to be nothing.
+        # A layer checkpoints only in training mode, where it must not drop anything out.
         for name, value in vars(layer).items():
             if "drop" in name and isinstance(value, float):
                 setattr(layer, name, 0.0)
-        # Where transformers' own gradient_checkpointing_enable puts it.
+        # This is where transformers' own gradient_checkpointing_enable puts it.
         recompute: Any = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         layer._gradient_checkpointing_func = recompute
 
@@ -155,7 +155,7 @@ def use_attention(model: PreTrainedModel, name: str) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """What transformers warns of while a model is tried out is what we find out."""
+    """Hides what transformers warns of while a model is tried out: the trial finds it out."""
     library = logging.getLogger("transformers")
     before = library.level
     library.setLevel(logging.ERROR)

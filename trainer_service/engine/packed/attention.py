@@ -36,8 +36,8 @@ class PackAttention:
     """A pack as attention needs it.
 
     Attributes:
-        pieces: Of the pack.
-        windows: Sliding windows that layers asked for; None is full attention.
+        pieces: The pieces of the pack.
+        windows: Sliding windows that layers have asked for; None is full attention.
     """
 
     pieces: tuple[Piece, ...]
@@ -113,12 +113,12 @@ def packed_attention(
         key: [1, J, T, D].
         value: [1, J, T, E].
         attention_mask: None: the pack says who sees whom.
-        scaling: Of scores; None for 1/√D.
+        scaling: Multiplies scores; None for 1/√D.
         dropout: 0, as everywhere in training here.
-        sliding_window: Tokens seen, oneself included; None for all.
+        sliding_window: How many tokens a token sees, itself included; None for all.
         softcap: Scores s become softcap · tanh(s / softcap).
         s_aux: Sinks, one score a head that takes probability and gives nothing, [H].
-        is_causal: Anything but False.
+        is_causal: Must not be False.
         kwargs: Nothing that changes scores.
 
     Returns:

@@ -68,12 +68,12 @@ class Pack:
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, the tokens of the pack."""
         return len(self.token_rows_T)
 
     @property
     def num_shared_tokens(self) -> int:
-        """Rows answered beyond one a token: what sharing saved."""
+        """Rows beyond one for each token: what sharing saved."""
         return len(self.rows_R) - len(self.token_rows_T)
 
 
@@ -164,12 +164,12 @@ def _common_tokens(one: bytes, other: bytes, min_shared: int) -> int:
 
 
 def _first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Items in as few bins as the rule finds: each, largest first, goes into the first bin with room."""
+    """Puts each item, largest first, into the first bin with room. Returns the numbers of the items in each bin."""
     if sum(sizes) <= capacity:
         return [list(range(len(sizes)))]
     bins: list[list[int]] = []
     room: list[int] = []
-    # Bins before this one take nothing any more: the smallest item there is does not fit.
+    # Bins before this one are full: not even the smallest item fits.
     first_open, smallest = 0, min(sizes)
     for item in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
         size = sizes[item]
@@ -230,7 +230,7 @@ def _grow(segments: list[_Segment], family: list[tuple[int, int]], lengths: Ints
     """Adds a family's tree of segments, parents before children.
 
     Args:
-        segments: Gets them.
+        segments: The tree is appended to it.
         family: Sequences in order, each with the tokens it shares with the one before it.
         lengths: Of all sequences.
     """

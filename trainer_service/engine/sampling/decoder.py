@@ -105,7 +105,7 @@ class Decoder:
 
     Attributes:
         model: Its parameters are read, never changed.
-        device: Where.
+        device: Where the model is.
         decoding: How; of a model of the same architecture.
     """
 

@@ -49,7 +49,7 @@ class Samplers:
     """The samplers of a worker.
 
     Args:
-        device: Where.
+        device: Where models are.
         decoding: How samples of this architecture are decoded.
         checkpoint_dir: Where checkpoints are, in a folder a run.
         base: Gives the base model; parameters of it that may be trained are no harm.

@@ -36,7 +36,7 @@ class Scheduler:
     """Runs the requests of all samplers.
 
     Args:
-        device: Where.
+        device: Where models are.
         counters: What is counted.
         send: Takes what is to be answered.
         max_cache_bytes: Of all requests' caches together; a request that needs more runs alone.

@@ -39,7 +39,7 @@ def find_decoding(model: PreTrainedModel, device: Device, *, attention: str, max
 
     Args:
         model: In float32, on the device.
-        device: It.
+        device: Where the model is.
         attention: Name of the model's own, with which it was loaded.
         max_context_length: Longest sequence there will be, tokens.
     """

@@ -19,7 +19,7 @@ from trainer_service.folders import read_manifest, settle
 from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath
 
 _LAYOUT = ("alpha", "train_mlp", "train_attn", "train_unembed")
-"""Of LoRA settings: what a run must be made with to load the state of another, beside the rank."""
+"""LoRA settings, beside the rank, that a run must share to load the state of another."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Label:
     """What the caller says about a checkpoint."""
 
     ttl_seconds: int | None = None
-    """How long it is kept; None for ever."""
+    """How long the checkpoint is kept; None for ever."""
     user_metadata: Mapping[str, str] = field(default_factory=dict)
-    """In words of its own; see trainer_service/user_metadata.py."""
+    """Texts of the caller's own, by name; see trainer_service/user_metadata.py."""
 
 
 class Checkpoints:
@@ -94,7 +94,7 @@ class Checkpoints:
         if place.kind != STATE:
             raise error(
                 "CHECKPOINT_MISMATCH",
-                f"{path} holds weights for sampling, which training cannot go on from; load one that save_state made.",
+                f"{path} holds sampler weights, from which training cannot resume; load a state that save_state saved.",
                 path=path,
             )
         folder = place.folder(self._root)
@@ -118,9 +118,9 @@ class Checkpoints:
         """The parameters as a Hugging Face folder, or an adapter as a peft folder.
 
         Args:
-            run: It.
-            name: Of the checkpoint.
-            label: What the caller says about it; None: nothing.
+            run: The run to save.
+            name: The checkpoint's.
+            label: What the caller says about it; None for nothing.
             merged: Of a LoRA run: the model to write in place of its adapter.
             delta: Only what changed since the run's newest base.
             overwrite: Replace what is there.
@@ -164,10 +164,10 @@ class Checkpoints:
         return _saved(place, folder, size_bytes)
 
     def _export_dtype(self, asked: str, only: str) -> str:
-        """What to write in, of what is asked for ("" for nothing) and what alone can be ("" for any)."""
+        """The dtype to write, given the one asked for ("" for none) and the only one possible ("" for any)."""
         allowed = [only] if only else ["float32", self._dtype]
         if asked and asked not in allowed:
-            why = "as what it belongs to" if only else "as it trains, or as in the base model's files"
+            why = "as what it builds on" if only else "as it trains, or as in the base model's files"
             names = " or ".join(f'"{name}"' for name in dict.fromkeys(allowed))
             raise invalid_field("dtype", f'is "{asked[:200]}"; it must be {names}, {why}.')
         return asked or allowed[-1]

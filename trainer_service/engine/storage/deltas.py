@@ -24,7 +24,7 @@ def save_delta(write: Callable[[Path], None], folder: Path, *, about: Mapping[st
     Args:
         write: Writes all the weights into an empty folder, as a base has them.
         folder: Where the delta goes.
-        about: For its manifest, to which the base's path is added.
+        about: Goes into the manifest, to which the base's path is added.
         overwrite: Replace what is there.
 
     Returns:
@@ -52,7 +52,7 @@ def save_delta(write: Callable[[Path], None], folder: Path, *, about: Mapping[st
 
 
 def dtype_of_base(folder: Path) -> str:
-    """What the base that a delta in `folder` would build on is written in.
+    """The dtype of the base that a delta in `folder` would build on.
 
     Raises:
         FailedPreconditionError: DELTA_BASE_UNUSABLE: the run has saved no base.

@@ -16,7 +16,7 @@ from trainer_service.folders import refuse_without_room
 logger = logging.getLogger(__name__)
 
 Written = Callable[[GradwireError | None], object]
-"""Gets None once a snapshot is written and was read back, or why there is none."""
+"""Called with None once a snapshot is written and was read back, or with the reason why there is none."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class SnapshotWriter:
                     about={"run_id": snapshot.run_id, "kind": "snapshot"},
                     overwrite=True,
                 )
-                # Read back now, since what it makes superfluous is deleted next.
+                # It is read back now, since what it makes superfluous is deleted next.
                 open_state(snapshot.folder)
             except GradwireError as exc:
                 snapshot.written(exc)
@@ -91,14 +91,14 @@ def restore_snapshot(run: RunState, folder: Path) -> None:
 
 
 def repeat_failure(run: RunState, *, seq_id: int, kind: str, reason: str, forward_seq_id: int) -> None:
-    """Does to a run what an operation's failure did, or would have done.
+    """Repeats on a run what the failure of an operation did to it, or would have done.
 
     Args:
-        run: It.
-        seq_id: Of the operation.
-        kind: Its kind.
-        reason: What it failed with.
-        forward_seq_id: Of a backward: whose graph it named.
+        run: The run of the operation.
+        seq_id: The operation that failed.
+        kind: What kind of operation it is, such as "backward".
+        reason: The reason of its error.
+        forward_seq_id: For a backward: the forward whose graph it named.
     """
     if kind in ("forward_backward", "backward", "cancel"):
         run.taint(seq_id)

@@ -35,16 +35,16 @@ _MAX_COUNT = (1 << 53) - 1
 
 @dataclass(frozen=True)
 class State:
-    """What makes a run go on as if it had never stopped; held graphs are not part of it.
+    """What a run needs to go on as if it had never stopped; held graphs are not part of it.
 
     Nor are torch's generators: no operation draws from them. Dropout is off, a new adapter and every sample have seeds
     of their own.
 
     Attributes:
-        parameters: What trains, by name.
+        parameters: The parameters that train, by name.
         optimizer: AdamW's, by "step.", "exp_avg." or "exp_avg_sq." and the parameter's name.
         gradients: Accumulated ones by name.
-        counters: For JSON.
+        counters: Values for state.json.
     """
 
     parameters: Mapping[str, Tensor]
@@ -68,7 +68,7 @@ class State:
         return State(**groups, counters=self.counters)
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
-        """Tensors by the file they go to."""
+        """The tensors, grouped by the file they go to."""
         return {name: getattr(self, name) for name in ("parameters", "optimizer", "gradients")}
 
 
@@ -76,7 +76,7 @@ def capture(run: RunState, *, gradients: bool) -> State:
     """A run's state: its live tensors, to be written or copied before the run's next operation.
 
     Args:
-        run: It.
+        run: The run, between two operations.
         gradients: With what was accumulated, and the mark of a failed pass. Without, the state is that after a step.
     """
     trained = run.trained_parameters()
@@ -197,9 +197,9 @@ class StateFiles:
     def _check_parameters(self, tensors: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
         stored, wanted = set(tensors), set(trained)
         if missing := sorted(wanted - stored):
-            raise self._mismatch(f"it lacks {len(missing)} of the parameters this run trains, {missing[0]} for one")
+            raise self._mismatch(f"it lacks {len(missing)} of the parameters this run trains, for example {missing[0]}")
         if unknown := sorted(stored - wanted):
-            raise self._mismatch(f"it has {len(unknown)} parameters this run does not train, {unknown[0]} for one")
+            raise self._mismatch(f"it has {len(unknown)} parameters this run does not train, for example {unknown[0]}")
         for name, parameter in trained.items():
             self._check_tensor("parameters", name, tensors[name], parameter)
 

@@ -78,7 +78,7 @@ class Commands:
             logger.exception(f"Failed in {prepared.what}.", extra={"fields": {"seq_id": prepared.seq_id}})
             if broken(exc):
                 raise
-            text = f"{prepared.what} failed in the worker by a fault of Gradwire's own; its log has the details."
+            text = f"{prepared.what} failed because of a fault in Gradwire itself; the worker's log has the details."
             failure = error("INTERNAL", text)
         execute_s = time.monotonic() - started_s
         counters.busy_seconds_total += execute_s
@@ -109,7 +109,7 @@ class Commands:
             return self._run_life.prepare(what, command)
         if what in sampling_commands.KINDS and self._sampling is not None:
             return sampling_commands.prepare_sampling(what, command, self._sampling)
-        raise error("PROTOCOL_VIOLATION", "The worker was sent a command that says nothing to do.")
+        raise error("PROTOCOL_VIOLATION", "The worker was sent a command that it does not know.")
 
     def _refused(self, run_id: str, seq_id: int | None, what: str, exc: Exception) -> Work:
         def work() -> None:

@@ -11,7 +11,7 @@ from gradwire.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 
 class TrainerConnection:
-    """Events go up in the order sent, commands come down, and the end of the stream is noticed at once.
+    """Sends events in order, receives commands, and notices at once when the stream ends.
 
     Args:
         socket_path: Path of the trainer's unix socket.
@@ -22,7 +22,7 @@ class TrainerConnection:
     """
 
     def __init__(self, socket_path: str, *, max_message_bytes: int) -> None:
-        # Asked first by hand, since gRPC words a trainer that was never there and one that went away alike.
+        # Connected to by hand first, since gRPC reports a trainer that was never there and one that went away alike.
         with socket.socket(socket.AF_UNIX) as probe:
             probe.connect(socket_path)
         # Twice the limit of one message: an operation travels inside a command, and a little larger.
@@ -38,7 +38,7 @@ class TrainerConnection:
         self.commands: Any = WorkerServiceStub(self._channel).Attach(iter(self._events.get, None))
         """Iterates over the commands; raises grpc.RpcError when the stream breaks off."""
         self.ended = threading.Event()
-        """Set once the stream has ended, whatever else this process is doing."""
+        """Set as soon as the stream has ended, whatever else this process is doing."""
         if not self.commands.add_callback(self.ended.set):
             self.ended.set()
 
@@ -47,7 +47,7 @@ class TrainerConnection:
         self._events.put(event)
 
     def finish(self) -> None:
-        """Says that no more events come."""
+        """Tells the trainer that no more events come."""
         self._events.put(None)
 
     def ended_cleanly(self) -> bool:
@@ -57,5 +57,5 @@ class TrainerConnection:
         return self.commands.code() in gone
 
     def describe_end(self) -> str:
-        """After the end: how, in words."""
+        """After the end: how the stream ended, in words."""
         return f"{self.commands.code().name} {self.commands.details()}".strip()

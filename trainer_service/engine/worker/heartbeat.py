@@ -9,8 +9,9 @@ from trainer_service.config import HEARTBEAT_INTERVAL_S
 
 
 def start_heartbeat(send: Callable[[WorkerEvent], object], ended: threading.Event) -> None:
-    """Sends a heartbeat every second until `ended`, on a thread of its own: a long forward is no death, while a process
-    that is stopped has no thread that runs.
+    """Sends a heartbeat every second until `ended`, on a thread of its own.
+
+    A long forward does not hold it up, while in a stopped process no thread runs.
 
     Args:
         send: Queues an event; does not block.

@@ -69,7 +69,7 @@ class Inbox(Generic[C, P]):
         self._prepare_line(self._in_turn)
 
     def prepare_overtaking(self) -> None:
-        """Prepares what overtakes them until there is no more; on a thread of its own."""
+        """Prepares overtaking commands until there are no more; on a thread of its own."""
         self._prepare_line(self._urgent)
 
     def _prepare_line(self, line: _Line[C, P]) -> None:

@@ -86,7 +86,7 @@ class RunOperations:
     def _forward(self, run_id: str, seq_id: int, request: ops.ForwardRequest) -> Work:
         if request.keep_graph and request.loss_fn:
             raise invalid_field(
-                "loss_fn", f'is "{request.loss_fn}" together with keep_graph; a kept graph gets its loss from backward.'
+                "loss_fn", f'is "{request.loss_fn}", and keep_graph is set; a kept graph gets its loss from backward.'
             )
         if request.loss_fn_config and not request.loss_fn:
             raise invalid_field("loss_fn_config", "is set without loss_fn; name the loss it configures.")
@@ -176,7 +176,7 @@ class RunOperations:
         if request.name or request.overwrite:
             raise invalid_field("name", "and overwrite belong to checkpoints; an ephemeral snapshot has neither.")
         if request.dtype:
-            raise invalid_field("dtype", "is of what is written; an ephemeral snapshot has the dtype that trains.")
+            raise invalid_field("dtype", "applies to exported files; an ephemeral snapshot has the dtype that trains.")
         if request.HasField("ttl_seconds") or request.user_metadata:
             raise invalid_field(
                 "ttl_seconds", "and user_metadata belong to checkpoints; an ephemeral snapshot has neither."

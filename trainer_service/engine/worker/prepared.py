@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from google.protobuf.message import Message
 
 Work = Callable[[], Message | None]
-"""Executes a command; returns an operation's answer, None for a command that is not one."""
+"""Executes a command. Returns an operation's answer; None for a command that is no operation."""
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,12 @@ class Prepared:
     """A command ready to execute.
 
     Attributes:
-        command_id: To answer with.
-        seq_id: Of the operation; None for a command that is not one.
-        what: Its name: the field of TrainResponse that answers an operation.
+        command_id: Identifies the answer.
+        seq_id: The operation's; None for a command that is no operation.
+        what: Name of the operation or command; for an operation also the field of TrainResponse that answers it.
         work: Executes it, or raises what is wrong with it.
-        answered_later: Whether it goes on by itself, once begun, and is answered when it is done.
-        received_s: When it came, by time.monotonic.
+        answered_later: Whether it goes on by itself once begun, and is answered when it is done.
+        received_s: When it was received, by time.monotonic.
     """
 
     command_id: int

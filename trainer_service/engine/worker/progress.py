@@ -1,4 +1,4 @@
-"""Tells slow from stuck: says so whenever this process has got on with something. Light: no torch."""
+"""Tells slow from stuck: reports whenever this process has made progress. Light: no torch."""
 
 import contextlib
 import threading
@@ -9,8 +9,8 @@ from pathlib import Path
 _LOOK_S = 5.0
 _CPU_S = 0.1
 _IO_BYTES = 64 << 10
-"""What a look must find to be worth a word. Between two looks an idle worker computes for 0.01 s (gRPC's threads) and
-reads and writes next to nothing; it is not added up over looks, since in minutes it would come to something."""
+"""What a look must find to count as progress. Between two looks an idle worker computes for 0.01 s (gRPC's threads) and
+reads and writes next to nothing; it is not added up over looks, since over minutes it would amount to something."""
 
 
 @contextlib.contextmanager

@@ -132,7 +132,7 @@ def test_ppo_is_never_better_than_its_unclipped_terms(tokens: list[tuple[float, 
     clipped, gradient = evaluate("ppo", target, sampler, advantages)
     plain, plain_gradient = evaluate("importance_sampling", target, sampler, advantages)
     assert clipped.loss.item() >= plain.loss.item() - 1e-4 * abs(plain.loss.item())
-    # A token's gradient is the unclipped one, or none.
+    # Each token has the unclipped gradient, or none.
     assert all(ours in (0, theirs) for ours, theirs in zip(gradient.tolist(), plain_gradient.tolist(), strict=True))
     assert 0 <= clipped.metrics["clipped_fraction:mean"].item() <= 1
     assert clipped.metrics["kl:mean"].item() >= 0

@@ -80,7 +80,7 @@ def test_plain_peft_opens_what_is_saved(engine: Engine, tiny_llama: Path, tmp_pa
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, str(tiny_llama))
     # Short names, as servers of adapters look for them.
     assert "q_proj" in config["target_modules"]
-    # The adapter and nothing else: an embedding would be larger than all of it.
+    # The file has the adapter and nothing else: an embedding alone would be larger.
     tensors = load_file(folder / "adapter_model.safetensors")
     assert all(".lora_" in name and tensor.dtype == torch.float32 for name, tensor in tensors.items())
 
@@ -137,7 +137,7 @@ def test_a_run_starts_from_somebody_elses_adapter(tiny_llama: Path, tmp_path: Pa
     before = found(engine)
     train(engine, "lora", range(2))
     assert not np.allclose(found(engine), before)
-    # And goes out again as it came in.
+    # It goes out again as it came in.
     engine.save_weights_for_sampler("lora", "a")
     again = tmp_path / "checkpoints" / "lora" / "sampler_weights" / "a"
     close(found(engine), plain_found(load_plain_with(tiny_llama, again)))
@@ -235,7 +235,10 @@ SPOILT: dict[str, tuple[Any, str]] = {
     ),
     "cut file": (cut, "adapter_model.safetensors that cannot be read"),
     "missing tensor": (lambda f: with_tensors(f, lambda t: t.pop(min(t))), "lacks 1 tensors"),
-    "unknown tensor": (lambda f: with_tensors(f, lambda t: t.update(x=torch.zeros(1))), "has unknown 1 tensors, x"),
+    "unknown tensor": (
+        lambda f: with_tensors(f, lambda t: t.update(x=torch.zeros(1))),
+        "has 1 unknown tensors, for example x",
+    ),
     "not finite": (lambda f: with_tensors(f, first_bad), "has a tensor that is not finite"),
 }
 

@@ -136,7 +136,7 @@ def test_missing_parameters_are_refused_not_made_up(tiny_llama: Path, tmp_path: 
     stored = load_file(folder / "model.safetensors")
     del stored["model.norm.weight"]
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    assert "lacks 1 parameters of LlamaForCausalLM, model.norm.weight" in refusal(str(folder), tmp_path)
+    assert "lacks 1 parameters of LlamaForCausalLM, for example model.norm.weight" in refusal(str(folder), tmp_path)
 
 
 @pytest.mark.parametrize("kept", [0, 100])
@@ -162,7 +162,7 @@ def test_plain_transformers_loads_the_export_as_trained(tmp_path: Path, tied: bo
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(tokenizer("Hi there").input_ids) == "Hi there"
     assert "user: Hi" in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-    # Only data: nothing in it runs code when loaded, and nothing tells where it was made.
+    # The export is only data: nothing in it runs code when loaded, and nothing tells where it was made.
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".jinja"}
     assert str(tmp_path) not in (folder / "config.json").read_text()
     # An export is a base model like any other.

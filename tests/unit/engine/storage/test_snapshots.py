@@ -1,4 +1,4 @@
-"""Snapshots of a run on the worker: what goes on from one is what never stopped."""
+"""Snapshots of a run on the worker: a run restored from one goes on as if it had never stopped."""
 
 import threading
 from collections import namedtuple
@@ -54,11 +54,11 @@ class Driver:
         return answer
 
     def snapshot(self, folder: Path) -> WorkerEvent:
-        """Takes one."""
+        """Takes a snapshot."""
         return self.command(snapshot_run=WorkerSnapshotRun(folder=str(folder)))
 
     def create(self, folder: Path) -> WorkerEvent:
-        """Makes the run from a snapshot."""
+        """Creates the run from a snapshot."""
         request = WorkerCreateRun(request=CreateRunRequest(), snapshot_folder=str(folder))
         return self.command(create_run=request)
 

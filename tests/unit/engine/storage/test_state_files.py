@@ -232,7 +232,7 @@ def test_damage_anywhere_is_refused_and_the_run_stays_as_it_was(
 
 
 def signed(folder: Path, name: str, content: bytes) -> None:
-    """Puts another file into a state, as whoever wrote its manifest could."""
+    """Replaces a file of a state, as whoever writes its manifest can."""
     (folder / name).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -299,7 +299,9 @@ def test_a_state_of_another_model_is_refused_naming_what_differs(
     with pytest.raises(FailedPreconditionError, match=r"lacks 1 of the parameters .*lm_head\.weight"):
         open_state(tmp_path / "a").restore(run_of(untied), optimizer=True)
     write_state(capture(run_of(untied), gradients=False), tmp_path / "b", about=ABOUT)
-    with pytest.raises(FailedPreconditionError, match=r"has 1 parameters this run does not train, lm_head\.weight"):
+    with pytest.raises(
+        FailedPreconditionError, match=r"has 1 parameters this run does not train, for example lm_head\.weight"
+    ):
         open_state(tmp_path / "b").restore(run_of(engine), optimizer=True)
     state = capture(run_of(engine), gradients=False)
     name = "model.norm.weight"

@@ -29,16 +29,16 @@ from trainer_service.engine.worker.commands import Commands
 from trainer_service.folders import read_manifest
 
 SAVES = {"save_state": "state", "save_weights_for_sampler": "sampler_weights"}
-"""Operation to the kind of checkpoint it makes."""
+"""The kind of checkpoint that each operation makes."""
 
 
 def never(event: WorkerEvent) -> None:
-    """No command here is answered later."""
+    """Fails the test: no command here is answered later."""
     raise AssertionError(event)
 
 
 class Driver:
-    """Sends commands one after the other."""
+    """Sends commands one after the other, and takes their answers."""
 
     def __init__(self, commands: Commands) -> None:
         self.commands = commands
@@ -376,7 +376,7 @@ def test_what_the_caller_says_of_a_checkpoint_is_in_its_manifest(driver: Driver,
         assert about["user_metadata"] == {"epoch": "3", "run": "ä"}
         kept = datetime.fromisoformat(about["expires_at"]) - datetime.fromisoformat(about["created_at"])
         assert kept == timedelta(hours=1)
-        # Saved anew, it says what is said then.
+        # Saved anew, it has the new label.
         driver.send(**{save: {"name": "a", "overwrite": True}})
         about = read_manifest(tmp_path / RUN / kind / "a").about
         assert (about["user_metadata"], about["expires_at"]) == ({}, None)

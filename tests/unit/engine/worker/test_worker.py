@@ -40,9 +40,9 @@ class RecordingTrainer(WorkerServiceServicer):
 
     def __init__(self, socket: Path, *, refuse: bool = False) -> None:
         self.events: queue.Queue[WorkerEvent | None] = queue.Queue()
-        """Heartbeats left out."""
+        """Events received, without heartbeats."""
         self.heartbeat = threading.Event()
-        """Set with each."""
+        """Set by each heartbeat."""
         self.commands: queue.Queue[WorkerCommand | None] = queue.Queue()
         self._refuse = refuse
         self._last_command_id = 0
@@ -77,7 +77,7 @@ class RecordingTrainer(WorkerServiceServicer):
         return event
 
     def ready(self, kind: str = "ready") -> WorkerEvent:
-        """The event that ends starting, behind all that comes before."""
+        """The event that ends the start, after all that comes before it."""
         while (event := self.events.get(timeout=START_S)) is not None:
             if event.WhichOneof("event") == kind:
                 return event
@@ -95,14 +95,14 @@ class RecordingTrainer(WorkerServiceServicer):
         return self.put(request=TrainRequest(seq_id=seq_id, **operation))
 
     def create_run(self) -> None:
-        """Makes `RUN`."""
+        """Creates the run `RUN`."""
         command_id = self.put(create_run=WorkerCreateRun(request=CreateRunRequest()))
         event = self.event("done")
         assert event.command_id == command_id
         assert not event.done.HasField("error"), event
 
     def stop(self) -> None:
-        """Goes away."""
+        """Goes away without waiting for anything."""
         self.commands.put(None)
         self._server.stop(grace=0)
 
@@ -226,7 +226,7 @@ def test_worker_ends_in_the_middle_of_an_operation_when_the_trainer_goes(
     process = start_worker()
     trainer.ready()
     trainer.create_run()
-    # Minutes of work, during which its heart beats.
+    # Minutes of work, during which heartbeats go on.
     trainer.operation(1, forward=ops.ForwardRequest(batch=batch_message(make_batch(*[32] * 60_000))))
     time.sleep(0.5)
     trainer.heartbeat.clear()
