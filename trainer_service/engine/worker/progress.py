@@ -24,7 +24,7 @@ def told_of_progress(tell: Callable[[], object]) -> Iterator[None]:
 
     def watch() -> None:
         cpu_s, io_bytes = time.process_time(), _io_bytes()
-        while not over.wait(_LOOK_S):
+        while _time_to_look(over):
             before_s, before_bytes = cpu_s, io_bytes
             cpu_s, io_bytes = time.process_time(), _io_bytes()
             if cpu_s - before_s >= _CPU_S or io_bytes - before_bytes >= _IO_BYTES:
@@ -37,6 +37,11 @@ def told_of_progress(tell: Callable[[], object]) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+
+
+def _time_to_look(over: threading.Event) -> bool:
+    """Waits for the next look. False once there is none."""
+    return not over.wait(_LOOK_S)
 
 
 def _io_bytes() -> int:

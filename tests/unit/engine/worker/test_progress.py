@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +17,40 @@ from trainer_service.engine import engine
 from trainer_service.engine.ranks import Ranks
 from trainer_service.engine.worker import progress
 
-ENOUGH = 3
+DEADLINE_S = 60
 
 
-@pytest.fixture(autouse=True)
-def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_LOOK_S", 0.2)
+class Looks:
+    """Has the watch look when a test says so, however little of a busy machine the test gets meanwhile."""
+
+    def __init__(self) -> None:
+        self._asked, self._waiting = threading.Semaphore(0), threading.Semaphore(0)
+
+    def wait(self, over: threading.Event) -> bool:
+        """Stands for the wait between two looks."""
+        self._waiting.release()
+        while not self._asked.acquire(timeout=0.01):
+            if over.is_set():
+                return False
+        return True
+
+    def look(self) -> None:
+        """Returns once the watch has looked and told."""
+        assert self._waiting.acquire(timeout=DEADLINE_S)
+        self._asked.release()
+        assert self._waiting.acquire(timeout=DEADLINE_S)
+        self._waiting.release()
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
+    made = Looks()
+    monkeypatch.setattr(progress, "_time_to_look", made.wait)
+    return made
 
 
 def computes(folder: Path) -> None:
-    stop_s = time.process_time() + 0.5
+    stop_s = time.process_time() + 0.2
     while time.process_time() < stop_s:
         pass
 
@@ -34,41 +59,50 @@ def reads(folder: Path) -> None:
     with (folder / "f").open("w+b") as file:
         os.truncate(file.fileno(), 2 << 20)
         file.read()
-    time.sleep(0.1)
 
 
 def writes(folder: Path) -> None:
     (folder / "f").write_bytes(bytes(2 << 20))
-    time.sleep(0.1)
 
 
 @pytest.mark.parametrize("work", [computes, reads, writes])
-def test_work_of_every_kind_is_told(tmp_path: Path, work: Callable[[Path], None]):
+def test_work_of_every_kind_is_told(tmp_path: Path, work: Callable[[Path], None], looks: Looks):
     told = list[None]()
     with progress.told_of_progress(lambda: told.append(None)):
-        stop_s = time.monotonic() + 20
-        while len(told) < ENOUGH and time.monotonic() < stop_s:
+        # What it took to begin is not counted.
+        looks.look()
+        told.clear()
+        for count in (1, 2, 3):
             work(tmp_path)
-    count = len(told)
-    assert count >= ENOUGH
+            looks.look()
+            assert len(told) == count
     work(tmp_path)
-    assert len(told) == count
+    assert len(told) == 3
 
 
-def test_waiting_is_not_told_nor_the_little_that_adds_up():
+def test_waiting_is_not_told_nor_the_little_that_adds_up(looks: Looks):
     told = list[None]()
     with progress.told_of_progress(lambda: told.append(None)):
-        stop_s = time.monotonic() + 3
-        while time.monotonic() < stop_s:
-            busy_s = time.process_time() + 0.002
+        looks.look()
+        told.clear()
+        for _ in range(15):
+            busy_s = time.process_time() + 0.008
             while time.process_time() < busy_s:
                 pass
-            time.sleep(0.05)
+            looks.look()
     assert told == []
 
 
+def test_looks_come_by_themselves_until_it_is_over(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress, "_LOOK_S", 0.001)
+    over = threading.Event()
+    assert progress._time_to_look(over)
+    over.set()
+    assert not progress._time_to_look(over)
+
+
 def test_a_worker_says_what_it_begins_and_of_a_long_load_that_it_gets_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: Looks
 ):
     said = list[str]()
 
@@ -79,6 +113,7 @@ def test_a_worker_says_what_it_begins_and_of_a_long_load_that_it_gets_on(
     def load(*_: Any, **__: Any) -> str:
         while len(said) < 5:
             computes(tmp_path)
+            looks.look()
         return "engine"
 
     monkeypatch.setattr(engine, "Engine", load)
