@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 from gradwire import ServiceClient
 from gradwire._client import trainer_info
-from gradwire.errors import FailedPreconditionError, GradwireError, from_rpc_error
+from gradwire.errors import FailedPreconditionError, GradwireError, error, from_rpc_error
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.tensor_pb2 import Tensor
 from gradwire.v1.trainer_service_pb2 import AttachRequest, CreateRunRequest, GetServerInfoRequest, TrainRequest
@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tests.fakes import FrontEnd, Stream, front_end, front_end_on_a_thread
 from trainer_service.config import Limits
+from trainer_service.rpc import border
 from trainer_service.runs.registry import Runs
 
 METHOD = "/gradwire.v1.TrainerService/"
@@ -275,3 +276,18 @@ def test_the_sdk_refuses_a_trainer_of_another_protocol_version_naming_both(monke
         service.create_training_client()
     assert no.value.reason == "PROTOCOL_VERSION_UNSUPPORTED"
     assert trainer.worker.executed == []
+
+
+async def test_a_refusal_of_a_call_that_is_over_already_is_no_fault():
+    """As when grpc itself refused its message meanwhile; anything but a cancellation would be a traceback in the log."""
+
+    class Over:
+        def trailing_metadata(self) -> None:
+            return None
+
+        async def abort(self, *_: object) -> None:
+            raise grpc.aio.InternalError('Failed "execute_batch"')
+
+    over: Any = Over()
+    with pytest.raises(asyncio.CancelledError):
+        await border._abort(over, error("PROTOCOL_VIOLATION", "The call ended without a message."))

@@ -297,7 +297,11 @@ async def _abort(context: grpc.aio.ServicerContext, exc: GradwireError) -> None:
         message = to_status(error(exc.reason or "INTERNAL", f"{text}…", retry_after_s=exc.retry_after_s))
     status: Any = rpc_status.to_status(message)
     trailing = (*(context.trailing_metadata() or ()), *status.trailing_metadata)
-    await context.abort(status.code, status.details, trailing)
+    try:
+        await context.abort(status.code, status.details, trailing)
+    except grpc.aio.InternalError as broken:
+        # The call is over already, as after a message that grpc itself refused; nobody is there to be told.
+        raise asyncio.CancelledError from broken
 
 
 def _cut(text: str) -> str:
