@@ -17,7 +17,9 @@ def reaches_this_machine(target: str) -> bool:
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        # A dot at its end says of a name that it is whole.
+        name = host.removesuffix(".")
+        return name == "localhost" or name.endswith(".localhost")
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     address = mapped or address
     return address.is_loopback or address.is_unspecified

@@ -54,6 +54,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
         ("0.0.0.0:1", True),
         ("localhost:1", True),
         ("LOCALHOST:1", True),
+        ("localhost.:1", True),
         ("trainer.localhost:1", True),
         ("unix:/run/trainer.sock", True),
         ("10.0.0.1:1", False),
