@@ -200,7 +200,9 @@ def _parser() -> argparse.ArgumentParser:
         default=os.environ.get("GRADWIRE_STORAGE_URL", ""),
         help="keep checkpoints there too, such as s3://bucket/prefix; default: $GRADWIRE_STORAGE_URL, or here alone",
     )
-    common.add_argument("--api-key-file", type=Path, help="a line: `key`, `name key` or `name key admin`; see README")
+    common.add_argument(
+        "--api-key-file", type=Path, help="a line: `key`, `name key` or `name key admin`; see docs/security.md"
+    )
     common.add_argument("--allow-no-api-key", action="store_true", help="listen beyond loopback without a key")
     common.add_argument("--tls-cert-file", type=Path, help="PEM; with --tls-key-file: serve TLS")
     common.add_argument("--tls-key-file", type=Path, help="PEM; the certificate's private key")
