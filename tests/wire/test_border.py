@@ -279,7 +279,7 @@ def test_the_sdk_refuses_a_trainer_of_another_protocol_version_naming_both(monke
 
 
 async def test_a_refusal_of_a_call_that_is_over_already_is_no_fault():
-    """As when grpc itself refused its message meanwhile; anything but a cancellation would be a traceback in the log."""
+    """As when grpc itself refused its message meanwhile; anything but a cancellation would be a traceback."""
 
     class Over:
         def trailing_metadata(self) -> None:
