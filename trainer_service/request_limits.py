@@ -55,6 +55,7 @@ LIMIT_OF: Mapping[str, str] = {
     "ForwardRequest.loss_fn_config": "max_loss_fn_config_keys",
     "ForwardRequest.LossFnConfigEntry.key": _NAME,
     "ForwardRequest.run_id": _NAME,
+    "GetAnswerRequest.run_id": _NAME,
     "GetCheckpointRequest.path": _NAME,
     "GetRunRequest.run_id": _NAME,
     "IntValues.values": "max_typed_values",

@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
-from gradwire.errors import error, from_status
+from gradwire.errors import error, from_status, invalid_field
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer
@@ -22,6 +23,9 @@ from trainer_service.rpc.train_stream import TrainStream, read_attach
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
+
+MAX_ANSWER_WAIT_MS = 60_000
+"""The longest that GetAnswer waits; a call that waits longer is one that a proxy between cuts."""
 
 
 class TrainerServicer(TrainerServiceServicer):
@@ -135,6 +139,21 @@ class TrainerServicer(TrainerServiceServicer):
         )
         await stream.serve(first.attach.client_id)
 
+    async def GetAnswer(self, request: pb.GetAnswerRequest, context: Any) -> pb.GetAnswerResponse:
+        run = self._runs.get(request.run_id)
+        if not request.seq_id:
+            raise invalid_field("seq_id", "is absent; say which operation's answer to get, from 1.")
+        if request.timeout_ms > MAX_ANSWER_WAIT_MS:
+            what = f"is {request.timeout_ms}; it must be 0 to {MAX_ANSWER_WAIT_MS}. Ask again while it is pending."
+            raise invalid_field("timeout_ms", what, limit=MAX_ANSWER_WAIT_MS, got=request.timeout_ms)
+        stop_s = time.monotonic() + request.timeout_ms / 1000
+        answer = await run.answer_of(request.seq_id, timeout_s=request.timeout_ms / 1000)
+        if answer is not None:
+            answer = await self._gate.after_within(run, answer, max(0.0, stop_s - time.monotonic()))
+        if answer is None:
+            return pb.GetAnswerResponse(pending=True)
+        return pb.GetAnswerResponse(response=pb.TrainResponse.FromString(answer))
+
     async def Forward(self, request: ops.ForwardRequest, context: Any) -> ops.ForwardResponse:
         return await self._operation("forward", request, context)
 
@@ -185,7 +204,7 @@ class TrainerServicer(TrainerServiceServicer):
             operation = Operation.refused(kind, request, refusal, seq_id=seq_id)
         response = await run.execute(operation)
         if self._gate.stores(operation):
-            response.MergeFromString(await self._gate.after(operation, response.SerializeToString()))
+            response.MergeFromString(await self._gate.after(response.SerializeToString()))
         context.set_trailing_metadata(
             tuple((f"gradwire-{part}-ms", f"{getattr(response, f'{part}_ms'):.3f}") for part in _TIMES)
         )

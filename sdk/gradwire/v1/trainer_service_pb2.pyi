@@ -271,6 +271,24 @@ class ReplayDifference(_message.Message):
     replayed_digest: str
     def __init__(self, seq_id: _Optional[int] = ..., kind: _Optional[str] = ..., step: _Optional[int] = ..., recorded_digest: _Optional[str] = ..., replayed_digest: _Optional[str] = ...) -> None: ...
 
+class GetAnswerRequest(_message.Message):
+    __slots__ = ("run_id", "seq_id", "timeout_ms")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    seq_id: int
+    timeout_ms: int
+    def __init__(self, run_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+
+class GetAnswerResponse(_message.Message):
+    __slots__ = ("response", "pending")
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
+    response: TrainResponse
+    pending: bool
+    def __init__(self, response: _Optional[_Union[TrainResponse, _Mapping]] = ..., pending: bool = ...) -> None: ...
+
 class ReplayRunResponse(_message.Message):
     __slots__ = ("after_seq_id", "compared", "not_compared", "difference")
     AFTER_SEQ_ID_FIELD_NUMBER: _ClassVar[int]
