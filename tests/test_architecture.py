@@ -34,6 +34,7 @@ DOORS = {
     "checkpoints": set(),
     "jobs": set(),
     "engine": set(),
+    "gateway": set(),
 }
 """Room to the rooms it may import, beside its own and the ground floor."""
 ENGINE_FLOORS = (
@@ -234,6 +235,7 @@ def test_import_gradwire_is_light():
         "trainer_service.runs.registry",
         "trainer_service.fleet.supervisor",
         "trainer_service.jobs.local",
+        "trainer_service.gateway.process",
         "trainer_service.checkpoints.catalog",
     ],
 )

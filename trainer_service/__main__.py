@@ -1,4 +1,4 @@
-"""`gradwire serve` and `gradwire jobs`: reads settings, builds the floors, wires them."""
+"""`gradwire serve`, `gradwire jobs` and `gradwire gateway`: reads settings, builds the floors, wires them."""
 
 import argparse
 import asyncio
@@ -152,6 +152,31 @@ async def _jobs(args: argparse.Namespace) -> int:
     return await serve_jobs(settings, LocalJobs(settings))
 
 
+async def _gateway(args: argparse.Namespace) -> int:
+    try:
+        from trainer_service.gateway.gateway import GatewaySettings
+        from trainer_service.gateway.process import serve_gateway
+        from trainer_service.gateway.trainers import Trainer, Trainers
+    except ImportError as exc:
+        raise config.SettingsError(f"The gateway needs `pip install 'gradwire[gateway]'`: {exc}.") from exc
+
+    trainers = [Trainer(url, ca_file=args.trainer_ca_file) for url in args.trainer or ["http://127.0.0.1:7777"]]
+    settings = GatewaySettings(data_dir=args.data_dir.resolve() / "gateway", session_grace_s=args.session_grace_s)
+    return await serve_gateway(
+        settings,
+        Trainers(trainers, dict(map(_alias, args.served_model_name))),
+        listen=args.listen,
+        ready_file=args.ready_file,
+        exit_with_parent=args.exit_with_parent,
+    )
+
+
+def _alias(text: str) -> tuple[str, str]:
+    """("NAME", "MODEL") of NAME=MODEL, ("NAME", "") of NAME."""
+    name, _, model = text.partition("=")
+    return name, model
+
+
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
@@ -170,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--log-level", default=os.environ.get("GRADWIRE_LOG_LEVEL", "INFO"), help="default: INFO")
 
     parser = argparse.ArgumentParser(prog="gradwire", description="The Gradwire server processes.")
-    commands = parser.add_subparsers(required=True, metavar="{serve,jobs}")
+    commands = parser.add_subparsers(required=True, metavar="{serve,jobs,gateway}")
     trainer = commands.add_parser("serve", parents=[common], help="serve one base model")
     trainer.set_defaults(command=_trainer)
     trainer.add_argument("--base-model", required=True, help="hub id or folder of a Hugging Face causal LM")
@@ -231,7 +256,34 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="serve the program that started it alone: every caller is told what an admin is, and jobs end with it",
     )
+    _add_gateway(commands.add_parser("gateway", parents=[common], help="serve clients of hosted services over HTTP"))
     return parser
+
+
+def _add_gateway(gateway: argparse.ArgumentParser) -> None:
+    gateway.set_defaults(command=_gateway)
+    gateway.add_argument("--listen", default="127.0.0.1:8000", help="host:port; port 0 takes a free one")
+    gateway.add_argument(
+        "--trainer",
+        action="append",
+        metavar="URL",
+        help="to stand before; once for each; default: http://127.0.0.1:7777",
+    )
+    gateway.add_argument("--trainer-ca-file", type=Path, help="PEM; roots of https:// trainers' certificates")
+    gateway.add_argument(
+        "--served-model-name",
+        "--alias",
+        action="append",
+        default=[],
+        metavar="NAME[=MODEL]",
+        help="a name that clients may call a model by, the first before its own; once for each",
+    )
+    gateway.add_argument(
+        "--session-grace-s",
+        type=float,
+        default=120.0,
+        help="a client silent for so long is taken for gone, and its runs are deleted; default: %(default)g",
+    )
 
 
 def _add_durability(trainer: argparse.ArgumentParser) -> None:

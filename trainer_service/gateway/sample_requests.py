@@ -1,0 +1,156 @@
+"""Between sample requests on tinker's wire and ours."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from gradwire.v1.datum_pb2 import ModelInput
+from gradwire.v1.sampling_service_pb2 import (
+    STOP_REASON_STOP,
+    PromptLogprobs,
+    Sampler,
+    SampleRequest,
+    SampleResponse,
+    SamplingParams,
+    Stop,
+)
+
+from trainer_service.gateway.bodies import Fields
+from trainer_service.gateway.outcomes import PROTOBUF, Outcome, Refusal
+from trainer_service.gateway.wire import tinker_wire_pb2 as wire
+
+_MAX_UINT32 = (1 << 32) - 1
+_NO_LOGPROB = -99999.0
+"""What tinker puts in a cell of top-k that holds nothing."""
+
+
+def read_tokens(fields: Fields, name: str) -> list[int]:
+    """Token ids of a prompt in chunks.
+
+    Raises:
+        Refusal: A chunk is no text, or a token no int32.
+    """
+    prompt = fields.fields(name)
+    tokens: list[int] = []
+    for place, chunk in enumerate(prompt.items("chunks")):
+        where = f"{name}.chunks[{place}]"
+        if not isinstance(chunk, dict) or chunk.get("type", "encoded_text") != "encoded_text":
+            kind = chunk.get("type") if isinstance(chunk, dict) else None
+            raise Refusal(400, f"{where} is {str(kind)[:40]!r}; this trainer's models read tokens alone.")
+        tokens += checked_tokens(chunk.get("tokens"), f"{where}.tokens")
+    prompt.finish()
+    return tokens
+
+
+def checked_tokens(tokens: Any, where: str) -> list[int]:
+    """A JSON list as token ids.
+
+    Raises:
+        Refusal: It is none.
+    """
+    if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 1 << 31 for token in tokens):
+        raise Refusal(400, f"{where} is no list of token ids, which are integers from 0 on.")
+    return tokens
+
+
+def read_sample(fields: Fields, sampler: Sampler) -> SampleRequest:
+    """An asample request.
+
+    Raises:
+        Refusal: Something in it cannot be.
+    """
+    request = SampleRequest(
+        sampler=sampler,
+        prompt=ModelInput(tokens=read_tokens(fields, "prompt")),
+        num_samples=fields.integer("num_samples", 1, low=1, high=_MAX_UINT32),
+        include_prompt_logprobs=fields.flag("prompt_logprobs"),
+        topk_prompt_logprobs=fields.integer("topk_prompt_logprobs", 0, low=0, high=_MAX_UINT32),
+    )
+    params = fields.fields("sampling_params")
+    request.sampling_params.CopyFrom(_read_params(params))
+    params.finish()
+    fields.refuse("record_stability_info", "It is for the loss stable_reinforce; train with another loss.")
+    fields.refuse("prompt_alt_tokens_k", "Ask for topk_prompt_logprobs, and draw from them.")
+    fields.refuse("target_prompt_logprobs", "Ask for topk_prompt_logprobs, or use forward with target_tokens.")
+    fields.refuse("topk_sample_logprobs", "Ask for topk_prompt_logprobs of the sample behind its prompt.")
+    if fields.has("prompt_logprobs_last_n"):
+        last_n = fields.integer("prompt_logprobs_last_n", low=1)
+        if last_n >= len(request.prompt.tokens) or not request.include_prompt_logprobs:
+            raise fields.wrong("prompt_logprobs_last_n", "needs prompt_logprobs, and must be less than the prompt's length.")
+    fields.finish()
+    return request
+
+
+def _read_params(params: Fields) -> SamplingParams:
+    seed = params.optional_integer("seed")
+    read = SamplingParams(
+        max_tokens=params.optional_integer("max_tokens", low=0, high=_MAX_UINT32),
+        temperature=params.optional_number("temperature"),
+        top_k=params.optional_integer("top_k", low=-1, high=(1 << 31) - 1),
+        top_p=params.optional_number("top_p"),
+        seed=seed,
+    )
+    stop = params.value("stop")
+    if stop is not None:
+        read.stop.CopyFrom(read_stop(stop))
+    return read
+
+
+def read_stop(stop: Any) -> Stop:
+    """A text, texts or token ids that end a sample.
+
+    Raises:
+        Refusal: It is none of these.
+    """
+    if isinstance(stop, str):
+        return Stop(strings=[stop])
+    if isinstance(stop, list) and all(isinstance(one, str) for one in stop):
+        return Stop(strings=stop)
+    if isinstance(stop, list):
+        return Stop(token_ids=checked_tokens(stop, "sampling_params.stop"))
+    raise Refusal(400, "stop is none of a string, a list of strings and a list of token ids.")
+
+
+@dataclass
+class Sample:
+    """One sample as it comes in."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop_reason: int = 0
+    text: str = ""
+
+
+def add_samples(samples: Sequence[Sample], response: SampleResponse) -> None:
+    """The next tokens."""
+    for part in response.samples:
+        sample = samples[part.sample]
+        sample.tokens += part.tokens
+        sample.logprobs += part.logprobs
+        sample.text += part.text
+        sample.stop_reason = part.stop_reason or sample.stop_reason
+
+
+def sample_outcome(samples: Sequence[Sample], prompt: PromptLogprobs | None, request: SampleRequest) -> Outcome:
+    """What an asample gets."""
+    message = wire.SampleResponse()
+    for sample in samples:
+        stopped = sample.stop_reason == STOP_REASON_STOP
+        message.sequences.add(
+            stop_reason=wire.STOP_REASON_STOP if stopped else wire.STOP_REASON_LENGTH,
+            tokens=np.array(sample.tokens, dtype="<i4").tobytes(),
+            logprobs=np.array(sample.logprobs, dtype="<f4").tobytes(),
+        )
+    if prompt is not None and request.include_prompt_logprobs:
+        # Nothing is known of the first token.
+        logprobs = np.array([np.nan, *prompt.logprobs], dtype="<f4")
+        message.prompt_logprobs = logprobs.tobytes()
+    if prompt is not None and prompt.topk:
+        k, length = prompt.topk, len(request.prompt.tokens)
+        token_ids = np.array([*[0] * k, *prompt.topk_tokens], dtype="<i4")
+        logprobs = np.array([*[_NO_LOGPROB] * k, *prompt.topk_logprobs], dtype="<f4")
+        message.topk_prompt_logprobs.CopyFrom(
+            wire.TopkLogprobs(token_ids=token_ids.tobytes(), logprobs=logprobs.tobytes(), k=k, length=length)
+        )
+    return Outcome(PROTOBUF, message.SerializeToString())
