@@ -27,7 +27,7 @@ RUN case "$DEVICE" in \
       "$(grep '^torch==' constraints.txt)"
 COPY pyproject.toml ./
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-print(*p['dependencies'], *p['optional-dependencies']['server'], sep='\n')" > requirements.txt; \
+print(*p['dependencies'], *p['optional-dependencies']['server'], *p['optional-dependencies']['gateway'], sep='\n')" > requirements.txt; \
     pip --python /opt/gradwire/bin/python install --constraint constraints.txt --requirement requirements.txt; \
     find /opt/gradwire -name __pycache__ -type d -prune -exec rm -rf {} +
 
