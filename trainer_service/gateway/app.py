@@ -5,7 +5,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from trainer_service.gateway import rest_api, sampling_api, training_api
+from trainer_service.gateway import openai_api, rest_api, sampling_api, training_api
 from trainer_service.gateway.endpoints import Handler, route, tinker_refusal
 from trainer_service.gateway.gateway import Gateway
 from trainer_service.gateway.operations import JSON_KINDS
@@ -54,11 +54,22 @@ _TINKER: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "billing/usage/checkpoints/current", rest_api.unserved_admin),
 )
 
+_OPENAI: tuple[tuple[str, str, Handler], ...] = (
+    ("GET", "models", openai_api.models),
+    ("GET", "models/{model:path}", openai_api.model),
+    ("POST", "completions", openai_api.completions),
+    ("POST", "chat/completions", openai_api.chat_completions),
+)
+
 
 def make_app(gateway: Gateway) -> Starlette:
     """The application."""
     routes: list[BaseRoute] = [
         route(f"/api/v1/{path}", handler, gateway, method=method) for method, path, handler in _TINKER
+    ]
+    routes += [
+        route(f"/oai/api/v1/{path}", handler, gateway, method=method, on_refusal=openai_api.openai_refusal)
+        for method, path, handler in _OPENAI
     ]
     return Starlette(routes=routes, exception_handlers={404: _unknown, 405: _unknown})
 

@@ -16,6 +16,7 @@ from trainer_service.gateway.sample_queue import SampleQueue
 from trainer_service.gateway.samplers import Samplers
 from trainer_service.gateway.sessions import Caller, Session, Sessions
 from trainer_service.gateway.store import Store
+from trainer_service.gateway.tokenizers import Tokenizers
 from trainer_service.gateway.trainers import Trainers
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Gateway:
     def __init__(self, settings: GatewaySettings, trainers: Trainers) -> None:
         self.settings = settings
         self.trainers = trainers
+        self.tokenizers = Tokenizers()
         self.stopping = asyncio.Event()
         self._store = Store(settings.data_dir / "gateway.sqlite")
         self._answers = Answers()

@@ -82,13 +82,13 @@ class Models:
         first = ops.LoadStateRequest(path=found.path, with_optimizer=with_optimizer)
         return self._add(session, number, trainer, request, first=first, name=found.base_model)
 
-    async def find_checkpoint(self, path: str, key: str) -> tuple[Trainer, Checkpoint]:
-        """Where a checkpoint is, by tinker:// or gradwire:// path.
+    async def find_checkpoint(self, path: str, key: str, *, field: str = "path") -> tuple[Trainer, Checkpoint]:
+        """Where a checkpoint is, by tinker:// or gradwire:// path; `field` is what the caller calls that.
 
         Raises:
             Refusal, GradwireError: There is none, or it is somebody else's.
         """
-        request = GetCheckpointRequest(path=paths.to_gradwire(path, self.run_of))
+        request = GetCheckpointRequest(path=paths.to_gradwire(path, self.run_of, field=field))
         missing: GradwireError | None = None
         for trainer in self._trainers.all:
             try:
