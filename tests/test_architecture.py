@@ -19,6 +19,7 @@ GROUND = {
     "descriptors",
     "executing",
     "folders",
+    "gateway_child",
     "metrics_server",
     "observability",
     "processes",

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -38,6 +39,13 @@ async def _trainer(args: argparse.Namespace) -> int:
 
     config.check_base_model(args.base_model)
     _check_storage_url(args.storage_url)
+    if args.gateway is not None:
+        guarded = bool(config.read_api_keys()) or args.api_key_file is not None
+        config.check_exposure(args.gateway, guarded=guarded, allow_no_api_key=args.allow_no_api_key)
+        if args.tls_cert_file is not None:
+            raise config.SettingsError(
+                "--gateway is for a trainer without TLS; with it, run `gradwire gateway --trainer https://HOST:PORT`."
+            )
     settings = config.TrainerConfig(
         base_model=args.base_model,
         listen=args.listen,
@@ -84,15 +92,19 @@ async def _trainer(args: argparse.Namespace) -> int:
     if settings.exit_with_parent:
         ends.append(asyncio.create_task(parent_gone()))
     stop_metrics, metrics_address = None, ""
+    beside = contextlib.AsyncExitStack()
     try:
         if settings.metrics_listen is not None:
             metrics_address, stop_metrics = server.metrics.serve(settings.metrics_listen)
         await server.start()
         await worker.start()
+        if args.gateway is not None:
+            await beside.enter_async_context(_gateway_beside(args, server.address))
         if settings.ready_file is not None:
             write_ready_file(settings.ready_file, address=server.address, metrics_address=metrics_address)
         await asyncio.wait([*ends, worker.gave_up], return_when=asyncio.FIRST_COMPLETED)
     finally:
+        await beside.aclose()
         await server.drain()
         if stop_metrics is not None:
             stop_metrics()
@@ -102,6 +114,16 @@ async def _trainer(args: argparse.Namespace) -> int:
         print(f"gradwire: {worker.gave_up.result()}", file=sys.stderr)
         return 1
     return 0
+
+
+def _gateway_beside(args: argparse.Namespace, address: str) -> contextlib.AbstractAsyncContextManager[None]:
+    """The gateway that --gateway asks for."""
+    from trainer_service.gateway_child import gateway_child
+
+    options = ["--log-level", args.log_level] + (["--log-json"] if args.log_json else [])
+    options += ["--allow-no-api-key"] if args.allow_no_api_key else []
+    options += ["--api-key-file", str(args.api_key_file)] if args.api_key_file is not None else []
+    return gateway_child(args.gateway, trainer=address, data_dir=args.data_dir.resolve(), options=options)
 
 
 def _check_storage_url(url: str) -> None:
@@ -200,6 +222,9 @@ def _parser() -> argparse.ArgumentParser:
     trainer.set_defaults(command=_trainer)
     trainer.add_argument("--base-model", required=True, help="hub id or folder of a Hugging Face causal LM")
     trainer.add_argument("--listen", default="127.0.0.1:7777", help="host:port; port 0 takes a free one")
+    trainer.add_argument(
+        "--gateway", metavar="HOST:PORT", help="serve clients of hosted services there too, as `gradwire gateway` does"
+    )
     trainer.add_argument("--metrics-port", type=int, help="serve Prometheus metrics there; 0 takes a free port")
     trainer.add_argument("--metrics-host", default="127.0.0.1", help="default: 127.0.0.1")
     trainer.add_argument(

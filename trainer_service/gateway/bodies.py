@@ -41,12 +41,19 @@ def _decompress(compressed: bytearray) -> bytes:
     """At most MAX_BODY_BYTES of it; no more than that is ever held."""
     try:
         with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(compressed) as reader:
-            # read1 may give less than is there; read gives all up to the size asked for.
             data = reader.read(MAX_BODY_BYTES + 1)
+        if len(data) > MAX_BODY_BYTES:
+            raise _too_large()
+        whole = zstandard.frame_content_size(compressed)
+        if whole < 0:
+            # The frame does not say its size, and the reader does not say whether it came to the end.
+            rest = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+            rest.decompress(compressed)
+            whole = len(data) if rest.eof else -1
     except zstandard.ZstdError as exc:
         raise Refusal(400, f"The body is said to be zstd, but cannot be decompressed: {exc}.") from None
-    if len(data) > MAX_BODY_BYTES:
-        raise _too_large()
+    if len(data) != whole:
+        raise Refusal(400, "The body is said to be zstd, but is cut short.")
     return data
 
 

@@ -22,7 +22,7 @@ from trainer_service.gateway.answers import Answers
 from trainer_service.gateway.model_line import CustomLosses, ModelLine
 from trainer_service.gateway.outcomes import Outcome, Refusal, refusal_of
 from trainer_service.gateway.sessions import Caller, Session, Sessions
-from trainer_service.gateway.store import Store
+from trainer_service.gateway.store import Store, owner_of
 from trainer_service.gateway.trainers import Trainer, Trainers
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,9 @@ class Models:
         Raises:
             Refusal, GradwireError: There is none, or it is somebody else's.
         """
-        request = GetCheckpointRequest(path=paths.to_gradwire(path, self.run_of, field=field))
+        owner = owner_of(key)
+        found = paths.to_gradwire(path, lambda model_id: self.run_of(model_id, owner), field=field)
+        request = GetCheckpointRequest(path=found)
         missing: GradwireError | None = None
         for trainer in self._trainers.all:
             try:
@@ -169,7 +171,7 @@ class Models:
             store=self._store,
             answers=self._answers,
             custom_losses=self.custom_losses,
-            run_of=self.run_of,
+            run_of=lambda model_id: self.run_of(model_id, session.owner),
             open_sampler=open_sampler,
             key=lambda: session.key,
         )
@@ -196,10 +198,10 @@ class Models:
 
         return make
 
-    def run_of(self, model_id: str) -> str:
-        """The run id of a model's id; anything else as it is, for the trainer to judge."""
+    def run_of(self, model_id: str, owner: str) -> str:
+        """The run id of a model of theirs; anything else as it is, for the trainer to judge."""
         row = self._store.model(model_id)
-        return model_id if row is None or row["run_id"] is None else row["run_id"]
+        return model_id if row is None or row["run_id"] is None or row["owner"] != owner else row["run_id"]
 
     async def end(self, session: Session) -> None:
         """Ends a session's models: what waits fails, and their runs are deleted."""

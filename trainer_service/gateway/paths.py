@@ -22,7 +22,7 @@ def to_gradwire(path: str, run_of: Callable[[str], str], *, field: str = "path")
         field: What the caller calls the path.
 
     Raises:
-        Refusal: It is none of these.
+        Refusal: It is none of these, or of a model that is not there.
     """
     if path.startswith(_GRADWIRE):
         return path
@@ -33,7 +33,11 @@ def to_gradwire(path: str, run_of: Callable[[str], str], *, field: str = "path")
             f"{field} is {path[:_SHOWN]!r}; it must be tinker://<run>/{WEIGHTS}/<name> or "
             f"tinker://<run>/{SAMPLER_WEIGHTS}/<name>, as saving returned it.",
         )
-    return f"{_GRADWIRE}{run_of(run)}/{_TO_GRADWIRE[kind]}/{name}"
+    run = run_of(run)
+    if ":" in run:
+        # A model's id that is nobody's of whom the caller may know.
+        raise Refusal(404, f"There is no checkpoint {path[:_SHOWN]!r}.", reason="CHECKPOINT_NOT_FOUND")
+    return f"{_GRADWIRE}{run}/{_TO_GRADWIRE[kind]}/{name}"
 
 
 def to_tinker(path: str) -> str:

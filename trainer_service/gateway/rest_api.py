@@ -81,7 +81,7 @@ async def list_training_runs(gateway: Gateway, caller: Caller, request: Request)
 async def get_training_run(gateway: Gateway, caller: Caller, request: Request) -> Any:
     """One run, by its id or its model's."""
     asked = request.path_params["run_id"]
-    run_id = gateway.models.run_of(asked)
+    run_id = gateway.models.run_of(asked, caller.owner)
     saved = await _checkpoints(gateway, caller, run_id)
     missing: GradwireError | None = None
     for trainer in gateway.trainers.all:
@@ -141,7 +141,7 @@ def _last_checkpoints(saved: list[Checkpoint]) -> dict[str, Any]:
 
 async def list_checkpoints(gateway: Gateway, caller: Caller, request: Request) -> Any:
     """A run's checkpoints."""
-    saved = await _checkpoints(gateway, caller, gateway.models.run_of(request.path_params["run_id"]))
+    saved = await _checkpoints(gateway, caller, gateway.models.run_of(request.path_params["run_id"], caller.owner))
     return {"checkpoints": [_checkpoint(one) for one in saved]}
 
 
