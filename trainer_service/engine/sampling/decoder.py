@@ -75,6 +75,14 @@ class Sequences:
         elif self.caches:
             self.caches = [self.caches[sample] for sample in samples]
 
+    def follow(self, prompt: "Sequences") -> None:
+        """Goes on from a whole prompt that another request took in, and from which that one has not branched."""
+        # A prompt's block is only read from then on.
+        self.prompt = prompt.prompt
+        self.caches = copy.deepcopy(prompt.caches)
+        self.tokens = [list(prompt.tokens[0])]
+        self.way, self.beyond, self.length = prompt.way, prompt.beyond, prompt.length
+
     def close(self) -> None:
         """Lets go of everything."""
         for slot in self.slots:
@@ -88,11 +96,18 @@ class Sequences:
             own += new
 
 
-def num_cached_tokens(num_samples: int, num_prompt: int, max_tokens: int) -> int:
-    """Tokens that a request's caches have room for in the end."""
+def num_cached_tokens(num_samples: int, num_prompt: int, num_generated: int, *, num_alive: int) -> int:
+    """Tokens that a request's caches have room for.
+
+    Args:
+        num_samples: That it began with.
+        num_prompt: Tokens of its prompt.
+        num_generated: Tokens of each sample behind it.
+        num_alive: Samples that go on.
+    """
     if _shares_prompt(num_samples, num_prompt):
-        return capacity(num_prompt) + num_samples * capacity(max_tokens)
-    return num_samples * capacity(num_prompt + max_tokens)
+        return capacity(num_prompt) + num_alive * capacity(num_generated)
+    return num_alive * capacity(num_prompt + num_generated)
 
 
 def _shares_prompt(num_samples: int, num_prompt: int) -> bool:

@@ -41,13 +41,15 @@ class Job:
         sample_id: Names it to cancel_sample.
         request: What to generate.
         sampler: Whose parameters.
+        owner: Who asked.
     """
 
-    def __init__(self, command_id: int, sample_id: str, request: Request, sampler: Sampler) -> None:
+    def __init__(self, command_id: int, sample_id: str, request: Request, sampler: Sampler, owner: str = "") -> None:
         self.command_id = command_id
         self.sample_id = sample_id
         self.request = request
         self.sampler = sampler
+        self.owner = owner
         self.sequences = Sequences(request.num_samples)
         self.num_prefilled = 0
         """Tokens of the prompt taken in."""
@@ -60,7 +62,15 @@ class Job:
                     request.text, request.prompt, request.stop_strings, keep=request.with_text
                 )
         self.alive = list(self.samples)
-        """Those that have not ended, in the order in which the decoder knows them."""
+        """Those that have not ended."""
+        self.held = self.alive
+        """Those the decoder knows, in its order; while tokens are computed again, ended ones among them."""
+        self.num_fed = 0
+        """Tokens of each sample that the decoder has been through."""
+        self.prompt_known = False
+        """Whether what was asked about the prompt was found out."""
+        self.times_put_back = 0
+        self.waiting_since_s = time.monotonic()
         self.prompt = pb.PromptLogprobs(topk=request.topk)
         self.done = False
         """Whether it was answered to its end."""
@@ -73,9 +83,56 @@ class Job:
         return self.num_prefilled == len(self.request.prompt)
 
     @property
-    def num_cached_tokens(self) -> int:
-        """What its caches come to hold at most."""
-        return num_cached_tokens(self.request.num_samples, len(self.request.prompt), self.request.max_tokens)
+    def wants_prompt(self) -> bool:
+        """Whether anything about the prompt is still to be found out."""
+        return self.request.wants_prompt and not self.prompt_known
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of each sample alive."""
+        return len(self.alive[0].tokens) if self.alive else 0
+
+    def cache_bytes(self, *, in_the_end: bool) -> int:
+        """What its caches take with the next token, or take at most in the end."""
+        shape, request = self.sampler.decoder.shape, self.request
+        if shape is None:
+            return 0
+        num_generated = request.max_tokens if in_the_end else min(request.max_tokens, self.num_generated + 1)
+        num_tokens = num_cached_tokens(
+            request.num_samples, len(request.prompt), num_generated, num_alive=len(self.held)
+        )
+        return num_tokens * shape.bytes_per_token
+
+    def put_back(self) -> None:
+        """Lets go of its caches. They are computed again as they were: what was generated is not chosen anew."""
+        self.sequences.close()
+        self.sequences = Sequences(self.request.num_samples)
+        if not self.prompt_known:
+            self.prompt = pb.PromptLogprobs(topk=self.request.topk)
+        self.num_prefilled = self.num_fed = 0
+        self.held = list(self.samples)
+        self.times_put_back += 1
+        self.waiting_since_s = time.monotonic()
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the tokens behind those the decoder has been through were chosen before."""
+        return self.num_generated > self.num_fed
+
+    def repeat(self) -> list[int]:
+        """Those of the samples held that went on behind the token they then chose, by their place."""
+        going_on = [
+            place
+            for place, sample in enumerate(self.held)
+            if not sample.stop_reason or len(sample.tokens) > self.num_fed + 1
+        ]
+        self.held = [self.held[place] for place in going_on]
+        return going_on
+
+    def feed(self) -> list[int]:
+        """The tokens the decoder goes through next, one of each sample held."""
+        self.num_fed += 1
+        return [sample.tokens[self.num_fed - 1] for sample in self.held]
 
     def add_prompt(self, found: picking.PlaceLogprobs) -> None:
         """Takes in what is known about the next places of the prompt."""
@@ -110,7 +167,7 @@ class Job:
             elif len(sample.tokens) == request.max_tokens:
                 sample.stop_reason = pb.STOP_REASON_LENGTH
         going_on = [place for place, sample in enumerate(self.alive) if not sample.stop_reason]
-        self.alive = [self.alive[place] for place in going_on]
+        self.alive = self.held = [self.alive[place] for place in going_on]
         return going_on
 
     def response(self, *, now_s: float | None = None) -> pb.SampleResponse | None:
