@@ -239,6 +239,54 @@ def test_logprobs_of_samples_and_prompts_are_those_of_a_plain_forward(name: str,
         )
 
 
+@pytest.mark.parametrize("name", ["llama", "mamba, which has no keys"])
+def test_what_else_is_asked_about_prompts_and_samples_is_what_a_plain_forward_finds(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(scheduler_module, "_CPU_PIECE", 6)
+    model = make_model(name)
+    prompt = list(PROMPTS[2])
+    rows = torch.arange(len(prompt) - 1)
+    targets = torch.randint(VOCAB_SIZE, (len(prompt) - 1, 2), generator=torch.Generator().manual_seed(0))
+    targets[:8] = -1
+    targets[9, 1] = -1
+    last_n = 4
+    about: dict[str, Any] = {"prompt_logprobs": True, "topk": 3, "first_row": len(prompt) - 1 - last_n}
+    scored, last = Bench.of(model).run(
+        make_request(prompt, 5, num_samples=2, targets=targets.numpy(), topk_sampled=2, **about),
+        make_request(prompt, 0, **about),
+    )
+    before = own_logprobs(model, prompt)[:-1]
+    for job in (scored, last):
+        assert list(job.prompt.logprobs) == pytest.approx(before[rows, prompt[1:]][-last_n:].tolist(), abs=1e-5)
+        assert list(job.prompt.topk_tokens) == torch.topk(before[-last_n:], 3).indices.flatten().tolist()
+    wanted = torch.where(targets < 0, 0.0, before.gather(-1, targets.clamp(min=0)))
+    assert list(scored.prompt.target_logprobs) == pytest.approx(wanted.flatten().tolist(), abs=1e-5)
+    assert not last.prompt.target_logprobs
+    for sample in scored.samples:
+        likeliest = torch.topk(own_logprobs(model, prompt + sample.tokens)[len(prompt) - 1 : -1], 2)
+        assert sample.topk_tokens == likeliest.indices.tolist()
+        flat = [logprob for row in sample.topk_logprobs for logprob in row]
+        assert flat == pytest.approx(likeliest.values.flatten().tolist(), abs=1e-5)
+
+
+def test_logits_are_made_only_of_the_part_of_a_prompt_that_is_asked_about(monkeypatch: pytest.MonkeyPatch):
+    bench = Bench.of(make_model("llama"))
+    made: list[int] = []
+    prefill = bench.sampler.decoder.prefill
+
+    def counting(*arguments: Any, num_logits: list[int]) -> Any:
+        made.extend(num_logits)
+        return prefill(*arguments, num_logits=num_logits)
+
+    monkeypatch.setattr(bench.sampler.decoder, "prefill", counting)
+    prompt = list(range(20))
+    bench.run(make_request(prompt, 0, prompt_logprobs=True, first_row=16))
+    bench.run(make_request(prompt, 0, prompt_logprobs=True))
+    bench.run(make_request(prompt[:-1], 1))
+    assert made == [4, 20, 1]
+
+
 @pytest.mark.parametrize(
     ("name", "max_copied"),
     [*((name, 4096) for name in BOUNDED), ("phi3, turned otherwise from 25 tokens on", 0)],

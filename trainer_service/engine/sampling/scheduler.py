@@ -149,18 +149,19 @@ class Scheduler:
     def _prefill(self, batch: list[Job]) -> None:
         pieces = [self._next_piece(job) for job in batch]
         logits = batch[0].sampler.decoder.prefill(
-            [job.sequences for job in batch], pieces, all_logits=[job.wants_prompt for job in batch]
+            [job.sequences for job in batch],
+            pieces,
+            num_logits=[job.num_logits(len(tokens)) for job, tokens in zip(batch, pieces, strict=True)],
         )
         for job, tokens, logits_NV in zip(batch, pieces, logits, strict=True):
             self._take_in(job, tokens, logits_NV)
 
     def _take_in(self, job: Job, tokens: list[int], logits_NV: picking.Tensor) -> None:
         """A piece of a prompt was computed."""
-        request, start = job.request, job.num_prefilled
         job.num_prefilled += len(tokens)
         self._counters.prompt_tokens_total += len(tokens)
-        if job.wants_prompt and (targets := request.prompt[start + 1 : start + 1 + len(tokens)]):
-            job.add_prompt(picking.place_logprobs(logits_NV[: len(targets)], targets, request.topk))
+        if job.wants_prompt:
+            job.add_prompt(logits_NV)
         # Behind those that wait for their turn.
         self._prefilling.remove(job)
         if not job.prefilled:
@@ -230,6 +231,8 @@ class Scheduler:
         for job in batch:
             stop = place + len(job.alive)
             try:
+                if job.request.topk_sampled:
+                    job.take_likeliest(logits_NV[place:stop])
                 going_on = job.take(tokens[place:stop], logprobs[place:stop])
             except GradwireError as exc:
                 self._end(job, exc)
