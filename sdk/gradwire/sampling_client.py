@@ -5,9 +5,7 @@ import contextlib
 import functools
 import queue
 import time
-import uuid
 import weakref
-from collections import defaultdict
 from collections.abc import AsyncGenerator, Generator, Iterator
 from concurrent.futures import Future as ConcurrentFuture
 from dataclasses import dataclass
@@ -16,24 +14,21 @@ from typing import Any
 import grpc.aio
 
 from gradwire.async_twins import awaited, off_thread
-from gradwire.errors import GradwireError, OperationCancelledError, invalid_field
+from gradwire.errors import GradwireError, OperationCancelledError
 from gradwire.futures import APIFuture
 from gradwire.ported_names import RefusesTinkerNames, refuse_given
-from gradwire.sampling_params import MAX_UINT32, checked_integer, sampling_params_message, shown
-from gradwire.sampling_results import StopReason
+from gradwire.sampling_wire import STOP_REASONS, Gathered, sample_request
 from gradwire.tokenizer_client import load_tokenizer
 from gradwire.transport import LOOP, Connection, is_passing
-from gradwire.types import SampledSequence, SampledToken, SampleResponse, SamplingParams, model_input_tokens
+from gradwire.types import SampledToken, SampleResponse, SamplingParams
 from gradwire.v1 import sampling_service_pb2 as pb
-from gradwire.v1.datum_pb2 import ModelInput
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 
-_STOP_REASONS: dict[int, StopReason] = {pb.STOP_REASON_LENGTH: "length", pb.STOP_REASON_STOP: "stop"}
 _CLOSE_TIMEOUT_S = 10.0
 
 RETRIES_ITSELF = "calls are tried again by themselves until they time out."
 NO_STABILITY_INFO = "there is no loss that reads it."
-_PROMPTS_LOGPROBS = "of a prompt there are include_prompt_logprobs and topk_prompt_logprobs, for all of its tokens."
+_NO_ALTERNATIVES = "nothing is drawn at places of the prompt; topk_prompt_logprobs gives what is likeliest there."
 
 
 @dataclass(frozen=True)
@@ -113,22 +108,27 @@ class SamplingClient(RefusesTinkerNames):
             sampling_params: SamplingParams, ours or tinker's; None takes the defaults.
             include_prompt_logprobs: Answer with the logprobs of the prompt's tokens too.
             topk_prompt_logprobs: Answer with so many likeliest tokens at each place of the prompt too.
-            topk_sample_logprobs: Must be 0, as tinker's further arguments: the trainer does not know them.
-            target_prompt_logprobs: Must be None.
+            topk_sample_logprobs: Answer with so many likeliest tokens at each place of the samples too.
+            target_prompt_logprobs: Token ids to answer with the logprobs of: integers [len(prompt) - 1, K], whose row i
+                is about prompt[i + 1]; -1 asks for nothing.
             prompt_alt_tokens_k: Must be 0.
-            prompt_logprobs_last_n: Must be None.
+            prompt_logprobs_last_n: Answer about the last so many tokens of the prompt alone; of those before nothing is
+                computed, and they are None. Needs include_prompt_logprobs or topk_prompt_logprobs.
 
         Raises:
             InvalidArgumentError: Arguments that cannot be sent. What the trainer finds wrong comes through the future.
         """
-        refuse_given(
-            _PROMPTS_LOGPROBS,
+        refuse_given(_NO_ALTERNATIVES, prompt_alt_tokens_k=prompt_alt_tokens_k)
+        request = self._request(
+            prompt,
+            num_samples,
+            sampling_params,
+            include_prompt_logprobs=include_prompt_logprobs,
+            topk_prompt_logprobs=topk_prompt_logprobs,
+            topk_sample_logprobs=topk_sample_logprobs,
             target_prompt_logprobs=target_prompt_logprobs,
-            prompt_alt_tokens_k=prompt_alt_tokens_k,
             prompt_logprobs_last_n=prompt_logprobs_last_n,
         )
-        refuse_given("samples come with the logprobs of their own tokens.", topk_sample_logprobs=topk_sample_logprobs)
-        request = self._request(prompt, num_samples, sampling_params, include_prompt_logprobs, topk_prompt_logprobs)
         return APIFuture(LOOP.submit(self._gather(request)), "sample")
 
     def stream(self, prompt: Any, num_samples: int = 1, sampling_params: Any = None) -> Iterator[SampledToken]:
@@ -152,10 +152,15 @@ class SamplingClient(RefusesTinkerNames):
 
         Args:
             prompt: As in `sample`.
-            prompt_logprobs_last_n: Must be None.
+            prompt_logprobs_last_n: As there.
         """
-        refuse_given(_PROMPTS_LOGPROBS, prompt_logprobs_last_n=prompt_logprobs_last_n)
-        request = self._request(prompt, 1, SamplingParams(max_tokens=0), include_prompt_logprobs=True)
+        request = self._request(
+            prompt,
+            1,
+            SamplingParams(max_tokens=0),
+            include_prompt_logprobs=True,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+        )
 
         async def compute() -> list[float | None]:
             return (await self._gather(request)).prompt_logprobs or [None]
@@ -222,34 +227,11 @@ class SamplingClient(RefusesTinkerNames):
 
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _request(
-        self,
-        prompt: Any,
-        num_samples: int,
-        sampling_params: Any,
-        include_prompt_logprobs: bool = False,
-        topk_prompt_logprobs: int = 0,
-    ) -> pb.SampleRequest:
+    def _request(self, *arguments: Any, **named: Any) -> pb.SampleRequest:
+        """See sample_request."""
         if not self._finalizer.alive:
             raise OperationCancelledError("This SamplingClient is closed; make a new one.", reason="CANCELLED")
-        num_samples = checked_integer("num_samples", num_samples, 1, MAX_UINT32)
-        topk_prompt_logprobs = checked_integer("topk_prompt_logprobs", topk_prompt_logprobs, 0, MAX_UINT32)
-        if not isinstance(include_prompt_logprobs, bool):
-            raise invalid_field(
-                "include_prompt_logprobs", f"is {shown(include_prompt_logprobs)}; it must be True or False."
-            )
-        try:
-            tokens = model_input_tokens(prompt, "prompt")
-            message = ModelInput(tokens=tokens)
-        except ValueError as exc:
-            raise invalid_field("prompt", f"cannot be read: {exc}") from exc
-        return pb.SampleRequest(
-            prompt=message,
-            num_samples=num_samples,
-            sampling_params=sampling_params_message(SamplingParams() if sampling_params is None else sampling_params),
-            include_prompt_logprobs=include_prompt_logprobs,
-            topk_prompt_logprobs=topk_prompt_logprobs,
-        )
+        return sample_request(*arguments, **named)
 
     async def _responses(self, request: pb.SampleRequest) -> AsyncGenerator[pb.SampleResponse]:
         """The trainer's messages. Until the first one it is tried again while the trainer is away or starting."""
@@ -278,30 +260,11 @@ class SamplingClient(RefusesTinkerNames):
             await asyncio.sleep(delay_s)
 
     async def _gather(self, request: pb.SampleRequest) -> SampleResponse:
-        # By sample, as they come: how many is for the trainer to check before anything of that length is made here.
-        tokens: defaultdict[int, list[int]] = defaultdict(list)
-        logprobs: defaultdict[int, list[float]] = defaultdict(list)
-        reasons: dict[int, StopReason] = {}
-        prompt = None
+        gathered = Gathered(request)
         async with contextlib.aclosing(self._responses(request)) as responses:
             async for response in responses:
-                if response.HasField("prompt"):
-                    prompt = response.prompt
-                for piece in response.samples:
-                    tokens[piece.sample].extend(piece.tokens)
-                    logprobs[piece.sample].extend(piece.logprobs)
-                    reasons[piece.sample] = _STOP_REASONS.get(piece.stop_reason, "length")
-        sample_id = uuid.uuid4().hex
-        sequences = [
-            SampledSequence(
-                tokens[number], logprobs[number], reasons.get(number, "length"), sequence_id=f"{sample_id}-{number}"
-            )
-            for number in range(request.num_samples)
-        ]
-        if prompt is None:
-            return SampleResponse(sequences)
-        prompt_logprobs = [None, *prompt.logprobs] if request.include_prompt_logprobs else None
-        return SampleResponse(sequences, prompt_logprobs, _topk(prompt) if prompt.topk else None)
+                gathered.add(response)
+        return gathered.response()
 
     def _iterate(self, request: pb.SampleRequest) -> Iterator[SampledToken]:
         arrived: queue.SimpleQueue[pb.SampleResponse | GradwireError | None] = queue.SimpleQueue()
@@ -329,7 +292,7 @@ class SamplingClient(RefusesTinkerNames):
                     raise got
                 for piece in got.samples:
                     last = len(piece.tokens) - 1
-                    reason = _STOP_REASONS.get(piece.stop_reason)
+                    reason = STOP_REASONS.get(piece.stop_reason)
                     for place, (token, logprob) in enumerate(zip(piece.tokens, piece.logprobs, strict=True)):
                         yield SampledToken(piece.sample, token, logprob, reason if place == last else None)
         finally:
@@ -358,12 +321,6 @@ def _open(connection: Connection, source: SamplerSource, timeout_s: float) -> st
     """Has the trainer load a sampler, and says of which base model it is."""
     request = pb.OpenSamplerRequest(sampler=source.message())
     return connection.call(SamplingServiceStub, "OpenSampler", request, timeout_s=timeout_s).base_model
-
-
-def _topk(prompt: pb.PromptLogprobs) -> list[list[tuple[int, float]] | None]:
-    count = prompt.topk
-    pairs = list(zip(prompt.topk_tokens, prompt.topk_logprobs, strict=True))
-    return [None, *(pairs[start : start + count] for start in range(0, len(pairs), count))]
 
 
 def _sampling_client(connection: Connection, source: SamplerSource, timeout_s: float) -> SamplingClient:

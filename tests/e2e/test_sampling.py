@@ -57,6 +57,41 @@ def test_a_samples_logprobs_are_those_of_the_trainers_own_forward(client: Traini
     assert sampler.compute_logprobs(PROMPT).result(30) == response.prompt_logprobs
 
 
+def test_what_is_asked_about_places_of_prompts_and_samples_is_answered(base: SamplingClient):
+    params = SamplingParams(max_tokens=3, temperature=0, stop=[])
+    whole = base.sample(PROMPT, 1, params, include_prompt_logprobs=True).result(30).prompt_logprobs
+    assert whole is not None
+    targets = gradwire.TensorData([[-1, -1], [42, -1], [43, 50]])
+    found = base.sample(
+        PROMPT,
+        2,
+        params,
+        include_prompt_logprobs=True,
+        topk_prompt_logprobs=3,
+        topk_sample_logprobs=2,
+        target_prompt_logprobs=targets,
+        prompt_logprobs_last_n=1,
+    ).result(30)
+    assert found.prompt_logprobs == [None, None, None, whole[3]]
+    assert base.compute_logprobs(PROMPT, 1).result(30) == found.prompt_logprobs
+    assert found.topk_prompt_logprobs is not None
+    assert [pairs and len(pairs) for pairs in found.topk_prompt_logprobs] == [None, None, None, 3]
+    assert found.topk_prompt_logprobs_np is not None
+    assert found.topk_prompt_logprobs_np.token_ids.shape == (4, 3)
+    assert found.target_prompt_logprobs is not None
+    scored = found.target_prompt_logprobs.tolist()
+    assert scored[0] == [0, 0]
+    assert [scored[1][0], scored[2][0]] == pytest.approx(whole[2:], abs=1e-6)
+    assert scored[1][1] == 0 > scored[2][1]
+    for sequence in found.sequences:
+        assert sequence.topk_logprobs is not None
+        likeliest = [pairs[0] for pairs in sequence.topk_logprobs]
+        assert [token for token, _ in likeliest] == sequence.tokens
+        assert [logprob for _, logprob in likeliest] == pytest.approx(sequence.logprobs, abs=1e-6)
+        assert sequence.topk_logprobs_np is not None
+        assert sequence.topk_logprobs_np.logprobs.shape == (3, 2)
+
+
 def test_a_sampler_is_frozen_while_training_and_loading_go_on(service: ServiceClient, client: TrainingClient):
     base = greedy(service.create_sampling_client())
     first = client.save_weights_and_get_sampling_client()

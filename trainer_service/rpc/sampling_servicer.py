@@ -43,6 +43,8 @@ class SamplingServicer(SamplingServiceServicer):
             include_prompt_logprobs=True,
             topk_prompt_logprobs=request.topk_prompt_logprobs,
         )
+        if request.HasField("prompt_logprobs_last_n"):
+            sample.prompt_logprobs_last_n = request.prompt_logprobs_last_n
         found = pb.ComputeLogprobsResponse()
         async with contextlib.aclosing(self._sampling.sample(sample)) as responses:
             async for response in responses:

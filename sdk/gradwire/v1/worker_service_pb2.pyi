@@ -109,12 +109,14 @@ class WorkerSnapshotRun(_message.Message):
     def __init__(self, folder: _Optional[str] = ...) -> None: ...
 
 class WorkerSample(_message.Message):
-    __slots__ = ("sample_id", "request")
+    __slots__ = ("sample_id", "request", "owner")
     SAMPLE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     sample_id: str
     request: _sampling_service_pb2.SampleRequest
-    def __init__(self, sample_id: _Optional[str] = ..., request: _Optional[_Union[_sampling_service_pb2.SampleRequest, _Mapping]] = ...) -> None: ...
+    owner: str
+    def __init__(self, sample_id: _Optional[str] = ..., request: _Optional[_Union[_sampling_service_pb2.SampleRequest, _Mapping]] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class WorkerCancelSample(_message.Message):
     __slots__ = ("sample_id",)

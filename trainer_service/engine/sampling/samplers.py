@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_LOADED = 2
 """Checkpoints held loaded; the one unused longest makes room."""
-_USES = itertools.count()
+_USES, _NUMBERS = itertools.count(), itertools.count()
 
 
 @dataclass(eq=False)
@@ -36,6 +36,7 @@ class Sampler:
         decoder: Runs them.
         version: Which folder a checkpoint was loaded from, so that one saved anew under its name is noticed.
         gone: Why it cannot be used any more, once that is so.
+        number: Tells it from every other one, those gone included.
     """
 
     path: SamplerPath | None
@@ -43,6 +44,7 @@ class Sampler:
     version: object = None
     gone: GradwireError | None = None
     last_used: int = field(default_factory=_USES.__next__)
+    number: int = field(default_factory=_NUMBERS.__next__)
 
 
 class Samplers:

@@ -87,7 +87,7 @@ class Sampling:
             GradwireError: Its sampler is not there.
         """
         sampler = self.samplers.find(command.request.sampler.model_path)
-        self.scheduler.start(Job(command_id, command.sample_id, request, sampler))
+        self.scheduler.start(Job(command_id, command.sample_id, request, sampler, command.owner))
 
     def open(self, model_path: str) -> None:
         """Loads a sampler.
