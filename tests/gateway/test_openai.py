@@ -113,3 +113,16 @@ def test_what_cannot_be_is_refused_in_a_sentence(chat: openai.OpenAI, asked: dic
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError, match=message):
             chat.post("/chat/completions", cast_to=object, body={"model": "tiny", "stream": stream, **asked})
+
+
+def test_likeliest_tokens_are_told_with_each(chat: openai.OpenAI):
+    spoken = chat.chat.completions.create(
+        model="tiny", messages=HELLO, max_tokens=3, temperature=0, logprobs=True, top_logprobs=2
+    )
+    assert spoken.choices[0].logprobs is not None
+    for one in spoken.choices[0].logprobs.content or []:
+        assert len(one.top_logprobs) == 2
+        assert one.top_logprobs[0].token == one.token
+    written = chat.completions.create(model="tiny", prompt="abc", max_tokens=3, temperature=0, logprobs=2)
+    assert written.choices[0].logprobs is not None
+    assert all(len(one) == 2 for one in written.choices[0].logprobs.top_logprobs or [])

@@ -115,3 +115,28 @@ def test_soft_targets_dense_and_sparse_give_the_same(client: tinker.TrainingClie
     dense, sparse = (client.forward(make(one), "cross_entropy").result() for one in (False, True))
     assert dense.metrics["loss:sum"] == sparse.metrics["loss:sum"]
     assert list(dense.loss_fn_outputs[0]["logprobs"].shape or []) == [8, 3]
+
+
+def test_likeliest_tokens_of_a_sample_and_logprobs_of_chosen_ones(client: tinker.TrainingClient):
+    sampler = client.save_weights_and_get_sampling_client().result()
+    targets = types.TensorData(data=[TOKENS[1], 99, TOKENS[2], -1, TOKENS[3], 99], dtype="int64", shape=[3, 2])
+    answer = sampler.sample(
+        PROMPT,
+        num_samples=1,
+        sampling_params=GREEDY,
+        include_prompt_logprobs=True,
+        topk_sample_logprobs=3,
+        target_prompt_logprobs=targets,
+        prompt_logprobs_last_n=2,
+    ).result()
+    sequence = answer.sequences[0]
+    likeliest = sequence.topk_logprobs
+    assert likeliest is not None
+    # Greedy: the likeliest is what was taken.
+    assert [place[0][0] for place in likeliest if place] == sequence.tokens
+    assert answer.prompt_logprobs is not None
+    assert [one is None for one in answer.prompt_logprobs] == [True, True, False, False]
+    assert answer.target_prompt_logprobs is not None
+    found = answer.target_prompt_logprobs.to_numpy().reshape(3, 2)
+    np.testing.assert_allclose(found[1:, 0], answer.prompt_logprobs[2:], atol=1e-5)
+    assert np.isnan(found[1, 1])

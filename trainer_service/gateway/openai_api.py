@@ -117,9 +117,8 @@ class _Completion:
                 prompt=ModelInput(tokens=prompt),
                 num_samples=self.asked.num_samples,
                 sampling_params=sampling_params(self.asked, self._tokenizer),
+                topk_sample_logprobs=self.asked.top_logprobs,
             )
-            if self.asked.top_logprobs:
-                request.topk_sample_logprobs = self.asked.top_logprobs
             call = self._trainer.sampling.Sample(request, metadata=metadata(self._key))
             try:
                 async for response in call:

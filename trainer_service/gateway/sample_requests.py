@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from gradwire.codec import decode_tensor, tensor_message
 from gradwire.v1.datum_pb2 import ModelInput
 from gradwire.v1.sampling_service_pb2 import (
     STOP_REASON_STOP,
@@ -66,20 +68,37 @@ def read_sample(fields: Fields, sampler: Sampler) -> SampleRequest:
         num_samples=fields.integer("num_samples", 1, low=1, high=_MAX_UINT32),
         include_prompt_logprobs=fields.flag("prompt_logprobs"),
         topk_prompt_logprobs=fields.integer("topk_prompt_logprobs", 0, low=0, high=_MAX_UINT32),
+        topk_sample_logprobs=fields.integer("topk_sample_logprobs", 0, low=0, high=_MAX_UINT32),
+        prompt_logprobs_last_n=fields.optional_integer("prompt_logprobs_last_n", low=1, high=_MAX_UINT32),
     )
     params = fields.fields("sampling_params")
     request.sampling_params.CopyFrom(_read_params(params))
     params.finish()
     fields.refuse("record_stability_info", "It is for the loss stable_reinforce; train with another loss.")
     fields.refuse("prompt_alt_tokens_k", "Ask for topk_prompt_logprobs, and draw from them.")
-    fields.refuse("target_prompt_logprobs", "Ask for topk_prompt_logprobs, or use forward with target_tokens.")
-    fields.refuse("topk_sample_logprobs", "Ask for topk_prompt_logprobs of the sample behind its prompt.")
-    if fields.has("prompt_logprobs_last_n"):
-        last_n = fields.integer("prompt_logprobs_last_n", low=1)
-        if last_n >= len(request.prompt.tokens) or not request.include_prompt_logprobs:
-            raise fields.wrong("prompt_logprobs_last_n", "needs prompt_logprobs, and must be less than the prompt's length.")
+    if fields.has("target_prompt_logprobs"):
+        request.target_prompt_logprobs.CopyFrom(tensor_message(_read_targets(fields, len(request.prompt.tokens))))
+    fields.drop("target_prompt_logprobs")
     fields.finish()
     return request
+
+
+def _read_targets(fields: Fields, prompt_length: int) -> npt.NDArray[np.int64]:
+    """Token ids [N - 1, K] to tell the logprobs of."""
+    tensor = fields.fields("target_prompt_logprobs")
+    data, shape = tensor.items("data"), tensor.items("shape")
+    tensor.ignore("dtype")
+    for name in ("sparse_crow_indices", "sparse_col_indices"):
+        tensor.refuse(name, "Send a dense tensor, with -1 where nothing is asked.")
+    tensor.finish()
+    sound = all(type(one) is int and -1 <= one < 1 << 31 for one in data) and all(type(one) is int for one in shape)
+    if not sound or len(shape) != 2 or shape[0] != prompt_length - 1 or shape[0] * shape[1] != len(data) or min(shape) < 1:
+        raise Refusal(
+            400,
+            f"target_prompt_logprobs must be token ids, or -1, of shape [{prompt_length - 1}, K] for a prompt of "
+            f"{prompt_length} tokens.",
+        )
+    return np.array(data, dtype=np.int64).reshape(shape)
 
 
 def _read_params(params: Fields) -> SamplingParams:
@@ -119,7 +138,8 @@ class Sample:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop_reason: int = 0
-    text: str = ""
+    topk_tokens: list[int] = field(default_factory=list)
+    topk_logprobs: list[float] = field(default_factory=list)
 
 
 def add_samples(samples: Sequence[Sample], response: SampleResponse) -> None:
@@ -128,7 +148,8 @@ def add_samples(samples: Sequence[Sample], response: SampleResponse) -> None:
         sample = samples[part.sample]
         sample.tokens += part.tokens
         sample.logprobs += part.logprobs
-        sample.text += part.text
+        sample.topk_tokens += part.topk_tokens
+        sample.topk_logprobs += part.topk_logprobs
         sample.stop_reason = part.stop_reason or sample.stop_reason
 
 
@@ -137,20 +158,38 @@ def sample_outcome(samples: Sequence[Sample], prompt: PromptLogprobs | None, req
     message = wire.SampleResponse()
     for sample in samples:
         stopped = sample.stop_reason == STOP_REASON_STOP
-        message.sequences.add(
+        sequence = message.sequences.add(
             stop_reason=wire.STOP_REASON_STOP if stopped else wire.STOP_REASON_LENGTH,
             tokens=np.array(sample.tokens, dtype="<i4").tobytes(),
             logprobs=np.array(sample.logprobs, dtype="<f4").tobytes(),
         )
-    if prompt is not None and request.include_prompt_logprobs:
-        # Nothing is known of the first token.
-        logprobs = np.array([np.nan, *prompt.logprobs], dtype="<f4")
-        message.prompt_logprobs = logprobs.tobytes()
-    if prompt is not None and prompt.topk:
-        k, length = prompt.topk, len(request.prompt.tokens)
-        token_ids = np.array([*[0] * k, *prompt.topk_tokens], dtype="<i4")
-        logprobs = np.array([*[_NO_LOGPROB] * k, *prompt.topk_logprobs], dtype="<f4")
-        message.topk_prompt_logprobs.CopyFrom(
-            wire.TopkLogprobs(token_ids=token_ids.tobytes(), logprobs=logprobs.tobytes(), k=k, length=length)
-        )
+        if (k := request.topk_sample_logprobs) and sample.tokens:
+            likeliest = _topk(sample.topk_tokens, sample.topk_logprobs, k, before=0)
+            sequence.topk_sampled_logprobs.CopyFrom(likeliest)
+    if prompt is not None:
+        # Nothing is known of the first token, and nothing was asked about those before the last few.
+        length = len(request.prompt.tokens)
+        if request.include_prompt_logprobs:
+            before = length - len(prompt.logprobs)
+            message.prompt_logprobs = np.array([*[np.nan] * before, *prompt.logprobs], dtype="<f4").tobytes()
+        if prompt.topk:
+            before = length - len(prompt.topk_logprobs) // prompt.topk
+            likeliest = _topk(prompt.topk_tokens, prompt.topk_logprobs, prompt.topk, before=before)
+            message.topk_prompt_logprobs.CopyFrom(likeliest)
+        if request.HasField("target_prompt_logprobs"):
+            message.target_prompt_logprobs.CopyFrom(_target_logprobs(prompt, request))
     return Outcome(PROTOBUF, message.SerializeToString())
+
+
+def _topk(tokens: Sequence[int], logprobs: Sequence[float], k: int, *, before: int) -> wire.TopkLogprobs:
+    """Rows of k likeliest tokens, behind `before` rows of which nothing is known."""
+    token_ids = np.array([*[0] * (k * before), *tokens], dtype="<i4")
+    values = np.array([*[_NO_LOGPROB] * (k * before), *logprobs], dtype="<f4")
+    return wire.TopkLogprobs(token_ids=token_ids.tobytes(), logprobs=values.tobytes(), k=k, length=len(values) // k)
+
+
+def _target_logprobs(prompt: PromptLogprobs, request: SampleRequest) -> wire.Tensor:
+    asked = decode_tensor(request.target_prompt_logprobs, "target_prompt_logprobs")
+    found = np.array(prompt.target_logprobs, dtype="<f4").reshape(asked.shape)
+    found = np.where(asked < 0, np.float32(np.nan), found).astype("<f4")
+    return wire.Tensor(dense=found.tobytes(), dtype=wire.DTYPE_FLOAT32, shape=asked.shape)
