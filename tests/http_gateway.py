@@ -58,7 +58,9 @@ class HttpGateway:
         headers = {"content-type": "application/x-protobuf", "x-sdk-method": "TrainingClient.forward_backward"}
         if key:
             headers["x-api-key"] = key
-        return await self.http.post("/api/v1/forward_backward", content=one_pass(model_id, seq_id, **asked), headers=headers)
+        return await self.http.post(
+            "/api/v1/forward_backward", content=one_pass(model_id, seq_id, **asked), headers=headers
+        )
 
 
 def one_pass(model_id: str, seq_id: int, *, tokens: int = 3, weight: float = 1.0, **asked: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""The gateway that `gradwire serve --gateway` runs beside a trainer: a process of its own, started again when it ends."""
+"""The gateway that `gradwire serve --gateway` runs beside a trainer: a process of its own, kept up while that runs."""
 
 import asyncio
 import contextlib
@@ -49,7 +49,8 @@ async def gateway_child(listen: str, *, trainer: str, data_dir: Path, options: l
     try:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_START_TIMEOUT_S):
-                while not ready_file.exists() and process.returncode is None:
+                # Another process writes it, so there is no event to wait for.
+                while not ready_file.exists() and process.returncode is None:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
         if not ready_file.exists():
             raise SettingsError(f"--gateway {listen}: the gateway did not start; its message is above.")

@@ -1,4 +1,4 @@
-"""One trainer on a tiny model, a gateway before it, and the official SDKs as clients, shared by tests that break none."""
+"""One trainer on a tiny model, a gateway before it, and the official SDKs as clients, for tests that break none."""
 
 import gc
 import os

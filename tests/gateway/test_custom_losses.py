@@ -3,13 +3,16 @@
 from typing import Any
 
 import gradwire
+import httpx
 import numpy as np
 import pytest
 import tinker
 import torch
 from tinker import types
 
-from tests.gateway.data import make_data
+from tests.gateway.conftest import KEY
+from tests.gateway.data import grad_norm, make_data
+from tests.gateway_process import GatewayProcess
 from tests.trainer_process import TrainerProcess
 
 ADAM = types.AdamParams(learning_rate=1e-2)
@@ -36,7 +39,7 @@ def test_a_custom_loss_costs_one_forward_and_has_the_native_bits(
             assert metrics["forward_passes:sum"] == 0
             assert metrics["loss:sum"] == theirs.metrics["loss:sum"]
             assert metrics["mine:mean"] == 1.0
-            assert stepped.metrics["grad_norm:mean"] == twin_step.metrics["grad_norm:mean"]
+            assert grad_norm(stepped) == twin_step.metrics["grad_norm:mean"]
         after = client.forward(make_data(3), "cross_entropy").result()
         expected = twin.forward(make_data(3), "cross_entropy").result()
         for one, other in zip(after.loss_fn_outputs, expected.loss_fn_outputs, strict=True):
@@ -48,6 +51,17 @@ def test_the_surrogate_loss_is_what_cross_entropy_of_these_weights_would_say(cli
     metrics = client.forward_backward_custom(make_data(2), squares).result().metrics
     client.optim_step(ADAM).result()
     assert np.isfinite(metrics["surrogate_loss:sum"])
+
+
+def test_second_passes_are_counted_by_what_they_cost(client: tinker.TrainingClient, gateway: GatewayProcess):
+    def counted() -> list[float]:
+        text = httpx.get(f"{gateway.base_url}/metrics", headers={"x-api-key": KEY}, trust_env=False).text
+        found = [line for line in text.splitlines() if line.startswith("gradwire_gateway_custom_losses_total{")]
+        return [float(line.rpartition(" ")[2]) for line in sorted(found)]
+
+    before = counted()
+    client.forward_backward_custom(make_data(2), squares).result()
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [1, 0]
 
 
 def test_a_second_pass_over_other_data_is_done_in_full(client: tinker.TrainingClient):
@@ -74,4 +88,6 @@ def test_a_loss_over_several_chunks_costs_one_forward_each(
     ours = client.forward_backward_custom(make_data(7), squares)
     stepped = client.optim_step(ADAM)
     assert ours.result().metrics["forward_passes:sum"] == 0
-    assert stepped.result().metrics["num_sequences:sum"] == 7
+    metrics = stepped.result().metrics
+    assert metrics is not None
+    assert metrics["num_sequences:sum"] == 7

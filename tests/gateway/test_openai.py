@@ -54,7 +54,7 @@ def test_a_chat_is_the_same_streamed_or_whole(chat: openai.OpenAI):
 
 
 def test_a_chat_reads_what_its_template_writes(chat: openai.OpenAI):
-    """<|im_start|>user: hi<|im_end|><|im_start|>assistant: """
+    """<|im_start|>user: hi<|im_end|><|im_start|>assistant:"""
     parts: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]
     answers = [
         chat.chat.completions.create(model="tiny", messages=messages, max_tokens=6, temperature=0)

@@ -1,4 +1,4 @@
-"""What a hostile or broken client sends to the gateway: refused in a sentence, never with a 5xx, and seen by nobody else."""
+"""What a hostile or broken client sends to the gateway: refused in a sentence, never a 5xx, and seen by nobody else."""
 
 import asyncio
 import json
@@ -18,9 +18,9 @@ from trainer_service.gateway.wire import tinker_wire_pb2 as wire
 KEYS = ("alice tml-alice", "bob tml-bob")
 ALICE, BOB = "tml-alice", "tml-bob"
 POSTS = (
-    "create_session sessions/search sessions/x/finish create_model get_info forward_backward load_weights optim_step "
-    "retrieve_future create_sampling_session asample weights_info"
-).split()
+    *("create_session", "sessions/search", "sessions/x/finish", "create_model", "get_info", "forward_backward"),
+    *("load_weights", "optim_step", "retrieve_future", "create_sampling_session", "asample", "weights_info"),
+)
 
 
 async def test_malformed_bodies_are_the_callers_mistake(tmp_path: Path):
@@ -179,7 +179,10 @@ async def test_two_keys_do_not_see_each_other(tmp_path: Path):
             ("weights_info", {"tinker_path": hers["path"]}),
         ]
         others = [("POST", f"/api/v1/{path}", body) for path, body in posts]
-        others += [("GET", f"/api/v1/samplers/{hers['sampler_id']}", None), ("GET", f"/api/v1/sessions/{hers['session_id']}", None)]
+        others += [
+            ("GET", f"/api/v1/samplers/{hers['sampler_id']}", None),
+            ("GET", f"/api/v1/sessions/{hers['session_id']}", None),
+        ]
         for run_id in run_ids:
             at = f"/api/v1/training_runs/{run_id}"
             others += [("GET", at, None), ("DELETE", f"{at}/checkpoints/{name}", None)]
@@ -209,7 +212,7 @@ async def test_two_keys_do_not_see_each_other(tmp_path: Path):
 async def test_whoever_has_no_valid_key_begins_nothing(tmp_path: Path):
     async with front_end(api_keys=KEYS) as trainer, http_gateway(trainer.address, tmp_path) as gateway:
         for key in ("", "tml-mallory", "x" * 5000, "tml-\xe9"):
-            headers = {"x-api-key": key.encode("latin-1")}
+            headers = [(b"x-api-key", key.encode("latin-1"))]
             for path in ("client/config", "create_session"):
                 assert (await gateway.http.post(f"/api/v1/{path}", json={}, headers=headers)).status_code == 401
             for path in ("get_server_capabilities", "training_runs", "checkpoints"):
@@ -231,7 +234,10 @@ async def test_equal_prompts_go_together_and_each_gets_its_own(tmp_path: Path):
         }
         futures = await asyncio.gather(
             *(gateway.post("asample", **asked, seq_id=n, sampling_params={"max_tokens": 2}) for n in range(12)),
-            *(gateway.post("asample", **asked, seq_id=n, sampling_params={"max_tokens": 2, "seed": 1}) for n in (20, 21)),
+            *(
+                gateway.post("asample", **asked, seq_id=n, sampling_params={"max_tokens": 2, "seed": 1})
+                for n in (20, 21)
+            ),
         )
         answers = await asyncio.gather(*(gateway.result(one["request_id"]) for one in futures))
         assert {one.status_code for one in answers} == {200}

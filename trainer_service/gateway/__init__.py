@@ -1,1 +1,1 @@
-"""HTTP for clients of hosted services: the tinker SDK, Fireworks' and OpenAI's, unmodified, before Gradwire trainers."""
+"""HTTP before Gradwire trainers, for unmodified clients of hosted services: the tinker SDK and OpenAI's."""

@@ -67,6 +67,7 @@ def make_app(gateway: Gateway) -> Starlette:
     routes: list[BaseRoute] = [
         route(f"/api/v1/{path}", handler, gateway, method=method) for method, path, handler in _TINKER
     ]
+    routes.append(route("/metrics", rest_api.metrics, gateway, method="GET"))
     routes += [
         route(f"/oai/api/v1/{path}", handler, gateway, method=method, on_refusal=openai_api.openai_refusal)
         for method, path, handler in _OPENAI

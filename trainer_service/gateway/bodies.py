@@ -58,7 +58,9 @@ def _decompress(compressed: bytearray) -> bytes:
 
 
 def _too_large() -> Refusal:
-    return Refusal(413, f"The body has more than {MAX_BODY_BYTES} bytes; send fewer datums a call, their gradients add up.")
+    return Refusal(
+        413, f"The body has more than {MAX_BODY_BYTES} bytes; send fewer datums a call, their gradients add up."
+    )
 
 
 async def read_fields(request: Request) -> "Fields":
@@ -173,7 +175,9 @@ class Fields:
         """Raises Refusal where a field is left that nobody read."""
         left = [name for name, value in self._left.items() if value is not None]
         if left:
-            raise self.wrong(left[0][:_MAX_SHOWN], "is not known to this gateway, which drops nothing unread; leave it out.")
+            raise self.wrong(
+                left[0][:_MAX_SHOWN], "is not known to this gateway, which drops nothing unread; leave it out."
+            )
 
     def wrong(self, name: str, description: str) -> Refusal:
         """A refusal that names a field."""

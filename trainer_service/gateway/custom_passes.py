@@ -1,8 +1,8 @@
 """A custom loss of an unmodified client at one forward.
 
-Such a client sends a forward, computes its loss, and sends a cross_entropy over the same data whose weights are minus the
-gradients. Here the forward keeps its graph; the second pass is recognised by its data and becomes the backward of that
-graph, with minus its weights. Both give the same gradients, and the second saves a forward.
+Such a client sends a forward, computes its loss, and sends a cross_entropy over the same data, whose weights are minus
+the gradients. Here the forward keeps its graph; the second pass is recognised by its data and becomes the backward of
+that graph, with minus its weights. Both give the same gradients, and the second saves a forward.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The gateway's inside: sessions, models and samplers over one store, and what happens to those whose client is gone."""
+"""The gateway's inside: sessions, models and samplers over one store, and what becomes of clients that are gone."""
 
 import asyncio
 import contextlib
@@ -61,9 +61,7 @@ class Gateway:
         self._store = Store(settings.data_dir / "gateway.sqlite")
         self._answers = Answers()
         self.sessions = Sessions(self._store, grace_s=settings.session_grace_s)
-        self.queue = SampleQueue(
-            max_in_flight=settings.max_in_flight_samples, max_num_samples=settings.max_num_samples
-        )
+        self.queue = SampleQueue(max_in_flight=settings.max_in_flight_samples, max_num_samples=settings.max_num_samples)
         self.samplers = Samplers(self._store, trainers, self._answers, self.queue)
         self.models = Models(self._store, trainers, self.sessions, self._answers, self.samplers.add_snapshot)
         self._ending: set[str] = set()

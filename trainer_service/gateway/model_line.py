@@ -1,7 +1,7 @@
 """The operations of one model: taken in whatever order they arrive, sent to its run in the order of their numbers.
 
-Everything acknowledged is in the store first. What a killed gateway had sent is answered from the run's journal; what it
-had not sent is sent by the next one.
+Everything acknowledged is in the store first. What a killed gateway had sent is answered from the run's journal; what
+it had not sent is sent by the next one.
 """
 
 import asyncio

@@ -223,6 +223,11 @@ class Models:
                 if exc.reason != "RUN_NOT_FOUND":
                     raise refusal_of(exc) from exc
 
+    @property
+    def num_held(self) -> int:
+        """Models whose run is attached to."""
+        return len(self._lines)
+
     async def close(self) -> None:
         """Leaves all runs as they are, for the next gateway."""
         why = Refusal(503, "The gateway is shutting down; ask again.", reason="DRAINING")

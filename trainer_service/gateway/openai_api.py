@@ -11,7 +11,7 @@ from typing import Any
 import grpc.aio
 from gradwire.errors import GradwireError, from_rpc_error
 from gradwire.v1.datum_pb2 import ModelInput
-from gradwire.v1.sampling_service_pb2 import STOP_REASON_STOP, Sampler, SampleRequest, SampledTokens
+from gradwire.v1.sampling_service_pb2 import STOP_REASON_STOP, SampledTokens, Sampler, SampleRequest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -200,7 +200,12 @@ class _Completion:
         """What a streamed chat's choice begins with."""
         if not self._chat:
             return None
-        choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        choice = {
+            "index": index,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
     def counts(self, completion_tokens: int) -> dict[str, Any]:
@@ -238,7 +243,9 @@ def _reason(part: SampledTokens) -> str:
     return "stop" if part.stop_reason == STOP_REASON_STOP else "length"
 
 
-async def _events(completion: _Completion, first: Any, parts: AsyncIterator[tuple[int, SampledTokens]]) -> AsyncIterator[str]:
+async def _events(
+    completion: _Completion, first: Any, parts: AsyncIterator[tuple[int, SampledTokens]]
+) -> AsyncIterator[str]:
     """Server-sent events; what fails behind the first is one of them."""
     texts = [completion.text() for _ in range(completion.num_choices)]
     count = 0

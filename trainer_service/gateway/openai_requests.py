@@ -114,8 +114,9 @@ def _message(found: Any, where: str) -> dict[str, Any]:
     fields = Fields(found, f"{where}.")
     role, content = fields.text("role"), fields.value("content")
     if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        if len(parts) != len(content) or not all(isinstance(part, str) for part in parts):
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        parts = [text for text in texts if isinstance(text, str)]
+        if len(parts) != len(content):
             raise Refusal(400, f"{where}.content has a part that is no text; this trainer's models read text alone.")
         content = "".join(parts)
     if not isinstance(content, str):
@@ -172,7 +173,10 @@ def sampling_params(asked: Asked, tokenizer: ModelTokenizer) -> SamplingParams:
 
 
 def chat_logprobs(
-    tokens: Sequence[int], logprobs: Sequence[float], likeliest: Sequence[Sequence[tuple[int, float]]], texts: ModelTokenizer
+    tokens: Sequence[int],
+    logprobs: Sequence[float],
+    likeliest: Sequence[Sequence[tuple[int, float]]],
+    texts: ModelTokenizer,
 ) -> dict[str, Any]:
     """Logprobs of a chat's tokens, as OpenAI tells them."""
 
@@ -188,7 +192,10 @@ def chat_logprobs(
 
 
 def completion_logprobs(
-    tokens: Sequence[int], logprobs: Sequence[float], likeliest: Sequence[Sequence[tuple[int, float]]], texts: ModelTokenizer
+    tokens: Sequence[int],
+    logprobs: Sequence[float],
+    likeliest: Sequence[Sequence[tuple[int, float]]],
+    texts: ModelTokenizer,
 ) -> dict[str, Any]:
     """Logprobs of a completion's tokens, as OpenAI tells them."""
     words = [texts.token_text(token) for token in tokens]

@@ -14,7 +14,7 @@ from gradwire.v1.trainer_service_pb2 import TrainResponse
 from trainer_service.gateway import paths
 from trainer_service.gateway.bodies import Fields, parse_fields
 from trainer_service.gateway.outcomes import PROTOBUF, Outcome, Refusal, unserved
-from trainer_service.gateway.tensors import output_message, read_batch
+from trainer_service.gateway.tensors import output_message
 from trainer_service.gateway.wire import tinker_wire_pb2 as wire
 
 FORWARD_BACKWARD = "forward_backward"
@@ -107,7 +107,9 @@ def _optim_step(fields: Fields, seq_id: int, run_of: Any) -> Planned:
     if normalization is None:
         raise fields.wrong("gradient_accumulation_normalization", f"is not one of {', '.join(_NORMALIZATIONS)}.")
     params.finish()
-    content = ops.OptimStepRequest(**given, grad_accumulation_normalization=normalization)
+    content = ops.OptimStepRequest(grad_accumulation_normalization=normalization)
+    for name, value in given.items():
+        setattr(content, name, value)
     return Planned("optim_step", content, {"as": "optim_step"}, steps=True)
 
 
@@ -152,7 +154,7 @@ def _save_weights_for_sampler(fields: Fields, seq_id: int, run_of: Any) -> Plann
 def _save_weights_external(fields: Fields, seq_id: int, run_of: Any) -> Planned:
     raise unserved(
         "Saving for a download",
-        "Use save_weights_for_sampler, then `gradwire export` with the same path fetches a Hugging Face or peft folder.",
+        "Use save_weights_for_sampler; `gradwire export` of its path fetches a Hugging Face or peft folder.",
     )
 
 

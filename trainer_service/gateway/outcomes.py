@@ -10,7 +10,7 @@ from gradwire.errors import GradwireError
 JSON = "application/json"
 PROTOBUF = "application/x-protobuf"
 
-_STATUS = {
+_STATUS: dict[int, int] = {
     code_pb2.UNAUTHENTICATED: 401,
     code_pb2.PERMISSION_DENIED: 403,
     code_pb2.NOT_FOUND: 404,

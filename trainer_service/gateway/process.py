@@ -52,7 +52,7 @@ async def serve_gateway(
     loop = asyncio.get_running_loop()
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, stop.set)
-    ends = [asyncio.create_task(stop.wait())]
+    ends: list[asyncio.Task[object]] = [asyncio.create_task(stop.wait())]
     if exit_with_parent:
         ends.append(asyncio.create_task(parent_gone()))
     host, port = split_address(listen)

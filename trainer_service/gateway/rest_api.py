@@ -1,7 +1,8 @@
-"""tinker's endpoints of what there is: runs, checkpoints, sessions. Answered from the trainers, with the caller's key."""
+"""tinker's endpoints of what there is: runs, checkpoints, sessions. The trainers answer, to the caller's key."""
 
 import asyncio
 import math
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +18,7 @@ from starlette.responses import Response
 from trainer_service.gateway import paths
 from trainer_service.gateway.bodies import read_fields
 from trainer_service.gateway.gateway import Gateway
+from trainer_service.gateway.gateway_metrics import metrics_text
 from trainer_service.gateway.outcomes import Refusal, unserved
 from trainer_service.gateway.sessions import Caller, Session
 from trainer_service.gateway.trainers import Trainer
@@ -48,6 +50,12 @@ async def healthz(gateway: Gateway, caller: Caller, request: Request) -> Any:
     return {"status": "ok"}
 
 
+async def metrics(gateway: Gateway, caller: Caller, request: Request) -> Any:
+    """Counts, for Prometheus; as all else, for whoever has a key."""
+    await gateway.trainers.served(caller.key)
+    return Response(metrics_text(gateway), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
 async def api_key(gateway: Gateway, caller: Caller, request: Request) -> Any:
     """Whether a key is valid, as `tinker auth login` asks."""
     await gateway.trainers.served(caller.key)
@@ -65,14 +73,15 @@ async def delete_api_key(gateway: Gateway, caller: Caller, request: Request) -> 
 async def list_training_runs(gateway: Gateway, caller: Caller, request: Request) -> Any:
     """The caller's runs, newest first; those that are gone, as far as checkpoints tell of them."""
     saved = await _checkpoints(gateway, caller)
+    name_of = gateway.trainers.name_of
     runs: list[dict[str, Any]] = []
     alive: set[str] = set()
     for trainer in gateway.trainers.all:
         answer = await trainer.call(trainer.runs.ListRuns, ListRunsRequest(), caller.key)
-        runs += [_run(run, [one for one in saved if one.run_id == run.run_id]) for run in answer.runs]
+        runs += [_run(run, [one for one in saved if one.run_id == run.run_id], name_of) for run in answer.runs]
         alive |= {run.run_id for run in answer.runs}
     for run_id in dict.fromkeys(one.run_id for one in saved if one.run_id not in alive):
-        runs.append(_gone_run([one for one in saved if one.run_id == run_id]))
+        runs.append(_gone_run([one for one in saved if one.run_id == run_id], name_of))
     runs.sort(key=lambda run: run["last_request_time"], reverse=True)
     page, cursor = _page(request, runs, default=20)
     return {"training_runs": page, "cursor": cursor}
@@ -92,18 +101,18 @@ async def get_training_run(gateway: Gateway, caller: Caller, request: Request) -
                 raise
             missing = exc
         else:
-            return {**_run(answer.run, saved), "training_run_id": asked}
+            return {**_run(answer.run, saved, gateway.trainers.name_of), "training_run_id": asked}
     if saved:
-        return {**_gone_run(saved), "training_run_id": asked}
+        return {**_gone_run(saved, gateway.trainers.name_of), "training_run_id": asked}
     assert missing is not None, "a gateway without a trainer"
     raise missing
 
 
-def _run(run: Run, saved: list[Checkpoint]) -> dict[str, Any]:
+def _run(run: Run, saved: list[Checkpoint], name_of: Callable[[str], str]) -> dict[str, Any]:
     times = [run.created_at, *(one.created_at for one in saved)]
     return {
         "training_run_id": run.run_id,
-        "base_model": run.base_model,
+        "base_model": name_of(run.base_model),
         "model_owner": "self",
         "is_lora": run.lora_rank > 0,
         "corrupted": run.state == RUN_STATE_LOST,
@@ -114,11 +123,11 @@ def _run(run: Run, saved: list[Checkpoint]) -> dict[str, Any]:
     }
 
 
-def _gone_run(saved: list[Checkpoint]) -> dict[str, Any]:
+def _gone_run(saved: list[Checkpoint], name_of: Callable[[str], str]) -> dict[str, Any]:
     newest = saved[0]
     return {
         "training_run_id": newest.run_id,
-        "base_model": newest.base_model,
+        "base_model": name_of(newest.base_model),
         "model_owner": "self",
         "is_lora": newest.lora_rank > 0,
         "lora_rank": newest.lora_rank or None,
@@ -179,7 +188,7 @@ async def weights_info(gateway: Gateway, caller: Caller, request: Request) -> An
     _, found = await gateway.models.find_checkpoint(fields.text("tinker_path"), caller.key)
     fields.finish()
     info: dict[str, Any] = {
-        "base_model": found.base_model,
+        "base_model": gateway.trainers.name_of(found.base_model),
         "is_lora": found.lora_rank > 0,
         "lora_rank": found.lora_rank or None,
     }
@@ -201,7 +210,8 @@ async def unserved_urls(gateway: Gateway, caller: Caller, request: Request) -> A
 async def unserved_copy(gateway: Gateway, caller: Caller, request: Request) -> Any:
     """A checkpoint under another owner or run."""
     raise unserved(
-        "Copying a checkpoint", "create_training_client_from_state_with_optimizer, then save_state, makes one of your own."
+        "Copying a checkpoint",
+        "create_training_client_from_state_with_optimizer, then save_state, makes one of your own.",
     )
 
 

@@ -137,13 +137,13 @@ class RunStream:
         try:
             await call.write(TrainRequest(attach=AttachRequest(run_id=self._run_id, client_id=self._client_id)))
             first = await call.read()
-            if first is grpc.aio.EOF:
+            if not isinstance(first, TrainResponse):
                 return
             if first.WhichOneof("result") == "error":
                 raise from_status(first.error)
             self._take_up(first.attached.next_seq_id)
             writer = asyncio.get_running_loop().create_task(self._write(call))
-            while (response := await call.read()) is not grpc.aio.EOF:
+            while isinstance(response := await call.read(), TrainResponse):
                 self._answer(response)
             # Raises what the trainer ended it with.
             if await call.code() is not grpc.StatusCode.OK:

@@ -92,7 +92,13 @@ def _read_targets(fields: Fields, prompt_length: int) -> npt.NDArray[np.int64]:
         tensor.refuse(name, "Send a dense tensor, with -1 where nothing is asked.")
     tensor.finish()
     sound = all(type(one) is int and -1 <= one < 1 << 31 for one in data) and all(type(one) is int for one in shape)
-    if not sound or len(shape) != 2 or shape[0] != prompt_length - 1 or shape[0] * shape[1] != len(data) or min(shape) < 1:
+    if (
+        not sound
+        or len(shape) != 2
+        or shape[0] != prompt_length - 1
+        or shape[0] * shape[1] != len(data)
+        or min(shape) < 1
+    ):
         raise Refusal(
             400,
             f"target_prompt_logprobs must be token ids, or -1, of shape [{prompt_length - 1}, K] for a prompt of "

@@ -55,19 +55,13 @@ class Samplers:
         """
         if model_path:
             trainer, found = await models.find_checkpoint(model_path, session.key)
-            name, path = base_model or await self._name_of(found.base_model, trainer, session.key), found.path
+            name, path = base_model or self._trainers.name_of(found.base_model), found.path
             request = OpenSamplerRequest(sampler=Sampler(model_path=path))
             await trainer.call(trainer.sampling.OpenSampler, request, session.key)
         else:
             served = await self._trainers.find(base_model, session.key)
             trainer, name, path = served.trainer, served.name, ""
         return self.add_snapshot(session, number, trainer, name, path)
-
-    async def _name_of(self, base_model: str, trainer: Trainer, key: str) -> str:
-        """The first name that clients know a trainer's model by."""
-        served = await self._trainers.served(key)
-        names = [one.name for one in served if one.trainer is trainer and one.base_model == base_model]
-        return names[0] if names else base_model
 
     def row(self, sampler_id: str, caller: Caller) -> sqlite3.Row:
         """What is stored of a sampler.
@@ -170,6 +164,11 @@ class Samplers:
             if not future.cancelled():
                 raise
             raise Refusal(410, "This was cancelled.", reason="CANCELLED") from None
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are not answered."""
+        return len(self._waiting)
 
     def cancel(self, request_id: str, caller: Caller) -> None:
         """Nobody wants a request any more."""

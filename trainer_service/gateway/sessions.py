@@ -69,7 +69,9 @@ class Sessions:
     def of(self, caller: Caller) -> list[Session]:
         """A caller's sessions, newest first."""
         return sorted(
-            (one for one in self._all.values() if one.owner == caller.owner), key=lambda one: one.created_s, reverse=True
+            (one for one in self._all.values() if one.owner == caller.owner),
+            key=lambda one: one.created_s,
+            reverse=True,
         )
 
     def find(self, session_id: str, caller: Caller) -> Session:
@@ -91,7 +93,9 @@ class Sessions:
         """
         session = self.find(session_id, caller)
         if session.ended_by is not None:
-            text = f"Session {session_id} has ended ({session.ended_by['type']}); its checkpoints stay. Begin a new one."
+            text = (
+                f"Session {session_id} has ended ({session.ended_by['type']}); its checkpoints stay. Begin a new one."
+            )
             raise Refusal(410, text, reason="SESSION_ENDED")
         session.key = caller.key
         session.seen_s = self._seen[session_id] = time.time()
@@ -112,6 +116,11 @@ class Sessions:
         self._store.forget_sessions(before_s)
         kept = {row["session_id"] for row in self._store.sessions()}
         self._all = {session_id: one for session_id, one in self._all.items() if session_id in kept}
+
+    @property
+    def num_live(self) -> int:
+        """Those that go on."""
+        return sum(one.ended_by is None for one in self._all.values())
 
     def flush(self) -> None:
         """Writes down when they were heard of."""

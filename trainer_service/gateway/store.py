@@ -92,7 +92,9 @@ class Store:
                 self._db.execute(f"PRAGMA user_version = {_VERSION}")
             self._db.execute("COMMIT")
         except sqlite3.OperationalError as exc:
-            raise SettingsError(f"{path}: {exc}; another gateway may use it. Give each a --data-dir of its own.") from exc
+            raise SettingsError(
+                f"{path}: {exc}; another gateway may use it. Give each a --data-dir of its own."
+            ) from exc
         except sqlite3.DatabaseError as exc:
             raise SettingsError(f"{path} is no file of a gateway: {exc}.") from exc
         if version not in (0, _VERSION):
@@ -224,7 +226,15 @@ class Store:
         return self._rows("SELECT * FROM sampler WHERE session_id = ? ORDER BY sampler_id", (session_id,))
 
     def add_sample(
-        self, request_id: str, sampler_id: str, session_id: str, owner: str, *, digest: bytes, num_samples: int, body: bytes
+        self,
+        request_id: str,
+        sampler_id: str,
+        session_id: str,
+        owner: str,
+        *,
+        digest: bytes,
+        num_samples: int,
+        body: bytes,
     ) -> None:
         """A sample request is acknowledged."""
         row = (request_id, sampler_id, session_id, owner, digest, num_samples, body)
@@ -257,9 +267,7 @@ class Store:
     def _operations(self, where: str, values: tuple[Any, ...], *, body: str = "body") -> list[OperationRow]:
         query = f"SELECT seq_id, kind, digest, {body}, run_seq_id, plan, outcome FROM operation {where}"  # noqa: S608
         with closing(self._db.execute(query, values)) as cursor:
-            return [
-                OperationRow(*row[:5], json.loads(row[5]) if row[5] else {}, row[6]) for row in cursor.fetchall()
-            ]
+            return [OperationRow(*row)._replace(plan=json.loads(row[5]) if row[5] else {}) for row in cursor.fetchall()]
 
     def _rows(self, query: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
         with closing(self._db.cursor()) as cursor:

@@ -1,4 +1,4 @@
-"""Tokenizers of the served models, fetched from their trainers: text in and out, and conversations as the model reads them.
+"""Tokenizers of the served models, fetched from their trainers: text, and conversations as a model reads them.
 
 Only `tokenizers` and Jinja are needed for it, so no torch.
 """
@@ -38,13 +38,17 @@ class ModelTokenizer:
 
     def __init__(self, files: dict[str, bytes]) -> None:
         if "tokenizer.json" not in files:
-            raise Refusal(400, "This model has no tokenizer.json, so its text cannot be read here; use tokens and asample.")
+            raise Refusal(
+                400, "This model has no tokenizer.json, so its text cannot be read here; use tokens and asample."
+            )
         try:
             self._tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
             config: dict[str, Any] = json.loads(files.get("tokenizer_config.json", b"{}"))
         except Exception as exc:
             raise Refusal(400, f"This model's tokenizer cannot be read: {exc}.") from exc
-        self._special = {name: _special(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        self._special = {
+            name: _special(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        }
         self._template = _template(files, config)
 
     @property

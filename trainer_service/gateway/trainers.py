@@ -162,6 +162,10 @@ class Trainers:
                 ]
         return found
 
+    def name_of(self, base_model: str) -> str:
+        """What clients are told that a trainer's model is called."""
+        return self._names(base_model)[0]
+
     def _names(self, base_model: str) -> list[str]:
         aliases = [name for name, of in self._aliases.items() if of in ("", base_model)]
         return [*aliases, base_model]

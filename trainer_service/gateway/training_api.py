@@ -29,13 +29,15 @@ async def client_config(gateway: Gateway, caller: Caller, request: Request) -> A
     served = await gateway.trainers.served(caller.key)
     limits = [one.info.limits for one in served]
     smallest = min((one.max_message_bytes for one in limits), default=64 << 20)
-    return {
+    config = {
         # A datum more may follow when the estimate is reached.
         "fwdbwd_max_chunk_bytes_count": min(5_000_000, smallest // 4),
         "fwdbwd_max_chunk_len": min((one.max_datums for one in limits), default=1024) if limits else 1024,
         "parallel_fwdbwd_chunks": True,
         "sample_max_concurrent_requests": 4096,
     }
+    # The SDK asks this over a connection that it does not use again and never closes.
+    return JSONResponse(config, headers={"connection": "close"})
 
 
 async def dynamic_config(gateway: Gateway, caller: Caller, request: Request) -> Any:

@@ -29,7 +29,7 @@ class Translations:
         self._answer_of = answer_of
         self._open_sampler = open_sampler
         self._forwards: dict[int, asyncio.Future[TrainResponse]] = {}
-        """Answers of forwards that keep their graph, by number in the run: the second pass says their logprobs again."""
+        """Answers of forwards with kept graphs, by number in the run: the second pass tells their logprobs again."""
 
     def expect_forward(self, run_seq_id: int) -> None:
         """A forward that keeps its graph was sent."""
