@@ -91,6 +91,7 @@ async def http_gateway(address: str, folder: Path, **settings: Any) -> AsyncIter
     """
     gateway = Gateway(GatewaySettings(data_dir=folder, **settings), Trainers([Trainer(f"http://{address}")]))
     sock = socket.create_server(("127.0.0.1", 0))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     server = uvicorn.Server(
         uvicorn.Config(make_app(gateway), lifespan="off", log_config=None, timeout_graceful_shutdown=2)
     )
