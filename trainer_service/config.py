@@ -221,6 +221,10 @@ class TrainerConfig:
 
     base_model: str
     """Hub id or folder."""
+    served_model_name: str = ""
+    """What callers are told it is called; "" tells them base_model."""
+    aliases: tuple[str, ...] = ()
+    """Further names that callers may give it."""
     listen: str = "127.0.0.1:7777"
     """host:port; port 0 takes a free one."""
     metrics_listen: str | None = None

@@ -113,7 +113,8 @@ class WeightsInfoResponse:
 
 def server_capabilities(info: trainer.GetServerInfoResponse) -> ServerCapabilities:
     """What a trainer can do, of what it says of itself."""
-    return ServerCapabilities([SupportedModel(model.base_model, model.max_context_length) for model in info.models])
+    named = ((name, model) for model in info.models for name in (model.base_model, *model.aliases))
+    return ServerCapabilities([SupportedModel(name, model.max_context_length) for name, model in named])
 
 
 class RestClient(RefusesTinkerNames):
