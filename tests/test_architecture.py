@@ -25,6 +25,7 @@ GROUND = {
     "processes",
     "request_limits",
     "sampler_path",
+    "served_model",
     "user_metadata",
 }
 """Imported by all; import only each other."""

@@ -48,6 +48,8 @@ async def _trainer(args: argparse.Namespace) -> int:
             )
     settings = config.TrainerConfig(
         base_model=args.base_model,
+        served_model_name=args.served_model_name,
+        aliases=tuple(args.alias),
         listen=args.listen,
         metrics_listen=None if args.metrics_port is None else f"{args.metrics_host}:{args.metrics_port}",
         data_dir=args.data_dir.resolve(),
@@ -76,6 +78,7 @@ async def _trainer(args: argparse.Namespace) -> int:
     worker = WorkerSupervisor(
         WorkerSettings(
             base_model=settings.base_model,
+            served_model_name=settings.served_model_name,
             checkpoint_dir=settings.checkpoint_dir,
             max_context_length=settings.max_context_length,
             max_message_bytes=settings.limits.max_message_bytes,
@@ -221,6 +224,15 @@ def _parser() -> argparse.ArgumentParser:
     trainer = commands.add_parser("serve", parents=[common], help="serve one base model")
     trainer.set_defaults(command=_trainer)
     trainer.add_argument("--base-model", required=True, help="hub id or folder of a Hugging Face causal LM")
+    trainer.add_argument(
+        "--served-model-name",
+        default="",
+        metavar="NAME",
+        help="what callers are told the model is called, who then need not know its folder; default: --base-model",
+    )
+    trainer.add_argument(
+        "--alias", action="append", default=[], metavar="NAME", help="another name callers may give it; repeatable"
+    )
     trainer.add_argument("--listen", default="127.0.0.1:7777", help="host:port; port 0 takes a free one")
     trainer.add_argument(
         "--gateway", metavar="HOST:PORT", help="serve clients of hosted services there too, as `gradwire gateway` does"

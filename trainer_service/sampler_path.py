@@ -16,6 +16,8 @@ _PATH = re.compile(
     re.ASCII,
 )
 _MAX_SHOWN = 200
+MAX_LEASE_MS = 600_000
+"""A snapshot whose client is gone takes memory for so long at most."""
 
 
 @dataclass(frozen=True)
@@ -57,3 +59,14 @@ class SamplerPath:
     def key(self) -> str:
         """Its place below a folder."""
         return f"{self.run_id}/{self.kind}/{self.name}"
+
+
+def check_lease_ms(lease_ms: int) -> None:
+    """Refuses a lease that is longer than any may be.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD.
+    """
+    if lease_ms > MAX_LEASE_MS:
+        what = f"is {lease_ms}; it must be 0 to {MAX_LEASE_MS}. Ask again to renew it."
+        raise invalid_field("lease_ms", what, limit=MAX_LEASE_MS, got=lease_ms)

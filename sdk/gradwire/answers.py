@@ -1,12 +1,13 @@
 """From the trainer's answers to what users get back."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gradwire.codec import decode_tensor
+from gradwire.errors import from_status
 from gradwire.metrics import combine_metrics
 from gradwire.sampling_client import SamplerSource
 from gradwire.types import (
@@ -101,6 +102,39 @@ def saved_state(responses: Sequence[TrainResponse]) -> SavedState:
 
 def nothing(_responses: Sequence[TrainResponse]) -> None:
     """Output of calls that only succeed."""
+
+
+def loaded(responses: Sequence[TrainResponse]) -> int:
+    """Output of load_state as GetAnswer tells it: the step in the loaded state."""
+    return responses[0].load_state.step
+
+
+def backward_metrics(responses: Sequence[TrainResponse]) -> dict[str, float]:
+    """Output of the backward of a custom loss."""
+    return dict(responses[0].backward.metrics)
+
+
+def one_operation(response: TrainResponse) -> Any:
+    """What one operation gave, whichever it is.
+
+    Raises:
+        GradwireError: What it failed with.
+    """
+    kind = response.WhichOneof("result") or "error"
+    if kind == "error":
+        raise from_status(response.error)
+    return _OF_KIND.get(kind, nothing)([response])
+
+
+_OF_KIND: dict[str, Callable[[Sequence[TrainResponse]], Any]] = {
+    "forward": forward_output,
+    "forward_backward": forward_output,
+    "backward": backward_metrics,
+    "optim_step": optim_step,
+    "save_weights_for_sampler": save_weights,
+    "save_state": saved_state,
+    "load_state": loaded,
+}
 
 
 def run_state_name(state: int) -> str:

@@ -25,6 +25,9 @@ from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 
 _CLOSE_TIMEOUT_S = 10.0
+LEASE_MS = 60_000
+"""How long the trainer keeps a snapshot whose client fell silent from making room for others."""
+_RENEWALS_PER_LEASE = 4
 
 RETRIES_ITSELF = "calls are tried again by themselves until they time out."
 NO_STABILITY_INFO = "there is no loss that reads it."
@@ -53,6 +56,9 @@ class SamplingClient(RefusesTinkerNames):
     temperature, top_k and top_p choose tokens, they do not change what is reported. A loss that weighs by probabilities
     (importance_sampling, ppo) therefore takes them as they are from samples drawn at temperature 1 with neither top_k
     nor top_p; from others it corrects for the model's distribution, not for the narrower one they were drawn from.
+
+    A snapshot stays while its client is there: it makes no room for newer ones, of which the trainer refuses more than
+    max_snapshots (get_server_info) at once. Close clients that are done with, or let go of them.
 
     It can be pickled, once its sampler is there (pickling waits for that): the copy in another process has a connection
     of its own to the same sampler. A snapshot lives as long as the client it was made with, so keep that one. The API
@@ -85,6 +91,8 @@ class SamplingClient(RefusesTinkerNames):
         self._finalizer = weakref.finalize(self, _let_go if owner else _nothing, connection, self._source)
         # At exit the loop is stopped; the snapshot goes with its run.
         self._finalizer.atexit = False
+        if owner:
+            self._source.add_done_callback(functools.partial(_hold_open, connection, self._finalizer))
 
     # ── sampling ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -100,7 +108,7 @@ class SamplingClient(RefusesTinkerNames):
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
     ) -> APIFuture[SampleResponse]:
-        """Continues a prompt. Cancelling the future frees its place on the trainer.
+        """Continues a prompt. Cancelling the future, or the coroutine that awaits it, frees its place on the trainer.
 
         Args:
             prompt: ModelInput, ours or tinker's, or token ids.
@@ -129,7 +137,7 @@ class SamplingClient(RefusesTinkerNames):
             target_prompt_logprobs=target_prompt_logprobs,
             prompt_logprobs_last_n=prompt_logprobs_last_n,
         )
-        return APIFuture(LOOP.submit(self._gather(request)), "sample")
+        return APIFuture(LOOP.submit(self._gather(request)), "sample", given_up_with_waiter=True)
 
     def stream(self, prompt: Any, num_samples: int = 1, sampling_params: Any = None) -> Iterator[SampledToken]:
         """Continues a prompt and yields tokens as they come; those of several samples take turns.
@@ -165,7 +173,7 @@ class SamplingClient(RefusesTinkerNames):
         async def compute() -> list[float | None]:
             return (await self._gather(request)).prompt_logprobs or [None]
 
-        return APIFuture(LOOP.submit(compute()), "compute_logprobs")
+        return APIFuture(LOOP.submit(compute()), "compute_logprobs", given_up_with_waiter=True)
 
     # ── about the sampler ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -196,7 +204,7 @@ class SamplingClient(RefusesTinkerNames):
         return load_tokenizer(self._connection)
 
     def get_base_model(self, *, timeout_s: float = 30.0) -> str:
-        """The base model, as the trainer was given it; asks the trainer."""
+        """The base model, as the trainer calls it; asks the trainer."""
         source = APIFuture(self._source, "the sampler").result(timeout_s)
         return _open(self._connection, source, timeout_s)
 
@@ -337,9 +345,33 @@ def _let_go(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -
         source.add_done_callback(functools.partial(_close_sampler, connection))
 
 
-def _close_sampler(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
+def _hold_open(connection: Connection, client: "weakref.finalize", source: "ConcurrentFuture[SamplerSource]") -> None:
+    """Renews the lease of a snapshot for as long as its client is there, and no longer."""
+    path = _snapshot_path(source)
+    if not path or LOOP.lost:
+        return
+
+    async def renew() -> None:
+        request = pb.OpenSamplerRequest(sampler=pb.Sampler(model_path=path), lease_ms=LEASE_MS)
+        while client.alive:
+            # What fails is tried again; a snapshot that is gone is told to whoever samples from it.
+            with contextlib.suppress(GradwireError, grpc.aio.AioRpcError, RuntimeError):
+                stub = SamplingServiceStub(connection.channel())
+                await stub.OpenSampler(request, metadata=connection.metadata, timeout=_CLOSE_TIMEOUT_S)
+            await asyncio.sleep(LEASE_MS / 1000 / _RENEWALS_PER_LEASE)
+
+    LOOP.submit(renew())
+
+
+def _snapshot_path(source: "ConcurrentFuture[SamplerSource]") -> str:
+    """Of a snapshot that was made; "" where none was."""
     path = "" if source.cancelled() or source.exception() else source.result().model_path
-    if "/snapshots/" not in path:
+    return path if "/snapshots/" in path else ""
+
+
+def _close_sampler(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
+    path = _snapshot_path(source)
+    if not path:
         return
 
     async def close() -> None:

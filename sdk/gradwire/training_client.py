@@ -21,7 +21,7 @@ from gradwire.futures import APIFuture
 from gradwire.order import Call, Operation
 from gradwire.ported_names import NO_ACCESS_TOKENS, RefusesTinkerNames, refuse_given, refuse_other_optimizer
 from gradwire.run_info import RunInfo
-from gradwire.sampling_client import NO_STABILITY_INFO, RETRIES_ITSELF, SamplingClient, open_sampling_client
+from gradwire.sampling_client import LEASE_MS, NO_STABILITY_INFO, RETRIES_ITSELF, SamplingClient, open_sampling_client
 from gradwire.stream import RunStream
 from gradwire.tokenizer_client import load_tokenizer
 from gradwire.transport import LOOP, Connection
@@ -267,8 +267,9 @@ class TrainingClient(RefusesTinkerNames):
         memory, and copied only once training changes them.
 
         Returns at once: calls of the client wait for the snapshot, and `.result()` of it does too. A run has four
-        snapshots at most (get_server_info().limits.max_snapshots); beyond, the one unused longest goes. A snapshot goes
-        with its run, with its worker, and with this client of it.
+        snapshots at most (get_server_info().limits.max_snapshots): beyond, `.result()` raises ResourceExhaustedError,
+        LIMIT_EXCEEDED, until a client of one is closed or forgotten. A snapshot goes with its run, with its worker, and
+        with this client of it.
 
         Args:
             name: Without meaning; users of tinker pass one.
@@ -284,7 +285,9 @@ class TrainingClient(RefusesTinkerNames):
         refuse_given(NO_STABILITY_INFO, record_stability_info=record_stability_info)
         if kind != "snapshot":
             raise invalid_field("kind", f'is {kind!r}; it must be "snapshot": make a new client after each step.')
-        request = TrainRequest(save_weights_for_sampler=ops.SaveWeightsForSamplerRequest(ephemeral=True))
+        request = TrainRequest(
+            save_weights_for_sampler=ops.SaveWeightsForSamplerRequest(ephemeral=True, lease_ms=LEASE_MS)
+        )
         source = self._send("save_weights_for_sampler", [request], answers.sampler_source, barrier=True)
         return SamplingClient(self._connection, source.future())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import gradwire
 import pytest
 from gradwire import AdamParams, SamplingClient, SamplingParams, ServiceClient, TrainingClient
-from gradwire.errors import InvalidArgumentError, NotFoundError, OperationCancelledError
+from gradwire.errors import InvalidArgumentError, NotFoundError, OperationCancelledError, ResourceExhaustedError
 from gradwire.transport import LOOP
 from gradwire.v1.sampling_service_pb2 import Sampler, SampleRequest
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
@@ -180,14 +180,22 @@ def test_what_the_context_has_no_room_for_is_not_generated(base: SamplingClient)
     assert [(len(one.tokens), one.stop_reason) for one in response.sequences] == [(4, "length")] * 2
 
 
-def test_of_a_runs_snapshots_the_one_unused_longest_makes_room(client: TrainingClient):
+def test_a_snapshot_held_open_makes_no_room_and_a_fifth_is_refused_until_one_is_closed(client: TrainingClient):
     clients = [client.save_weights_and_get_sampling_client() for _ in range(4)]
-    greedy(clients[0])
-    clients.append(client.save_weights_and_get_sampling_client())
-    assert greedy(clients[4]) == greedy(clients[0])
-    with pytest.raises(NotFoundError, match="made room for a newer one") as refused:
-        greedy(clients[1])
-    assert refused.value.reason == "SAMPLER_NOT_FOUND"
+    with pytest.raises(ResourceExhaustedError, match="4 snapshots that clients hold open") as refused:
+        client.save_weights_and_get_sampling_client().result(30)
+    assert refused.value.reason == "LIMIT_EXCEEDED"
+    assert len({tuple(greedy(each)) for each in clients}) == 1
+    clients.pop().close()
+    deadline = time.monotonic() + 20
+    # Closing does not wait.
+    while True:
+        try:
+            clients.append(client.save_weights_and_get_sampling_client().result(30))
+            break
+        except ResourceExhaustedError:
+            assert time.monotonic() < deadline
+    assert greedy(clients[3]) == greedy(clients[0])
 
 
 def test_a_closed_client_lets_its_snapshot_go_and_so_does_a_deleted_run(service: ServiceClient, client: TrainingClient):

@@ -9,11 +9,12 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from gradwire.errors import GradwireError, error, from_rpc_error, from_status
+from gradwire import AdamParams, ServiceClient
+from gradwire.errors import GradwireError, OperationTimeoutError, OutOfRangeError, error, from_rpc_error, from_status
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb
 
-from tests.fakes import FakeWorker, FrontEnd, front_end
+from tests.fakes import FakeWorker, FrontEnd, front_end, front_end_on_a_thread
 
 
 async def answer_of(trainer: FrontEnd, run_id: str, seq_id: int, timeout_ms: int = 0) -> pb.GetAnswerResponse:
@@ -109,3 +110,43 @@ async def test_what_cannot_be_answered_is_said(tmp_path: Path):
         released = await refusal(answer_of(trainer, run_id, 1))
         assert released.reason == "ANSWER_RELEASED"
         assert "--keep-operations" in released.message
+
+
+async def test_a_save_is_answered_once_it_is_in_the_store_and_asking_often_stores_it_once(tmp_path: Path):
+    async with front_end(data_dir=tmp_path / "data", storage_url=(tmp_path / "store").as_uri()) as trainer:
+        run_id = await trainer.create_run()
+        stored: list[str] = []
+        go_on = asyncio.Event()
+
+        async def store(path: str) -> None:
+            stored.append(path)
+            await go_on.wait()
+
+        trainer.server.transfers.store = store
+        stream = await trainer.attach(run_id)
+        await stream.send(1, save_state={"name": "s"})
+        for _ in range(3):
+            assert (await answer_of(trainer, run_id, 1, timeout_ms=100)).pending
+        # The stream's own, and one for all who ask.
+        assert len(stored) <= 2
+        go_on.set()
+        assert (await answer_of(trainer, run_id, 1, timeout_ms=30_000)).response == await stream.receive()
+
+
+def test_the_sdk_gives_what_the_calls_future_would():
+    with front_end_on_a_thread() as trainer, ServiceClient(f"http://{trainer.address}", timeout_s=20) as service:
+        client, rest = service.create_training_client(), service.create_rest_client()
+        step = client.optim_step(AdamParams()).result()
+        client.zero_grad().result()
+        saved = client.save_state("s").result()
+        client.load_state(saved.path).result()
+        found = [rest.get_answer(client.run_id, seq_id).result() for seq_id in (1, 2, 3, 4)]
+        assert found == [step, None, saved, 3]
+        with pytest.raises(OutOfRangeError):
+            rest.get_answer(client.run_id, 5).result()
+        trainer.worker.latency_s = 0.5
+        client.zero_grad()
+        failures = iter(lambda: rest.get_answer(client.run_id, 5, timeout=0).exception(), None)
+        # Until it has arrived, and then until it is answered.
+        assert any(isinstance(failure, OperationTimeoutError) for failure in failures)
+        assert rest.get_answer(client.run_id, 5).result() is None

@@ -90,7 +90,7 @@ def listen_on(host: str, port: int) -> socket.socket:
         OSError: The address cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends without delay only on sockets whose protocol is said; else a head waits 40 ms for its body to follow.
+    # asyncio sends without delay only on sockets whose protocol is said; else a body waits 40 ms behind its head.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

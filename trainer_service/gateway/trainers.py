@@ -157,9 +157,8 @@ class Trainers:
                     raise answer
                 continue
             for model in answer.models:
-                found += [
-                    ServedModel(trainer, name, model.base_model, answer) for name in self._names(model.base_model)
-                ]
+                names = dict.fromkeys([*self._names(model.base_model), *model.aliases])
+                found += [ServedModel(trainer, name, model.base_model, answer) for name in names]
         return found
 
     def name_of(self, base_model: str) -> str:

@@ -28,6 +28,7 @@ from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.placement import Placement
 from trainer_service.runs.sequence import Answered, Entry, Sequence, conflict, error_response
+from trainer_service.served_model import ServedModel
 
 Observe = Callable[[str, TrainResponse], object]
 """Gets kind and answer of every operation, for metrics."""
@@ -42,6 +43,7 @@ class RunSettings:
 
     worker: Worker
     observe: Observe
+    base_model: ServedModel
     detach_grace_s: float
     """How long graphs are kept after the client has gone."""
     max_in_flight: int
@@ -381,7 +383,7 @@ class Run:
         """The run as the protocol tells it."""
         message = RunMessage(
             run_id=self.run_id,
-            base_model=self.record.base_model,
+            base_model=self._settings.base_model.told(self.record.base_model),
             lora_rank=self.create_request.lora_rank,
             state=RUN_STATE_LOST if self.lost else RUN_STATE_ACTIVE,
             next_seq_id=self.next_seq_id,

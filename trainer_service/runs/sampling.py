@@ -22,7 +22,7 @@ from trainer_service.config import Limits
 from trainer_service.fleet.worker import Reply, Worker
 from trainer_service.request_limits import prompt_too_long
 from trainer_service.runs.registry import Runs
-from trainer_service.sampler_path import SNAPSHOTS, SamplerPath
+from trainer_service.sampler_path import SNAPSHOTS, SamplerPath, check_lease_ms
 
 
 class Sampling:
@@ -85,14 +85,15 @@ class Sampling:
                 command = WorkerCommand(cancel_sample=WorkerCancelSample(sample_id=sample_id))
                 self._worker.submit(command, lambda _: None)
 
-    async def open(self, sampler: pb.Sampler) -> None:
-        """Loads a sampler.
+    async def open(self, sampler: pb.Sampler, *, lease_ms: int) -> None:
+        """Loads a sampler; a snapshot stays for lease_ms at least.
 
         Raises:
             GradwireError: As sample.
         """
+        check_lease_ms(lease_ms)
         await self._check(sampler)
-        await self._command(WorkerCommand(open_sampler=WorkerOpenSampler(sampler=sampler)))
+        await self._command(WorkerCommand(open_sampler=WorkerOpenSampler(sampler=sampler, lease_ms=lease_ms)))
 
     async def close(self, sampler: pb.Sampler) -> None:
         """Frees a snapshot; anything else is passed over.

@@ -135,10 +135,12 @@ class ComputeLogprobsResponse(_message.Message):
     def __init__(self, prompt: _Optional[_Union[PromptLogprobs, _Mapping]] = ...) -> None: ...
 
 class OpenSamplerRequest(_message.Message):
-    __slots__ = ("sampler",)
+    __slots__ = ("sampler", "lease_ms")
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     sampler: Sampler
-    def __init__(self, sampler: _Optional[_Union[Sampler, _Mapping]] = ...) -> None: ...
+    lease_ms: int
+    def __init__(self, sampler: _Optional[_Union[Sampler, _Mapping]] = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
 class OpenSamplerResponse(_message.Message):
     __slots__ = ("base_model",)

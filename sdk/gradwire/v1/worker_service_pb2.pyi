@@ -125,10 +125,12 @@ class WorkerCancelSample(_message.Message):
     def __init__(self, sample_id: _Optional[str] = ...) -> None: ...
 
 class WorkerOpenSampler(_message.Message):
-    __slots__ = ("sampler",)
+    __slots__ = ("sampler", "lease_ms")
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     sampler: _sampling_service_pb2.Sampler
-    def __init__(self, sampler: _Optional[_Union[_sampling_service_pb2.Sampler, _Mapping]] = ...) -> None: ...
+    lease_ms: int
+    def __init__(self, sampler: _Optional[_Union[_sampling_service_pb2.Sampler, _Mapping]] = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
 class WorkerCloseSampler(_message.Message):
     __slots__ = ("sampler",)

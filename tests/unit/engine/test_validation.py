@@ -161,6 +161,7 @@ def test_unknown_loss_setting_is_refused() -> None:
         ("dro", {}, r'"beta"\] is missing; dro has no default for it. Its settings: beta \(required\)'),
         ("dro", {"beta": -1.0}, r'"beta"\] is -1'),
         ("gspo", {"clip_high_threshold": 1.1}, r'"clip_low_threshold"\] is missing'),
+        ("gspo", {}, r'pass for example {"clip_low_threshold": 0.9997, "clip_high_threshold": 1.0004}, the bounds'),
         ("dro", {"beta": float("nan")}, "must be a finite number"),
     ],
 )

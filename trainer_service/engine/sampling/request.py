@@ -64,8 +64,8 @@ class Request:
         """The first row of targets that names one; as many as there are where none does."""
         if self.targets is None:
             return len(self.prompt) - 1
-        named = (self.targets >= 0).any(axis=1).nonzero()[0]
-        return int(named[0]) if len(named) else len(self.targets)
+        rows = np.flatnonzero((self.targets >= 0).any(axis=1))
+        return int(rows[0]) if len(rows) else len(self.targets)
 
     def rows_from(self) -> int:
         """The first row that anything is asked for about."""

@@ -68,6 +68,10 @@ class Scheduler:
         """Whether there is anything to do."""
         return bool(self._admission)
 
+    def uses(self, sampler: Sampler) -> bool:
+        """Whether a request of it is under way."""
+        return any(job.sampler is sampler for job in self._admission)
+
     def start(self, job: Job) -> None:
         """Takes a request in."""
         self._admission.add(job)

@@ -31,6 +31,7 @@ from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.sampling.service import Sampling
 from trainer_service.engine.storage.checkpoints import Label
 from trainer_service.engine.storage.snapshots import SnapshotWriter, repeat_failure
+from trainer_service.sampler_path import check_lease_ms
 from trainer_service.user_metadata import check_user_metadata
 
 logger = logging.getLogger(__name__)
@@ -205,8 +206,8 @@ class Commands:
             case "cancel_sample":
                 return lambda: sampling.scheduler.cancel(command.cancel_sample.sample_id)
             case "open_sampler":
-                model_path = command.open_sampler.sampler.model_path
-                return lambda: sampling.open(model_path)
+                opened = command.open_sampler
+                return lambda: sampling.open(opened.sampler.model_path, lease_ms=opened.lease_ms)
             case _:
                 return lambda: sampling.samplers.close(command.close_sampler.sampler.model_path)
 
@@ -312,6 +313,8 @@ class Commands:
     def _save_weights_for_sampler(self, run_id: str, seq_id: int, request: ops.SaveWeightsForSamplerRequest) -> Work:
         if request.ephemeral:
             return self._freeze(run_id, seq_id, request)
+        if request.lease_ms:
+            raise invalid_field("lease_ms", "is of an ephemeral snapshot; a checkpoint stays by itself.")
         check_checkpoint_name(request.name)
         name, overwrite, merged, dtype = request.name, request.overwrite, request.merged, request.dtype
         if request.checkpoint_type not in CheckpointType.values():
@@ -338,9 +341,12 @@ class Commands:
                 "ttl_seconds", "and user_metadata belong to checkpoints; an ephemeral snapshot has neither."
             )
 
+        check_lease_ms(request.lease_ms)
+        lease_s = request.lease_ms / 1000
+
         def work() -> Message:
             assert self._sampling is not None, "a worker without sampling"
-            path = self._sampling.samplers.snapshot(run_id, seq_id)
+            path = self._sampling.samplers.snapshot(run_id, seq_id, lease_s=lease_s)
             return ops.SaveWeightsForSamplerResponse(path=str(path))
 
         return work

@@ -248,6 +248,34 @@ def test_a_snapshot_copies_nothing_until_the_run_trains_and_stays_as_it_was(
     assert worker.tokens(before) == worker.tokens(half_way) == worker.tokens(after)
 
 
+def test_a_snapshot_that_is_wanted_makes_no_room_for_others(worker: Worker, monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr(samplers_module.time, "monotonic", lambda: now[0])
+    samplers = worker.sampling.samplers
+    leased = str(samplers.snapshot(RUN, 1, lease_s=60))
+    used, idle, last = (str(samplers.snapshot(RUN, seq_id)) for seq_id in (2, 3, 4))
+    request = worker.start(path=used, max_tokens=50)
+    samplers.snapshot(RUN, 5)
+    with pytest.raises(GradwireError, match="made room for a newer one"):
+        samplers.find(idle)
+    samplers.find(last).lease(30)
+    samplers.find(f"gradwire://{RUN}/snapshots/5").lease(30)
+    with pytest.raises(GradwireError, match="4 snapshots that clients hold open") as refused:
+        samplers.snapshot(RUN, 6)
+    assert (refused.value.reason, refused.value.metadata["limit"]) == ("LIMIT_EXCEEDED", "4")
+    worker.finish()
+    samplers.find(leased)
+    assert worker.failure(request) is None
+    # Nobody samples any more, so one goes; with its lease over, the first is like others.
+    samplers.snapshot(RUN, 6, lease_s=60)
+    with pytest.raises(GradwireError, match="made room"):
+        samplers.find(used)
+    now[0] += 61
+    samplers.snapshot(RUN, 7)
+    with pytest.raises(GradwireError, match="made room"):
+        samplers.find(last)
+
+
 def test_a_sampler_let_go_while_it_generates_stays_frozen_to_the_end(worker: Worker):
     path = str(worker.sampling.samplers.snapshot(RUN, 1))
     wanted = worker.start(path=path, max_tokens=12)
