@@ -31,7 +31,7 @@ RUN case "$DEVICE" in \
 COPY pyproject.toml ./
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 extras = p['optional-dependencies']; \
-print(*p['dependencies'], *extras['server'], *extras['s3'], *extras['kubernetes'], sep='\n')" > requirements.txt; \
+print(*p['dependencies'], *extras['server'], *extras['s3'], *extras['kubernetes'], *extras['gateway'], sep='\n')" > requirements.txt; \
     pip --python /opt/gradwire/bin/python install --constraint constraints.txt --requirement requirements.txt; \
     find /opt/gradwire -name __pycache__ -type d -prune -exec rm -rf {} +
 

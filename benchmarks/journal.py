@@ -35,6 +35,7 @@ from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
 from trainer_service.runs.store import RunStore
+from trainer_service.served_model import ServedModel
 
 
 class NoJournal(Journal):
@@ -90,7 +91,7 @@ async def sides(folder: Path) -> tuple[dict[str, Run], list[Runs]]:
         durability = Durability(sync=sync, snapshots=SnapshotPolicy(interval_s=0), idle_lease_s=0)
         made = Runs(
             FakeWorker(),
-            base_model="fake",
+            base_model=ServedModel("fake"),
             limits=Limits(),
             runs_dir=folder / name,
             detach_grace_s=60,

@@ -68,6 +68,10 @@ class FakeWorker:
     stopped: bool = False
     sampling: dict[str, Deliver] = field(default_factory=dict)
     """Sample requests begun and not ended, by sample_id."""
+    sample_owners: list[str] = field(default_factory=list)
+    """Of all Sample requests, in order."""
+    leases: list[tuple[str, int]] = field(default_factory=list)
+    """(model_path, lease_ms) of the samplers opened, in order."""
 
     def __post_init__(self) -> None:
         self.gate = asyncio.Event()
@@ -188,6 +192,8 @@ class FakeWorker:
 
     def _other(self, kind: str, command: WorkerCommand) -> None:
         run_id = command.run_id
+        if kind == "open_sampler":
+            self.leases.append((command.open_sampler.sampler.model_path, command.open_sampler.lease_ms))
         if self.command_failures.get(kind):
             raise self.command_failures[kind].pop(0)
         if kind == "create_run":
@@ -213,6 +219,7 @@ class FakeWorker:
                 sampled(error("CANCELLED", "Given up."))
             send(done=WorkerDone())
             return
+        self.sample_owners.append(command.sample.owner)
         request = command.sample.request
         params = request.sampling_params
         for _ in range(params.max_tokens if params.HasField("max_tokens") else 1):

@@ -19,11 +19,13 @@ GROUND = {
     "descriptors",
     "executing",
     "folders",
+    "gateway_child",
     "metrics_server",
     "observability",
     "paths",
     "processes",
     "request_limits",
+    "served_model",
     "user_metadata",
 }
 """Imported by all; import only each other."""
@@ -34,6 +36,7 @@ DOORS = {
     "checkpoints": set(),
     "jobs": set(),
     "engine": set(),
+    "gateway": set(),
 }
 """Room to the rooms it may import, beside its own and the ground floor."""
 ENGINE_FLOORS = (
@@ -207,6 +210,7 @@ def test_import_gradwire_is_light():
         "trainer_service.fleet.supervisor",
         "trainer_service.jobs.local",
         "trainer_service.jobs.kubernetes",
+        "trainer_service.gateway.process",
         "trainer_service.checkpoints.catalog",
     ],
 )

@@ -1,7 +1,8 @@
-"""`gradwire serve` and `gradwire jobs`: reads settings, builds the floors, wires them."""
+"""`gradwire serve`, `gradwire jobs` and `gradwire gateway`: reads settings, builds the floors, wires them."""
 
 import argparse
 import asyncio
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -38,8 +39,17 @@ async def _trainer(args: argparse.Namespace) -> int:
 
     config.check_base_model(args.base_model)
     _check_storage_url(args.storage_url)
+    if args.gateway is not None:
+        guarded = bool(config.read_api_keys()) or args.api_key_file is not None
+        config.check_exposure(args.gateway, guarded=guarded, allow_no_api_key=args.allow_no_api_key)
+        if args.tls_cert_file is not None:
+            raise config.SettingsError(
+                "--gateway is for a trainer without TLS; with it, run `gradwire gateway --trainer https://HOST:PORT`."
+            )
     settings = config.TrainerConfig(
         base_model=args.base_model,
+        served_model_name=args.served_model_name,
+        aliases=tuple(args.alias),
         listen=args.listen,
         metrics_listen=None if args.metrics_port is None else f"{args.metrics_host}:{args.metrics_port}",
         data_dir=args.data_dir.resolve(),
@@ -69,6 +79,7 @@ async def _trainer(args: argparse.Namespace) -> int:
     worker = WorkerSupervisor(
         WorkerSettings(
             base_model=settings.base_model,
+            served_model_name=settings.served_model_name,
             checkpoint_dir=settings.checkpoint_dir,
             max_context_length=settings.max_context_length,
             max_message_bytes=settings.limits.max_message_bytes,
@@ -85,15 +96,19 @@ async def _trainer(args: argparse.Namespace) -> int:
     if settings.exit_with_parent:
         ends.append(asyncio.create_task(parent_gone()))
     stop_metrics, metrics_address = None, ""
+    beside = contextlib.AsyncExitStack()
     try:
         if settings.metrics_listen is not None:
             metrics_address, stop_metrics = server.metrics.serve(settings.metrics_listen)
         await server.start()
         await worker.start()
+        if args.gateway is not None:
+            await beside.enter_async_context(_gateway_beside(args, server.address))
         if settings.ready_file is not None:
             write_ready_file(settings.ready_file, address=server.address, metrics_address=metrics_address)
         await asyncio.wait([*ends, worker.gave_up], return_when=asyncio.FIRST_COMPLETED)
     finally:
+        await beside.aclose()
         await server.drain()
         if stop_metrics is not None:
             stop_metrics()
@@ -103,6 +118,16 @@ async def _trainer(args: argparse.Namespace) -> int:
         print(f"gradwire: {worker.gave_up.result()}", file=sys.stderr)
         return 1
     return 0
+
+
+def _gateway_beside(args: argparse.Namespace, address: str) -> contextlib.AbstractAsyncContextManager[None]:
+    """The gateway that --gateway asks for."""
+    from trainer_service.gateway_child import gateway_child
+
+    options = ["--log-level", args.log_level] + (["--log-json"] if args.log_json else [])
+    options += ["--allow-no-api-key"] if args.allow_no_api_key else []
+    options += ["--api-key-file", str(args.api_key_file)] if args.api_key_file is not None else []
+    return gateway_child(args.gateway, trainer=address, data_dir=args.data_dir.resolve(), options=options)
 
 
 def _check_storage_url(url: str) -> None:
@@ -190,6 +215,31 @@ def _kubernetes(args: argparse.Namespace) -> config.KubernetesSettings | None:
     )
 
 
+async def _gateway(args: argparse.Namespace) -> int:
+    try:
+        from trainer_service.gateway.gateway import GatewaySettings
+        from trainer_service.gateway.process import serve_gateway
+        from trainer_service.gateway.trainers import Trainer, Trainers
+    except ImportError as exc:
+        raise config.SettingsError(f"The gateway needs `pip install 'gradwire[gateway]'`: {exc}.") from exc
+
+    trainers = [Trainer(url, ca_file=args.trainer_ca_file) for url in args.trainer or ["http://127.0.0.1:7777"]]
+    settings = GatewaySettings(data_dir=args.data_dir.resolve() / "gateway", session_grace_s=args.session_grace_s)
+    return await serve_gateway(
+        settings,
+        Trainers(trainers, dict(map(_alias, args.served_model_name))),
+        listen=args.listen,
+        ready_file=args.ready_file,
+        exit_with_parent=args.exit_with_parent,
+    )
+
+
+def _alias(text: str) -> tuple[str, str]:
+    """("NAME", "MODEL") of NAME=MODEL, ("NAME", "") of NAME."""
+    name, _, model = text.partition("=")
+    return name, model
+
+
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
@@ -215,11 +265,23 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--log-level", default=os.environ.get("GRADWIRE_LOG_LEVEL", "INFO"), help="default: INFO")
 
     parser = argparse.ArgumentParser(prog="gradwire", description="The Gradwire server processes.")
-    commands = parser.add_subparsers(required=True, metavar="{serve,jobs}")
+    commands = parser.add_subparsers(required=True, metavar="{serve,jobs,gateway}")
     trainer = commands.add_parser("serve", parents=[common], help="serve one base model")
     trainer.set_defaults(command=_trainer)
     trainer.add_argument("--base-model", required=True, help="hub id or folder of a Hugging Face causal LM")
+    trainer.add_argument(
+        "--served-model-name",
+        default="",
+        metavar="NAME",
+        help="what callers are told the model is called, who then need not know its folder; default: --base-model",
+    )
+    trainer.add_argument(
+        "--alias", action="append", default=[], metavar="NAME", help="another name callers may give it; repeatable"
+    )
     trainer.add_argument("--listen", default="127.0.0.1:7777", help="host:port; port 0 takes a free one")
+    trainer.add_argument(
+        "--gateway", metavar="HOST:PORT", help="serve clients of hosted services there too, as `gradwire gateway` does"
+    )
     trainer.add_argument("--metrics-port", type=int, help="serve Prometheus metrics there; 0 takes a free port")
     trainer.add_argument("--metrics-host", default="127.0.0.1", help="default: 127.0.0.1")
     trainer.add_argument(
@@ -280,6 +342,7 @@ def _parser() -> argparse.ArgumentParser:
         help="make each job's trainer a certificate, which its owner is handed, in place of --tls-cert-file",
     )
     _add_kubernetes(jobs)
+    _add_gateway(commands.add_parser("gateway", parents=[common], help="serve clients of hosted services over HTTP"))
     return parser
 
 
@@ -311,6 +374,32 @@ def _add_kubernetes(jobs: argparse.ArgumentParser) -> None:
         type=float,
         default=there.pending_timeout_s,
         help="how long a pod may find no node, volume or image; default: %(default)g",
+    )
+
+
+def _add_gateway(gateway: argparse.ArgumentParser) -> None:
+    gateway.set_defaults(command=_gateway)
+    gateway.add_argument("--listen", default="127.0.0.1:8000", help="host:port; port 0 takes a free one")
+    gateway.add_argument(
+        "--trainer",
+        action="append",
+        metavar="URL",
+        help="to stand before; once for each; default: http://127.0.0.1:7777",
+    )
+    gateway.add_argument("--trainer-ca-file", type=Path, help="PEM; roots of https:// trainers' certificates")
+    gateway.add_argument(
+        "--served-model-name",
+        "--alias",
+        action="append",
+        default=[],
+        metavar="NAME[=MODEL]",
+        help="a name that clients may call a model by, the first before its own; once for each",
+    )
+    gateway.add_argument(
+        "--session-grace-s",
+        type=float,
+        default=120.0,
+        help="a client silent for so long is taken for gone, and its runs are deleted; default: %(default)g",
     )
 
 

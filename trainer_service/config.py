@@ -54,9 +54,10 @@ class Limits:
     max_topk_logprobs: int = 128
     """Likeliest tokens asked for at one place."""
     max_sample_requests: int = 1024
-    """Sample and ComputeLogprobs requests under way at once, of all clients together."""
+    """Sample and ComputeLogprobs requests under way at once, of all clients together; where one owner's take them all,
+    another has half a share on top."""
     max_snapshots: int = 4
-    """Snapshots of one run; the one unused longest makes room."""
+    """Snapshots of one run; the one unused longest makes room, of those that nobody holds open."""
     max_user_metadata_entries: int = user_metadata.MAX_ENTRIES
     """Of one user_metadata."""
     max_user_metadata_bytes: int = user_metadata.MAX_BYTES
@@ -221,6 +222,10 @@ class TrainerConfig:
 
     base_model: str
     """Hub id or folder."""
+    served_model_name: str = ""
+    """What callers are told it is called; "" tells them base_model."""
+    aliases: tuple[str, ...] = ()
+    """Further names that callers may give it."""
     listen: str = "127.0.0.1:7777"
     """host:port; port 0 takes a free one."""
     metrics_listen: str | None = None

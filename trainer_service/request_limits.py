@@ -18,6 +18,8 @@ from trainer_service.config import Limits
 MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
 """Longest time that a checkpoint can be kept for, short of for ever."""
 _NAME = "max_name_bytes"
+MAX_LEASE_MS = 600_000
+"""How long a snapshot whose client is gone may take memory."""
 
 LIMIT_OF: Mapping[str, str] = {
     "AttachRequest.client_id": _NAME,
@@ -57,6 +59,7 @@ LIMIT_OF: Mapping[str, str] = {
     "ForwardRequest.loss_fn_config": "max_loss_fn_config_keys",
     "ForwardRequest.LossFnConfigEntry.key": _NAME,
     "ForwardRequest.run_id": _NAME,
+    "GetAnswerRequest.run_id": _NAME,
     "GetCheckpointRequest.path": _NAME,
     "GetRunRequest.run_id": _NAME,
     "IntValues.values": "max_typed_values",
@@ -183,6 +186,17 @@ def prompt_too_long(got: int, limit: int) -> GradwireError:
         limit=limit,
         got=got,
     )
+
+
+def check_lease_ms(lease_ms: int) -> None:
+    """Refuses a lease that is longer than any may be.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD.
+    """
+    if lease_ms > MAX_LEASE_MS:
+        what = f"is {lease_ms}; it must be 0 to {MAX_LEASE_MS}. Ask again to renew it."
+        raise invalid_field("lease_ms", what, limit=MAX_LEASE_MS, got=lease_ms)
 
 
 def check_ttl_seconds(ttl_seconds: int | None) -> None:

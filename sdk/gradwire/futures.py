@@ -20,11 +20,19 @@ class APIFuture(Generic[T]):
     waits, and whether or not its client is still there; an unused future costs nothing. It always resolves: a
     lost connection ends in UnavailableError once reconnecting is given up. In a forked child one that the parent waits
     for raises FailedPreconditionError.
+
+    Args:
+        future: Gets the answer.
+        what: Names the call in errors.
+        given_up_with_waiter: Whether the call ends when the coroutine that waits for it is cancelled, as asyncio's own
+            do: so for samples, which then free their place on the trainer. An operation in its run's order goes on.
     """
 
-    def __init__(self, future: "ConcurrentFuture[T]", what: str) -> None:
+    def __init__(self, future: "ConcurrentFuture[T]", what: str, *, given_up_with_waiter: bool = False) -> None:
         self._future = future
         self._what = what
+        self._given_up_with_waiter = given_up_with_waiter
+        self._waiting = 0  # Coroutines; another one may still want the answer.
 
     def result(self, timeout: float | None = None) -> T:
         """Waits for the answer.
@@ -49,6 +57,7 @@ class APIFuture(Generic[T]):
     async def result_async(self, timeout: float | None = None) -> T:
         """As `result`, for coroutines."""
         self._refuse_in_fork()
+        self._waiting += 1
         try:
             # Shielded: a caller that stops waiting must not cancel an operation already in the run's order.
             return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._future)), timeout)
@@ -56,6 +65,14 @@ class APIFuture(Generic[T]):
             if self._future.done():
                 raise
             raise self._timed_out(timeout) from None
+        except asyncio.CancelledError:
+            if self._future.cancelled():
+                raise self._cancelled() from None
+            if self._given_up_with_waiter and self._waiting == 1:
+                self._future.cancel()
+            raise
+        finally:
+            self._waiting -= 1
 
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()

@@ -1,17 +1,19 @@
 """Runs and checkpoints under the names of tinker's RestClient."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
-from gradwire._client.answers import server_capabilities, server_info
+from gradwire._client.answers import one_operation, server_capabilities, server_info
 from gradwire._client.async_twins import awaited
 from gradwire._client.loop import LOOP
 from gradwire._client.ported_names import RefusesTinkerNames, refuse_given
+from gradwire._client.sampling_params import checked_integer
 from gradwire._client.transport import Connection
 from gradwire.checkpoint_client import check_ttl_seconds, time_of
-from gradwire.errors import invalid_field
+from gradwire.errors import OperationTimeoutError, invalid_field
 from gradwire.futures import APIFuture
 from gradwire.types.run_info import ServerCapabilities
 from gradwire.v1 import checkpoint_pb2, run_pb2
@@ -26,6 +28,7 @@ CheckpointType = Literal["training", "sampler"]
 AccessScope = Literal["owned", "accessible"]
 
 _NO_PROJECTS = "there are no projects; runs belong to the key that made them."
+_LONGEST_POLL_S = 10.0
 _STATE = checkpoint_pb2.CHECKPOINT_KIND_STATE
 
 
@@ -194,6 +197,39 @@ class RestClient(RefusesTinkerNames):
 
         return APIFuture(LOOP.submit(ask()), "list_training_runs")
 
+    def get_answer(self, training_run_id: str, seq_id: int, timeout: float = 60.0) -> APIFuture[Any]:
+        """What one operation of a run gave, whoever sent it, also when its client or its trainer is another by now: as
+        the future of its call would tell it (of a custom loss, the forward's and the backward's each; of a load the
+        step loaded), or the error it failed with.
+
+        Args:
+            training_run_id: The run.
+            seq_id: The operation's place in the run's order, from 1; each piece of a batch that was split has its own.
+            timeout: Longest wait for an operation under way, seconds; 0 does not wait.
+
+        Raises:
+            OperationTimeoutError: Through the future, as the rest: it is not answered yet.
+            OutOfRangeError: SEQ_ID_GAP: the run has received no such operation.
+            AbortedError: ANSWER_RELEASED: the run's journal no longer has it.
+        """
+        seq_id = checked_integer("seq_id", seq_id, 1, (1 << 63) - 1)
+
+        async def ask() -> Any:
+            stop_s = time.monotonic() + timeout
+            while True:
+                left_s = max(0.0, stop_s - time.monotonic())
+                request = trainer.GetAnswerRequest(
+                    run_id=training_run_id, seq_id=seq_id, timeout_ms=int(1000 * min(left_s, _LONGEST_POLL_S))
+                )
+                answer = await self._trainer("GetAnswer", request)
+                if not answer.pending:
+                    return one_operation(answer.response)
+                if time.monotonic() >= stop_s:
+                    text = f"Operation {seq_id} of {training_run_id} is not answered yet; ask again."
+                    raise OperationTimeoutError(text)
+
+        return APIFuture(LOOP.submit(ask()), "get_answer")
+
     # ── checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def list_checkpoints(self, training_run_id: str) -> APIFuture[CheckpointsListResponse]:
@@ -250,6 +286,7 @@ class RestClient(RefusesTinkerNames):
         request = checkpoints.SetCheckpointTtlRequest(path=tinker_path, ttl_seconds=check_ttl_seconds(ttl_seconds))
         return self._done("set_checkpoint_ttl", "SetCheckpointTtl", request)
 
+    get_answer_async = awaited(get_answer)
     get_training_run_async = awaited(get_training_run)
     get_training_run_by_tinker_path_async = awaited(get_training_run_by_tinker_path)
     list_training_runs_async = awaited(list_training_runs)

@@ -5,9 +5,7 @@ import contextlib
 import functools
 import queue
 import time
-import uuid
 import weakref
-from collections import defaultdict
 from collections.abc import AsyncGenerator, Generator, Iterator
 from concurrent.futures import Future as ConcurrentFuture
 from dataclasses import dataclass
@@ -18,24 +16,23 @@ import grpc.aio
 from gradwire._client.async_twins import awaited, off_thread
 from gradwire._client.loop import LOOP
 from gradwire._client.ported_names import RefusesTinkerNames, refuse_given
-from gradwire._client.sampling_params import MAX_UINT32, checked_integer, sampling_params_message, shown
+from gradwire._client.sampling_wire import STOP_REASONS, Gathered, sample_request
 from gradwire._client.tokenizer_client import load_tokenizer
 from gradwire._client.transport import Connection, is_passing
-from gradwire.errors import GradwireError, OperationCancelledError, invalid_field
+from gradwire.errors import GradwireError, OperationCancelledError
 from gradwire.futures import APIFuture
-from gradwire.types import SampledSequence, SampledToken, SampleResponse, SamplingParams
-from gradwire.types.data import model_input_tokens
-from gradwire.types.sampling_results import StopReason
+from gradwire.types import SampledToken, SampleResponse, SamplingParams
 from gradwire.v1 import sampling_service_pb2 as pb
-from gradwire.v1.datum_pb2 import ModelInput
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 
-_STOP_REASONS: dict[int, StopReason] = {pb.STOP_REASON_LENGTH: "length", pb.STOP_REASON_STOP: "stop"}
 _CLOSE_TIMEOUT_S = 10.0
+LEASE_MS = 60_000
+"""How long the trainer keeps a snapshot whose client fell silent from making room for others."""
+_RENEWALS_PER_LEASE = 4
 
 RETRIES_ITSELF = "calls are tried again by themselves until they time out."
 NO_STABILITY_INFO = "there is no loss that reads it."
-_PROMPTS_LOGPROBS = "of a prompt there are include_prompt_logprobs and topk_prompt_logprobs, for all of its tokens."
+_NO_ALTERNATIVES = "nothing is drawn at places of the prompt; topk_prompt_logprobs gives what is likeliest there."
 
 
 @dataclass(frozen=True)
@@ -61,10 +58,13 @@ class SamplingClient(RefusesTinkerNames):
     (importance_sampling, ppo) therefore takes them as they are from samples drawn at temperature 1 with neither top_k
     nor top_p; from others it corrects for the model's distribution, not for the narrower one they were drawn from.
 
-    It can be pickled once its sampler exists (pickling waits for that): the copy in another process has a connection of
-    its own to the same sampler. A snapshot lives as long as the client it was made with, so keep that client. The key
-    goes along only in the arguments of a process that multiprocessing starts ("spawn" or "forkserver"), over its
-    private pipe; no other pickle holds it, and the process that unpickles one reads GRADWIRE_API_KEY.
+    A snapshot stays while its client is there: it makes no room for newer ones, of which the trainer refuses more than
+    max_snapshots (get_server_info) at once. Close clients that are done with, or let go of them.
+
+    It can be pickled, once its sampler is there (pickling waits for that): the copy in another process has a connection
+    of its own to the same sampler. A snapshot lives as long as the client it was made with, so keep that one. The API
+    key goes along only in the arguments of a process that multiprocessing starts ("spawn" or "forkserver"), over its
+    private pipe; no other pickle holds it, and who unpickles one takes GRADWIRE_API_KEY from the environment.
 
     Args:
         connection: To the trainer.
@@ -92,6 +92,8 @@ class SamplingClient(RefusesTinkerNames):
         self._finalizer = weakref.finalize(self, _let_go if owner else _nothing, connection, self._source)
         # At exit the loop is stopped; the snapshot goes with its run.
         self._finalizer.atexit = False
+        if owner:
+            self._source.add_done_callback(functools.partial(_hold_open, connection, self._finalizer))
 
     # ── sampling ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -107,31 +109,36 @@ class SamplingClient(RefusesTinkerNames):
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
     ) -> APIFuture[SampleResponse]:
-        """Continues a prompt. Cancelling the future frees its place on the trainer.
+        """Continues a prompt. Cancelling the future, or the coroutine that awaits it, frees its place on the trainer.
 
         Args:
             prompt: ModelInput, ours or tinker's, or token ids.
             num_samples: Samples, whose prompt is computed once.
             sampling_params: SamplingParams, ours or tinker's; None takes the defaults.
-            include_prompt_logprobs: Also return the logprobs of the prompt's tokens.
-            topk_prompt_logprobs: Also return this many likeliest tokens at each position of the prompt.
-            topk_sample_logprobs: Must be 0; like the arguments below, it exists in tinker only.
-            target_prompt_logprobs: Must be None.
+            include_prompt_logprobs: Answer with the logprobs of the prompt's tokens too.
+            topk_prompt_logprobs: Answer with so many likeliest tokens at each place of the prompt too.
+            topk_sample_logprobs: Answer with so many likeliest tokens at each place of the samples too.
+            target_prompt_logprobs: Token ids to answer with the logprobs of: integers [len(prompt) - 1, K], whose row i
+                is about prompt[i + 1]; -1 asks for nothing.
             prompt_alt_tokens_k: Must be 0.
-            prompt_logprobs_last_n: Must be None.
+            prompt_logprobs_last_n: Answer about the last so many tokens of the prompt alone; of those before nothing is
+                computed, and they are None. Needs include_prompt_logprobs or topk_prompt_logprobs.
 
         Raises:
             InvalidArgumentError: An argument that cannot be sent. Errors found by the trainer come through the future.
         """
-        refuse_given(
-            _PROMPTS_LOGPROBS,
+        refuse_given(_NO_ALTERNATIVES, prompt_alt_tokens_k=prompt_alt_tokens_k)
+        request = self._request(
+            prompt,
+            num_samples,
+            sampling_params,
+            include_prompt_logprobs=include_prompt_logprobs,
+            topk_prompt_logprobs=topk_prompt_logprobs,
+            topk_sample_logprobs=topk_sample_logprobs,
             target_prompt_logprobs=target_prompt_logprobs,
-            prompt_alt_tokens_k=prompt_alt_tokens_k,
             prompt_logprobs_last_n=prompt_logprobs_last_n,
         )
-        refuse_given("samples come with the logprobs of their own tokens.", topk_sample_logprobs=topk_sample_logprobs)
-        request = self._request(prompt, num_samples, sampling_params, include_prompt_logprobs, topk_prompt_logprobs)
-        return APIFuture(LOOP.submit(self._gather(request)), "sample")
+        return APIFuture(LOOP.submit(self._gather(request)), "sample", given_up_with_waiter=True)
 
     def stream(self, prompt: Any, num_samples: int = 1, sampling_params: Any = None) -> Iterator[SampledToken]:
         """Continues a prompt and yields tokens as they come; those of several samples take turns.
@@ -154,15 +161,20 @@ class SamplingClient(RefusesTinkerNames):
 
         Args:
             prompt: As in `sample`.
-            prompt_logprobs_last_n: Must be None.
+            prompt_logprobs_last_n: As there.
         """
-        refuse_given(_PROMPTS_LOGPROBS, prompt_logprobs_last_n=prompt_logprobs_last_n)
-        request = self._request(prompt, 1, SamplingParams(max_tokens=0), include_prompt_logprobs=True)
+        request = self._request(
+            prompt,
+            1,
+            SamplingParams(max_tokens=0),
+            include_prompt_logprobs=True,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+        )
 
         async def compute() -> list[float | None]:
             return (await self._gather(request)).prompt_logprobs or [None]
 
-        return APIFuture(LOOP.submit(compute()), "compute_logprobs")
+        return APIFuture(LOOP.submit(compute()), "compute_logprobs", given_up_with_waiter=True)
 
     # ── about the sampler ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -193,7 +205,7 @@ class SamplingClient(RefusesTinkerNames):
         return load_tokenizer(self._connection)
 
     def get_base_model(self, *, timeout_s: float = 30.0) -> str:
-        """The base model, as the trainer was given it; asks the trainer."""
+        """The base model, as the trainer calls it; asks the trainer."""
         source = APIFuture(self._source, "the sampler").result(timeout_s)
         return _open(self._connection, source, timeout_s)
 
@@ -224,34 +236,11 @@ class SamplingClient(RefusesTinkerNames):
 
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _request(
-        self,
-        prompt: Any,
-        num_samples: int,
-        sampling_params: Any,
-        include_prompt_logprobs: bool = False,
-        topk_prompt_logprobs: int = 0,
-    ) -> pb.SampleRequest:
+    def _request(self, *arguments: Any, **named: Any) -> pb.SampleRequest:
+        """See sample_request."""
         if not self._finalizer.alive:
             raise OperationCancelledError("This SamplingClient is closed; make a new one.", reason="CANCELLED")
-        num_samples = checked_integer("num_samples", num_samples, 1, MAX_UINT32)
-        topk_prompt_logprobs = checked_integer("topk_prompt_logprobs", topk_prompt_logprobs, 0, MAX_UINT32)
-        if not isinstance(include_prompt_logprobs, bool):
-            raise invalid_field(
-                "include_prompt_logprobs", f"is {shown(include_prompt_logprobs)}; it must be True or False."
-            )
-        try:
-            tokens = model_input_tokens(prompt, "prompt")
-            message = ModelInput(tokens=tokens)
-        except ValueError as exc:
-            raise invalid_field("prompt", f"cannot be read: {exc}") from exc
-        return pb.SampleRequest(
-            prompt=message,
-            num_samples=num_samples,
-            sampling_params=sampling_params_message(SamplingParams() if sampling_params is None else sampling_params),
-            include_prompt_logprobs=include_prompt_logprobs,
-            topk_prompt_logprobs=topk_prompt_logprobs,
-        )
+        return sample_request(*arguments, **named)
 
     async def _responses(self, request: pb.SampleRequest) -> AsyncGenerator[pb.SampleResponse]:
         """The trainer's messages. Until the first one, the call is retried while the trainer is away or starting."""
@@ -280,30 +269,11 @@ class SamplingClient(RefusesTinkerNames):
             await asyncio.sleep(delay_s)
 
     async def _gather(self, request: pb.SampleRequest) -> SampleResponse:
-        # By sample, as they come: how many is for the trainer to check before anything of that length is made here.
-        tokens: defaultdict[int, list[int]] = defaultdict(list)
-        logprobs: defaultdict[int, list[float]] = defaultdict(list)
-        reasons: dict[int, StopReason] = {}
-        prompt = None
+        gathered = Gathered(request)
         async with contextlib.aclosing(self._responses(request)) as responses:
             async for response in responses:
-                if response.HasField("prompt"):
-                    prompt = response.prompt
-                for piece in response.samples:
-                    tokens[piece.sample].extend(piece.tokens)
-                    logprobs[piece.sample].extend(piece.logprobs)
-                    reasons[piece.sample] = _STOP_REASONS.get(piece.stop_reason, "length")
-        sample_id = uuid.uuid4().hex
-        sequences = [
-            SampledSequence(
-                tokens[number], logprobs[number], reasons.get(number, "length"), sequence_id=f"{sample_id}-{number}"
-            )
-            for number in range(request.num_samples)
-        ]
-        if prompt is None:
-            return SampleResponse(sequences)
-        prompt_logprobs = [None, *prompt.logprobs] if request.include_prompt_logprobs else None
-        return SampleResponse(sequences, prompt_logprobs, _topk(prompt) if prompt.topk else None)
+                gathered.add(response)
+        return gathered.response()
 
     def _iterate(self, request: pb.SampleRequest) -> Iterator[SampledToken]:
         arrived: queue.SimpleQueue[pb.SampleResponse | GradwireError | None] = queue.SimpleQueue()
@@ -331,7 +301,7 @@ class SamplingClient(RefusesTinkerNames):
                     raise got
                 for piece in got.samples:
                     last = len(piece.tokens) - 1
-                    reason = _STOP_REASONS.get(piece.stop_reason)
+                    reason = STOP_REASONS.get(piece.stop_reason)
                     for place, (token, logprob) in enumerate(zip(piece.tokens, piece.logprobs, strict=True)):
                         yield SampledToken(piece.sample, token, logprob, reason if place == last else None)
         finally:
@@ -362,12 +332,6 @@ def _open(connection: Connection, source: SamplerSource, timeout_s: float) -> st
     return connection.call(SamplingServiceStub, "OpenSampler", request, timeout_s=timeout_s).base_model
 
 
-def _topk(prompt: pb.PromptLogprobs) -> list[list[tuple[int, float]] | None]:
-    count = prompt.topk
-    pairs = list(zip(prompt.topk_tokens, prompt.topk_logprobs, strict=True))
-    return [None, *(pairs[start : start + count] for start in range(0, len(pairs), count))]
-
-
 def _sampling_client(connection: Connection, source: SamplerSource, timeout_s: float) -> SamplingClient:
     return SamplingClient(connection, source, timeout_s=timeout_s, owner=False)
 
@@ -382,9 +346,33 @@ def _let_go(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -
         source.add_done_callback(functools.partial(_close_sampler, connection))
 
 
-def _close_sampler(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
+def _hold_open(connection: Connection, client: "weakref.finalize", source: "ConcurrentFuture[SamplerSource]") -> None:
+    """Renews the lease of a snapshot for as long as its client is there, and no longer."""
+    path = _snapshot_path(source)
+    if not path or LOOP.lost:
+        return
+
+    async def renew() -> None:
+        request = pb.OpenSamplerRequest(sampler=pb.Sampler(model_path=path), lease_ms=LEASE_MS)
+        while client.alive:
+            # What fails is tried again; a snapshot that is gone is told to whoever samples from it.
+            with contextlib.suppress(GradwireError, grpc.aio.AioRpcError, RuntimeError):
+                stub = SamplingServiceStub(connection.channel())
+                await stub.OpenSampler(request, metadata=connection.metadata, timeout=_CLOSE_TIMEOUT_S)
+            await asyncio.sleep(LEASE_MS / 1000 / _RENEWALS_PER_LEASE)
+
+    LOOP.submit(renew())
+
+
+def _snapshot_path(source: "ConcurrentFuture[SamplerSource]") -> str:
+    """Of a snapshot that was made; "" where none was."""
     path = "" if source.cancelled() or source.exception() else source.result().model_path
-    if "/snapshots/" not in path:
+    return path if "/snapshots/" in path else ""
+
+
+def _close_sampler(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
+    path = _snapshot_path(source)
+    if not path:
         return
 
     async def close() -> None:

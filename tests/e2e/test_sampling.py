@@ -9,7 +9,7 @@ import gradwire
 import pytest
 from gradwire import AdamParams, SamplingClient, SamplingParams, ServiceClient, TrainingClient
 from gradwire._client.loop import LOOP
-from gradwire.errors import InvalidArgumentError, NotFoundError, OperationCancelledError
+from gradwire.errors import InvalidArgumentError, NotFoundError, OperationCancelledError, ResourceExhaustedError
 from gradwire.v1.sampling_service_pb2 import Sampler, SampleRequest
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 
@@ -55,6 +55,41 @@ def test_a_samples_logprobs_are_those_of_the_trainers_own_forward(client: Traini
     assert response.topk_prompt_logprobs is not None
     assert [len(pairs or ()) for pairs in response.topk_prompt_logprobs] == [0, 2, 2, 2]
     assert sampler.compute_logprobs(PROMPT).result(30) == response.prompt_logprobs
+
+
+def test_what_is_asked_about_places_of_prompts_and_samples_is_answered(base: SamplingClient):
+    params = SamplingParams(max_tokens=3, temperature=0, stop=[])
+    whole = base.sample(PROMPT, 1, params, include_prompt_logprobs=True).result(30).prompt_logprobs
+    assert whole is not None
+    targets = gradwire.TensorData([[-1, -1], [42, -1], [43, 50]])
+    found = base.sample(
+        PROMPT,
+        2,
+        params,
+        include_prompt_logprobs=True,
+        topk_prompt_logprobs=3,
+        topk_sample_logprobs=2,
+        target_prompt_logprobs=targets,
+        prompt_logprobs_last_n=1,
+    ).result(30)
+    assert found.prompt_logprobs == [None, None, None, whole[3]]
+    assert base.compute_logprobs(PROMPT, 1).result(30) == found.prompt_logprobs
+    assert found.topk_prompt_logprobs is not None
+    assert [pairs and len(pairs) for pairs in found.topk_prompt_logprobs] == [None, None, None, 3]
+    assert found.topk_prompt_logprobs_np is not None
+    assert found.topk_prompt_logprobs_np.token_ids.shape == (4, 3)
+    assert found.target_prompt_logprobs is not None
+    scored = found.target_prompt_logprobs.tolist()
+    assert scored[0] == [0, 0]
+    assert [scored[1][0], scored[2][0]] == pytest.approx(whole[2:], abs=1e-6)
+    assert scored[1][1] == 0 > scored[2][1]
+    for sequence in found.sequences:
+        assert sequence.topk_logprobs is not None
+        likeliest = [pairs[0] for pairs in sequence.topk_logprobs]
+        assert [token for token, _ in likeliest] == sequence.tokens
+        assert [logprob for _, logprob in likeliest] == pytest.approx(sequence.logprobs, abs=1e-6)
+        assert sequence.topk_logprobs_np is not None
+        assert sequence.topk_logprobs_np.logprobs.shape == (3, 2)
 
 
 def test_a_sampler_is_frozen_while_training_and_loading_go_on(service: ServiceClient, client: TrainingClient):
@@ -145,14 +180,22 @@ def test_what_the_context_has_no_room_for_is_not_generated(base: SamplingClient)
     assert [(len(one.tokens), one.stop_reason) for one in response.sequences] == [(4, "length")] * 2
 
 
-def test_of_a_runs_snapshots_the_one_unused_longest_makes_room(client: TrainingClient):
+def test_a_snapshot_held_open_makes_no_room_and_a_fifth_is_refused_until_one_is_closed(client: TrainingClient):
     clients = [client.save_weights_and_get_sampling_client() for _ in range(4)]
-    greedy(clients[0])
-    clients.append(client.save_weights_and_get_sampling_client())
-    assert greedy(clients[4]) == greedy(clients[0])
-    with pytest.raises(NotFoundError, match="made room for a newer one") as refused:
-        greedy(clients[1])
-    assert refused.value.reason == "SAMPLER_NOT_FOUND"
+    with pytest.raises(ResourceExhaustedError, match="4 snapshots that clients hold open") as refused:
+        client.save_weights_and_get_sampling_client().result(30)
+    assert refused.value.reason == "LIMIT_EXCEEDED"
+    assert len({tuple(greedy(each)) for each in clients}) == 1
+    clients.pop().close()
+    deadline = time.monotonic() + 20
+    # Closing does not wait.
+    while True:
+        try:
+            clients.append(client.save_weights_and_get_sampling_client().result(30))
+            break
+        except ResourceExhaustedError:
+            assert time.monotonic() < deadline
+    assert greedy(clients[3]) == greedy(clients[0])
 
 
 def test_a_closed_client_lets_its_snapshot_go_and_so_does_a_deleted_run(service: ServiceClient, client: TrainingClient):

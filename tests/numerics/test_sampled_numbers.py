@@ -252,6 +252,54 @@ def test_logprobs_of_samples_and_prompts_are_those_of_a_plain_forward(name: str,
             exact.check(list(job.prompt.topk_logprobs), prompt, rows, likeliest)
 
 
+@pytest.mark.parametrize("name", ["llama", "mamba, which has no keys"])
+def test_what_else_is_asked_about_prompts_and_samples_is_what_a_plain_forward_finds(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(scheduler_module, "_CPU_PIECE", 6)
+    model = make_model(name)
+    prompt = list(PROMPTS[2])
+    rows = torch.arange(len(prompt) - 1)
+    targets = torch.randint(VOCAB_SIZE, (len(prompt) - 1, 2), generator=torch.Generator().manual_seed(0))
+    targets[:8] = -1
+    targets[9, 1] = -1
+    last_n = 4
+    about: dict[str, Any] = {"prompt_logprobs": True, "topk": 3, "first_row": len(prompt) - 1 - last_n}
+    scored, last = Bench.of(model).run(
+        make_request(prompt, 5, num_samples=2, targets=targets.numpy(), topk_sampled=2, **about),
+        make_request(prompt, 0, **about),
+    )
+    before = own_logprobs(model, prompt)[:-1]
+    for job in (scored, last):
+        assert list(job.prompt.logprobs) == pytest.approx(before[rows, prompt[1:]][-last_n:].tolist(), abs=1e-5)
+        assert list(job.prompt.topk_tokens) == torch.topk(before[-last_n:], 3).indices.flatten().tolist()
+    wanted = torch.where(targets < 0, 0.0, before.gather(-1, targets.clamp(min=0)))
+    assert list(scored.prompt.target_logprobs) == pytest.approx(wanted.flatten().tolist(), abs=1e-5)
+    assert not last.prompt.target_logprobs
+    for sample in scored.samples:
+        likeliest = torch.topk(own_logprobs(model, prompt + sample.tokens)[len(prompt) - 1 : -1], 2)
+        assert sample.topk_tokens == likeliest.indices.tolist()
+        flat = [logprob for row in sample.topk_logprobs for logprob in row]
+        assert flat == pytest.approx(likeliest.values.flatten().tolist(), abs=1e-5)
+
+
+def test_logits_are_made_only_of_the_part_of_a_prompt_that_is_asked_about(monkeypatch: pytest.MonkeyPatch):
+    bench = Bench.of(make_model("llama"))
+    made: list[int] = []
+    prefill = bench.sampler.decoder.prefill
+
+    def counting(*arguments: Any, num_logits: list[int]) -> Any:
+        made.extend(num_logits)
+        return prefill(*arguments, num_logits=num_logits)
+
+    monkeypatch.setattr(bench.sampler.decoder, "prefill", counting)
+    prompt = list(range(20))
+    bench.run(make_request(prompt, 0, prompt_logprobs=True, first_row=16))
+    bench.run(make_request(prompt, 0, prompt_logprobs=True))
+    bench.run(make_request(prompt[:-1], 1))
+    assert made == [4, 20, 1]
+
+
 @pytest.mark.parametrize(
     ("name", "max_copied"),
     [*((name, 4096) for name in BOUNDED), ("phi3, turned otherwise from 25 tokens on", 0)],
@@ -330,7 +378,8 @@ def test_long_samples_have_the_logprobs_of_a_plain_forward_and_do_not_depend_on_
 ):
     """Prompts of several pieces, shared or copied, and samples that outgrow one size of slot after the other."""
     monkeypatch.setattr(decoder_module, "_MAX_COPIED", max_copied)
-    bench, exact = Bench.of(make_model(name)), Exact(name)
+    model, exact = make_model(name), Exact(name)
+    bench = Bench.of(model)
     rng = random.Random(0)
     lengths = [(40, 30, 1), (120, 90, 2), (300, 100, 1), (480, 60, 2), (5, 130, 3)]
     requests = [
@@ -340,7 +389,7 @@ def test_long_samples_have_the_logprobs_of_a_plain_forward_and_do_not_depend_on_
     together = bench.run(*requests)
     for request, job in zip(requests, together, strict=True):
         prompt = request.prompt
-        (alone,) = bench.run(request)
+        (alone,) = Bench.of(model).run(request)
         for sample, other in zip(job.samples, alone.samples, strict=True):
             assert (sample.tokens, sample.logprobs) == (other.tokens, other.logprobs)
             rows = torch.arange(len(prompt) - 1, len(prompt) + len(sample.tokens) - 1)
@@ -349,7 +398,8 @@ def test_long_samples_have_the_logprobs_of_a_plain_forward_and_do_not_depend_on_
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mamba, which has no keys"])
 def test_a_seeded_request_gets_the_same_tokens_and_logprobs_bit_for_bit_in_whatever_company(name: str):
-    bench = Bench.of(make_model(name))
+    model = make_model(name)
+    bench = Bench.of(model)
 
     def asked() -> list[Request]:
         return [
@@ -357,7 +407,8 @@ def test_a_seeded_request_gets_the_same_tokens_and_logprobs_bit_for_bit_in_whate
             make_request(list(PROMPTS[2]), 16, seed=12),
         ]
 
-    alone = [bench.run(request)[0] for request in asked()]
+    # Elsewhere, or their prompts would be known here.
+    alone = [Bench.of(model).run(request)[0] for request in asked()]
     crowd = [make_request([number, 3, 7] * (number % 5 + 1), 4 + number % 9, seed=number) for number in range(17)]
     early = bench.start(*crowd[:9])
     for _ in range(7):
@@ -368,6 +419,64 @@ def test_a_seeded_request_gets_the_same_tokens_and_logprobs_bit_for_bit_in_whate
         assert [sample.tokens for sample in one.samples] == [sample.tokens for sample in other.samples]
         assert [sample.logprobs for sample in one.samples] == [sample.logprobs for sample in other.samples]
     assert len({tuple(sample.tokens) for sample in alone[0].samples}) == 3
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, softcapped, one layer of 8 tokens"])
+@pytest.mark.parametrize("max_copied", [0, 4096])
+def test_samples_put_back_for_want_of_room_are_the_same_bit_for_bit(
+    name: str, max_copied: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Some samples of a request end before it is put back, so they are computed again as well, as far as they went."""
+    monkeypatch.setattr(decoder_module, "_MAX_COPIED", max_copied)
+    model = make_model(name)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(3, 30))] for _ in range(6)]
+
+    def asked() -> list[Request]:
+        fields: dict[str, Any] = {"stop_tokens": frozenset({2}), "choice": Choice(temperature=5.0)}
+        return [
+            make_request(list(prompt), 80, num_samples=1 + seed % 3, seed=seed, prompt_logprobs=True, **fields)
+            for seed, prompt in enumerate(prompts)
+        ]
+
+    with_room = Bench.of(model).run(*asked())
+    bench = Bench.of(model)
+    without = bench.start(*asked())
+    for _ in range(40):
+        bench.scheduler.step()
+    assert any(len(job.alive) < len(job.samples) for job in without)
+    # Half of what they take now, then the little that one of them comes to need.
+    for part in (2, 4):
+        admission = bench.scheduler._admission
+        admission.max_cache_bytes = sum(job.cache_bytes(in_the_end=False) for job in admission.running) // part
+        for _ in range(40):
+            bench.scheduler.step()
+    while bench.scheduler.busy:
+        bench.scheduler.step()
+    assert bench.scheduler._counters.requeued_samples_total >= 3
+    lengths = {len(sample.tokens) for job in without for sample in job.samples}
+    assert len(lengths) > 3
+    for one, other in zip(with_room, without, strict=True):
+        assert [sample.tokens for sample in one.samples] == [sample.tokens for sample in other.samples]
+        assert [sample.logprobs for sample in one.samples] == [sample.logprobs for sample in other.samples]
+        assert list(one.prompt.logprobs) == list(other.prompt.logprobs)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equal_prompts_are_computed_once_and_their_samples_are_those_of_each_alone(name: str):
+    model = make_model(name)
+    prompt = list(PROMPTS[2])
+    alone = [Bench.of(model).run(make_request(prompt, 9, seed=seed, num_samples=2))[0] for seed in range(4)]
+    bench = Bench.of(model)
+    counters = bench.scheduler._counters
+    together = bench.run(*(make_request(prompt, 9, seed=seed, num_samples=2) for seed in range(3)))
+    assert counters.prompt_tokens_total == len(prompt)
+    # One that comes later, too, where the cache is our own.
+    together += bench.run(make_request(prompt, 9, seed=3, num_samples=2))
+    assert counters.prompt_tokens_total == len(prompt) * (2 if name in ALONE else 1)
+    for one, other in zip(alone, together, strict=True):
+        assert [sample.tokens for sample in one.samples] == [sample.tokens for sample in other.samples]
+        assert [sample.logprobs for sample in one.samples] == [sample.logprobs for sample in other.samples]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2, softcapped, one layer of 8 tokens"])

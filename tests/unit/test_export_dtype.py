@@ -24,6 +24,7 @@ from trainer_service.engine.storage.deltas import whole_weights
 from trainer_service.engine.worker.operations import RunOperations
 from trainer_service.paths import CheckpointPath
 from trainer_service.rpc.checkpoint_servicer import _message
+from trainer_service.served_model import ServedModel
 
 WEIGHTS = "model.safetensors"
 
@@ -51,7 +52,7 @@ def told(folder: Path) -> str:
     """What a caller is told of a checkpoint's dtype."""
     path = CheckpointPath(folder.parent.parent.name, "sampler_weights", folder.name)
     manifest = manifests.read(path, (folder / "manifest.json").read_bytes())
-    return _message(Checkpoint(path, manifest, None)).dtype
+    return _message(Checkpoint(path, manifest, None), ServedModel("base")).dtype
 
 
 @pytest.mark.parametrize("base", ["bfloat16", "float16", "float32"])

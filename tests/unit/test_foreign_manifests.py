@@ -18,6 +18,7 @@ from trainer_service.checkpoints.storage import Storage
 from trainer_service.folders import whole_folder
 from trainer_service.paths import CheckpointPath
 from trainer_service.rpc.checkpoint_servicer import _message
+from trainer_service.served_model import ServedModel
 
 EVIL, GOOD, OLD = (f"gradwire://run-1/sampler_weights/{name}" for name in ("evil", "good", "old"))
 BOBS = "gradwire://run-2/sampler_weights/bobs"
@@ -147,7 +148,7 @@ ODD: dict[str, dict[str, Any]] = {
 def check_nothing_else_is_hidden(catalog: Catalog, store: Path) -> None:
     for _ in range(2):
         assert [str(found.path) for found in catalog.list()] == [GOOD]
-    assert [_message(found, files=True).path for found in catalog.list()] == [GOOD]
+    assert [_message(found, ServedModel("base"), files=True).path for found in catalog.list()] == [GOOD]
     assert b"".join(catalog.open(catalog.find(GOOD), "a.safetensors")) == b"content"
     catalog.sweep()
     assert not manifest_of(catalog, OLD, store).exists()

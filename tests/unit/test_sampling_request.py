@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from gradwire.errors import GradwireError, InvalidArgumentError
 from gradwire.v1.sampling_service_pb2 import SampleRequest, SamplingParams, Stop
+from gradwire.v1.tensor_pb2 import FloatValues, IntValues, Tensor
 
 from trainer_service.config import Limits
 from trainer_service.engine.sampling.request import Request, read_request
@@ -17,8 +18,15 @@ def no_text() -> Text:
     raise AssertionError("the tokenizer was used")
 
 
-def read(num_prompt: int = 3, *, prompt_text: str = "", limits: Limits | None = None, **params: Any) -> Request:
-    message = SampleRequest(sampling_params=SamplingParams(**params), prompt_text=prompt_text)
+def read(
+    num_prompt: int = 3,
+    *,
+    prompt_text: str = "",
+    limits: Limits | None = None,
+    ask: dict[str, Any] | None = None,
+    **params: Any,
+) -> Request:
+    message = SampleRequest(sampling_params=SamplingParams(**params), prompt_text=prompt_text, **ask or {})
     message.prompt.tokens.extend([1] * num_prompt)
     return read_request(
         message,
@@ -77,3 +85,38 @@ def test_the_worker_too_refuses_what_is_too_long_before_it_does_anything(limit: 
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(InvalidArgumentError, match=r"sampling_params.stop.strings\[1\] is empty"):
         read(stop=Stop(strings=["a", ""]))
+
+
+def targets(*rows: list[int]) -> dict[str, Any]:
+    ids = [token for row in rows for token in row]
+    return {"target_prompt_logprobs": Tensor(ints=IntValues(values=ids), shape=[len(rows), len(rows[0])])}
+
+
+@pytest.mark.parametrize(
+    ("where", "asked"),
+    [
+        ("topk_sample_logprobs", {"topk_sample_logprobs": 101}),
+        ("prompt_logprobs_last_n", {"prompt_logprobs_last_n": 2}),
+        ("prompt_logprobs_last_n", {"prompt_logprobs_last_n": 0, "include_prompt_logprobs": True}),
+        ("prompt_logprobs_last_n", {"prompt_logprobs_last_n": 3, "topk_prompt_logprobs": 1}),
+        ("target_prompt_logprobs", targets([1], [2], [3])),
+        ("target_prompt_logprobs", {"target_prompt_logprobs": Tensor(floats=FloatValues(values=[1.0]), shape=[2, 1])}),
+        ("target_prompt_logprobs", {"target_prompt_logprobs": Tensor(ints=IntValues(values=[1, 2]))}),
+        ("target_prompt_logprobs.shape[1]", {"target_prompt_logprobs": Tensor(ints=IntValues(), shape=[2, 0])}),
+        ("target_prompt_logprobs[1][0]", targets([-1, 99], [100, -1])),
+        ("target_prompt_logprobs[0][1]", targets([-1, -2], [0, -1])),
+    ],
+)
+def test_what_cannot_be_asked_about_a_prompt_is_refused_by_its_name(where: str, asked: dict[str, Any]):
+    with pytest.raises(InvalidArgumentError) as refused:
+        read(ask=asked)
+    assert refused.value.field_violations[0][0] == where
+
+
+def test_what_is_asked_about_the_end_of_a_prompt_begins_there():
+    request = read(6, ask={"include_prompt_logprobs": True, "prompt_logprobs_last_n": 2})
+    assert (request.first_row, request.rows_from()) == (3, 3)
+    rows = targets([-1], [-1], [7], [-1], [8])
+    assert read(6, ask=rows).rows_from() == 2
+    assert read(6, ask=rows | {"include_prompt_logprobs": True, "prompt_logprobs_last_n": 1}).rows_from() == 2
+    assert read(6, ask=targets(*[[-1]] * 5)).rows_from() == 5

@@ -90,6 +90,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m trainer_service.engine", description=__doc__)
     parser.add_argument("--socket", required=True, help="path of the trainer's unix socket")
     parser.add_argument("--base-model", required=True, help="hub id or folder")
+    parser.add_argument("--served-model-name", default="", help="what callers are told it is called")
     parser.add_argument("--checkpoint-dir", required=True, type=Path, help="where exports go")
     parser.add_argument("--max-context-length", type=int, default=0, help="tokens; 0 takes the model's own limit")
     parser.add_argument("--loss-module", default="", help="module with further losses")
@@ -131,7 +132,7 @@ def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, trainer: 
     trainer.send(WorkerEvent(loading="looking for a device"))
     settings = EngineSettings.from_arguments(arguments)
     device = pick_device(ranks.local_rank, settings.compute_dtype)
-    loading = WorkerEvent(loading=f"loading {arguments.base_model} onto {device.name}")
+    loading = WorkerEvent(loading=f"loading {arguments.served_model_name or arguments.base_model} onto {device.name}")
     trainer.send(loading)
     logger.info("Loading.", extra={"fields": {"base_model": arguments.base_model, "num_threads": num_threads}})
     # A download or a large model may take hours, and the trainer gives up a worker that says nothing for minutes.
@@ -143,6 +144,7 @@ def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, trainer: 
             limits=limits,
             settings=settings,
             max_context_length=arguments.max_context_length,
+            served_model_name=arguments.served_model_name,
         )
 
 

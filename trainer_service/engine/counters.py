@@ -38,6 +38,10 @@ class Counters:
     """Sample requests under way now."""
     prompt_tokens_total: int = 0
     """Tokens of prompts taken in for sampling."""
+    shared_prompts_total: int = 0
+    """Requests that did not have to, since an equal prompt of the same owner had been."""
+    requeued_samples_total: int = 0
+    """Requests put back to make room, which compute again what they had."""
     sampled_tokens_total: int = 0
     sampling_seconds_total: float = 0.0
     """Time spent sampling, on top of busy_seconds_total."""

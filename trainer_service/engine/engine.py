@@ -57,6 +57,7 @@ class Engine:
         limits: max_runs is enforced here; the others are for whoever checks batches.
         settings: What the trainer's owner decided about memory.
         max_context_length: Longest sequence taken, tokens; 0 takes the model's own limit.
+        served_model_name: What it is called in what callers are told and given; "" for base_model.
 
     Raises:
         InvalidArgumentError: The model cannot be loaded.
@@ -71,7 +72,9 @@ class Engine:
         limits: Limits | None = None,
         settings: EngineSettings | None = None,
         max_context_length: int = 0,
+        served_model_name: str = "",
     ) -> None:
+        name = served_model_name or base_model
         self.limits = limits or Limits()
         self.device = device
         self.counters = Counters()
@@ -79,7 +82,7 @@ class Engine:
         self.folder = fetch(base_model)
         """Where the base model's files are."""
         first = load_model(base_model, self.folder, device)
-        self.model = describe(first, base_model=base_model, device=device, max_context_length=max_context_length)
+        self.model = describe(first, base_model=name, device=device, max_context_length=max_context_length)
         """What is trained, for GetServerInfo."""
         self._checkpoints = Checkpoints(checkpoint_dir, self.model, self.folder)
         settings = settings or EngineSettings()
@@ -91,7 +94,7 @@ class Engine:
         forwards = Forwards(device, self.traits, self.memory, settings.activation_checkpointing, vocab_size)
         self._passes = Passes(forwards, self.counters, self._held_graphs)
         prepare(first, self.traits)
-        self._base_models = BaseModels(base_model, first=first, load=self._load_base, forward=self._try_forward)
+        self._base_models = BaseModels(name, first=first, load=self._load_base, forward=self._try_forward)
         self._runs: dict[str, RunState] = {}
         self._adapter_offload = AdapterOffload(self.memory.max_device_adapter_bytes, self.counters)
         self.before_change: Callable[[PreTrainedModel], object] = lambda model: None

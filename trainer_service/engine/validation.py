@@ -67,7 +67,8 @@ def check_loss_config(loss: Loss, config: Mapping[str, float]) -> None:
     settings = loss.settings(config)
     for key in loss.config:
         if key not in settings:
-            text = f"is missing; {loss.name} has no default for it. Its settings: {known}."
+            advice = f"; {loss.advice}" if loss.advice else ""
+            text = f"is missing; {loss.name} has no default for it. Its settings: {known}{advice}."
             raise invalid_field(f'loss_fn_config["{key}"]', text, known=known)
     loss.check_config(settings)
 

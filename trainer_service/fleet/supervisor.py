@@ -45,6 +45,8 @@ class WorkerSettings:
     checkpoint_dir: Path
     max_context_length: int
     max_message_bytes: int
+    served_model_name: str = ""
+    """What callers are told the model is called; "" for base_model."""
     max_runs: int = 8
     loss_module: str = ""
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -65,6 +67,7 @@ class WorkerSettings:
             # In one argument each, since either may begin with a dash.
             *(f"--base-model={self.base_model}", f"--checkpoint-dir={self.checkpoint_dir}"),
             *("--max-context-length", str(self.max_context_length)),
+            *(("--served-model-name", self.served_model_name) if self.served_model_name else ()),
             *(("--loss-module", self.loss_module) if self.loss_module else ()),
             *self.engine.command_line(),
         ]

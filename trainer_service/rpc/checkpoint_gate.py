@@ -11,7 +11,7 @@ from gradwire.errors import GradwireError
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 
 from trainer_service.checkpoints.transfers import Transfers
-from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath
+from trainer_service.paths import SAMPLER_WEIGHTS, SNAPSHOTS, STATE, CheckpointPath
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.run import Run
 from trainer_service.runs.sequence import error_response
@@ -30,6 +30,8 @@ class CheckpointGate:
     def __init__(self, transfers: Transfers) -> None:
         self._transfers = transfers
         self._catalog = transfers.catalog
+        self._asked: dict[tuple[str, int], asyncio.Task[bytes]] = {}
+        """Saves being stored that somebody asks about, by run and seq_id."""
 
     async def before(self, run: Run, operation: Operation) -> None:
         """Before an operation takes its place; whoever calls must not overtake it meanwhile.
@@ -50,17 +52,39 @@ class CheckpointGate:
         """Whether the answer to an operation must go through `after`."""
         return self._catalog.storage is not None and operation.kind in _SAVES and not _is_snapshot(operation)
 
-    async def after(self, operation: Operation, answer: bytes) -> bytes:
-        """The answer to give: as it was once the checkpoint is in the store, or why it is not."""
+    async def after(self, answer: bytes) -> bytes:
+        """The answer to give to a save: as it was once the checkpoint is in the store, or why it is not."""
         response = TrainResponse.FromString(answer)
-        if response.WhichOneof("result") != operation.kind:
+        path = _saved_path(response)
+        if not path:
             return answer
         try:
-            await self._transfers.store(getattr(response, operation.kind).path)
+            await self._transfers.store(path)
         except GradwireError as exc:
             exc.message += " The checkpoint is on the trainer's disk, and is stored as soon as that can be done."
-            return error_response(operation.seq_id, exc).SerializeToString()
+            return error_response(response.seq_id, exc).SerializeToString()
         return answer
+
+    async def after_within(self, run: Run, answer: bytes, timeout_s: float) -> bytes | None:
+        """As `after`, of any operation; None where the store takes longer. It is stored once however often that is
+        asked."""
+        response = TrainResponse.FromString(answer)
+        if self._catalog.storage is None or not _saved_path(response):
+            return answer
+        key = run.run_id, response.seq_id
+        task = self._asked.get(key)
+        if task is None:
+            task = self._asked[key] = asyncio.create_task(self.after(answer))
+            task.add_done_callback(lambda _: self._asked.pop(key))
+        done, _ = await asyncio.wait([task], timeout=timeout_s)
+        return task.result() if done else None
+
+
+def _saved_path(response: TrainResponse) -> str:
+    """Where an operation saved a checkpoint; "" where it did not."""
+    kind = response.WhichOneof("result")
+    path = getattr(response, kind).path if kind in _SAVES else ""
+    return "" if f"/{SNAPSHOTS}/" in path else path
 
 
 def _is_snapshot(operation: Operation) -> bool:

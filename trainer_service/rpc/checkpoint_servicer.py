@@ -12,6 +12,7 @@ from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceServicer
 from trainer_service.checkpoints.catalog import Catalog, Checkpoint
 from trainer_service.paths import SAMPLER_WEIGHTS, STATE
 from trainer_service.request_limits import check_ttl_seconds
+from trainer_service.served_model import ServedModel
 from trainer_service.user_metadata import read_user_metadata
 
 _KINDS = {
@@ -28,20 +29,22 @@ class CheckpointServicer(CheckpointServiceServicer):
 
     Args:
         catalog: They.
+        base_model: What the trainer serves.
     """
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, base_model: ServedModel) -> None:
         self._catalog = catalog
+        self._base_model = base_model
 
     async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Any) -> pb.ListCheckpointsResponse:
         # A kind of a newer client's is one nothing here is of.
         kind = _KINDS.get(request.kind, "unknown")
         found = await asyncio.to_thread(self._catalog.list, run_id=request.run_id, kind=kind)
-        return pb.ListCheckpointsResponse(checkpoints=[_message(checkpoint) for checkpoint in found])
+        return pb.ListCheckpointsResponse(checkpoints=[_message(checkpoint, self._base_model) for checkpoint in found])
 
     async def GetCheckpoint(self, request: pb.GetCheckpointRequest, context: Any) -> pb.GetCheckpointResponse:
         found = await asyncio.to_thread(self._catalog.find, request.path)
-        return pb.GetCheckpointResponse(checkpoint=_message(found, files=True))
+        return pb.GetCheckpointResponse(checkpoint=_message(found, self._base_model, files=True))
 
     async def DeleteCheckpoint(self, request: pb.DeleteCheckpointRequest, context: Any) -> pb.DeleteCheckpointResponse:
         await asyncio.to_thread(self._catalog.delete, request.path)
@@ -51,7 +54,7 @@ class CheckpointServicer(CheckpointServiceServicer):
         ttl_seconds = request.ttl_seconds if request.HasField("ttl_seconds") else None
         check_ttl_seconds(ttl_seconds)
         changed = await asyncio.to_thread(self._catalog.set_ttl, request.path, ttl_seconds)
-        return pb.SetCheckpointTtlResponse(checkpoint=_message(changed))
+        return pb.SetCheckpointTtlResponse(checkpoint=_message(changed, self._base_model))
 
     async def DownloadCheckpoint(
         self, request: pb.DownloadCheckpointRequest, context: Any
@@ -73,7 +76,7 @@ class CheckpointServicer(CheckpointServiceServicer):
                 pieces.close()
 
 
-def _message(checkpoint: Checkpoint, *, files: bool = False) -> messages.Checkpoint:
+def _message(checkpoint: Checkpoint, model: ServedModel, *, files: bool = False) -> messages.Checkpoint:
     """A checkpoint as the protocol tells it."""
     path, manifest = checkpoint.path, checkpoint.manifest
     about = manifest.about
@@ -84,7 +87,7 @@ def _message(checkpoint: Checkpoint, *, files: bool = False) -> messages.Checkpo
         name=path.name,
         size_bytes=manifest.size_bytes,
         step=about.get("step") or 0,
-        base_model=about.get("base_model") or "",
+        base_model=model.told(about.get("base_model") or ""),
         architecture=about.get("architecture") or "",
         lora_rank=about.get("lora_rank") or 0,
         checkpoint_type=_TYPES.get(about.get("checkpoint_type") or "", messages.CHECKPOINT_TYPE_BASE),

@@ -17,7 +17,7 @@ class SamplingServicer(SamplingServiceServicer):
 
     Args:
         sampling: Its requests.
-        base_model: What it serves.
+        base_model: What it serves, as callers are told.
         draining: Set when the trainer shuts down.
     """
 
@@ -43,6 +43,8 @@ class SamplingServicer(SamplingServiceServicer):
             include_prompt_logprobs=True,
             topk_prompt_logprobs=request.topk_prompt_logprobs,
         )
+        if request.HasField("prompt_logprobs_last_n"):
+            sample.prompt_logprobs_last_n = request.prompt_logprobs_last_n
         found = pb.ComputeLogprobsResponse()
         async with contextlib.aclosing(self._sampling.sample(sample)) as responses:
             async for response in responses:
@@ -51,7 +53,7 @@ class SamplingServicer(SamplingServiceServicer):
 
     async def OpenSampler(self, request: pb.OpenSamplerRequest, context: Any) -> pb.OpenSamplerResponse:
         refuse_while_draining(self._draining)
-        await self._sampling.open(request.sampler)
+        await self._sampling.open(request.sampler, lease_ms=request.lease_ms)
         return pb.OpenSamplerResponse(base_model=self._base_model)
 
     async def CloseSampler(self, request: pb.CloseSamplerRequest, context: Any) -> pb.CloseSamplerResponse:

@@ -35,6 +35,7 @@ from trainer_service.rpc.trainer_servicer import TrainerServicer
 from trainer_service.rpc.transport import server_options
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.sampling import Sampling
+from trainer_service.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,10 @@ class TrainerServer:
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self.metrics = Metrics()
         self.metrics.add_worker_counters(lambda: worker.counters)
+        self._model = ServedModel(config.base_model, config.served_model_name, config.aliases)
         self.runs = Runs(
             worker,
-            base_model=config.base_model,
+            base_model=self._model,
             data_dir=config.data_dir,
             adapter_dir=config.adapter_dir,
             runs_dir=config.runs_dir or config.data_dir / "runs",
@@ -117,10 +119,11 @@ class TrainerServer:
             limits=limits,
             draining=self._draining,
             gate=CheckpointGate(self.transfers),
+            base_model=self._model,
         )
-        add_CheckpointServiceServicer_to_server(CheckpointServicer(self.catalog), self._server)
+        add_CheckpointServiceServicer_to_server(CheckpointServicer(self.catalog, self._model), self._server)
         add_TrainerServiceServicer_to_server(servicer, self._server)
-        sampling = SamplingServicer(self.sampling, base_model=self._config.base_model, draining=self._draining)
+        sampling = SamplingServicer(self.sampling, base_model=self._model.name, draining=self._draining)
         add_SamplingServiceServicer_to_server(sampling, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.reflection:

@@ -16,7 +16,7 @@ from trainer_service.rpc.messages import Malformed, Received
 from trainer_service.runs.attachment import Attachment
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.run import Run
-from trainer_service.runs.sequence import Answered, error_response
+from trainer_service.runs.sequence import error_response
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class TrainStream:
         if not request.seq_id:
             raise error("PROTOCOL_VIOLATION", f"The {kind} message has no seq_id; operations count from 1.")
         try:
-            self._run.submit(operation, self._put_when_stored(operation) if self._gate.stores(operation) else self._put)
+            self._run.submit(operation, self._put_when_stored if self._gate.stores(operation) else self._put)
         except GradwireError as exc:
             # The part fails, not the pipe.
             self._put(error_response(request.seq_id, exc).SerializeToString())
@@ -138,16 +138,13 @@ class TrainStream:
         self._unwritten_bytes += len(answer)
         self._outgoing.put_nowait(answer)
 
-    def _put_when_stored(self, operation: Operation) -> Answered:
-        async def put(answer: bytes) -> None:
-            self._put(await self._gate.after(operation, answer))
+    def _put_when_stored(self, answer: bytes) -> None:
+        async def put() -> None:
+            self._put(await self._gate.after(answer))
 
-        def answered(answer: bytes) -> None:
-            task = asyncio.get_running_loop().create_task(put(answer))
-            self._storing.add(task)
-            task.add_done_callback(self._storing.discard)
-
-        return answered
+        task = asyncio.get_running_loop().create_task(put())
+        self._storing.add(task)
+        task.add_done_callback(self._storing.discard)
 
     async def _write(self) -> None:
         while True:

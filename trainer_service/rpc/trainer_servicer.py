@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from trainer_service.rpc.train_stream import TrainStream, read_attach
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
+from trainer_service.served_model import ServedModel
+
+MAX_ANSWER_WAIT_MS = 60_000
+"""The longest that GetAnswer waits; a call that waits longer is one that a proxy between cuts."""
 
 
 class TrainerServicer(TrainerServiceServicer):
@@ -33,6 +38,7 @@ class TrainerServicer(TrainerServiceServicer):
         limits: The most a client may send.
         draining: Set when the trainer shuts down.
         gate: The way of saves and loads.
+        base_model: What it serves.
     """
 
     def __init__(
@@ -43,7 +49,9 @@ class TrainerServicer(TrainerServiceServicer):
         limits: Limits,
         draining: asyncio.Event,
         gate: CheckpointGate,
+        base_model: ServedModel,
     ) -> None:
+        self._base_model = base_model
         self._gate = gate
         self._runs = runs
         self._worker = worker
@@ -59,12 +67,22 @@ class TrainerServicer(TrainerServiceServicer):
             software_version=__version__,
             min_protocol_version=MIN_PROTOCOL_VERSION,
             max_protocol_version=PROTOCOL_VERSION,
-            models=[ready.model] if ready else [],
+            models=[self._described(ready.model)] if ready else [],
             losses=ready.losses if ready else [],
             limits=pb.Limits(**limits),
             ready=ready is not None and self._worker.responding and not draining,
-            status_message="shutting down" if draining else self._worker.status_message,
+            status_message="shutting down" if draining else self._status_message(),
         )
+
+    def _described(self, model: pb.ModelInfo) -> pb.ModelInfo:
+        described = pb.ModelInfo()
+        described.CopyFrom(model)
+        described.base_model = self._base_model.name
+        described.aliases[:] = self._base_model.aliases
+        return described
+
+    def _status_message(self) -> str:
+        return self._base_model.without_source(self._worker.status_message)
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Any) -> pb.CreateRunResponse:
         refuse_while_draining(self._draining)
@@ -115,7 +133,7 @@ class TrainerServicer(TrainerServiceServicer):
     def _model_folder(self) -> Path:
         ready = self._worker.ready
         if ready is None:
-            text = f"The model is not loaded yet: {self._worker.status_message}."
+            text = f"The model is not loaded yet: {self._status_message()}."
             raise error("WORKER_NOT_READY", text, retry_after_s=0.5)
         assert ready.model_folder, "a worker that does not say where its model lies"
         return Path(ready.model_folder)
@@ -134,6 +152,21 @@ class TrainerServicer(TrainerServiceServicer):
             gate=self._gate,
         )
         await stream.serve(first.attach.client_id)
+
+    async def GetAnswer(self, request: pb.GetAnswerRequest, context: Any) -> pb.GetAnswerResponse:
+        run = self._runs.get(request.run_id)
+        if not request.seq_id:
+            raise invalid_field("seq_id", "is absent; say which operation's answer to get, from 1.")
+        if request.timeout_ms > MAX_ANSWER_WAIT_MS:
+            what = f"is {request.timeout_ms}; it must be 0 to {MAX_ANSWER_WAIT_MS}. Ask again while it is pending."
+            raise invalid_field("timeout_ms", what, limit=MAX_ANSWER_WAIT_MS, got=request.timeout_ms)
+        stop_s = time.monotonic() + request.timeout_ms / 1000
+        answer = await run.answer_of(request.seq_id, timeout_s=request.timeout_ms / 1000)
+        if answer is not None:
+            answer = await self._gate.after_within(run, answer, max(0.0, stop_s - time.monotonic()))
+        if answer is None:
+            return pb.GetAnswerResponse(pending=True)
+        return pb.GetAnswerResponse(response=pb.TrainResponse.FromString(answer))
 
     async def Forward(self, request: ops.ForwardRequest, context: Any) -> ops.ForwardResponse:
         return await self._operation("forward", request, context)
@@ -187,7 +220,7 @@ class TrainerServicer(TrainerServiceServicer):
             operation = Operation.refused(kind, request, refusal, seq_id=seq_id)
         response = await run.execute(operation)
         if self._gate.stores(operation):
-            response.MergeFromString(await self._gate.after(operation, response.SerializeToString()))
+            response.MergeFromString(await self._gate.after(response.SerializeToString()))
         context.set_trailing_metadata(
             tuple((f"gradwire-{part}-ms", f"{getattr(response, f'{part}_ms'):.3f}") for part in _TIMES)
         )

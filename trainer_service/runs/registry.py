@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import os
 import secrets
 import time
 from collections.abc import AsyncGenerator, Coroutine
@@ -30,6 +29,7 @@ from trainer_service.runs.operation import Operation
 from trainer_service.runs.recovery import Source, command, find_source
 from trainer_service.runs.run import Observe, Run, RunSettings
 from trainer_service.runs.store import RunStore, StoredRun
+from trainer_service.served_model import ServedModel
 from trainer_service.user_metadata import check_user_metadata
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Runs:
 
     Args:
         worker: Executes them.
-        base_model: The one model they start from, as the trainer was given it.
+        base_model: The one model they start from.
         limits: The most there may be.
         runs_dir: A folder a run: journal and snapshots. Several trainers may share it.
         data_dir: What limits.max_disk_bytes counts; None counts nothing.
@@ -59,7 +59,7 @@ class Runs:
         self,
         worker: Worker,
         *,
-        base_model: str,
+        base_model: ServedModel,
         limits: Limits,
         runs_dir: Path,
         detach_grace_s: float,
@@ -89,6 +89,7 @@ class Runs:
         self._settings = RunSettings(
             worker=worker,
             observe=observe,
+            base_model=base_model,
             detach_grace_s=detach_grace_s,
             max_in_flight=limits.max_in_flight_operations,
             full=self._capacity.full,
@@ -110,7 +111,7 @@ class Runs:
         """Takes up the runs an earlier trainer left, and unloads idle ones from now on."""
         start_s = time.monotonic()
         self.store.clear()
-        for found in self.store.open_all(lambda record: _same_model(record.base_model, self._base_model)):
+        for found in self.store.open_all(lambda record: self._base_model.is_source(record.base_model)):
             self._take_up(found)
         if self._runs:
             fields = {"runs": len(self._runs), "took_s": round(time.monotonic() - start_s, 3)}
@@ -215,19 +216,8 @@ class Runs:
     # ── making ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def check_base_model(self, base_model: str) -> None:
-        """Refuses a base model other than the one served; "" is whatever that is.
-
-        Raises:
-            GradwireError: BASE_MODEL_MISMATCH.
-        """
-        if base_model and not _same_model(base_model, self._base_model):
-            raise error(
-                "BASE_MODEL_MISMATCH",
-                f"base_model is {base_model!r}, but this trainer serves {self._base_model!r}; ask for "
-                "that one, or start a trainer for yours.",
-                requested=base_model,
-                served=self._base_model,
-            )
+        """See ServedModel.check."""
+        self._base_model.check(base_model)
 
     def _check(self, request: CreateRunRequest) -> None:
         self.check_base_model(request.base_model)
@@ -271,7 +261,7 @@ class Runs:
         record = Record(
             run_id=run_id,
             owner=owner,
-            base_model=self._base_model,
+            base_model=self._base_model.source,
             created_s=time.time(),
             create_request=request.SerializeToString(),
         )
@@ -309,7 +299,7 @@ class Runs:
             record = Record(
                 run_id=run_id,
                 owner=owner,
-                base_model=self._base_model,
+                base_model=self._base_model.source,
                 created_s=time.time(),
                 create_request=made.SerializeToString(),
                 parent_run_id=parent.run_id,
@@ -426,11 +416,3 @@ class Runs:
         self._tasks.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
             logger.error("A task failed.", exc_info=exc)
-
-
-def _same_model(asked: str, served: str) -> bool:
-    """Whether two names mean one model: equal, or folders that are the same folder."""
-    if asked == served:
-        return True
-    # os.path, since pathlib raises on names that cannot be paths, such as very long ones.
-    return os.path.isdir(asked) and os.path.isdir(served) and os.path.samefile(asked, served)

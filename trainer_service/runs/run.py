@@ -28,6 +28,7 @@ from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.placement import Placement
 from trainer_service.runs.sequence import Answered, Entry, Sequence, conflict, error_response
+from trainer_service.served_model import ServedModel
 
 Observe = Callable[[str, TrainResponse], object]
 """Gets kind and answer of every operation, for metrics."""
@@ -42,6 +43,7 @@ class RunSettings:
 
     worker: Worker
     observe: Observe
+    base_model: ServedModel
     detach_grace_s: float
     """How long graphs are kept after the client has gone."""
     max_in_flight: int
@@ -185,6 +187,41 @@ class Run:
         finally:
             self._executing.discard(future)
 
+    async def answer_of(self, seq_id: int, *, timeout_s: float) -> bytes | None:
+        """The answer to an operation that was received, an encoded TrainResponse; None where none came in time.
+
+        Raises:
+            OutOfRangeError: SEQ_ID_GAP: it was not received.
+            AbortedError: ANSWER_RELEASED: the journal no longer has it.
+            UnavailableError: DRAINING: the next trainer will have it.
+            FailedPreconditionError: STORAGE_FAILED: the journal cannot be read.
+        """
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        forget = self._sequence.wait_for(seq_id, lambda answer: None if future.done() else future.set_result(answer))
+        if forget is None:
+            row = await self._row(seq_id)
+            if row is None or not row.answer:
+                raise error(
+                    "ANSWER_RELEASED",
+                    f"Operation {seq_id} was executed, and its answer is no longer in the journal of {self.run_id}, "
+                    "which keeps as much as --keep-bytes, --keep-operations and --keep-s say.",
+                    expected=self.next_seq_id,
+                    got=seq_id,
+                )
+            return row.answer
+        if self._suspended and not future.done():
+            forget()
+            raise _left_to_the_next_trainer()
+        self._executing.add(future)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError:
+            return None
+        finally:
+            forget()
+            self._executing.discard(future)
+
     async def room(self, limit: int) -> None:
         """Returns once fewer than `limit` operations wait for their answer, and at most MAX_UNANSWERED_BYTES of them,
         or none will be answered here."""
@@ -201,10 +238,9 @@ class Run:
         """No operation will be answered any more: they stay in the journal, for the next trainer."""
         self._suspended = True
         self._answered.set()
-        text = "The trainer shut down before this was done. It is in the run's journal: the next trainer does it."
         for future in self._executing:
             if not future.done():
-                future.set_exception(error("DRAINING", text, retry_after_s=5.0))
+                future.set_exception(_left_to_the_next_trainer())
 
     def _journalled(self, entry: Entry, failure: GradwireError | None) -> None:
         """The operation is on disk, or could not be written."""
@@ -261,25 +297,37 @@ class Run:
     async def _answer_from_journal(self, operation: Operation, answered: Answered, released: GradwireError) -> None:
         """A repeat whose answer is no longer in memory gets it from the disk, if it is still there."""
 
-        def look() -> list[Row]:
-            with closing(journal_file.connect(self.folder)) as db:
-                return journal_file.read(db, operation.seq_id - 1, up_to=operation.seq_id)
-
-        exc, rows = released, list[Row]()
-        if self._deleted is None:
-            try:
-                rows = await asyncio.to_thread(look)
-            except (sqlite3.Error, OSError) as failed:
-                exc = error(
-                    "STORAGE_FAILED",
-                    f"Operation {operation.seq_id} was executed, but its answer cannot be read: {failed}.",
-                )
-        if rows and rows[0].answer:
-            if rows[0].digest == operation.digest():
-                answered(rows[0].answer)
+        exc = released
+        try:
+            row = await self._row(operation.seq_id)
+        except GradwireError as failed:
+            row, exc = None, failed
+        if row is not None and row.answer:
+            if row.digest == operation.digest():
+                answered(row.answer)
                 return
             exc = conflict(operation.seq_id, self.next_seq_id)
         answered(error_response(operation.seq_id, exc).SerializeToString())
+
+    async def _row(self, seq_id: int) -> Row | None:
+        """An operation as the journal has it; None where it has it no longer.
+
+        Raises:
+            FailedPreconditionError: STORAGE_FAILED: it cannot be read.
+        """
+
+        def look() -> list[Row]:
+            with closing(journal_file.connect(self.folder)) as db:
+                return journal_file.read(db, seq_id - 1, up_to=seq_id)
+
+        if self._deleted is not None:
+            return None
+        try:
+            rows = await asyncio.to_thread(look)
+        except (sqlite3.Error, OSError) as exc:
+            text = f"Operation {seq_id} was executed, but its answer cannot be read: {exc}."
+            raise error("STORAGE_FAILED", text) from exc
+        return rows[0] if rows else None
 
     # ── the client ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -335,7 +383,7 @@ class Run:
         """The run as the protocol tells it."""
         message = RunMessage(
             run_id=self.run_id,
-            base_model=self.record.base_model,
+            base_model=self._settings.base_model.told(self.record.base_model),
             lora_rank=self.create_request.lora_rank,
             state=RUN_STATE_LOST if self.lost else RUN_STATE_ACTIVE,
             next_seq_id=self.next_seq_id,
@@ -351,3 +399,8 @@ class Run:
         if self._drop_timer is not None:
             self._drop_timer.cancel()
             self._drop_timer = None
+
+
+def _left_to_the_next_trainer() -> GradwireError:
+    text = "The trainer shut down before this was done. It is in the run's journal: the next trainer does it."
+    return error("DRAINING", text, retry_after_s=5.0)

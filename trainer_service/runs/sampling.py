@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import TypeGuard
 
@@ -15,11 +16,12 @@ from gradwire.v1.worker_service_pb2 import (
     WorkerSample,
 )
 
+from trainer_service.access import current_caller
 from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Limits
 from trainer_service.fleet.worker import Reply, Worker
 from trainer_service.paths import SNAPSHOTS, SamplerPath
-from trainer_service.request_limits import prompt_too_long
+from trainer_service.request_limits import check_lease_ms, prompt_too_long
 from trainer_service.runs.registry import Runs
 
 
@@ -38,8 +40,8 @@ class Sampling:
         self._worker = worker
         self._transfers = transfers
         self._limits = limits
-        self._under_way: set[str] = set()
-        """Requests that came and that the worker is not done with, those given up included."""
+        self._under_way: dict[str, str] = {}
+        """Owners of the requests that came and that the worker is not done with, those given up included."""
 
     def __len__(self) -> int:
         return len(self._under_way)
@@ -50,29 +52,22 @@ class Sampling:
         Raises:
             GradwireError: The sampler is not the caller's, LIMIT_EXCEEDED, or the worker's own.
         """
-        if len(self) >= self._limits.max_sample_requests:
-            raise error(
-                "LIMIT_EXCEEDED",
-                f"{len(self)} sample requests are under way, and this trainer takes at most "
-                f"{self._limits.max_sample_requests} at once; wait for some, or ask for num_samples of one prompt.",
-                retry_after_s=1.0,
-                limit=self._limits.max_sample_requests,
-                got=len(self) + 1,
-            )
+        owner = current_caller.get().owner
+        self._refuse_too_many(owner)
         sample_id = uuid.uuid4().hex
         outcomes: asyncio.Queue[Reply | GradwireError] = asyncio.Queue()
-        self._under_way.add(sample_id)
+        self._under_way[sample_id] = owner
         sent = done = False
 
         def deliver(outcome: Reply | GradwireError) -> None:
             if not _is_sampled(outcome):
-                self._under_way.discard(sample_id)
+                self._under_way.pop(sample_id, None)
             outcomes.put_nowait(outcome)
 
         try:
             self._check_prompt(request)
             await self._check(request.sampler, recent=True)
-            command = WorkerCommand(sample=WorkerSample(sample_id=sample_id, request=request))
+            command = WorkerCommand(sample=WorkerSample(sample_id=sample_id, request=request, owner=owner))
             sent = True
             self._worker.submit(command, deliver)
             while True:
@@ -85,19 +80,20 @@ class Sampling:
                 return
         finally:
             if not sent:
-                self._under_way.discard(sample_id)
+                self._under_way.pop(sample_id, None)
             elif not done:
                 command = WorkerCommand(cancel_sample=WorkerCancelSample(sample_id=sample_id))
                 self._worker.submit(command, lambda _: None)
 
-    async def open(self, sampler: pb.Sampler) -> None:
-        """Loads a sampler.
+    async def open(self, sampler: pb.Sampler, *, lease_ms: int) -> None:
+        """Loads a sampler; a snapshot stays for lease_ms at least.
 
         Raises:
             GradwireError: As sample.
         """
+        check_lease_ms(lease_ms)
         await self._check(sampler)
-        await self._command(WorkerCommand(open_sampler=WorkerOpenSampler(sampler=sampler)))
+        await self._command(WorkerCommand(open_sampler=WorkerOpenSampler(sampler=sampler, lease_ms=lease_ms)))
 
     async def close(self, sampler: pb.Sampler) -> None:
         """Frees a snapshot; anything else is passed over.
@@ -107,6 +103,20 @@ class Sampling:
         """
         await self._check(sampler, fetch=False)
         await self._command(WorkerCommand(close_sampler=WorkerCloseSampler(sampler=sampler)))
+
+    def _refuse_too_many(self, owner: str) -> None:
+        """Bounds the requests under way, but so that nobody's keep all of another's out."""
+        limit, own = self._limits.max_sample_requests, Counter(self._under_way.values())
+        if len(self) < limit or own[owner] < limit // len({*own, owner}) // 2:
+            return
+        raise error(
+            "LIMIT_EXCEEDED",
+            f"{len(self)} sample requests are under way, {own[owner]} of them yours, and this trainer takes at most "
+            f"{limit} at once; wait for some, or ask for num_samples of one prompt.",
+            retry_after_s=1.0,
+            limit=limit,
+            got=len(self) + 1,
+        )
 
     def _check_prompt(self, request: pb.SampleRequest) -> None:
         """Refuses a prompt that the model's context does not hold before it takes the worker's time."""

@@ -113,6 +113,31 @@ class Sequence:
             entry.waiters.append(answered)
         return None
 
+    def wait_for(self, seq_id: int, answered: Answered) -> Callable[[], object] | None:
+        """Waits for the answer to an operation that was received.
+
+        Args:
+            seq_id: Its number.
+            answered: Gets the answer; at once, if it is already there.
+
+        Returns:
+            What ends the waiting; None where the answer was let go.
+
+        Raises:
+            OutOfRangeError: SEQ_ID_GAP: no operation has that number yet.
+        """
+        if not 1 <= seq_id < self.next_seq_id:
+            received = f"1 to {self.next_seq_id - 1}" if self.next_seq_id > 1 else "none"
+            text = f"seq_id is {seq_id}, but the operations of this run that were received are {received}."
+            raise error("SEQ_ID_GAP", text, expected=self.next_seq_id, got=seq_id)
+        if (entry := self._waiting.get(seq_id)) is not None:
+            entry.waiters.append(answered)
+            return lambda: answered in entry.waiters and entry.waiters.remove(answered)
+        if seq_id not in self._retained:
+            return None
+        answered(self._retained[seq_id][1])
+        return lambda: None
+
     def take_up(self, entry: Entry) -> None:
         """Waits for an operation's answer; one received by an earlier trainer is taken up so."""
         self._waiting[entry.seq_id] = entry

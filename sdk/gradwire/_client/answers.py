@@ -1,6 +1,6 @@
 """Turns the trainer's answers into the values users get."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from gradwire._wire.codec import decode_tensor
 from gradwire._wire.metrics import combine_metrics
 from gradwire.checkpoint_client import time_of
+from gradwire.errors import from_status
 from gradwire.sampling_client import SamplerSource
 from gradwire.types import (
     ForwardBackwardOutput,
@@ -110,6 +111,39 @@ def nothing(_responses: Sequence[TrainResponse]) -> None:
     """Output of calls that only succeed."""
 
 
+def loaded(responses: Sequence[TrainResponse]) -> int:
+    """Output of load_state as GetAnswer tells it: the step in the loaded state."""
+    return responses[0].load_state.step
+
+
+def backward_metrics(responses: Sequence[TrainResponse]) -> dict[str, float]:
+    """Output of the backward of a custom loss."""
+    return dict(responses[0].backward.metrics)
+
+
+def one_operation(response: TrainResponse) -> Any:
+    """What one operation gave, whichever it is.
+
+    Raises:
+        GradwireError: What it failed with.
+    """
+    kind = response.WhichOneof("result") or "error"
+    if kind == "error":
+        raise from_status(response.error)
+    return _OF_KIND.get(kind, nothing)([response])
+
+
+_OF_KIND: dict[str, Callable[[Sequence[TrainResponse]], Any]] = {
+    "forward": forward_output,
+    "forward_backward": forward_output,
+    "backward": backward_metrics,
+    "optim_step": optim_step,
+    "save_weights_for_sampler": save_weights,
+    "save_state": saved_state,
+    "load_state": loaded,
+}
+
+
 def run_state_name(state: int) -> str:
     """ "active" for RUN_STATE_ACTIVE, and so on; the number of one that only a newer trainer knows."""
     known = RunState.DESCRIPTOR.values_by_number.get(state)
@@ -127,7 +161,7 @@ def server_info(message: GetServerInfoResponse) -> ServerInfo:
     return _copied(
         ServerInfo,
         message,
-        models=tuple(_copied(ModelInfo, model) for model in message.models),
+        models=tuple(_copied(ModelInfo, model, aliases=tuple(model.aliases)) for model in message.models),
         losses=tuple(
             _copied(
                 LossInfo,
@@ -144,7 +178,8 @@ def server_info(message: GetServerInfoResponse) -> ServerInfo:
 
 def server_capabilities(info: ServerInfo) -> ServerCapabilities:
     """Output of get_server_capabilities."""
-    return ServerCapabilities([SupportedModel(model.base_model, model.max_context_length) for model in info.models])
+    named = ((name, model) for model in info.models for name in (model.base_model, *model.aliases))
+    return ServerCapabilities([SupportedModel(name, model.max_context_length) for name, model in named])
 
 
 def listed_run(run: Run) -> ListedRun:

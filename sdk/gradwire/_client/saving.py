@@ -13,7 +13,7 @@ from gradwire._client.user_metadata import check_user_metadata
 from gradwire.checkpoint_client import check_ttl_seconds
 from gradwire.errors import invalid_field
 from gradwire.futures import APIFuture
-from gradwire.sampling_client import NO_STABILITY_INFO, RETRIES_ITSELF, SamplingClient
+from gradwire.sampling_client import LEASE_MS, NO_STABILITY_INFO, RETRIES_ITSELF, SamplingClient
 from gradwire.types import SavedState, SaveWeightsResult
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.checkpoint_pb2 import CHECKPOINT_TYPE_BASE, CHECKPOINT_TYPE_DELTA
@@ -90,7 +90,9 @@ class SavingCalls:
         if kind != "snapshot":
             raise invalid_field("kind", f'is {kind!r}; it must be "snapshot": make a new client after each step.')
         name = "save_weights_and_get_sampling_client"
-        request = TrainRequest(save_weights_for_sampler=ops.SaveWeightsForSamplerRequest(ephemeral=True))
+        request = TrainRequest(
+            save_weights_for_sampler=ops.SaveWeightsForSamplerRequest(ephemeral=True, lease_ms=LEASE_MS)
+        )
         source = self._calls.send(name, [request], answers.sampler_source, barrier=True)
         return SamplingClient(self._connection, source.future())
 

@@ -5,7 +5,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-SERVER_COMMANDS = {"serve": "serve one base model", "jobs": "start and stop trainers on this machine"}
+SERVER_COMMANDS = {
+    "serve": "serve one base model",
+    "jobs": "start and stop trainers on this machine",
+    "gateway": "serve clients of hosted services over HTTP",
+}
 """Each as `python -m trainer_service` takes it, and what it does."""
 _PACKAGES = (
     "trainer_service",

@@ -10,7 +10,7 @@ class ModelData:
     """The model of a run."""
 
     model_name: str
-    """The base model, as the trainer was given it."""
+    """The base model, as the trainer calls it."""
     arch: str
     """Architecture, such as "LlamaForCausalLM"."""
     tokenizer_id: str
@@ -94,7 +94,7 @@ class SupportedModel:
     """A model that a trainer serves."""
 
     model_name: str
-    """Hub id or folder, as the trainer was given it."""
+    """A name that base_model may be: what the trainer calls it, or an alias."""
     max_context_length: int
     """Longest sequence taken, tokens."""
     trainable: bool = True
@@ -108,4 +108,4 @@ class ServerCapabilities:
     """What a trainer can do; get_server_info() says more."""
 
     supported_models: list[SupportedModel]
-    """The models it serves, which is one."""
+    """The one model it serves, by each of its names."""

@@ -9,7 +9,7 @@ class ModelInfo:
     """A model that a trainer serves."""
 
     base_model: str
-    """Hub id or folder, as the trainer was given it."""
+    """What it is called: the served name, or the hub id or folder that the trainer was given."""
     architecture: str
     """Such as "LlamaForCausalLM"."""
     vocab_size: int
@@ -26,6 +26,8 @@ class ModelInfo:
     """How datums become microbatches, such as "one sequence at a time"."""
     sampling: str
     """How samples are decoded, such as "together", or in which other way and why."""
+    aliases: tuple[str, ...] = ()
+    """Further names that it may be given."""
 
 
 @dataclass(frozen=True)

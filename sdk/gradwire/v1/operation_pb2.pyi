@@ -210,7 +210,7 @@ class CancelResponse(_message.Message):
     def __init__(self, dropped: _Optional[int] = ...) -> None: ...
 
 class SaveWeightsForSamplerRequest(_message.Message):
-    __slots__ = ("run_id", "seq_id", "name", "overwrite", "ephemeral", "merged", "checkpoint_type", "dtype", "ttl_seconds", "user_metadata")
+    __slots__ = ("run_id", "seq_id", "name", "overwrite", "ephemeral", "lease_ms", "merged", "checkpoint_type", "dtype", "ttl_seconds", "user_metadata")
     class UserMetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -223,6 +223,7 @@ class SaveWeightsForSamplerRequest(_message.Message):
     NAME_FIELD_NUMBER: _ClassVar[int]
     OVERWRITE_FIELD_NUMBER: _ClassVar[int]
     EPHEMERAL_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     MERGED_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_TYPE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -233,12 +234,13 @@ class SaveWeightsForSamplerRequest(_message.Message):
     name: str
     overwrite: bool
     ephemeral: bool
+    lease_ms: int
     merged: bool
     checkpoint_type: _checkpoint_pb2.CheckpointType
     dtype: str
     ttl_seconds: int
     user_metadata: _containers.ScalarMap[str, str]
-    def __init__(self, run_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., name: _Optional[str] = ..., overwrite: bool = ..., ephemeral: bool = ..., merged: bool = ..., checkpoint_type: _Optional[_Union[_checkpoint_pb2.CheckpointType, str]] = ..., dtype: _Optional[str] = ..., ttl_seconds: _Optional[int] = ..., user_metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., name: _Optional[str] = ..., overwrite: bool = ..., ephemeral: bool = ..., lease_ms: _Optional[int] = ..., merged: bool = ..., checkpoint_type: _Optional[_Union[_checkpoint_pb2.CheckpointType, str]] = ..., dtype: _Optional[str] = ..., ttl_seconds: _Optional[int] = ..., user_metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class SaveWeightsForSamplerResponse(_message.Message):
     __slots__ = ("path", "uri", "size_bytes")

@@ -35,7 +35,7 @@ class LossInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., loss_fn_inputs: _Optional[_Iterable[str]] = ..., loss_fn_config_keys: _Optional[_Iterable[str]] = ..., loss_fn_config_defaults: _Optional[_Mapping[str, float]] = ..., soft_targets: bool = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("base_model", "architecture", "vocab_size", "max_context_length", "num_parameters", "dtype", "device", "batching", "sampling")
+    __slots__ = ("base_model", "architecture", "vocab_size", "max_context_length", "num_parameters", "dtype", "device", "batching", "sampling", "aliases")
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,7 @@ class ModelInfo(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     BATCHING_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
     base_model: str
     architecture: str
     vocab_size: int
@@ -54,7 +55,8 @@ class ModelInfo(_message.Message):
     device: str
     batching: str
     sampling: str
-    def __init__(self, base_model: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_length: _Optional[int] = ..., num_parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., batching: _Optional[str] = ..., sampling: _Optional[str] = ...) -> None: ...
+    aliases: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, base_model: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_length: _Optional[int] = ..., num_parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., batching: _Optional[str] = ..., sampling: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_message_bytes", "target_message_bytes", "max_in_flight_operations", "max_runs", "max_datums", "max_tokens", "max_num_samples", "max_topk_logprobs", "max_sample_requests", "max_snapshots", "max_user_metadata_entries", "max_user_metadata_bytes", "max_message_fields", "max_name_bytes", "max_loss_fn_inputs", "max_loss_fn_config_keys", "max_forward_seq_ids", "max_typed_datums", "max_typed_values", "max_tensor_dims", "max_prompt_text_bytes", "max_stop_token_ids", "max_stop_strings", "max_stop_string_bytes", "max_stop_bytes")
@@ -270,6 +272,24 @@ class ReplayDifference(_message.Message):
     recorded_digest: str
     replayed_digest: str
     def __init__(self, seq_id: _Optional[int] = ..., kind: _Optional[str] = ..., step: _Optional[int] = ..., recorded_digest: _Optional[str] = ..., replayed_digest: _Optional[str] = ...) -> None: ...
+
+class GetAnswerRequest(_message.Message):
+    __slots__ = ("run_id", "seq_id", "timeout_ms")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    seq_id: int
+    timeout_ms: int
+    def __init__(self, run_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+
+class GetAnswerResponse(_message.Message):
+    __slots__ = ("response", "pending")
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
+    response: TrainResponse
+    pending: bool
+    def __init__(self, response: _Optional[_Union[TrainResponse, _Mapping]] = ..., pending: bool = ...) -> None: ...
 
 class ReplayRunResponse(_message.Message):
     __slots__ = ("after_seq_id", "compared", "not_compared", "difference")

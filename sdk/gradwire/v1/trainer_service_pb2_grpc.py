@@ -86,6 +86,11 @@ class TrainerServiceStub(object):
                 request_serializer=gradwire_dot_v1_dot_trainer__service__pb2.TrainRequest.SerializeToString,
                 response_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.TrainResponse.FromString,
                 _registered_method=True)
+        self.GetAnswer = channel.unary_unary(
+                '/gradwire.v1.TrainerService/GetAnswer',
+                request_serializer=gradwire_dot_v1_dot_trainer__service__pb2.GetAnswerRequest.SerializeToString,
+                response_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.GetAnswerResponse.FromString,
+                _registered_method=True)
         self.Forward = channel.unary_unary(
                 '/gradwire.v1.TrainerService/Forward',
                 request_serializer=gradwire_dot_v1_dot_operation__pb2.ForwardRequest.SerializeToString,
@@ -207,6 +212,14 @@ class TrainerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetAnswer(self, request, context):
+        """The answer to one operation of a run, whoever sent it and by whichever call, also when a trainer before this one gave
+        it. Waits a while for one that is still to come. Cuts into no order, and takes nothing from whoever is attached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Forward(self, request, context):
         """One operation, typed by hand. Times are in the trailing metadata gradwire-{queue,execute,transfer}-ms.
         """
@@ -322,6 +335,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.Train,
                     request_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.TrainRequest.FromString,
                     response_serializer=gradwire_dot_v1_dot_trainer__service__pb2.TrainResponse.SerializeToString,
+            ),
+            'GetAnswer': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAnswer,
+                    request_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.GetAnswerRequest.FromString,
+                    response_serializer=gradwire_dot_v1_dot_trainer__service__pb2.GetAnswerResponse.SerializeToString,
             ),
             'Forward': grpc.unary_unary_rpc_method_handler(
                     servicer.Forward,
@@ -640,6 +658,33 @@ class TrainerService(object):
             '/gradwire.v1.TrainerService/Train',
             gradwire_dot_v1_dot_trainer__service__pb2.TrainRequest.SerializeToString,
             gradwire_dot_v1_dot_trainer__service__pb2.TrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAnswer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.TrainerService/GetAnswer',
+            gradwire_dot_v1_dot_trainer__service__pb2.GetAnswerRequest.SerializeToString,
+            gradwire_dot_v1_dot_trainer__service__pb2.GetAnswerResponse.FromString,
             options,
             channel_credentials,
             insecure,

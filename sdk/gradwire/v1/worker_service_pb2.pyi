@@ -109,12 +109,14 @@ class WorkerSnapshotRun(_message.Message):
     def __init__(self, folder: _Optional[str] = ...) -> None: ...
 
 class WorkerSample(_message.Message):
-    __slots__ = ("sample_id", "request")
+    __slots__ = ("sample_id", "request", "owner")
     SAMPLE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     sample_id: str
     request: _sampling_service_pb2.SampleRequest
-    def __init__(self, sample_id: _Optional[str] = ..., request: _Optional[_Union[_sampling_service_pb2.SampleRequest, _Mapping]] = ...) -> None: ...
+    owner: str
+    def __init__(self, sample_id: _Optional[str] = ..., request: _Optional[_Union[_sampling_service_pb2.SampleRequest, _Mapping]] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class WorkerCancelSample(_message.Message):
     __slots__ = ("sample_id",)
@@ -123,10 +125,12 @@ class WorkerCancelSample(_message.Message):
     def __init__(self, sample_id: _Optional[str] = ...) -> None: ...
 
 class WorkerOpenSampler(_message.Message):
-    __slots__ = ("sampler",)
+    __slots__ = ("sampler", "lease_ms")
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     sampler: _sampling_service_pb2.Sampler
-    def __init__(self, sampler: _Optional[_Union[_sampling_service_pb2.Sampler, _Mapping]] = ...) -> None: ...
+    lease_ms: int
+    def __init__(self, sampler: _Optional[_Union[_sampling_service_pb2.Sampler, _Mapping]] = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
 class WorkerCloseSampler(_message.Message):
     __slots__ = ("sampler",)

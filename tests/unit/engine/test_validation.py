@@ -163,6 +163,7 @@ def test_unknown_loss_setting_is_refused() -> None:
         ("dro", {"beta": float("nan")}, r'"beta"\] is nan; it must be a finite number'),
         ("ppo", {"clip_high_threshold": 1e39}, r'"clip_high_threshold"\] is 1e\+39, beyond float32'),
         ("cispo", {"clip_low_threshold": 1e-60}, r'"clip_low_threshold"\] is 1e-60, which float32 rounds to 0'),
+        ("gspo", {}, r'pass for example {"clip_low_threshold": 0.9997, "clip_high_threshold": 1.0004}, the bounds'),
     ],
 )
 def test_settings_that_cannot_be_are_refused(name: str, config: dict[str, float], message: str) -> None:

@@ -22,6 +22,7 @@ from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
 from trainer_service.runs.snapshots import list_snapshots
+from trainer_service.served_model import ServedModel
 
 EVERY_2_STEPS = Durability(snapshots=SnapshotPolicy(every_steps=2), idle_lease_s=0)
 
@@ -30,6 +31,7 @@ EVERY_2_STEPS = Durability(snapshots=SnapshotPolicy(every_steps=2), idle_lease_s
 async def trainer(folder: Path, worker: FakeWorker, **settings: Any) -> AsyncIterator[Runs]:
     """A trainer's runs, until it stops."""
     settings = {"base_model": "fake", "limits": Limits(), "detach_grace_s": 60.0, **settings}
+    settings["base_model"] = ServedModel(settings["base_model"])
     runs = Runs(worker, observe=lambda kind, response: None, runs_dir=folder, **settings)
     runs.start()
     try:

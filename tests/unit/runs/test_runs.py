@@ -21,6 +21,7 @@ from trainer_service.config import Limits
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
+from trainer_service.served_model import ServedModel
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,7 @@ def folders_go_with_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def make_runs(worker: FakeWorker, **settings: Any) -> Runs:
     settings = {"base_model": "fake", "limits": Limits(), "detach_grace_s": 60.0, **settings}
+    settings["base_model"] = ServedModel(settings["base_model"])
     runs_dir = settings.pop("runs_dir", None) or Path(tempfile.mkdtemp(prefix="gradwire-test-"))
     runs = Runs(worker, observe=lambda kind, response: None, runs_dir=runs_dir, **settings)
     runs.start()

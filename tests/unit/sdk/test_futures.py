@@ -5,7 +5,7 @@ import threading
 from concurrent.futures import Future as ConcurrentFuture
 
 import pytest
-from gradwire.errors import OperationTimeoutError, error
+from gradwire.errors import OperationCancelledError, OperationTimeoutError, error
 from gradwire.futures import APIFuture
 
 
@@ -57,6 +57,29 @@ def test_waiting_with_a_timeout_on_a_loop_does_not_cancel_the_operation():
         return await future
 
     assert asyncio.run(wait()) == 7
+
+
+def test_a_call_that_is_given_up_with_its_waiter_ends_with_the_last_of_them_and_with_no_timeout():
+    inner: ConcurrentFuture[int] = ConcurrentFuture()
+    future = APIFuture(inner, "sample", given_up_with_waiter=True)
+
+    async def wait() -> None:
+        with pytest.raises(OperationTimeoutError):
+            await future.result_async(timeout=0.01)
+        first, last = (asyncio.ensure_future(future.result_async()) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert not inner.cancelled()
+        last.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await last
+        assert inner.cancelled()
+        with pytest.raises(OperationCancelledError, match="sample was given up"):
+            await future
+
+    asyncio.run(wait())
 
 
 def test_an_error_reaches_both_kinds_of_waiting():

@@ -38,4 +38,11 @@ def _check_config(config: Mapping[str, float]) -> None:
         )
 
 
-DRO = Loss(name="dro", inputs=("logprobs", "advantages"), fn=dro, config={"beta": None}, check_config=_check_config)
+DRO = Loss(
+    name="dro",
+    inputs=("logprobs", "advantages"),
+    fn=dro,
+    config={"beta": None},
+    advice='pass for example {"beta": 0.05}, and more to stay closer to the sampler',
+    check_config=_check_config,
+)

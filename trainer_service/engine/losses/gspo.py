@@ -82,7 +82,9 @@ GSPO = Loss(
     name="gspo",
     inputs=("logprobs", "advantages", "sequence_ratio_mask"),
     fn=gspo,
+    # No defaults: nobody documents any, and ppo's would hardly ever take effect.
     config={"clip_low_threshold": None, "clip_high_threshold": None},
+    advice='pass for example {"clip_low_threshold": 0.9997, "clip_high_threshold": 1.0004}, the bounds of its paper',
     check_config=check_thresholds,
     check_inputs=_check_inputs,
 )

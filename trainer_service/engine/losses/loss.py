@@ -55,6 +55,7 @@ class Loss:
         fn: (inputs, config) → output; pure. config has every key of `config`.
         config: Keys of loss_fn_config to their defaults; None where the caller must say.
         soft_targets: Whether it takes K targets a token beside one.
+        advice: What to pass where the caller must say, and whose values these are; a clause.
         check_config: Raises InvalidArgumentError where settings contradict each other.
         check_inputs: Raises InvalidArgumentError where inputs, all finite, do not make sense, naming the place by
             Batch.input_path: a batch may be a piece of the caller's. numpy only.
@@ -65,6 +66,7 @@ class Loss:
     fn: Callable[[LossInputs, Mapping[str, float]], LossOutput]
     config: Mapping[str, float | None] = field(default_factory=dict)
     soft_targets: bool = False
+    advice: str = ""
     check_config: Callable[[Mapping[str, float]], None] = lambda config: None
     check_inputs: Callable[[Batch], None] = lambda batch: None
 

@@ -69,6 +69,11 @@ class Block:
         """Tokens held."""
         self._keys, self._values = self._allocate(room)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes."""
+        return self._keys.nbytes + self._values.nbytes
+
     def reserve(self, count: int) -> None:
         """Makes room for `count` more tokens."""
         room = self._keys.shape[3]

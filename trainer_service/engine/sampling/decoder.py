@@ -75,6 +75,14 @@ class Sequences:
         elif self.caches:
             self.caches = [self.caches[sample] for sample in samples]
 
+    def follow(self, prompt: "Sequences") -> None:
+        """Goes on from a whole prompt that another request took in, and from which that one has not branched."""
+        # A prompt's block is only read from then on.
+        self.prompt = prompt.prompt
+        self.caches = copy.deepcopy(prompt.caches)
+        self.tokens = [list(prompt.tokens[0])]
+        self.way, self.beyond, self.length = prompt.way, prompt.beyond, prompt.length
+
     def close(self) -> None:
         """Lets go of everything."""
         for slot in self.slots:
@@ -88,11 +96,18 @@ class Sequences:
             own += new
 
 
-def num_cached_tokens(num_samples: int, num_prompt: int, max_tokens: int) -> int:
-    """Tokens that a request's caches have room for in the end."""
+def num_cached_tokens(num_samples: int, num_prompt: int, num_generated: int, *, num_alive: int) -> int:
+    """Tokens that a request's caches have room for.
+
+    Args:
+        num_samples: That it began with.
+        num_prompt: Tokens of its prompt.
+        num_generated: Tokens of each sample behind it.
+        num_alive: Samples that go on.
+    """
     if _shares_prompt(num_samples, num_prompt):
-        return capacity(num_prompt) + num_samples * capacity(max_tokens)
-    return num_samples * capacity(num_prompt + max_tokens)
+        return capacity(num_prompt) + num_alive * capacity(num_generated)
+    return num_alive * capacity(num_prompt + num_generated)
 
 
 def _shares_prompt(num_samples: int, num_prompt: int) -> bool:
@@ -138,16 +153,16 @@ class Decoder:
         decoding = self.decoding
         return num_prompt if decoding.whole or decoding.is_beyond(num_prompt) else usual
 
-    def prefill(self, batch: list[Sequences], tokens: list[list[int]], *, all_logits: list[bool]) -> list[Tensor]:
+    def prefill(self, batch: list[Sequences], tokens: list[list[int]], *, num_logits: list[int]) -> list[Tensor]:
         """Takes the next tokens of prompts in.
 
         Args:
             batch: Whose prompts.
             tokens: N of each, no more at a time than `piece` says and no fewer but at the end.
-            all_logits: Whether the logits behind each token are wanted, or only those behind the last, of each.
+            num_logits: Of each, behind how many of its last tokens logits are wanted; 1 at least.
 
         Returns:
-            float32 [N, V] or [1, V] of each.
+            float32 [num_logits, V] of each.
         """
         found: dict[Sequences, Tensor] = {}
         together: list[int] = []
@@ -156,12 +171,12 @@ class Decoder:
             if sequences.way is Way.TOGETHER:
                 together.append(number)
             else:
-                (logits_NV,) = self._forward_alone(sequences, [own], num_wanted=len(own) if all_logits[number] else 1)
+                (logits_NV,) = self._forward_alone(sequences, [own], num_wanted=num_logits[number])
                 found[sequences] = logits_NV
         if together:
             parts = [batch[number] for number in together]
             logits = self._prefill_together(
-                parts, [tokens[number] for number in together], [all_logits[number] for number in together]
+                parts, [tokens[number] for number in together], [num_logits[number] for number in together]
             )
             found.update(zip(parts, logits, strict=True))
         for sequences, own in zip(batch, tokens, strict=True):
@@ -260,23 +275,21 @@ class Decoder:
             sequences.close()
         sequences.way, sequences.beyond = decoding.far if beyond else decoding.near, beyond
 
-    def _prefill_together(
-        self, batch: list[Sequences], tokens: list[list[int]], all_logits: list[bool]
-    ) -> list[Tensor]:
+    def _prefill_together(self, batch: list[Sequences], tokens: list[list[int]], num_logits: list[int]) -> list[Tensor]:
         assert self.shape is not None
         parts: list[Part] = []
         inputs: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
-        for sequences, own, every in zip(batch, tokens, all_logits, strict=True):
+        for sequences, own, count in zip(batch, tokens, num_logits, strict=True):
             if sequences.prompt is None:
                 sequences.prompt = Block(self.shape, 1, len(own))
             parts.append(Part.of(sequences.prompt, len(own)))
             inputs += own
             positions += range(sequences.length, sequences.length + len(own))
-            wanted += range(len(inputs) - len(own) if every else len(inputs) - 1, len(inputs))
+            wanted += range(len(inputs) - count, len(inputs))
         logits_NV = self._forward(parts, [], inputs, positions, wanted)
-        return list(logits_NV.split([len(own) if every else 1 for own, every in zip(tokens, all_logits, strict=True)]))
+        return list(logits_NV.split(num_logits))
 
     def _decode_together(self, batch: list[Sequences], tokens: list[int]) -> Tensor:
         parts: list[Part] = []

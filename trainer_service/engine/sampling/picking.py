@@ -117,6 +117,18 @@ class PlaceLogprobs:
     topk_logprobs: list[float]
 
 
+def likeliest(logits_NV: Tensor, topk: int) -> tuple[list[list[int]], list[list[float]]]:
+    """The `topk` likeliest tokens of each row in falling order, and their logprobs."""
+    logits_NK, tokens_NK = torch.topk(logits_NV, topk, dim=-1)
+    return tokens_NK.tolist(), (logits_NK - torch.logsumexp(logits_NV, dim=-1, keepdim=True)).tolist()
+
+
+def target_logprobs(logits_NV: Tensor, targets_NK: Tensor) -> list[float]:
+    """Logprobs of targets behind logits, row-major; 0 for one below 0."""
+    found_NK = logits_NV.gather(-1, targets_NK.clamp(min=0)) - torch.logsumexp(logits_NV, dim=-1, keepdim=True)
+    return torch.where(targets_NK < 0, 0.0, found_NK).flatten().tolist()
+
+
 def place_logprobs(logits_NV: Tensor, targets: list[int], topk: int) -> PlaceLogprobs:
     """Logprobs of `targets` [N] behind logits, and of the `topk` likeliest, in falling order, row-major."""
     lse_N1 = torch.logsumexp(logits_NV, dim=-1, keepdim=True)

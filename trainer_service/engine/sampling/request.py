@@ -3,7 +3,11 @@
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
+from gradwire._wire.codec import decode_tensor
 from gradwire.errors import invalid_field
 from gradwire.v1.sampling_service_pb2 import SampleRequest, SamplingParams, Stop
 
@@ -28,6 +32,9 @@ class Request:
         stop_strings: Texts that end one; None for none.
         prompt_logprobs: Whether they are asked for.
         topk: Likeliest tokens asked for at each place of the prompt.
+        first_row: Of what is asked for about the prompt; row i is about token i + 1.
+        targets: Token ids whose logprobs are asked for, int64 [N - 1, K], -1 for none; None where none are.
+        topk_sampled: Likeliest tokens asked for at each place of the samples.
         with_text: Whether responses carry text.
         text: The tokenizer; None where nothing of it is text.
     """
@@ -43,11 +50,27 @@ class Request:
     topk: int
     with_text: bool
     text: Text | None
+    first_row: int = 0
+    targets: npt.NDArray[np.int64] | None = None
+    topk_sampled: int = 0
 
     @property
     def wants_prompt(self) -> bool:
         """Whether anything about the prompt is asked for."""
-        return self.prompt_logprobs or self.topk > 0
+        return self.prompt_logprobs or self.topk > 0 or self.targets is not None
+
+    @cached_property
+    def first_target_row(self) -> int:
+        """The first row of targets that names one; as many as there are where none does."""
+        if self.targets is None:
+            return len(self.prompt) - 1
+        rows = np.flatnonzero((self.targets >= 0).any(axis=1))
+        return int(rows[0]) if len(rows) else len(self.targets)
+
+    def rows_from(self) -> int:
+        """The first row that anything is asked for about."""
+        whole = self.first_row if self.prompt_logprobs or self.topk else len(self.prompt) - 1
+        return min(whole, self.first_target_row)
 
 
 def read_request(
@@ -80,6 +103,8 @@ def read_request(
     num_samples = message.num_samples if message.HasField("num_samples") else 1
     _check_range("num_samples", num_samples, 1, limits.max_num_samples)
     _check_range("topk_prompt_logprobs", message.topk_prompt_logprobs, 0, min(limits.max_topk_logprobs, vocab_size))
+    highest = min(limits.max_topk_logprobs, vocab_size)
+    _check_range("topk_sample_logprobs", message.topk_sample_logprobs, 0, highest)
     params = message.sampling_params
     stop_tokens, stop_strings = eos_tokens, None
     if params.HasField("stop"):
@@ -97,7 +122,43 @@ def read_request(
         topk=message.topk_prompt_logprobs,
         with_text=with_text,
         text=text() if with_text or stop_strings is not None else None,
+        first_row=_first_row(message, len(prompt)),
+        targets=_targets(message, len(prompt), vocab_size, limits),
+        topk_sampled=message.topk_sample_logprobs,
     )
+
+
+def _first_row(message: SampleRequest, num_prompt: int) -> int:
+    if not message.HasField("prompt_logprobs_last_n"):
+        return 0
+    if not message.include_prompt_logprobs and not message.topk_prompt_logprobs:
+        raise invalid_field(
+            "prompt_logprobs_last_n", "is set without include_prompt_logprobs or topk_prompt_logprobs; set one of them."
+        )
+    if num_prompt < 2:
+        raise invalid_field("prompt_logprobs_last_n", "is set, but of a prompt of one token there are no logprobs.")
+    _check_range("prompt_logprobs_last_n", message.prompt_logprobs_last_n, 1, num_prompt - 1)
+    return num_prompt - 1 - message.prompt_logprobs_last_n
+
+
+def _targets(message: SampleRequest, num_prompt: int, vocab_size: int, limits: Limits) -> npt.NDArray[np.int64] | None:
+    where = "target_prompt_logprobs"
+    if not message.HasField(where):
+        return None
+    targets = decode_tensor(message.target_prompt_logprobs, where)
+    if targets.dtype != np.int64 or targets.ndim != 2 or len(targets) != num_prompt - 1:
+        raise invalid_field(
+            where,
+            f"is {targets.dtype} {list(targets.shape)}; it must be int64 [{num_prompt - 1}, K], a row for each token "
+            "of the prompt but the first.",
+        )
+    _check_range(f"{where}.shape[1]", targets.shape[1], 1, limits.max_topk_logprobs)
+    wrong = (targets < -1) | (targets >= vocab_size)
+    if wrong.any():
+        row, column = (int(place[0]) for place in wrong.nonzero())
+        what = f"is {targets[row, column]}; token ids of this model are 0 to {vocab_size - 1}, and -1 asks for nothing."
+        raise invalid_field(f"{where}[{row}][{column}]", what)
+    return targets
 
 
 def _prompt(message: SampleRequest, vocab_size: int, text: Callable[[], Text]) -> list[int]:

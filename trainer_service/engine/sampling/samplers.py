@@ -6,6 +6,7 @@ about to change, and takes its copy then. Where they never do, or it is not want
 
 import itertools
 import logging
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_LOADED = 2
 """Checkpoints held loaded; the one unused longest makes room."""
-_USES = itertools.count()
+_USES, _NUMBERS = itertools.count(), itertools.count()
 
 
 @dataclass(eq=False)
@@ -36,6 +37,8 @@ class Sampler:
         decoder: Runs them.
         version: Which folder a checkpoint was loaded from, so that one saved anew under its name is noticed.
         gone: Why it cannot be used any more, once that is so.
+        number: Tells it from every other one, those gone included.
+        leased_until_s: By time.monotonic; before it a snapshot makes no room for others.
     """
 
     path: SamplerPath | None
@@ -43,6 +46,12 @@ class Sampler:
     version: object = None
     gone: GradwireError | None = None
     last_used: int = field(default_factory=_USES.__next__)
+    number: int = field(default_factory=_NUMBERS.__next__)
+    leased_until_s: float = 0.0
+
+    def lease(self, seconds: float) -> None:
+        """It is wanted for so long from now on, at least."""
+        self.leased_until_s = max(self.leased_until_s, time.monotonic() + seconds)
 
 
 class Samplers:
@@ -56,6 +65,7 @@ class Samplers:
         live_model: Gives a run's model.
         load: Loads a checkpoint's folder.
         max_snapshots: Of one run.
+        in_use: Whether requests of a sampler are under way.
     """
 
     def __init__(
@@ -68,7 +78,9 @@ class Samplers:
         live_model: Callable[[str], PreTrainedModel],
         load: Callable[[Path], PreTrainedModel],
         max_snapshots: int,
+        in_use: Callable[[Sampler], bool],
     ) -> None:
+        self._in_use = in_use
         self._device = device
         self._decoding = decoding
         self._checkpoint_dir = checkpoint_dir
@@ -105,15 +117,32 @@ class Samplers:
         held.last_used = next(_USES)
         return held
 
-    def snapshot(self, run_id: str, seq_id: int) -> SamplerPath:
-        """Freezes a run's parameters as they are. Beyond max_snapshots of a run, the one unused longest goes."""
+    def snapshot(self, run_id: str, seq_id: int, *, lease_s: float = 0.0) -> SamplerPath:
+        """Freezes a run's parameters as they are. Beyond max_snapshots of a run, the one unused longest goes of those
+        without a lease and without requests under way.
+
+        Raises:
+            ResourceExhaustedError: LIMIT_EXCEEDED: there is none such.
+        """
         path = SamplerPath.snapshot(run_id, seq_id)
         if path in self._held:
             return path  # The operation is replayed, and what it makes is here still.
         own = [held for held in self._held.values() if _is_snapshot_of(held.path, run_id)]
-        for held in sorted(own, key=lambda held: held.last_used)[: max(0, len(own) + 1 - self._max_snapshots)]:
+        now_s = time.monotonic()
+        free = [held for held in own if held.leased_until_s <= now_s and not self._in_use(held)]
+        surplus = max(0, len(own) + 1 - self._max_snapshots)
+        if len(free) < surplus:
+            raise error(
+                "LIMIT_EXCEEDED",
+                f"{run_id} has {len(own)} snapshots that clients hold open or sample from, as many as it may "
+                "(max_snapshots of GetServerInfo). Close those that are done with, as SamplingClient.close() does, or "
+                "save parameters that must last with save_weights_for_sampler.",
+                limit=self._max_snapshots,
+                got=len(own) + 1,
+            )
+        for held in sorted(free, key=lambda held: held.last_used)[:surplus]:
             self._drop(held, f"it made room for a newer one, since a run has {self._max_snapshots} at most")
-        self._hold(Sampler(path, self._decoder(self._live_model(run_id))))
+        self._hold(Sampler(path, self._decoder(self._live_model(run_id)))).lease(lease_s)
         return path
 
     def close(self, model_path: str) -> None:

@@ -2,12 +2,12 @@
 
 A step is small: pieces of prompts, or one token of every sample, of one sampler. The worker runs steps between
 operations of runs (worker loop in engine/__main__.py), so neither waits long for the other. Requests join and leave the
-batch between steps.
+batch between steps; who may, admission.py says. Owners take turns with their prompts.
 """
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 from gradwire.errors import GradwireError, error, to_status
@@ -15,8 +15,10 @@ from gradwire.v1.worker_service_pb2 import WorkerDone, WorkerEvent
 
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device, broken, out_of_memory
-from trainer_service.engine.sampling import picking
+from trainer_service.engine.sampling import picking, prompts
+from trainer_service.engine.sampling.admission import Admission
 from trainer_service.engine.sampling.job import Job, cancelled
+from trainer_service.engine.sampling.prompts import Prompts
 from trainer_service.engine.sampling.samplers import Sampler
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ _CPU_PIECE, _GPU_PIECE = 256, 2048
 number."""
 _MAX_SLICE_S = 0.5
 """The most that an operation waits for sampling."""
+_PROMPTS_SHARE = 16
+"""One part in so many of the caches' room is for prompts computed lately, on top."""
 
 
 class Scheduler:
@@ -48,10 +52,12 @@ class Scheduler:
         self._device = device
         self._counters = counters
         self._send = send
-        self._max_cache_bytes = max_cache_bytes
+        self._admission = Admission(max_rows=_MAX_ROWS, max_cache_bytes=max_cache_bytes)
+        self._prompts = Prompts(max_bytes=max_cache_bytes // _PROMPTS_SHARE)
         self._piece = _CPU_PIECE if device.torch_device.type == "cpu" else _GPU_PIECE
-        self._waiting: deque[Job] = deque()
-        self._prefilling: deque[Job] = deque()
+        self._prefilling: list[Job] = []
+        self._prefill_turns: Counter[str] = Counter()
+        """When each owner's prompts had their last turn."""
         self._decoding: list[Job] = []
         self._turns: deque[Sampler] = deque()
         """Samplers with jobs decoding; the first is next."""
@@ -60,16 +66,20 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self._waiting or self._prefilling or self._decoding)
+        return bool(self._admission)
+
+    def uses(self, sampler: Sampler) -> bool:
+        """Whether a request of it is under way."""
+        return any(job.sampler is sampler for job in self._admission)
 
     def start(self, job: Job) -> None:
         """Takes a request in."""
-        self._waiting.append(job)
+        self._admission.add(job)
         self._count()
 
     def cancel(self, sample_id: str) -> None:
         """Gives a request up; one that is done is passed over."""
-        for job in self._jobs():
+        for job in list(self._admission):
             if job.sample_id == sample_id:
                 self._end(job, cancelled())
 
@@ -91,39 +101,49 @@ class Scheduler:
         self._admit()
         if self._prefilling and (not self._decoding or self._prefills < _PREFILLS_PER_DECODE):
             self._prefills += 1
-            prompts = self._next_prompts()
-            self._attempt(prompts, lambda: self._prefill(prompts))
+            batch = self._next_prompts()
+            self._attempt(batch, lambda: self._prefill(batch))
         elif self._decoding:
             self._prefills = 0
+            self._put_back(self._admission.make_room())
+            if not self._decoding:
+                return
             sampler = self._turns[0]
             self._turns.rotate(-1)
-            batch = [job for job in self._decoding if job.sampler is sampler]
-            self._attempt(batch, lambda: self._decode(sampler, batch))
+            decoded = [job for job in self._decoding if job.sampler is sampler]
+            self._attempt(decoded, lambda: self._decode(sampler, decoded))
         self._counters.sampling_seconds_total += time.monotonic() - started_s
 
     def _admit(self) -> None:
-        """Lets those wait whose caches or samples there is no room for, in the order they came."""
-        while self._waiting:
-            job = self._waiting[0]
-            running = [*self._prefilling, *self._decoding]
-            num_rows = sum(len(other.alive) for other in running)
-            num_bytes = sum(map(_cache_bytes, running))
-            if running and (
-                num_rows + job.request.num_samples > _MAX_ROWS or num_bytes + _cache_bytes(job) > self._max_cache_bytes
-            ):
-                return
-            self._prefilling.append(self._waiting.popleft())
+        """Lets in whom there is room for. One whose prompt was computed lately goes on from there."""
+        let_in, put_back = self._admission.admit()
+        self._put_back(put_back)
+        for job in let_in:
+            logits_1V = None if job.wants_prompt else self._prompts.find(job)
+            if logits_1V is None:
+                self._prefilling.append(job)
+            else:
+                self._attempt([job], lambda job=job, logits_1V=logits_1V: self._share_prompt(job, logits_1V))
+
+    def _put_back(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            self._leave(job)
+            self._counters.requeued_samples_total += 1
 
     def _next_prompts(self) -> list[Job]:
-        """The first request in line, and those of the same sampler whose next pieces fit beside its own."""
+        """The first request in line of the owner whose turn it is, and those of the same sampler whose next pieces fit
+        beside its own. Of equal prompts one is computed, and the others go on from it."""
+        equal: dict[prompts.Key, Job] = {}
+        line = [job for job in self._prefilling if job.wants_prompt or equal.setdefault(prompts.key(job), job) is job]
+        first = min(line, key=lambda job: self._prefill_turns[job.owner])
+        self._prefill_turns[first.owner] = max(self._prefill_turns.values(), default=0) + 1
         room, taken = self._piece, []
-        for job in list(self._prefilling):
+        for job in [first, *(job for job in line if job is not first)]:
             size = len(self._next_piece(job))
             # One that only the whole comes out right of may be larger than a piece, and goes by itself.
-            if not taken or (size <= room and job.sampler is taken[0].sampler):
+            if not taken or (size <= room and job.sampler is first.sampler):
                 room -= size
                 taken.append(job)
-                self._prefilling.remove(job)
         return taken
 
     def _next_piece(self, job: Job) -> list[int]:
@@ -133,34 +153,76 @@ class Scheduler:
     def _prefill(self, batch: list[Job]) -> None:
         pieces = [self._next_piece(job) for job in batch]
         logits = batch[0].sampler.decoder.prefill(
-            [job.sequences for job in batch], pieces, all_logits=[job.request.wants_prompt for job in batch]
+            [job.sequences for job in batch],
+            pieces,
+            num_logits=[job.num_logits(len(tokens)) for job, tokens in zip(batch, pieces, strict=True)],
         )
         for job, tokens, logits_NV in zip(batch, pieces, logits, strict=True):
             self._take_in(job, tokens, logits_NV)
 
     def _take_in(self, job: Job, tokens: list[int], logits_NV: picking.Tensor) -> None:
         """A piece of a prompt was computed."""
-        request, start = job.request, job.num_prefilled
         job.num_prefilled += len(tokens)
         self._counters.prompt_tokens_total += len(tokens)
-        if request.wants_prompt and (targets := request.prompt[start + 1 : start + 1 + len(tokens)]):
-            job.add_prompt(picking.place_logprobs(logits_NV[: len(targets)], targets, request.topk))
+        if job.wants_prompt:
+            job.add_prompt(logits_NV)
+        # Behind those that wait for their turn.
+        self._prefilling.remove(job)
         if not job.prefilled:
             self._prefilling.append(job)
-        elif not request.max_tokens:
+            return
+        logits_1V = logits_NV[-1:]
+        self._prompts.keep(job, logits_1V)
+        equal = [other for other in self._prefilling if self._may_follow(other, job)]
+        for other in equal:
+            other.sequences.follow(job.sequences)
+            self._attempt([other], lambda other=other: self._share_prompt(other, logits_1V))
+        self._begin(job, logits_1V)
+
+    def _may_follow(self, job: Job, other: Job) -> bool:
+        return not job.wants_prompt and not job.num_prefilled and prompts.key(job) == prompts.key(other)
+
+    def _share_prompt(self, job: Job, logits_1V: picking.Tensor) -> None:
+        """A request goes on from a prompt that another one computed."""
+        self._counters.shared_prompts_total += 1
+        job.num_prefilled = len(job.request.prompt)
+        self._begin(job, logits_1V)
+
+    def _begin(self, job: Job, logits_1V: picking.Tensor) -> None:
+        """A prompt was taken in: its samples follow."""
+        if job in self._prefilling:
+            self._prefilling.remove(job)
+        job.prompt_known = True
+        if not job.request.max_tokens:
             job.alive = []
             self._send_response(job)
             self._end(job, None)
-        else:
-            job.sampler.decoder.branch(job.sequences)
-            self._decoding.append(job)
-            if job.sampler not in self._turns:
-                self._turns.append(job.sampler)
-            self._pick([job], logits_NV[-1:].expand(request.num_samples, -1))
+            return
+        job.sampler.decoder.branch(job.sequences)
+        self._decoding.append(job)
+        if job.sampler not in self._turns:
+            self._turns.append(job.sampler)
+        self._choose([job], logits_1V.expand(job.request.num_samples, -1))
 
     def _decode(self, sampler: Sampler, batch: list[Job]) -> None:
-        tokens = [sample.tokens[-1] for job in batch for sample in job.alive]
-        self._pick(batch, sampler.decoder.decode([job.sequences for job in batch], tokens))
+        tokens = [token for job in batch for token in job.feed()]
+        self._choose(batch, sampler.decoder.decode([job.sequences for job in batch], tokens))
+
+    def _choose(self, batch: list[Job], logits_NV: picking.Tensor) -> None:
+        """The next token of every sample of a batch, from the logits behind the last; or the same as before."""
+        rows: list[int] = []
+        choosing: list[Job] = []
+        place = 0
+        for job in batch:
+            count = len(job.held)
+            if not job.repeats:
+                choosing.append(job)
+                rows += range(place, place + count)
+            elif len(going_on := job.repeat()) < count:
+                job.sequences.keep(going_on)
+            place += count
+        if choosing:
+            self._pick(choosing, logits_NV if len(rows) == place else logits_NV[rows])
 
     def _pick(self, batch: list[Job], logits_NV: picking.Tensor) -> None:
         """The next token of every sample of a batch, from the logits behind the last."""
@@ -173,6 +235,8 @@ class Scheduler:
         for job in batch:
             stop = place + len(job.alive)
             try:
+                if job.request.topk_sampled:
+                    job.take_likeliest(logits_NV[place:stop])
                 going_on = job.take(tokens[place:stop], logprobs[place:stop])
             except GradwireError as exc:
                 self._end(job, exc)
@@ -222,24 +286,23 @@ class Scheduler:
         if job.done:
             return  # Before what went wrong for others of its batch.
         job.done = True
-        for line in (self._waiting, self._prefilling, self._decoding):
-            if job in line:
-                line.remove(job)
+        self._admission.remove(job)
+        self._leave(job)
         job.sequences.close()
-        if job.sampler in self._turns and not any(other.sampler is job.sampler for other in self._decoding):
-            self._turns.remove(job.sampler)
         self._counters.sample_requests_total += 1
         self._count()
         done = WorkerDone(error=to_status(failure) if failure else None)
         self._send(WorkerEvent(command_id=job.command_id, done=done, counters=self._counters.as_metrics()))
 
-    def _jobs(self) -> list[Job]:
-        return [*self._waiting, *self._prefilling, *self._decoding]
+    def _leave(self, job: Job) -> None:
+        """A request does not run any more."""
+        for line in (self._prefilling, self._decoding):
+            if job in line:
+                line.remove(job)
+        if job.sampler in self._turns and not any(other.sampler is job.sampler for other in self._decoding):
+            self._turns.remove(job.sampler)
+        if not any(other.owner == job.owner for other in self._prefilling):
+            del self._prefill_turns[job.owner]
 
     def _count(self) -> None:
-        self._counters.sample_requests = len(self._jobs())
-
-
-def _cache_bytes(job: Job) -> int:
-    shape = job.sampler.decoder.shape
-    return 0 if shape is None else job.num_cached_tokens * shape.bytes_per_token
+        self._counters.sample_requests = len(self._admission)

@@ -55,6 +55,7 @@ class Sampling:
             live_model=engine.live_model,
             load=self._load,
             max_snapshots=engine.limits.max_snapshots,
+            in_use=lambda sampler: self.scheduler.uses(sampler),
         )
         engine.before_change = self.samplers.before_change
         self.scheduler = Scheduler(
@@ -87,15 +88,15 @@ class Sampling:
             GradwireError: Its sampler is not there.
         """
         sampler = self.samplers.find(command.request.sampler.model_path)
-        self.scheduler.start(Job(command_id, command.sample_id, request, sampler))
+        self.scheduler.start(Job(command_id, command.sample_id, request, sampler, command.owner))
 
-    def open(self, model_path: str) -> None:
-        """Loads a sampler.
+    def open(self, model_path: str, *, lease_ms: int = 0) -> None:
+        """Loads a sampler; a snapshot stays for lease_ms at least.
 
         Raises:
             GradwireError: It is not there.
         """
-        self.samplers.find(model_path)
+        self.samplers.find(model_path).lease(lease_ms / 1000)
 
     def _tokenizer(self) -> Text:
         if self._text is None:

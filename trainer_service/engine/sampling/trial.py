@@ -153,9 +153,9 @@ class _Trial:
         batch = [*crowd, pair, single]
         first = 0 if decoding.whole else 2
         if first:
-            decoder.prefill([pair], [tokens[:first]], all_logits=[False])
+            decoder.prefill([pair], [tokens[:first]], num_logits=[1])
         pieces = [*([tokens[:6]] if crowd else []), tokens[first:5], tokens[:3]]
-        decoder.prefill(batch, pieces, all_logits=[False] * len(batch))
+        decoder.prefill(batch, pieces, num_logits=[1] * len(batch))
         for sequences in batch:
             decoder.branch(sequences)
         decoder.decode(batch, [*tokens[:1] * num_crowd, tokens[5], tokens[6], tokens[3]])
@@ -182,7 +182,7 @@ class _Trial:
     def _prefill(self, decoder: Decoder, sequences: Sequences, prompt: list[int]) -> torch.Tensor:
         size = decoder.piece(len(prompt), len(prompt) // 2)
         pieces = [prompt[start : start + size] for start in range(0, len(prompt), size)]
-        found = [decoder.prefill([sequences], [piece], all_logits=[True])[0] for piece in pieces]
+        found = [decoder.prefill([sequences], [piece], num_logits=[len(piece)])[0] for piece in pieces]
         decoder.branch(sequences)
         return torch.cat(found)
 

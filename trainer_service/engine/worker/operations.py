@@ -19,7 +19,7 @@ from trainer_service.engine.sampling.service import Sampling
 from trainer_service.engine.storage.checkpoints import Label
 from trainer_service.engine.worker.prepared import Work
 from trainer_service.paths import CheckpointPath, check_checkpoint_name
-from trainer_service.request_limits import check_ttl_seconds
+from trainer_service.request_limits import check_lease_ms, check_ttl_seconds
 from trainer_service.user_metadata import check_user_metadata
 
 _NORMALIZATIONS: dict[int, Normalization] = {
@@ -156,6 +156,8 @@ class RunOperations:
     def _save_weights_for_sampler(self, run_id: str, seq_id: int, request: ops.SaveWeightsForSamplerRequest) -> Work:
         if request.ephemeral:
             return self._freeze(run_id, seq_id, request)
+        if request.lease_ms:
+            raise invalid_field("lease_ms", "is of an ephemeral snapshot; a checkpoint stays by itself.")
         check_checkpoint_name(request.name)
         name, overwrite, merged, dtype = request.name, request.overwrite, request.merged, request.dtype
         if request.checkpoint_type not in CheckpointType.values():
@@ -181,10 +183,12 @@ class RunOperations:
             raise invalid_field(
                 "ttl_seconds", "and user_metadata belong to checkpoints; an ephemeral snapshot has neither."
             )
+        check_lease_ms(request.lease_ms)
+        lease_s = request.lease_ms / 1000
 
         def work() -> Message:
             assert self._sampling is not None, "a worker without sampling"
-            path = self._sampling.samplers.snapshot(run_id, seq_id)
+            path = self._sampling.samplers.snapshot(run_id, seq_id, lease_s=lease_s)
             return ops.SaveWeightsForSamplerResponse(path=str(path))
 
         return work

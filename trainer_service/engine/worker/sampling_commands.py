@@ -21,6 +21,7 @@ def prepare_sampling(kind: str, command: WorkerCommand, sampling: Sampling) -> W
         case "cancel_sample":
             return lambda: sampling.scheduler.cancel(command.cancel_sample.sample_id)
         case "open_sampler":
-            return lambda: sampling.open(command.open_sampler.sampler.model_path)
+            opened = command.open_sampler
+            return lambda: sampling.open(opened.sampler.model_path, lease_ms=opened.lease_ms)
         case _:
             return lambda: sampling.samplers.close(command.close_sampler.sampler.model_path)

@@ -1,5 +1,6 @@
 """Turns between requests, room, cancelling, and samplers that stay frozen: on a tiny model, in this process."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -32,7 +33,13 @@ class Worker:
         self.last = 0
 
     def start(
-        self, *, max_tokens: int = 8, path: str = "", prompt: tuple[int, ...] = (5, 6, 7), num_samples: int = 1
+        self,
+        *,
+        max_tokens: int = 8,
+        path: str = "",
+        prompt: tuple[int, ...] = (5, 6, 7),
+        num_samples: int = 1,
+        owner: str = "",
     ) -> int:
         """Begins a greedy request; returns its command_id."""
         self.last += 1
@@ -41,7 +48,7 @@ class Worker:
         sampler = pb.Sampler(model_path=path)
         request = pb.SampleRequest(sampling_params=params, sampler=sampler, num_samples=num_samples)
         request.prompt.tokens.extend(prompt)
-        command = WorkerSample(sample_id=str(self.last), request=request)
+        command = WorkerSample(sample_id=str(self.last), request=request, owner=owner)
         self.sampling.start(self.last, command, self.sampling.read(request))
         return self.last
 
@@ -92,8 +99,8 @@ def test_prompts_do_not_keep_those_who_decode_waiting_for_long(worker: Worker, m
     monkeypatch.setattr(worker.scheduler, "_piece", 5)
     first = worker.start(max_tokens=20)
     worker.scheduler.step()
-    for _ in range(12):
-        worker.start(max_tokens=1)
+    for number in range(12):
+        worker.start(max_tokens=1, prompt=(5, 6, 20 + number))
     counters = worker.engine.counters
     before = counters.sampled_tokens_total
     for _ in range(9):
@@ -109,7 +116,7 @@ def test_prompts_of_one_sampler_are_taken_in_together_as_far_as_a_step_goes(
 ):
     monkeypatch.setattr(worker.scheduler, "_piece", 8)
     for number in range(4):
-        worker.start(max_tokens=1, prompt=(5, 6, 7)[: 3 - number % 2])
+        worker.start(max_tokens=1, prompt=(20 + number, 6, 7)[: 3 - number % 2])
     counters = worker.engine.counters
     steps = []
     while worker.scheduler.busy:
@@ -144,7 +151,7 @@ def test_two_samplers_take_turns(worker: Worker):
 def test_requests_that_find_no_room_wait_their_turn_and_one_too_large_runs_alone(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(worker.scheduler, "_max_cache_bytes", 1)
+    monkeypatch.setattr(worker.scheduler._admission, "max_cache_bytes", 1)
     requests = [worker.start(max_tokens=4) for _ in range(3)]
     for _ in range(4):
         worker.scheduler.step()
@@ -153,11 +160,44 @@ def test_requests_that_find_no_room_wait_their_turn_and_one_too_large_runs_alone
     assert [len(worker.tokens(request)) for request in requests] == [4, 4, 4]
 
 
+def test_behind_one_owners_long_samples_and_prompts_anothers_first_token_comes_in_a_few_steps(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(worker.scheduler, "_piece", 8)
+    long = [
+        worker.start(max_tokens=12, prompt=(number % 90 + 30, *range(5, 55)), num_samples=4, owner="alice")
+        for number in range(90)
+    ]
+    for _ in range(30):
+        worker.scheduler.step()
+    quick = worker.start(max_tokens=2, owner="bob")
+    for _ in range(10):
+        worker.scheduler.step()
+    assert len(worker.tokens(quick)) == 2
+    assert sum(bool(worker.tokens(request)) for request in long) < len(long) // 2
+
+
+def test_a_prompt_is_not_shared_between_owners_nor_kept_when_its_sampler_is_gone(worker: Worker):
+    counters = worker.engine.counters
+    for owner in ("alice", "alice", "bob"):
+        worker.start(owner=owner)
+        worker.finish()
+    assert (counters.prompt_tokens_total, counters.shared_prompts_total) == (6, 1)
+    path = str(worker.sampling.samplers.snapshot(RUN, 1))
+    worker.start(path=path)
+    worker.finish()
+    kept = worker.scheduler._prompts._kept
+    assert len(kept) == 3
+    worker.sampling.samplers.close(path)
+    gc.collect()
+    assert len(kept) == 2
+
+
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_a_cancelled_request_ends_at_once_and_frees_its_room(
     worker: Worker, monkeypatch: pytest.MonkeyPatch, steps: int
 ):
-    monkeypatch.setattr(scheduler_module, "_MAX_ROWS", 8)
+    monkeypatch.setattr(worker.scheduler._admission, "max_rows", 8)
     given_up = worker.start(max_tokens=50, num_samples=8)
     waiting = worker.start(max_tokens=4)
     for _ in range(steps):
@@ -206,6 +246,34 @@ def test_a_snapshot_copies_nothing_until_the_run_trains_and_stays_as_it_was(
     after = worker.start(path=str(path))
     worker.finish()
     assert worker.tokens(before) == worker.tokens(half_way) == worker.tokens(after)
+
+
+def test_a_snapshot_that_is_wanted_makes_no_room_for_others(worker: Worker, monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr(samplers_module.time, "monotonic", lambda: now[0])
+    samplers = worker.sampling.samplers
+    leased = str(samplers.snapshot(RUN, 1, lease_s=60))
+    used, idle, last = (str(samplers.snapshot(RUN, seq_id)) for seq_id in (2, 3, 4))
+    request = worker.start(path=used, max_tokens=50)
+    samplers.snapshot(RUN, 5)
+    with pytest.raises(GradwireError, match="made room for a newer one"):
+        samplers.find(idle)
+    samplers.find(last).lease(30)
+    samplers.find(f"gradwire://{RUN}/snapshots/5").lease(30)
+    with pytest.raises(GradwireError, match="4 snapshots that clients hold open") as refused:
+        samplers.snapshot(RUN, 6)
+    assert (refused.value.reason, refused.value.metadata["limit"]) == ("LIMIT_EXCEEDED", "4")
+    worker.finish()
+    samplers.find(leased)
+    assert worker.failure(request) is None
+    # Nobody samples any more, so one goes; with its lease over, the first is like others.
+    samplers.snapshot(RUN, 6, lease_s=60)
+    with pytest.raises(GradwireError, match="made room"):
+        samplers.find(used)
+    now[0] += 61
+    samplers.snapshot(RUN, 7)
+    with pytest.raises(GradwireError, match="made room"):
+        samplers.find(last)
 
 
 def test_a_sampler_let_go_while_it_generates_stays_frozen_to_the_end(worker: Worker):

@@ -1,0 +1,71 @@
+"""What all endpoints share: who calls, and how refusals become answers."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from gradwire.errors import GradwireError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from trainer_service.gateway.gateway import Gateway
+from trainer_service.gateway.outcomes import Refusal, category_of, refusal_of
+from trainer_service.gateway.sessions import Caller
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[Gateway, Caller, Request], Awaitable[Any]]
+"""Gets the gateway, the caller and the request; returns a Response, or what becomes one of JSON."""
+OnRefusal = Callable[[Refusal], Response]
+
+
+def tinker_refusal(refusal: Refusal) -> Response:
+    """A refusal as tinker's SDK tells it to its user."""
+    body = {"error": refusal.message, "category": category_of(refusal.status), "reason": refusal.reason}
+    return JSONResponse(body, refusal.status)
+
+
+def caller_of(request: Request) -> Caller:
+    """Whoever makes the request.
+
+    Raises:
+        Refusal: 401: the key cannot be sent on.
+    """
+    headers = request.headers
+    key = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+    if len(key) > 4096 or not (key.isascii() and key.isprintable()):
+        raise Refusal(401, "The API key has characters other than printable ASCII.", reason="INVALID_API_KEY")
+    return Caller(key)
+
+
+def route(
+    path: str, handler: Handler, gateway: Gateway, *, method: str = "POST", on_refusal: OnRefusal = tinker_refusal
+) -> Route:
+    """An endpoint.
+
+    Args:
+        path: As Starlette writes it.
+        handler: What answers.
+        gateway: Handed to it.
+        method: Of HTTP.
+        on_refusal: The form of refusals.
+    """
+
+    async def endpoint(request: Request) -> Response:
+        try:
+            caller = caller_of(request)
+            gateway.heard(caller)
+            answer = await handler(gateway, caller, request)
+        except Refusal as exc:
+            return on_refusal(exc)
+        except GradwireError as exc:
+            return on_refusal(refusal_of(exc))
+        except ClientDisconnect:
+            return Response(status_code=400)
+        except Exception:
+            logger.exception("A request failed.", extra={"fields": {"path": request.url.path[:200]}})
+            return on_refusal(Refusal(500, "The gateway failed at this; its log says more.", reason="INTERNAL"))
+        return answer if isinstance(answer, Response) else JSONResponse(answer)
+
+    return Route(path, endpoint, methods=[method])

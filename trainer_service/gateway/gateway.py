@@ -1,0 +1,141 @@
+"""The gateway's inside: sessions, models and samplers over one store, and what becomes of clients that are gone."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradwire.errors import GradwireError
+
+from trainer_service.gateway.answers import Answers
+from trainer_service.gateway.models import Models
+from trainer_service.gateway.outcomes import Refusal
+from trainer_service.gateway.sample_queue import SampleQueue
+from trainer_service.gateway.samplers import Samplers
+from trainer_service.gateway.sessions import Caller, Session, Sessions
+from trainer_service.gateway.store import Store
+from trainer_service.gateway.tokenizers import Tokenizers
+from trainer_service.gateway.trainers import Trainers
+
+logger = logging.getLogger(__name__)
+
+_SWEEP_S = 1.0
+_KEEP_ENDED_S = 30 * 24 * 3600.0
+"""How long it is known whose an ended session was."""
+_KEEP_SAMPLES_S = 1800.0
+"""How long a sample's answer may still be fetched."""
+
+
+@dataclass(frozen=True)
+class GatewaySettings:
+    """Settings of a gateway."""
+
+    data_dir: Path
+    """Where its file is."""
+    session_grace_s: float = 120.0
+    """How long a client may be silent before its session ends, and its runs are deleted."""
+    max_in_flight_samples: int = 512
+    """Sample calls at once; the trainer's own limit is for all its clients together."""
+    max_num_samples: int = 128
+    """Samples of one call."""
+
+
+class Gateway:
+    """All there is behind the HTTP.
+
+    Args:
+        settings: Its settings.
+        trainers: What it stands before.
+
+    Raises:
+        SettingsError: Another gateway uses the folder.
+    """
+
+    def __init__(self, settings: GatewaySettings, trainers: Trainers) -> None:
+        self.settings = settings
+        self.trainers = trainers
+        self.tokenizers = Tokenizers()
+        self.stopping = asyncio.Event()
+        self._store = Store(settings.data_dir / "gateway.sqlite")
+        self._answers = Answers()
+        self.sessions = Sessions(self._store, grace_s=settings.session_grace_s)
+        self.queue = SampleQueue(max_in_flight=settings.max_in_flight_samples, max_num_samples=settings.max_num_samples)
+        self.samplers = Samplers(self._store, trainers, self._answers, self.queue)
+        self.models = Models(self._store, trainers, self.sessions, self._answers, self.samplers.add_snapshot)
+        self._ending: set[str] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), name="gateway-sweep")
+
+    def session_models(self, session: Session) -> list[str]:
+        """Ids of a session's models."""
+        return [row["model_id"] for row in self._store.models(session.session_id)]
+
+    def session_samplers(self, session: Session) -> list[str]:
+        """Ids of a session's samplers."""
+        return [row["sampler_id"] for row in self._store.samplers(session.session_id)]
+
+    def heard(self, caller: Caller) -> None:
+        """A caller came with a key; what was left over for want of it can be done now."""
+        for session in self.sessions.of(caller):
+            if session.ended_by is not None and session.session_id in self._ending and not session.key:
+                session.key = caller.key
+                self.clear(session)
+
+    def finish(self, session: Session, ended_by: dict[str, object]) -> None:
+        """A session is over."""
+        self.samplers.end(session)
+        self.sessions.end(session, ended_by)
+        self.clear(session)
+
+    def clear(self, session: Session) -> None:
+        """Deletes the runs of a session that is over, in the background."""
+        self._ending.add(session.session_id)
+        task = asyncio.get_running_loop().create_task(self._clear(session))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _clear(self, session: Session) -> None:
+        try:
+            await self.models.end(session)
+        except Refusal as exc:
+            # The key was not given yet, or is valid no more; the next call with one tries again.
+            session.key = ""
+            fields = {"session_id": session.session_id, "error": exc.message}
+            logger.warning("Runs of an ended session are left over.", extra={"fields": fields})
+            return
+        self._ending.discard(session.session_id)
+        self._store.session_cleared(session.session_id)
+
+    async def _sweep(self) -> None:
+        """Ends silent sessions, writes down who was heard of, and forgets what is old."""
+        for session_id in self._store.uncleared():
+            self._ending.add(session_id)
+        while True:
+            await asyncio.sleep(min(_SWEEP_S, self.settings.session_grace_s / 4))
+            try:
+                for session in self.sessions.silent():
+                    logger.info("A session was silent.", extra={"fields": {"session_id": session.session_id}})
+                    self.finish(session, {"type": "silent"})
+                self.sessions.flush()
+                now = time.time()
+                self._store.forget_samples(now - _KEEP_SAMPLES_S)
+                self.sessions.forget(now - _KEEP_ENDED_S)
+            except Exception:
+                logger.exception("The gateway could not sweep.")
+
+    async def close(self) -> None:
+        """Leaves everything for the next gateway."""
+        self.stopping.set()
+        self._sweeper.cancel()
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(self._sweeper, *self._background, return_exceptions=True)
+        await self.queue.close()
+        with contextlib.suppress(GradwireError):
+            await self.models.close()
+        self.samplers.flush()
+        self.sessions.flush()
+        await self.trainers.close()
+        self._store.close()

@@ -1,0 +1,210 @@
+"""Between a model's operations on tinker's wire and a run's: what goes up, and what comes back."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from gradwire._wire.codec import Batch, batch_message
+from gradwire.errors import error, from_status
+from gradwire.v1 import operation_pb2 as ops
+from gradwire.v1.trainer_service_pb2 import TrainResponse
+
+from trainer_service.gateway import paths
+from trainer_service.gateway.bodies import Fields, parse_fields
+from trainer_service.gateway.outcomes import PROTOBUF, Outcome, Refusal, unserved
+from trainer_service.gateway.tensors import output_message
+from trainer_service.gateway.wire import tinker_wire_pb2 as wire
+
+FORWARD_BACKWARD = "forward_backward"
+"""Kind of the protobuf operation, forwards too."""
+CUSTOM = "forward_backward_custom"
+"""Kind of the same one where it is, or may be, one of the two passes of a custom loss."""
+
+_NAME = re.compile(r"[^A-Za-z0-9._-]")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One operation as the run gets it.
+
+    Attributes:
+        kind: Name of TrainRequest's arm.
+        content: Its message.
+        plan: What its answer is translated with; JSON.
+        steps: Whether what was kept of forwards is of no use behind it.
+    """
+
+    kind: str
+    content: Any
+    plan: dict[str, Any] = field(default_factory=dict)
+    steps: bool = False
+
+
+def parse_pass(body: bytes) -> wire.ForwardBackwardRequest:
+    """A forward_backward request.
+
+    Raises:
+        Refusal: The body is none.
+    """
+    try:
+        return wire.ForwardBackwardRequest.FromString(body)
+    except DecodeError:
+        raise Refusal(400, "The body is not the protobuf message of forward_backward.") from None
+
+
+def plan_pass(request: wire.ForwardBackwardRequest, batch: Batch) -> Planned:
+    """A forward, or a forward and backward, with a built-in loss."""
+    config = _loss_config(request)
+    if request.loss_fn == "stable_reinforce":
+        raise unserved("The loss stable_reinforce", "Its formula is not published; use importance_sampling or ppo.")
+    if request.loss_fn == "custom":
+        raise unserved("A loss that runs on the server", "forward_backward_custom runs it in your process.")
+    message, kind = (
+        (ops.ForwardRequest, "forward") if request.forward_only else (ops.ForwardBackwardRequest, "forward_backward")
+    )
+    content = message(batch=batch_message(batch), loss_fn=request.loss_fn, loss_fn_config=config)
+    return Planned(kind, content, {"as": "pass"})
+
+
+def _loss_config(request: wire.ForwardBackwardRequest) -> dict[str, float]:
+    config = dict(request.loss_fn_config)
+    for name, value in request.loss_fn_config_v2.items():
+        if value.WhichOneof("value") != "number":
+            raise Refusal(400, f'loss_fn_config["{name[:80]}"] is no number; the losses here take numbers alone.')
+        config[name] = value.number
+    return config
+
+
+def plan_json(kind: str, body: bytes, run_of: Any) -> Planned:
+    """An operation whose body is JSON.
+
+    Args:
+        kind: Its name on the wire.
+        body: The body.
+        run_of: As in paths.to_gradwire.
+
+    Raises:
+        Refusal: It cannot be done.
+    """
+    fields = parse_fields(body)
+    fields.ignore("model_id", "type")
+    seq_id = fields.integer("seq_id", 0)
+    planned = _PLANS[kind](fields, seq_id, run_of)
+    fields.finish()
+    return planned
+
+
+def _optim_step(fields: Fields, seq_id: int, run_of: Any) -> Planned:
+    if fields.has("optimizer_params"):
+        kind = fields.fields("optimizer_params").value("type")
+        raise unserved(f"The optimizer {str(kind)[:40]!r}", "Use AdamParams; AdamW is what there is.")
+    params = fields.fields("adam_params")
+    names = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
+    given = {name: value for name in names if (value := params.optional_number(name)) is not None}
+    normalization = _NORMALIZATIONS.get(fields.text("gradient_accumulation_normalization", "none"))
+    if normalization is None:
+        raise fields.wrong("gradient_accumulation_normalization", f"is not one of {', '.join(_NORMALIZATIONS)}.")
+    params.finish()
+    content = ops.OptimStepRequest(grad_accumulation_normalization=normalization)
+    for name, value in given.items():
+        setattr(content, name, value)
+    return Planned("optim_step", content, {"as": "optim_step"}, steps=True)
+
+
+_NORMALIZATIONS = {
+    "none": ops.GRAD_ACCUMULATION_NORMALIZATION_UNSPECIFIED,
+    "num_loss_tokens": ops.GRAD_ACCUMULATION_NORMALIZATION_NUM_LOSS_TOKENS,
+    "num_sequences": ops.GRAD_ACCUMULATION_NORMALIZATION_NUM_SEQUENCES,
+}
+
+
+def _save_weights(fields: Fields, seq_id: int, run_of: Any) -> Planned:
+    content = ops.SaveStateRequest(
+        name=fields.text("path", f"seq-{seq_id}"),
+        overwrite=fields.flag("overwrite"),
+        user_metadata=fields.texts("user_metadata"),
+        ttl_seconds=fields.optional_integer("ttl_seconds", low=1),
+    )
+    return Planned("save_state", content, {"as": "state"})
+
+
+def _save_weights_for_sampler(fields: Fields, seq_id: int, run_of: Any) -> Planned:
+    kind = fields.text("kind", "snapshot")
+    if kind not in ("snapshot", "inflight"):
+        raise fields.wrong("kind", f"is {kind[:40]!r}; it must be snapshot or inflight.")
+    number = fields.optional_integer("sampling_session_seq_id", low=0)
+    ttl_seconds = fields.optional_integer("ttl_seconds", low=1)
+    user_metadata = fields.texts("user_metadata")
+    if fields.has("path") or number is None:
+        content = ops.SaveWeightsForSamplerRequest(
+            name=fields.text("path", f"seq-{seq_id}"),
+            # The wire has no flag for it, so a name that comes again can only mean the newest.
+            overwrite=True,
+            ttl_seconds=ttl_seconds,
+            user_metadata=user_metadata,
+        )
+        return Planned("save_weights_for_sampler", content, {"as": "weights"})
+    fields.drop("path")
+    content = ops.SaveWeightsForSamplerRequest(ephemeral=True)
+    return Planned("save_weights_for_sampler", content, {"as": "sampler", "number": number})
+
+
+def _save_weights_external(fields: Fields, seq_id: int, run_of: Any) -> Planned:
+    raise unserved(
+        "Saving for a download",
+        "Use save_weights_for_sampler; `gradwire export` of its path fetches a Hugging Face or peft folder.",
+    )
+
+
+def _load_weights(fields: Fields, seq_id: int, run_of: Any) -> Planned:
+    fields.refuse("weights_access_token", "Use a key that may see the checkpoint.")
+    content = ops.LoadStateRequest(
+        path=paths.to_gradwire(fields.text("path"), run_of), with_optimizer=fields.flag("optimizer")
+    )
+    return Planned("load_state", content, {"as": "load", "path": paths.to_tinker(content.path)}, steps=True)
+
+
+_PLANS = {
+    "optim_step": _optim_step,
+    "save_weights": _save_weights,
+    "save_weights_for_sampler": _save_weights_for_sampler,
+    "save_weights_external": _save_weights_external,
+    "load_weights": _load_weights,
+}
+JSON_KINDS = tuple(_PLANS)
+"""Operations whose body is JSON."""
+
+
+def filler(kind: str, body: bytes) -> Planned:
+    """What uses a number up in the place of an operation that was refused. Where gradients were to be added, the step
+    behind it is refused as after any failed pass, instead of applying what there is."""
+    taint = kind in (FORWARD_BACKWARD, CUSTOM) and not _forward_only(body)
+    return Planned("cancel", ops.CancelRequest(taint=taint))
+
+
+def _forward_only(body: bytes) -> bool:
+    try:
+        return parse_pass(body).forward_only
+    except Refusal:
+        return False
+
+
+def result_of(response: TrainResponse) -> Any:
+    """An answer's result.
+
+    Raises:
+        GradwireError: It is a failure.
+    """
+    kind = response.WhichOneof("result")
+    if kind == "error":
+        raise from_status(response.error)
+    if kind is None:
+        raise error("INTERNAL", "The trainer's answer is of a kind this gateway does not know.")
+    return getattr(response, kind)
+
+
+def output(result: Any, metrics: Mapping[str, float]) -> Outcome:
+    """A pass's answer as the client gets it."""
+    return Outcome(PROTOBUF, output_message(result, dict(metrics)).SerializeToString())

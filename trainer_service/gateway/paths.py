@@ -1,0 +1,51 @@
+"""Between tinker:// and gradwire:// paths: a pure rewrite, but that a model's own id may stand for its run's."""
+
+from collections.abc import Callable
+
+from trainer_service.gateway.outcomes import Refusal
+from trainer_service.paths import SAMPLER_WEIGHTS, STATE
+
+WEIGHTS = "weights"
+"""What tinker calls a resumable state."""
+_TINKER, _GRADWIRE = "tinker://", "gradwire://"
+_TO_GRADWIRE = {WEIGHTS: STATE, SAMPLER_WEIGHTS: SAMPLER_WEIGHTS}
+_TO_TINKER = {kind: word for word, kind in _TO_GRADWIRE.items()}
+_SHOWN = 200
+
+
+def to_gradwire(path: str, run_of: Callable[[str], str], *, field: str = "path") -> str:
+    """The checkpoint that a path names, in the trainer's words.
+
+    Args:
+        path: tinker://<run>/weights/<name>, tinker://<run>/sampler_weights/<name>, or a gradwire:// path.
+        run_of: The run id of a model's id; anything else comes back as it is.
+        field: What the caller calls the path.
+
+    Raises:
+        Refusal: It is none of these, or of a model that is not there.
+    """
+    if path.startswith(_GRADWIRE):
+        return path
+    run, kind, name = [*path.removeprefix(_TINKER).split("/"), "", ""][:3]
+    if not path.startswith(_TINKER) or path.count("/") != 4 or kind not in _TO_GRADWIRE or not (run and name):
+        raise Refusal(
+            400,
+            f"{field} is {path[:_SHOWN]!r}; it must be tinker://<run>/{WEIGHTS}/<name> or "
+            f"tinker://<run>/{SAMPLER_WEIGHTS}/<name>, as saving returned it.",
+        )
+    run = run_of(run)
+    if ":" in run:
+        # A model's id that is nobody's of whom the caller may know.
+        raise Refusal(404, f"There is no checkpoint {path[:_SHOWN]!r}.", reason="CHECKPOINT_NOT_FOUND")
+    return f"{_GRADWIRE}{run}/{_TO_GRADWIRE[kind]}/{name}"
+
+
+def to_tinker(path: str) -> str:
+    """A checkpoint's path in tinker's words. A snapshot, which has none, stays as it is."""
+    run, kind, name = path.removeprefix(_GRADWIRE).split("/")
+    return f"{_TINKER}{run}/{_TO_TINKER[kind]}/{name}" if kind in _TO_TINKER else path
+
+
+def checkpoint_id(path: str) -> str:
+    """What tinker calls a checkpoint of a run: the path behind the run."""
+    return to_tinker(path).removeprefix(_TINKER).partition("/")[2]

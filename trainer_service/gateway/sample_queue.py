@@ -1,0 +1,185 @@
+"""Sample requests on their way: equal prompts together, no more at once than a trainer takes."""
+
+import asyncio
+import hashlib
+import itertools
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import grpc.aio
+from gradwire.errors import GradwireError, from_rpc_error
+from gradwire.v1.sampling_service_pb2 import PromptLogprobs, SampleRequest
+
+from trainer_service.gateway.outcomes import Outcome
+from trainer_service.gateway.sample_requests import Sample, add_samples, sample_outcome
+from trainer_service.gateway.trainers import Trainer, is_passing, metadata
+
+logger = logging.getLogger(__name__)
+
+_LINGER_S = 0.01
+"""How long a request waits for equal ones; a client sends a group's requests one behind the other."""
+_MAX_DELAY_S = 1.0
+
+
+@dataclass(eq=False)
+class Asked:
+    """One request's part of a Sample call."""
+
+    request: SampleRequest
+    future: asyncio.Future[Outcome]
+
+
+@dataclass(eq=False)
+class _Group:
+    """Equal requests."""
+
+    trainer: Trainer
+    key: str = field(repr=False)
+    asked: list[Asked] = field(default_factory=list)
+    due: bool = False
+    """Whether it has waited for others long enough."""
+
+
+class SampleQueue:
+    """What waits to be sampled, and what is.
+
+    Args:
+        max_in_flight: Sample calls at once.
+        max_num_samples: Samples of one call.
+    """
+
+    def __init__(self, *, max_in_flight: int, max_num_samples: int) -> None:
+        self.max_in_flight = max_in_flight
+        self.max_num_samples = max_num_samples
+        self._groups: OrderedDict[bytes, _Group] = OrderedDict()
+        self._calls: dict[asyncio.Task[None], list[Asked]] = {}
+        self._numbers = itertools.count()
+        self.merged = 0
+        """Requests that went along with another one's call."""
+
+    def add(self, request: SampleRequest, trainer: Trainer, key: str) -> asyncio.Future[Outcome]:
+        """Puts a request in the line; its future is never failed, but cancelled when the request is given up."""
+        asked = Asked(request, asyncio.get_running_loop().create_future())
+        name = self._name(request, trainer, key)
+        group = self._groups.get(name)
+        if group is None:
+            group = self._groups[name] = _Group(trainer, key)
+            asyncio.get_running_loop().call_later(_LINGER_S, self._is_due, group)
+        group.asked.append(asked)
+        return asked.future
+
+    def _name(self, request: SampleRequest, trainer: Trainer, key: str) -> bytes:
+        """Equal for requests that may share a call: those of one caller that differ in num_samples alone, and have no
+        seed, since which sample is whose then makes no difference."""
+        if request.sampling_params.HasField("seed"):
+            return next(self._numbers).to_bytes(8)
+        equal = SampleRequest()
+        equal.CopyFrom(request)
+        equal.num_samples = 1
+        return hashlib.sha256(
+            b"\0".join((trainer.url.encode(), key.encode(), equal.SerializeToString(deterministic=True)))
+        ).digest()
+
+    def _is_due(self, group: _Group) -> None:
+        group.due = True
+        self._start()
+
+    def _start(self) -> None:
+        """Starts what may start, in the order it came."""
+        for name, group in list(self._groups.items()):
+            if len(self._calls) >= self.max_in_flight:
+                return
+            group.asked = [asked for asked in group.asked if not asked.future.cancelled()]
+            while group.due and group.asked and len(self._calls) < self.max_in_flight:
+                asked = self._cut(group)
+                self.merged += len(asked) - 1
+                task = asyncio.get_running_loop().create_task(self._call(group.trainer, group.key, asked))
+                self._calls[task] = asked
+                task.add_done_callback(self._ended)
+                for one in asked:
+                    one.future.add_done_callback(lambda _, task=task, asked=asked: _give_up(task, asked))
+            if not group.asked and group.due:
+                del self._groups[name]
+
+    def _cut(self, group: _Group) -> list[Asked]:
+        """As many of a group as one call takes; at least one, whose size is then the trainer's to judge."""
+        total, count = 0, 0
+        for asked in group.asked:
+            total += asked.request.num_samples
+            if count and total > self.max_num_samples:
+                break
+            count += 1
+        cut, group.asked = group.asked[:count], group.asked[count:]
+        return cut
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        asked = self._calls.pop(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            logger.error("A sample request failed.", exc_info=exc)
+            for one in asked:
+                if not one.future.done():
+                    one.future.set_result(Outcome.failure(RuntimeError()))
+        self._start()
+
+    async def _call(self, trainer: Trainer, key: str, asked: list[Asked]) -> None:
+        request = SampleRequest()
+        request.CopyFrom(asked[0].request)
+        request.num_samples = sum(one.request.num_samples for one in asked)
+        delay_s = 0.05
+        while True:
+            try:
+                samples, prompt = await _sample(trainer, key, request)
+                break
+            except GradwireError as exc:
+                # Others' requests fill the trainer, or it is away.
+                if not is_passing(exc) and (exc.reason != "LIMIT_EXCEEDED" or exc.retry_after_s is None):
+                    for one in asked:
+                        if not one.future.done():
+                            one.future.set_result(Outcome.failure(exc))
+                    return
+            await asyncio.sleep(delay_s)
+            delay_s = min(_MAX_DELAY_S, delay_s * 2)
+        first = 0
+        for one in asked:
+            own = samples[first : first + one.request.num_samples]
+            first += one.request.num_samples
+            if not one.future.done():
+                one.future.set_result(sample_outcome(own, prompt, one.request))
+
+    async def close(self) -> None:
+        """Gives everything up."""
+        for group in self._groups.values():
+            for asked in group.asked:
+                asked.future.cancel()
+        calls = list(self._calls)
+        for task in calls:
+            task.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+
+def _give_up(task: asyncio.Task[None], asked: list[Asked]) -> None:
+    """Nobody waits for a call any more."""
+    if all(one.future.cancelled() for one in asked):
+        task.cancel()
+
+
+async def _sample(trainer: Trainer, key: str, request: SampleRequest) -> tuple[list[Sample], PromptLogprobs | None]:
+    """One Sample call.
+
+    Raises:
+        GradwireError: What it ended with.
+    """
+    samples = [Sample() for _ in range(request.num_samples)]
+    prompt = None
+    call = trainer.sampling.Sample(request, metadata=metadata(key))
+    try:
+        async for response in call:
+            add_samples(samples, response)
+            if response.HasField("prompt"):
+                prompt = response.prompt
+    except grpc.aio.AioRpcError as exc:
+        raise from_rpc_error(exc) from None
+    finally:
+        call.cancel()
+    return samples, prompt

@@ -1,0 +1,183 @@
+"""Samplers, and the sample requests made of them: acknowledged, done, and answered once, whatever happens between."""
+
+import asyncio
+import hashlib
+import sqlite3
+
+from gradwire.v1.sampling_service_pb2 import OpenSamplerRequest, Sampler, SampleRequest
+
+from trainer_service.gateway import paths
+from trainer_service.gateway.answers import Answers
+from trainer_service.gateway.models import Models
+from trainer_service.gateway.outcomes import Outcome, Refusal
+from trainer_service.gateway.sample_queue import SampleQueue
+from trainer_service.gateway.sessions import Caller, Session
+from trainer_service.gateway.store import Store
+from trainer_service.gateway.trainers import Trainer, Trainers
+
+_FLUSH_S = 0.05
+_MAX_WAITING = 100_000
+"""Requests acknowledged and not answered, of all callers."""
+
+
+class Samplers:
+    """All samplers.
+
+    Args:
+        store: Where they are kept.
+        trainers: Where they are.
+        answers: Where answers wait.
+        queue: What does the sampling.
+    """
+
+    def __init__(self, store: Store, trainers: Trainers, answers: Answers, queue: SampleQueue) -> None:
+        self._store = store
+        self._trainers = trainers
+        self._answers = answers
+        self._queue = queue
+        self._waiting: dict[str, asyncio.Future[Outcome]] = {}
+        self._answered: list[tuple[bytes, str]] = []
+        self._flush_timer: asyncio.TimerHandle | None = None
+
+    def add_snapshot(self, session: Session, number: int, trainer: Trainer, base_model: str, path: str) -> str:
+        """A sampler of a snapshot; returns its id."""
+        sampler_id = f"{session.session_id}:sample:{number}"
+        self._store.add_sampler(
+            sampler_id, session.session_id, session.owner, trainer=trainer.url, base_model=base_model, model_path=path
+        )
+        return sampler_id
+
+    async def open(self, session: Session, number: int, *, base_model: str, model_path: str, models: Models) -> str:
+        """A sampler of a base model, or of saved weights; returns its id.
+
+        Raises:
+            Refusal, GradwireError: There is none.
+        """
+        if model_path:
+            trainer, found = await models.find_checkpoint(model_path, session.key)
+            name, path = base_model or self._trainers.name_of(found.base_model), found.path
+            request = OpenSamplerRequest(sampler=Sampler(model_path=path))
+            await trainer.call(trainer.sampling.OpenSampler, request, session.key)
+        else:
+            served = await self._trainers.find(base_model, session.key)
+            trainer, name, path = served.trainer, served.name, ""
+        return self.add_snapshot(session, number, trainer, name, path)
+
+    def row(self, sampler_id: str, caller: Caller) -> sqlite3.Row:
+        """What is stored of a sampler.
+
+        Raises:
+            Refusal: 404: there is none, or it is somebody else's.
+        """
+        row = self._store.sampler(sampler_id)
+        if row is None or row["owner"] != caller.owner:
+            raise Refusal(404, f"There is no sampler {sampler_id[:100]!r}.", reason="SAMPLER_NOT_FOUND")
+        return row
+
+    @staticmethod
+    def source(row: sqlite3.Row) -> Sampler:
+        """A sampler as the trainer knows it."""
+        path = row["model_path"]
+        return Sampler(model_path=path) if path else Sampler(base_model="")
+
+    @staticmethod
+    def tinker_path(row: sqlite3.Row) -> str | None:
+        """A sampler's checkpoint in tinker's words; None where it has none."""
+        return paths.to_tinker(row["model_path"]) if row["model_path"] else None
+
+    def submit(self, row: sqlite3.Row, seq_id: int, request: SampleRequest, caller: Caller) -> str:
+        """Takes a request in, and returns the id of its future. One that comes again is the same request.
+
+        Raises:
+            Refusal: Its number was used for another one, or too many wait.
+        """
+        request_id = f"{row['sampler_id']}:{seq_id}"
+        body = request.SerializeToString(deterministic=True)
+        digest = hashlib.sha256(body).digest()
+        if len(self._waiting) >= _MAX_WAITING:
+            raise Refusal(429, f"{_MAX_WAITING} sample requests wait already; wait for answers first.")
+        try:
+            self._store.add_sample(
+                request_id,
+                row["sampler_id"],
+                row["session_id"],
+                row["owner"],
+                digest=digest,
+                num_samples=request.num_samples,
+                body=body,
+            )
+        except sqlite3.IntegrityError:
+            stored = self._store.sample(request_id)
+            if stored is None or stored["digest"] != digest:
+                text = f"seq_id {seq_id} of {row['sampler_id']} was used before for another request."
+                raise Refusal(400, text, reason="SEQ_ID_CONFLICT") from None
+        else:
+            self._begin(request_id, request, self._trainers.by_url(row["trainer"]), caller.key)
+        return request_id
+
+    def _begin(self, request_id: str, request: SampleRequest, trainer: Trainer, key: str) -> asyncio.Future[Outcome]:
+        future = self._waiting[request_id] = self._queue.add(request, trainer, key)
+
+        def done(future: asyncio.Future[Outcome]) -> None:
+            if self._waiting.get(request_id) is future:
+                del self._waiting[request_id]
+            if not future.cancelled():
+                self._answers.keep(request_id, future.result())
+                self._answered.append((future.result().encode(), request_id))
+                if self._flush_timer is None:
+                    self._flush_timer = asyncio.get_running_loop().call_later(_FLUSH_S, self.flush)
+
+        future.add_done_callback(done)
+        return future
+
+    def flush(self) -> None:
+        """Writes answers down."""
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
+        answered, self._answered = self._answered, []
+        if answered:
+            self._store.samples_answered(answered)
+
+    async def outcome(self, request_id: str, caller: Caller) -> Outcome:
+        """What becomes of a request; waits for it.
+
+        Raises:
+            Refusal: 404: there is none, or it is somebody else's.
+        """
+        row = self._store.sample(request_id)
+        if row is None or row["owner"] != caller.owner:
+            raise Refusal(404, f"There is no future {request_id[:200]!r}.", reason="FUTURE_NOT_FOUND")
+        if (outcome := self._answers.get(request_id)) is not None:
+            return outcome
+        if row["outcome"] is not None:
+            return Outcome.decode(row["outcome"])
+        future = self._waiting.get(request_id)
+        if future is None:
+            # An earlier gateway took it in.
+            sampler = self.row(row["sampler_id"], caller)
+            request = SampleRequest.FromString(row["body"])
+            future = self._begin(request_id, request, self._trainers.by_url(sampler["trainer"]), caller.key)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            if not future.cancelled():
+                raise
+            raise Refusal(410, "This was cancelled.", reason="CANCELLED") from None
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are not answered."""
+        return len(self._waiting)
+
+    def cancel(self, request_id: str, caller: Caller) -> None:
+        """Nobody wants a request any more."""
+        row = self._store.sample(request_id)
+        if row is not None and row["owner"] == caller.owner and (future := self._waiting.get(request_id)) is not None:
+            future.cancel()
+
+    def end(self, session: Session) -> None:
+        """Gives up what a session asked for."""
+        for request_id, future in list(self._waiting.items()):
+            if request_id.startswith(f"{session.session_id}:"):
+                future.cancel()

@@ -1,0 +1,56 @@
+"""tinker's endpoints of sampling."""
+
+from typing import Any
+
+from starlette.requests import Request
+
+from trainer_service.gateway.bodies import read_fields
+from trainer_service.gateway.gateway import Gateway
+from trainer_service.gateway.sample_requests import read_sample
+from trainer_service.gateway.sessions import Caller
+
+_MAX_NUMBER = 10**18 - 1
+
+
+async def create_sampling_session(gateway: Gateway, caller: Caller, request: Request) -> Any:
+    """A sampler of a base model, or of saved weights."""
+    fields = await read_fields(request)
+    session = gateway.sessions.live(fields.text("session_id"), caller)
+    number = fields.integer("sampling_session_seq_id", low=0, high=_MAX_NUMBER)
+    base_model, model_path = fields.text("base_model", ""), fields.text("model_path", "")
+    fields.ignore("type")
+    fields.finish()
+    if not base_model and not model_path:
+        raise fields.wrong("base_model", "and model_path are both missing; one of them says what to sample from.")
+    sampler_id = await gateway.samplers.open(
+        session, number, base_model=base_model, model_path=model_path, models=gateway.models
+    )
+    return {"type": "create_sampling_session", "sampling_session_id": sampler_id}
+
+
+async def get_sampler(gateway: Gateway, caller: Caller, request: Request) -> Any:
+    """What a sampler is."""
+    row = gateway.samplers.row(request.path_params["sampler_id"], caller)
+    return {
+        "sampler_id": row["sampler_id"],
+        "base_model": row["base_model"],
+        "model_path": gateway.samplers.tinker_path(row),
+    }
+
+
+async def asample(gateway: Gateway, caller: Caller, request: Request) -> Any:
+    """Samples of one prompt."""
+    fields = await read_fields(request)
+    if fields.has("sampling_session_id"):
+        row = gateway.samplers.row(fields.text("sampling_session_id"), caller)
+    else:
+        raise fields.wrong("sampling_session_id", "is missing; create_sampling_session makes one.")
+    gateway.sessions.live(row["session_id"], caller)
+    seq_id = fields.integer("seq_id", low=0, high=_MAX_NUMBER)
+    fields.refuse("base_model", "The sampling session says it.")
+    fields.refuse("model_path", "The sampling session says it.")
+    fields.ignore("type")
+    asked = read_sample(fields, gateway.samplers.source(row))
+    request_id = gateway.samplers.submit(row, seq_id, asked, caller)
+    sequences = [f"{request_id}:{number}" for number in range(asked.num_samples)]
+    return {"request_id": request_id, "sample_sequence_ids": sequences}

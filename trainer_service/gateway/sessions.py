@@ -1,0 +1,129 @@
+"""Sessions: who a client is, and whether it still lives."""
+
+import json
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer_service.gateway.outcomes import Refusal
+from trainer_service.gateway.store import Store, owner_of
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whoever makes a request."""
+
+    key: str = field(repr=False)
+    """As it came; the trainer judges it."""
+
+    @property
+    def owner(self) -> str:
+        """What tells their things from others'."""
+        return owner_of(self.key)
+
+
+@dataclass
+class Session:
+    """One client's session."""
+
+    session_id: str
+    owner: str
+    about: dict[str, Any]
+    created_s: float
+    seen_s: float
+    ended_by: dict[str, Any] | None
+    key: str = field(default="", repr=False)
+    """The last one its client came with; known to this process alone."""
+
+
+class Sessions:
+    """All sessions.
+
+    Args:
+        store: Where they are kept.
+        grace_s: How long a client may be silent.
+    """
+
+    def __init__(self, store: Store, *, grace_s: float) -> None:
+        self._store = store
+        self._grace_s = grace_s
+        self._all: dict[str, Session] = {}
+        self._seen: dict[str, float] = {}
+        # A gateway that was down could not be heard by anybody.
+        now = time.time()
+        for row in store.sessions():
+            ended_by = json.loads(row["ended_by"]) if row["ended_by"] else None
+            about = json.loads(row["about"])
+            session = Session(row["session_id"], row["owner"], about, row["created_s"], now, ended_by)
+            self._all[session.session_id] = session
+
+    def create(self, caller: Caller, about: dict[str, Any]) -> Session:
+        """A client begins."""
+        now = time.time()
+        session = Session(str(uuid.uuid4()), caller.owner, about, now, now, None, caller.key)
+        self._store.add_session(session.session_id, session.owner, about)
+        self._all[session.session_id] = session
+        return session
+
+    def of(self, caller: Caller) -> list[Session]:
+        """A caller's sessions, newest first."""
+        return sorted(
+            (one for one in self._all.values() if one.owner == caller.owner),
+            key=lambda one: one.created_s,
+            reverse=True,
+        )
+
+    def find(self, session_id: str, caller: Caller) -> Session:
+        """One of the caller's, ended or not.
+
+        Raises:
+            Refusal: 404: there is none, or it is somebody else's.
+        """
+        session = self._all.get(session_id)
+        if session is None or session.owner != caller.owner:
+            raise Refusal(404, f"There is no session {session_id[:100]!r}.", reason="SESSION_NOT_FOUND")
+        return session
+
+    def live(self, session_id: str, caller: Caller) -> Session:
+        """One of the caller's that goes on; it is heard of with this.
+
+        Raises:
+            Refusal: 404, or 410: it has ended.
+        """
+        session = self.find(session_id, caller)
+        if session.ended_by is not None:
+            text = (
+                f"Session {session_id} has ended ({session.ended_by['type']}); its checkpoints stay. Begin a new one."
+            )
+            raise Refusal(410, text, reason="SESSION_ENDED")
+        session.key = caller.key
+        session.seen_s = self._seen[session_id] = time.time()
+        return session
+
+    def end(self, session: Session, ended_by: dict[str, Any]) -> None:
+        """It is over."""
+        session.ended_by = ended_by
+        self._store.end_session(session.session_id, ended_by)
+
+    def silent(self) -> list[Session]:
+        """Those that go on and have not been heard of for longer than the grace."""
+        before_s = time.time() - self._grace_s
+        return [one for one in self._all.values() if one.ended_by is None and one.seen_s < before_s]
+
+    def forget(self, before_s: float) -> None:
+        """Nothing is kept of those that ended long ago."""
+        self._store.forget_sessions(before_s)
+        kept = {row["session_id"] for row in self._store.sessions()}
+        self._all = {session_id: one for session_id, one in self._all.items() if session_id in kept}
+
+    @property
+    def num_live(self) -> int:
+        """Those that go on."""
+        return sum(one.ended_by is None for one in self._all.values())
+
+    def flush(self) -> None:
+        """Writes down when they were heard of."""
+        seen, self._seen = self._seen, {}
+        if seen:
+            self._store.seen(seen.items())

@@ -1,0 +1,211 @@
+"""The trainers behind the gateway: a channel to each, and the models they serve by every name.
+
+A call carries the key of whoever asked for it, so the trainer decides what they may see; the gateway has no key of its
+own.
+"""
+
+import asyncio
+import ipaddress
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc
+import grpc.aio
+from gradwire._wire.version import PROTOCOL_VERSION
+from gradwire.errors import GradwireError, from_rpc_error
+from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
+from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
+from gradwire.v1.trainer_service_pb2 import GetServerInfoRequest, GetServerInfoResponse
+from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
+
+from trainer_service.config import SettingsError
+from trainer_service.gateway.outcomes import Refusal
+
+CALL_TIMEOUT_S = 120.0
+_AWAY_S = 60.0
+"""How long a trainer may be away, as one that restarts is, before a call that somebody waits for fails."""
+_PASSING = {"", "WORKER_NOT_READY", "DRAINING", "WORKER_DIED"}
+"""Reasons of an UNAVAILABLE that pass by themselves."""
+
+
+def is_passing(exc: GradwireError) -> bool:
+    """Whether the same call may go through a little later: the trainer is away or not ready."""
+    return exc.code == grpc.StatusCode.UNAVAILABLE.value[0] and exc.reason in _PASSING
+
+
+class Trainer:
+    """One trainer.
+
+    Args:
+        url: "http://host:port", "https://host" or "unix:/path".
+        ca_file: Roots that its certificate must come from; None takes the system's.
+
+    Raises:
+        SettingsError: The URL leads nowhere.
+        OSError: The file cannot be read.
+    """
+
+    def __init__(self, url: str, *, ca_file: Path | None = None) -> None:
+        self.url = url
+        target, secure, local = _target(url)
+        options = [
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1_000),
+            ("grpc.use_local_subchannel_pool", 1),
+            # A proxy would look for "this machine" on its own.
+            ("grpc.enable_http_proxy", 0 if local else 1),
+        ]
+        if secure:
+            roots = None if ca_file is None else ca_file.read_bytes()
+            self.channel = grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(roots), options)
+        else:
+            self.channel = grpc.aio.insecure_channel(target, options)
+        # grpc's stubs are made for synchronous channels, as far as their types say.
+        self.runs: Any = TrainerServiceStub(self.channel)
+        self.checkpoints: Any = CheckpointServiceStub(self.channel)
+        self.sampling: Any = SamplingServiceStub(self.channel)
+
+    async def call(self, method: Any, request: Any, key: str, *, away_s: float = _AWAY_S) -> Any:
+        """A unary call on somebody's behalf, tried again while the trainer is away.
+
+        Args:
+            method: Of one of the stubs.
+            request: Its message.
+            key: Theirs; "" for none.
+            away_s: How long to try.
+
+        Raises:
+            GradwireError: What it was refused with.
+        """
+        until_s = time.monotonic() + away_s
+        delay_s = 0.05
+        while True:
+            try:
+                return await method(request, metadata=metadata(key), timeout=CALL_TIMEOUT_S)
+            except grpc.aio.AioRpcError as exc:
+                failed = from_rpc_error(exc)
+            if not is_passing(failed) or time.monotonic() + delay_s > until_s:
+                raise failed
+            await asyncio.sleep(delay_s)
+            delay_s = min(1.0, delay_s * 2)
+
+
+def metadata(key: str) -> list[tuple[str, str]]:
+    """What a call carries beside its message."""
+    carried = [("gradwire-protocol-version", str(PROTOCOL_VERSION))]
+    return [*carried, ("authorization", f"Bearer {key}")] if key else carried
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that can be named, and where it is."""
+
+    trainer: Trainer
+    name: str
+    """As clients are told it."""
+    base_model: str
+    """As its trainer calls it."""
+    info: GetServerInfoResponse
+    """What the trainer said of itself."""
+
+
+class Trainers:
+    """All trainers, and the names of what they serve.
+
+    Args:
+        trainers: They.
+        aliases: Further names of models, each to the trainer's own name; "" as that means the one model there is.
+    """
+
+    def __init__(self, trainers: Sequence[Trainer], aliases: Mapping[str, str] | None = None) -> None:
+        self.all = tuple(trainers)
+        self._aliases = dict(aliases or {})
+
+    def by_url(self, url: str) -> Trainer:
+        """The trainer that something was begun on.
+
+        Raises:
+            Refusal: The gateway was restarted without it.
+        """
+        for trainer in self.all:
+            if trainer.url == url:
+                return trainer
+        raise Refusal(404, f"This was begun on trainer {url}, which this gateway does not stand before any more.")
+
+    async def served(self, key: str) -> list[ServedModel]:
+        """Every model by every name, as the caller may see them.
+
+        Raises:
+            GradwireError: The key is not valid, or no trainer can be reached.
+        """
+        answers = await asyncio.gather(
+            *(trainer.call(trainer.runs.GetServerInfo, GetServerInfoRequest(), key) for trainer in self.all),
+            return_exceptions=True,
+        )
+        found: list[ServedModel] = []
+        for trainer, answer in zip(self.all, answers, strict=True):
+            if isinstance(answer, BaseException):
+                if len(self.all) == 1 or not isinstance(answer, GradwireError) or not is_passing(answer):
+                    raise answer
+                continue
+            for model in answer.models:
+                names = dict.fromkeys([*self._names(model.base_model), *model.aliases])
+                found += [ServedModel(trainer, name, model.base_model, answer) for name in names]
+        return found
+
+    def name_of(self, base_model: str) -> str:
+        """What clients are told that a trainer's model is called."""
+        return self._names(base_model)[0]
+
+    def _names(self, base_model: str) -> list[str]:
+        aliases = [name for name, of in self._aliases.items() if of in ("", base_model)]
+        return [*aliases, base_model]
+
+    async def find(self, base_model: str, key: str) -> ServedModel:
+        """The model of a name; "" is the only one there is.
+
+        Raises:
+            Refusal: 404: none has it; the names there are, are told.
+            GradwireError: As `served`.
+        """
+        served = await self.served(key)
+        for model in served:
+            if base_model in (model.name, ""):
+                return model
+        names = ", ".join(sorted({model.name for model in served})) or "none, the trainer is still loading"
+        text = f"base_model is {base_model[:200]!r}, which no trainer behind this gateway serves; served: {names}."
+        raise Refusal(404 if served else 503, text, reason="BASE_MODEL_MISMATCH")
+
+    async def close(self) -> None:
+        """Ends all channels."""
+        await asyncio.gather(*(trainer.channel.close() for trainer in self.all))
+
+
+def _target(url: str) -> tuple[str, bool, bool]:
+    """(gRPC target, whether it speaks TLS, whether it is this machine)."""
+    if url.startswith("unix:"):
+        return url, False, True
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else None)
+    except ValueError:
+        port = None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port is None:
+        raise SettingsError(f'--trainer {url!r} is no trainer\'s URL; use "http://host:port" or "https://host".')
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{host}:{port}", parts.scheme == "https", _is_loopback(parts.hostname)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,63 @@
+"""The gateway that `gradwire serve --gateway` runs beside a trainer: a process of its own, kept up while that runs."""
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+from trainer_service.config import SettingsError
+from trainer_service.processes import start_child, stop_child
+
+logger = logging.getLogger(__name__)
+
+_START_TIMEOUT_S = 60.0
+_PAUSE_S = 1.0
+_GRACE_S = 10.0
+
+
+@contextlib.asynccontextmanager
+async def gateway_child(listen: str, *, trainer: str, data_dir: Path, options: list[str]) -> AsyncGenerator[None]:
+    """Runs one while the block lasts; it listens when the block begins.
+
+    Args:
+        listen: host:port.
+        trainer: The trainer's host:port.
+        data_dir: Where its file goes.
+        options: Further ones of `gradwire gateway`.
+
+    Raises:
+        SettingsError: It did not start; it has said why on stderr.
+    """
+    ready_file = data_dir / "gateway" / "ready.json"
+    command = [sys.executable, "-m", "trainer_service", "gateway", "--trainer", f"http://{trainer}", "--listen", listen]
+    command += ["--data-dir", str(data_dir), "--ready-file", str(ready_file), "--exit-with-parent", *options]
+    ready_file.unlink(missing_ok=True)
+    # Its log goes where ours does.
+    process = await start_child(*command)
+
+    async def keep_up() -> None:
+        nonlocal process
+        while True:
+            code = await process.wait()
+            logger.error("The gateway ended; it is started again.", extra={"fields": {"code": code}})
+            await asyncio.sleep(_PAUSE_S)
+            process = await start_child(*command)
+
+    keeper: asyncio.Task[None] | None = None
+    try:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                # Another process writes it, so there is no event to wait for.
+                while not ready_file.exists() and process.returncode is None:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+        if not ready_file.exists():
+            raise SettingsError(f"--gateway {listen}: the gateway did not start; its message is above.")
+        keeper = asyncio.create_task(keep_up())
+        yield
+    finally:
+        if keeper is not None:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
+        await stop_child(process, grace_s=_GRACE_S)
