@@ -88,6 +88,8 @@ class Limits:
     """One of them."""
     max_stop_bytes: int = 4096
     """All of them together: what finds them takes a hundred times as much memory, for every request under way."""
+    max_metrics: int = 256
+    """Metrics of one backward, and names asked for at once."""
 
 
 Checkpointing = Literal["auto", "on", "off"]

@@ -34,6 +34,7 @@ from gradwire.ported_names import (
     UnprocessableEntityError,
 )
 from gradwire.rest_client import RestClient, TrainingRun
+from gradwire.run_metrics import RunMetrics
 from gradwire.sampling_client import SamplingClient
 from gradwire.service_client import FiretitanServiceClient, ServiceClient
 from gradwire.training_client import TrainingClient
@@ -92,6 +93,7 @@ __all__ = [
     "RateLimitError",
     "RequestFailedError",
     "RestClient",
+    "RunMetrics",
     "SampleResponse",
     "SampledSequence",
     "SampledToken",

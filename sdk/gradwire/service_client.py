@@ -5,7 +5,7 @@ import os
 import time
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future as ConcurrentFuture
 from typing import Any
 
@@ -18,6 +18,7 @@ from gradwire.futures import APIFuture
 from gradwire.ported_names import NO_ACCESS_TOKENS, RefusesTinkerNames, refuse_given, refuse_other_optimizer
 from gradwire.rest_client import RestClient, server_capabilities
 from gradwire.run_info import ServerCapabilities
+from gradwire.run_metrics import RunMetrics, fetch_metrics
 from gradwire.sampling_client import SamplingClient, open_sampling_client
 from gradwire.training_client import TrainingClient
 from gradwire.transport import ClientTls, Connection
@@ -397,6 +398,29 @@ class ServiceClient(RefusesTinkerNames):
             for run in answer.runs
         ]
 
+    def metrics(
+        self, run_id: str, names: Iterable[str] = (), *, since_step: int = 0, timeout_s: float | None = None
+    ) -> RunMetrics:
+        """What a run's operations measured, one point an optimizer step, whole from its first: also of what other
+        scripts, or trainers before this one, did.
+
+        `metrics(run_id)["loss:sum"]` is a float64 array beside `.step`. What one step's operations said is combined as
+        their names say (`name:sum` adds up, `name:mean` is weighted by loss tokens); metrics of a custom loss under
+        names without a reduction are averaged. There are also "learning_rate", "queue_ms:sum", "execute_ms:sum" and
+        "transfer_ms:sum"; what a `forward` with a loss found is "forward/loss:sum" and so on.
+
+        Args:
+            run_id: The run; a TrainingClient's is its `run_id`.
+            names: Only these metrics; none given means all.
+            since_step: Only points of this optimizer step and later ones.
+            timeout_s: Longest wait for one piece of the answer, seconds; None takes the client's.
+
+        Raises:
+            NotFoundError: RUN_NOT_FOUND: there is none, or it is somebody else's.
+        """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        return fetch_metrics(self._connection, run_id, names, since_step=since_step, timeout_s=timeout_s)
+
     def get_server_capabilities(self, *, timeout_s: float | None = None) -> ServerCapabilities:
         """The model the trainer serves, waiting until it is loaded; get_server_info() says more."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
@@ -439,6 +463,7 @@ class ServiceClient(RefusesTinkerNames):
     get_server_info_async = off_thread(get_server_info)
     get_server_capabilities_async = off_thread(get_server_capabilities)
     list_runs_async = off_thread(list_runs)
+    metrics_async = off_thread(metrics)
 
     def __reduce__(self) -> Any:
         raise TypeError(

@@ -15,7 +15,7 @@ from gradwire import answers
 from gradwire.async_twins import awaited, off_thread, submitted
 from gradwire.checkpoint_client import check_ttl_seconds
 from gradwire.codec import Batch, batch_from_data, batch_parts, split, tensor_parts
-from gradwire.custom_loss import CustomLossFn, LossThread, run_custom_loss
+from gradwire.custom_loss import CustomLossFn, LossThread, reported_metrics, run_custom_loss
 from gradwire.errors import from_status, invalid_field
 from gradwire.futures import APIFuture
 from gradwire.order import Call, Operation
@@ -543,9 +543,9 @@ def _with_batch(kind: str, settings: Message, batch: Batch) -> Parts:
     return _encoded(kind, settings, batch=batch_parts(batch))
 
 
-def backward_content(forward_seq_id: int, gradients_T: np.ndarray) -> Parts:
-    """A backward as a field of TrainRequest, sharing memory with the gradients."""
-    settings = ops.BackwardRequest(forward_seq_id=forward_seq_id)
+def backward_content(forward_seq_id: int, gradients_T: np.ndarray, metrics: Mapping[str, float] | None = None) -> Parts:
+    """A backward as a field of TrainRequest, sharing memory with the gradients; `metrics` are for the run's curves."""
+    settings = ops.BackwardRequest(forward_seq_id=forward_seq_id, metrics=metrics)
     return _encoded("backward", settings, gradients=tensor_parts(gradients_T))
 
 
@@ -647,7 +647,9 @@ class _CustomCall:
         start = 0
         backwards: list[Operation] = []
         for forward, count in zip(self._forwards, self._row_counts, strict=True):
-            content = backward_content(forward.request.seq_id, gradients_T[start : start + count])
+            # Once, since those of all pieces are added up.
+            metrics = {} if backwards else reported_metrics(self._metrics, self._loss)
+            content = backward_content(forward.request.seq_id, gradients_T[start : start + count], metrics)
             backwards.append(self._result.operation(content))
             start += count
         self._stream.overtake(backwards)

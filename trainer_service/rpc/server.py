@@ -34,6 +34,7 @@ from trainer_service.rpc.sampling_servicer import SamplingServicer
 from trainer_service.rpc.trainer_servicer import TrainerServicer
 from trainer_service.rpc.transport import server_options
 from trainer_service.runs.registry import Runs
+from trainer_service.runs.run_metrics import RunMetrics
 from trainer_service.runs.sampling import Sampling
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class TrainerServer:
             observe=self._observe,
             transfers=self.transfers,
         )
+        self.run_metrics = RunMetrics()
+        """Their curves."""
         self.sampling = Sampling(self.runs, worker, self.transfers, config.limits)
         self.metrics.in_flight.set_function(lambda: self.runs.unanswered)
         self.metrics.runs.set_function(lambda: len(self.runs))
@@ -116,6 +119,7 @@ class TrainerServer:
             limits=limits,
             draining=self._draining,
             gate=CheckpointGate(self.transfers),
+            metrics=self.run_metrics,
         )
         add_CheckpointServiceServicer_to_server(CheckpointServicer(self.catalog), self._server)
         add_TrainerServiceServicer_to_server(servicer, self._server)

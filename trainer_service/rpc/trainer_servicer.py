@@ -10,6 +10,7 @@ import grpc.aio
 from gradwire.errors import error, from_status
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb
+from gradwire.v1.run_metrics_pb2 import GetMetricsRequest, GetMetricsResponse, MetricSeries
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer
 from gradwire.version import PROTOCOL_VERSION, __version__
 
@@ -22,6 +23,7 @@ from trainer_service.rpc.train_stream import TrainStream, read_attach
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
+from trainer_service.runs.run_metrics import RunMetrics
 
 
 class TrainerServicer(TrainerServiceServicer):
@@ -33,6 +35,7 @@ class TrainerServicer(TrainerServiceServicer):
         limits: The most a client may send.
         draining: Set when the trainer shuts down.
         gate: The way of saves and loads.
+        metrics: The runs' curves.
     """
 
     def __init__(
@@ -43,7 +46,9 @@ class TrainerServicer(TrainerServiceServicer):
         limits: Limits,
         draining: asyncio.Event,
         gate: CheckpointGate,
+        metrics: RunMetrics,
     ) -> None:
+        self._metrics = metrics
         self._gate = gate
         self._runs = runs
         self._worker = worker
@@ -75,6 +80,22 @@ class TrainerServicer(TrainerServiceServicer):
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:
         return pb.ListRunsResponse(runs=[run.describe() for run in self._runs.list()])
+
+    async def GetMetrics(self, request: GetMetricsRequest, context: Any) -> GetMetricsResponse:
+        found = await self._metrics.points(
+            self._runs.get(request.run_id),
+            names=request.names,
+            since_step=request.since_step,
+            after_seq_id=request.after_seq_id,
+        )
+        return GetMetricsResponse(
+            seq_ids=found.seq_ids,
+            steps=found.steps,
+            times_s=found.times_s,
+            series=[MetricSeries(name=name, values=values) for name, values in found.series.items()],
+            more=found.more,
+            names_left_out=found.names_left_out,
+        )
 
     async def ForkRun(self, request: pb.ForkRunRequest, context: Any) -> pb.ForkRunResponse:
         refuse_while_draining(self._draining)

@@ -250,7 +250,8 @@ class Run:
         def written() -> None:
             self._answer(entry, response, encoded)
 
-        self._journal.record(entry.seq_id, response, encoded, step=self.step, written=written)
+        reported = dict(entry.operation.request.backward.metrics) if entry.kind == "backward" else {}
+        self._journal.record(entry.seq_id, response, encoded, step=self.step, written=written, reported=reported)
 
     def _answer(self, entry: Entry, response: TrainResponse, encoded: bytes = b"") -> None:
         self.used_s = time.monotonic()
