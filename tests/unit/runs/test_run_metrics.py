@@ -40,7 +40,7 @@ async def execute(run: Run, **operation: Any) -> TrainResponse:
     return await run.execute(Operation.made(TrainRequest(seq_id=run.next_seq_id, **operation)))
 
 
-async def train(run: Run, *, passes: int = 1, steps: int = 1, **settings: float) -> None:
+async def train(run: Run, *, passes: int = 1, steps: int = 1, **settings: Any) -> None:
     for _ in range(steps):
         for _ in range(passes):
             await execute(run, forward_backward=ops.ForwardBackwardRequest())
