@@ -5,10 +5,16 @@ import asyncio
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer_service import config, descriptors
 from trainer_service.access import ApiKeys
 from trainer_service.observability import configure_logging
+
+if TYPE_CHECKING:
+    from trainer_service.fleet.worker import Worker
+    from trainer_service.page.server import PageServer
+    from trainer_service.rpc.server import TrainerServer
 
 
 def main() -> int:
@@ -23,6 +29,8 @@ def main() -> int:
         # Only trainers speak TLS themselves; a client certificate they ask for guards as a key does.
         guarded = keys.required or getattr(args, "tls_client_ca_file", None) is not None
         config.check_exposure(args.listen, guarded=guarded, allow_no_api_key=args.allow_no_api_key)
+        if getattr(args, "page", None) is not None:
+            config.check_page(args.page, guarded=guarded)
         return asyncio.run(args.command(args))
     except (config.SettingsError, OSError) as exc:
         print(f"gradwire: {exc}", file=sys.stderr)
@@ -42,6 +50,7 @@ async def _trainer(args: argparse.Namespace) -> int:
         base_model=args.base_model,
         listen=args.listen,
         metrics_listen=None if args.metrics_port is None else f"{args.metrics_host}:{args.metrics_port}",
+        page_listen=args.page,
         data_dir=args.data_dir.resolve(),
         storage_url=args.storage_url,
         max_context_length=args.max_context_length,
@@ -83,17 +92,22 @@ async def _trainer(args: argparse.Namespace) -> int:
     ends = [asyncio.create_task(wait_for_signal())]
     if settings.exit_with_parent:
         ends.append(asyncio.create_task(parent_gone()))
-    stop_metrics, metrics_address = None, ""
+    stop_metrics, metrics_address, page = None, "", None
     try:
         if settings.metrics_listen is not None:
             metrics_address, stop_metrics = server.metrics.serve(settings.metrics_listen)
         await server.start()
+        if settings.page_listen is not None:
+            page = _page(server, worker, settings.page_listen)
+            await page.start()
         await worker.start()
         if settings.ready_file is not None:
             write_ready_file(settings.ready_file, address=server.address, metrics_address=metrics_address)
         await asyncio.wait([*ends, worker.gave_up], return_when=asyncio.FIRST_COMPLETED)
     finally:
         await server.drain()
+        if page is not None:
+            await page.stop()
         if stop_metrics is not None:
             stop_metrics()
         for task in ends:
@@ -102,6 +116,23 @@ async def _trainer(args: argparse.Namespace) -> int:
         print(f"gradwire: {worker.gave_up.result()}", file=sys.stderr)
         return 1
     return 0
+
+
+def _page(server: "TrainerServer", worker: "Worker", listen: str) -> "PageServer":
+    # Imported only where there is a page: its packages are an extra.
+    from trainer_service.page.server import PageServer
+
+    return PageServer(
+        listen,
+        api_keys=server.api_keys,
+        tls=server.config.tls,
+        limits=server.config.limits,
+        runs=server.runs,
+        metrics=server.run_metrics,
+        sampling=server.sampling,
+        catalog=server.catalog,
+        worker=worker,
+    )
 
 
 def _check_storage_url(url: str) -> None:
@@ -177,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     trainer.add_argument("--listen", default="127.0.0.1:7777", help="host:port; port 0 takes a free one")
     trainer.add_argument("--metrics-port", type=int, help="serve Prometheus metrics there; 0 takes a free port")
     trainer.add_argument("--metrics-host", default="127.0.0.1", help="default: 127.0.0.1")
+    trainer.add_argument("--page", metavar="HOST:PORT", help="serve the live page there, such as 127.0.0.1:8080")
     trainer.add_argument(
         "--max-context-length", type=int, default=0, help="longest sequence, tokens; 0: the model's own"
     )

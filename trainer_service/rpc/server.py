@@ -23,7 +23,7 @@ from trainer_service.access import ApiKeys
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.storage import Storage
 from trainer_service.checkpoints.transfers import Transfers
-from trainer_service.config import Limits, ServerTls, TrainerConfig, listens_on_loopback, split_address
+from trainer_service.config import PAGE_CONNECTIONS, ServerTls, TrainerConfig, listens_on_loopback, split_address
 from trainer_service.fleet.worker import Worker
 from trainer_service.observability import Metrics
 from trainer_service.rpc.border import Border
@@ -56,10 +56,12 @@ class TrainerServer:
     """
 
     def __init__(self, config: TrainerConfig, worker: Worker) -> None:
-        self._config = config
+        self.config = config
+        """Its settings."""
         self._worker = worker
         self._draining = asyncio.Event()
-        self._api_keys = ApiKeys(config.api_keys, config.api_key_file)
+        self.api_keys = ApiKeys(config.api_keys, config.api_key_file)
+        """Keys that open it."""
         storage = Storage(config.storage_url) if config.storage_url else None
         self.catalog = Catalog(config.checkpoint_dir, storage)
         self.transfers = Transfers(self.catalog)
@@ -100,14 +102,14 @@ class TrainerServer:
             OSError: The address cannot be had.
             SettingsError: Too few files may be open.
         """
-        limits = self._config.limits
+        limits = self.config.limits
         options = server_options(
             max_message_bytes=limits.max_message_bytes,
-            max_connections=descriptors.max_connections(reserved=_descriptors_reserved(limits)),
+            max_connections=descriptors.max_connections(reserved=_descriptors_reserved(self.config)),
             max_calls=limits.max_sample_requests,
         )
         border = Border(
-            api_keys=self._api_keys,
+            api_keys=self.api_keys,
             metrics=self.metrics,
             max_message_bytes=limits.max_message_bytes,
             limiter=RequestLimiter(limits),
@@ -123,22 +125,22 @@ class TrainerServer:
         )
         add_CheckpointServiceServicer_to_server(CheckpointServicer(self.catalog), self._server)
         add_TrainerServiceServicer_to_server(servicer, self._server)
-        sampling = SamplingServicer(self.sampling, base_model=self._config.base_model, draining=self._draining)
+        sampling = SamplingServicer(self.sampling, base_model=self.config.base_model, draining=self._draining)
         add_SamplingServiceServicer_to_server(sampling, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        if self._config.reflection:
+        if self.config.reflection:
             ours = (SERVICE, CHECKPOINT_SERVICE, SAMPLING_SERVICE)
             names = (*ours, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
-        host, port = split_address(self._config.listen)
+        host, port = split_address(self.config.listen)
         bracketed = f"[{host}]" if ":" in host else host
         try:
-            if self._config.tls is not None:
-                port = self._server.add_secure_port(f"{bracketed}:{port}", _credentials(self._config.tls))
+            if self.config.tls is not None:
+                port = self._server.add_secure_port(f"{bracketed}:{port}", _credentials(self.config.tls))
             else:
                 port = self._server.add_insecure_port(f"{bracketed}:{port}")
         except RuntimeError as exc:
-            raise OSError(f"cannot listen on {self._config.listen}: {exc}") from exc
+            raise OSError(f"cannot listen on {self.config.listen}: {exc}") from exc
         self.runs.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(CHECKPOINT_SERVICE, health_pb2.HealthCheckResponse.SERVING)
@@ -146,7 +148,7 @@ class TrainerServer:
         await self._server.start()
         self._in_background(self._sweep())
         self.address = f"{bracketed}:{port}"
-        if self._config.tls is None and self._api_keys.required and not listens_on_loopback(self._config.listen):
+        if self.config.tls is None and self.api_keys.required and not listens_on_loopback(self.config.listen):
             logger.warning("API keys cross the network in plaintext; give --tls-cert-file, or put TLS in front.")
         logger.info("Listening.", extra={"fields": {"address": self.address, "version": __version__}})
 
@@ -156,7 +158,7 @@ class TrainerServer:
         self._draining.set()
         await self._set_health(False)
         try:
-            await asyncio.wait_for(self.runs.quiet(), self._config.drain_timeout_s)
+            await asyncio.wait_for(self.runs.quiet(), self.config.drain_timeout_s)
         except TimeoutError:
             fields = {"operations": self.runs.unanswered}
             logger.warning("Operations are left to the next trainer.", extra={"fields": fields})
@@ -203,9 +205,9 @@ class TrainerServer:
             logger.info("Operation failed.", extra={"fields": fields})
 
 
-def _descriptors_reserved(limits: Limits) -> int:
-    """Those a trainer keeps for what is not a connection: itself, and lock, journal and snapshot of its runs."""
-    return 64 + 12 * limits.max_runs
+def _descriptors_reserved(config: TrainerConfig) -> int:
+    """Those kept for what is no client's connection: the trainer, lock, journal and snapshot of its runs, pages."""
+    return 64 + 12 * config.limits.max_runs + (PAGE_CONNECTIONS if config.page_listen is not None else 0)
 
 
 def _credentials(tls: ServerTls) -> grpc.ServerCredentials:

@@ -113,6 +113,11 @@ class Run:
         return self._sequence.unanswered
 
     @property
+    def under_way(self) -> list[Entry]:
+        """Operations received and not yet answered, in order."""
+        return self._sequence.waiting
+
+    @property
     def lost(self) -> bool:
         """Whether its state is gone."""
         return self.placement.lost is not None

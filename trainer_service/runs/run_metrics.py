@@ -10,7 +10,7 @@ import math
 import sqlite3
 import threading
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,8 @@ _ROWS = 500
 """Read at once."""
 _MAX_RUNS = 32
 """Whose points are kept in memory, those looked at last: 100,000 steps of 20 metrics take 16 MB."""
+_RECENT = 60
+"""Operations of a run that are kept one by one."""
 _DEFAULT_LEARNING_RATE = 1e-4
 _TRAINING = ("forward", "forward_backward", "backward", "optim_step")
 _CLEARING = ("zero_grad", "load_state")
@@ -51,6 +53,8 @@ class Points:
     more: bool
     """Whether there are others behind them."""
     names_left_out: int
+    recent: list[Measured]
+    """The run's last operations that were answered, in order."""
 
 
 @dataclass
@@ -64,6 +68,7 @@ class RunCurves:
     times_s: "array[float]" = field(default_factory=lambda: array("d"))
     series: "dict[str, array[float]]" = field(default_factory=dict)
     names_left_out: set[str] = field(default_factory=set)
+    recent: deque[Measured] = field(default_factory=lambda: deque(maxlen=_RECENT))
     _read_seq_id: int = 0
     _since_step: list[Measured] = field(default_factory=list)
     """Operations that the next optim_step will count."""
@@ -98,9 +103,11 @@ class RunCurves:
             series={name: [values[place] for place in places] for name, values in series.items()},
             more=more,
             names_left_out=len(self.names_left_out),
+            recent=list(self.recent),
         )
 
     def _add(self, row: Measured) -> None:
+        self.recent.append(row)
         if row.kind == "optim_step" and not row.reason:
             self._add_point(row, self._since_step)
         if row.kind in (*_CLEARING, "optim_step"):
