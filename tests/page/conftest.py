@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ class PageTrainer:
     """One that is served."""
 
     url: str
+    page: PageServer
     front: FrontEnd
     worker: PageWorker
     loop: asyncio.AbstractEventLoop
@@ -99,11 +100,11 @@ class PageTrainer:
     def make_run(self, name: str = "", caller: Caller = ANYBODY, **settings: Any) -> Run:
         return self.do(self.front.server.runs.create(CreateRunRequest(display_name=name, **settings)), caller)
 
-    def make_runs(self, count: int, caller: Caller = ANYBODY) -> list[Run]:
+    def make_runs(self, names: Iterable[str], caller: Caller = ANYBODY) -> list[Run]:
         """Many, at once."""
 
         async def made() -> list[Run]:
-            requests = [CreateRunRequest(display_name=f"run {n}") for n in range(count)]
+            requests = [CreateRunRequest(display_name=name) for name in names]
             return await asyncio.gather(*map(self.front.server.runs.create, requests))
 
         return self.do(made(), caller)
@@ -148,7 +149,7 @@ def page_trainer(*, limits: Limits | None = None, **settings: Any) -> Iterator[P
                 worker=worker,
             )
             await page.start()
-            box.append(PageTrainer(page.url, front, worker, asyncio.get_running_loop()))
+            box.append(PageTrainer(page.url, page, front, worker, asyncio.get_running_loop()))
             started.set()
             await asyncio.to_thread(end.wait)
             worker.words.release(10_000)

@@ -112,19 +112,17 @@ class Feed:
         """The events of a page of the current caller, from now on.
 
         Args:
-            run_ids: Runs whose curves and operations it shows.
+            run_ids: Runs whose curves and operations it shows; of one that is not there, nothing is told.
             after: Which of their points it has, see read_cursors.
 
         Raises:
-            GradwireError: RUN_NOT_FOUND. LIMIT_EXCEEDED: too many runs, or pages.
+            ResourceExhaustedError: LIMIT_EXCEEDED: too many runs, or pages.
         """
         if len(run_ids) > MAX_RUNS:
             raise error("LIMIT_EXCEEDED", f"A page shows at most {MAX_RUNS} runs over one another.", limit=MAX_RUNS)
         if len(self._pages) >= MAX_PAGES:
             text = f"{MAX_PAGES} pages are open, and this trainer serves no more at once; close one."
             raise error("LIMIT_EXCEEDED", text, limit=MAX_PAGES)
-        for run_id in run_ids:
-            self._runs.get(run_id)
         known = read_cursors(after)
         page = _Page(current_caller.get(), {run_id: known.get(run_id, 0) for run_id in run_ids})
         return self._events(page)
@@ -143,8 +141,12 @@ class Feed:
             self._pages.discard(page)
 
     def close(self) -> None:
-        """Ends every page's stream."""
+        """Ends every page's stream, and those that would come."""
         self._closed = True
+        self.disconnect_all()
+
+    def disconnect_all(self) -> None:
+        """Ends every page's stream; a page that is there still opens another."""
         for page in self._pages:
             page.end()
 
@@ -221,7 +223,7 @@ class Feed:
                 try:
                     run = self._runs.get(run_id)
                 except GradwireError:
-                    continue  # Deleted; `gone` tells.
+                    continue  # Deleted, or never there; the list of runs tells.
                 finally:
                     current_caller.reset(token)
                 version = run.next_seq_id, run.unanswered, run.step, executing is run and run.under_way[0].seq_id

@@ -57,10 +57,11 @@ class PageServer:
         self._socket = _bound(listen)
         host, port = self._socket.getsockname()[:2]
         sessions = Sessions(api_keys, port=port, secure=tls is not None)
-        self._feed = Feed(runs, metrics, sampling, Health(worker), sessions)
+        self.feed = Feed(runs, metrics, sampling, Health(worker), sessions)
+        """What pages are told as it happens."""
         routes = Routes(
             sessions=sessions,
-            feed=self._feed,
+            feed=self.feed,
             runs=runs,
             catalog=catalog,
             box=SamplingBox(runs, sampling, limits),
@@ -84,7 +85,7 @@ class PageServer:
 
     async def stop(self) -> None:
         """Ends every page's connection."""
-        self._feed.close()
+        self.feed.close()
         self._server.should_exit = True
         if self._serving is not None:
             await self._serving

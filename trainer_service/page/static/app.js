@@ -35,7 +35,7 @@ function show(View, argument) {
 }
 
 function route() {
-  if (me && !me.known) return;
+  if (!me?.known) return;
   const [, name = "", ...rest] = location.hash.split("/");
   const argument = decodeURIComponent(rest.join("/"));
   const View = VIEWS[name] ?? RunsView;

@@ -75,8 +75,6 @@ export class Live extends EventTarget {
         this.#again();
         return;
       }
-      // A run that is gone is followed no more.
-      if (this.failures > 1) this.followed = this.followed.filter((id) => this.runs.has(id));
       this.#open();
     }, wait);
   }
