@@ -102,7 +102,8 @@ async def _trainer(args: argparse.Namespace) -> int:
             await page.start()
         await worker.start()
         if settings.ready_file is not None:
-            write_ready_file(settings.ready_file, address=server.address, metrics_address=metrics_address)
+            addresses = {"address": server.address, "metrics_address": metrics_address}
+            write_ready_file(settings.ready_file, **addresses, page_url="" if page is None else page.url)
         await asyncio.wait([*ends, worker.gave_up], return_when=asyncio.FIRST_COMPLETED)
     finally:
         await server.drain()

@@ -259,7 +259,7 @@ class TrainerConfig:
     """Listen beyond loopback without a key."""
     reflection: bool = True
     ready_file: Path | None = None
-    """Gets {"address", "metrics_address", "pid"} as JSON once the trainer listens."""
+    """Gets {"address", "metrics_address", "page_url", "pid"} as JSON once the trainer listens."""
     drain_timeout_s: float = 30.0
     """How long queued operations may take to finish after SIGTERM."""
     detach_grace_s: float = 180.0

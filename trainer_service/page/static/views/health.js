@@ -80,7 +80,7 @@ export class HealthView {
   async #hold() {
     try {
       const { holders } = await call("/api/holders");
-      const rows = holders.map((each) => h("tr", {}, h("th", { scope: "row" }, each.owner || "nobody in particular"), ...[each.runs, each.operations].map((value) => h("td", { class: "number" }, format.number(value))), h("td", { class: "number" }, format.size(each.journal_bytes)), h("td", { class: "number" }, format.number(each.checkpoints)), h("td", { class: "number" }, format.size(each.checkpoint_bytes))));
+      const rows = holders.map((each) => h("tr", {}, h("th", { scope: "row" }, each.owner || "everybody"), ...[each.runs, each.operations].map((value) => h("td", { class: "number" }, format.number(value))), h("td", { class: "number" }, format.size(each.journal_bytes)), h("td", { class: "number" }, format.number(each.checkpoints)), h("td", { class: "number" }, format.size(each.checkpoint_bytes))));
       const names = ["Owner", "Runs", "Under way", "Journals", "Checkpoints", "Their size"];
       this.holders.replaceChildren(holders.length ? h("table", {}, h("thead", {}, h("tr", {}, names.map((name) => h("th", { scope: "col" }, name)))), h("tbody", {}, rows)) : h("p", { class: "muted" }, "Nobody holds anything."));
     } catch (error) {
