@@ -106,7 +106,7 @@ def _config(app: Guard, tls: ServerTls | None) -> uvicorn.Config:
         ws="none",
         lifespan="off",
         log_config=None,
-        log_level="warning",
+        log_level="error",
         access_log=False,
         server_header=False,
         proxy_headers=False,
