@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import os
 import shutil
 import threading
@@ -132,6 +133,8 @@ def page_trainer(*, limits: Limits | None = None, **settings: Any) -> Iterator[P
     box: list[PageTrainer] = []
     failed: list[BaseException] = []
     started, end = threading.Event(), threading.Event()
+    faults = _Faults()
+    logging.getLogger("trainer_service.page").addHandler(faults)
 
     async def serve() -> None:
         worker = PageWorker()
@@ -173,8 +176,21 @@ def page_trainer(*, limits: Limits | None = None, **settings: Any) -> Iterator[P
     finally:
         end.set()
         thread.join(20)
+        logging.getLogger("trainer_service.page").removeHandler(faults)
     if failed:
         raise failed[0]
+    assert faults.told == []
+
+
+class _Faults(logging.Handler):
+    """Remembers what the page complained of: a page that goes on all the same must not hide a fault."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(f"{record.getMessage()} {record.exc_info}")
 
 
 ARGUMENTS = (

@@ -386,3 +386,26 @@ def test_packages_that_are_missing_are_named_with_their_extra(monkeypatch: pytes
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"starlette and uvicorn.*gradwire\[page\]"):
         check_page("127.0.0.1:8080", guarded=False)
+
+
+def test_a_run_whose_operations_come_and_go_while_pages_are_told_disturbs_nobody(
+    open_trainer: PageTrainer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(feed, "INTERVAL_S", 0.01)
+    run = open_trainer.make_run("fast")
+    connections = [connect(open_trainer) for _ in range(5)]
+    responses = []
+    for connection in connections:
+        connection.request("GET", f"/api/events?runs={run.run_id}")
+        responses.append(connection.getresponse())
+    open_trainer.train(run, 60)
+    for response, connection in zip(responses, connections, strict=True):
+        steps: list[int] = []
+        while len(steps) < 60:
+            line = response.readline()
+            if line.startswith(b'data: {"run_id"') and b"seq_ids" in line:
+                steps += json.loads(line[6:])["steps"]
+        # Each point once, whatever came in between.
+        assert steps == list(range(1, 61))
+        response.close()
+        connection.close()

@@ -21,6 +21,7 @@ from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
 from trainer_service.runs.run_metrics import Points, RunMetrics
 from trainer_service.runs.sampling import Sampling
+from trainer_service.runs.sequence import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,8 @@ _IDLE_TICKS = 15
 MAX_PAGES = 256
 MAX_RUNS = 16
 """Curves of so many runs lie over one another on one page."""
-_MAX_UNREAD = 32
-"""Events a page may be behind."""
+_MAX_UNREAD = 16
+"""Seconds of events that a page may be behind."""
 _CURSOR = re.compile(r"([^=,]+)=(\d{1,19})")
 
 
@@ -53,6 +54,7 @@ class _Page:
     told: dict[str, object] = field(default_factory=dict)
     """Of each run it follows: the version of its operations that it knows."""
     idle_ticks: int = 0
+    unsent: list[bytes] = field(default_factory=list)
 
     @property
     def group(self) -> tuple[bool, str]:
@@ -60,11 +62,17 @@ class _Page:
         return self.caller.admin, "" if self.caller.admin else self.caller.owner
 
     def tell(self, event: bytes) -> None:
-        if self.events.full():
+        """Adds to what is sent next."""
+        self.unsent.append(event)
+        self.idle_ticks = 0
+
+    def send(self) -> None:
+        """Sends what it was told, in one piece: it is the pieces that cost, not the bytes."""
+        if self.unsent and self.events.full():
             self.end()
-        else:
-            self.events.put_nowait(event)
-            self.idle_ticks = 0
+        elif self.unsent:
+            self.events.put_nowait(b"".join(self.unsent))
+        self.unsent.clear()
 
     def end(self) -> None:
         """Ends its stream; a page that is still there opens another."""
@@ -176,6 +184,7 @@ class Feed:
             page.idle_ticks += 1
             if page.idle_ticks > _IDLE_TICKS:
                 page.tell(b": still here\n\n")
+            page.send()
 
     def _tell_state(self, pages: tuple[_Page, ...]) -> None:
         """Runs and health: all of it to a page that is new, what changed to the others."""
@@ -226,12 +235,12 @@ class Feed:
                     continue  # Deleted, or never there; the list of runs tells.
                 finally:
                     current_caller.reset(token)
-                version = run.next_seq_id, run.unanswered, run.step, executing is run and run.under_way[0].seq_id
+                version = run.next_seq_id, run.unanswered, run.step
                 if page.told.get(run_id) == version and not run.unanswered:
                     continue
                 try:
                     if (run_id, cursor) not in made:
-                        made[run_id, cursor] = await self._look(run, cursor, executing is run, operations)
+                        made[run_id, cursor] = await self._look(run, cursor, executing, operations)
                 except GradwireError as exc:
                     logger.info("A run's curves cannot be shown.", extra={"fields": {"error": exc.message}})
                     continue
@@ -242,7 +251,9 @@ class Feed:
                     page.tell(b"id: " + ids.encode() + b"\n" + points)
                 page.tell(operations[run_id])
 
-    async def _look(self, run: Run, cursor: int, executes: bool, operations: dict[str, bytes]) -> tuple[int, bytes]:
+    async def _look(
+        self, run: Run, cursor: int, executing: Entry | None, operations: dict[str, bytes]
+    ) -> tuple[int, bytes]:
         """(the last point behind a cursor, an event of the points in between); fills in the run's operations."""
         pieces: list[bytes] = []
         while True:
@@ -252,13 +263,13 @@ class Feed:
                 cursor = points.seq_ids[-1]
             if not points.more:
                 break
-        operations[run.run_id] = _event("operations", operations_view(run, points.recent, executing=executes))
+        operations[run.run_id] = _event("operations", operations_view(run, points.recent, executing=executing))
         return cursor, b"".join(pieces)
 
-    def _executing(self) -> Run | None:
-        """The run whose operation the worker has in hand: operations are executed in the order they came."""
-        waiting = [run for run in self._runs.everybodys() if run.unanswered and run.placement.live]
-        return min(waiting, key=lambda run: run.under_way[0].received_s, default=None)
+    def _executing(self) -> Entry | None:
+        """The operation that the worker has in hand: they are executed in the order they came."""
+        waiting = [run.under_way[0] for run in self._runs.everybodys() if run.unanswered and run.placement.live]
+        return min(waiting, key=lambda entry: entry.received_s, default=None)
 
 
 def _points_event(run_id: str, points: Points) -> bytes:

@@ -18,6 +18,7 @@ from trainer_service.fleet.worker import Worker
 from trainer_service.runs.journal_metrics import Measured
 from trainer_service.runs.run import Run
 from trainer_service.runs.run_metrics import Points
+from trainer_service.runs.sequence import Entry
 from trainer_service.user_metadata import read_user_metadata
 
 MAX_POINTS = 4000
@@ -97,8 +98,9 @@ def points_view(run_id: str, points: Points) -> dict[str, Any]:
     }
 
 
-def operations_view(run: Run, recent: list[Measured], *, executing: bool) -> dict[str, Any]:
-    """A run's operations: those under way, and how long each part of the last ones took."""
+def operations_view(run: Run, recent: list[Measured], *, executing: Entry | None) -> dict[str, Any]:
+    """A run's operations: those under way, and how long each part of the last ones took. `executing` is the one, of
+    whichever run, that the worker has in hand."""
     now = time.perf_counter()
     return {
         "run_id": run.run_id,
@@ -107,9 +109,9 @@ def operations_view(run: Run, recent: list[Measured], *, executing: bool) -> dic
                 "seq_id": entry.seq_id,
                 "kind": entry.kind,
                 "waited_ms": round((now - entry.received_s) * 1000),
-                "executing": executing and place == 0,
+                "executing": entry is executing,
             }
-            for place, entry in enumerate(run.under_way[:_MAX_UNDER_WAY])
+            for entry in run.under_way[:_MAX_UNDER_WAY]
         ],
         "recent": [
             {
