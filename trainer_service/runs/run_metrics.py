@@ -5,10 +5,10 @@ A piece is some hundred rows of a few hundred bytes: neither requests nor answer
 """
 
 import asyncio
+import bisect
 import contextlib
 import math
 import sqlite3
-import threading
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +30,8 @@ MAX_VALUES = 2_000_000
 """Of one answer: 16 MB."""
 _ROWS = 500
 """Read at once."""
+_MAX_READERS = 2
+"""Journals read at once: the threads are there for others too."""
 _MAX_RUNS = 32
 """Whose points are kept in memory, those looked at last: 100,000 steps of 20 metrics take 16 MB."""
 _RECENT = 60
@@ -62,7 +64,7 @@ class RunCurves:
     """The points of one run, as far as its journal was read. Not for several threads at once, see `lock`."""
 
     folder: Path
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     seq_ids: "array[int]" = field(default_factory=lambda: array("Q"))
     steps: "array[int]" = field(default_factory=lambda: array("Q"))
     times_s: "array[float]" = field(default_factory=lambda: array("d"))
@@ -89,12 +91,12 @@ class RunCurves:
         """The points asked for; of very many the first."""
         wanted = set(names)
         series = {name: values for name, values in self.series.items() if not wanted or name in wanted}
-        places = [
-            place
-            for place, (seq_id, step) in enumerate(zip(self.seq_ids, self.steps, strict=True))
-            if seq_id > after_seq_id and step >= since_step
-        ]
         most = MAX_VALUES // (3 + len(series))
+        # Looked up rather than searched: a page asks every second for what is behind the last of a hundred thousand.
+        first = bisect.bisect_right(self.seq_ids, after_seq_id)
+        places: Sequence[int] = range(first, len(self.seq_ids))
+        if since_step:
+            places = [place for place in places if self.steps[place] >= since_step]
         more, places = len(places) > most, places[:most]
         return Points(
             seq_ids=[self.seq_ids[place] for place in places],
@@ -149,6 +151,7 @@ class RunMetrics:
 
     def __init__(self) -> None:
         self._curves: OrderedDict[str, RunCurves] = OrderedDict()
+        self._reading = asyncio.Semaphore(_MAX_READERS)
 
     async def points(
         self, run: Run, *, names: Iterable[str] = (), since_step: int = 0, after_seq_id: int = 0
@@ -171,12 +174,16 @@ class RunMetrics:
         names = list(names)
 
         def read() -> Points:
-            with curves.lock:
-                curves.read_on()
-                return curves.select(names, since_step=since_step, after_seq_id=after_seq_id)
+            curves.read_on()
+            return curves.select(names, since_step=since_step, after_seq_id=after_seq_id)
+
+        async def alone() -> Points:
+            async with curves.lock, self._reading:
+                return await asyncio.to_thread(read)
 
         try:
-            return await asyncio.to_thread(read)
+            # Whoever asks may go away; what the thread does is not to be begun by another meanwhile.
+            return await asyncio.shield(asyncio.create_task(alone()))
         except (OSError, sqlite3.Error) as exc:
             self._curves.pop(run.run_id, None)
             text = f"The journal of {run.run_id} cannot be read: {exc}."

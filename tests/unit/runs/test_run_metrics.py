@@ -1,5 +1,6 @@
 """Curves of runs, read from their journals."""
 
+import asyncio
 import math
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,18 @@ async def test_a_journal_that_is_gone_is_said(tmp_path: Path):
         assert caught.value.reason == "STORAGE_FAILED"
         (tmp_path / "elsewhere").rename(run.folder)
         assert to_status(caught.value).message
+
+
+async def test_many_who_ask_at_once_get_one_answer_and_one_who_leaves_disturbs_nobody(tmp_path: Path):
+    async with trainer(tmp_path, measuring()) as runs:
+        run, metrics = await runs.create(CreateRunRequest()), RunMetrics()
+        await train(run, steps=5)
+        asked = [asyncio.ensure_future(metrics.points(run)) for _ in range(20)]
+        await asyncio.sleep(0)
+        asked[0].cancel()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert isinstance(answers[0], asyncio.CancelledError)
+        assert {tuple(answer.steps) for answer in answers[1:] if isinstance(answer, run_metrics.Points)} == {
+            (1, 2, 3, 4, 5)
+        }
+        assert sum(isinstance(answer, run_metrics.Points) for answer in answers) == 19
