@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from gradwire import Datum, ModelInput, answers
-from gradwire.codec import tensor_message
-from gradwire.custom_loss import run_custom_loss
-from gradwire.order import Operation
-from gradwire.training_client import backward_content
+from gradwire import Datum, ModelInput
+from gradwire._client import answers
+from gradwire._client.custom_loss import run_custom_loss
+from gradwire._client.order import OutgoingOperation
+from gradwire._client.requests import backward_content
+from gradwire._wire.codec import tensor_message
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import TrainRequest, TrainResponse
 from service import nll
@@ -50,7 +51,7 @@ class Ours:
         for response in responses:
             stop = start + len(response.forward.loss_fn_outputs["logprobs"].data) // 4
             content = backward_content(response.seq_id, gradients[start:stop])
-            Operation(TrainRequest(), lambda _: None, lambda _: None, content=content).encode()
+            OutgoingOperation(TrainRequest(), lambda _: None, lambda _: None, content=content).encode()
             start = stop
 
 

@@ -51,7 +51,7 @@ def main() -> None:
                 frames = Frames(arguments.seed * _ROUNDS + number, run_id)
                 seen += send_frames(trainer.address, frames, arguments.frames // _ROUNDS)
                 for run in service.list_runs():
-                    service.training_client(run["run_id"]).delete_run()
+                    service.training_client(run.run_id).delete_run()
                 cells = [f"{resident_mib(pid):.0f} | {num_handles(pid)}" for pid in (trainer.process.pid, worker)]
                 print(f"| {sum(seen.values())} | {' | '.join(cells)} |", flush=True)
             took_s = time.monotonic() - start_s

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
-from gradwire.codec import tensor_message
+from gradwire._wire.codec import tensor_message
 from gradwire.errors import GradwireError
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.datum_pb2 import DatumBatch

@@ -119,7 +119,7 @@ def measure_long_fields(trainer: TrainerProcess, service: ServiceClient, size_mi
 
 def _sample_text(service: ServiceClient) -> None:
     """Prompts as long as text may be, all at once; a tiny model's context holds none of them."""
-    from gradwire.transport import LOOP
+    from gradwire._client.loop import LOOP
     from gradwire.v1.sampling_service_pb2 import SampleRequest
     from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 

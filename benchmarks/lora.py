@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from gradwire import ServiceClient
-from gradwire.codec import Batch, batch_from_data
+from gradwire._wire.codec import Batch, batch_from_data
 from gradwire.types import AdamParams
 from service import make_data, tiny_model
 from side_by_side import Row, interleave, ms, print_table, ratio

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import samples
 from gradwire import datum_from_tokens_weights
-from gradwire.codec import batch_from_data
+from gradwire._wire.codec import batch_from_data
 from service import InProcess
 from side_by_side import Row
 

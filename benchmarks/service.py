@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from gradwire import AdamParams, Datum, ModelInput, ServiceClient, TrainingClient
-from gradwire.codec import batch_from_data
+from gradwire._wire.codec import batch_from_data
 from side_by_side import Setting
 
 from trainer_service.config import EngineSettings

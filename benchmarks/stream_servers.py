@@ -79,7 +79,7 @@ class AnsweringWorker:
     @functools.cache  # noqa: B019  (it lives as long as the process)
     def _reply(self, request_bytes: int) -> Any:
         """The answer to a forward_backward of that many bytes; to a command that is no operation for 0."""
-        from gradwire.codec import tensor_message
+        from gradwire._wire.codec import tensor_message
         from gradwire.v1 import operation_pb2 as ops
         from gradwire.v1.trainer_service_pb2 import TrainResponse
         from gradwire.v1.worker_service_pb2 import WorkerDone, WorkerEvent

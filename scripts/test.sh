@@ -8,4 +8,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/venv.sh"
 gradwire_venv dev
 "$python" scripts/fetch_model.py >&2
 "$python" scripts/fetch_conversations.py >&2
+# All of them take turns on as many processes as there are cores, few enough for a laptop's memory. Those that are named
+# run in one process, where a debugger reaches them.
+[ $# -gt 0 ] || set -- --numprocesses auto --maxprocesses 4 --dist worksteal
 exec "$python" -m pytest "$@"

@@ -80,7 +80,7 @@ gradwire_install() {
 
 gradwire_venv() {
     local level=$1 extras=server,examples found inputs
-    [ "$level" = dev ] && extras=server,examples,dev
+    [ "$level" = dev ] && extras=server,examples,docs,dev
     cd -- "$root" || exit 1
     if [ ! -x "$python" ]; then
         found=$(gradwire_find_python) || exit 1

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gradwire.codec import Batch
+from gradwire._wire.codec import Batch
 
 from tests.tiny import VOCAB_SIZE
 from trainer_service.config import EngineSettings, Limits

@@ -29,14 +29,22 @@ from gradwire.v1.trainer_service_pb2 import (
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent, WorkerReady
 
-from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, STATE, CheckpointPath
+from trainer_service.checkpoint_path import (
+    SAMPLER_WEIGHTS,
+    STATE,
+    CheckpointPath,
+    check_checkpoint_name,
+    check_ttl_seconds,
+)
 from trainer_service.config import Limits, TrainerConfig
 from trainer_service.fleet.link import being_executed
 from trainer_service.fleet.worker import Deliver, Reply
 from trainer_service.folders import read_manifest, whole_folder
 from trainer_service.rpc.server import TrainerServer
+from trainer_service.user_metadata import check_user_metadata
 
 READY = WorkerReady(
+    model_folder="/no/such/model",
     model=ModelInfo(base_model="fake", architecture="Fake", vocab_size=100, max_context_length=64, dtype="float32"),
     losses=[LossInfo(name="cross_entropy", loss_fn_inputs=["weights"])],
 )
@@ -175,7 +183,10 @@ class FakeWorker:
                 continue
             kind = command.request.WhichOneof("operation") or ""
             self.executed.append((command.run_id, command.request.seq_id, kind))
-            response = self._execute(command.run_id, command.request)
+            try:
+                response = self._execute(command.run_id, command.request)
+            except GradwireError as exc:
+                response = TrainResponse(error=to_status(exc))
             response.execute_ms = self.latency_s * 1000
             encoded = memoryview(response.SerializeToString())
             deliver(Reply(WorkerEvent(command_id=command.command_id, response=response), encoded))
@@ -223,6 +234,7 @@ class FakeWorker:
         """Writes a checkpoint of zeros, and replaces one. Returns its path."""
         assert self.checkpoint_dir is not None
         about = {"created_at": datetime.now(UTC).isoformat(), "step": 3, "architecture": "Fake", **about}
+        check_checkpoint_name(path.name)
         with whole_folder(path.folder(self.checkpoint_dir), about=about, overwrite=True) as writer:
             (writer.path / "zeros").write_bytes(bytes(size_bytes))
             (writer.path / "name").write_text(path.name)
@@ -276,9 +288,10 @@ class FakeWorker:
 
 
 def _label(save: Any) -> dict[str, Any]:
-    """What a manifest tells of what the caller said about a checkpoint."""
-    label: dict[str, Any] = {"user_metadata": dict(save.user_metadata)}
+    """What a manifest tells of what the caller said about a checkpoint, refused as the worker refuses it."""
+    label: dict[str, Any] = {"user_metadata": check_user_metadata(save.user_metadata)}
     if save.HasField("ttl_seconds"):
+        check_ttl_seconds(save.ttl_seconds)
         label["expires_at"] = (datetime.now(UTC) + timedelta(seconds=save.ttl_seconds)).isoformat()
     return label
 

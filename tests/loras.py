@@ -40,8 +40,8 @@ def randomize(engine: Engine, run_id: str, *, seed: int = 0) -> None:
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 
-def plain_peft(folder: Path, settings: LoraSettings, **config: Any) -> PeftModel:
-    """The model with peft's own LoRA layers, as a script would make it."""
+def plain_peft(folder: Path, settings: LoraSettings, dtype: torch.dtype = torch.float32, **config: Any) -> PeftModel:
+    """The model with peft's own LoRA layers, as a script would make it; all of it in one dtype."""
     names = [
         name
         for name, module in load_plain(folder).named_modules()
@@ -50,7 +50,7 @@ def plain_peft(folder: Path, settings: LoraSettings, **config: Any) -> PeftModel
     defaults = {"r": settings.rank, "lora_alpha": settings.alpha, "target_modules": names, "task_type": "CAUSAL_LM"}
     model = get_peft_model(load_plain(folder), LoraConfig(**{**defaults, **config}))  # pyright: ignore[reportArgumentType]
     assert isinstance(model, PeftModel)
-    return model.eval()
+    return model.eval().to(dtype)
 
 
 def same_adapter(model: PeftModel, engine: Engine, run_id: str) -> dict[str, nn.Parameter]:

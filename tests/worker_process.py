@@ -8,12 +8,12 @@ import time
 from collections.abc import Iterator
 
 import grpc
+from gradwire._wire.version import __version__
 from gradwire.errors import error, to_status
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import ModelInfo, TrainResponse
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent, WorkerHello, WorkerReady
 from gradwire.v1.worker_service_pb2_grpc import WorkerServiceStub
-from gradwire.version import __version__
 
 from trainer_service.engine.worker.heartbeat import start_heartbeat
 from trainer_service.executing import Executing

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from gradwire._wire.untrusted import parse_json
 from gradwire.errors import error, invalid_field
-from gradwire.untrusted import parse_json
 
 from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, CheckpointPath
 from trainer_service.folders import sync

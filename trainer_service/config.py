@@ -12,7 +12,7 @@ from typing import Literal
 from trainer_service import user_metadata
 
 MIN_PROTOCOL_VERSION = 1
-"""Oldest protocol version this trainer speaks; the newest is gradwire.version.PROTOCOL_VERSION."""
+"""Oldest protocol version this trainer speaks; the newest is gradwire._wire.version.PROTOCOL_VERSION."""
 
 
 MAX_RUNS_VARIABLE = "GRADWIRE_MAX_RUNS"

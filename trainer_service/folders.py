@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradwire._wire.untrusted import parse_json, stays_inside
 from gradwire.errors import GradwireError, error
-from gradwire.untrusted import parse_json, stays_inside
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -10,8 +10,8 @@ from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
+from gradwire._wire.wire_format import fields
 from gradwire.errors import GradwireError, error, invalid_field
-from gradwire.wire_format import fields
 
 from trainer_service.config import Limits
 

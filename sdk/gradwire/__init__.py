@@ -9,15 +9,13 @@ client.optim_step(gradwire.AdamParams(learning_rate=1e-5)).result()
 import sys
 from typing import TYPE_CHECKING
 
-from gradwire import forks as forks  # Before anything that imports grpc.
-from gradwire import ported_names, types
-from gradwire.chats import datum_from_messages
-from gradwire.checkpoint_client import Checkpoint, CheckpointClient, CheckpointFile
-from gradwire.data import datum_from_tokens_weights
-from gradwire.errors import GradwireError
-from gradwire.futures import APIFuture
-from gradwire.jobs import TrainerJob, TrainerJobConfig, TrainerJobManager
-from gradwire.ported_names import (
+# Before anything that imports grpc.
+from gradwire._client import forks as forks
+
+# isort: split
+from gradwire import types
+from gradwire._client import ported_names
+from gradwire._client.ported_names import (
     APIConnectionError,
     APIError,
     APIStatusError,
@@ -33,34 +31,81 @@ from gradwire.ported_names import (
     TinkerError,
     UnprocessableEntityError,
 )
-from gradwire.rest_client import RestClient, TrainingRun
+from gradwire._client.tls import ClientTls
+from gradwire._wire.version import __version__
+from gradwire.chats import datum_from_messages
+from gradwire.checkpoint_client import Checkpoint, CheckpointClient, CheckpointFile
+from gradwire.data import datum_from_tokens_weights
+from gradwire.errors import (
+    AbortedError,
+    AlreadyExistsError,
+    DataLossError,
+    DeviceOutOfMemoryError,
+    FailedPreconditionError,
+    GradwireError,
+    InternalError,
+    InvalidArgumentError,
+    NoGradientsError,
+    OperationCancelledError,
+    OperationPoisonedError,
+    OperationTimeoutError,
+    OutOfRangeError,
+    PriorOperationFailedError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnimplementedError,
+    WorkerDiedError,
+)
+from gradwire.futures import APIFuture
+from gradwire.jobs import TrainerJob, TrainerJobConfig, TrainerJobManager
+from gradwire.rest_client import (
+    CheckpointsListResponse,
+    Cursor,
+    ListedCheckpoint,
+    RestClient,
+    TrainingRun,
+    TrainingRunsResponse,
+    WeightsInfoResponse,
+)
 from gradwire.run_metrics import RunMetrics
 from gradwire.sampling_client import SamplingClient
 from gradwire.service_client import FiretitanServiceClient, ServiceClient
 from gradwire.training_client import TrainingClient
-from gradwire.transport import ClientTls
 from gradwire.types import (
     AdamParams,
     Datum,
     EncodedTextChunk,
     ForwardBackwardOutput,
     ForwardOutput,
+    Limits,
+    ListedRun,
     LoraConfig,
+    LossFnOutputs,
+    LossInfo,
+    ModelData,
+    ModelInfo,
     ModelInput,
     ModelInputChunk,
     OptimParams,
     OptimStepResponse,
+    ReplayDifference,
+    ReplayReport,
+    RunInfo,
     SampledSequence,
     SampledToken,
     SampleResponse,
     SamplingParams,
     SavedState,
     SaveWeightsResult,
+    ServerCapabilities,
+    ServerInfo,
     StopReason,
+    SupportedModel,
     TensorData,
     TensorDtype,
+    Timing,
 )
-from gradwire.version import __version__
 
 __all__ = [
     "APIConnectionError",
@@ -68,31 +113,57 @@ __all__ = [
     "APIFuture",
     "APIStatusError",
     "APITimeoutError",
+    "AbortedError",
     "AdamParams",
+    "AlreadyExistsError",
     "AuthenticationError",
     "BadRequestError",
     "Checkpoint",
     "CheckpointClient",
     "CheckpointFile",
+    "CheckpointsListResponse",
     "ClientTls",
     "ConflictError",
+    "Cursor",
+    "DataLossError",
     "Datum",
+    "DeviceOutOfMemoryError",
     "EncodedTextChunk",
+    "FailedPreconditionError",
     "FiretitanServiceClient",
     "ForwardBackwardOutput",
     "ForwardOutput",
     "GradwireError",
+    "InternalError",
     "InternalServerError",
+    "InvalidArgumentError",
+    "Limits",
+    "ListedCheckpoint",
+    "ListedRun",
     "LoraConfig",
+    "LossFnOutputs",
+    "LossInfo",
+    "ModelData",
+    "ModelInfo",
     "ModelInput",
     "ModelInputChunk",
+    "NoGradientsError",
     "NotFoundError",
+    "OperationCancelledError",
+    "OperationPoisonedError",
+    "OperationTimeoutError",
     "OptimParams",
     "OptimStepResponse",
+    "OutOfRangeError",
     "PermissionDeniedError",
+    "PriorOperationFailedError",
     "RateLimitError",
+    "ReplayDifference",
+    "ReplayReport",
     "RequestFailedError",
+    "ResourceExhaustedError",
     "RestClient",
+    "RunInfo",
     "RunMetrics",
     "SampleResponse",
     "SampledSequence",
@@ -101,17 +172,27 @@ __all__ = [
     "SamplingParams",
     "SaveWeightsResult",
     "SavedState",
+    "ServerCapabilities",
+    "ServerInfo",
     "ServiceClient",
     "StopReason",
+    "SupportedModel",
     "TensorData",
     "TensorDtype",
+    "Timing",
     "TinkerError",
     "TrainerJob",
     "TrainerJobConfig",
     "TrainerJobManager",
     "TrainingClient",
     "TrainingRun",
+    "TrainingRunsResponse",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "UnimplementedError",
     "UnprocessableEntityError",
+    "WeightsInfoResponse",
+    "WorkerDiedError",
     "__version__",
     "datum_from_messages",
     "datum_from_tokens_weights",

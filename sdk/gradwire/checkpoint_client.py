@@ -1,4 +1,4 @@
-"""Checkpoints of a trainer: found, described, kept for longer or shorter, fetched, deleted."""
+"""Lists, describes, keeps, fetches and deletes a trainer's checkpoints."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,9 +7,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from gradwire import downloads
+from gradwire._client import downloads
+from gradwire._client.transport import Connection
 from gradwire.errors import error, invalid_field
-from gradwire.transport import Connection
 from gradwire.v1 import checkpoint_pb2
 from gradwire.v1 import checkpoint_service_pb2 as pb
 from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
@@ -26,11 +26,14 @@ _KIND_NUMBERS = {name: number for number, name in _KINDS.items()}
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """One file: its path inside the checkpoint, its size in bytes, its SHA-256 in hex."""
+    """One file of a checkpoint."""
 
     name: str
+    """Its path inside the checkpoint."""
     size_bytes: int
+    """Its size."""
     sha256: str
+    """Digest of its content, hex."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +43,20 @@ class Checkpoint:
     Attributes:
         path: gradwire://<run_id>/<kind>/<name>, as saving returned it.
         run_id: The run that saved it.
-        kind: "state", which training goes on from, "sampler_weights", or "unknown": of a newer trainer's.
-        name: As it was saved.
-        size_bytes: Of all files.
+        kind: "state", which training can resume from, "sampler_weights", or "unknown", a kind of a newer trainer.
+        name: The name it was saved under.
+        size_bytes: Size of all files.
         step: Optimizer steps applied when it was saved.
         base_model: What its run started from.
         architecture: Such as "LlamaForCausalLM".
-        lora_rank: Of its run; 0 where all parameters train.
+        lora_rank: LoRA rank of its run; 0 if all parameters train.
         checkpoint_type: "base", or "delta": what changed since the one at base_path.
-        base_path: Of a delta; else "".
-        dtype: Of sampler weights: what their parameters are written in, such as "bfloat16"; else "".
+        base_path: Path of the base that a delta builds on; else "".
+        dtype: What the parameters of sampler weights are written in, such as "bfloat16"; else "".
         created_at: When it was saved, UTC.
         expires_at: When it is deleted, UTC; None for never.
         user_metadata: What its owner wrote about it when it was saved.
-        files: Empty in lists; `CheckpointClient.get` tells them.
+        files: Its files; empty in lists, which `CheckpointClient.get` fills.
     """
 
     path: str
@@ -75,10 +78,10 @@ class Checkpoint:
 
 
 class CheckpointClient:
-    """The checkpoints that one's key may see; `ServiceClient.checkpoints` is one.
+    """The checkpoints that the key may see; `ServiceClient.checkpoints` is one.
 
-    All calls but `list` raise NotFoundError (CHECKPOINT_NOT_FOUND) where there is none at the path, and
-    InvalidArgumentError (INVALID_FIELD) where it is no path.
+    All calls but `list` raise NotFoundError (CHECKPOINT_NOT_FOUND) if the path has no checkpoint, and
+    InvalidArgumentError (INVALID_FIELD) if it is not a path.
     """
 
     def __init__(self, connection: Connection, *, timeout_s: float) -> None:
@@ -86,11 +89,11 @@ class CheckpointClient:
         self._timeout_s = timeout_s
 
     def list(self, *, run_id: str = "", kind: CheckpointKind | None = None) -> "list[Checkpoint]":
-        """Newest first.
+        """Checkpoints, newest first.
 
         Args:
-            run_id: Those of one run, which may be gone; "" is all.
-            kind: Those of one kind; None is both.
+            run_id: Only those of this run, which may have been deleted; "" lists those of all runs.
+            kind: Only those of this kind; None lists both.
         """
         if kind is not None and kind not in _KIND_NUMBERS:
             raise invalid_field("kind", f'is {kind!r}; it must be "state" or "sampler_weights".')
@@ -103,7 +106,7 @@ class CheckpointClient:
         return _checkpoint(downloads.get_checkpoint(self._connection, path, timeout_s=self._timeout_s))
 
     def delete(self, path: str) -> None:
-        """Deletes one for good.
+        """Deletes a checkpoint for good.
 
         Raises:
             FailedPreconditionError: CHECKPOINT_IN_USE: deltas build on it; delete them first.
@@ -111,16 +114,16 @@ class CheckpointClient:
         self._call("DeleteCheckpoint", pb.DeleteCheckpointRequest(path=path))
 
     def set_ttl(self, path: str, ttl_seconds: int | None) -> Checkpoint:
-        """Keeps one so long from now, 1 to 315,360,000 seconds; None for ever."""
+        """Sets how long a checkpoint is kept from now, 1 to 315,360,000 seconds; None keeps it for ever."""
         request = pb.SetCheckpointTtlRequest(path=path, ttl_seconds=check_ttl_seconds(ttl_seconds))
         return _checkpoint(self._call("SetCheckpointTtl", request).checkpoint)
 
     def download(self, path: str, folder: Folder, *, progress: downloads.Progress = lambda *_: None) -> Checkpoint:
-        """Fetches one's files into a folder, made if need be. Cut off, the same call goes on where it was.
+        """Fetches a checkpoint's files into a folder, which is made if needed. Called again, it resumes.
 
         Raises:
-            DataLossError: CHECKPOINT_DAMAGED: what came is not what the trainer says it sent.
-            UnavailableError: The trainer went away and did not come back; call again to go on.
+            DataLossError: CHECKPOINT_DAMAGED: what arrived is not what the trainer says it sent.
+            UnavailableError: The trainer went away and did not come back; call again to resume.
             OSError: The folder cannot be written.
         """
         return _checkpoint(downloads.download(self._connection, path, Path(folder), progress))
@@ -129,9 +132,12 @@ class CheckpointClient:
         """Fetches sampler weights as a folder that transformers (or peft) loads; a delta is made whole with its base.
 
         Raises:
-            FailedPreconditionError: CHECKPOINT_MISMATCH: it is a resumable state. DELTA_BASE_UNUSABLE.
-            FileExistsError: The folder is there and not empty; for a delta.
-            As download.
+            FailedPreconditionError: CHECKPOINT_MISMATCH: it is a resumable state. DELTA_BASE_UNUSABLE: a delta's base
+                is gone, or is not as it was saved.
+            FileExistsError: The path is a delta's, and the folder exists and is not empty.
+            DataLossError: As in `download`.
+            UnavailableError: As in `download`.
+            OSError: As in `download`.
         """
         return _checkpoint(downloads.export(self._connection, path, Path(folder), progress))
 
@@ -140,7 +146,7 @@ class CheckpointClient:
 
 
 def check_ttl_seconds(ttl_seconds: int | None) -> int | None:
-    """A time to live that can be sent; how long it may be is the trainer's to say.
+    """A time to live that can be sent; the trainer decides how long it may be.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD.
@@ -175,7 +181,7 @@ def _checkpoint(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
 
 
 def time_of(message: Any, field: str) -> datetime:
-    """A Timestamp of an answer, which may be none.
+    """A Timestamp of an answer, as a datetime.
 
     Raises:
         GradwireError: PROTOCOL_VIOLATION.

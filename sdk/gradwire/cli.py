@@ -10,12 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradwire.answers import run_state_name
-from gradwire.downloads import download, export, get_checkpoint
-from gradwire.errors import GradwireError, UnavailableError
-from gradwire.run_metrics import METRICS_OF_INTEREST, fetch_metrics, write_csv
-from gradwire.server_commands import SERVER_COMMANDS, run_server_command
-from gradwire.terminal import (
+from gradwire._client.answers import run_state_name
+from gradwire._client.downloads import download, export, get_checkpoint
+from gradwire._client.server_commands import SERVER_COMMANDS, run_server_command
+from gradwire._client.terminal import (
     ProgressBar,
     as_json,
     json_numbers,
@@ -27,14 +25,17 @@ from gradwire.terminal import (
     size_text,
     time_text,
 )
-from gradwire.transport import ClientTls, Connection
-from gradwire.untrusted import stays_inside
+from gradwire._client.tls import ClientTls
+from gradwire._client.transport import Connection
+from gradwire._wire.untrusted import stays_inside
+from gradwire._wire.version import __version__
+from gradwire.errors import GradwireError, UnavailableError
+from gradwire.run_metrics import METRICS_OF_INTEREST, fetch_metrics, write_csv
 from gradwire.v1 import checkpoint_pb2
 from gradwire.v1 import checkpoint_service_pb2 as checkpoints
 from gradwire.v1 import trainer_service_pb2 as trainer
 from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
-from gradwire.version import __version__
 
 _TIMEOUT_S = 60.0
 _CONNECT_TIMEOUT_S = 5.0

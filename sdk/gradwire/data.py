@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from gradwire.types import Datum, ModelInput, TensorData, to_array
+from gradwire._wire.arguments import check_array
+from gradwire.types import Datum, ModelInput, TensorData
+from gradwire.types.data import to_array
 
 
 def datum_from_tokens_weights(tokens: Any, weights: Any, max_length: int | None = None) -> Datum:
@@ -32,10 +34,12 @@ def datum_from_tokens_weights(tokens: Any, weights: Any, max_length: int | None 
         raise ValueError(
             f"tokens has {len(token_array)} after max_length; at least 2 are needed to predict one from another."
         )
+    # Named here: behind the shift a place would be another's.
+    weight_array = check_array("weights", weight_array, "float32")
     return Datum(
         model_input=ModelInput.from_ints(token_array[:-1]),
         loss_fn_inputs={
             "target_tokens": TensorData(token_array[1:], dtype="int64"),
-            "weights": TensorData(weight_array[1:], dtype="float32"),
+            "weights": TensorData(weight_array[1:]),
         },
     )

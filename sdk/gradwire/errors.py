@@ -33,7 +33,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from gradwire.untrusted import printable
+from gradwire._wire.untrusted import printable
 
 DOMAIN = "gradwire.v1"
 MAX_TEXT_CHARS = 4096
@@ -132,7 +132,7 @@ class InvalidArgumentError(GradwireError, ValueError):
 
 
 class NotFoundError(GradwireError, LookupError):
-    """No such run, trainer job, checkpoint or sampler."""
+    """There is no such run, trainer job, checkpoint or sampler."""
 
     default_code = code_pb2.NOT_FOUND
 
@@ -144,13 +144,13 @@ class AlreadyExistsError(GradwireError, FileExistsError):
 
 
 class FailedPreconditionError(GradwireError, RuntimeError):
-    """The operation does not fit the state things are in."""
+    """The operation is not possible in the current state."""
 
     default_code = code_pb2.FAILED_PRECONDITION
 
 
 class NoGradientsError(FailedPreconditionError):
-    """optim_step with nothing accumulated."""
+    """optim_step was called with no gradients accumulated."""
 
 
 class PriorOperationFailedError(FailedPreconditionError):
@@ -167,12 +167,12 @@ class OperationPoisonedError(FailedPreconditionError):
 
     @property
     def seq_id(self) -> int:
-        """Its seq_id."""
+        """seq_id of the operation."""
         return int(self.metadata.get("seq_id", 0))
 
 
 class AbortedError(GradwireError, RuntimeError):
-    """Somebody else came between."""
+    """Another client or request interfered."""
 
     default_code = code_pb2.ABORTED
 
@@ -184,7 +184,7 @@ class OutOfRangeError(GradwireError, ValueError):
 
 
 class ResourceExhaustedError(GradwireError):
-    """More than the trainer takes."""
+    """The request exceeds a limit of the trainer."""
 
     default_code = code_pb2.RESOURCE_EXHAUSTED
 
@@ -194,7 +194,7 @@ class DeviceOutOfMemoryError(ResourceExhaustedError, MemoryError):
 
 
 class UnauthenticatedError(GradwireError, PermissionError):
-    """No API key, or not a valid one."""
+    """The API key is missing or not valid."""
 
     default_code = code_pb2.UNAUTHENTICATED
 
@@ -222,13 +222,13 @@ class OperationTimeoutError(GradwireError, TimeoutError):
 
 
 class UnimplementedError(GradwireError, NotImplementedError):
-    """Known, but not built yet."""
+    """The call is known but not implemented yet."""
 
     default_code = code_pb2.UNIMPLEMENTED
 
 
 class DataLossError(GradwireError):
-    """What was stored is not as it was written."""
+    """Stored data is missing or has changed."""
 
     default_code = code_pb2.DATA_LOSS
 

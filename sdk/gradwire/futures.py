@@ -7,8 +7,8 @@ from concurrent.futures import Future as ConcurrentFuture
 from concurrent.futures import TimeoutError as ConcurrentTimeoutError
 from typing import Any, Generic, TypeVar
 
+from gradwire._client.loop import LOOP
 from gradwire.errors import OperationCancelledError, OperationTimeoutError
-from gradwire.transport import LOOP
 
 T = TypeVar("T")
 
@@ -17,7 +17,7 @@ class APIFuture(Generic[T]):
     """The answer to a call, when it comes.
 
     `.result()` blocks, from any thread; `await` works on any event loop. The call is on its way whether or not anybody
-    waits, and whether or not its client is still there; a future nobody looks at costs nothing. It always resolves: a
+    waits, and whether or not its client is still there; an unused future costs nothing. It always resolves: a
     lost connection ends in UnavailableError once reconnecting is given up. In a forked child one that the parent waits
     for raises FailedPreconditionError.
     """

@@ -1,4 +1,4 @@
-"""Trainers to order: created, waited for and deleted through a control plane, on this machine or elsewhere."""
+"""Creates, awaits and deletes trainers through a control plane, on this machine or elsewhere."""
 
 import contextlib
 import datetime
@@ -11,9 +11,10 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
-from gradwire.embedded import EmbeddedControlPlane
+from gradwire._client.embedded import EmbeddedControlPlane
+from gradwire._client.loop import LOOP
+from gradwire._client.transport import Connection
 from gradwire.errors import GradwireError, OperationTimeoutError, UnavailableError, error
-from gradwire.transport import LOOP, Connection
 from gradwire.v1 import trainer_job_service_pb2 as pb
 from gradwire.v1.trainer_job_service_pb2_grpc import TrainerJobServiceStub
 
@@ -25,19 +26,19 @@ _WILDCARDS = {"0.0.0.0", "::"}  # noqa: S104  (recognised, not listened on)
 
 @dataclass(frozen=True)
 class TrainerJobConfig:
-    """The trainer wanted."""
+    """Settings of a trainer to start."""
 
     base_model: str
     """Hub id, or a folder on the control plane's host: with an admin's key any, else a path below its --model-dir."""
     _: KW_ONLY
     lora_rank: int = 0
-    """For the record: each run says its own lora_rank when it is made."""
+    """For the record: each run sets its own lora_rank when it is made."""
     max_context_length: int | None = None
     """Longest sequence taken, tokens; None or 0 takes the model's own limit."""
     learning_rate: float | None = None
     """For the record: optim_step brings its own with every step."""
     gradient_accumulation_steps: int = 1
-    """For the record: gradients add up until the loop calls optim_step. Other than 1 warns of that."""
+    """For the record: gradients add up until the loop calls optim_step. Any other value than 1 warns of that."""
     display_name: str = ""
     """Your name for it."""
 
@@ -47,20 +48,23 @@ class TrainerJob:
     """A trainer job as it stood when asked."""
 
     job_id: str
+    """Identifier, unique on its control plane."""
     job_name: str
     """display_name and the first letters of job_id."""
     base_url: str
     """What ServiceClient takes; "" until the trainer listens."""
     base_model: str
+    """The model it serves, as it was ordered."""
     state: str
     """"starting", "ready" or "failed"."""
     status_message: str
     """What it is doing, or why it failed."""
     log_tail: str
-    """Last lines of its log when it failed, else ""; told to admins, and by the local control plane."""
+    """Last lines of its log when it failed, else ""; only for admins, and from the local control plane."""
     log_path: str
-    """Its log, on the control plane's host; told as log_tail is, else ""."""
+    """Path of its log on the control plane's host; given when log_tail is, else ""."""
     created_at: datetime.datetime
+    """When it was created, UTC."""
 
 
 class TrainerJobManager:
@@ -68,7 +72,7 @@ class TrainerJobManager:
 
     Args:
         api_key: The control plane's key; the trainers it starts take the same one.
-        account_id: Accepted for likeness with hosted services; there are no accounts here.
+        account_id: Accepted since hosted services take one; it has no effect.
         base_url: The control plane, "http://host:port". None or "" starts one on this machine on first use; it and its
             trainers end with `close`, with this process, and with Ctrl-C.
         quiet: Print nothing while waiting.
@@ -88,10 +92,10 @@ class TrainerJobManager:
     ) -> TrainerJob:
         """Starts a trainer and returns once its model is loaded.
 
-        A trainer that fails, is late, or is no longer wanted (Ctrl-C) is deleted before this raises.
+        A trainer that fails, is late, or is no longer wanted (Ctrl-C) is deleted before this call raises.
 
         Args:
-            config: The trainer wanted.
+            config: Settings of the trainer.
             timeout_s: Longest wait, seconds.
             poll_interval_s: How often to ask for its state, seconds.
 
@@ -157,7 +161,7 @@ class TrainerJobManager:
         self._call("DeleteTrainerJob", pb.DeleteTrainerJobRequest(job_id=job_id), timeout_s=_DELETE_TIMEOUT_S)
 
     def close(self) -> None:
-        """Lets go of the control plane; one started by this manager stops, with all its trainers."""
+        """Closes the connection; a control plane started by this manager stops, with all its trainers."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
@@ -215,7 +219,7 @@ class TrainerJobManager:
                     raise
 
     def _refuse_unstarted(self, job_id: str) -> None:
-        """A control plane that was never started holds no jobs; starting it to hear so would be odd."""
+        """Refuses a job of a control plane that was never started, and so has none."""
         if self._embedded is not None and not self._embedded.started:
             raise error("TRAINER_JOB_NOT_FOUND", f'There is no trainer job "{job_id}".', job_id=job_id)
 
@@ -257,7 +261,7 @@ class _Progress:
         self._open = False
 
     def say(self, what: str, status_message: str) -> None:
-        """`what` is under way."""
+        """Says that `what` is under way."""
         line = f"{what}: {status_message.partition(chr(10))[0]}"
         if self._quiet:
             return
@@ -272,7 +276,7 @@ class _Progress:
         self._said = line
 
     def done(self, what: str) -> None:
-        """It came to its good end."""
+        """Says that `what` has succeeded."""
         if not self._quiet:
             self._write(f"{self._wipe()}{what} ({time.monotonic() - self._start:.1f} s).\n")
 

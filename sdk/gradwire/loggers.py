@@ -27,9 +27,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from gradwire._client.terminal import say
+from gradwire._wire.untrusted import printable
 from gradwire.run_metrics import METRICS_OF_INTEREST, RunMetrics
-from gradwire.terminal import say
-from gradwire.untrusted import printable
 
 __all__ = [
     "CsvLogger",

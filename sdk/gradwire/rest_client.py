@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
-from gradwire.async_twins import awaited
+from gradwire._client.answers import server_capabilities, server_info
+from gradwire._client.async_twins import awaited
+from gradwire._client.loop import LOOP
+from gradwire._client.ported_names import RefusesTinkerNames, refuse_given
+from gradwire._client.transport import Connection
 from gradwire.checkpoint_client import check_ttl_seconds, time_of
 from gradwire.errors import invalid_field
 from gradwire.futures import APIFuture
-from gradwire.ported_names import RefusesTinkerNames, refuse_given
-from gradwire.run_info import ServerCapabilities, SupportedModel
-from gradwire.transport import LOOP, Connection
+from gradwire.types.run_info import ServerCapabilities
 from gradwire.v1 import checkpoint_pb2, run_pb2
 from gradwire.v1 import checkpoint_service_pb2 as checkpoints
 from gradwire.v1 import trainer_service_pb2 as trainer
@@ -40,13 +42,13 @@ class ListedCheckpoint:
     tinker_path: str
     """gradwire:// path, as saving returned it."""
     size_bytes: int
-    """Of all files."""
+    """Size of all files."""
     user_metadata: Mapping[str, str]
     """What its owner wrote about it."""
     expires_at: datetime | None
     """When it is deleted, UTC; None for never."""
     public: bool = False
-    """Never: it is its owner's alone."""
+    """Always False: a checkpoint is its owner's alone."""
 
     @property
     def path(self) -> str:
@@ -56,19 +58,24 @@ class ListedCheckpoint:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Which part of a list was answered."""
+    """Which part of a list an answer holds."""
 
     offset: int
+    """Entries passed over."""
     limit: int
+    """The most it may hold."""
     total_count: int
+    """Entries of the whole list."""
 
 
 @dataclass(frozen=True)
 class CheckpointsListResponse:
-    """Checkpoints, newest first; cursor None for all there are."""
+    """A list of checkpoints."""
 
     checkpoints: list[ListedCheckpoint]
+    """Newest first."""
     cursor: Cursor | None = None
+    """Which part of the list these are; None for the whole."""
 
 
 @dataclass(frozen=True)
@@ -76,27 +83,33 @@ class TrainingRun:
     """A run that is on the trainer, or of which there are checkpoints."""
 
     training_run_id: str
+    """Identifier, unique on its trainer."""
     base_model: str
+    """The model it started from, as the trainer was given it."""
     is_lora: bool
+    """Whether only an adapter trains."""
     lora_rank: int | None
-    """None where all parameters train."""
+    """Rank of its adapter; None where all parameters train."""
     corrupted: bool
     """Whether it is lost: it could not be restored, and takes no more operations."""
     user_metadata: Mapping[str, str]
     """What its owner wrote about it."""
     created_at: datetime
+    """When it was created, UTC."""
     last_checkpoint: ListedCheckpoint | None
-    """Its newest resumable state."""
+    """Its newest resumable state; None where there is none."""
     last_sampler_checkpoint: ListedCheckpoint | None
-    """Its newest sampler weights."""
+    """Its newest sampler weights; None where there are none."""
 
 
 @dataclass(frozen=True)
 class TrainingRunsResponse:
-    """Runs, newest first."""
+    """A list of runs."""
 
     training_runs: list[TrainingRun]
+    """Newest first."""
     cursor: Cursor
+    """Which part of the list these are."""
 
 
 @dataclass(frozen=True)
@@ -104,23 +117,24 @@ class WeightsInfoResponse:
     """What a client must be made with to load a checkpoint."""
 
     base_model: str
+    """The model its run started from."""
     is_lora: bool
+    """Whether it is of a LoRA run."""
     lora_rank: int | None
+    """Rank of the adapter; None where all parameters train."""
     train_unembed: bool | None
+    """Whether the head has an adapter; None where that is not known, or all parameters train."""
     train_mlp: bool | None
+    """Whether the feed-forward layers have one; None likewise."""
     train_attn: bool | None
-
-
-def server_capabilities(info: trainer.GetServerInfoResponse) -> ServerCapabilities:
-    """What a trainer can do, of what it says of itself."""
-    return ServerCapabilities([SupportedModel(model.base_model, model.max_context_length) for model in info.models])
+    """Whether the attention layers have one; None likewise."""
 
 
 class RestClient(RefusesTinkerNames):
     """Made by ServiceClient.create_rest_client. Calls return a future at once; `…_async` twins give its answer.
 
     Where a call takes a `tinker_path`, it is a gradwire:// path, as saving returned it. Calls that name a run or a
-    checkpoint fail with NotFoundError where there is none, or it is somebody else's.
+    checkpoint fail with NotFoundError if there is none, or it is another owner's.
     """
 
     def __init__(self, connection: Connection, *, timeout_s: float) -> None:
@@ -131,7 +145,8 @@ class RestClient(RefusesTinkerNames):
         """The model the trainer serves; none while it is still loading."""
 
         async def ask() -> ServerCapabilities:
-            return server_capabilities(await self._trainer("GetServerInfo", trainer.GetServerInfoRequest()))
+            found = await self._trainer("GetServerInfo", trainer.GetServerInfoRequest())
+            return server_capabilities(server_info(found))
 
         return APIFuture(LOOP.submit(ask()), "get_server_capabilities")
 
@@ -141,8 +156,8 @@ class RestClient(RefusesTinkerNames):
         """A run that is on the trainer.
 
         Args:
-            training_run_id: It.
-            access_scope: Without effect: one's key sees one's own, an admin's all.
+            training_run_id: The run.
+            access_scope: Has no effect: a key sees its owner's runs, an admin's key sees all.
         """
 
         async def ask() -> TrainingRun:
@@ -164,8 +179,8 @@ class RestClient(RefusesTinkerNames):
         """Runs that are on the trainer, newest first.
 
         Args:
-            limit: At most so many.
-            offset: So many are passed over.
+            limit: The most entries to return.
+            offset: Number of entries to skip.
             access_scope: As in get_training_run.
             project_id: Must be None.
         """
@@ -182,15 +197,15 @@ class RestClient(RefusesTinkerNames):
     # ── checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def list_checkpoints(self, training_run_id: str) -> APIFuture[CheckpointsListResponse]:
-        """A run's checkpoints, newest first; those of one that was deleted too."""
+        """A run's checkpoints, newest first; also those of a run that was deleted."""
         return self._list("list_checkpoints", training_run_id, None)
 
     def list_user_checkpoints(self, limit: int = 100, offset: int = 0) -> APIFuture[CheckpointsListResponse]:
         """Checkpoints of all runs, newest first.
 
         Args:
-            limit: At most so many.
-            offset: So many are passed over.
+            limit: The most entries to return.
+            offset: Number of entries to skip.
         """
         return self._list("list_user_checkpoints", "", (limit, offset))
 
@@ -231,7 +246,7 @@ class RestClient(RefusesTinkerNames):
         return self._done("delete_checkpoint", "DeleteCheckpoint", request)
 
     def set_checkpoint_ttl_from_tinker_path(self, tinker_path: str, ttl_seconds: int | None) -> APIFuture[None]:
-        """Keeps a checkpoint so long from now, seconds; None for ever."""
+        """Sets how long a checkpoint is kept from now, seconds; None keeps it for ever."""
         request = checkpoints.SetCheckpointTtlRequest(path=tinker_path, ttl_seconds=check_ttl_seconds(ttl_seconds))
         return self._done("set_checkpoint_ttl", "SetCheckpointTtl", request)
 

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from gradwire.transport import Connection
+from gradwire._client.transport import Connection
 from gradwire.v1.run_metrics_pb2 import GetMetricsRequest, GetMetricsResponse
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 
@@ -26,6 +26,7 @@ class RunMetrics:
     """
 
     run_id: str
+    """The run."""
     step: npt.NDArray[np.int64]
     """[N], optimizer steps applied."""
     time_s: npt.NDArray[np.float64]

@@ -15,15 +15,17 @@ from typing import Any
 
 import grpc.aio
 
-from gradwire.async_twins import awaited, off_thread
+from gradwire._client.async_twins import awaited, off_thread
+from gradwire._client.loop import LOOP
+from gradwire._client.ported_names import RefusesTinkerNames, refuse_given
+from gradwire._client.sampling_params import MAX_UINT32, checked_integer, sampling_params_message, shown
+from gradwire._client.tokenizer_client import load_tokenizer
+from gradwire._client.transport import Connection, is_passing
 from gradwire.errors import GradwireError, OperationCancelledError, invalid_field
 from gradwire.futures import APIFuture
-from gradwire.ported_names import RefusesTinkerNames, refuse_given
-from gradwire.sampling_params import MAX_UINT32, checked_integer, sampling_params_message, shown
-from gradwire.sampling_results import StopReason
-from gradwire.tokenizer_client import load_tokenizer
-from gradwire.transport import LOOP, Connection, is_passing
-from gradwire.types import SampledSequence, SampledToken, SampleResponse, SamplingParams, model_input_tokens
+from gradwire.types import SampledSequence, SampledToken, SampleResponse, SamplingParams
+from gradwire.types.data import model_input_tokens
+from gradwire.types.sampling_results import StopReason
 from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.datum_pb2 import ModelInput
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
@@ -51,24 +53,24 @@ class SamplerSource:
 class SamplingClient(RefusesTinkerNames):
     """Generates from the base model, a checkpoint, or a snapshot. Made by ServiceClient and TrainingClient.
 
-    Calls return futures at once; make many, and the trainer works on them together. What is sampled is of frozen
-    parameters: optimizer steps taken later do not show through. Usable from any thread.
+    Calls return futures at once; make many, and the trainer works on them together. It samples from frozen
+    parameters: later optimizer steps do not change it. Usable from any thread.
 
     Logprobs are natural log and those of the model's own distribution, as forward of the same parameters computes them:
-    temperature, top_k and top_p choose tokens, they do not change what is reported. A loss that weighs by probabilities
+    temperature, top_k and top_p affect which tokens are chosen, not the logprobs. A loss that weighs by probabilities
     (importance_sampling, ppo) therefore takes them as they are from samples drawn at temperature 1 with neither top_k
     nor top_p; from others it corrects for the model's distribution, not for the narrower one they were drawn from.
 
-    It can be pickled, once its sampler is there (pickling waits for that): the copy in another process has a connection
-    of its own to the same sampler. A snapshot lives as long as the client it was made with, so keep that one. The API
-    key goes along only in the arguments of a process that multiprocessing starts ("spawn" or "forkserver"), over its
-    private pipe; no other pickle holds it, and who unpickles one takes GRADWIRE_API_KEY from the environment.
+    It can be pickled once its sampler exists (pickling waits for that): the copy in another process has a connection of
+    its own to the same sampler. A snapshot lives as long as the client it was made with, so keep that client. The key
+    goes along only in the arguments of a process that multiprocessing starts ("spawn" or "forkserver"), over its
+    private pipe; no other pickle holds it, and the process that unpickles one reads GRADWIRE_API_KEY.
 
     Args:
         connection: To the trainer.
         source: Names the sampler, now or once an operation has been answered.
         timeout_s: Longest that one call may take, seconds.
-        owner: Whether a snapshot goes with this client.
+        owner: Whether a snapshot ends with this client.
     """
 
     def __init__(
@@ -111,15 +113,15 @@ class SamplingClient(RefusesTinkerNames):
             prompt: ModelInput, ours or tinker's, or token ids.
             num_samples: Samples, whose prompt is computed once.
             sampling_params: SamplingParams, ours or tinker's; None takes the defaults.
-            include_prompt_logprobs: Answer with the logprobs of the prompt's tokens too.
-            topk_prompt_logprobs: Answer with so many likeliest tokens at each place of the prompt too.
-            topk_sample_logprobs: Must be 0, as tinker's further arguments: the trainer does not know them.
+            include_prompt_logprobs: Also return the logprobs of the prompt's tokens.
+            topk_prompt_logprobs: Also return this many likeliest tokens at each position of the prompt.
+            topk_sample_logprobs: Must be 0; like the arguments below, it exists in tinker only.
             target_prompt_logprobs: Must be None.
             prompt_alt_tokens_k: Must be 0.
             prompt_logprobs_last_n: Must be None.
 
         Raises:
-            InvalidArgumentError: Arguments that cannot be sent. What the trainer finds wrong comes through the future.
+            InvalidArgumentError: An argument that cannot be sent. Errors found by the trainer come through the future.
         """
         refuse_given(
             _PROMPTS_LOGPROBS,
@@ -134,15 +136,15 @@ class SamplingClient(RefusesTinkerNames):
     def stream(self, prompt: Any, num_samples: int = 1, sampling_params: Any = None) -> Iterator[SampledToken]:
         """Continues a prompt and yields tokens as they come; those of several samples take turns.
 
-        Leaving the loop early (`break`, or closing the iterator) gives the rest up and frees its place on the trainer.
+        Leaving the loop early (`break`, or closing the iterator) ends the request and frees its place on the trainer.
 
         Args:
             prompt: As in `sample`.
-            num_samples: As there.
-            sampling_params: As there.
+            num_samples: As in `sample`.
+            sampling_params: As in `sample`.
 
         Raises:
-            GradwireError: What the call failed with, where the tokens end.
+            GradwireError: What the call failed with, after the last token that arrived.
         """
         request = self._request(prompt, num_samples, sampling_params)
         return self._iterate(request)
@@ -170,10 +172,10 @@ class SamplingClient(RefusesTinkerNames):
         return APIFuture(self._source, "the sampler").result().model_path
 
     def result(self, timeout: float | None = None) -> "SamplingClient":
-        """This client, once its sampler is there: it is usable before, and its calls wait for it.
+        """Returns this client once its sampler exists. It is usable before: its calls wait for the sampler.
 
         Raises:
-            GradwireError: Why there will be none.
+            GradwireError: Why the sampler could not be made.
         """
         APIFuture(self._source, "the sampler").result(timeout)
         return self
@@ -187,7 +189,7 @@ class SamplingClient(RefusesTinkerNames):
         return self.result_async().__await__()
 
     def get_tokenizer(self) -> Any:
-        """The base model's tokenizer, which the trainer hands out; see tokenizer_client.load_tokenizer."""
+        """The base model's tokenizer, fetched from the trainer and loaded with transformers."""
         return load_tokenizer(self._connection)
 
     def get_base_model(self, *, timeout_s: float = 30.0) -> str:
@@ -201,7 +203,7 @@ class SamplingClient(RefusesTinkerNames):
     get_tokenizer_async = off_thread(get_tokenizer)
 
     def close(self) -> None:
-        """Lets a snapshot go; the trainer frees it. A client that is forgotten does the same."""
+        """Frees a snapshot on the trainer. A client that is garbage-collected does the same."""
         self._finalizer()
 
     def __enter__(self) -> "SamplingClient":
@@ -252,7 +254,7 @@ class SamplingClient(RefusesTinkerNames):
         )
 
     async def _responses(self, request: pb.SampleRequest) -> AsyncGenerator[pb.SampleResponse]:
-        """The trainer's messages. Until the first one it is tried again while the trainer is away or starting."""
+        """The trainer's messages. Until the first one, the call is retried while the trainer is away or starting."""
         source = await asyncio.wrap_future(self._source)
         request.sampler.CopyFrom(source.message())
         deadline = time.monotonic() + self._timeout_s
@@ -371,7 +373,7 @@ def _sampling_client(connection: Connection, source: SamplerSource, timeout_s: f
 
 
 def _nothing(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
-    """The snapshot is another client's."""
+    """In place of _let_go where the snapshot is another client's."""
 
 
 def _let_go(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:

@@ -2,40 +2,40 @@
 
 import logging
 import os
-import time
 import uuid
 import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future as ConcurrentFuture
 from typing import Any
 
-from gradwire.answers import run_state_name
-from gradwire.async_twins import off_thread
+from gradwire._client import answers
+from gradwire._client.async_twins import off_thread
+from gradwire._client.downloads import get_checkpoint
+from gradwire._client.lora_settings import lora_arguments, lora_settings
+from gradwire._client.ported_names import NO_ACCESS_TOKENS, RefusesTinkerNames, refuse_given, refuse_other_optimizer
+from gradwire._client.tls import ClientTls
+from gradwire._client.trainer_info import get_server_info, wait_until_ready
+from gradwire._client.transport import Connection
+from gradwire._client.user_metadata import check_user_metadata
+from gradwire._wire.arguments import check_whole_number
 from gradwire.checkpoint_client import CheckpointClient
-from gradwire.downloads import get_checkpoint
-from gradwire.errors import OperationTimeoutError, error
 from gradwire.futures import APIFuture
-from gradwire.ported_names import NO_ACCESS_TOKENS, RefusesTinkerNames, refuse_given, refuse_other_optimizer
-from gradwire.rest_client import RestClient, server_capabilities
-from gradwire.run_info import ServerCapabilities
+from gradwire.rest_client import RestClient
 from gradwire.run_metrics import RunMetrics, fetch_metrics
 from gradwire.sampling_client import SamplingClient, open_sampling_client
 from gradwire.training_client import TrainingClient
-from gradwire.transport import ClientTls, Connection
-from gradwire.types import ReplayDifference, ReplayReport
-from gradwire.user_metadata import check_user_metadata
-from gradwire.v1.checkpoint_pb2 import Checkpoint
+from gradwire.types import ReplayReport
+from gradwire.types.params import MAX_LORA_RANK
+from gradwire.types.run_info import ListedRun, ServerCapabilities
+from gradwire.types.server_info import ServerInfo
 from gradwire.v1.trainer_service_pb2 import (
     CreateRunRequest,
     ForkRunRequest,
     GetRunRequest,
-    GetServerInfoRequest,
-    GetServerInfoResponse,
     ListRunsRequest,
     ReplayRunRequest,
 )
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
-from gradwire.version import PROTOCOL_VERSION, __version__
 
 logger = logging.getLogger("gradwire")
 
@@ -52,7 +52,7 @@ class ServiceClient(RefusesTinkerNames):
             GRADWIRE_TLS_CERT_FILE and GRADWIRE_TLS_KEY_FILE, and without them trusts the system's roots.
         timeout_s: For each blocking call, its retries included, seconds.
         reconnect_timeout_s: How long a training client tries to reach a lost trainer before its futures fail, seconds.
-        user_metadata: Your own words about the runs made here, texts by name, beside what each is given itself.
+        user_metadata: Your notes on the runs made here, texts by name, added to those given with each run.
         display_name: Your name for runs made here that are given none.
         project_id: Must be None: there are no projects.
 
@@ -107,11 +107,11 @@ class ServiceClient(RefusesTinkerNames):
         """Makes a run from the base model, waiting until the trainer has loaded it.
 
         Args:
-            base_model: Must be what the trainer serves; "" takes whatever that is.
+            base_model: Must be what the trainer serves; "" takes that.
             lora_rank: 0 trains all parameters; above 0 an adapter of that rank, beside a base model that all such runs
                 share.
             lora_alpha: The adapter is scaled by lora_alpha / lora_rank; None is 32.
-            seed: Of the adapter's first matrices; None is 0. The second ones are zero, so training starts from the
+            seed: Seed of the adapter's first matrices; None is 0. The second ones are zero, so training starts from the
                 base model.
             train_mlp: Adapt the feed-forward layers; None does.
             train_attn: Adapt the attention layers; None does.
@@ -120,8 +120,8 @@ class ServiceClient(RefusesTinkerNames):
                 save_weights_for_sampler of a LoRA run returned, or a folder saved by peft below the trainer's
                 --adapter-dir.
             display_name: Your name for the run; "" takes the client's.
-            user_metadata: Your own words about it, texts by name, beside the client's; get_info() and list_runs() tell
-                them, and get_server_info().limits how much may be said.
+            user_metadata: Your notes on it, texts by name, added to the client's; get_info() and list_runs() return
+                them. See get_server_info().limits.
             timeout_s: Longest wait, seconds; None takes the client's.
 
         Raises:
@@ -129,24 +129,17 @@ class ServiceClient(RefusesTinkerNames):
             NotFoundError: There is no such adapter.
             FailedPreconditionError: BASE_MODEL_MISMATCH names both models; PROTOCOL_VERSION_UNSUPPORTED both versions.
         """
+        layers = {"train_mlp": train_mlp, "train_attn": train_attn, "train_unembed": train_unembed}
+        settings = lora_settings(lora_rank, lora_alpha, seed, layers)
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        self._wait_until_ready(timeout_s)
-        settings: dict[str, Any] = {
-            "lora_alpha": lora_alpha,
-            "seed": seed,
-            "train_mlp": train_mlp,
-            "train_attn": train_attn,
-            "train_unembed": train_unembed,
-        }
+        wait_until_ready(self._connection, timeout_s)
         request = CreateRunRequest(
             request_id=uuid.uuid4().hex,
             base_model=base_model,
-            lora_rank=lora_rank,
             display_name=display_name or self._display_name,
             user_metadata={**self._user_metadata, **check_user_metadata(user_metadata)},
             adapter_path=adapter_path,
-            # What is None is absent, and the trainer's default.
-            **{name: value for name, value in settings.items() if value is not None},
+            **settings,
         )
         answer = self._connection.call(TrainerServiceStub, "CreateRun", request, timeout_s=timeout_s)
         return self._client(answer.run, timeout_s)
@@ -169,19 +162,20 @@ class ServiceClient(RefusesTinkerNames):
         """As create_training_client with lora_rank=rank, under the names users of tinker know.
 
         Args:
-            base_model: As there, and so are those not named here.
-            rank: Of the adapter.
-            seed: As there.
-            train_mlp: As there.
-            train_attn: As there.
-            train_unembed: As there.
-            user_metadata: As there.
+            base_model: As in create_training_client.
+            rank: Rank of the adapter.
+            seed: As in create_training_client.
+            train_mlp: As in create_training_client.
+            train_attn: As in create_training_client.
+            train_unembed: As in create_training_client.
+            user_metadata: As in create_training_client.
             optimizer: None or tinker's AdamOptimizerConfig: runs are trained with AdamW.
-            lora_alpha: As there.
-            display_name: As there.
-            timeout_s: As there.
+            lora_alpha: As in create_training_client.
+            display_name: As in create_training_client.
+            timeout_s: As in create_training_client.
         """
         refuse_other_optimizer("optimizer", optimizer)
+        check_whole_number("rank", rank, at_least=1, at_most=MAX_LORA_RANK)
         return self.create_training_client(
             base_model,
             rank,
@@ -206,15 +200,15 @@ class ServiceClient(RefusesTinkerNames):
         display_name: str = "",
         timeout_s: float | None = None,
     ) -> TrainingClient:
-        """Makes a run that begins with the parameters of a saved state; its optimizer starts afresh.
+        """Makes a run that begins with the parameters of a saved state; its optimizer starts anew.
 
         Of a LoRA run's state it makes a LoRA run of the same rank, alpha and layers.
 
         Args:
             path: As save_state returned it.
-            base_model: Must be what the trainer serves; None or "" takes whatever that is.
+            base_model: Must be what the trainer serves; None or "" takes that.
             user_metadata: As in create_training_client.
-            weights_access_token: Must be None: one's own checkpoints are open to one's key, and no others are.
+            weights_access_token: Must be None: a key opens its owner's checkpoints, and no others.
             optimizer: As in create_lora_training_client.
             display_name: Your name for the run; "" takes the client's.
             timeout_s: Longest wait, seconds; None takes the client's.
@@ -250,12 +244,12 @@ class ServiceClient(RefusesTinkerNames):
     ) -> TrainingClient:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         state = get_checkpoint(self._connection, path, timeout_s=timeout_s)
-        client = self.create_training_client(timeout_s=timeout_s, **made, **_lora_arguments(state))
+        client = self.create_training_client(timeout_s=timeout_s, **made, **lora_arguments(state))
         try:
             load = client.load_state_with_optimizer if with_optimizer else client.load_state
             load(path).result(timeout_s)
         except BaseException:
-            # Nobody will ever hear of this run.
+            # The caller never learns of this run.
             client.delete_run()
             raise
         return client
@@ -272,8 +266,8 @@ class ServiceClient(RefusesTinkerNames):
         """A client of a sampler, waiting until the trainer has loaded it.
 
         Args:
-            model_path: gradwire:// path that save_weights_for_sampler returned, or a snapshot's. One's own.
-            base_model: Without a model_path: must be what the trainer serves; None or "" takes whatever that is.
+            model_path: gradwire:// path that save_weights_for_sampler returned, or a snapshot's; of your own runs.
+            base_model: Without a model_path: must be what the trainer serves; None or "" takes that.
             retry_config: Must be None: calls are tried again until they time out.
             record_stability_info: Must be False: there is no loss that reads it.
             timeout_s: Longest wait, seconds; None takes the client's.
@@ -284,7 +278,7 @@ class ServiceClient(RefusesTinkerNames):
             FailedPreconditionError: BASE_MODEL_MISMATCH names both models. CHECKPOINT_MISMATCH: of another base model.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        self._wait_until_ready(timeout_s)
+        wait_until_ready(self._connection, timeout_s)
         return open_sampling_client(
             self._connection,
             model_path=model_path or "",
@@ -295,7 +289,7 @@ class ServiceClient(RefusesTinkerNames):
         )
 
     def training_client(self, run_id: str, *, timeout_s: float | None = None) -> TrainingClient:
-        """Takes hold of a run that exists, after a script's restart for example. A client still attached is put off."""
+        """A client of a run that exists, such as after a script's restart. A client still attached loses the run."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         answer = self._connection.call(TrainerServiceStub, "GetRun", GetRunRequest(run_id=run_id), timeout_s=timeout_s)
         return self._client(answer.run, timeout_s)
@@ -303,18 +297,18 @@ class ServiceClient(RefusesTinkerNames):
     def fork_run(
         self, run_id: str, step: int | None = None, *, display_name: str = "", timeout_s: float | None = None
     ) -> TrainingClient:
-        """Makes a run with the state another one had after a step. The other is left as it is, and may go on meanwhile.
+        """Makes a run with the state another one had after a step. The other is unchanged, and may go on meanwhile.
 
         Args:
             run_id: The run to fork.
-            step: Optimizer steps applied in the state wanted; None takes as many as the run has now. Where the run was
-                at that step several times, since it loaded a state, the last time is meant.
+            step: Number of optimizer steps applied in the state to copy; None takes as many as the run has now. If the
+                run was at that step several times, since it loaded a state, the last time is meant.
             display_name: Your name for the new run.
             timeout_s: Longest wait, seconds; None takes the client's.
 
         Raises:
             InvalidArgumentError: The run's journal does not have that step; the message says which it has.
-            FailedPreconditionError: RUN_LOST: the journal, or a snapshot, that far back has been let go.
+            FailedPreconditionError: RUN_LOST: the journal, or a snapshot, that far back has been removed.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         request = ForkRunRequest(run_id=run_id, step=step, request_id=uuid.uuid4().hex, display_name=display_name)
@@ -322,35 +316,16 @@ class ServiceClient(RefusesTinkerNames):
         return self._client(answer.run, timeout_s)
 
     def replay_run(self, run_id: str, *, timeout_s: float | None = None) -> ReplayReport:
-        """Executes a run's journal again, aside, and compares every answer with the one it got.
+        """Executes a run's journal again in a copy, and compares every answer with the recorded one.
 
-        On one CPU setup a run replays bit for bit; on other devices, and after a change of software, it may not. While
-        it lasts, a copy of the run is on the worker.
+        On one CPU setup a run replays bit for bit; on other devices, and after a change of software, it may not. The
+        copy is on the worker until the call returns.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         found = self._connection.call(
             TrainerServiceStub, "ReplayRun", ReplayRunRequest(run_id=run_id), timeout_s=timeout_s
         )
-        difference = None
-        if found.HasField("difference"):
-            names = ReplayDifference.__dataclass_fields__
-            difference = ReplayDifference(**{name: getattr(found.difference, name) for name in names})
-        return ReplayReport(found.after_seq_id, found.compared, found.not_compared, difference)
-
-    def _wait_until_ready(self, timeout_s: float) -> None:
-        """Waits until the trainer has loaded its model; says so if that takes a while."""
-        start = time.monotonic()
-        said = ""
-        while not (info := self.get_server_info(timeout_s=timeout_s)).ready:
-            waited_s = time.monotonic() - start
-            if waited_s > timeout_s:
-                raise OperationTimeoutError(
-                    f"The trainer at {self.base_url} was not ready within {timeout_s:g} s: {info.status_message}."
-                )
-            if waited_s > 2 and info.status_message != said:
-                said = info.status_message
-                logger.info("Waiting for the trainer at %s: %s.", self.base_url, said)
-            time.sleep(min(1.0, 0.1 + waited_s / 10))
+        return answers.replay_report(found)
 
     def _client(self, run: Any, timeout_s: float) -> TrainingClient:
         # Asked again: the model's limits are known only once it is loaded, and a run says that it is.
@@ -361,42 +336,20 @@ class ServiceClient(RefusesTinkerNames):
         self._clients.add(client)
         return client
 
-    def get_server_info(self, *, timeout_s: float | None = None) -> GetServerInfoResponse:
+    def get_server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
         """Versions, model, losses and limits of the trainer.
 
         Raises:
             FailedPreconditionError: PROTOCOL_VERSION_UNSUPPORTED: the trainer does not speak our version.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        info = self._connection.call(TrainerServiceStub, "GetServerInfo", GetServerInfoRequest(), timeout_s=timeout_s)
-        if not info.min_protocol_version <= PROTOCOL_VERSION <= info.max_protocol_version:
-            raise error(
-                "PROTOCOL_VERSION_UNSUPPORTED",
-                f"This SDK (gradwire {__version__}) speaks protocol version {PROTOCOL_VERSION}, but the trainer at "
-                f"{self.base_url} (gradwire {info.software_version}) speaks {info.min_protocol_version} to "
-                f"{info.max_protocol_version}. Install the same gradwire on both sides.",
-                client=PROTOCOL_VERSION,
-                server=info.max_protocol_version,
-            )
-        return info
+        return get_server_info(self._connection, timeout_s)
 
-    def list_runs(self, *, timeout_s: float | None = None) -> list[dict[str, Any]]:
-        """The trainer's runs, newest first: run_id, base_model, state, step, display_name, attached, user_metadata."""
-        answer = self._connection.call(
-            TrainerServiceStub, "ListRuns", ListRunsRequest(), timeout_s=timeout_s or self._timeout_s
-        )
-        return [
-            {
-                "run_id": run.run_id,
-                "base_model": run.base_model,
-                "state": run_state_name(run.state),
-                "step": run.step,
-                "display_name": run.display_name,
-                "attached": run.attached,
-                "user_metadata": dict(run.user_metadata),
-            }
-            for run in answer.runs
-        ]
+    def list_runs(self, *, timeout_s: float | None = None) -> list[ListedRun]:
+        """The trainer's runs that the key may see, newest first."""
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        answer = self._connection.call(TrainerServiceStub, "ListRuns", ListRunsRequest(), timeout_s=timeout_s)
+        return [answers.listed_run(run) for run in answer.runs]
 
     def metrics(
         self, run_id: str, names: Iterable[str] = (), *, since_step: int = 0, timeout_s: float | None = None
@@ -424,8 +377,8 @@ class ServiceClient(RefusesTinkerNames):
     def get_server_capabilities(self, *, timeout_s: float | None = None) -> ServerCapabilities:
         """The model the trainer serves, waiting until it is loaded; get_server_info() says more."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        self._wait_until_ready(timeout_s)
-        return server_capabilities(self.get_server_info(timeout_s=timeout_s))
+        wait_until_ready(self._connection, timeout_s)
+        return answers.server_capabilities(self.get_server_info(timeout_s=timeout_s))
 
     def create_rest_client(self) -> RestClient:
         """Runs and checkpoints under the names of tinker's RestClient; `checkpoints` and list_runs() say more."""
@@ -435,8 +388,8 @@ class ServiceClient(RefusesTinkerNames):
         """Closes the connection, and the training clients made from it.
 
         Args:
-            status: How the loop ended, which users of tinker say; it is logged here, and nowhere else.
-            detail: More of that.
+            status: How the loop ended, as users of tinker say it; it is logged here, and nowhere else.
+            detail: Logged with the status.
 
         Returns:
             A future that is done.
@@ -476,23 +429,6 @@ class ServiceClient(RefusesTinkerNames):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _lora_arguments(state: Checkpoint) -> dict[str, Any]:
-    """Arguments of create_training_client that make a run which can load a state."""
-    if not state.lora_rank:
-        return {}
-    if not state.HasField("lora"):
-        raise error(
-            "CHECKPOINT_MISMATCH",
-            f"{state.path} was saved by a LoRA run of rank {state.lora_rank} and does not say which layers it adapts: "
-            "it is of an older version, or its run was started from an adapter that no settings make. To go on, call "
-            "create_training_client with the lora_… settings or the adapter_path of that run, and load_state or "
-            "load_state_with_optimizer on the client.",
-            path=state.path,
-        )
-    names = ("lora_alpha", "train_mlp", "train_attn", "train_unembed")
-    return {"lora_rank": state.lora_rank, **{name: getattr(state.lora, name) for name in names}}
 
 
 FiretitanServiceClient = ServiceClient

@@ -93,7 +93,7 @@ def test_kill_9_of_the_worker_mid_step_costs_time_and_nothing_else(tiny_llama: P
         time.sleep(0.2)
         os.kill(worker, signal.SIGKILL)
         assert [future.result(60).step for future in pending[1::2]] == [3, 4, 5, 6]
-        assert [run["state"] for run in service.list_runs()] == ["active", "active"]
+        assert [run.state for run in service.list_runs()] == ["active", "active"]
         # The other run was idle, and comes back when it is asked.
         np.testing.assert_array_equal(all_logprobs(client, batch), all_logprobs(undisturbed, batch))
 

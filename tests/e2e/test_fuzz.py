@@ -13,7 +13,7 @@ NUM_FRAMES = 400
 def test_every_frame_is_answered_with_a_status_and_a_step_works_after_all(
     trainer: TrainerProcess, service: ServiceClient
 ):
-    before = {run["run_id"] for run in service.list_runs()}
+    before = {run.run_id for run in service.list_runs()}
     # With an adapter, a state and a name that frames find, for forks, loads and runs that start from it.
     client = service.create_training_client(lora_rank=2)
     client.save_state("a").result(60)
@@ -25,7 +25,7 @@ def test_every_frame_is_answered_with_a_status_and_a_step_works_after_all(
     assert {"OK", "INVALID_ARGUMENT", "NOT_FOUND"} <= set(seen)
     assert trainer.process.poll() is None
     assert trainer.worker_pid() == worker
-    for made in {run["run_id"] for run in service.list_runs()} - before:
+    for made in {run.run_id for run in service.list_runs()} - before:
         service.training_client(made).delete_run()
     with service.create_training_client() as after:
         after.forward_backward(data(6), "cross_entropy")

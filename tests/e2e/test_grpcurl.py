@@ -1,4 +1,4 @@
-"""The README's grpcurl section, run as it stands with the real grpcurl."""
+"""docs/grpcurl.md, run as it stands with the real grpcurl."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from tests.trainer_process import TrainerProcess
 ROOT = Path(__file__).parents[2]
 
 
-def readme_blocks() -> list[str]:
-    """The two bash blocks behind the marker."""
-    section = (ROOT / "README.md").read_text().split("<!-- grpcurl: run by tests/e2e/test_grpcurl.py -->")[1]
-    return re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[:2]
+def blocks() -> list[str]:
+    """The two bash blocks behind this test's mark."""
+    mark = r"<!-- run by tests/e2e/test_grpcurl\.py -->\s*```bash\n(.*?)```"
+    return re.findall(mark, (ROOT / "docs" / "grpcurl.md").read_text(), re.DOTALL)
 
 
 def bash(script: str, address: str, **env: str) -> str:
-    """Runs README text with its address replaced and this environment's grpcurl first on PATH."""
+    """Runs a page's text with its address replaced and this environment's grpcurl first on PATH."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script.replace("127.0.0.1:7777", address)],
@@ -57,8 +57,8 @@ def snake_case(value: Any) -> Any:
     return [snake_case(each) for each in value] if isinstance(value, list) else value
 
 
-def test_every_grpcurl_command_of_the_readme_works(trainer: TrainerProcess):
-    first, second = readme_blocks()
+def test_every_grpcurl_command_of_the_page_works(trainer: TrainerProcess):
+    first, second = blocks()
     asked = bash(first, trainer.address)
     assert "gradwire.v1.TrainerService" in asked
     assert "grpc.health.v1.Health" in asked
@@ -80,7 +80,7 @@ def test_every_grpcurl_command_of_the_readme_works(trainer: TrainerProcess):
 
 
 def test_a_wrong_request_typed_by_hand_says_what_is_wrong(trainer: TrainerProcess):
-    created = documents(bash(readme_blocks()[0], trainer.address))[-1]
+    created = documents(bash(blocks()[0], trainer.address))[-1]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     request = {
         "run_id": created["run"]["run_id"],

@@ -54,13 +54,13 @@ def test_fifty_clients_with_keys_train_at_once_and_see_only_their_own_runs(tiny_
             assert len({losses[0] for _, losses in results}) == NUM_KINDS
 
             for i, service in enumerate(services):
-                assert [(run["run_id"], run["step"]) for run in service.list_runs()] == [(run_ids[i], 3)]
+                assert [(run.run_id, run.step) for run in service.list_runs()] == [(run_ids[i], 3)]
                 with pytest.raises(NotFoundError):
                     service.training_client(run_ids[i - 1])
             with pytest.raises(ResourceExhaustedError, match=r"This API key has|This trainer holds"):
                 services[0].create_training_client()
             with ServiceClient(trainer.base_url, "key-of-ops") as ops:
-                assert {run["run_id"] for run in ops.list_runs()} == set(run_ids)
+                assert {run.run_id for run in ops.list_runs()} == set(run_ids)
 
             file.write_text("ops key-of-ops admin\n")
             with pytest.raises(UnauthenticatedError):

@@ -8,8 +8,8 @@ from pathlib import Path
 import gradwire
 import pytest
 from gradwire import AdamParams, SamplingClient, SamplingParams, ServiceClient, TrainingClient
+from gradwire._client.loop import LOOP
 from gradwire.errors import InvalidArgumentError, NotFoundError, OperationCancelledError
-from gradwire.transport import LOOP
 from gradwire.v1.sampling_service_pb2 import Sampler, SampleRequest
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 
@@ -228,7 +228,7 @@ def test_a_prompt_typed_as_text_is_answered_with_text(
 
 
 def test_the_readmes_grpcurl_samples_from_a_prompt_typed_by_hand(trainer: TrainerProcess):
-    section = (ROOT / "README.md").read_text().split("<!-- grpcurl: run by tests/e2e/test_sampling.py -->")[1]
+    section = (ROOT / "docs" / "grpcurl.md").read_text().split("<!-- run by tests/e2e/test_sampling.py -->")[1]
     block = section.split("```bash\n")[1].split("```")[0]
     *sampled, logprobs = documents(bash(block, trainer.address))
     pieces = [piece for response in sampled for piece in response["samples"]]

@@ -1,6 +1,7 @@
 """The SDK against a real trainer and worker, over a real socket."""
 
 import asyncio
+import dataclasses
 import threading
 import time
 import urllib.request
@@ -207,7 +208,7 @@ def test_a_datum_the_loss_ignores_contributes_nothing(service: ServiceClient):
 def test_a_batch_split_into_many_messages_is_one_batch(service: ServiceClient):
     batch = data(*[30] * 40)
     whole, split = service.create_training_client(), service.create_training_client()
-    split._limits.target_message_bytes = 2_000
+    split._calls.limits = dataclasses.replace(split._calls.limits, target_message_bytes=2_000)
     for fn in ("cross_entropy", negative_log_likelihood):
         results = []
         for each in (whole, split):
@@ -387,4 +388,4 @@ def test_an_abandoned_client_detaches_by_itself(service: ServiceClient):
 
 def service_attached(service: ServiceClient, run_id: str) -> bool:
     """Whether a client holds the run."""
-    return {run["run_id"]: run["attached"] for run in service.list_runs()}[run_id]
+    return {run.run_id: run.attached for run in service.list_runs()}[run_id]

@@ -29,7 +29,9 @@ class ModelCase:
     sequences: Callable[..., list[PlainSequence]]
 
 
-@pytest.fixture(params=["tiny_llama", pytest.param("smollm2", marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+@pytest.fixture(
+    scope="session", params=["tiny_llama", pytest.param("smollm2", marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+)
 def case(request: pytest.FixtureRequest) -> ModelCase:
     """A tiny random Llama, and SmolLM2-135M-Instruct where it has been fetched."""
     if request.param == "tiny_llama":

@@ -1,6 +1,13 @@
-"""The other side of every comparison: an ordinary PyTorch loop over a transformers model, sharing no code with ours."""
+"""The other side of every comparison: an ordinary PyTorch loop over a transformers model, sharing no code with ours.
 
-from collections.abc import Callable, Sequence
+How near is near enough follows from arithmetic, so that it holds on every processor. What float32 finds is off by its
+roundings, which differ with the order of sums, and so from one library, instruction set or number of threads to
+another. How far that is, plain float32 shows on the machine at hand: `Reference` measures it against float64. Roundings
+add up as a random walk does, as the root of their number; the engine, which packs, chunks and recomputes, may make
+FACTOR² as many as plain transformers. A formula that is wrong is off by orders of magnitude.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from gradwire.codec import Batch
+from gradwire._wire.codec import Batch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+FACTOR = 4.0
+"""How many times as far from float64 as plain float32 the engine may be."""
+ROUNDING = 2.0**-24
+"""Relative error of one rounding to float32."""
 PlainLoss = Callable[[list[torch.Tensor]], torch.Tensor]
 """Logprobs of each sequence → scalar."""
 
@@ -25,12 +36,10 @@ class PlainSequence:
 
 
 def load_plain(folder: Path, device: str = "cpu", *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model as any script would load it.
-
-    In float64 it measures what float32 cannot: on the CPU plain float32 gradients of SmolLM2 are themselves 2e-4 off,
-    where the engine's are 2e-5.
-    """
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    """The model as any script would load it."""
+    # Experts one after the other: torch multiplies them together in no other dtype than float32 and below.
+    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **experts)
     return model.eval().to(device)
 
 
@@ -104,12 +113,12 @@ def cross_entropy_of(sequences: Sequence[PlainSequence]) -> PlainLoss:
 
 def plain_backward(
     model: PreTrainedModel, sequences: Sequence[PlainSequence], loss: PlainLoss
-) -> tuple[float, npt.NDArray[np.float32]]:
+) -> tuple[float, npt.NDArray[np.float64]]:
     """One loss over all sequences, one backward. Returns the loss and all logprobs end to end."""
     logprobs = [plain_logprobs(model, sequence) for sequence in sequences]
     value = loss(logprobs)
     value.backward()
-    return value.item(), torch.cat(logprobs).detach().float().cpu().numpy()
+    return value.item(), torch.cat(logprobs).detach().cpu().numpy()
 
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -118,14 +127,69 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return difference / wanted.double().norm().item() if difference else 0.0
 
 
-def worst_gradient_error(got: PreTrainedModel, wanted: PreTrainedModel) -> float:
-    """Largest relative error over all parameters' gradients, each by itself."""
-    pairs = zip(got.named_parameters(), wanted.named_parameters(), strict=True)
-    worst = 0.0
-    for (name, ours), (plain_name, plain) in pairs:
-        assert name == plain_name
-        assert ours.grad is not None, name
-        assert plain.grad is not None, name
-        assert ours.grad.dtype == torch.float32
-        worst = max(worst, relative_error(ours.grad, plain.grad))
-    return worst
+def worst_error(got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> float:
+    """Largest relative error over all tensors, each by itself."""
+    assert got.keys() == wanted.keys()
+    return max(relative_error(got[name], wanted[name]) for name in wanted)
+
+
+def gradients_of(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
+    """Gradients by name, of what trains."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            found[name] = parameter.grad
+    return found
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What float64 finds, and how far plain float32 is from it on this machine.
+
+    Attributes:
+        logprobs: Of all sequences end to end, float64.
+        gradients: By name, float64 rounded to float32.
+        logprobs_error: Largest error of plain float32's logprobs.
+        gradient_error: Largest relative error of one of its gradients.
+    """
+
+    logprobs: npt.NDArray[np.float64]
+    gradients: Mapping[str, torch.Tensor]
+    logprobs_error: float
+    gradient_error: float
+
+    @classmethod
+    def of(cls, load: Callable[[torch.dtype], Any], sequences: Sequence[PlainSequence], loss: PlainLoss) -> "Reference":
+        """Args: load, the plain model in a dtype; then as plain_backward."""
+        exact = load(torch.float64)
+        _, logprobs = plain_backward(exact, sequences, loss)
+        # Half the memory, for a rounding that is nothing beside float32's errors.
+        wanted = {name: gradient.float() for name, gradient in gradients_of(exact.named_parameters()).items()}
+        del exact
+        plain = load(torch.float32)
+        _, found = plain_backward(plain, sequences, loss)
+        # Its log_softmax is float64's here; what float32 would at least add is the rounding of its result.
+        rounding = ROUNDING * float(np.abs(logprobs).max())
+        return cls(
+            logprobs,
+            wanted,
+            logprobs_error=float(np.abs(found - logprobs).max()) + rounding,
+            gradient_error=worst_error(gradients_of(plain.named_parameters()), wanted),
+        )
+
+    def check_logprobs(self, found: npt.NDArray[np.float32]) -> None:
+        """As near to float64 as float32 allows."""
+        np.testing.assert_allclose(found, self.logprobs, rtol=0, atol=FACTOR * self.logprobs_error)
+
+    def check_gradients(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+        """As near to float64 as float32 allows; float32 themselves."""
+        found = gradients_of(parameters)
+        assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+        assert worst_error(found, self.gradients) <= FACTOR * self.gradient_error
+
+
+def check_sum(found: float, terms: npt.NDArray[Any]) -> None:
+    """A float32 sum is off by at most its number of additions, each rounded, of the size of what is added up."""
+    terms = np.asarray(terms, dtype=np.float64).ravel()
+    assert abs(found - terms.sum()) <= (len(terms) + 2) * ROUNDING * np.abs(terms).sum()

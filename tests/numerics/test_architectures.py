@@ -1,4 +1,5 @@
-"""Packed equals one by one equals plain transformers, on many architectures: logprobs, every gradient, in float32."""
+"""Packed equals one by one equals plain transformers, on many architectures: logprobs and every gradient, as near to
+float64 as float32 allows (plain.py)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
 
 from tests.engines import CROSS_ENTROPY, RUN, make_engine
 from tests.numerics.plain import (
+    PlainLoss,
     PlainSequence,
+    Reference,
+    check_sum,
     cross_entropy_of,
     load_plain,
-    plain_backward,
     random_sequences,
     to_batch,
-    worst_gradient_error,
 )
 from tests.tiny import VOCAB_SIZE
 from trainer_service.config import EngineSettings
@@ -26,9 +27,6 @@ from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.comparison import relative_difference
 from trainer_service.engine.sampling.service import Sampling
 
-LOSS = 1e-6
-LOGPROBS = 2e-5
-GRADIENTS = 1e-5
 WINDOW = 8
 """Sliding windows are shorter than the sequences, and than what sequences share."""
 
@@ -150,16 +148,20 @@ def ragged(k: int | None = None, seed: int = 0) -> list[PlainSequence]:
     return made
 
 
-def check(engine: Engine, plain: PreTrainedModel, sequences: list[PlainSequence]) -> dict[str, float]:
+def check(engine: Engine, folder: Path, sequences: list[PlainSequence]) -> dict[str, float]:
     """One forward_backward on either side; returns the engine's metrics."""
     found = engine.forward_backward(RUN, 1, to_batch(sequences), CROSS_ENTROPY)
-    loss, logprobs = plain_backward(plain, sequences, cross_entropy_of(sequences))
-    np.testing.assert_allclose(found.logprobs_TK, logprobs, rtol=0, atol=LOGPROBS)
-    weights = np.concatenate([sequence.weights for sequence in sequences])
-    # Against the size of what is added up: weights of both signs cancel.
-    assert found.metrics["loss:sum"] == pytest.approx(loss, abs=LOSS * float(np.abs(weights * logprobs).sum()))
-    assert worst_gradient_error(engine.live_model(RUN), plain) < GRADIENTS
+    wanted = reference_of(folder, sequences, cross_entropy_of(sequences))
+    wanted.check_logprobs(found.logprobs_TK)
+    wanted.check_gradients(engine.live_model(RUN).named_parameters())
+    check_sum(
+        found.metrics["loss:sum"], -np.concatenate([sequence.weights for sequence in sequences]) * found.logprobs_TK
+    )
     return found.metrics
+
+
+def reference_of(folder: Path, sequences: list[PlainSequence], loss: PlainLoss) -> Reference:
+    return Reference.of(lambda dtype: load_plain(folder, dtype=dtype), sequences, loss)
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +177,7 @@ def test_packed_and_shared_equals_plain_transformers(
     folder = folder_of(architecture)
     engine = make_engine(folder, tmp_path)
     assert engine.traits.batching == "packed, shared beginnings once"
-    metrics = check(engine, load_plain(folder), ragged())
+    metrics = check(engine, folder, ragged())
     assert metrics["forward_passes:sum"] == 1
     assert metrics["num_shared_tokens:sum"] >= 20
 
@@ -186,7 +188,7 @@ def test_many_packs_soft_targets_and_checkpointing_equal_plain_transformers(
 ) -> None:
     folder = folder_of(architecture)
     settings = EngineSettings(max_pack_tokens=50, activation_checkpointing="on")
-    metrics = check(make_engine(folder, tmp_path, settings=settings), load_plain(folder), ragged(k=3, seed=1))
+    metrics = check(make_engine(folder, tmp_path, settings=settings), folder, ragged(k=3, seed=1))
     assert metrics["forward_passes:sum"] > 1
 
 
@@ -203,7 +205,7 @@ def test_a_head_that_rules_tokens_out_is_packed_and_sampled_like_any_other(tmp_p
     model.save_pretrained(tmp_path / "phi")
     engine = make_engine(tmp_path / "phi", tmp_path)
     assert engine.traits.batching == "packed, shared beginnings once"
-    check(engine, load_plain(tmp_path / "phi"), ragged())
+    check(engine, tmp_path / "phi", ragged())
     sampling = Sampling(engine, checkpoint_dir=tmp_path, send=lambda event: None)
     assert sampling.decoding.described == "together"
 
@@ -236,7 +238,7 @@ def test_what_cannot_be_packed_runs_one_sequence_at_a_time_and_says_so(
     engine = make_engine(folder, tmp_path)
     assert engine.traits.batching.startswith(f"one sequence at a time: {WHY_ALONE[architecture]}")
     sequences = ragged()
-    metrics = check(engine, load_plain(folder), sequences)
+    metrics = check(engine, folder, sequences)
     assert metrics["forward_passes:sum"] == len(sequences)
     assert metrics["num_shared_tokens:sum"] == 0
 
@@ -248,7 +250,6 @@ def test_custom_losses_held_and_recomputed_equal_plain_transformers(
     folder, sequences = folder_of(architecture), ragged()
     # Room for the graph of one forward of the two.
     engine = make_engine(folder, tmp_path, settings=EngineSettings(max_pack_tokens=60, max_held_graph_bytes=900_000))
-    plain = load_plain(folder)
     batch = to_batch(sequences, with_weights=False)
     rng = np.random.default_rng(3)
     gradients = rng.normal(size=batch.num_tokens).astype(np.float32)
@@ -261,8 +262,7 @@ def test_custom_losses_held_and_recomputed_equal_plain_transformers(
     def loss(logprobs: list[torch.Tensor]) -> torch.Tensor:
         return 6 * (torch.cat(logprobs) * torch.tensor(gradients)).sum()
 
-    plain_backward(plain, sequences, loss)
-    assert worst_gradient_error(engine.live_model(RUN), plain) < GRADIENTS
+    reference_of(folder, sequences, loss).check_gradients(engine.live_model(RUN).named_parameters())
 
 
 def test_answers_come_back_in_the_order_asked_as_if_each_were_alone(
@@ -272,4 +272,6 @@ def test_answers_come_back_in_the_order_asked_as_if_each_were_alone(
     engine = make_engine(folder, tmp_path)
     whole = engine.forward(RUN, 1, to_batch(sequences)).logprobs_TK
     parts = [engine.forward(RUN, 2, to_batch([sequence])).logprobs_TK for sequence in sequences]
-    np.testing.assert_allclose(whole, np.concatenate(parts), rtol=0, atol=LOGPROBS)
+    wanted = reference_of(folder, sequences, cross_entropy_of(sequences))
+    wanted.check_logprobs(whole)
+    wanted.check_logprobs(np.concatenate(parts))

@@ -11,18 +11,21 @@ import numpy as np
 import pytest
 import torch
 from gradwire.types import AdamParams
-from peft import PeftModel
 
-from tests.engines import CROSS_ENTROPY, make_batch
-from tests.loras import ALL, BODY, adapter, gradient, lora_engine, plain_peft, randomize, same_adapter
+from tests.engines import CPU, CROSS_ENTROPY, make_batch
+from tests.loras import ALL, BODY, adapter, lora_engine, plain_peft, randomize, same_adapter
 from tests.numerics.plain import (
+    FACTOR,
+    ROUNDING,
+    Reference,
+    check_sum,
     cross_entropy_of,
     load_plain,
     plain_backward,
-    plain_logprobs,
     random_sequences,
     relative_error,
     to_batch,
+    worst_error,
 )
 from tests.tiny import VOCAB_SIZE, make_tiny_llama
 from trainer_service.config import EngineSettings
@@ -45,24 +48,33 @@ def folder(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path: Path) -> 
     return tiny_llama if request.param == "tied" else make_tiny_llama(tmp_path / "untied", tied=False)
 
 
-def plain_model(model: PeftModel) -> Any:
-    return model.get_base_model()
+def reference_of(folder: Path, engine: Engine, settings: LoraSettings, **config: Any) -> Reference:
+    """Of plain peft with the engine's adapter."""
+
+    def load(dtype: torch.dtype) -> Any:
+        plain = plain_peft(folder, settings, dtype, **config)
+        same_adapter(plain, engine, "lora")
+        return plain.get_base_model()
+
+    return Reference.of(load, SEQUENCES, cross_entropy_of(SEQUENCES))
+
+
+def check_against_plain_peft(engine: Engine, folder: Path, settings: LoraSettings, **config: Any) -> None:
+    """Logprobs, loss and gradients of the run "lora"."""
+    randomize(engine, "lora")
+    found = engine.forward_backward("lora", 1, to_batch(SEQUENCES), CROSS_ENTROPY)
+    wanted = reference_of(folder, engine, settings, **config)
+    wanted.check_logprobs(found.logprobs_TK)
+    wanted.check_gradients(adapter(engine, "lora").items())
+    weights = np.concatenate([sequence.weights for sequence in SEQUENCES])
+    check_sum(found.metrics["loss:sum"], -weights * found.logprobs_TK)
 
 
 @pytest.mark.parametrize("settings", [BODY, ALL, LoraSettings(rank=2, alpha=4.0, train_mlp=False, train_unembed=False)])
 def test_logprobs_and_gradients_equal_plain_peft(folder: Path, tmp_path: Path, settings: LoraSettings) -> None:
     engine = lora_engine(folder, tmp_path, lora=settings)
-    randomize(engine, "lora")
     targets = {} if settings.train_mlp else {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-    plain = plain_peft(folder, settings, **targets)
-    theirs = same_adapter(plain, engine, "lora")
-    found = engine.forward_backward("lora", 1, to_batch(SEQUENCES), CROSS_ENTROPY)
-    loss, logprobs = plain_backward(plain_model(plain), SEQUENCES, cross_entropy_of(SEQUENCES))
-    assert found.metrics["loss:sum"] == pytest.approx(loss, rel=1e-5)
-    np.testing.assert_allclose(found.logprobs_TK, logprobs, rtol=0, atol=1e-4)
-    for name, parameter in adapter(engine, "lora").items():
-        assert gradient(parameter).dtype == torch.float32
-        assert relative_error(gradient(parameter), gradient(theirs[name])) < 1e-5, name
+    check_against_plain_peft(engine, folder, settings, **targets)
     # Nothing else has a gradient: there is no room for one beside a large base model.
     assert all(p.grad is None for p in engine.live_model("lora").parameters() if not p.requires_grad)
 
@@ -70,25 +82,32 @@ def test_logprobs_and_gradients_equal_plain_peft(folder: Path, tmp_path: Path, s
 @pytest.mark.parametrize("settings", [BODY, ALL])
 def test_three_steps_equal_plain_peft(tiny_llama: Path, tmp_path: Path, settings: LoraSettings) -> None:
     engine = lora_engine(tiny_llama, tmp_path, lora=settings)
-    plain = plain_peft(tiny_llama, settings)
-    theirs = same_adapter(plain, engine, "lora")
-    before = {name: parameter.detach().clone() for name, parameter in theirs.items()}
-    optimizer = AdamW(theirs.values())
+    before = {name: parameter.detach().clone() for name, parameter in adapter(engine, "lora").items()}
+
+    def plain_steps(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        plain = plain_peft(tiny_llama, settings, dtype)
+        theirs = same_adapter(plain, engine, "lora")
+        optimizer = AdamW(theirs.values())
+        for _ in range(3):
+            plain_backward(plain.get_base_model(), SEQUENCES, cross_entropy_of(SEQUENCES))  # pyright: ignore[reportArgumentType]
+            optimizer.step(STEP)
+            plain.zero_grad()
+        return {name: parameter.detach() - before[name] for name, parameter in theirs.items()}
+
+    exact, moved = plain_steps(torch.float64), plain_steps(torch.float32)
     for number in range(3):
         engine.forward_backward("lora", 2 * number, to_batch(SEQUENCES), CROSS_ENTROPY)
         engine.optim_step("lora", 2 * number + 1, STEP)
-        plain_backward(plain_model(plain), SEQUENCES, cross_entropy_of(SEQUENCES))
-        optimizer.step(STEP)
-        plain.zero_grad()
-    for name, parameter in adapter(engine, "lora").items():
-        assert relative_error(parameter - before[name], theirs[name] - before[name]) < 2e-3, name
+    found = {name: parameter.detach() - before[name] for name, parameter in adapter(engine, "lora").items()}
+    assert worst_error(found, exact) <= FACTOR * worst_error(moved, exact)
 
 
 def test_a_new_adapter_changes_nothing_and_its_seed_decides(tiny_llama: Path, tmp_path: Path) -> None:
     runs = {"one": ALL, "same": ALL, "other": LoraSettings(rank=4, alpha=8.0, seed=2)}
     engine = lora_engine(tiny_llama, tmp_path, **runs)
-    wanted = torch.cat([plain_logprobs(load_plain(tiny_llama), sequence) for sequence in SEQUENCES]).detach()
-    np.testing.assert_allclose(engine.forward("one", 1, to_batch(SEQUENCES)).logprobs_TK, wanted, rtol=0, atol=1e-4)
+    load = lambda dtype: load_plain(tiny_llama, dtype=dtype)  # noqa: E731
+    wanted = Reference.of(load, SEQUENCES, cross_entropy_of(SEQUENCES))
+    wanted.check_logprobs(engine.forward("one", 1, to_batch(SEQUENCES)).logprobs_TK)
     one, same, other = (adapter(engine, run_id) for run_id in runs)
     assert all(torch.equal(one[name], same[name]) for name in one)
     firsts = [name for name in one if "lora_A" in name]
@@ -97,27 +116,23 @@ def test_a_new_adapter_changes_nothing_and_its_seed_decides(tiny_llama: Path, tm
 
 
 def test_activation_checkpointing_and_held_graphs_give_the_same_gradients(tiny_llama: Path, tmp_path: Path) -> None:
-    grads = []
     for number, checkpointing in enumerate(("off", "on")):
         engine = Engine(
             str(tiny_llama),
-            device=lora_engine(tiny_llama, tmp_path).device,
+            device=CPU,
             checkpoint_dir=tmp_path / str(number),
             settings=EngineSettings(activation_checkpointing=checkpointing),  # pyright: ignore[reportArgumentType]
         )
         engine.create_run("lora", lora=ALL)
         randomize(engine, "lora")
+        wanted = reference_of(tiny_llama, engine, ALL)
         batch = to_batch(SEQUENCES)
         engine.forward_backward("lora", 1, batch, CROSS_ENTROPY)
-        grads.append([p.grad.clone() for p in adapter(engine, "lora").values() if p.grad is not None])
+        wanted.check_gradients(adapter(engine, "lora").items())
         engine.zero_grad("lora")
         engine.forward("lora", 2, batch, keep_graph=True)
         engine.backward("lora", 3, forward_seq_id=2, gradients_TK=-batch.loss_fn_inputs["weights"])
-        grads.append([p.grad.clone() for p in adapter(engine, "lora").values() if p.grad is not None])
-    for other in grads[1:]:
-        assert len(other) == len(grads[0]) > 0
-        for ours, wanted in zip(other, grads[0], strict=True):
-            assert relative_error(ours, wanted) < 1e-5
+        wanted.check_gradients(adapter(engine, "lora").items())
 
 
 @pytest.mark.parametrize("settings", [BODY, ALL])
@@ -237,11 +252,12 @@ def test_a_low_rank_head_equals_its_whole_weight(
     rows = logits if token_of_row is None else logits[token_of_row]
     wanted = torch.log_softmax(rows, -1).gather(-1, targets)
     wanted.backward(upstream.double())
-    assert relative_error(found.detach(), wanted.detach()) < 1e-6
+    # Two products of few terms one behind the other, backwards four.
+    assert relative_error(found.detach(), wanted.detach()) < 16 * ROUNDING
     for one, other in zip(ours, exact, strict=True):
         assert one.grad is not None
         assert other.grad is not None
-        assert relative_error(one.grad, other.grad) < 2e-6
+        assert relative_error(one.grad, other.grad) < 32 * ROUNDING
 
 
 def test_gpt2_whose_layers_are_no_linear_ones_equals_plain_peft(tmp_path: Path) -> None:
@@ -252,14 +268,8 @@ def test_gpt2_whose_layers_are_no_linear_ones_equals_plain_peft(tmp_path: Path) 
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     settings = LoraSettings(rank=4, alpha=8.0, train_unembed=False)
     engine = lora_engine(tmp_path / "gpt2", tmp_path / "checkpoints", lora=settings)
-    randomize(engine, "lora")
-    plain = plain_peft(tmp_path / "gpt2", settings, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)
-    theirs = same_adapter(plain, engine, "lora")
-    found = engine.forward_backward("lora", 1, to_batch(SEQUENCES), CROSS_ENTROPY)
-    loss, _ = plain_backward(plain_model(plain), SEQUENCES, cross_entropy_of(SEQUENCES))
-    assert found.metrics["loss:sum"] == pytest.approx(loss, rel=1e-5)
-    for name, parameter in adapter(engine, "lora").items():
-        assert relative_error(gradient(parameter), gradient(theirs[name])) < 1e-5, name
+    config = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
+    check_against_plain_peft(engine, tmp_path / "gpt2", settings, **config)
 
 
 def test_the_learning_rate_is_not_rounded(tiny_llama: Path, tmp_path: Path) -> None:

@@ -5,13 +5,16 @@ import pytest
 import torch
 from gradwire.types import AdamParams
 
-from tests.numerics.plain import relative_error
+from tests.numerics.plain import ROUNDING, relative_error
 from trainer_service.engine.losses import find_loss
 from trainer_service.engine.losses.loss import LossInputs
 from trainer_service.engine.models.embedding import add_rows_in_place
 from trainer_service.engine.optim import AdamW
 from trainer_service.engine.packed import logprobs as logprobs_module
 from trainer_service.engine.packed.logprobs import target_logprobs
+
+FEW = 16 * ROUNDING
+"""Relative error of a few operations in float32 one behind the other; sums here have few terms."""
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 150, 1 << 24])
@@ -32,8 +35,8 @@ def test_target_logprobs_and_their_gradient_equal_log_softmax(
     wanted = torch.log_softmax(exact, -1).gather(-1, columns).view(targets.shape)
     (wanted_gradient,) = torch.autograd.grad(wanted, exact, upstream.double())
     assert found.dtype == torch.float32
-    assert relative_error(found.detach(), wanted.detach()) < 1e-6
-    assert relative_error(gradient, wanted_gradient) < 1e-6
+    assert relative_error(found.detach(), wanted.detach()) < FEW
+    assert relative_error(gradient, wanted_gradient) < FEW
 
 
 def test_repeated_soft_targets_add_up() -> None:
@@ -52,7 +55,7 @@ def test_bfloat16_logits_are_normalised_in_float32() -> None:
     found = target_logprobs(logits, targets)
     wanted = torch.log_softmax(logits.detach().double(), -1).gather(-1, targets[:, None])[:, 0]
     # 2,048 equal terms already add nothing any more in bfloat16.
-    assert relative_error(found.detach(), wanted) < 1e-6
+    assert relative_error(found.detach(), wanted) < FEW
     (gradient,) = torch.autograd.grad(found.sum(), logits)
     assert gradient.dtype == torch.bfloat16
 
@@ -96,9 +99,11 @@ def test_adamw_equals_torch_given_the_same_gradients(clip: float, divisor: float
         reference.param_groups[0].update(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
         reference.step()
         assert result.applied
-        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-6)
+        assert result.grad_norm == pytest.approx(norm.item(), rel=FEW)
     for our, parameter, before in zip(ours, plain, start, strict=True):
-        assert relative_error(our.detach() - before, parameter.detach() - before) < 1e-5
+        # A step rounds what it moves to a float32 as large as the parameter.
+        size = parameter.norm() + len(settings) * (parameter.detach() - before).norm()
+        assert (our.detach() - parameter.detach()).norm() <= len(settings) * FEW * size
 
 
 @pytest.mark.parametrize("learning_rate", [1e-3, 3.3e-5, 0.0])

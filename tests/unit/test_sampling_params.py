@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradwire._client.sampling_params import sampling_params_message
 from gradwire.errors import InvalidArgumentError
-from gradwire.sampling_params import sampling_params_message
 from gradwire.types import SamplingParams
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import gradwire
 import pytest
+from gradwire._client.ported_names import REFUSED
 from gradwire.errors import InvalidArgumentError
-from gradwire.ported_names import REFUSED
 
 from tests.tinker_surface import CALLS, MEMBERS, PACKAGE, TWINS, TYPES
 

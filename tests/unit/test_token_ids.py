@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from gradwire import Datum, EncodedTextChunk, ModelInput, datum_from_tokens_weights
-from gradwire.codec import batch_from_data
+from gradwire._wire.codec import batch_from_data
 from gradwire.errors import InvalidArgumentError
-from gradwire.types import model_input_tokens
+from gradwire.types.data import model_input_tokens
 
 IDS = [5, 6, 7]
 
@@ -89,12 +89,12 @@ def test_a_chat_templates_result_and_a_tokenizers_encoding_are_taken(tiny_llama:
 
 
 def test_an_input_of_a_loss_given_as_a_mapping_is_refused_by_name():
-    with pytest.raises(ValueError, match="a dict of input_ids is no array; pass one of them"):
+    with pytest.raises(ValueError, match="a dict of input_ids is not an array; pass one of them"):
         Datum(IDS, {"target_tokens": {"input_ids": IDS}})
 
     class OtherDatum:
         model_input = IDS
         loss_fn_inputs = {"target_tokens": {"input_ids": IDS}}
 
-    with pytest.raises(InvalidArgumentError, match=r'data\[0\].loss_fn_inputs\["target_tokens"\] .*no array'):
+    with pytest.raises(InvalidArgumentError, match=r'data\[0\].loss_fn_inputs\["target_tokens"\] .*not an array'):
         batch_from_data([OtherDatum()])

@@ -8,7 +8,8 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from gradwire import ServiceClient, service_client
+from gradwire import ServiceClient
+from gradwire._client import trainer_info
 from gradwire.errors import FailedPreconditionError, GradwireError, from_rpc_error
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.tensor_pb2 import Tensor
@@ -263,7 +264,7 @@ def _read(url: str) -> str:
 
 
 def test_the_sdk_refuses_a_trainer_of_another_protocol_version_naming_both(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(service_client, "PROTOCOL_VERSION", 2)
+    monkeypatch.setattr(trainer_info, "PROTOCOL_VERSION", 2)
     with (
         front_end_on_a_thread() as trainer,
         ServiceClient(f"http://{trainer.address}") as service,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gradwire import delta
+from gradwire._wire import delta
 
 from tests.cli import command, gradwire, refusal
 from tests.cut_proxy import CutProxy, cut_proxy
@@ -163,7 +163,7 @@ def test_a_part_of_something_else_is_begun_anew(trainer: FrontEnd, tmp_path: Pat
 def test_a_trainer_that_goes_away_is_a_sentence_and_so_is_how_to_go_on(
     proxy: CutProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("gradwire.downloads._MAX_TRIES", 1)
+    monkeypatch.setattr("gradwire._client.downloads._MAX_TRIES", 1)
 
     def go_away() -> None:
         proxy.refusing = True

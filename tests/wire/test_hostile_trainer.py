@@ -10,9 +10,11 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
-from gradwire import ServiceClient, delta, downloads
+from gradwire import ServiceClient
+from gradwire._client import downloads
+from gradwire._client.transport import Connection
+from gradwire._wire import delta
 from gradwire.errors import DataLossError, GradwireError, error, to_status
-from gradwire.transport import Connection
 from gradwire.v1 import checkpoint_service_pb2 as pb
 from gradwire.v1 import trainer_service_pb2 as trainer_pb
 from gradwire.v1.checkpoint_pb2 import CHECKPOINT_KIND_SAMPLER_WEIGHTS, Checkpoint, CheckpointFile

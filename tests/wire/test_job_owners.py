@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from gradwire import TrainerJob, TrainerJobConfig, TrainerJobManager
+from gradwire._client.transport import Connection
 from gradwire.errors import FailedPreconditionError, GradwireError, InvalidArgumentError, NotFoundError
-from gradwire.transport import Connection
 from gradwire.v1 import trainer_job_service_pb2 as pb
 from gradwire.v1.trainer_job_service_pb2_grpc import TrainerJobServiceStub
 

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import pytest
 from gradwire import TrainerJobConfig, TrainerJobManager
+from gradwire._client.transport import Connection
 from gradwire.errors import (
     FailedPreconditionError,
     GradwireError,
@@ -23,7 +24,6 @@ from gradwire.errors import (
     UnauthenticatedError,
     UnimplementedError,
 )
-from gradwire.transport import Connection
 from gradwire.v1.trainer_job_service_pb2 import CreateTrainerJobRequest
 from gradwire.v1.trainer_job_service_pb2_grpc import TrainerJobServiceStub
 from grpc_health.v1 import health_pb2, health_pb2_grpc

@@ -162,7 +162,7 @@ def test_nothing_is_left_of_clients_that_are_forgotten(trainer: FrontEnd):
 
 
 def streams() -> list[object]:
-    from gradwire.transport import LOOP
+    from gradwire._client.loop import LOOP
 
     return [task for task in list(LOOP._tasks) if task.get_name().startswith("gradwire-run")]
 

@@ -7,12 +7,12 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.message import Message
+from gradwire._wire.wire_format import embed
 from gradwire.errors import GradwireError, from_rpc_error
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.tensor_pb2 import Tensor
 from gradwire.v1.trainer_service_pb2 import AttachRequest, CreateRunRequest, TrainRequest
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
-from gradwire.wire_format import embed
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.bystander import Bystander

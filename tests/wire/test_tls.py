@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from gradwire import ServiceClient
+from gradwire._client.tls import ClientTls
+from gradwire._client.transport import Connection
 from gradwire.errors import UnauthenticatedError, UnavailableError
-from gradwire.transport import ClientTls, Connection
 
 from tests.fakes import front_end_on_a_thread
 from tests.pem import Pem, make_pem
@@ -82,8 +83,8 @@ def test_pem_files_with_a_plaintext_url_and_half_a_pair_are_refused(pem: Pem):
 
 
 def test_the_readmes_grpcurl_lines_for_a_key_and_tls_work(pem: Pem):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    script = readme.split("<!-- grpcurl: run by tests/wire/test_tls.py -->")[1].split("```bash\n")[1].split("```")[0]
+    readme = (Path(__file__).parents[2] / "docs" / "grpcurl.md").read_text()
+    script = readme.split("<!-- run by tests/wire/test_tls.py -->")[1].split("```bash\n")[1].split("```")[0]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with front_end_on_a_thread(tls=server_tls(pem, mutual=True), api_keys=("alice secret",)) as trainer:
         for name, text in {

@@ -13,10 +13,10 @@ from typing import Any
 import grpc
 import pytest
 from gradwire import ServiceClient
+from gradwire._client.tokenizer_client import fetch_tokenizer, load_tokenizer
+from gradwire._client.transport import Connection
+from gradwire._wire.tokenizer_files import MAX_FILE_BYTES
 from gradwire.errors import DataLossError, NotFoundError, ResourceExhaustedError
-from gradwire.tokenizer_client import fetch_tokenizer, load_tokenizer
-from gradwire.tokenizer_files import MAX_FILE_BYTES
-from gradwire.transport import Connection
 from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer, add_TrainerServiceServicer_to_server
 from gradwire.v1.worker_service_pb2 import WorkerReady

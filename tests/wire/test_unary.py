@@ -53,6 +53,19 @@ async def test_a_repeat_with_its_seq_id_executes_once():
         assert trainer.operations() == [(1, "optim_step")]
 
 
+async def test_a_seq_id_of_zero_is_refused_as_such():
+    async with front_end() as trainer:
+        run_id = await trainer.create_run()
+        for _ in range(2):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await trainer.stub.OptimStep(ops.OptimStepRequest(run_id=run_id, seq_id=0))
+            refused = from_rpc_error(caught.value)
+            assert (refused.reason, refused.metadata["field"]) == ("INVALID_FIELD", "seq_id")
+            assert refused.message.startswith("seq_id is 0; operations count from 1")
+            await trainer.stub.ZeroGrad(ops.ZeroGradRequest(run_id=run_id))
+        assert trainer.operations() == [(1, "zero_grad"), (2, "zero_grad")]
+
+
 async def test_a_client_that_gave_up_waiting_gets_the_answer_when_it_repeats():
     async with front_end(worker=FakeWorker(latency_s=0.1)) as trainer:
         run_id = await trainer.create_run()

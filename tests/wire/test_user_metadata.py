@@ -31,7 +31,7 @@ def test_a_runs_metadata_is_the_clients_and_its_own_and_stays_with_forks(service
     client = service.create_training_client(user_metadata={"recipe": "sft", "renderer_name": "plain"})
     said = {"team": "a", "recipe": "sft", "renderer_name": "plain"}
     assert client.get_info().user_metadata == said
-    found = {run["run_id"]: run["user_metadata"] for run in service.list_runs()}
+    found = {run.run_id: run.user_metadata for run in service.list_runs()}
     assert found[client.run_id] == said
     assert service.training_client(client.run_id).get_info().user_metadata == said
     assert service.create_rest_client().get_training_run(client.run_id).result(20).user_metadata == said

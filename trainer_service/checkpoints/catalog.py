@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from gradwire._wire.untrusted import parse_json
 from gradwire.errors import DataLossError, GradwireError, error
-from gradwire.untrusted import parse_json
 
 from trainer_service.access import current_caller
 from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, CheckpointPath

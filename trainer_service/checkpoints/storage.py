@@ -21,8 +21,8 @@ from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from gradwire._wire.untrusted import parse_json
 from gradwire.errors import DataLossError, GradwireError, error
-from gradwire.untrusted import parse_json
 
 from trainer_service.checkpoint_path import CheckpointPath
 from trainer_service.checkpoints import manifests

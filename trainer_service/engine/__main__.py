@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
+from gradwire._wire.version import __version__
 from gradwire.errors import GradwireError, error, to_status
 from gradwire.v1.trainer_service_pb2 import LossInfo, ModelInfo
 from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerHello, WorkerReady
-from gradwire.version import __version__
 
 from trainer_service.config import EngineSettings, Limits
 from trainer_service.engine.ranks import Ranks

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from gradwire.codec import Batch
+from gradwire._wire.codec import Batch
 from gradwire.errors import error
 from gradwire.types import AdamParams
 from transformers import PreTrainedModel
@@ -248,7 +248,8 @@ class Engine:
         """Applies AdamW to the accumulated gradients and clears them. Held graphs go: their parameters changed.
 
         Raises:
-            FailedPreconditionError: PRIOR_OPERATION_FAILED or NON_FINITE: gradients were cleared. NO_GRADIENTS.
+            FailedPreconditionError: PRIOR_OPERATION_FAILED, or NON_FINITE where gradients are, or the result would be:
+                gradients were cleared, parameters and optimizer state are as before. NO_GRADIENTS.
             DeviceOutOfMemoryError: The optimizer's state does not fit; gradients are as before.
         """
         run = self._run(run_id)
@@ -270,12 +271,7 @@ class Engine:
         )
         run.clear_gradients()
         if not result.applied:
-            raise error(
-                "NON_FINITE",
-                f"The accumulated gradients have norm {result.grad_norm}, so this optim_step was not applied. They "
-                "were cleared and the parameters are as before; look at the losses and gradients of the last passes.",
-                grad_norm=result.grad_norm,
-            )
+            raise run.step_failure(params, result)
         run.step += 1
         self.counters.optim_steps_total += 1
         run.drop_graphs(f"was dropped by optim_step {seq_id}, which changed the parameters it was computed with")

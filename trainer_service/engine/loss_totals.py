@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
 import torch
+from gradwire._wire.codec import Batch
+from gradwire._wire.metrics import combine_metrics
 from gradwire.errors import error
-from gradwire.metrics import combine_metrics
 from torch import Tensor
 
 from trainer_service.engine.losses.loss import Loss, LossInputs
@@ -41,8 +42,11 @@ class LossTotals:
         """By `name:reduction`."""
         return combine_metrics(self._on_host())
 
-    def check_finite(self) -> None:
+    def check_finite(self, batch: Batch) -> None:
         """Refuses a loss that is NaN or infinite.
+
+        Args:
+            batch: The operation's, which names its datums.
 
         Raises:
             FailedPreconditionError: NON_FINITE, naming the datum.
@@ -52,12 +56,12 @@ class LossTotals:
             return
         # Each finite by itself, their sum may still be infinite.
         datum, value = min(self._not_finite(), default=(None, math.fsum(values)))
-        where = "the whole batch" if datum is None else f"data[{datum}]"
+        where = "the whole batch" if datum is None else batch.datum_path(datum)
         text = (
             f"{self._loss.name} of {where} is {value}. Nothing of this call is applied; look at that datum's loss "
             "inputs, or at the learning rate of the steps before."
         )
-        raise error("NON_FINITE", text, **({} if datum is None else {"datum": datum}))
+        raise error("NON_FINITE", text, **({} if datum is None else {"datum": batch.first_datum_index + datum}))
 
     def _on_host(self) -> list[dict[str, float]]:
         if self._numbers is not None:

@@ -1,5 +1,9 @@
-"""AdamW with hyperparameters per step; normalisation and clipping ride in the same pass over the gradients."""
+"""AdamW with hyperparameters per step; normalisation and clipping ride in the same pass over the gradients.
 
+A step is taken whole, with a result that is finite, or not at all.
+"""
+
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -7,18 +11,23 @@ import torch
 from gradwire.types import AdamParams
 from torch import Tensor, nn
 
+from trainer_service.engine.step_bounds import Largest, StepBounds
+
 
 @dataclass(frozen=True)
 class StepResult:
     """What one step did.
 
     Attributes:
-        applied: False where the gradients were NaN or infinite: nothing was changed.
+        applied: False where gradients or result are NaN or infinite: nothing was changed.
         grad_norm: Global L2 norm of the gradients after division, before clipping.
+        overflowing: Where finite gradients were not applied: a parameter that would have become NaN or infinite, itself
+            or a moment of it.
     """
 
     applied: bool
     grad_norm: float
+    overflowing: nn.Parameter | None = None
 
 
 class AdamW:
@@ -30,6 +39,7 @@ class AdamW:
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._optimizer = torch.optim.AdamW(list(parameters), fused=True)
+        self._bounds = StepBounds()
 
     def step(self, params: AdamParams, *, divisor: float = 1.0) -> StepResult:
         """Divides the gradients, clips them, and applies them. Gradients are used up, not cleared.
@@ -39,9 +49,10 @@ class AdamW:
             divisor: What the gradients are divided by first.
         """
         group = self._optimizer.param_groups[0]
-        grads = [p.grad for p in group["params"] if p.grad is not None]
+        trained: list[nn.Parameter] = [p for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in trained if p.grad is not None]
         grad_norm = float(torch.nn.utils.get_total_norm(grads)) / divisor
-        if grad_norm != grad_norm or grad_norm == float("inf"):
+        if not math.isfinite(grad_norm):
             return StepResult(applied=False, grad_norm=grad_norm)
         group.update(
             lr=params.learning_rate,
@@ -54,9 +65,14 @@ class AdamW:
         scale = divisor / shrink
         # The fused kernel divides by grad_scale as it reads each gradient, which is how torch.amp unscales too.
         self._optimizer.grad_scale = None if scale == 1.0 else _scalar(scale, grads[0])  # pyright: ignore[reportAttributeAccessIssue]
+        if not self._bounds.admit(params, grad_norm * shrink, self._largest):
+            for parameter in trained:
+                if self._overflows(parameter):
+                    return StepResult(applied=False, grad_norm=grad_norm, overflowing=parameter)
         try:
             self._optimizer.step()
         except BaseException:
+            self._bounds.forget()
             self._drop_half_made_state()
             raise
         return StepResult(applied=True, grad_norm=grad_norm)
@@ -67,6 +83,7 @@ class AdamW:
 
     def load_state_of(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
         """Takes over what state_of gave, on the parameter's device."""
+        self._bounds.forget()
         self._optimizer.state[parameter] = dict(state)
 
     def drop_state_of(self, parameter: nn.Parameter) -> None:
@@ -74,14 +91,59 @@ class AdamW:
         self._optimizer.state.pop(parameter, None)
 
     def clear_state(self) -> None:
-        """Starts afresh."""
+        """Starts afresh; also to be called when parameters were changed."""
+        self._bounds.forget()
         self._optimizer.state.clear()
+
+    def _overflows(self, parameter: nn.Parameter) -> bool:
+        """Whether the step would make an element that is finite, or a moment, NaN or infinite; tried on a copy."""
+        before = parameter.detach()
+        trial = nn.Parameter(before.clone())
+        assert parameter.grad is not None
+        trial.grad = parameter.grad.clone()
+        group = self._optimizer.param_groups[0]
+        optimizer = torch.optim.AdamW([trial], fused=True)
+        optimizer.param_groups[0].update({name: value for name, value in group.items() if name != "params"})
+        optimizer.grad_scale = self._optimizer.grad_scale  # pyright: ignore[reportAttributeAccessIssue]
+        if state := self.state_of(parameter):
+            optimizer.state[trial] = {name: tensor.clone() for name, tensor in state.items()}
+        optimizer.step()
+        moments = [optimizer.state[trial][name] for name in ("exp_avg", "exp_avg_sq")]
+        # An infinite parameter may be meant so: a bias that forbids a token.
+        fine = [trial.detach().isfinite() | ~before.isfinite(), *(moment.isfinite() for moment in moments)]
+        return not all(bool(each.all()) for each in fine)
+
+    @torch.no_grad()
+    def _largest(self) -> Largest:
+        """What the bounds start from; NaN where a moment is one that no step of Adam makes."""
+        trained = [p for p in self._optimizer.param_groups[0]["params"] if p.numel()]
+        parameter = _max(map(_absolute_max, trained))
+        if not math.isfinite(parameter):
+            parameter = _max(_absolute_max(p.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)) for p in trained)
+        states = [state for p in trained if (state := self.state_of(p))]
+        for state in states:
+            low, high = torch.aminmax(state["exp_avg_sq"])
+            if not 0 <= low.item() <= high.item() < math.inf:
+                return Largest(parameter, math.nan)
+        return Largest(parameter, _max(_absolute_max(state["exp_avg"]) for state in states))
 
     def _drop_half_made_state(self) -> None:
         """Memory may run out while state is made, before anything is updated; a later step then starts over."""
         for parameter, state in list(self._optimizer.state.items()):
             if not {"step", "exp_avg", "exp_avg_sq"} <= state.keys() or not state["step"].item():
                 del self._optimizer.state[parameter]
+
+
+def _absolute_max(tensor: Tensor) -> Tensor:
+    """Largest absolute value; NaN where there is one."""
+    low, high = torch.aminmax(tensor)
+    return torch.maximum(-low, high)
+
+
+def _max(scalars: Iterable[Tensor]) -> float:
+    """Largest of them; 0 of none, NaN where there is one."""
+    found = list(scalars)
+    return torch.stack(found).max().item() if found else 0.0
 
 
 def _scalar(value: float, like: Tensor) -> Tensor:

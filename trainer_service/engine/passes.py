@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from gradwire.codec import Batch
+from gradwire._wire.codec import Batch
 from torch import Tensor
 
 from trainer_service.engine.counters import Counters
@@ -119,7 +119,7 @@ class Passes:
             logprobs_RK = self._logprobs(run, microbatch)
             pieces.append((microbatch, logprobs_RK.detach()))
             self._backward(microbatch, totals.add(microbatch.pack, microbatch.loss_inputs(logprobs_RK)))
-        totals.check_finite()
+        totals.check_finite(staged.batch)
         result = _result(staged, pieces, totals.metrics())
         run.accumulation.add(
             num_loss_tokens=int(result.metrics["num_loss_tokens:sum"]), num_sequences=staged.batch.num_sequences

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from gradwire.errors import GradwireError, error
+from gradwire.types import AdamParams
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import Parameter
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from trainer_service.engine.microbatch import Microbatch
 from trainer_service.engine.models.lora import LoraSettings, adapter_rank
-from trainer_service.engine.optim import AdamW
+from trainer_service.engine.optim import AdamW, StepResult
 
 _REASONS_KEPT = 1024
 
@@ -140,6 +141,27 @@ class RunState:
             f"Operation {seq_id} failed, so this optim_step was not applied: it would have used part of the gradients. "
             "They were cleared, the parameters are as before, and the run goes on with the next forward_backward.",
             failed_seq_id=seq_id,
+        )
+
+    def step_failure(self, params: AdamParams, result: StepResult) -> GradwireError:
+        """Why a step was not applied."""
+        if result.overflowing is None:
+            return error(
+                "NON_FINITE",
+                f"The accumulated gradients have norm {result.grad_norm}, so this optim_step was not applied. They "
+                "were cleared and the parameters are as before; look at the losses and gradients of the last passes.",
+                grad_norm=result.grad_norm,
+            )
+        named = self.trained_parameters().items()
+        name = next(name for name, parameter in named if parameter is result.overflowing)
+        return error(
+            "NON_FINITE",
+            f"This optim_step would make {name}, or its AdamW state, NaN or infinite, so it was not applied. Gradients "
+            "were cleared; parameters and optimizer state are as before. learning_rate is "
+            f"{params.learning_rate:g}, weight_decay {params.weight_decay:g}, eps {params.eps:g}, grad_clip_norm "
+            f"{params.grad_clip_norm:g}, the gradients' norm {result.grad_norm:g}; change what is out of proportion.",
+            parameter=name,
+            grad_norm=result.grad_norm,
         )
 
     def peek_graph(self, forward_seq_id: int) -> HeldGraph:

@@ -1,19 +1,17 @@
 """Refuses what an operation must not contain, naming the place as the caller wrote it. numpy only.
 
 Runs ahead of the device, on the thread that reads commands. Forms (dtypes, equal lengths) were checked when the message
-was decoded (gradwire.codec); here it is about contents.
+was decoded (gradwire._wire.codec); here it is about contents.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gradwire.codec import Batch, input_path
+from gradwire._wire.arguments import check_number
+from gradwire._wire.codec import Batch
 from gradwire.errors import GradwireError, error, invalid_field
-from gradwire.types import AdamParams
 
 from trainer_service.config import Limits
 from trainer_service.engine.losses.loss import Loss
@@ -33,7 +31,7 @@ def check_batch(
     if lengths.max() > max_context_length:
         number = int(np.argmax(lengths > max_context_length))
         raise invalid_field(
-            f"data[{number}].model_input",
+            f"{batch.datum_path(number)}.model_input",
             f"has {lengths[number]} tokens, but this trainer takes at most {max_context_length} a sequence; shorten "
             "it, or start a trainer with a larger max_context_length if the model can take it.",
             reason="SEQUENCE_TOO_LONG",
@@ -44,10 +42,11 @@ def check_batch(
     targets = batch.loss_fn_inputs.get("target_tokens")
     if targets is None:
         raise invalid_field(
-            input_path(0, "target_tokens"), "is missing; every datum needs the token to predict at each position."
+            batch.input_path(0, "target_tokens"), "is missing; every datum needs the token to predict at each position."
         )
     if targets.ndim == 2 and targets.shape[1] == 0:
-        raise invalid_field(input_path(0, "target_tokens"), "has shape [N, 0]; it must have a target for each token.")
+        where = batch.input_path(0, "target_tokens")
+        raise invalid_field(where, "has shape [N, 0]; it must have a target for each token.")
     _check_token_ids(batch, targets, 'loss_fn_inputs["target_tokens"]', vocab_size)
     if loss is not None:
         _check_loss_inputs(batch, loss, targets.shape)
@@ -64,8 +63,7 @@ def check_loss_config(loss: Loss, config: Mapping[str, float]) -> None:
         where = f'loss_fn_config["{key}"]'
         if key not in loss.config:
             raise invalid_field(where, f"is no setting of {loss.name}; known: {known}.", known=known)
-        if not math.isfinite(value):
-            raise invalid_field(where, f"is {value}; it must be a finite number.")
+        check_number(where, value)
     settings = loss.settings(config)
     for key in loss.config:
         if key not in settings:
@@ -105,26 +103,6 @@ def check_gradients_shape(gradients: npt.NDArray[Any], shape: Sequence[int], for
         )
 
 
-def check_adam_params(params: AdamParams) -> None:
-    """Hyperparameters of one step.
-
-    Raises:
-        InvalidArgumentError: INVALID_FIELD, naming the one that is not allowed.
-    """
-    for item in fields(params):
-        value = getattr(params, item.name)
-        if not math.isfinite(value):
-            raise invalid_field(item.name, f"is {value}; it must be a finite number.")
-    for name in ("learning_rate", "weight_decay", "grad_clip_norm"):
-        if getattr(params, name) < 0:
-            raise invalid_field(name, f"is {getattr(params, name):g}; it must be at least 0.")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(params, name) < 1:
-            raise invalid_field(name, f"is {getattr(params, name):g}; it must be at least 0 and below 1.")
-    if params.eps <= 0:
-        raise invalid_field("eps", f"is {params.eps:g}; it must be above 0.")
-
-
 def _check_size(batch: Batch, limits: Limits) -> None:
     for what, got, limit in (
         ("sequences", batch.num_sequences, limits.max_datums),
@@ -157,21 +135,22 @@ def _check_loss_inputs(batch: Batch, loss: Loss, shape: tuple[int, ...]) -> None
     known = ("target_tokens", *loss.inputs)
     if len(shape) == 2 and not loss.soft_targets:
         raise invalid_field(
-            input_path(0, "target_tokens"),
+            batch.input_path(0, "target_tokens"),
             f"has {_per_token(shape)}, but {loss.name} takes one target a token (shape [N]).",
         )
     for name in batch.loss_fn_inputs:
         if name not in known:
             raise invalid_field(
-                input_path(0, name), f"is no input of {loss.name}, which reads {', '.join(known)}; leave it out."
+                batch.input_path(0, name),
+                f"is no input of {loss.name}, which reads {', '.join(known)}; leave it out.",
             )
     for name in loss.inputs:
         values = batch.loss_fn_inputs.get(name)
         if values is None:
-            raise invalid_field(input_path(0, name), f"is missing; {loss.name} reads {', '.join(known)}.")
+            raise invalid_field(batch.input_path(0, name), f"is missing; {loss.name} reads {', '.join(known)}.")
         if values.shape != shape:
             raise invalid_field(
-                input_path(0, name),
+                batch.input_path(0, name),
                 f"has {_per_token(values.shape)}, but target_tokens has {_per_token(shape)}; they must match.",
             )
         finite = np.isfinite(values)
@@ -191,6 +170,6 @@ def _per_token(shape: tuple[int, ...]) -> str:
 def _at(batch: Batch, bad: npt.NDArray[np.bool_], values: npt.NDArray[Any], name: str, why: str) -> GradwireError:
     """The error about the first bad element, with its place inside its datum."""
     place = tuple(int(i) for i in np.argwhere(bad)[0])
-    number = int(np.searchsorted(batch.cu_seqlens, place[0], side="right")) - 1
-    inside = (place[0] - int(batch.cu_seqlens[number]), *place[1:])
-    return invalid_field(f"data[{number}].{name}" + "".join(f"[{i}]" for i in inside), f"is {values[place]}, {why}")
+    number, row = batch.place(place[0])
+    inside = "".join(f"[{i}]" for i in (row, *place[1:]))
+    return invalid_field(f"{batch.datum_path(number)}.{name}{inside}", f"is {values[place]}, {why}")

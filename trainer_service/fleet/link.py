@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import grpc
 import grpc.aio
+from gradwire._wire.version import __version__
+from gradwire._wire.wire_format import embed, fields
 from gradwire.errors import GradwireError, error
 from gradwire.v1 import worker_service_pb2
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerReady
-from gradwire.version import __version__
-from gradwire.wire_format import embed, fields
 
 from trainer_service.fleet.worker import Deliver, Reply
 

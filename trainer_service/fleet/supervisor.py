@@ -62,7 +62,8 @@ class WorkerSettings:
         """The command line of every rank."""
         return [
             *(sys.executable, "-m", "trainer_service.engine", "--socket", socket),
-            *("--base-model", self.base_model, "--checkpoint-dir", str(self.checkpoint_dir)),
+            # In one argument each, since either may begin with a dash.
+            *(f"--base-model={self.base_model}", f"--checkpoint-dir={self.checkpoint_dir}"),
             *("--max-context-length", str(self.max_context_length)),
             *(("--loss-module", self.loss_module) if self.loss_module else ()),
             *self.engine.command_line(),

@@ -10,8 +10,8 @@ import ipaddress
 import logging
 from typing import Any
 
+from gradwire._wire.untrusted import parse_json
 from gradwire.errors import GradwireError, error
-from gradwire.untrusted import parse_json
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gradwire._wire.version import __version__
 from gradwire.errors import GradwireError
-from gradwire.version import __version__
 
 from trainer_service.access import Caller
 from trainer_service.checkpoints.catalog import Checkpoint

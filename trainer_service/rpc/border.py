@@ -9,12 +9,13 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
+from gradwire._wire.version import PROTOCOL_VERSION
 from gradwire.errors import GradwireError, error, to_status
-from gradwire.version import PROTOCOL_VERSION
 from grpc_status import rpc_status
 
 from trainer_service.access import ANYBODY, ApiKeys, Caller, current_caller
@@ -34,8 +35,10 @@ _QUIET_METHODS = {
     *(f"/gradwire.v1.TrainerJobService/{name}" for name in ("GetTrainerJob", "ListTrainerJobs")),
 }
 """Asked again and again by those who wait; logged only when they fail."""
-_MAX_STATUS_CHARS = 1500
+_MAX_STATUS_BYTES = 1500
 """A status travels in HTTP/2 headers, twice (as text and as details); peers take 8 KiB of them."""
+_PLAIN = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
+"""What takes one byte in a header; of everything else each byte takes three."""
 _MAX_CALL_ID_CHARS = 64
 REVOCATION_POLL_S = 1.0
 """How long a stream may outlive its key."""
@@ -289,12 +292,22 @@ def _unless_encoded(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]
 
 async def _abort(context: grpc.aio.ServicerContext, exc: GradwireError) -> None:
     message = to_status(exc)
-    if len(message.message) > _MAX_STATUS_CHARS or message.ByteSize() > 2 * _MAX_STATUS_CHARS:
-        short = error(exc.reason or "INTERNAL", f"{exc.message[:_MAX_STATUS_CHARS]}…", retry_after_s=exc.retry_after_s)
-        message = to_status(short)
+    text = _cut(exc.message)
+    if text != exc.message or message.ByteSize() > 2 * _MAX_STATUS_BYTES:
+        message = to_status(error(exc.reason or "INTERNAL", f"{text}…", retry_after_s=exc.retry_after_s))
     status: Any = rpc_status.to_status(message)
     trailing = (*(context.trailing_metadata() or ()), *status.trailing_metadata)
     await context.abort(status.code, status.details, trailing)
+
+
+def _cut(text: str) -> str:
+    """As much of a text as a status may have."""
+    left = _MAX_STATUS_BYTES
+    for place, character in enumerate(text):
+        left -= len(quote(character, safe=_PLAIN, errors="replace"))
+        if left < 0:
+            return text[:place]
+    return text
 
 
 def _code_name(exc: GradwireError) -> str:

@@ -4,9 +4,9 @@ import asyncio
 import logging
 
 import grpc.aio
+from gradwire._wire.version import __version__
 from gradwire.v1 import trainer_job_service_pb2
 from gradwire.v1.trainer_job_service_pb2_grpc import add_TrainerJobServiceServicer_to_server
-from gradwire.version import __version__
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 

@@ -17,8 +17,8 @@ from typing import Any
 import grpc.aio
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
+from gradwire._wire.wire_format import fields
 from gradwire.errors import GradwireError, error
-from gradwire.wire_format import fields
 
 from trainer_service.rpc.request_limiter import RequestLimiter
 

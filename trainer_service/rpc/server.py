@@ -9,12 +9,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from gradwire._wire.version import __version__
 from gradwire.v1 import checkpoint_service_pb2, sampling_service_pb2, trainer_service_pb2
 from gradwire.v1.checkpoint_service_pb2_grpc import add_CheckpointServiceServicer_to_server
 from gradwire.v1.sampling_service_pb2_grpc import add_SamplingServiceServicer_to_server
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 from gradwire.v1.trainer_service_pb2_grpc import add_TrainerServiceServicer_to_server
-from gradwire.version import __version__
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 

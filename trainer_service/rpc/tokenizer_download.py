@@ -5,8 +5,7 @@ import hashlib
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-from gradwire.errors import error, invalid_field
-from gradwire.tokenizer_files import (
+from gradwire._wire.tokenizer_files import (
     CHAT_TEMPLATE_FOLDER,
     MAX_FILE_BYTES,
     MAX_FILES,
@@ -15,6 +14,7 @@ from gradwire.tokenizer_files import (
     TOKENIZER_FILES,
     may_be_of_a_tokenizer,
 )
+from gradwire.errors import error, invalid_field
 from gradwire.v1.trainer_service_pb2 import TokenizerFile
 
 _PIECE_BYTES = 1 << 20

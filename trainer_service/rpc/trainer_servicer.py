@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
-from gradwire.errors import error, from_status
+from gradwire._wire.version import PROTOCOL_VERSION, __version__
+from gradwire.errors import error, from_status, invalid_field
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.run_metrics_pb2 import GetMetricsRequest, GetMetricsResponse, MetricSeries
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer
-from gradwire.version import PROTOCOL_VERSION, __version__
 
 from trainer_service.config import MIN_PROTOCOL_VERSION, Limits
 from trainer_service.fleet.worker import Worker
@@ -189,6 +189,8 @@ class TrainerServicer(TrainerServiceServicer):
         """One ordered operation as a unary call."""
         check_name(request.run_id, "run_id", self._limits)
         run = self._runs.get(request.run_id)
+        if request.HasField("seq_id") and not request.seq_id:
+            raise invalid_field("seq_id", "is 0; operations count from 1. Leave it out to take the run's next number.")
         self._refuse_to_cut_in(run)
         await run.room(self._limits.max_in_flight_operations)
         refusal = find_excess(request, self._limits)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import xxhash
+from gradwire._wire.wire_format import fields
 from gradwire.errors import GradwireError
 from gradwire.v1.trainer_service_pb2 import TrainRequest
-from gradwire.wire_format import fields
 
 
 @dataclass(frozen=True)

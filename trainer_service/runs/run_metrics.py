@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gradwire._wire.metrics import combine_metrics
 from gradwire.errors import error
-from gradwire.metrics import combine_metrics
 from gradwire.v1.operation_pb2 import OptimStepRequest
 from gradwire.v1.trainer_service_pb2 import TrainRequest
 

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class CheckpointServiceStub(object):
-    """Finds, keeps, hands out and deletes what runs saved. A checkpoint of somebody else answers as one that does not exist.
+    """Lists, keeps, serves and deletes what runs saved. A caller never learns of another owner's checkpoint: it is answered
+    like one that does not exist.
     """
 
     def __init__(self, channel):
@@ -63,7 +64,8 @@ class CheckpointServiceStub(object):
 
 
 class CheckpointServiceServicer(object):
-    """Finds, keeps, hands out and deletes what runs saved. A checkpoint of somebody else answers as one that does not exist.
+    """Lists, keeps, serves and deletes what runs saved. A caller never learns of another owner's checkpoint: it is answered
+    like one that does not exist.
     """
 
     def ListCheckpoints(self, request, context):
@@ -74,28 +76,28 @@ class CheckpointServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetCheckpoint(self, request, context):
-        """One checkpoint, with its files.
+        """Describes one checkpoint, with its files.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteCheckpoint(self, request, context):
-        """Deletes one for good. A base that deltas build on is refused until they are gone.
+        """Deletes a checkpoint for good. A base cannot be deleted while deltas build on it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetCheckpointTtl(self, request, context):
-        """Says anew how long one is kept.
+        """Changes how long a checkpoint is kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DownloadCheckpoint(self, request, context):
-        """One file's bytes from an offset on, so that a download cut off goes on where it was.
+        """Sends one file's bytes from an offset on, so that an interrupted download can resume.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,7 +140,8 @@ def add_CheckpointServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CheckpointService(object):
-    """Finds, keeps, hands out and deletes what runs saved. A checkpoint of somebody else answers as one that does not exist.
+    """Lists, keeps, serves and deletes what runs saved. A caller never learns of another owner's checkpoint: it is answered
+    like one that does not exist.
     """
 
     @staticmethod

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from gradwire.v1 import tensor_pb2 as gradwire_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17gradwire/v1/datum.proto\x12\x0bgradwire.v1\x1a\x18gradwire/v1/tensor.proto\"\x1c\n\nModelInput\x12\x0e\n\x06tokens\x18\x01 \x03(\x05\"\xbd\x01\n\x05\x44\x61tum\x12,\n\x0bmodel_input\x18\x01 \x01(\x0b\x32\x17.gradwire.v1.ModelInput\x12<\n\x0eloss_fn_inputs\x18\x02 \x03(\x0b\x32$.gradwire.v1.Datum.LossFnInputsEntry\x1aH\n\x11LossFnInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.gradwire.v1.Tensor:\x02\x38\x01\"\xe7\x01\n\nDatumBatch\x12#\n\x06tokens\x18\x01 \x01(\x0b\x32\x13.gradwire.v1.Tensor\x12\'\n\ncu_seqlens\x18\x02 \x01(\x0b\x32\x13.gradwire.v1.Tensor\x12\x41\n\x0eloss_fn_inputs\x18\x03 \x03(\x0b\x32).gradwire.v1.DatumBatch.LossFnInputsEntry\x1aH\n\x11LossFnInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.gradwire.v1.Tensor:\x02\x38\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17gradwire/v1/datum.proto\x12\x0bgradwire.v1\x1a\x18gradwire/v1/tensor.proto\"\x1c\n\nModelInput\x12\x0e\n\x06tokens\x18\x01 \x03(\x05\"\xbd\x01\n\x05\x44\x61tum\x12,\n\x0bmodel_input\x18\x01 \x01(\x0b\x32\x17.gradwire.v1.ModelInput\x12<\n\x0eloss_fn_inputs\x18\x02 \x03(\x0b\x32$.gradwire.v1.Datum.LossFnInputsEntry\x1aH\n\x11LossFnInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.gradwire.v1.Tensor:\x02\x38\x01\"\x82\x02\n\nDatumBatch\x12#\n\x06tokens\x18\x01 \x01(\x0b\x32\x13.gradwire.v1.Tensor\x12\'\n\ncu_seqlens\x18\x02 \x01(\x0b\x32\x13.gradwire.v1.Tensor\x12\x41\n\x0eloss_fn_inputs\x18\x03 \x03(\x0b\x32).gradwire.v1.DatumBatch.LossFnInputsEntry\x12\x19\n\x11\x66irst_datum_index\x18\x04 \x01(\x04\x1aH\n\x11LossFnInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.gradwire.v1.Tensor:\x02\x38\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,7 +43,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DATUM_LOSSFNINPUTSENTRY']._serialized_start=214
   _globals['_DATUM_LOSSFNINPUTSENTRY']._serialized_end=286
   _globals['_DATUMBATCH']._serialized_start=289
-  _globals['_DATUMBATCH']._serialized_end=520
+  _globals['_DATUMBATCH']._serialized_end=547
   _globals['_DATUMBATCH_LOSSFNINPUTSENTRY']._serialized_start=214
   _globals['_DATUMBATCH_LOSSFNINPUTSENTRY']._serialized_end=286
 # @@protoc_insertion_point(module_scope)

@@ -29,7 +29,7 @@ class Datum(_message.Message):
     def __init__(self, model_input: _Optional[_Union[ModelInput, _Mapping]] = ..., loss_fn_inputs: _Optional[_Mapping[str, _tensor_pb2.Tensor]] = ...) -> None: ...
 
 class DatumBatch(_message.Message):
-    __slots__ = ("tokens", "cu_seqlens", "loss_fn_inputs")
+    __slots__ = ("tokens", "cu_seqlens", "loss_fn_inputs", "first_datum_index")
     class LossFnInputsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -40,7 +40,9 @@ class DatumBatch(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     CU_SEQLENS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FN_INPUTS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_DATUM_INDEX_FIELD_NUMBER: _ClassVar[int]
     tokens: _tensor_pb2.Tensor
     cu_seqlens: _tensor_pb2.Tensor
     loss_fn_inputs: _containers.MessageMap[str, _tensor_pb2.Tensor]
-    def __init__(self, tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., cu_seqlens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., loss_fn_inputs: _Optional[_Mapping[str, _tensor_pb2.Tensor]] = ...) -> None: ...
+    first_datum_index: int
+    def __init__(self, tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., cu_seqlens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., loss_fn_inputs: _Optional[_Mapping[str, _tensor_pb2.Tensor]] = ..., first_datum_index: _Optional[int] = ...) -> None: ...

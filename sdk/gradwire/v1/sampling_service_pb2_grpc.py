@@ -27,8 +27,8 @@ if _version_not_supported:
 
 class SamplingServiceStub(object):
     """Generates text from the base model, from a run's parameters, or from a saved checkpoint, beside the training. A sampler
-    is frozen: optimizer steps taken later do not show through. Logprobs are natural log, of the model's own distribution:
-    temperature, top_k and top_p choose tokens, they do not change what is reported.
+    is frozen: later optimizer steps do not change it. Logprobs are natural log, of the model's own distribution:
+    temperature, top_k and top_p affect which tokens are chosen, not the logprobs reported.
     """
 
     def __init__(self, channel):
@@ -61,12 +61,12 @@ class SamplingServiceStub(object):
 
 class SamplingServiceServicer(object):
     """Generates text from the base model, from a run's parameters, or from a saved checkpoint, beside the training. A sampler
-    is frozen: optimizer steps taken later do not show through. Logprobs are natural log, of the model's own distribution:
-    temperature, top_k and top_p choose tokens, they do not change what is reported.
+    is frozen: later optimizer steps do not change it. Logprobs are natural log, of the model's own distribution:
+    temperature, top_k and top_p affect which tokens are chosen, not the logprobs reported.
     """
 
     def Sample(self, request, context):
-        """Generates tokens and streams them as they come. Ending the call gives the request up and frees its place.
+        """Generates tokens and streams them as they come. Cancelling the call ends the request and frees its place.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,14 +80,14 @@ class SamplingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def OpenSampler(self, request, context):
-        """Says whether a sampler is there, and loads it, so that the first Sample need not wait for that.
+        """Loads a sampler, or says that it does not exist, so that the first Sample need not wait for it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CloseSampler(self, request, context):
-        """Frees a snapshot. Samplers of checkpoints and of the base model are passed over: they make room by themselves.
+        """Frees a snapshot. Has no effect on samplers of checkpoints and of the base model, which are evicted as needed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -126,8 +126,8 @@ def add_SamplingServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class SamplingService(object):
     """Generates text from the base model, from a run's parameters, or from a saved checkpoint, beside the training. A sampler
-    is frozen: optimizer steps taken later do not show through. Logprobs are natural log, of the model's own distribution:
-    temperature, top_k and top_p choose tokens, they do not change what is reported.
+    is frozen: later optimizer steps do not change it. Logprobs are natural log, of the model's own distribution:
+    temperature, top_k and top_p affect which tokens are chosen, not the logprobs reported.
     """
 
     @staticmethod

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class TrainerJobServiceStub(object):
-    """Provisions trainers. A key sees only the jobs it made; somebody else's answers as one that does not exist. An admin's
-    key sees all.
+    """Provisions trainers. A key sees only the jobs it made; another owner's job is answered like one that does not exist.
+    An admin's key sees all jobs.
     """
 
     def __init__(self, channel):
@@ -59,20 +59,20 @@ class TrainerJobServiceStub(object):
 
 
 class TrainerJobServiceServicer(object):
-    """Provisions trainers. A key sees only the jobs it made; somebody else's answers as one that does not exist. An admin's
-    key sees all.
+    """Provisions trainers. A key sees only the jobs it made; another owner's job is answered like one that does not exist.
+    An admin's key sees all jobs.
     """
 
     def CreateTrainerJob(self, request, context):
-        """Starts a trainer; answers at once, before it is ready. LIMIT_EXCEEDED: there are as many jobs, or the key has as many,
-        as the control plane takes.
+        """Starts a trainer; answers at once, before it is ready. LIMIT_EXCEEDED: the control plane, or the
+        key, already has as many jobs as it may.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTrainerJob(self, request, context):
-        """Says where a trainer job is.
+        """Describes a trainer job.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,8 +124,8 @@ def add_TrainerJobServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TrainerJobService(object):
-    """Provisions trainers. A key sees only the jobs it made; somebody else's answers as one that does not exist. An admin's
-    key sees all.
+    """Provisions trainers. A key sees only the jobs it made; another owner's job is answered like one that does not exist.
+    An admin's key sees all jobs.
     """
 
     @staticmethod

@@ -144,21 +144,21 @@ class TrainerServiceServicer(object):
     """
 
     def GetServerInfo(self, request, context):
-        """Says versions, model, losses and limits. Answers while the model is still loading.
+        """Returns versions, model, losses and limits. Answers while the model is still loading.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CreateRun(self, request, context):
-        """Makes a run from the base model.
+        """Creates a run from the base model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetRun(self, request, context):
-        """Says where a run is.
+        """Describes a run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -179,14 +179,14 @@ class TrainerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ForkRun(self, request, context):
-        """Makes a run with the state another one had after some step. Needs that much of the other's journal.
+        """Creates a run with the state that another one had after some step, from the other's journal.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReplayRun(self, request, context):
-        """Executes a run's journal again, aside, and compares every answer with the one it got.
+        """Executes a run's journal again in a copy, and compares every answer with the recorded one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -200,21 +200,21 @@ class TrainerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetTokenizer(self, request, context):
-        """Says which files the base model's tokenizer is loaded from.
+        """Lists the files that the base model's tokenizer is loaded from.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DownloadTokenizer(self, request, context):
-        """One of these files' bytes, so that a client has them without a hub, whatever folder the trainer serves.
+        """Sends one of these files, so that a client needs no hub, whatever folder the trainer serves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Train(self, request_iterator, context):
-        """Everything ordered: operations up, answers down, by seq_id. The first message is attach and alone.
+        """Carries a run's operations up and their answers down, matched by seq_id. The first message is attach, and no other is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

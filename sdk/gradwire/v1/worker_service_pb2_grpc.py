@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class WorkerServiceStub(object):
-    """Internal: how worker rank 0 takes its orders. Served on a unix socket that only the trainer's user can open.
+    """Internal: how worker rank 0 gets its commands. Served on a unix socket that only the trainer's user can open.
     """
 
     def __init__(self, channel):
@@ -43,12 +43,12 @@ class WorkerServiceStub(object):
 
 
 class WorkerServiceServicer(object):
-    """Internal: how worker rank 0 takes its orders. Served on a unix socket that only the trainer's user can open.
+    """Internal: how worker rank 0 gets its commands. Served on a unix socket that only the trainer's user can open.
     """
 
     def Attach(self, request_iterator, context):
         """The worker dials, says hello, and from then on receives commands and answers them in the order received.
-        The two streams are named for what they carry: here the caller takes the orders, so Request and Response would mislead.
+        The streams are named for what they carry: here the caller gets the commands, so Request and Response would mislead.
         buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         """
@@ -73,7 +73,7 @@ def add_WorkerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WorkerService(object):
-    """Internal: how worker rank 0 takes its orders. Served on a unix socket that only the trainer's user can open.
+    """Internal: how worker rank 0 gets its commands. Served on a unix socket that only the trainer's user can open.
     """
 
     @staticmethod

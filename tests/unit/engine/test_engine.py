@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gradwire.codec import Batch
+from gradwire._wire.codec import Batch
 from gradwire.errors import (
     AlreadyExistsError,
     DeviceOutOfMemoryError,

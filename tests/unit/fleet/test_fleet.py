@@ -24,6 +24,7 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerHel
 from gradwire.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 from tests.trainer_process import descendants, wait_gone
+from trainer_service.engine import __main__ as worker_main
 from trainer_service.fleet import heartbeat
 from trainer_service.fleet import supervisor as supervisor_module
 from trainer_service.fleet.rank_processes import RankProcesses
@@ -352,8 +353,8 @@ def test_a_rank_is_the_engine_with_its_settings():
     assert SETTINGS.command("/tmp/x/worker.sock") == [
         *(sys.executable, "-m", "trainer_service.engine"),
         *("--socket", "/tmp/x/worker.sock"),
-        *("--base-model", "fake"),
-        *("--checkpoint-dir", "unused"),
+        "--base-model=fake",
+        "--checkpoint-dir=unused",
         *("--max-context-length", "0"),
         *("--compute-dtype", "auto"),
         *("--max-pack-tokens", "0"),
@@ -361,3 +362,14 @@ def test_a_rank_is_the_engine_with_its_settings():
         *("--max-device-adapter-bytes", "0"),
         *("--activation-checkpointing", "auto"),
     ]
+
+
+@pytest.mark.parametrize("text", ["-model", "--socket=x", "-", "a model", "ordinary/model"])
+def test_a_worker_is_told_its_model_and_folder_whatever_they_begin_with(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(SETTINGS, base_model=text, checkpoint_dir=Path(text))
+    command = settings.command("/tmp/socket")
+    monkeypatch.setattr(sys, "argv", command[command.index("trainer_service.engine") :])
+    parsed = worker_main._parse()
+    assert (parsed.base_model, parsed.checkpoint_dir) == (text, Path(text))

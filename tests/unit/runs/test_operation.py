@@ -3,13 +3,13 @@
 from typing import Any
 
 import pytest
+from gradwire._wire.wire_format import embed, fields
 from gradwire.errors import error
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.datum_pb2 import DatumBatch
 from gradwire.v1.tensor_pb2 import DATA_TYPE_FLOAT32, Tensor
 from gradwire.v1.trainer_service_pb2 import TrainRequest, TrainResponse
 from gradwire.v1.worker_service_pb2 import WorkerCommand
-from gradwire.wire_format import embed, fields
 
 from trainer_service.runs.operation import Operation
 

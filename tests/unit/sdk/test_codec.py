@@ -1,8 +1,19 @@
 """Between numpy and the wire."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
-from gradwire.codec import Batch, batch_from_data, batch_message, decode_batch, decode_tensor, split, tensor_message
+from gradwire._wire.codec import (
+    Batch,
+    batch_from_data,
+    batch_message,
+    decode_batch,
+    decode_tensor,
+    split,
+    tensor_message,
+)
 from gradwire.errors import InvalidArgumentError
 from gradwire.types import Datum, ModelInput, TensorData
 from gradwire.v1 import datum_pb2, tensor_pb2
@@ -94,9 +105,24 @@ def test_both_forms_of_a_batch_decode_alike():
             r"data\[0\].model_input.tokens\[0\] is 1099511",
         ),
         (["text"], r"data\[0\] is a str; it must have model_input"),
+        (
+            [
+                datum(2),
+                SimpleNamespace(model_input=[1, 2], loss_fn_inputs={"target_tokens": np.array([1, 2**63], np.uint64)}),
+            ],
+            r'data\[1\].loss_fn_inputs\["target_tokens"\]\[1\] is 9223372036854775808, which is no int64',
+        ),
+        (
+            [SimpleNamespace(model_input=[1, 2], loss_fn_inputs={"target_tokens": [1, 2], "weights": [1.0, 1e39]})],
+            r'data\[0\].loss_fn_inputs\["weights"\]\[1\] is 1e\+39, which is beyond float32',
+        ),
+        ([SimpleNamespace(model_input=[1], loss_fn_inputs=[1])], r"data\[0\].loss_fn_inputs is a list"),
+        ([SimpleNamespace(model_input=[1], loss_fn_inputs={1: [1]})], r"data\[0\].loss_fn_inputs has the key 1"),
+        ([SimpleNamespace(model_input=None, loss_fn_inputs={})], r"data\[0\].model_input cannot be read"),
+        (7, "data is a int; it must be a list of datums"),
     ],
 )
-def test_data_that_does_not_fit_is_refused_by_name(data: list[Datum], message: str):
+def test_data_that_does_not_fit_is_refused_by_name(data: Any, message: str):
     with pytest.raises(InvalidArgumentError, match=message) as caught:
         batch_from_data(data)
     assert caught.value.reason == "INVALID_FIELD"
@@ -114,6 +140,16 @@ def test_data_that_does_not_fit_is_refused_by_name(data: list[Datum], message: s
         (
             tensor_pb2.Tensor(data=b"12345678", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[2**62, 2**62, 0, 2]),
             "do not fill shape",
+        ),
+        (
+            tensor_pb2.Tensor(data=b"", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[0, 2**62, 2**62]),
+            "do not fill shape",
+        ),
+        (tensor_pb2.Tensor(data=b"1234", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[1] * 65), "has a shape of 65 dims"),
+        (
+            # As a product this would take a while.
+            tensor_pb2.Tensor(data=b"1234", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[2**62] * 1_000_000),
+            "has a shape of 1000000 dims; there may be at most 8",
         ),
         (
             tensor_pb2.Tensor(floats=tensor_pb2.FloatValues(values=[1]), dtype=tensor_pb2.DATA_TYPE_INT64),
@@ -153,6 +189,21 @@ def wire_batch(**changes: np.ndarray) -> datum_pb2.DatumBatch:
 def test_columns_that_do_not_fit_are_refused(changes: dict[str, np.ndarray], message: str):
     with pytest.raises(InvalidArgumentError, match=message):
         decode_batch([], wire_batch(**changes))
+
+
+def test_a_piece_names_its_datums_as_the_caller_counts_them():
+    batch = batch_from_data([datum(2) for _ in range(9)])
+    pieces = split(batch, target_bytes=100)
+    assert [piece.first_datum_index for piece in pieces] == list(
+        np.cumsum([0, *(p.num_sequences for p in pieces)])[:-1]
+    )
+    last = decode_batch([], batch_message(pieces[-1]))
+    assert last.datum_path(0) == f"data[{pieces[-1].first_datum_index}]"
+    assert last.sequences(0, 1).input_path(0, "weights") == f'{last.datum_path(0)}.loss_fn_inputs["weights"]'
+    damaged = batch_message(pieces[-1])
+    damaged.cu_seqlens.CopyFrom(tensor_message(np.insert(last.cu_seqlens, 1, 0)))
+    with pytest.raises(InvalidArgumentError, match=rf"^data\[{last.first_datum_index}\].model_input has no tokens"):
+        decode_batch([], damaged)
 
 
 def test_both_forms_at_once_are_refused():

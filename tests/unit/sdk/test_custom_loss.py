@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from gradwire.custom_loss import reported_metrics, run_custom_loss
+from gradwire._client.custom_loss import reported_metrics, run_custom_loss
 from gradwire.errors import GradwireError
 
 LOGPROBS = np.array([-1.0, -2.0, -3.0, -0.5, -0.25], dtype=np.float32)
@@ -79,6 +79,30 @@ def test_a_loss_that_is_not_finite_is_refused():
 def test_a_loss_that_returns_something_else_is_told_what_to_return(returned: object, message: str):
     with pytest.raises(TypeError, match=message):
         run(lambda _, __: returned)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (torch.ones(3), r"a Tensor of shape \[3\]"),
+        (np.ones((2, 2)), r"a ndarray of shape \[2, 2\]"),
+        ([1.0, 2.0], "a list"),
+        ({"a": 1.0}, "a dict"),
+        ("0.5", "a str"),
+        (None, "a NoneType"),
+        (1j, "a complex"),
+        (10**400, "a int"),
+    ],
+)
+def test_a_metric_that_is_no_number_is_named(value: object, got: str):
+    with pytest.raises(TypeError, match=rf'the metric "rewards" as {got}; a metric must be one number'):
+        run(lambda _, logprobs: (logprobs[0].sum(), {"margin": 1.0, "rewards": value}))
+
+
+def test_metrics_are_numbers_of_any_kind():
+    values = {"a": 1, "b": True, "c": np.float32(0.5), "d": torch.ones(1, 1), "e": np.array([2.0]), "f": float("inf")}
+    _, _, metrics = run(lambda _, logprobs: (logprobs[0].sum(), values))
+    assert metrics == {"a": 1, "b": 1, "c": 0.5, "d": 1, "e": 2, "f": float("inf")}
 
 
 def test_leaves_kept_by_the_loss_show_their_gradients():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gradwire import delta
+from gradwire._wire import delta
 from gradwire.errors import FailedPreconditionError, GradwireError
 from gradwire.types import AdamParams
 

@@ -2,16 +2,16 @@
 
 from collections import deque
 
-from gradwire.order import Call, CallOrder, Operation
+from gradwire._client.order import Call, CallOrder, OutgoingOperation
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import TrainRequest
 
 
-def operation(name: str) -> Operation:
+def operation(name: str) -> OutgoingOperation:
     """An operation told apart by its kind and run_id."""
     request = TrainRequest()
     request.zero_grad.run_id = name
-    return Operation(request, answered=lambda _: None, failed=lambda _: None)
+    return OutgoingOperation(request, answered=lambda _: None, failed=lambda _: None)
 
 
 def call(*names: str, barrier: bool = False, custom: bool = False) -> Call:
@@ -96,7 +96,7 @@ def test_drain_takes_out_everything():
 def test_size_counts_the_message():
     request = TrainRequest(backward=ops.BackwardRequest(forward_seq_id=1))
     request.backward.gradients.data = bytes(1000)
-    assert Operation(request, answered=lambda _: None, failed=lambda _: None).size_bytes > 1000
+    assert OutgoingOperation(request, answered=lambda _: None, failed=lambda _: None).size_bytes > 1000
 
 
 def test_an_open_custom_loss_is_not_idle():

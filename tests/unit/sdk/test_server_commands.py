@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from gradwire import cli, server_commands
+from gradwire import cli
+from gradwire._client import server_commands
 
 
 def test_a_server_command_becomes_the_servers_process(monkeypatch: pytest.MonkeyPatch):

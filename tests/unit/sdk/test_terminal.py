@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from gradwire.terminal import ProgressBar, print_message, print_table, size_text
+from gradwire._client.terminal import ProgressBar, print_message, print_table, size_text
 from gradwire.v1 import checkpoint_pb2
 
 

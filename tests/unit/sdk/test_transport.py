@@ -4,8 +4,9 @@ import socket
 import time
 
 import pytest
+from gradwire._client.loop import LOOP
+from gradwire._client.transport import Connection, parse_base_url
 from gradwire.errors import UnavailableError
-from gradwire.transport import LOOP, Connection, parse_base_url
 from gradwire.v1.trainer_service_pb2 import GetServerInfoRequest
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 

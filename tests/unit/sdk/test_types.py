@@ -1,11 +1,13 @@
 """What users pass in and get back."""
 
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from gradwire import Datum, EncodedTextChunk, ModelInput, TensorData, datum_from_tokens_weights
+from gradwire.errors import InvalidArgumentError
 from gradwire.types import LossFnOutputs
 
 
@@ -53,10 +55,57 @@ def test_tensor_data_gives_torch_back_even_from_a_read_only_buffer():
 
 
 def test_tensor_data_refuses_what_is_no_number():
-    with pytest.raises(TypeError, match="takes numbers"):
-        TensorData(["a"])
-    with pytest.raises(ValueError, match="float32"):
+    for data in (["a"], [None], [1j], "text", [{}]):
+        with pytest.raises(ValueError, match="^data has dtype .*; it takes numbers"):
+            TensorData(data)
+    for data, dtype in ((["1.5"], "float32"), (["1"], "int64")):
+        with pytest.raises(ValueError, match="^data has dtype <U"):
+            TensorData(data, dtype=dtype)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='^dtype is .*"float32" or "int64"'):
         TensorData([1.0], dtype="float64")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("data", "dtype", "message"),
+    [
+        ([1.0, 1e39], None, r"data\[1\] is 1e\+39, which is beyond float32"),
+        ([[1], [2**70]], "float32", "data has dtype object"),
+        ([[1], [-1e300]], None, r"data\[1\]\[0\] is -1e\+300"),
+        (np.array([1, 2**63], dtype=np.uint64), None, r"data\[1\] is 9223372036854775808, which is no int64"),
+        ([1.0, 1.5], "int64", r"data\[1\] is 1.5, which is no int64"),
+        ([float("nan")], "int64", r"data\[0\] is nan, which is no int64"),
+        ([2.0**63], "int64", "which is no int64"),
+        ([[1], [1, 2]], None, "data cannot be read: .*inhomogeneous"),
+    ],
+)
+def test_tensor_data_refuses_what_its_dtype_cannot_hold(data: Any, dtype: str | None, message: str):
+    with pytest.raises(InvalidArgumentError, match=message):
+        TensorData(data, dtype=dtype)  # type: ignore[arg-type]
+
+
+def test_tensor_data_takes_what_its_dtype_holds():
+    assert TensorData([float("inf"), float("nan"), 3e38]).dtype == "float32"
+    assert TensorData([1.0, -(2.0**63)], dtype="int64").data == [1, -(2**63)]
+    assert TensorData([2**63 - 1]).data == [2**63 - 1]
+    assert TensorData([1e-60]).data == [0.0]
+    with pytest.raises(InvalidArgumentError, match=r"^shape is \[3\], which 4 elements do not fill"):
+        TensorData([1, 2, 3, 4], shape=[3])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"weights": [1.0, 1e39]}, r'^loss_fn_inputs\["weights"\]\[1\] is 1e\+39'),
+        ({"weights": ["a"]}, r'^loss_fn_inputs\["weights"\] has dtype <U1'),
+        ([1.0], "^loss_fn_inputs is a list; it must be a dict"),
+        ({3: [1.0]}, "^loss_fn_inputs has the key 3"),
+    ],
+)
+def test_a_datum_names_the_input_that_does_not_fit(inputs: object, message: str):
+    with pytest.raises(InvalidArgumentError, match=message):
+        Datum(ModelInput.from_ints([1, 2]), inputs)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"weights\[1\] is 1e\+39"):
+        datum_from_tokens_weights([1, 2], [0, 1e39])
 
 
 def test_model_input_joins_chunks():

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-from gradwire.codec import Batch, input_path
+from gradwire._wire.codec import Batch
 from gradwire.errors import invalid_field
 
 from trainer_service.engine.losses.loss import Loss, LossInputs, LossOutput
@@ -41,7 +41,7 @@ def gspo(inputs: LossInputs, config: Mapping[str, float]) -> LossOutput:
     return LossOutput(
         loss=-terms_T.sum(),
         num_loss_tokens=counts_T.sum(),
-        metrics=ratio_metrics(inputs, counts_T, ratio_T=sequence_log_ratio_T.detach().exp(), clipped_T=clipped_T),
+        metrics=ratio_metrics(inputs, counts_T, log_ratio_T=sequence_log_ratio_T, clipped_T=clipped_T),
     )
 
 
@@ -65,15 +65,15 @@ def _check_inputs(batch: Batch) -> None:
     starts_N = batch.cu_seqlens[:-1]
     if other_T.any():
         row = int(other_T.argmax())
-        number = int(np.searchsorted(batch.cu_seqlens, row, side="right")) - 1
+        number, place = batch.place(row)
         raise invalid_field(
-            f"{input_path(number, 'sequence_ratio_mask')}[{row - int(starts_N[number])}]",
+            f"{batch.input_path(number, 'sequence_ratio_mask')}[{place}]",
             f"is {mask_T[row]:g}; it must be 1, for a token that the mean ratio is over, or 0.",
         )
     empty_N = (np.add.reduceat(mask_T, starts_N) == 0) & (np.add.reduceat(advantages_T != 0, starts_N) != 0)
     if empty_N.any():
         raise invalid_field(
-            input_path(int(empty_N.argmax()), "sequence_ratio_mask"),
+            batch.input_path(int(empty_N.argmax()), "sequence_ratio_mask"),
             "is 0 everywhere, but the datum has advantages; at least one token must be 1.",
         )
 

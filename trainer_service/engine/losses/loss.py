@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gradwire.codec import Batch
+from gradwire._wire.codec import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,8 @@ class Loss:
         config: Keys of loss_fn_config to their defaults; None where the caller must say.
         soft_targets: Whether it takes K targets a token beside one.
         check_config: Raises InvalidArgumentError where settings contradict each other.
-        check_inputs: Raises InvalidArgumentError where inputs, all finite, do not make sense. numpy only.
+        check_inputs: Raises InvalidArgumentError where inputs, all finite, do not make sense, naming the place by
+            Batch.input_path: a batch may be a piece of the caller's. numpy only.
     """
 
     name: str

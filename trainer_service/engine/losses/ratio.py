@@ -10,6 +10,7 @@ Shape suffixes: T targets of one microbatch.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from gradwire._wire.arguments import FLOAT32_MAX
 from gradwire.errors import invalid_field
 
 from trainer_service.engine.losses.loss import LossInputs
@@ -50,30 +51,33 @@ def ratio_metrics(
     inputs: LossInputs,
     counts_T: "Tensor",
     *,
-    ratio_T: "Tensor | None" = None,
+    log_ratio_T: "Tensor | None" = None,
     clipped_T: "Tensor | None" = None,
 ) -> "dict[str, Tensor]":
-    """How far the learner is from the sampler, over the loss tokens.
+    """How far the learner is from the sampler, over the loss tokens, in float64.
 
     Args:
         inputs: target_logprobs_TK and "logprobs".
         counts_T: The loss tokens.
-        ratio_T: The ratio the loss itself uses; None for exp(lp − q).
+        log_ratio_T: Log of the ratio the loss itself uses; None for lp − q.
         clipped_T: Where a bound took effect; None for a loss without bounds.
 
     Returns:
         "ratio:mean", "ratio:max", "kl:mean" (nats), and with bounds "clipped_fraction:mean". The KL divergence of the
-        sampler from the learner is estimated by r − 1 − log r, which is never negative and right on average.
+        sampler from the learner is estimated by r − 1 − log r, which is never negative and right on average. A token
+        whose ratio or KL is beyond float32 counts with float32's largest number, so that means stay numbers, and in
+        "overflowed_tokens:sum".
 
     Source: John Schulman, Approximating KL Divergence, 2020, http://joschu.net/blog/kl-approx.html
     """
-    log_T = (inputs.target_logprobs_TK.detach() - inputs.inputs["logprobs"]).where(counts_T, 0.0)
-    ratio_T = log_T.exp() if ratio_T is None else ratio_T.detach()
+    log_T = (inputs.target_logprobs_TK.detach().double() - inputs.inputs["logprobs"]).where(counts_T, 0.0)
+    ratio_T = (log_T if log_ratio_T is None else log_ratio_T.detach().double()).exp()
+    kl_T = log_T.expm1() - log_T
     metrics = {
-        "ratio:mean": token_mean(ratio_T, counts_T),
-        "ratio:max": ratio_T.where(counts_T, float("-inf")).max(),
-        # In float64: of two nearly equal numbers the difference is all that counts.
-        "kl:mean": token_mean(log_T.double().expm1() - log_T, counts_T),
+        "ratio:mean": token_mean(ratio_T.clamp(max=FLOAT32_MAX), counts_T),
+        "ratio:max": ratio_T.clamp(max=FLOAT32_MAX).where(counts_T, float("-inf")).max(),
+        "kl:mean": token_mean(kl_T.clamp(max=FLOAT32_MAX), counts_T),
+        "overflowed_tokens:sum": (((ratio_T > FLOAT32_MAX) | (kl_T > FLOAT32_MAX)) & counts_T).sum(),
     }
     if clipped_T is not None:
         metrics["clipped_fraction:mean"] = token_mean(clipped_T.float(), counts_T)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gradwire._wire.tokenizer_files import CHAT_TEMPLATE_FOLDER, TOKENIZER_FILES
 from gradwire.errors import invalid_field
-from gradwire.tokenizer_files import CHAT_TEMPLATE_FOLDER, TOKENIZER_FILES
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel

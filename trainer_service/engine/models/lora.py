@@ -11,7 +11,6 @@ Shape suffixes: T tokens, I and O a layer's inputs and outputs, R the LoRA rank.
 """
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from gradwire._wire.arguments import check_number
 from gradwire.errors import invalid_field
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -322,8 +322,7 @@ def check_settings(settings: LoraSettings, *, hidden_size: int) -> None:
             "lora_rank",
             f"is {settings.rank}; it must be 1 to {hidden_size}, the model's hidden size, or 0 for no LoRA.",
         )
-    if not (settings.alpha > 0 and math.isfinite(settings.alpha)):
-        raise invalid_field("lora_alpha", f"is {settings.alpha:g}; it must be a finite number above 0.")
+    check_number("lora_alpha", settings.alpha, above=0)
 
 
 def _chosen(base: PreTrainedModel, targets: Targets, settings: LoraSettings) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gradwire import delta as deltas
+from gradwire._wire import delta as deltas
 from gradwire.errors import GradwireError, error
 
 from trainer_service.checkpoint_path import SAMPLER_WEIGHTS, CheckpointPath

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gradwire._wire.untrusted import parse_json
 from gradwire.errors import GradwireError, error
-from gradwire.untrusted import parse_json
 from torch import Tensor
 from torch.nn import Parameter
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import Message
-from gradwire.codec import Batch, decode_batch, decode_tensor, tensor_message
+from gradwire._wire.codec import Batch, decode_batch, decode_tensor, tensor_message
 from gradwire.errors import GradwireError, error, invalid_field, to_status
 from gradwire.types import AdamParams
 from gradwire.v1 import operation_pb2 as ops
@@ -279,7 +279,6 @@ class Commands:
     def _optim_step(self, run_id: str, seq_id: int, request: ops.OptimStepRequest) -> Work:
         names = AdamParams.__dataclass_fields__
         params = AdamParams(**{name: getattr(request, name) for name in names if request.HasField(name)})
-        validation.check_adam_params(params)
         normalization = _NORMALIZATIONS.get(request.grad_accumulation_normalization)
         if normalization is None:
             raise invalid_field(

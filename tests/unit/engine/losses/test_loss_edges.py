@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from gradwire.metrics import combine_metrics
+from gradwire._wire.arguments import FLOAT32_MAX
+from gradwire._wire.metrics import combine_metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,7 +44,8 @@ def test_a_huge_ratio_that_is_clipped_is_constant(name: str) -> None:
     assert output.loss.item() == pytest.approx(-3 * (1.2 if name == "ppo" else 1.1))
     assert gradient.tolist() == [0, 0]
     assert output.metrics["clipped_fraction:mean"].item() == 1
-    assert output.metrics["ratio:max"].item() == math.inf
+    assert output.metrics["ratio:max"].item() == FLOAT32_MAX
+    assert output.metrics["overflowed_tokens:sum"].item() == 2
 
 
 @pytest.mark.parametrize("name", ["ppo", "gspo", "importance_sampling"])
@@ -94,7 +96,31 @@ def test_without_a_loss_token_there_is_no_mean_and_no_maximum(name: str) -> None
     assert output.loss.item() == 0
     assert gradient.tolist() == [0, 0]
     metrics = {"num_loss_tokens:sum": output.num_loss_tokens, **output.metrics}
-    assert combine_metrics([{key: float(value) for key, value in metrics.items()}]) == {"num_loss_tokens:sum": 0}
+    combined = combine_metrics([{key: float(value) for key, value in metrics.items()}])
+    assert combined == {"num_loss_tokens:sum": 0, "overflowed_tokens:sum": 0}
+
+
+@pytest.mark.parametrize("name", RATIO_LOSSES)
+@pytest.mark.parametrize(
+    ("target", "sampler"), [(-1.0, -113.0), (-0.5, -800.0), (0.0, -3e38), (-math.inf, -1.0), (-3e38, 0.0)]
+)
+def test_metrics_stay_numbers_whatever_the_ratio_and_say_how_many_did_not(
+    name: str, target: float, sampler: float
+) -> None:
+    """One token is e^112 and more, or 0, times as likely as for the sampler, two are ordinary."""
+    output, _ = evaluate(name, [target, -1.0, -2.0], [sampler, -1.1, -2.0], [1.0, 1.0, 1.0])
+    metrics = {key: float(value) for key, value in output.metrics.items()}
+    assert all(math.isfinite(value) and abs(value) <= FLOAT32_MAX for value in metrics.values())
+    # A logprob of −3e38 has no ratio beyond float32, and a KL of 3e38.
+    assert metrics["overflowed_tokens:sum"] == (0 if target == -3e38 else 3 if name == "gspo" and sampler < -400 else 1)
+    if target == -1.0:
+        assert metrics["kl:mean"] == pytest.approx(FLOAT32_MAX / 3)
+
+
+def test_metrics_within_float32_are_exact_where_float32_arithmetic_is_not() -> None:
+    output, _ = evaluate("importance_sampling", [-1.0, -1.0], [-81.0, -1.0], [1.0, 1.0])
+    assert output.metrics["kl:mean"].item() == pytest.approx((math.expm1(80) - 80) / 2, rel=1e-14)
+    assert output.metrics["overflowed_tokens:sum"].item() == 0
 
 
 logprob = st.floats(-60, 0, width=32)

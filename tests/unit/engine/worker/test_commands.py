@@ -2,13 +2,14 @@
 
 import copy
 import re
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gradwire.codec import Batch, batch_message, decode_tensor, tensor_message
+from gradwire._wire.codec import Batch, batch_message, decode_tensor, split, tensor_message
 from gradwire.errors import GradwireError, from_status
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.datum_pb2 import Datum, ModelInput
@@ -22,7 +23,7 @@ from gradwire.v1.worker_service_pb2 import (
     WorkerEvent,
 )
 
-from tests.engines import BATCH, RUN, make_engine
+from tests.engines import BATCH, RUN, make_batch, make_engine
 from tests.tiny import MAX_CONTEXT_LENGTH, VOCAB_SIZE
 from trainer_service.engine.worker.commands import Commands
 from trainer_service.folders import read_manifest
@@ -189,6 +190,60 @@ REFUSED = {
     "unknown loss": (forward_backward(loss_fn="cross_entropyy"), "UNKNOWN_LOSS", "known: cross_entropy"),
     "no loss": (forward_backward(loss_fn=""), "UNKNOWN_LOSS", "known: cross_entropy"),
 }
+
+
+@pytest.mark.parametrize("operation", ["forward", "forward_backward"])
+@pytest.mark.parametrize(
+    ("name", "reason", "place"),
+    [
+        ("tokens", "INVALID_FIELD", "model_input.tokens[4]"),
+        ("target_tokens", "INVALID_FIELD", 'loss_fn_inputs["target_tokens"][4]'),
+        ("weights", "INVALID_FIELD", 'loss_fn_inputs["weights"][4]'),
+        ("colour", "INVALID_FIELD", 'loss_fn_inputs["colour"]'),
+        ("length", "SEQUENCE_TOO_LONG", "model_input"),
+    ],
+)
+def test_a_piece_is_refused_with_the_place_in_the_callers_data(
+    driver: Driver, operation: str, name: str, reason: str, place: str
+) -> None:
+    lengths = [8] * 199 + [MAX_CONTEXT_LENGTH + (name == "length")]
+    batch = make_batch(*lengths)
+    row = int(batch.cu_seqlens[-2]) + 4
+    inputs = dict(batch.loss_fn_inputs)
+    match name:
+        case "tokens":
+            batch.tokens_T[row] = VOCAB_SIZE
+        case "target_tokens":
+            inputs[name][row] = -1
+        case "weights":
+            inputs[name][row] = np.nan
+        case "colour":
+            inputs[name] = inputs["weights"]
+    pieces = split(replace(batch, loss_fn_inputs=inputs), target_bytes=2_000)
+    assert len(pieces) > 10
+    number = 199 if name != "colour" else pieces[-1].first_datum_index
+    fields = {"batch": batch_message(pieces[-1]), "loss_fn": "cross_entropy"}
+    exc = driver.refused(**{operation: fields})
+    field = f"data[{number}].{place}"
+    assert (exc.reason, exc.metadata["field"]) == (reason, field)
+    assert [path for path, _ in exc.field_violations] == [field]
+    assert exc.message.startswith(f"{field} ")
+
+
+def test_a_loss_of_a_piece_that_is_not_finite_names_the_callers_datum(driver: Driver) -> None:
+    batch = make_batch(*[3] * 40)
+    batch.loss_fn_inputs["weights"][3 * 39 :] = 3e38
+    piece = split(batch, target_bytes=500)[-1]
+    exc = driver.refused(forward_backward=forward_backward(piece))
+    assert (exc.reason, exc.metadata["datum"]) == ("NON_FINITE", "39")
+    assert "cross_entropy of data[39] is" in exc.message
+
+
+def test_a_kept_graph_of_a_piece_is_refused_with_the_place_in_the_callers_data(driver: Driver) -> None:
+    batch = make_batch(*[3] * 40)
+    batch.tokens_T[-1] = VOCAB_SIZE
+    request = ops.ForwardRequest(batch=batch_message(split(batch, target_bytes=500)[-1]), keep_graph=True)
+    assert driver.refused(forward=request).metadata["field"] == "data[39].model_input.tokens[2]"
 
 
 @pytest.mark.parametrize("case", REFUSED)

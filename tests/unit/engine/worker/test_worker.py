@@ -17,7 +17,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from gradwire.codec import batch_message, decode_tensor, tensor_message
+from gradwire._wire.codec import batch_message, decode_tensor, tensor_message
+from gradwire._wire.version import __version__
 from gradwire.errors import from_status
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.datum_pb2 import ModelInput
@@ -25,7 +26,6 @@ from gradwire.v1.sampling_service_pb2 import SampleRequest, SamplingParams
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerEvent, WorkerSample
 from gradwire.v1.worker_service_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
-from gradwire.version import __version__
 
 from tests.engines import BATCH, RUN, make_batch
 from tests.tiny import VOCAB_SIZE

@@ -1,0 +1,1 @@
+"""How the clients work inside; nothing here is for users to import."""

@@ -1,0 +1,238 @@
+"""Channels to a trainer or a control plane."""
+
+import asyncio
+import multiprocessing.context
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import grpc
+import grpc.aio
+
+from gradwire._client.loop import LOOP
+from gradwire._client.proxies import proxy_used, reaches_this_machine
+from gradwire._client.tls import ClientTls
+from gradwire._wire.version import PROTOCOL_VERSION
+from gradwire.errors import GradwireError, from_rpc_error
+
+_RETRIED_REASONS = {"", "WORKER_NOT_READY"}
+"""Reasons of an UNAVAILABLE that pass by themselves; "" is grpc's own: nobody listens, or the connection broke."""
+_SETTLED = {
+    "CERTIFICATE_VERIFY_FAILED": "its certificate does not come from a root trusted here; name its root, ca_file or "
+    "GRADWIRE_TLS_CA_FILE",
+    "Hostname Verification Check failed": "its certificate is for another host name",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS; use http://",
+    "HTTP proxy returned response code 4": "the proxy refuses to connect there",
+}
+"""What grpc says of connections that no waiting will make, and what that means."""
+
+
+def is_passing(error: GradwireError) -> bool:
+    """Whether a call that failed so may be tried again as it is: the server is away, or not ready yet."""
+    return error.code == grpc.StatusCode.UNAVAILABLE.value[0] and error.reason in _RETRIED_REASONS
+
+
+class Closable(Protocol):
+    """What ends with its connection."""
+
+    def close(self) -> None:
+        """Ends it, on the loop's thread."""
+        ...
+
+
+def parse_base_url(base_url: str) -> tuple[str, bool]:
+    """(gRPC target, whether to use TLS) of a base_url.
+
+    "https://host" is TLS on port 443 unless it names one; "http://host:port" and "host:port" are plaintext;
+    "unix:/path" is a socket.
+
+    Raises:
+        ValueError: No host, no port where one is needed, or another scheme.
+    """
+    if base_url.startswith("unix:"):
+        return base_url, False
+    try:
+        parts = urlsplit(base_url if "://" in base_url else f"http://{base_url}")
+    except ValueError as exc:
+        raise ValueError(f'base_url {base_url!r} is no URL: {exc}; use "http://host:port".') from None
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(
+            f'base_url {base_url!r} has scheme "{parts.scheme}"; use "http://host:port" or "https://host".'
+        )
+    try:
+        port = parts.port
+    except ValueError:
+        raise ValueError(f"base_url {base_url!r} has a port that is none; ports are 0 to 65535.") from None
+    if port is None and parts.scheme == "https":
+        port = 443
+    if not parts.hostname or port is None:
+        raise ValueError(
+            f'base_url {base_url!r} names no {"port" if parts.hostname else "host"}; use "http://host:port".'
+        )
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{host}:{port}", parts.scheme == "https"
+
+
+class Connection:
+    """A channel to one server, shared by every call and stream to it.
+
+    Args:
+        base_url: See parse_base_url.
+        api_key: Sent as `authorization: Bearer …`; None sends none.
+        tls: PEM files for an "https://" base_url; None reads them from the environment.
+        connect_timeout_s: How long nobody may listen before a call fails; a trainer listens within a second of its
+            start, so a wrong address shows soon.
+
+    Raises:
+        ValueError: A base_url that leads nowhere, a key that cannot be sent, PEM files without "https://".
+        OSError: A PEM file cannot be read.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        *,
+        tls: ClientTls | None = None,
+        connect_timeout_s: float = 20.0,
+    ) -> None:
+        self.base_url = base_url
+        self._arguments = (base_url, tls, connect_timeout_s)
+        self._api_key = api_key
+        self._connect_timeout_s = connect_timeout_s
+        self._target, self._tls = parse_base_url(base_url)
+        if tls is not None and not self._tls:
+            # The caller meant the connection to be private; it must not become plaintext unnoticed.
+            raise ValueError(f'base_url {base_url!r} is plaintext, but TLS files were given; use "https://".')
+        self._credentials = (tls or ClientTls.from_environment()).credentials() if self._tls else None
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("api_key has characters other than printable ASCII; check for a stray newline.")
+        self.metadata: list[tuple[str, str]] = [("gradwire-protocol-version", str(PROTOCOL_VERSION))]
+        if api_key:
+            self.metadata.append(("authorization", f"Bearer {api_key}"))
+        self._channel: grpc.aio.Channel | None = None
+        self.streams: set[Closable] = set()
+        """What is open on it, closed with it. On the loop's thread only."""
+        LOOP.connections.add(self)
+
+    def channel(self) -> grpc.aio.Channel:
+        """The channel; on the loop's thread only."""
+        if self._channel is None:
+            options = [
+                # The server says its own limit and the SDK keeps to it; grpc's client-side 4 MiB would come first.
+                ("grpc.max_receive_message_length", -1),
+                ("grpc.max_send_message_length", -1),
+                # A peer that vanished without a word is noticed within half a minute.
+                ("grpc.keepalive_time_ms", 20_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 1_000),
+                # Two clients in one process get a connection each, so that one's bulk does not delay the other.
+                ("grpc.use_local_subchannel_pool", 1),
+                # A proxy would look for "this machine" on its own.
+                ("grpc.enable_http_proxy", 0 if reaches_this_machine(self._target) else 1),
+                # A megabyte and more in few system calls: grpc's defaults are made for small messages.
+                ("grpc.http2.max_frame_size", 1 << 22),
+                ("grpc.http2.lookahead_bytes", 1 << 24),
+                ("grpc.http2.write_buffer_size", 1 << 22),
+                ("grpc.experimental.tcp_read_chunk_size", 1 << 18),
+                ("grpc.experimental.tcp_max_read_chunk_size", 1 << 22),
+            ]
+            if self._credentials is not None:
+                self._channel = grpc.aio.secure_channel(self._target, self._credentials, options)
+            else:
+                self._channel = grpc.aio.insecure_channel(self._target, options)
+        return self._channel
+
+    async def call_async(self, stub: Callable[[Any], Any], method: str, request: Any, timeout_s: float) -> Any:
+        """One unary call, on the loop's thread; tried again with back-off while the server is away or starting.
+
+        Args:
+            stub: The generated stub class.
+            method: Name of the call.
+            request: Its request message. The call must be safe to repeat.
+            timeout_s: For all tries together.
+
+        Raises:
+            GradwireError: The server's error, or UnavailableError: the time is up, nobody has listened for
+                connect_timeout_s, or the TLS handshake fails.
+        """
+        deadline = time.monotonic() + timeout_s
+        connect_deadline = time.monotonic() + min(timeout_s, self._connect_timeout_s)
+        delay_s = 0.1
+        while True:
+            remaining_s = max(0.01, deadline - time.monotonic())
+            try:
+                return await getattr(stub(self.channel()), method)(request, metadata=self.metadata, timeout=remaining_s)
+            except grpc.aio.AioRpcError as exc:
+                error = self.explain(exc, method, timeout_s)
+                if not is_passing(error) or _settled(exc):
+                    raise error from None
+                delay_s = error.retry_after_s or min(2.0, delay_s * 2)
+                if error.reason:
+                    connect_deadline = deadline  # Somebody listens; now it is only a matter of being ready.
+                if time.monotonic() + delay_s >= min(deadline, connect_deadline):
+                    raise error from None
+            await asyncio.sleep(delay_s * random.uniform(0.8, 1.2))  # noqa: S311  (jitter, not a secret)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A connection of its own in the process that unpickles it.
+
+        The key goes along only to a child process that multiprocessing is just starting, over its private pipe. In
+        every other pickle, which may lie in a file, pass a queue or travel, there is none: the process that unpickles
+        takes GRADWIRE_API_KEY from its own environment.
+        """
+        key = self._api_key if multiprocessing.context.get_spawning_popen() is not None else None
+        return _connect_again, (key, *self._arguments)
+
+    def call(self, stub: Callable[[Any], Any], method: str, request: Any, *, timeout_s: float) -> Any:
+        """One unary call from any thread but the loop's; see call_async."""
+        return LOOP.run(self.call_async(stub, method, request, timeout_s), timeout_s + 5)
+
+    def explain(self, exc: grpc.aio.AioRpcError, what: str, timeout_s: float | None = None) -> GradwireError:
+        """The exception of a failed call, in a sentence where the error came from grpc rather than the server."""
+        error = from_rpc_error(exc)
+        if error.reason:
+            return error
+        if exc.code() is grpc.StatusCode.UNAVAILABLE:
+            details = exc.details() or ""
+            why = _settled(exc)
+            if "failed to connect" in details and "Socket closed" in details:
+                # All that a server says that wants TLS, or a certificate.
+                why = f"it may want {'a client certificate' if self._tls else 'https://'}"
+            error.message = f"{what}: no Gradwire server answers at {self.base_url}{why and f': {why}'} ({details})."
+        elif exc.code() is grpc.StatusCode.UNIMPLEMENTED:
+            error.message = f"{what}: the server at {self.base_url} does not offer this call; is it a Gradwire server?"
+        elif exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED and timeout_s is not None:
+            error.message = f"{what}: no answer from {self.base_url} within {timeout_s:g} s."
+        else:
+            error.message = f"{what}: {self.base_url} answered {exc.code().name}: {exc.details()}"
+        if exc.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            error.message += (proxy := proxy_used(self._target)) and f" {proxy}."
+        return error
+
+    async def close_async(self) -> None:
+        """Closes what is open on the channel, then the channel; on the loop's thread."""
+        for stream in list(self.streams):
+            stream.close()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close()
+
+    def close(self) -> None:
+        """Closes the channel; calls under way fail. In a forked child, whose parent's it is, does nothing."""
+        if not LOOP.lost:
+            LOOP.run(self.close_async(), 5)
+
+
+def _connect_again(api_key: str | None, base_url: str, tls: ClientTls | None, connect_timeout_s: float) -> Connection:
+    api_key = api_key or os.environ.get("GRADWIRE_API_KEY")
+    return Connection(base_url, api_key, tls=tls, connect_timeout_s=connect_timeout_s)
+
+
+def _settled(exc: grpc.aio.AioRpcError) -> str:
+    """Why a connection will not be made, however often it is tried; "" for all that may yet be."""
+    return next((why for said, why in _SETTLED.items() if said in (exc.details() or "")), "")
