@@ -208,9 +208,13 @@ def _chromium() -> str | None:
     return os.environ.get("GRADWIRE_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium, driven by playwright. Tests that need one are skipped where there is none."""
+    """Chromium, driven by playwright. Tests that need one are skipped where there is none.
+
+    No longer than a module: while playwright is there its event loop runs in this thread, and tests that are coroutines
+    cannot.
+    """
     path = _chromium()
     if path is None:
         pytest.skip("There is no Chromium here; scripts/test_page.sh installs Debian's, as root.")
