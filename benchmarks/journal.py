@@ -44,7 +44,16 @@ class NoJournal(Journal):
     def append(self, operation: Operation, digest: bytes, written: Callable[[GradwireError | None], object]) -> None:
         asyncio.get_running_loop().call_soon(written, None)
 
-    def record(self, seq_id: int, response: Any, answer: bytes, *, step: int, written: Callable[[], object]) -> None:
+    def record(
+        self,
+        seq_id: int,
+        response: Any,
+        answer: bytes,
+        *,
+        step: int,
+        written: Callable[[], object],
+        reported: Any = None,
+    ) -> None:
         asyncio.get_running_loop().call_soon(written)
 
 

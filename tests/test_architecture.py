@@ -31,6 +31,7 @@ GROUND = {
 """Imported by all; import only each other."""
 DOORS = {
     "rpc": {"runs", "fleet", "jobs", "checkpoints"},
+    "page": {"runs", "fleet", "checkpoints"},
     "runs": {"fleet", "checkpoints"},
     "fleet": set(),
     "checkpoints": set(),
@@ -206,6 +207,7 @@ def test_import_gradwire_is_light():
         "trainer_service.__main__",
         "trainer_service.rpc.server",
         "trainer_service.rpc.jobs_server",
+        "trainer_service.page.server",
         "trainer_service.runs.registry",
         "trainer_service.fleet.supervisor",
         "trainer_service.jobs.local",

@@ -22,6 +22,7 @@ class TrainerProcess:
     address: str
     metrics_address: str
     log: Path
+    page_url: str = ""
 
     @property
     def base_url(self) -> str:
@@ -111,7 +112,7 @@ def running_trainer(
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
         ready = json.loads(ready_file.read_text())
-        yield TrainerProcess(process, ready["address"], ready["metrics_address"], log)
+        yield TrainerProcess(process, ready["address"], ready["metrics_address"], log, ready["page_url"])
     finally:
         below = descendants(process.pid)
         if process.poll() is None:

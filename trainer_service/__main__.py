@@ -6,10 +6,16 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer_service import config, descriptors
 from trainer_service.access import ApiKeys
 from trainer_service.observability import configure_logging
+
+if TYPE_CHECKING:
+    from trainer_service.fleet.worker import Worker
+    from trainer_service.page.server import PageServer
+    from trainer_service.rpc.server import TrainerServer
 
 
 def main() -> int:
@@ -24,6 +30,8 @@ def main() -> int:
         # A client certificate that is asked for guards as a key does.
         guarded = keys.required or getattr(args, "tls_client_ca_file", None) is not None
         config.check_exposure(args.listen, guarded=guarded, allow_no_api_key=args.allow_no_api_key)
+        if getattr(args, "page", None) is not None:
+            config.check_page(args.page, guarded=guarded)
         return asyncio.run(args.command(args))
     except (config.SettingsError, OSError) as exc:
         print(f"gradwire: {exc}", file=sys.stderr)
@@ -52,6 +60,7 @@ async def _trainer(args: argparse.Namespace) -> int:
         aliases=tuple(args.alias),
         listen=args.listen,
         metrics_listen=None if args.metrics_port is None else f"{args.metrics_host}:{args.metrics_port}",
+        page_listen=args.page,
         data_dir=args.data_dir.resolve(),
         storage_url=args.storage_url,
         max_context_length=args.max_context_length,
@@ -95,21 +104,27 @@ async def _trainer(args: argparse.Namespace) -> int:
     ends = [asyncio.create_task(wait_for_signal())]
     if settings.exit_with_parent:
         ends.append(asyncio.create_task(parent_gone()))
-    stop_metrics, metrics_address = None, ""
+    stop_metrics, metrics_address, page = None, "", None
     beside = contextlib.AsyncExitStack()
     try:
         if settings.metrics_listen is not None:
             metrics_address, stop_metrics = server.metrics.serve(settings.metrics_listen)
         await server.start()
+        if settings.page_listen is not None:
+            page = _page(server, worker, settings.page_listen)
+            await page.start()
         await worker.start()
         if args.gateway is not None:
             await beside.enter_async_context(_gateway_beside(args, server.address))
         if settings.ready_file is not None:
-            write_ready_file(settings.ready_file, address=server.address, metrics_address=metrics_address)
+            addresses = {"address": server.address, "metrics_address": metrics_address}
+            write_ready_file(settings.ready_file, **addresses, page_url="" if page is None else page.url)
         await asyncio.wait([*ends, worker.gave_up], return_when=asyncio.FIRST_COMPLETED)
     finally:
         await beside.aclose()
         await server.drain()
+        if page is not None:
+            await page.stop()
         if stop_metrics is not None:
             stop_metrics()
         for task in ends:
@@ -128,6 +143,23 @@ def _gateway_beside(args: argparse.Namespace, address: str) -> contextlib.Abstra
     options += ["--allow-no-api-key"] if args.allow_no_api_key else []
     options += ["--api-key-file", str(args.api_key_file)] if args.api_key_file is not None else []
     return gateway_child(args.gateway, trainer=address, data_dir=args.data_dir.resolve(), options=options)
+
+
+def _page(server: "TrainerServer", worker: "Worker", listen: str) -> "PageServer":
+    # Imported only where there is a page: its packages are an extra.
+    from trainer_service.page.server import PageServer
+
+    return PageServer(
+        listen,
+        api_keys=server.api_keys,
+        tls=server.config.tls,
+        limits=server.config.limits,
+        runs=server.runs,
+        metrics=server.run_metrics,
+        sampling=server.sampling,
+        catalog=server.catalog,
+        worker=worker,
+    )
 
 
 def _check_storage_url(url: str) -> None:
@@ -284,6 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     trainer.add_argument("--metrics-port", type=int, help="serve Prometheus metrics there; 0 takes a free port")
     trainer.add_argument("--metrics-host", default="127.0.0.1", help="default: 127.0.0.1")
+    trainer.add_argument("--page", metavar="HOST:PORT", help="serve the live page there, such as 127.0.0.1:8080")
     trainer.add_argument(
         "--max-context-length", type=int, default=0, help="longest sequence, tokens; 0: the model's own"
     )

@@ -1,6 +1,7 @@
 """Settings of the processes. Ground floor: imports nothing of ours but the SDK's wire half."""
 
 import argparse
+import importlib.util
 import ipaddress
 import os
 import re
@@ -89,6 +90,8 @@ class Limits:
     """One of them."""
     max_stop_bytes: int = 4096
     """All of them together: what finds them takes a hundred times as much memory, for every request under way."""
+    max_metrics: int = 256
+    """Metrics of one backward, and names asked for at once."""
 
 
 Checkpointing = Literal["auto", "on", "off"]
@@ -204,6 +207,10 @@ class Durability:
     """Seconds after its last call from which on a run without a client makes room on the worker; 0: never."""
 
 
+PAGE_CONNECTIONS = 512
+"""To the live page at once; one too many is answered 503. A page keeps one open, and asks over a second."""
+
+
 @dataclass(frozen=True)
 class ServerTls:
     """PEM files of a server that speaks TLS."""
@@ -230,6 +237,8 @@ class TrainerConfig:
     """host:port; port 0 takes a free one."""
     metrics_listen: str | None = None
     """host:port of the Prometheus endpoint; None serves none."""
+    page_listen: str | None = None
+    """host:port of the live page; None serves none."""
     data_dir: Path = field(default_factory=lambda: default_data_dir())
     """Where checkpoints go, to begin with."""
     storage_url: str = ""
@@ -257,7 +266,7 @@ class TrainerConfig:
     """Listen beyond loopback without a key."""
     reflection: bool = True
     ready_file: Path | None = None
-    """Gets {"address", "metrics_address", "pid"} as JSON once the trainer listens."""
+    """Gets {"address", "metrics_address", "page_url", "pid"} as JSON once the trainer listens."""
     drain_timeout_s: float = 30.0
     """How long queued operations may take to finish after SIGTERM."""
     detach_grace_s: float = 180.0
@@ -415,6 +424,29 @@ def check_exposure(listen: str, *, guarded: bool, allow_no_api_key: bool) -> Non
         raise SettingsError(
             f"--listen {listen} is reachable from other machines, and there is no API key. Set GRADWIRE_API_KEY or "
             "--api-key-file, or pass --allow-no-api-key if something in front of Gradwire checks who calls."
+        )
+
+
+def check_page(listen: str, *, guarded: bool) -> None:
+    """Refuses to show a page beyond this machine to whoever looks, or without the packages it takes.
+
+    Args:
+        listen: host:port.
+        guarded: Whether a key, or a client certificate, is asked for.
+
+    Raises:
+        SettingsError: Names the way out.
+    """
+    if not listens_on_loopback(listen) and not guarded:
+        raise SettingsError(
+            f"--page {listen} is reachable from other machines, and there is no API key. Set GRADWIRE_API_KEY or "
+            "--api-key-file, or listen on 127.0.0.1 and forward the port (ssh -L)."
+        )
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SettingsError(
+            f"--page needs {' and '.join(missing)}, which cannot be imported. Install it with "
+            "`pip install 'gradwire[page]'`."
         )
 
 

@@ -24,6 +24,8 @@ MAX_LEASE_MS = 600_000
 LIMIT_OF: Mapping[str, str] = {
     "AttachRequest.client_id": _NAME,
     "AttachRequest.run_id": _NAME,
+    "BackwardRequest.metrics": "max_metrics",
+    "BackwardRequest.MetricsEntry.key": _NAME,
     "BackwardRequest.run_id": _NAME,
     "CancelRequest.forward_seq_ids": "max_forward_seq_ids",
     "CancelRequest.run_id": _NAME,
@@ -61,6 +63,8 @@ LIMIT_OF: Mapping[str, str] = {
     "ForwardRequest.run_id": _NAME,
     "GetAnswerRequest.run_id": _NAME,
     "GetCheckpointRequest.path": _NAME,
+    "GetMetricsRequest.names": "max_metrics",
+    "GetMetricsRequest.run_id": _NAME,
     "GetRunRequest.run_id": _NAME,
     "IntValues.values": "max_typed_values",
     "ListCheckpointsRequest.run_id": _NAME,
@@ -93,9 +97,9 @@ LIMIT_OF: Mapping[str, str] = {
 """Message and field, without the package, to the name of a limit: of a string's bytes, or of a repeated field's
 entries. The keys of a map, and values that are texts, have lines of their own."""
 
-_STRINGS_OF: Mapping[str, str] = {"Stop.strings": "max_stop_string_bytes"}
+_STRINGS_OF: Mapping[str, str] = {"GetMetricsRequest.names": _NAME, "Stop.strings": "max_stop_string_bytes"}
 """Of a repeated field of strings: the limit of one of them."""
-_ALL_OF: Mapping[str, str] = {"Stop.strings": "max_stop_bytes"}
+_ALL_OF: Mapping[str, str] = {"GetMetricsRequest.names": "max_message_bytes", "Stop.strings": "max_stop_bytes"}
 """And that of all of them together, bytes."""
 
 _Excess = tuple[str, str, int, str]

@@ -31,6 +31,7 @@ from gradwire._client.ported_names import (
     TinkerError,
     UnprocessableEntityError,
 )
+from gradwire._client.run_metrics import RunMetrics
 from gradwire._client.tls import ClientTls
 from gradwire._wire.version import __version__
 from gradwire.chats import datum_from_messages
@@ -163,6 +164,7 @@ __all__ = [
     "ResourceExhaustedError",
     "RestClient",
     "RunInfo",
+    "RunMetrics",
     "SampleResponse",
     "SampledSequence",
     "SampledToken",

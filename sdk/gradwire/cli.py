@@ -12,10 +12,12 @@ from typing import Any
 
 from gradwire._client.answers import run_state_name
 from gradwire._client.downloads import download, export, get_checkpoint
+from gradwire._client.run_metrics import METRICS_OF_INTEREST, fetch_metrics, write_csv
 from gradwire._client.server_commands import SERVER_COMMANDS, run_server_command
 from gradwire._client.terminal import (
     ProgressBar,
     as_json,
+    json_numbers,
     metadata_text,
     print_json,
     print_message,
@@ -39,6 +41,8 @@ _TIMEOUT_S = 60.0
 _CONNECT_TIMEOUT_S = 5.0
 """A person waits for it; a script's own client is more patient."""
 _REPLAY_TIMEOUT_S = 24 * 3600.0
+_METRICS_SHOWN = 30
+"""Steps of a run that a table for people has."""
 _MAX_UINT64 = (1 << 64) - 1
 
 
@@ -132,6 +136,29 @@ def _runs_replay(connection: Connection, arguments: argparse.Namespace) -> int:
         )
         print_message(answer)
     return 3 if differs else 0
+
+
+def _metrics(connection: Connection, arguments: argparse.Namespace) -> None:
+    found = fetch_metrics(
+        connection, arguments.run_id, arguments.name, since_step=arguments.since_step, timeout_s=_TIMEOUT_S
+    )
+    if arguments.csv:
+        write_csv(found, sys.stdout)
+    elif arguments.json:
+        print_json(list(map(json_numbers, found.rows())))
+    else:
+        rows = list(found.rows())
+        left_out = max(0, len(rows) - _METRICS_SHOWN)
+        # As many as fit are those of most interest to a person; --name says which, --csv and --json have all.
+        names = arguments.name or [name for name in METRICS_OF_INTEREST if name in found.values]
+        print_table(
+            [
+                ("STEP", *names),
+                *((str(row["step"]), *(f"{row[n]:.4g}" if n in row else "" for n in names)) for row in rows[left_out:]),
+            ]
+        )
+        if left_out:
+            say(f"{left_out} earlier steps are left out; --csv and --json print all.")
 
 
 # ── checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -271,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gradwire", description="Gradwire trainers, and their runs and checkpoints.")
     parser.add_argument("--version", action="version", version=f"gradwire {__version__}")
     nouns = parser.add_subparsers(
-        required=True, metavar=f"{{{','.join([*SERVER_COMMANDS, 'runs', 'checkpoints', 'export'])}}}"
+        required=True, metavar=f"{{{','.join([*SERVER_COMMANDS, 'runs', 'metrics', 'checkpoints', 'export'])}}}"
     )
     for name, text in SERVER_COMMANDS.items():
         # Only so that --help lists it; main() runs it before anything is parsed.
@@ -295,6 +322,13 @@ def _parser() -> argparse.ArgumentParser:
     fork.add_argument("--name", type=_text, default="", help="your name for the new run")
     replay = verb(runs, "replay", _runs_replay, "Executes a run's journal again and compares every answer.", "run_id")
     replay.add_argument("--verify", action="store_true", help="what it always does: exit with 3 at a difference")
+
+    measured = verb(nouns, "metrics", _metrics, "Prints what a run measured, step by step.", "run_id")
+    measured.add_argument("--csv", action="store_true", help="print CSV, all steps and metrics")
+    measured.add_argument(
+        "--name", type=_text, action="append", default=[], metavar="METRIC", help="only this one; may be repeated"
+    )
+    measured.add_argument("--since-step", type=_step, default=0, help="only this optimizer step and later ones")
 
     saved = nouns.add_parser("checkpoints", help="list, show, download, delete").add_subparsers(required=True)
     listed = verb(saved, "list", _checkpoints_list, "Lists checkpoints, newest first.")

@@ -4,7 +4,7 @@ import logging
 import os
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future as ConcurrentFuture
 from typing import Any
 
@@ -13,6 +13,7 @@ from gradwire._client.async_twins import off_thread
 from gradwire._client.downloads import get_checkpoint
 from gradwire._client.lora_settings import lora_arguments, lora_settings
 from gradwire._client.ported_names import NO_ACCESS_TOKENS, RefusesTinkerNames, refuse_given, refuse_other_optimizer
+from gradwire._client.run_metrics import RunMetrics, fetch_metrics
 from gradwire._client.tls import ClientTls
 from gradwire._client.trainer_info import get_server_info, wait_until_ready
 from gradwire._client.transport import Connection
@@ -350,6 +351,29 @@ class ServiceClient(RefusesTinkerNames):
         answer = self._connection.call(TrainerServiceStub, "ListRuns", ListRunsRequest(), timeout_s=timeout_s)
         return [answers.listed_run(run) for run in answer.runs]
 
+    def metrics(
+        self, run_id: str, names: Iterable[str] = (), *, since_step: int = 0, timeout_s: float | None = None
+    ) -> RunMetrics:
+        """What a run's operations measured, one point an optimizer step, whole from its first: also of what other
+        scripts, or trainers before this one, did.
+
+        `metrics(run_id)["loss:sum"]` is a float64 array beside `.step`. What one step's operations said is combined as
+        their names say (`name:sum` adds up, `name:mean` is weighted by loss tokens); metrics of a custom loss under
+        names without a reduction are averaged. There are also "learning_rate", "queue_ms:sum", "execute_ms:sum" and
+        "transfer_ms:sum"; what a `forward` with a loss found is "forward/loss:sum" and so on.
+
+        Args:
+            run_id: The run; a TrainingClient's is its `run_id`.
+            names: Only these metrics; none given means all.
+            since_step: Only points of this optimizer step and later ones.
+            timeout_s: Longest wait for one piece of the answer, seconds; None takes the client's.
+
+        Raises:
+            NotFoundError: RUN_NOT_FOUND: there is none, or it is somebody else's.
+        """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        return fetch_metrics(self._connection, run_id, names, since_step=since_step, timeout_s=timeout_s)
+
     def get_server_capabilities(self, *, timeout_s: float | None = None) -> ServerCapabilities:
         """The model the trainer serves, waiting until it is loaded; get_server_info() says more."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
@@ -392,6 +416,7 @@ class ServiceClient(RefusesTinkerNames):
     get_server_info_async = off_thread(get_server_info)
     get_server_capabilities_async = off_thread(get_server_capabilities)
     list_runs_async = off_thread(list_runs)
+    metrics_async = off_thread(metrics)
 
     def __reduce__(self) -> Any:
         raise TypeError(

@@ -44,3 +44,9 @@ def test_sampling_is_measured():
     assert all(float(ratio) > 0 for _, _, ratio, _ in speeds), rows
     assert len(mismatches) == 3
     assert all(float(largest.removeprefix("max ")) < 0.1 for _, _, largest, _ in mismatches), rows
+
+
+def test_pages_are_measured():
+    [steps, processor] = table("page.py")
+    assert float(steps[2]) > 0, steps
+    assert "% of a core" in processor[1]

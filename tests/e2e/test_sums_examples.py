@@ -50,6 +50,15 @@ def test_distillation_brings_the_student_nearer_to_its_teacher(run: Run):
     assert last < first / 2, output
 
 
+def test_curves_are_drawn_from_the_journal_and_logged_on_the_way(run: Run, tmp_path: Path):
+    output = run("curves", "--steps", "20", "--csv", str(tmp_path / "curves.csv"), "--tensorboard", str(tmp_path))
+    first, last = map(float, re.findall(r"20 steps, ([0-9.]+) to ([0-9.]+) nats", output)[0])
+    assert last < first, output
+    lines = (tmp_path / "curves.csv").read_text().splitlines()
+    assert (len(lines), "loss:sum" in lines[0]) == (21, True)
+    assert list(tmp_path.glob("events.*"))
+
+
 @pytest.mark.parametrize("loss", ["importance_sampling", "ppo"])
 def test_reinforcement_learning_goes_through_its_steps(run: Run, loss: str):
     output = run("rl_arithmetic", "--supervised-steps", "30", "--steps", "3", "--sums", "16", "--loss", loss)

@@ -56,6 +56,8 @@ def test_the_wheel_says_what_it_is_and_carries_no_tests(wheel: Path):
         assert "gradwire = gradwire.cli:main" in files.read(scripts).decode()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"gradwire", "trainer_service"}
     assert {"gradwire/py.typed", "trainer_service/py.typed", "gradwire/v1/trainer_service_pb2.pyi"} <= set(names)
+    static = {f"trainer_service/page/static/{name}" for name in ("index.html", "app.js", "vendor/uPlot.LICENSE")}
+    assert static <= set(names)
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     for line in ("License-Expression: Apache-2.0", "Author: The Gradwire authors", "Provides-Extra: server"):
         assert f"\n{line}\n" in about

@@ -31,7 +31,10 @@ _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 
 _QUIET_METHODS = {
     "/grpc.health.v1.Health/Check",
-    *(f"/gradwire.v1.TrainerService/{name}" for name in ("GetServerInfo", "GetRun", "GetAnswer", "ListRuns")),
+    *(
+        f"/gradwire.v1.TrainerService/{name}"
+        for name in ("GetServerInfo", "GetRun", "GetAnswer", "GetMetrics", "ListRuns")
+    ),
     *(f"/gradwire.v1.TrainerJobService/{name}" for name in ("GetTrainerJob", "ListTrainerJobs")),
 }
 """Asked again and again by those who wait; logged only when they fail."""

@@ -22,7 +22,7 @@ from trainer_service.access import ApiKeys
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.storage import Storage
 from trainer_service.checkpoints.transfers import Transfers
-from trainer_service.config import Limits, TrainerConfig, listens_on_loopback
+from trainer_service.config import PAGE_CONNECTIONS, TrainerConfig, listens_on_loopback
 from trainer_service.fleet.worker import Worker
 from trainer_service.observability import Metrics
 from trainer_service.rpc.border import Border
@@ -34,6 +34,7 @@ from trainer_service.rpc.sampling_servicer import SamplingServicer
 from trainer_service.rpc.trainer_servicer import TrainerServicer
 from trainer_service.rpc.transport import server_options
 from trainer_service.runs.registry import Runs
+from trainer_service.runs.run_metrics import RunMetrics
 from trainer_service.runs.sampling import Sampling
 from trainer_service.served_model import ServedModel
 
@@ -56,10 +57,12 @@ class TrainerServer:
     """
 
     def __init__(self, config: TrainerConfig, worker: Worker) -> None:
-        self._config = config
+        self.config = config
+        """Its settings."""
         self._worker = worker
         self._draining = asyncio.Event()
-        self._api_keys = ApiKeys(config.api_keys, config.api_key_file)
+        self.api_keys = ApiKeys(config.api_keys, config.api_key_file)
+        """Keys that open it."""
         storage = Storage(config.storage_url) if config.storage_url else None
         self.catalog = Catalog(config.checkpoint_dir, storage)
         self.transfers = Transfers(self.catalog)
@@ -79,6 +82,8 @@ class TrainerServer:
             observe=self._observe,
             transfers=self.transfers,
         )
+        self.run_metrics = RunMetrics()
+        """Their curves."""
         self.sampling = Sampling(self.runs, worker, self.transfers, config.limits)
         self.metrics.in_flight.set_function(lambda: self.runs.unanswered)
         self.metrics.runs.set_function(lambda: len(self.runs))
@@ -100,14 +105,14 @@ class TrainerServer:
             OSError: The address cannot be had.
             SettingsError: Too few files may be open.
         """
-        limits = self._config.limits
+        limits = self.config.limits
         options = server_options(
             max_message_bytes=limits.max_message_bytes,
-            max_connections=descriptors.max_connections(reserved=_descriptors_reserved(limits)),
+            max_connections=descriptors.max_connections(reserved=_descriptors_reserved(self.config)),
             max_calls=limits.max_sample_requests,
         )
         border = Border(
-            api_keys=self._api_keys,
+            api_keys=self.api_keys,
             metrics=self.metrics,
             max_message_bytes=limits.max_message_bytes,
             limiter=RequestLimiter(limits),
@@ -120,26 +125,27 @@ class TrainerServer:
             draining=self._draining,
             gate=CheckpointGate(self.transfers),
             base_model=self._model,
+            metrics=self.run_metrics,
         )
         add_CheckpointServiceServicer_to_server(CheckpointServicer(self.catalog, self._model), self._server)
         add_TrainerServiceServicer_to_server(servicer, self._server)
         sampling = SamplingServicer(self.sampling, base_model=self._model.name, draining=self._draining)
         add_SamplingServiceServicer_to_server(sampling, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        if self._config.reflection:
+        if self.config.reflection:
             ours = (SERVICE, CHECKPOINT_SERVICE, SAMPLING_SERVICE)
             names = (*ours, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
-        self.address = open_port(self._server, self._config.listen, self._config.tls)
+        self.address = open_port(self._server, self.config.listen, self.config.tls)
         self.runs.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(CHECKPOINT_SERVICE, health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
-        if self._config.health_listen is not None:
-            self._health_port = await serve_health(self._config.health_listen, self._health)
+        if self.config.health_listen is not None:
+            self._health_port = await serve_health(self.config.health_listen, self._health)
         await self._server.start()
         self._in_background(self._sweep())
-        if self._config.tls is None and self._api_keys.required and not listens_on_loopback(self._config.listen):
+        if self.config.tls is None and self.api_keys.required and not listens_on_loopback(self.config.listen):
             logger.warning("API keys cross the network in plaintext; give --tls-cert-file, or put TLS in front.")
         logger.info("Listening.", extra={"fields": {"address": self.address, "version": __version__}})
 
@@ -149,7 +155,7 @@ class TrainerServer:
         self._draining.set()
         await self._set_health(False)
         try:
-            await asyncio.wait_for(self.runs.quiet(), self._config.drain_timeout_s)
+            await asyncio.wait_for(self.runs.quiet(), self.config.drain_timeout_s)
         except TimeoutError:
             fields = {"operations": self.runs.unanswered}
             logger.warning("Operations are left to the next trainer.", extra={"fields": fields})
@@ -198,9 +204,9 @@ class TrainerServer:
             logger.info("Operation failed.", extra={"fields": fields})
 
 
-def _descriptors_reserved(limits: Limits) -> int:
-    """Those a trainer keeps for what is not a connection: itself, and lock, journal and snapshot of its runs."""
-    return 64 + 12 * limits.max_runs
+def _descriptors_reserved(config: TrainerConfig) -> int:
+    """Those kept for what is no client's connection: the trainer, lock, journal and snapshot of its runs, pages."""
+    return 64 + 12 * config.limits.max_runs + (PAGE_CONNECTIONS if config.page_listen is not None else 0)
 
 
 async def wait_for_signal() -> None:

@@ -12,6 +12,7 @@ from gradwire._wire.version import PROTOCOL_VERSION, __version__
 from gradwire.errors import error, from_status, invalid_field
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb
+from gradwire.v1.run_metrics_pb2 import GetMetricsRequest, GetMetricsResponse, MetricSeries
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer
 
 from trainer_service.config import MIN_PROTOCOL_VERSION, Limits
@@ -23,6 +24,7 @@ from trainer_service.rpc.train_stream import TrainStream, read_attach
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
+from trainer_service.runs.run_metrics import RunMetrics
 from trainer_service.served_model import ServedModel
 
 MAX_ANSWER_WAIT_MS = 60_000
@@ -39,6 +41,7 @@ class TrainerServicer(TrainerServiceServicer):
         draining: Set when the trainer shuts down.
         gate: The way of saves and loads.
         base_model: What it serves.
+        metrics: The runs' curves.
     """
 
     def __init__(
@@ -50,8 +53,10 @@ class TrainerServicer(TrainerServiceServicer):
         draining: asyncio.Event,
         gate: CheckpointGate,
         base_model: ServedModel,
+        metrics: RunMetrics,
     ) -> None:
         self._base_model = base_model
+        self._metrics = metrics
         self._gate = gate
         self._runs = runs
         self._worker = worker
@@ -93,6 +98,22 @@ class TrainerServicer(TrainerServiceServicer):
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:
         return pb.ListRunsResponse(runs=[run.describe() for run in self._runs.list()])
+
+    async def GetMetrics(self, request: GetMetricsRequest, context: Any) -> GetMetricsResponse:
+        found = await self._metrics.points(
+            self._runs.get(request.run_id),
+            names=request.names,
+            since_step=request.since_step,
+            after_seq_id=request.after_seq_id,
+        )
+        return GetMetricsResponse(
+            seq_ids=found.seq_ids,
+            steps=found.steps,
+            times_s=found.times_s,
+            series=[MetricSeries(name=name, values=values) for name, values in found.series.items()],
+            more=found.more,
+            names_left_out=found.names_left_out,
+        )
 
     async def ForkRun(self, request: pb.ForkRunRequest, context: Any) -> pb.ForkRunResponse:
         refuse_while_draining(self._draining)

@@ -6,7 +6,8 @@ the platter before its operation is dispatched; with "normal" the file stays sou
 be missing from its end, so that the run comes back as it was some operations earlier, and its client is told so.
 
 Tables: `run` (name, value), what the run is; `operations`, by seq_id, as they came; `outcomes`, by seq_id, the encoded
-answer, and of it the error's reason, the metrics as JSON and the run's step, for whoever reads the file with sqlite3.
+answer, and of it the error's reason, the metrics as JSON and the run's step, for the run's curves and for whoever reads
+the file with sqlite3; `past_metrics`, by seq_id, what of that is left of operations that were let go.
 """
 
 import contextlib
@@ -16,14 +17,16 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from gradwire.errors import error, from_status
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 
 from trainer_service.config import Retention, Sync
+from trainer_service.runs import journal_metrics
 from trainer_service.runs.operation import Operation
 
 FILE_NAME = "journal.sqlite"
@@ -312,11 +315,20 @@ def insert_refused(db: sqlite3.Connection, operation: Operation, digest: bytes, 
     insert_outcome(db, seq_id, response, response.SerializeToString(), step=0)
 
 
-def insert_outcome(db: sqlite3.Connection, seq_id: int, response: TrainResponse, answer: bytes, *, step: int) -> None:
-    """Writes down what came of an operation."""
+def insert_outcome(
+    db: sqlite3.Connection,
+    seq_id: int,
+    response: TrainResponse,
+    answer: bytes,
+    *,
+    step: int,
+    reported: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """Writes down what came of an operation, and among its metrics those that its caller `reported`."""
     kind = response.WhichOneof("result") or "error"
     reason = from_status(response.error).reason if kind == "error" else ""
-    metrics = dict(getattr(getattr(response, kind), "metrics", {}))
+    metrics = {**getattr(getattr(response, kind), "metrics", {}), **reported}
+    metrics |= {f"{part}_ms:sum": getattr(response, f"{part}_ms") for part in ("queue", "execute", "transfer")}
     values = (seq_id, reason, step, json.dumps(metrics), answer)
     db.execute("INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?, ?, ?)", values)
     if kind in ("optim_step", "load_state"):
@@ -361,6 +373,7 @@ def prune(db: sqlite3.Connection, retention: Retention, *, snapshot_seq_id: int)
                 break
     # The last operation stays, since the next one's number is told from it.
     cut = min(max(cuts), snapshot_seq_id, last - 1)
+    journal_metrics.keep(db, up_to=cut)
     db.execute("DELETE FROM operations WHERE seq_id <= ?", (cut,))
     db.execute("DELETE FROM outcomes WHERE seq_id <= ?", (cut,))
 

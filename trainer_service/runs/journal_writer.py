@@ -11,9 +11,10 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from gradwire.errors import GradwireError, error
 from gradwire.v1.trainer_service_pb2 import TrainResponse
@@ -162,13 +163,20 @@ class Journal:
         self._writer.submit(_Job(self, write, lambda failure: written(), keep=True))
 
     def record(
-        self, seq_id: int, response: TrainResponse, answer: bytes, *, step: int, written: Callable[[], object]
+        self,
+        seq_id: int,
+        response: TrainResponse,
+        answer: bytes,
+        *,
+        step: int,
+        written: Callable[[], object],
+        reported: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Writes an outcome down. On a disk that is full it is kept, and written with what comes next; only if the
         trainer dies before is the operation executed once more by its replay."""
 
         def insert(db: sqlite3.Connection) -> None:
-            journal.insert_outcome(db, seq_id, response, answer, step=step)
+            journal.insert_outcome(db, seq_id, response, answer, step=step, reported=reported)
 
         self.owe(insert, written)
 

@@ -150,6 +150,10 @@ class Runs:
         caller = current_caller.get()
         return [run for run in reversed(self._runs.values()) if caller.may_see(run.owner)]
 
+    def everybodys(self) -> "list[Run]":
+        """All runs, whoever asks, newest first."""
+        return [*reversed(self._runs.values())]
+
     @property
     def unanswered(self) -> int:
         """Operations of all runs received and not yet answered."""

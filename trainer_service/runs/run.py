@@ -115,6 +115,11 @@ class Run:
         return self._sequence.unanswered
 
     @property
+    def under_way(self) -> list[Entry]:
+        """Operations received and not yet answered, in order."""
+        return self._sequence.waiting
+
+    @property
     def lost(self) -> bool:
         """Whether its state is gone."""
         return self.placement.lost is not None
@@ -286,7 +291,8 @@ class Run:
         def written() -> None:
             self._answer(entry, response, encoded)
 
-        self._journal.record(entry.seq_id, response, encoded, step=self.step, written=written)
+        reported = dict(entry.operation.request.backward.metrics) if entry.kind == "backward" else {}
+        self._journal.record(entry.seq_id, response, encoded, step=self.step, written=written, reported=reported)
 
     def _answer(self, entry: Entry, response: TrainResponse, encoded: bytes = b"") -> None:
         self.used_s = time.monotonic()

@@ -65,6 +65,11 @@ class Sequence:
         return len(self._waiting)
 
     @property
+    def waiting(self) -> list[Entry]:
+        """They, in order."""
+        return list(self._waiting.values())
+
+    @property
     def unanswered_bytes(self) -> int:
         """Memory that they take up."""
         return self._waiting_bytes

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gradwire._client import answers
-from gradwire._client.custom_loss import CustomLossFn, LossThread, run_custom_loss
+from gradwire._client.custom_loss import CustomLossFn, LossThread, reported_metrics, run_custom_loss
 from gradwire._client.gather import Gather
 from gradwire._client.loop import LOOP
 from gradwire._client.order import Call, OutgoingOperation
@@ -71,7 +71,9 @@ class CustomCall:
         start = 0
         backwards: list[OutgoingOperation] = []
         for forward, count in zip(self._forwards, self._row_counts, strict=True):
-            content = backward_content(forward.request.seq_id, gradients_T[start : start + count])
+            # Once, since those of all pieces are added up.
+            metrics = {} if backwards else reported_metrics(self._metrics, self._loss)
+            content = backward_content(forward.request.seq_id, gradients_T[start : start + count], metrics)
             backwards.append(self._result.operation(content))
             start += count
         self._stream.overtake(backwards)

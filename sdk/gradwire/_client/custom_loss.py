@@ -110,6 +110,38 @@ def _metric(name: str, value: Any) -> float:
     )
 
 
+_MAX_REPORTED = 256
+"""Of one loss: as many as a trainer takes (max_metrics)."""
+_MAX_NAME_BYTES = 4096
+
+
+def reported_metrics(metrics: Mapping[str, float], loss: float) -> dict[str, float]:
+    """What a trainer is told for the run's curves: a loss's metrics, and its value as "loss:sum".
+
+    What is too much for it is left out, with a warning; whoever called the loss has it all the same.
+    """
+    kept = {name: value for name, value in metrics.items() if _is_text(name) and len(name.encode()) <= _MAX_NAME_BYTES}
+    kept = dict(list(kept.items())[: _MAX_REPORTED - 1])
+    if len(kept) < len(metrics):
+        logger.warning(
+            "The custom loss returned %d metrics; %d of them, those beyond %d or with a name that is longer than %d "
+            "bytes or no UTF-8, get no curve.",
+            len(metrics),
+            len(metrics) - len(kept),
+            _MAX_REPORTED - 1,
+            _MAX_NAME_BYTES,
+        )
+    return kept | {"loss:sum": loss}
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class LossThread:
     """A daemon thread that runs one client's loss functions, one after the other, in the order they were called."""
 

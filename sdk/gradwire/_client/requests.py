@@ -1,5 +1,6 @@
 """From a call's arguments to the messages it sends."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,9 @@ def batch_content(kind: str, settings: Message, batch: Batch) -> Parts:
     return _encoded(kind, settings, batch=batch_parts(batch))
 
 
-def backward_content(forward_seq_id: int, gradients_T: np.ndarray) -> Parts:
-    """A backward as a field of TrainRequest, sharing memory with the gradients."""
-    settings = ops.BackwardRequest(forward_seq_id=forward_seq_id)
+def backward_content(forward_seq_id: int, gradients_T: np.ndarray, metrics: Mapping[str, float] | None = None) -> Parts:
+    """A backward as a field of TrainRequest, sharing memory with the gradients; `metrics` are for the run's curves."""
+    settings = ops.BackwardRequest(forward_seq_id=forward_seq_id, metrics=metrics)
     return _encoded("backward", settings, gradients=tensor_parts(gradients_T))
 
 

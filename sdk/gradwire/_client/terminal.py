@@ -45,6 +45,12 @@ def print_json(found: Any) -> None:
     print(json.dumps(found, indent=2).replace("\x7f", "\\u007f"))
 
 
+def json_numbers(row: Mapping[str, float]) -> dict[str, float | str]:
+    """A dict of numbers as JSON can say it: infinities and NaN as protobuf's JSON spells them."""
+    names = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+    return {name: names.get(str(value), value) for name, value in row.items()}
+
+
 def print_table(rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
     """Columns side by side, each as wide as its widest cell."""
     shown = [[printable(cell) for cell in row] for row in rows]

@@ -100,6 +100,8 @@ class Limits:
     """One of these texts, UTF-8 bytes."""
     max_stop_bytes: int
     """All of these texts together, UTF-8 bytes."""
+    max_metrics: int
+    """Metrics of one custom loss, or names asked for in one call of `metrics`."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from gradwire.v1 import datum_pb2 as gradwire_dot_v1_dot_datum__pb2
 from gradwire.v1 import tensor_pb2 as gradwire_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bgradwire/v1/operation.proto\x12\x0bgradwire.v1\x1a\x1cgradwire/v1/checkpoint.proto\x1a\x17gradwire/v1/datum.proto\x1a\x18gradwire/v1/tensor.proto\"\xab\x02\n\x0e\x46orwardRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12 \n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32\x12.gradwire.v1.Datum\x12&\n\x05\x62\x61tch\x18\x04 \x01(\x0b\x32\x17.gradwire.v1.DatumBatch\x12\x12\n\nkeep_graph\x18\x05 \x01(\x08\x12\x0f\n\x07loss_fn\x18\x06 \x01(\t\x12\x45\n\x0eloss_fn_config\x18\x07 \x03(\x0b\x32-.gradwire.v1.ForwardRequest.LossFnConfigEntry\x1a\x33\n\x11LossFnConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\t\n\x07_seq_id\"\xbb\x02\n\x0f\x46orwardResponse\x12H\n\x0floss_fn_outputs\x18\x01 \x03(\x0b\x32/.gradwire.v1.ForwardResponse.LossFnOutputsEntry\x12\'\n\ncu_seqlens\x18\x02 \x01(\x0b\x32\x13.gradwire.v1.Tensor\x12:\n\x07metrics\x18\x03 \x03(\x0b\x32).gradwire.v1.ForwardResponse.MetricsEntry\x1aI\n\x12LossFnOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.gradwire.v1.Tensor:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xa7\x02\n\x16\x46orwardBackwardRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12 \n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32\x12.gradwire.v1.Datum\x12&\n\x05\x62\x61tch\x18\x04 \x01(\x0b\x32\x17.gradwire.v1.DatumBatch\x12\x0f\n\x07loss_fn\x18\x05 \x01(\t\x12M\n\x0eloss_fn_config\x18\x06 \x03(\x0b\x32\x35.gradwire.v1.ForwardBackwardRequest.LossFnConfigEntry\x1a\x33\n\x11LossFnConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\t\n\x07_seq_id\"\xd3\x02\n\x17\x46orwardBackwardResponse\x12P\n\x0floss_fn_outputs\x18\x01 \x03(\x0b\x32\x37.gradwire.v1.ForwardBackwardResponse.LossFnOutputsEntry\x12\'\n\ncu_seqlens\x18\x02 \x01(\x0b\x32\x13.gradwire.v1.Tensor\x12\x42\n\x07metrics\x18\x03 \x03(\x0b\x32\x31.gradwire.v1.ForwardBackwardResponse.MetricsEntry\x1aI\n\x12LossFnOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.gradwire.v1.Tensor:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x81\x01\n\x0f\x42\x61\x63kwardRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x16\n\x0e\x66orward_seq_id\x18\x03 \x01(\x04\x12&\n\tgradients\x18\x04 \x01(\x0b\x32\x13.gradwire.v1.TensorB\t\n\x07_seq_id\"\x7f\n\x10\x42\x61\x63kwardResponse\x12;\n\x07metrics\x18\x01 \x03(\x0b\x32*.gradwire.v1.BackwardResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xf7\x02\n\x10OptimStepRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\rlearning_rate\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05\x62\x65ta1\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x1b\n\x0egrad_clip_norm\x18\x08 \x01(\x01H\x06\x88\x01\x01\x12S\n\x1fgrad_accumulation_normalization\x18\t \x01(\x0e\x32*.gradwire.v1.GradAccumulationNormalizationB\t\n\x07_seq_idB\x10\n\x0e_learning_rateB\x08\n\x06_beta1B\x08\n\x06_beta2B\x06\n\x04_epsB\x0f\n\r_weight_decayB\x11\n\x0f_grad_clip_norm\"\x8f\x01\n\x11OptimStepResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12<\n\x07metrics\x18\x02 \x03(\x0b\x32+.gradwire.v1.OptimStepResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"A\n\x0fZeroGradRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\t\n\x07_seq_id\"\x12\n\x10ZeroGradResponse\"g\n\rCancelRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x17\n\x0f\x66orward_seq_ids\x18\x03 \x03(\x04\x12\r\n\x05taint\x18\x04 \x01(\x08\x42\t\n\x07_seq_id\"!\n\x0e\x43\x61ncelResponse\x12\x0f\n\x07\x64ropped\x18\x01 \x01(\r\"\x9c\x03\n\x1cSaveWeightsForSamplerRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\toverwrite\x18\x04 \x01(\x08\x12\x11\n\tephemeral\x18\x14 \x01(\x08\x12\x10\n\x08lease_ms\x18! \x01(\r\x12\x0e\n\x06merged\x18\n \x01(\x08\x12\x34\n\x0f\x63heckpoint_type\x18\x0b \x01(\x0e\x32\x1b.gradwire.v1.CheckpointType\x12\r\n\x05\x64type\x18  \x01(\t\x12\x18\n\x0bttl_seconds\x18\x1e \x01(\x04H\x01\x88\x01\x01\x12R\n\ruser_metadata\x18\x1f \x03(\x0b\x32;.gradwire.v1.SaveWeightsForSamplerRequest.UserMetadataEntry\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_seq_idB\x0e\n\x0c_ttl_seconds\"N\n\x1dSaveWeightsForSamplerResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0b\n\x03uri\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"\x8a\x02\n\x10SaveStateRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\toverwrite\x18\x04 \x01(\x08\x12\x18\n\x0bttl_seconds\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x46\n\ruser_metadata\x18\x1f \x03(\x0b\x32/.gradwire.v1.SaveStateRequest.UserMetadataEntry\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_seq_idB\x0e\n\x0c_ttl_seconds\"5\n\x11SaveStateResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"h\n\x10LoadStateRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x16\n\x0ewith_optimizer\x18\x04 \x01(\x08\x42\t\n\x07_seq_id\"!\n\x11LoadStateResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04*\xe2\x01\n\x1dGradAccumulationNormalization\x12/\n+GRAD_ACCUMULATION_NORMALIZATION_UNSPECIFIED\x10\x00\x12(\n$GRAD_ACCUMULATION_NORMALIZATION_NONE\x10\x01\x12\x33\n/GRAD_ACCUMULATION_NORMALIZATION_NUM_LOSS_TOKENS\x10\x02\x12\x31\n-GRAD_ACCUMULATION_NORMALIZATION_NUM_SEQUENCES\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bgradwire/v1/operation.proto\x12\x0bgradwire.v1\x1a\x1cgradwire/v1/checkpoint.proto\x1a\x17gradwire/v1/datum.proto\x1a\x18gradwire/v1/tensor.proto\"\xab\x02\n\x0e\x46orwardRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12 \n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32\x12.gradwire.v1.Datum\x12&\n\x05\x62\x61tch\x18\x04 \x01(\x0b\x32\x17.gradwire.v1.DatumBatch\x12\x12\n\nkeep_graph\x18\x05 \x01(\x08\x12\x0f\n\x07loss_fn\x18\x06 \x01(\t\x12\x45\n\x0eloss_fn_config\x18\x07 \x03(\x0b\x32-.gradwire.v1.ForwardRequest.LossFnConfigEntry\x1a\x33\n\x11LossFnConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\t\n\x07_seq_id\"\xbb\x02\n\x0f\x46orwardResponse\x12H\n\x0floss_fn_outputs\x18\x01 \x03(\x0b\x32/.gradwire.v1.ForwardResponse.LossFnOutputsEntry\x12\'\n\ncu_seqlens\x18\x02 \x01(\x0b\x32\x13.gradwire.v1.Tensor\x12:\n\x07metrics\x18\x03 \x03(\x0b\x32).gradwire.v1.ForwardResponse.MetricsEntry\x1aI\n\x12LossFnOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.gradwire.v1.Tensor:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xa7\x02\n\x16\x46orwardBackwardRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12 \n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32\x12.gradwire.v1.Datum\x12&\n\x05\x62\x61tch\x18\x04 \x01(\x0b\x32\x17.gradwire.v1.DatumBatch\x12\x0f\n\x07loss_fn\x18\x05 \x01(\t\x12M\n\x0eloss_fn_config\x18\x06 \x03(\x0b\x32\x35.gradwire.v1.ForwardBackwardRequest.LossFnConfigEntry\x1a\x33\n\x11LossFnConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\t\n\x07_seq_id\"\xd3\x02\n\x17\x46orwardBackwardResponse\x12P\n\x0floss_fn_outputs\x18\x01 \x03(\x0b\x32\x37.gradwire.v1.ForwardBackwardResponse.LossFnOutputsEntry\x12\'\n\ncu_seqlens\x18\x02 \x01(\x0b\x32\x13.gradwire.v1.Tensor\x12\x42\n\x07metrics\x18\x03 \x03(\x0b\x32\x31.gradwire.v1.ForwardBackwardResponse.MetricsEntry\x1aI\n\x12LossFnOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.gradwire.v1.Tensor:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xed\x01\n\x0f\x42\x61\x63kwardRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x16\n\x0e\x66orward_seq_id\x18\x03 \x01(\x04\x12&\n\tgradients\x18\x04 \x01(\x0b\x32\x13.gradwire.v1.Tensor\x12:\n\x07metrics\x18< \x03(\x0b\x32).gradwire.v1.BackwardRequest.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\t\n\x07_seq_id\"\x7f\n\x10\x42\x61\x63kwardResponse\x12;\n\x07metrics\x18\x01 \x03(\x0b\x32*.gradwire.v1.BackwardResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xf7\x02\n\x10OptimStepRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\rlearning_rate\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05\x62\x65ta1\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x1b\n\x0egrad_clip_norm\x18\x08 \x01(\x01H\x06\x88\x01\x01\x12S\n\x1fgrad_accumulation_normalization\x18\t \x01(\x0e\x32*.gradwire.v1.GradAccumulationNormalizationB\t\n\x07_seq_idB\x10\n\x0e_learning_rateB\x08\n\x06_beta1B\x08\n\x06_beta2B\x06\n\x04_epsB\x0f\n\r_weight_decayB\x11\n\x0f_grad_clip_norm\"\x8f\x01\n\x11OptimStepResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12<\n\x07metrics\x18\x02 \x03(\x0b\x32+.gradwire.v1.OptimStepResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"A\n\x0fZeroGradRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\t\n\x07_seq_id\"\x12\n\x10ZeroGradResponse\"g\n\rCancelRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x17\n\x0f\x66orward_seq_ids\x18\x03 \x03(\x04\x12\r\n\x05taint\x18\x04 \x01(\x08\x42\t\n\x07_seq_id\"!\n\x0e\x43\x61ncelResponse\x12\x0f\n\x07\x64ropped\x18\x01 \x01(\r\"\x9c\x03\n\x1cSaveWeightsForSamplerRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\toverwrite\x18\x04 \x01(\x08\x12\x11\n\tephemeral\x18\x14 \x01(\x08\x12\x10\n\x08lease_ms\x18! \x01(\r\x12\x0e\n\x06merged\x18\n \x01(\x08\x12\x34\n\x0f\x63heckpoint_type\x18\x0b \x01(\x0e\x32\x1b.gradwire.v1.CheckpointType\x12\r\n\x05\x64type\x18  \x01(\t\x12\x18\n\x0bttl_seconds\x18\x1e \x01(\x04H\x01\x88\x01\x01\x12R\n\ruser_metadata\x18\x1f \x03(\x0b\x32;.gradwire.v1.SaveWeightsForSamplerRequest.UserMetadataEntry\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_seq_idB\x0e\n\x0c_ttl_seconds\"N\n\x1dSaveWeightsForSamplerResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0b\n\x03uri\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"\x8a\x02\n\x10SaveStateRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\toverwrite\x18\x04 \x01(\x08\x12\x18\n\x0bttl_seconds\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x46\n\ruser_metadata\x18\x1f \x03(\x0b\x32/.gradwire.v1.SaveStateRequest.UserMetadataEntry\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_seq_idB\x0e\n\x0c_ttl_seconds\"5\n\x11SaveStateResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"h\n\x10LoadStateRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x06seq_id\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x16\n\x0ewith_optimizer\x18\x04 \x01(\x08\x42\t\n\x07_seq_id\"!\n\x11LoadStateResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04*\xe2\x01\n\x1dGradAccumulationNormalization\x12/\n+GRAD_ACCUMULATION_NORMALIZATION_UNSPECIFIED\x10\x00\x12(\n$GRAD_ACCUMULATION_NORMALIZATION_NONE\x10\x01\x12\x33\n/GRAD_ACCUMULATION_NORMALIZATION_NUM_LOSS_TOKENS\x10\x02\x12\x31\n-GRAD_ACCUMULATION_NORMALIZATION_NUM_SEQUENCES\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,6 +46,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FORWARDBACKWARDRESPONSE_LOSSFNOUTPUTSENTRY']._serialized_options = b'8\001'
   _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._loaded_options = None
   _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_BACKWARDREQUEST_METRICSENTRY']._loaded_options = None
+  _globals['_BACKWARDREQUEST_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_BACKWARDRESPONSE_METRICSENTRY']._loaded_options = None
   _globals['_BACKWARDRESPONSE_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_OPTIMSTEPRESPONSE_METRICSENTRY']._loaded_options = None
@@ -54,8 +56,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAVEWEIGHTSFORSAMPLERREQUEST_USERMETADATAENTRY']._serialized_options = b'8\001'
   _globals['_SAVESTATEREQUEST_USERMETADATAENTRY']._loaded_options = None
   _globals['_SAVESTATEREQUEST_USERMETADATAENTRY']._serialized_options = b'8\001'
-  _globals['_GRADACCUMULATIONNORMALIZATION']._serialized_start=3358
-  _globals['_GRADACCUMULATIONNORMALIZATION']._serialized_end=3584
+  _globals['_GRADACCUMULATIONNORMALIZATION']._serialized_start=3466
+  _globals['_GRADACCUMULATIONNORMALIZATION']._serialized_end=3692
   _globals['_FORWARDREQUEST']._serialized_start=126
   _globals['_FORWARDREQUEST']._serialized_end=425
   _globals['_FORWARDREQUEST_LOSSFNCONFIGENTRY']._serialized_start=363
@@ -77,39 +79,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._serialized_start=697
   _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._serialized_end=743
   _globals['_BACKWARDREQUEST']._serialized_start=1386
-  _globals['_BACKWARDREQUEST']._serialized_end=1515
-  _globals['_BACKWARDRESPONSE']._serialized_start=1517
-  _globals['_BACKWARDRESPONSE']._serialized_end=1644
+  _globals['_BACKWARDREQUEST']._serialized_end=1623
+  _globals['_BACKWARDREQUEST_METRICSENTRY']._serialized_start=697
+  _globals['_BACKWARDREQUEST_METRICSENTRY']._serialized_end=743
+  _globals['_BACKWARDRESPONSE']._serialized_start=1625
+  _globals['_BACKWARDRESPONSE']._serialized_end=1752
   _globals['_BACKWARDRESPONSE_METRICSENTRY']._serialized_start=697
   _globals['_BACKWARDRESPONSE_METRICSENTRY']._serialized_end=743
-  _globals['_OPTIMSTEPREQUEST']._serialized_start=1647
-  _globals['_OPTIMSTEPREQUEST']._serialized_end=2022
-  _globals['_OPTIMSTEPRESPONSE']._serialized_start=2025
-  _globals['_OPTIMSTEPRESPONSE']._serialized_end=2168
+  _globals['_OPTIMSTEPREQUEST']._serialized_start=1755
+  _globals['_OPTIMSTEPREQUEST']._serialized_end=2130
+  _globals['_OPTIMSTEPRESPONSE']._serialized_start=2133
+  _globals['_OPTIMSTEPRESPONSE']._serialized_end=2276
   _globals['_OPTIMSTEPRESPONSE_METRICSENTRY']._serialized_start=697
   _globals['_OPTIMSTEPRESPONSE_METRICSENTRY']._serialized_end=743
-  _globals['_ZEROGRADREQUEST']._serialized_start=2170
-  _globals['_ZEROGRADREQUEST']._serialized_end=2235
-  _globals['_ZEROGRADRESPONSE']._serialized_start=2237
-  _globals['_ZEROGRADRESPONSE']._serialized_end=2255
-  _globals['_CANCELREQUEST']._serialized_start=2257
-  _globals['_CANCELREQUEST']._serialized_end=2360
-  _globals['_CANCELRESPONSE']._serialized_start=2362
-  _globals['_CANCELRESPONSE']._serialized_end=2395
-  _globals['_SAVEWEIGHTSFORSAMPLERREQUEST']._serialized_start=2398
-  _globals['_SAVEWEIGHTSFORSAMPLERREQUEST']._serialized_end=2810
-  _globals['_SAVEWEIGHTSFORSAMPLERREQUEST_USERMETADATAENTRY']._serialized_start=2732
-  _globals['_SAVEWEIGHTSFORSAMPLERREQUEST_USERMETADATAENTRY']._serialized_end=2783
-  _globals['_SAVEWEIGHTSFORSAMPLERRESPONSE']._serialized_start=2812
-  _globals['_SAVEWEIGHTSFORSAMPLERRESPONSE']._serialized_end=2890
-  _globals['_SAVESTATEREQUEST']._serialized_start=2893
-  _globals['_SAVESTATEREQUEST']._serialized_end=3159
-  _globals['_SAVESTATEREQUEST_USERMETADATAENTRY']._serialized_start=2732
-  _globals['_SAVESTATEREQUEST_USERMETADATAENTRY']._serialized_end=2783
-  _globals['_SAVESTATERESPONSE']._serialized_start=3161
-  _globals['_SAVESTATERESPONSE']._serialized_end=3214
-  _globals['_LOADSTATEREQUEST']._serialized_start=3216
-  _globals['_LOADSTATEREQUEST']._serialized_end=3320
-  _globals['_LOADSTATERESPONSE']._serialized_start=3322
-  _globals['_LOADSTATERESPONSE']._serialized_end=3355
+  _globals['_ZEROGRADREQUEST']._serialized_start=2278
+  _globals['_ZEROGRADREQUEST']._serialized_end=2343
+  _globals['_ZEROGRADRESPONSE']._serialized_start=2345
+  _globals['_ZEROGRADRESPONSE']._serialized_end=2363
+  _globals['_CANCELREQUEST']._serialized_start=2365
+  _globals['_CANCELREQUEST']._serialized_end=2468
+  _globals['_CANCELRESPONSE']._serialized_start=2470
+  _globals['_CANCELRESPONSE']._serialized_end=2503
+  _globals['_SAVEWEIGHTSFORSAMPLERREQUEST']._serialized_start=2506
+  _globals['_SAVEWEIGHTSFORSAMPLERREQUEST']._serialized_end=2918
+  _globals['_SAVEWEIGHTSFORSAMPLERREQUEST_USERMETADATAENTRY']._serialized_start=2840
+  _globals['_SAVEWEIGHTSFORSAMPLERREQUEST_USERMETADATAENTRY']._serialized_end=2891
+  _globals['_SAVEWEIGHTSFORSAMPLERRESPONSE']._serialized_start=2920
+  _globals['_SAVEWEIGHTSFORSAMPLERRESPONSE']._serialized_end=2998
+  _globals['_SAVESTATEREQUEST']._serialized_start=3001
+  _globals['_SAVESTATEREQUEST']._serialized_end=3267
+  _globals['_SAVESTATEREQUEST_USERMETADATAENTRY']._serialized_start=2840
+  _globals['_SAVESTATEREQUEST_USERMETADATAENTRY']._serialized_end=2891
+  _globals['_SAVESTATERESPONSE']._serialized_start=3269
+  _globals['_SAVESTATERESPONSE']._serialized_end=3322
+  _globals['_LOADSTATEREQUEST']._serialized_start=3324
+  _globals['_LOADSTATEREQUEST']._serialized_end=3428
+  _globals['_LOADSTATERESPONSE']._serialized_start=3430
+  _globals['_LOADSTATERESPONSE']._serialized_end=3463
 # @@protoc_insertion_point(module_scope)

@@ -118,16 +118,25 @@ class ForwardBackwardResponse(_message.Message):
     def __init__(self, loss_fn_outputs: _Optional[_Mapping[str, _tensor_pb2.Tensor]] = ..., cu_seqlens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class BackwardRequest(_message.Message):
-    __slots__ = ("run_id", "seq_id", "forward_seq_id", "gradients")
+    __slots__ = ("run_id", "seq_id", "forward_seq_id", "gradients", "metrics")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     SEQ_ID_FIELD_NUMBER: _ClassVar[int]
     FORWARD_SEQ_ID_FIELD_NUMBER: _ClassVar[int]
     GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     seq_id: int
     forward_seq_id: int
     gradients: _tensor_pb2.Tensor
-    def __init__(self, run_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., forward_seq_id: _Optional[int] = ..., gradients: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    metrics: _containers.ScalarMap[str, float]
+    def __init__(self, run_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., forward_seq_id: _Optional[int] = ..., gradients: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class BackwardResponse(_message.Message):
     __slots__ = ("metrics",)

@@ -1,6 +1,7 @@
 from google.rpc import status_pb2 as _status_pb2
 from gradwire.v1 import operation_pb2 as _operation_pb2
 from gradwire.v1 import run_pb2 as _run_pb2
+from gradwire.v1 import run_metrics_pb2 as _run_metrics_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -59,7 +60,7 @@ class ModelInfo(_message.Message):
     def __init__(self, base_model: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_length: _Optional[int] = ..., num_parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., batching: _Optional[str] = ..., sampling: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_message_bytes", "target_message_bytes", "max_in_flight_operations", "max_runs", "max_datums", "max_tokens", "max_num_samples", "max_topk_logprobs", "max_sample_requests", "max_snapshots", "max_user_metadata_entries", "max_user_metadata_bytes", "max_message_fields", "max_name_bytes", "max_loss_fn_inputs", "max_loss_fn_config_keys", "max_forward_seq_ids", "max_typed_datums", "max_typed_values", "max_tensor_dims", "max_prompt_text_bytes", "max_stop_token_ids", "max_stop_strings", "max_stop_string_bytes", "max_stop_bytes")
+    __slots__ = ("max_message_bytes", "target_message_bytes", "max_in_flight_operations", "max_runs", "max_datums", "max_tokens", "max_num_samples", "max_topk_logprobs", "max_sample_requests", "max_snapshots", "max_user_metadata_entries", "max_user_metadata_bytes", "max_message_fields", "max_name_bytes", "max_loss_fn_inputs", "max_loss_fn_config_keys", "max_forward_seq_ids", "max_typed_datums", "max_typed_values", "max_tensor_dims", "max_prompt_text_bytes", "max_stop_token_ids", "max_stop_strings", "max_stop_string_bytes", "max_stop_bytes", "max_metrics")
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TARGET_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_IN_FLIGHT_OPERATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +86,7 @@ class Limits(_message.Message):
     MAX_STOP_STRINGS_FIELD_NUMBER: _ClassVar[int]
     MAX_STOP_STRING_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_STOP_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_METRICS_FIELD_NUMBER: _ClassVar[int]
     max_message_bytes: int
     target_message_bytes: int
     max_in_flight_operations: int
@@ -110,7 +112,8 @@ class Limits(_message.Message):
     max_stop_strings: int
     max_stop_string_bytes: int
     max_stop_bytes: int
-    def __init__(self, max_message_bytes: _Optional[int] = ..., target_message_bytes: _Optional[int] = ..., max_in_flight_operations: _Optional[int] = ..., max_runs: _Optional[int] = ..., max_datums: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_num_samples: _Optional[int] = ..., max_topk_logprobs: _Optional[int] = ..., max_sample_requests: _Optional[int] = ..., max_snapshots: _Optional[int] = ..., max_user_metadata_entries: _Optional[int] = ..., max_user_metadata_bytes: _Optional[int] = ..., max_message_fields: _Optional[int] = ..., max_name_bytes: _Optional[int] = ..., max_loss_fn_inputs: _Optional[int] = ..., max_loss_fn_config_keys: _Optional[int] = ..., max_forward_seq_ids: _Optional[int] = ..., max_typed_datums: _Optional[int] = ..., max_typed_values: _Optional[int] = ..., max_tensor_dims: _Optional[int] = ..., max_prompt_text_bytes: _Optional[int] = ..., max_stop_token_ids: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_stop_string_bytes: _Optional[int] = ..., max_stop_bytes: _Optional[int] = ...) -> None: ...
+    max_metrics: int
+    def __init__(self, max_message_bytes: _Optional[int] = ..., target_message_bytes: _Optional[int] = ..., max_in_flight_operations: _Optional[int] = ..., max_runs: _Optional[int] = ..., max_datums: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_num_samples: _Optional[int] = ..., max_topk_logprobs: _Optional[int] = ..., max_sample_requests: _Optional[int] = ..., max_snapshots: _Optional[int] = ..., max_user_metadata_entries: _Optional[int] = ..., max_user_metadata_bytes: _Optional[int] = ..., max_message_fields: _Optional[int] = ..., max_name_bytes: _Optional[int] = ..., max_loss_fn_inputs: _Optional[int] = ..., max_loss_fn_config_keys: _Optional[int] = ..., max_forward_seq_ids: _Optional[int] = ..., max_typed_datums: _Optional[int] = ..., max_typed_values: _Optional[int] = ..., max_tensor_dims: _Optional[int] = ..., max_prompt_text_bytes: _Optional[int] = ..., max_stop_token_ids: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_stop_string_bytes: _Optional[int] = ..., max_stop_bytes: _Optional[int] = ..., max_metrics: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
     __slots__ = ("software_version", "min_protocol_version", "max_protocol_version", "models", "losses", "limits", "ready", "status_message")

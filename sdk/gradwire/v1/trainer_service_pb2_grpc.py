@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from gradwire.v1 import operation_pb2 as gradwire_dot_v1_dot_operation__pb2
+from gradwire.v1 import run_metrics_pb2 as gradwire_dot_v1_dot_run__metrics__pb2
 from gradwire.v1 import trainer_service_pb2 as gradwire_dot_v1_dot_trainer__service__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
@@ -55,6 +56,11 @@ class TrainerServiceStub(object):
                 '/gradwire.v1.TrainerService/ListRuns',
                 request_serializer=gradwire_dot_v1_dot_trainer__service__pb2.ListRunsRequest.SerializeToString,
                 response_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.ListRunsResponse.FromString,
+                _registered_method=True)
+        self.GetMetrics = channel.unary_unary(
+                '/gradwire.v1.TrainerService/GetMetrics',
+                request_serializer=gradwire_dot_v1_dot_run__metrics__pb2.GetMetricsRequest.SerializeToString,
+                response_deserializer=gradwire_dot_v1_dot_run__metrics__pb2.GetMetricsResponse.FromString,
                 _registered_method=True)
         self.ForkRun = channel.unary_unary(
                 '/gradwire.v1.TrainerService/ForkRun',
@@ -165,6 +171,13 @@ class TrainerServiceServicer(object):
 
     def ListRuns(self, request, context):
         """Lists runs, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetMetrics(self, request, context):
+        """Says what a run's operations measured, step by step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -305,6 +318,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.ListRuns,
                     request_deserializer=gradwire_dot_v1_dot_trainer__service__pb2.ListRunsRequest.FromString,
                     response_serializer=gradwire_dot_v1_dot_trainer__service__pb2.ListRunsResponse.SerializeToString,
+            ),
+            'GetMetrics': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetMetrics,
+                    request_deserializer=gradwire_dot_v1_dot_run__metrics__pb2.GetMetricsRequest.FromString,
+                    response_serializer=gradwire_dot_v1_dot_run__metrics__pb2.GetMetricsResponse.SerializeToString,
             ),
             'ForkRun': grpc.unary_unary_rpc_method_handler(
                     servicer.ForkRun,
@@ -496,6 +514,33 @@ class TrainerService(object):
             '/gradwire.v1.TrainerService/ListRuns',
             gradwire_dot_v1_dot_trainer__service__pb2.ListRunsRequest.SerializeToString,
             gradwire_dot_v1_dot_trainer__service__pb2.ListRunsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetMetrics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.TrainerService/GetMetrics',
+            gradwire_dot_v1_dot_run__metrics__pb2.GetMetricsRequest.SerializeToString,
+            gradwire_dot_v1_dot_run__metrics__pb2.GetMetricsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from gradwire._client.custom_loss import run_custom_loss
+from gradwire._client.custom_loss import reported_metrics, run_custom_loss
 from gradwire.errors import GradwireError
 
 LOGPROBS = np.array([-1.0, -2.0, -3.0, -0.5, -0.25], dtype=np.float32)
@@ -128,3 +128,12 @@ def test_a_loss_may_train_parameters_of_its_own():
 def test_gradients_whose_sum_overflows_are_finite_all_the_same():
     gradients, _, _ = run(lambda _, logprobs: (sum(((x - x.detach()) * 3e38).sum() for x in logprobs), {}))
     np.testing.assert_allclose(gradients, 3e38)
+
+
+def test_what_a_loss_reports_is_bounded_and_keeps_its_value(caplog: pytest.LogCaptureFixture):
+    assert reported_metrics({"reward": 1.0}, 2.0) == {"reward": 1.0, "loss:sum": 2.0}
+    assert not caplog.records
+    many = {f"m{n}": float(n) for n in range(400)} | {"\ud800": 1.0, "n" * 5000: 1.0}
+    reported = reported_metrics(many, 2.0)
+    assert (len(reported), reported["loss:sum"], reported["m0"]) == (256, 2.0, 0.0)
+    assert "get no curve" in caplog.text

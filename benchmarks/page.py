@@ -1,0 +1,154 @@
+"""What open pages cost a trainer's steps: rounds with and without 50 pages that follow the run being trained.
+
+    python benchmarks/page.py [--rounds 10] [--pages 50] [--runs 100] [--quick]
+
+Within a round both sides train for the same number of steps, one after the other, and who starts alternates. The pages
+are read by a process of its own on this machine, whose time both sides have, since it runs on in either.
+"""
+
+import argparse
+import contextlib
+import http.client
+import os
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from gradwire import AdamParams, Datum, ModelInput, ServiceClient, TrainingClient
+
+from benchmarks.side_by_side import Row, print_table, ratio
+from tests.tiny import make_tiny_llama
+from tests.trainer_process import TrainerProcess, running_trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--pages", type=int, default=50)
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--step-ms", type=float, default=100.0, help="about how long one step takes")
+    parser.add_argument("--quick", action="store_true", help="the figures mean nothing")
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.pages, args.runs, args.step_ms = 1, 3, 3, 1.0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = make_tiny_llama(folder / "model")
+        options = ("--page", "127.0.0.1:0", "--max-runs", str(args.runs + 8), "--log-level", "WARNING")
+        with running_trainer(model, folder, *options) as trainer, ServiceClient(trainer.base_url) as service:
+            trainer.wait_ready()
+            print_table(("what", "with / without", "ratio", "goal"), measure(args, service, trainer))
+
+
+def measure(args: argparse.Namespace, service: ServiceClient, trainer: TrainerProcess) -> list[Row]:
+    """The rows."""
+    pid, url = trainer.process.pid, trainer.page_url
+    clients = [service.create_training_client(display_name=f"run {n}") for n in range(args.runs)]
+    client = clients[0]
+    data, seconds = sized(client, service.get_server_info().models[0].vocab_size, args.step_ms / 1000)
+    steps = max(3, round(4.0 / seconds)) if not args.quick else 3
+    host, query = url.split("/")[2], f"/api/events?runs={client.run_id}"
+
+    cpu: dict[str, float] = {"with": 0.0, "without": 0.0}
+    times: dict[str, list[float]] = {"with": [], "without": []}
+    for number in range(args.rounds):
+        for name in ("with", "without")[:: 1 if number % 2 == 0 else -1]:
+            with open_pages(host, query, args.pages if name == "with" else 0):
+                before, start = cpu_s(pid), time.perf_counter()
+                for _ in range(steps):
+                    step(client, data)
+                times[name].append(time.perf_counter() - start)
+                cpu[name] += cpu_s(pid) - before
+    rate = {name: steps * len(found) / sum(found) for name, found in times.items()}
+    spent = {name: cpu[name] / sum(times[name]) for name in times}
+    what = f"steps of {1000 * seconds:.0f} ms with {args.pages} pages open, {args.runs} runs"
+    return [
+        Row(
+            what,
+            f"{rate['with']:.1f} / {rate['without']:.1f} steps/s",
+            f"{ratio(times['with'], times['without']):.3f}",
+            "at most 1.02",
+        ),
+        Row(
+            "processor time of the trainer's process",
+            f"{100 * spent['with']:.1f} / {100 * spent['without']:.1f} % of a core",
+        ),
+    ]
+
+
+def sized(client: TrainingClient, vocab_size: int, wanted_s: float) -> tuple[list[Datum], float]:
+    """Data whose step takes about so long, and how long it takes."""
+    rng, count, took_s = np.random.default_rng(0), 1, 0.0
+    data: list[Datum] = []
+    while took_s < wanted_s and count <= 4096:
+        data = []
+        for _ in range(count):
+            tokens = rng.integers(0, vocab_size, 33)
+            inputs = {"target_tokens": tokens[1:], "weights": np.ones(32, dtype=np.float32)}
+            data.append(Datum(ModelInput.from_ints(tokens[:-1]), inputs))
+        step(client, data)
+        start = time.perf_counter()
+        step(client, data)
+        took_s = time.perf_counter() - start
+        count *= 2
+    return data, took_s
+
+
+def step(client: TrainingClient, data: list[Datum]) -> None:
+    client.forward_backward(data)
+    client.optim_step(AdamParams(learning_rate=1e-6)).result(600)
+
+
+@contextlib.contextmanager
+def open_pages(host: str, query: str, count: int) -> Iterator[None]:
+    """That many pages, each reading its events, in a process of their own."""
+    command = [sys.executable, __file__, "--read", host, query, str(count)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == b"open\n"
+        try:
+            yield
+        finally:
+            reader.stdin.close()
+            reader.wait(20)
+
+
+def read_pages(host: str, query: str, count: int) -> None:
+    """Opens pages, and reads what they are told until stdin ends."""
+    connections = [http.client.HTTPConnection(host, timeout=60) for _ in range(count)]
+    responses = []
+    for connection in connections:
+        connection.request("GET", query)
+        responses.append(connection.getresponse())
+    sockets: list[socket.socket] = [connection.sock for connection in connections]
+    print("open", flush=True)
+    while True:
+        ready, _, _ = select.select([sys.stdin, *sockets], [], [])
+        if sys.stdin in ready:
+            return
+        for one in [one for one in sockets if one in ready]:
+            if not one.recv(1 << 20):
+                sockets.remove(one)
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time a process has had, seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--read"]:
+        read_pages(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    else:
+        main()
