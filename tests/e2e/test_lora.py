@@ -173,7 +173,7 @@ def test_a_lora_state_that_does_not_say_its_layers_says_what_to_do(own_service: 
 @pytest.mark.parametrize(
     ("arguments", "exception", "text"),
     [
-        ({"lora_rank": 4, "lora_alpha": -1}, InvalidArgumentError, "lora_alpha is -1; it must be a finite number"),
+        ({"lora_rank": 4, "lora_alpha": -1}, InvalidArgumentError, "lora_alpha is -1; it must be above 0"),
         ({"train_mlp": False}, InvalidArgumentError, "train_mlp is set, but lora_rank is 0"),
         ({"lora_rank": 1000}, InvalidArgumentError, "lora_rank is 1000; it must be 1 to 32"),
         ({"adapter_path": "../../etc"}, InvalidArgumentError, "below this trainer's --adapter-dir"),
