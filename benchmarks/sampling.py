@@ -40,12 +40,15 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--alone", type=int, default=2, help="of the requests, those also run one by one")
+    parser.add_argument("--groups", type=int, default=8, help="prompts that eight samples each are asked of")
+    parser.add_argument("--long-requests", type=int, default=64, help="of one owner, which another's must not wait for")
     parser.add_argument("--quick", action="store_true", help="a tiny model, and little to do")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.quick:
             arguments.base_model = tiny_model(Path(scratch), 1000)
             arguments.rounds, arguments.requests, arguments.max_tokens, arguments.alone = 1, 3, 4, 1
+            arguments.groups, arguments.long_requests = 2, 4
         _measure(arguments)
 
 
@@ -64,6 +67,8 @@ def _measure(arguments: argparse.Namespace) -> None:
     prompts = [_tokens(rng, rng.randrange(16, 97), vocab_size) for _ in range(arguments.requests)]
     shared = _tokens(rng, 256, vocab_size)
     separate = [_tokens(rng, 256, vocab_size) for _ in range(8)]
+    groups = [_tokens(rng, 96, vocab_size) for _ in range(arguments.groups)]
+    many = [_tokens(rng, 24, vocab_size) for _ in range(arguments.long_requests)]
     max_tokens, alone = arguments.max_tokens, prompts[: arguments.alone]
 
     def ours(prompts: Sequence[list[int]], *, num_samples: int = 1, max_tokens: int = max_tokens) -> list[Job]:
@@ -89,10 +94,15 @@ def _measure(arguments: argparse.Namespace) -> None:
             "alone": lambda: [generate([prompt]) for prompt in alone],
             "shared": lambda: ours([shared], num_samples=8, max_tokens=1),
             "separate": lambda: ours(separate, max_tokens=1),
+            "merged": lambda: ours(groups, num_samples=8, max_tokens=5),
+            "equal": lambda: ours([prompt for prompt in groups for _ in range(8)], max_tokens=5),
         },
         rounds=arguments.rounds,
         warmup=1,
     )
+    first_s = [
+        samples.first_token_s(sampler, prompts[0], behind, num_samples=4, max_tokens=256) for behind in ([], [], many)
+    ][1:]
     count = len(prompts) * max_tokens
     alone_per_token = [seconds / (len(alone) * max_tokens) for seconds in times["alone"]]
     ours_per_token = [seconds / count for seconds in times["ours"]]
@@ -116,11 +126,27 @@ def _measure(arguments: argparse.Namespace) -> None:
             "at least 5",
         ),
     ]
-    model_path, many = arguments.base_model, arguments.requests
     rows += [
-        mismatch(model_path, "float32", num_prompts=many, num_samples=1, max_tokens=max_tokens, goal="1e-5"),
+        Row(
+            f"{8 * len(groups)} requests of {len(groups)} prompts over {len(groups)} requests of 8 samples each",
+            f"{1000 * statistics.median(times['equal']):.0f} / {1000 * statistics.median(times['merged']):.0f} ms",
+            f"{ratio(times['equal'], times['merged']):.2f}",
+            "at most 1.2",
+        ),
+        Row(
+            f"first token behind another owner's {4 * len(many)} samples of 256 tokens, over alone",
+            f"{1000 * first_s[1]:.0f} / {1000 * first_s[0]:.0f} ms",
+            f"{first_s[1] / first_s[0]:.2f}",
+            "within 1 s, tiny model",
+        ),
+    ]
+    model_path, num_prompts = arguments.base_model, arguments.requests
+    rows += [
+        mismatch(model_path, "float32", num_prompts=num_prompts, num_samples=1, max_tokens=max_tokens, goal="1e-5"),
         mismatch(model_path, "float32", num_prompts=2, num_samples=8, max_tokens=max_tokens, goal="1e-5"),
-        mismatch(model_path, "bfloat16", num_prompts=many, num_samples=1, max_tokens=max_tokens, goal="a few ulps"),
+        mismatch(
+            model_path, "bfloat16", num_prompts=num_prompts, num_samples=1, max_tokens=max_tokens, goal="a few ulps"
+        ),
     ]
     print(
         f"{model.config.architectures}, {device.name}, {torch.get_num_threads()} threads, {arguments.rounds} rounds\n"

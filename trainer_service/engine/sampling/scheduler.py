@@ -123,7 +123,9 @@ class Scheduler:
             if logits_1V is None:
                 self._prefilling.append(job)
             else:
-                self._attempt([job], lambda job=job, logits_1V=logits_1V: self._share_prompt(job, logits_1V))
+                self._counters.shared_prompts_total += 1
+                job.num_prefilled = len(job.request.prompt)
+                self._begin([job], logits_1V)
 
     def _put_back(self, jobs: list[Job]) -> None:
         for job in jobs:
@@ -134,7 +136,11 @@ class Scheduler:
         """The first request in line of the owner whose turn it is, and those of the same sampler whose next pieces fit
         beside its own. Of equal prompts one is computed, and the others go on from it."""
         equal: dict[prompts.Key, Job] = {}
-        line = [job for job in self._prefilling if job.wants_prompt or equal.setdefault(prompts.key(job), job) is job]
+        line = [
+            job
+            for job in self._prefilling
+            if equal.setdefault(prompts.key(job), job) is job or job.wants_prompt or job.num_prefilled
+        ]
         first = min(line, key=lambda job: self._prefill_turns[job.owner])
         self._prefill_turns[first.owner] = max(self._prefill_turns.values(), default=0) + 1
         room, taken = self._piece, []
@@ -176,33 +182,33 @@ class Scheduler:
         equal = [other for other in self._prefilling if self._may_follow(other, job)]
         for other in equal:
             other.sequences.follow(job.sequences)
-            self._attempt([other], lambda other=other: self._share_prompt(other, logits_1V))
-        self._begin(job, logits_1V)
+            other.num_prefilled = job.num_prefilled
+        self._counters.shared_prompts_total += len(equal)
+        self._begin([job, *equal], logits_1V)
 
     def _may_follow(self, job: Job, other: Job) -> bool:
         return not job.wants_prompt and not job.num_prefilled and prompts.key(job) == prompts.key(other)
 
-    def _share_prompt(self, job: Job, logits_1V: picking.Tensor) -> None:
-        """A request goes on from a prompt that another one computed."""
-        self._counters.shared_prompts_total += 1
-        job.num_prefilled = len(job.request.prompt)
-        self._begin(job, logits_1V)
+    def _begin(self, jobs: list[Job], logits_1V: picking.Tensor) -> None:
+        """A prompt was taken in, or was known: the samples of all requests that begin with it follow."""
+        self._attempt(jobs, lambda: self._branch(jobs, logits_1V))
 
-    def _begin(self, job: Job, logits_1V: picking.Tensor) -> None:
-        """A prompt was taken in: its samples follow."""
-        if job in self._prefilling:
-            self._prefilling.remove(job)
-        job.prompt_known = True
-        if not job.request.max_tokens:
-            job.alive = []
-            self._send_response(job)
-            self._end(job, None)
-            return
-        job.sampler.decoder.branch(job.sequences)
-        self._decoding.append(job)
-        if job.sampler not in self._turns:
-            self._turns.append(job.sampler)
-        self._choose([job], logits_1V.expand(job.request.num_samples, -1))
+    def _branch(self, jobs: list[Job], logits_1V: picking.Tensor) -> None:
+        for job in jobs:
+            if job in self._prefilling:
+                self._prefilling.remove(job)
+            job.prompt_known = True
+            if not job.request.max_tokens:
+                job.alive = []
+                self._send_response(job)
+                self._end(job, None)
+                continue
+            job.sampler.decoder.branch(job.sequences)
+            self._decoding.append(job)
+            if job.sampler not in self._turns:
+                self._turns.append(job.sampler)
+        if going_on := [job for job in jobs if not job.done]:
+            self._choose(going_on, logits_1V.expand(sum(len(job.held) for job in going_on), -1))
 
     def _decode(self, sampler: Sampler, batch: list[Job]) -> None:
         tokens = [token for job in batch for token in job.feed()]

@@ -40,6 +40,7 @@ class Worker:
         prompt: tuple[int, ...] = (5, 6, 7),
         num_samples: int = 1,
         owner: str = "",
+        logprobs: bool = False,
     ) -> int:
         """Begins a greedy request; returns its command_id."""
         self.last += 1
@@ -47,6 +48,7 @@ class Worker:
         params = pb.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=stop)
         sampler = pb.Sampler(model_path=path)
         request = pb.SampleRequest(sampling_params=params, sampler=sampler, num_samples=num_samples)
+        request.include_prompt_logprobs = logprobs
         request.prompt.tokens.extend(prompt)
         command = WorkerSample(sample_id=str(self.last), request=request, owner=owner)
         self.sampling.start(self.last, command, self.sampling.read(request))
@@ -175,6 +177,18 @@ def test_behind_one_owners_long_samples_and_prompts_anothers_first_token_comes_i
         worker.scheduler.step()
     assert len(worker.tokens(quick)) == 2
     assert sum(bool(worker.tokens(request)) for request in long) < len(long) // 2
+
+
+@pytest.mark.parametrize("asks_first", [True, False])
+def test_a_request_that_asks_about_its_prompt_computes_it_and_others_may_go_on_from_there(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, asks_first: bool
+):
+    monkeypatch.setattr(worker.scheduler, "_piece", 4)
+    asks = [worker.start(logprobs=asks_first), worker.start(logprobs=not asks_first), worker.start()]
+    worker.finish()
+    assert [worker.failure(request) for request in asks] == [None] * 3
+    assert len({tuple(worker.tokens(request)) for request in asks}) == 1
+    assert worker.engine.counters.prompt_tokens_total == 3 * (1 if asks_first else 2)
 
 
 def test_a_prompt_is_not_shared_between_owners_nor_kept_when_its_sampler_is_gone(worker: Worker):
@@ -336,7 +350,7 @@ def test_a_request_that_ended_before_another_of_its_batch_failed_is_answered_onc
         branch(decoder, sequences)
 
     monkeypatch.setattr(decoder_module.Decoder, "branch", failing)
-    ended, failed = worker.start(max_tokens=1), worker.start(num_samples=2)
+    ended, failed = worker.start(max_tokens=1), worker.start(num_samples=2, prompt=(5, 6, 8))
     worker.finish()
     assert worker.failure(ended) is None
     assert len(worker.tokens(ended)) == 1
