@@ -105,6 +105,7 @@ from gradwire.types import (
     TensorData,
     TensorDtype,
     Timing,
+    TopkLogprobs,
 )
 
 __all__ = [
@@ -181,6 +182,7 @@ __all__ = [
     "TensorDtype",
     "Timing",
     "TinkerError",
+    "TopkLogprobs",
     "TrainerJob",
     "TrainerJobConfig",
     "TrainerJobManager",

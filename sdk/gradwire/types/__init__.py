@@ -9,7 +9,7 @@ from gradwire.types.outputs import ForwardBackwardOutput, LossFnOutputs, LossFnT
 from gradwire.types.params import AdamParams, LoraConfig, SamplingParams
 from gradwire.types.replay import ReplayDifference, ReplayReport
 from gradwire.types.run_info import ListedRun, ModelData, RunInfo, ServerCapabilities, SupportedModel
-from gradwire.types.sampling_results import SampledSequence, SampledToken, SampleResponse, StopReason
+from gradwire.types.sampling_results import SampledSequence, SampledToken, SampleResponse, StopReason, TopkLogprobs
 from gradwire.types.saved import SavedState, SaveWeightsResult
 from gradwire.types.server_info import Limits, LossInfo, ModelInfo, ServerInfo
 
@@ -51,6 +51,7 @@ __all__ = [
     "TensorData",
     "TensorDtype",
     "Timing",
+    "TopkLogprobs",
 ]
 
 # The names that users of tinker know them by.

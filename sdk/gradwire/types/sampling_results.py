@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from gradwire.types import TensorData
+from gradwire.types.data import TensorData
 
 StopReason = Literal["length", "stop"]
 
