@@ -256,7 +256,11 @@ async def _gateway(args: argparse.Namespace) -> int:
         raise config.SettingsError(f"The gateway needs `pip install 'gradwire[gateway]'`: {exc}.") from exc
 
     trainers = [Trainer(url, ca_file=args.trainer_ca_file) for url in args.trainer or ["http://127.0.0.1:7777"]]
-    settings = GatewaySettings(data_dir=args.data_dir.resolve() / "gateway", session_grace_s=args.session_grace_s)
+    settings = GatewaySettings(
+        data_dir=args.data_dir.resolve() / "gateway",
+        session_grace_s=args.session_grace_s,
+        api_keys=ApiKeys(config.read_api_keys(), args.api_key_file),
+    )
     return await serve_gateway(
         settings,
         Trainers(trainers, dict(map(_alias, args.served_model_name))),

@@ -12,6 +12,7 @@ import zstandard
 
 from tests.fakes import front_end
 from tests.http_gateway import HttpGateway, http_gateway, one_pass
+from trainer_service.access import ApiKeys
 from trainer_service.gateway import bodies
 from trainer_service.gateway.wire import tinker_wire_pb2 as wire
 
@@ -243,3 +244,17 @@ async def test_equal_prompts_go_together_and_each_gets_its_own(tmp_path: Path):
         assert {one.status_code for one in answers} == {200}
         assert len({one["sample_sequence_ids"][0] for one in futures}) == 14
         assert 0 < gateway.gateway.queue.merged <= 11
+
+
+async def test_a_gateway_with_keys_of_its_own_is_closed_to_others_though_the_trainer_has_none(tmp_path: Path):
+    async with (
+        front_end() as trainer,
+        http_gateway(trainer.address, tmp_path, api_keys=ApiKeys(("alice tml-alice",))) as served,
+    ):
+        for path in ("/api/v1/create_session", "/oai/api/v1/models", "/metrics"):
+            method = "POST" if path.endswith("session") else "GET"
+            for key in ("", "tml-mallory"):
+                refused = await served.http.request(method, path, headers={"x-api-key": key} if key else {}, json={})
+                assert (refused.status_code, "API key" in refused.text) == (401, True), path
+        assert (await served.http.get("/api/v1/healthz")).status_code == 200
+        assert await served.session("tml-alice")

@@ -39,8 +39,26 @@ def caller_of(request: Request) -> Caller:
     return Caller(key)
 
 
+def check_key(gateway: Gateway, caller: Caller) -> None:
+    """Refuses a key that is none of the gateway's own, where it has some: the trainer behind it may have none.
+
+    Raises:
+        Refusal: 401.
+    """
+    api_keys = gateway.settings.api_keys
+    if api_keys is not None and api_keys.required and api_keys.find(caller.key) is None:
+        what = "is not one this gateway knows" if caller.key else "is missing"
+        raise Refusal(401, f"The API key {what}; send it as X-API-Key, or as a Bearer token.", reason="INVALID_API_KEY")
+
+
 def route(
-    path: str, handler: Handler, gateway: Gateway, *, method: str = "POST", on_refusal: OnRefusal = tinker_refusal
+    path: str,
+    handler: Handler,
+    gateway: Gateway,
+    *,
+    method: str = "POST",
+    on_refusal: OnRefusal = tinker_refusal,
+    keyless: bool = False,
 ) -> Route:
     """An endpoint.
 
@@ -50,11 +68,14 @@ def route(
         gateway: Handed to it.
         method: Of HTTP.
         on_refusal: The form of refusals.
+        keyless: Open to everybody: probes have no key.
     """
 
     async def endpoint(request: Request) -> Response:
         try:
             caller = caller_of(request)
+            if not keyless:
+                check_key(gateway, caller)
             gateway.heard(caller)
             answer = await handler(gateway, caller, request)
         except Refusal as exc:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gradwire.errors import GradwireError
 
+from trainer_service.access import ApiKeys
 from trainer_service.gateway.answers import Answers
 from trainer_service.gateway.models import Models
 from trainer_service.gateway.outcomes import Refusal
@@ -40,6 +41,8 @@ class GatewaySettings:
     """Sample calls at once; the trainer's own limit is for all its clients together."""
     max_num_samples: int = 128
     """Samples of one call."""
+    api_keys: ApiKeys | None = None
+    """Keys that open the gateway itself, before the trainer is asked about them; None leaves it to the trainer."""
 
 
 class Gateway:
