@@ -1,11 +1,14 @@
 """One operation as it came, and what tells it from another. Pure."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import xxhash
+from google.protobuf.message import Message
 from gradwire._wire.wire_format import fields
 from gradwire.errors import GradwireError
+from gradwire.v1.datum_pb2 import DatumBatch
 from gradwire.v1.trainer_service_pb2 import TrainRequest
 
 
@@ -71,7 +74,7 @@ class Operation:
         try:
             large = _large_content(self.encoded, kind, content)
             if large is not None:
-                _hash_fields(hashed, large, kind)
+                _hash_fields(hashed, large, type(content))
                 return hashed.digest()
         except ValueError:
             # Unknown fields of a kind we cannot step over; protobuf can.
@@ -80,15 +83,10 @@ class Operation:
         return hashed.digest()
 
 
-_MAPS = {"forward": {7}, "forward_backward": {6}, "batch": {3}}
-"""Map fields: loss_fn_config of the operations, loss_fn_inputs of DatumBatch."""
-_BATCH = 4
-"""Number of the batch field in both operations that have one."""
-
-
 def _large_content(encoded: bytes, kind: str, content: Any) -> memoryview | None:
     """The operation's own bytes, if it is of the forms in which programs send tensors."""
-    if kind != "backward" and not (kind in _MAPS and content.HasField("batch")):
+    batched = "batch" in content.DESCRIPTOR.fields_by_name and content.HasField("batch")
+    if kind != "backward" and not batched:
         return None
     number = TrainRequest.DESCRIPTOR.fields_by_name[kind].number
     found = [inner for field, _, inner in fields(memoryview(encoded)) if field == number]
@@ -96,13 +94,23 @@ def _large_content(encoded: bytes, kind: str, content: Any) -> memoryview | None
     return found[0] if len(found) == 1 else None
 
 
-def _hash_fields(hashed: Any, encoded: memoryview, message: str) -> None:
+@functools.cache
+def _maps_and_batch(message: type[Message]) -> tuple[frozenset[int], int]:
+    """Numbers of a message's map fields, and of its `batch`, 0 where it has none."""
+    found = message.DESCRIPTOR.fields
+    maps = (field.number for field in found if field.message_type and field.message_type.GetOptions().map_entry)
+    batch = message.DESCRIPTOR.fields_by_name.get("batch")
+    return frozenset(maps), batch.number if batch else 0
+
+
+def _hash_fields(hashed: Any, encoded: memoryview, message: type[Message]) -> None:
+    maps, batch = _maps_and_batch(message)
     entries: list[bytes] = []
     for number, whole, inner in fields(encoded):
-        if number in _MAPS.get(message, ()):
+        if number in maps:
             entries.append(xxhash.xxh3_128_digest(whole))
-        elif number == _BATCH and message in ("forward", "forward_backward"):
-            _hash_fields(hashed, inner, "batch")
+        elif number == batch:
+            _hash_fields(hashed, inner, DatumBatch)
         else:
             hashed.update(whole)
     hashed.update(len(entries).to_bytes(4, "little"))
