@@ -30,8 +30,7 @@ from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent, WorkerReady
 
 from trainer_service.config import Limits, TrainerConfig
-from trainer_service.fleet.link import being_executed
-from trainer_service.fleet.worker import Deliver, Reply
+from trainer_service.fleet.worker import Deliver, Died, Reply
 from trainer_service.folders import read_manifest, whole_folder
 from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath, check_checkpoint_name
 from trainer_service.request_limits import check_ttl_seconds
@@ -99,7 +98,8 @@ class FakeWorker:
 
     def submit(self, command: WorkerCommand, deliver: Deliver, *, request: bytes = b"") -> None:
         if self.ready is None:
-            deliver(error("WORKER_NOT_READY", f"The worker is not ready: {self.status_message}.", retry_after_s=0.5))
+            text = f"The worker is not ready: {self.status_message}."
+            deliver(Died(error("WORKER_NOT_READY", text, retry_after_s=0.5)))
             return
         if request:
             command.request.MergeFromString(request)
@@ -136,13 +136,13 @@ class FakeWorker:
             callback(died)
         executing = bool(self._commands)
         for number, deliver in enumerate(self._forget_pending()):
-            deliver(died if number or not executing else being_executed(died))
+            deliver(Died(died, executing=executing and not number))
 
     async def stop(self) -> None:
         self.stopped, self.ready = True, None
         stopped = error("DRAINING", "The trainer stopped before this was done.", retry_after_s=5.0)
-        for number, deliver in enumerate(self._forget_pending()):
-            deliver(stopped if number else being_executed(stopped))
+        for deliver in self._forget_pending():
+            deliver(Died(stopped))
         self._task.cancel()
 
     def _forget_pending(self) -> list[Deliver]:
@@ -216,7 +216,8 @@ class FakeWorker:
         if command.HasField("cancel_sample"):
             sampled = self.sampling.pop(command.cancel_sample.sample_id, None)
             if sampled is not None:
-                sampled(error("CANCELLED", "Given up."))
+                cancelled = WorkerDone(error=to_status(error("CANCELLED", "Given up.")))
+                sampled(Reply(WorkerEvent(done=cancelled), memoryview(b"")))
             send(done=WorkerDone())
             return
         self.sample_owners.append(command.sample.owner)

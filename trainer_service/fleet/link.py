@@ -14,7 +14,7 @@ from gradwire.errors import GradwireError, error
 from gradwire.v1 import worker_service_pb2
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerReady
 
-from trainer_service.fleet.worker import Deliver, Reply
+from trainer_service.fleet.worker import Deliver, Died, Reply
 
 logger = logging.getLogger(__name__)
 
@@ -75,15 +75,15 @@ class Link:
         deliver(reply)
 
     def fail_pending(self, exc: GradwireError, *, executing: int = 0) -> None:
-        """Tells everybody who waits that no answer will come, and whose command was `executing` that it was."""
+        """Tells everybody who waits that no answer comes.
+
+        Args:
+            exc: Why.
+            executing: The command_id that the worker was executing; 0 for none.
+        """
         pending, self._pending = self._pending, {}
         for command_id, deliver in pending.items():
-            deliver(being_executed(exc) if command_id == executing else exc)
-
-
-def being_executed(died: GradwireError) -> GradwireError:
-    """A worker's death, for the command it was executing."""
-    return error(died.reason, died.message, retry_after_s=died.retry_after_s, **died.metadata, executing=True)
+            deliver(Died(exc, executing=command_id == executing))
 
 
 def worker_service_handler(servicer: "WorkerServicer") -> grpc.GenericRpcHandler:

@@ -19,7 +19,7 @@ from trainer_service.executing import executing_command
 from trainer_service.fleet import heartbeat
 from trainer_service.fleet.link import Link, WorkerServicer, worker_service_handler
 from trainer_service.fleet.rank_processes import RankProcesses
-from trainer_service.fleet.worker import Deliver
+from trainer_service.fleet.worker import Deliver, Died
 from trainer_service.fleet.worker_socket import WorkerSocket
 
 logger = logging.getLogger(__name__)
@@ -137,9 +137,10 @@ class WorkerSupervisor:
 
     def submit(self, command: WorkerCommand, deliver: Deliver, *, request: bytes = b"") -> None:
         if self._stopping:
-            deliver(_stopped())
+            deliver(Died(_stopped()))
         elif self._link is None or self._link.ready is None:
-            deliver(error("WORKER_NOT_READY", f"The worker is not ready: {self.status_message}.", retry_after_s=0.5))
+            text = f"The worker is not ready: {self.status_message}."
+            deliver(Died(error("WORKER_NOT_READY", text, retry_after_s=0.5)))
         else:
             self._link.submit(command, deliver, request=request)
 

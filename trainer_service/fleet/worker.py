@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from gradwire.errors import GradwireError
+from gradwire.errors import GradwireError, UnavailableError
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerReady
 
 
@@ -17,9 +17,28 @@ class Reply:
     """The event's `response` as the worker encoded it; empty where it has none."""
 
 
-Deliver = Callable[[Reply | GradwireError], None]
-"""Called with the answer to a command, or with why none will come; that is the last call, and before it come the tokens
-of a sample command."""
+class Died(UnavailableError):
+    """A command gets no answer: the worker died first, there is none, or the trainer stops.
+
+    Args:
+        cause: Says which, in words for whoever asked.
+        executing: Whether the worker died while it executed this very command.
+    """
+
+    def __init__(self, cause: GradwireError, *, executing: bool = False) -> None:
+        super().__init__(
+            cause.message,
+            reason=cause.reason,
+            metadata=cause.metadata,
+            retry_after_s=cause.retry_after_s,
+            code=cause.code,
+        )
+        self.executing = executing
+
+
+Deliver = Callable[[Reply | Died], None]
+"""Gets the answer to a command, or why there is none. That is the last call; the tokens of a sample command come before
+it."""
 
 
 class Worker(Protocol):
@@ -57,8 +76,8 @@ class Worker(Protocol):
         Args:
             command: What to do.
             request: For an operation, an encoded TrainRequest to stand as `command.request`, which is then absent.
-            deliver: Gets WORKER_DIED when the worker dies first, with metadata `executing` if it died while it executed
-                this very command; WORKER_NOT_READY when there is none.
+            deliver: Gets Died where no answer comes: WORKER_DIED when the worker dies first, WORKER_NOT_READY when
+                there is none.
         """
         ...
 

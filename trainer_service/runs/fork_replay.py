@@ -7,14 +7,15 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradwire.errors import GradwireError, invalid_field
+from gradwire.errors import invalid_field
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainResponse
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDeleteRun, WorkerSnapshotRun
 
-from trainer_service.fleet.worker import Reply, Worker
+from trainer_service.fleet.calls import call, send
+from trainer_service.fleet.worker import Died, Reply, Worker
 from trainer_service.runs import journal
 from trainer_service.runs.journal import Row
-from trainer_service.runs.recovery import Source, command, load, operation, replay_of, restore, rows
+from trainer_service.runs.recovery import Source, load, replay_of, restore, rows
 from trainer_service.runs.snapshots import snapshot_folder
 
 _AHEAD = 32
@@ -114,7 +115,7 @@ async def fork(
     """
     await restore(worker, source_run_id, request, source, up_to=seq_id, as_run=run_id)
     first = WorkerSnapshotRun(folder=str(snapshot_folder(folder, 0)))
-    await command(worker, WorkerCommand(run_id=run_id, snapshot_run=first))
+    await call(worker, WorkerCommand(run_id=run_id, snapshot_run=first))
 
 
 async def replay(
@@ -143,13 +144,13 @@ async def replay(
 
 async def _compare(worker: Worker, folder: Path, after: int, *, up_to: int, as_run: str) -> Replayed:
     compared = not_compared = step = 0
-    ahead: deque[tuple[Row, asyncio.Future[Reply | GradwireError]]] = deque()
+    ahead: deque[tuple[Row, asyncio.Future[Reply | Died]]] = deque()
 
     async def oldest() -> Difference | None:
         nonlocal compared, step
         row, future = ahead.popleft()
         outcome = await future
-        if isinstance(outcome, GradwireError):
+        if isinstance(outcome, Died):
             raise outcome
         if row.reason:
             return None
@@ -167,9 +168,10 @@ async def _compare(worker: Worker, folder: Path, after: int, *, up_to: int, as_r
         if skipped:
             continue
         # What failed is not executed; whatever else it is, it is, if it changed nothing too.
-        sent = replay_of(as_run, row) if row.reason else (WorkerCommand(run_id=as_run), row.request)
-        if sent is not None:
-            ahead.append((row, operation(worker, *sent)))
+        again = replay_of(as_run, row) if row.reason else (WorkerCommand(run_id=as_run), row.request)
+        if again is not None:
+            command, encoded = again
+            ahead.append((row, send(worker, command, request=encoded)))
         while len(ahead) > _AHEAD:
             if (difference := await oldest()) is not None:
                 return Replayed(after, compared, not_compared, difference)

@@ -5,6 +5,7 @@ had not done is sent again in order, and whoever waits for an answer waits a lit
 """
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
 import time
@@ -16,15 +17,15 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainResponse
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDeleteRun, WorkerDropGraphs
 
 from trainer_service.config import SnapshotPolicy
-from trainer_service.fleet.worker import Reply, Worker
+from trainer_service.fleet.calls import call
+from trainer_service.fleet.worker import Died, Reply, Worker
 from trainer_service.folders import settle
 from trainer_service.runs.disk import has_no_room
 from trainer_service.runs.journal import NO_DEATHS, Record
 from trainer_service.runs.journal_writer import Journal
-from trainer_service.runs.recovery import DIED, NO_ROOM, command, fail_command, find_source, restore
+from trainer_service.runs.recovery import NO_ROOM, fail_command, find_source, restore
 from trainer_service.runs.sequence import Entry
-from trainer_service.runs.snapshots import list_snapshots
-from trainer_service.runs.snapshotter import Snapshotter
+from trainer_service.runs.snapshots import Snapshotter, list_snapshots
 
 logger = logging.getLogger(__name__)
 
@@ -219,12 +220,9 @@ class Placement:
         if self._restoring is not None:
             self._restoring.cancel()
         if known:
-            try:
-                await command(self._worker, WorkerCommand(run_id=self._run_id, delete_run=WorkerDeleteRun()))
-            except GradwireError as exc:
-                # When the worker dies instead, the run's memory is free all the same.
-                if exc.reason not in DIED:
-                    raise
+            # Where the worker dies instead, the run's memory is free all the same.
+            with contextlib.suppress(Died):
+                await call(self._worker, WorkerCommand(run_id=self._run_id, delete_run=WorkerDeleteRun()))
         self._give_up(gone)
 
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -241,10 +239,10 @@ class Placement:
         )
         self._snapshotter.sent(entry.kind, entry.seq_id)
 
-    def _delivered(self, entry: Entry, outcome: Reply | GradwireError) -> None:
-        if isinstance(outcome, GradwireError):
-            # It stays undone. Held against it is only a death during its own execution, not the end of a trainer.
-            if "executing" not in outcome.metadata or outcome.reason == "DRAINING":
+    def _delivered(self, entry: Entry, outcome: Reply | Died) -> None:
+        if isinstance(outcome, Died):
+            # It stays undone. Held against it is only a death during its own execution.
+            if not outcome.executing:
                 entry.attempts -= 1
         elif self._undone.pop(entry.seq_id, None) is not None:
             self._owner.done(entry, outcome.event.response, bytes(outcome.encoded_response))
@@ -256,8 +254,8 @@ class Placement:
             self._undone.pop(seq_id, None)
             return
 
-        def delivered(outcome: Reply | GradwireError) -> None:
-            if not isinstance(outcome, GradwireError):
+        def delivered(outcome: Reply | Died) -> None:
+            if not isinstance(outcome, Died):
                 self._undone.pop(seq_id, None)
 
         self._worker.submit(sent, delivered)
@@ -351,8 +349,8 @@ class Placement:
             self.not_before_s = time.monotonic() + _MEMORY_RETRY_S
             self._no_room(exc)
             return
-        if isinstance(exc, GradwireError) and exc.reason in DIED:
-            self._replay_deaths += "executing" in exc.metadata
+        if isinstance(exc, Died):
+            self._replay_deaths += exc.executing
             if self._replay_deaths < MAX_DEATHS:
                 self.wake()
                 return

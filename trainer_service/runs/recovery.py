@@ -17,17 +17,16 @@ from gradwire.errors import GradwireError, error, from_status
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerFailOperation
 
-from trainer_service.fleet.worker import Reply, Worker
+from trainer_service.fleet.calls import call, send
+from trainer_service.fleet.worker import Died, Reply, Worker
 from trainer_service.runs import journal
 from trainer_service.runs.journal import Row
 from trainer_service.runs.snapshots import Snapshot, list_snapshots
 
 logger = logging.getLogger(__name__)
 
-DIED = ("WORKER_DIED", "WORKER_NOT_READY", "DRAINING")
-"""Reasons that say there was no worker to answer."""
 NO_ROOM = ("LIMIT_EXCEEDED", "DEVICE_OUT_OF_MEMORY")
-"""Reasons that say there was no room on it, as there may be in a moment."""
+"""Reasons that say that the worker has no room; it may have some in a moment."""
 
 _AHEAD = 32
 """Operations replayed and not yet answered: enough to keep the device busy, few enough to bound memory."""
@@ -78,24 +77,6 @@ class Restored:
     """Whether a load_state was among them, whose checkpoint may be gone the next time."""
 
 
-def command(worker: Worker, sent: WorkerCommand) -> "asyncio.Future[Reply]":
-    """Sends a command that is no operation, at once. The future raises the worker's error, or why no answer came."""
-    future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-
-    def deliver(outcome: Reply | GradwireError) -> None:
-        if future.done():
-            return
-        if isinstance(outcome, GradwireError):
-            future.set_exception(outcome)
-        elif outcome.event.done.HasField("error"):
-            future.set_exception(from_status(outcome.event.done.error))
-        else:
-            future.set_result(outcome)
-
-    worker.submit(sent, deliver)
-    return future
-
-
 def fail_command(run_id: str, request: TrainRequest, *, seq_id: int, kind: str, reason: str) -> WorkerCommand | None:
     """The command that does what an operation's failure did; None if it did nothing."""
     # A cancel that could not be written down must not let a step go through without the loss it was of.
@@ -136,39 +117,29 @@ async def restore(
         as_run: Under which name; "" under its own.
 
     Raises:
-        GradwireError: RUN_LOST: there is nothing to start from. One of DIED: no worker. One of NO_ROOM: the worker may
-            hold half of it. The worker's own.
+        Died: There is no worker any more.
+        GradwireError: RUN_LOST: there is nothing to start from. One of NO_ROOM: the worker may hold half of the run.
+            Whatever else the worker answers with.
     """
     as_run = as_run or run_id
     start_s = time.monotonic()
     snapshot_seq_id = await load(worker, as_run, request, source, up_to=up_to)
     loaded_s = time.monotonic()
     replayed, loaded = 0, False
-    ahead: deque[asyncio.Future[Reply | GradwireError]] = deque()
+    ahead: deque[asyncio.Future[Reply | Died]] = deque()
     async for row in rows(source.folder, snapshot_seq_id, up_to=up_to):
-        sent = replay_of(as_run, row)
-        if sent is None:
+        again = replay_of(as_run, row)
+        if again is None:
             continue
+        command, encoded = again
         replayed += 1
         loaded = loaded or row.kind == "load_state"
-        ahead.append(operation(worker, *sent))
+        ahead.append(send(worker, command, request=encoded))
         while len(ahead) > _AHEAD:
             _check(await ahead.popleft(), as_run)
     while ahead:
         _check(await ahead.popleft(), as_run)
     return Restored(snapshot_seq_id, replayed, loaded_s - start_s, time.monotonic() - loaded_s, loaded)
-
-
-def operation(worker: Worker, sent: WorkerCommand, request: bytes) -> "asyncio.Future[Reply | GradwireError]":
-    """Sends an operation, or what stands for one, at once; its outcome, as a value, since nobody may look."""
-    future: asyncio.Future[Reply | GradwireError] = asyncio.get_running_loop().create_future()
-
-    def deliver(outcome: Reply | GradwireError) -> None:
-        if not future.done():
-            future.set_result(outcome)
-
-    worker.submit(sent, deliver, request=request)
-    return future
 
 
 async def rows(folder: Path, after: int, *, up_to: int) -> AsyncIterator[Row]:
@@ -188,9 +159,11 @@ async def load(worker: Worker, run_id: str, request: CreateRunRequest, source: S
             continue
         made = WorkerCreateRun(request=request, snapshot_folder=str(snapshot.folder))
         try:
-            await command(worker, WorkerCommand(run_id=run_id, create_run=made))
+            await call(worker, WorkerCommand(run_id=run_id, create_run=made))
+        except Died:
+            raise
         except GradwireError as exc:
-            if exc.reason in (*DIED, *NO_ROOM):
+            if exc.reason in NO_ROOM:
                 raise
             logger.error("Skipping a snapshot.", extra={"fields": {"folder": snapshot.folder, "why": exc.message}})
             failures.append(f"{snapshot.folder.name}: {exc.message}")
@@ -204,13 +177,13 @@ async def load(worker: Worker, run_id: str, request: CreateRunRequest, source: S
             "to the base model. Load a checkpoint into a new run.",
             run_id=run_id,
         )
-    await command(worker, WorkerCommand(run_id=run_id, create_run=WorkerCreateRun(request=request)))
+    await call(worker, WorkerCommand(run_id=run_id, create_run=WorkerCreateRun(request=request)))
     return 0
 
 
-def _check(outcome: Reply | GradwireError, run_id: str) -> None:
+def _check(outcome: Reply | Died, run_id: str) -> None:
     """Raises where no answer came, and where what succeeded once fails now: the state would be another one."""
-    if isinstance(outcome, GradwireError):
+    if isinstance(outcome, Died):
         raise outcome
     event = outcome.event
     failed = event.response.error if event.HasField("response") else event.done.error

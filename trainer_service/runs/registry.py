@@ -18,6 +18,7 @@ from trainer_service.adapter_folders import adapter_folder, adapter_rank, is_che
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Durability, Limits
+from trainer_service.fleet.calls import call
 from trainer_service.fleet.worker import Worker
 from trainer_service.runs import fork_replay
 from trainer_service.runs.capacity import Capacity
@@ -26,7 +27,7 @@ from trainer_service.runs.fork_replay import Replayed
 from trainer_service.runs.journal import Record
 from trainer_service.runs.journal_writer import JournalWriter
 from trainer_service.runs.operation import Operation
-from trainer_service.runs.recovery import Source, command, find_source
+from trainer_service.runs.recovery import Source, find_source
 from trainer_service.runs.run import Observe, Run, RunSettings
 from trainer_service.runs.store import RunStore, StoredRun
 from trainer_service.served_model import ServedModel
@@ -274,8 +275,8 @@ class Runs:
             await self.store.write_down(record, adapter)
             try:
                 await self.store.publish(record.run_id)
-                sent = WorkerCommand(run_id=record.run_id, create_run=WorkerCreateRun(request=request))
-                await command(self._worker, sent)
+                make = WorkerCommand(run_id=record.run_id, create_run=WorkerCreateRun(request=request))
+                await call(self._worker, make)
             except GradwireError as exc:
                 if exc.reason != "WORKER_DIED":
                     await self.store.remove(record.run_id)

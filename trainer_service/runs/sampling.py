@@ -19,6 +19,7 @@ from gradwire.v1.worker_service_pb2 import (
 from trainer_service.access import current_caller
 from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Limits
+from trainer_service.fleet.calls import call
 from trainer_service.fleet.worker import Reply, Worker
 from trainer_service.paths import SNAPSHOTS, SamplerPath
 from trainer_service.request_limits import check_lease_ms, prompt_too_long
@@ -93,7 +94,7 @@ class Sampling:
         """
         check_lease_ms(lease_ms)
         await self._check(sampler)
-        await self._command(WorkerCommand(open_sampler=WorkerOpenSampler(sampler=sampler, lease_ms=lease_ms)))
+        await call(self._worker, WorkerCommand(open_sampler=WorkerOpenSampler(sampler=sampler, lease_ms=lease_ms)))
 
     async def close(self, sampler: pb.Sampler) -> None:
         """Frees a snapshot; anything else is passed over.
@@ -102,7 +103,7 @@ class Sampling:
             GradwireError: As sample.
         """
         await self._check(sampler, fetch=False)
-        await self._command(WorkerCommand(close_sampler=WorkerCloseSampler(sampler=sampler)))
+        await call(self._worker, WorkerCommand(close_sampler=WorkerCloseSampler(sampler=sampler)))
 
     def _refuse_too_many(self, owner: str) -> None:
         """Bounds the requests under way, but so that nobody's keep all of another's out."""
@@ -136,11 +137,6 @@ class Sampling:
             await self._transfers.fetch(sampler.model_path, recent=recent)
         else:
             await self._transfers.find(sampler.model_path, recent=True)
-
-    async def _command(self, command: WorkerCommand) -> None:
-        future: asyncio.Future[Reply | GradwireError] = asyncio.get_running_loop().create_future()
-        self._worker.submit(command, lambda outcome: None if future.done() else future.set_result(outcome))
-        _raise_failure(await future)
 
 
 def _is_sampled(outcome: Reply | GradwireError) -> TypeGuard[Reply]:

@@ -29,6 +29,7 @@ from trainer_service.fleet import heartbeat
 from trainer_service.fleet import supervisor as supervisor_module
 from trainer_service.fleet.rank_processes import RankProcesses
 from trainer_service.fleet.supervisor import WorkerSettings, WorkerSupervisor
+from trainer_service.fleet.worker import Died
 
 SETTINGS = WorkerSettings(
     base_model="fake", checkpoint_dir=Path("unused"), max_context_length=0, max_message_bytes=1 << 20
@@ -110,22 +111,24 @@ async def test_a_killed_worker_is_noticed_at_once_and_a_fresh_one_started():
         assert isinstance(died, UnavailableError)
         assert "signal SIGKILL" in died.message
         assert [death.message for death in deaths] == [died.message]
-        assert died.metadata == {"executing": "True"}
+        assert isinstance(died, Died)
+        assert died.executing
+        assert died.metadata == {}
         assert await ready(supervisor) != pid
         assert (await submit(supervisor)).event.response.optim_step.step == 1
         assert supervisor.counters["gradwire_worker_restarts_total"] == 1
 
 
-@pytest.mark.parametrize(("behaviour", "executing"), [("hangs", ["True", None]), ("hangs-in-sampling", [None, None])])
+@pytest.mark.parametrize(("behaviour", "executing"), [("hangs", [True, False]), ("hangs-in-sampling", [False, False])])
 async def test_a_death_is_held_against_the_command_that_was_executing_and_no_other(
-    behaviour: str, executing: list[str | None]
+    behaviour: str, executing: list[bool]
 ):
     async with supervised(behaves(behaviour, "work")) as supervisor:
         pid = await ready(supervisor)
         pending = [submit(supervisor), submit(supervisor)]
         await asyncio.sleep(0.3)
         os.kill(pid, signal.SIGKILL)
-        assert [died.metadata.get("executing") for died in await asyncio.gather(*pending)] == executing
+        assert [died.executing for died in await asyncio.gather(*pending)] == executing
 
 
 async def test_a_worker_that_exits_is_quoted():
@@ -225,7 +228,9 @@ async def test_a_worker_that_is_stopped_is_told_apart_from_a_busy_one_and_replac
         assert supervisor.counters["gradwire_worker_silent_seconds"] >= 3
         died = await asyncio.wait_for(pending, 60)
         assert died.reason == "WORKER_DIED"
-        assert died.metadata == {"executing": "True"}
+        assert isinstance(died, Died)
+        assert died.executing
+        assert died.metadata == {}
         assert "sent nothing for 4 s (stopped, or hanging) and was killed" in died.message
         assert await ready(supervisor, timeout_s=60) != pid
         assert wait_gone([pid]) == []
@@ -336,7 +341,7 @@ async def test_stop_ends_the_worker_and_answers_what_is_pending():
         await asyncio.sleep(0.05)
     stopped = await pending
     assert stopped.reason == "DRAINING"
-    assert "executing" not in stopped.metadata
+    assert not stopped.executing
     assert (await submit(supervisor)).reason == "DRAINING"
     assert wait_gone([pid], timeout_s=2) == []
 

@@ -12,7 +12,7 @@ from tests.fakes import FakeWorker
 from tests.unit.runs.test_forks import a_worker, load
 from tests.unit.runs.test_recovery import EVERY_2_STEPS, operations, settled, step, trainer
 from trainer_service.paths import STATE, CheckpointPath
-from trainer_service.runs import snapshotter
+from trainer_service.runs import snapshots as snapshots_module
 from trainer_service.runs.run import Run
 from trainer_service.runs.snapshots import list_snapshots, prune_snapshots
 
@@ -97,7 +97,7 @@ async def test_none_is_taken_of_a_run_that_is_being_restored(tmp_path: Path, mon
             asyncio.run_coroutine_threadsafe(clearing.wait(), loop).result(5)
         return prune_snapshots(folder, verified_seq_id=verified_seq_id, keep_everything=keep_everything)
 
-    monkeypatch.setattr(snapshotter, "prune_snapshots", prune)
+    monkeypatch.setattr(snapshots_module, "prune_snapshots", prune)
     worker = a_worker(tmp_path)
     path = worker.save(SAVED, step=1000)
     async with trainer(tmp_path / "runs", worker, durability=EVERY_2_STEPS) as runs:
