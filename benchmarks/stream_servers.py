@@ -110,7 +110,7 @@ class AnsweringWorker:
 async def front_end() -> None:
     """The trainer's front end as it is, over a worker without a model."""
     from trainer_service.config import TrainerConfig
-    from trainer_service.rpc.server import TrainerServer
+    from trainer_service.trainer import TrainerServer
 
     worker = AnsweringWorker()
     with tempfile.TemporaryDirectory() as folder:

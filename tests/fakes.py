@@ -34,7 +34,7 @@ from trainer_service.fleet.worker import Deliver, Died, Reply
 from trainer_service.folders import read_manifest, whole_folder
 from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath, check_checkpoint_name
 from trainer_service.request_limits import check_ttl_seconds
-from trainer_service.rpc.server import TrainerServer
+from trainer_service.trainer import TrainerServer
 from trainer_service.user_metadata import check_user_metadata
 
 READY = WorkerReady(

@@ -59,9 +59,9 @@ def running_jobs(
 
 def main() -> int:
     from trainer_service.config import JobsConfig, ServerTls, read_api_keys
+    from trainer_service.control_plane import serve_jobs
     from trainer_service.jobs.local import LocalJobs
     from trainer_service.observability import configure_logging
-    from trainer_service.rpc.jobs_server import serve_jobs
 
     configure_logging(as_json=False)
     ready_file, data_dir, text = sys.argv[1:]

@@ -29,7 +29,10 @@ GROUND = {
     "user_metadata",
 }
 """Imported by all; import only each other."""
+ROOF = {"trainer": {"rpc", "runs", "fleet", "checkpoints"}, "control_plane": {"rpc", "jobs"}}
+"""What builds a whole server, and the rooms it builds it of; __main__ alone imports it."""
 DOORS = {
+    **ROOF,
     "rpc": {"runs", "fleet", "jobs", "checkpoints"},
     "page": {"runs", "fleet", "checkpoints"},
     "runs": {"fleet", "checkpoints"},
@@ -92,7 +95,7 @@ def server_files() -> list[Path]:
 
 
 def room_of(file: Path) -> str:
-    """ "rpc" for trainer_service/rpc/server.py, "config" for trainer_service/config.py."""
+    """ "rpc" for trainer_service/trainer.py, "config" for trainer_service/config.py."""
     return file.relative_to(SERVER).parts[0].removesuffix(".py")
 
 
@@ -135,6 +138,17 @@ def test_the_engine_is_built_from_the_ground_up():
             for line, name in imports(file)
             if within(name, {"trainer_service.engine"}) and name.split(".")[2] not in below
         ]
+    assert wrong == []
+
+
+def test_only_the_wirer_imports_the_roof():
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line} imports {name}"
+        for file in server_files()
+        if room_of(file) not in ("__main__", *ROOF)
+        for line, name in imports(file)
+        if within(name, {f"trainer_service.{roof}" for roof in ROOF})
+    ]
     assert wrong == []
 
 
@@ -205,8 +219,8 @@ def test_import_gradwire_is_light():
     "module",
     [
         "trainer_service.__main__",
-        "trainer_service.rpc.server",
-        "trainer_service.rpc.jobs_server",
+        "trainer_service.trainer",
+        "trainer_service.control_plane",
         "trainer_service.page.server",
         "trainer_service.runs.registry",
         "trainer_service.fleet.supervisor",

@@ -15,7 +15,7 @@ from trainer_service.observability import configure_logging
 if TYPE_CHECKING:
     from trainer_service.fleet.worker import Worker
     from trainer_service.page.server import PageServer
-    from trainer_service.rpc.server import TrainerServer
+    from trainer_service.trainer import TrainerServer
 
 
 def main() -> int:
@@ -42,8 +42,8 @@ def main() -> int:
 
 async def _trainer(args: argparse.Namespace) -> int:
     from trainer_service.fleet.supervisor import WorkerSettings, WorkerSupervisor
-    from trainer_service.processes import parent_gone, write_ready_file
-    from trainer_service.rpc.server import TrainerServer, wait_for_signal
+    from trainer_service.processes import parent_gone, wait_for_signal, write_ready_file
+    from trainer_service.trainer import TrainerServer
 
     config.check_base_model(args.base_model)
     _check_storage_url(args.storage_url)
@@ -188,7 +188,7 @@ def _durability(args: argparse.Namespace) -> config.Durability:
 
 
 async def _jobs(args: argparse.Namespace) -> int:
-    from trainer_service.rpc.jobs_server import serve_jobs
+    from trainer_service.control_plane import serve_jobs
 
     # Told now, rather than by the first trainer.
     _check_storage_url(args.storage_url)

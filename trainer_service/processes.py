@@ -152,6 +152,19 @@ def _stat(pid: int) -> list[str]:
         return []
 
 
+async def wait_for_signal() -> None:
+    """Returns at the first SIGTERM or SIGINT; a second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, asked.set)
+    await asked.wait()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(ValueError):
+            loop.remove_signal_handler(sig)
+            signal.signal(sig, signal.SIG_DFL)
+
+
 async def parent_gone() -> None:
     """Returns when the program that started this one is gone, or closed our stdin to say that we should go."""
     loop = asyncio.get_running_loop()

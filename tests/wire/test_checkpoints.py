@@ -82,7 +82,7 @@ async def test_checkpoints_outlive_their_run_and_the_trainer(tmp_path: Path):
 
 
 async def test_a_time_to_live_ends_a_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr("trainer_service.rpc.server._SWEEP_INTERVAL_S", 0.05)
+    monkeypatch.setattr("trainer_service.trainer._SWEEP_INTERVAL_S", 0.05)
     async with front_end(data_dir=tmp_path) as trainer:
         path = await save(trainer)
         await trainer.checkpoints.SetCheckpointTtl(pb.SetCheckpointTtlRequest(path=path, ttl_seconds=1))
@@ -196,7 +196,7 @@ async def test_a_save_is_answered_once_it_is_stored_and_another_trainer_loads_it
 async def test_a_store_out_of_reach_fails_the_save_which_is_made_up_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("trainer_service.rpc.server._SWEEP_INTERVAL_S", 0.05)
+    monkeypatch.setattr("trainer_service.trainer._SWEEP_INTERVAL_S", 0.05)
     url = f"memory://{uuid.uuid4().hex}"
 
     def unreachable(*_: object, **__: object) -> None:

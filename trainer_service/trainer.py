@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import signal
 from collections.abc import Coroutine
 from typing import Any
 
@@ -207,16 +206,3 @@ class TrainerServer:
 def _descriptors_reserved(config: TrainerConfig) -> int:
     """Those kept for what is no client's connection: the trainer, lock, journal and snapshot of its runs, pages."""
     return 64 + 12 * config.limits.max_runs + (PAGE_CONNECTIONS if config.page_listen is not None else 0)
-
-
-async def wait_for_signal() -> None:
-    """Returns at the first SIGTERM or SIGINT; a second one ends the process at once."""
-    loop = asyncio.get_running_loop()
-    asked = asyncio.Event()
-    for sig in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(sig, asked.set)
-    await asked.wait()
-    for sig in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(ValueError):
-            loop.remove_signal_handler(sig)
-            signal.signal(sig, signal.SIG_DFL)

@@ -16,10 +16,9 @@ from trainer_service.config import JobsConfig, listens_on_loopback
 from trainer_service.jobs.owned import OwnedJobs
 from trainer_service.jobs.trainer_job import TrainerJobs
 from trainer_service.observability import Metrics
-from trainer_service.processes import parent_gone, write_ready_file
+from trainer_service.processes import parent_gone, wait_for_signal, write_ready_file
 from trainer_service.rpc.border import Border
 from trainer_service.rpc.ports import open_port, serve_health
-from trainer_service.rpc.server import wait_for_signal
 from trainer_service.rpc.trainer_job_servicer import TrainerJobServicer
 from trainer_service.rpc.transport import server_options
 
