@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 _MARK = re.compile(
     r"^<!-- setup\n(?P<setup>.*?)^-->$"
-    r"|^<!-- run by (?P<test>[\w./]+?)(?:::\S+)? -->\n+(?P<marked>```.*?^```$)"
+    r"|^<!-- run by (?P<test>[\w./]+)(?:::\S+|, [^>]*?)? -->\n+(?P<marked>```.*?^```$)"
     r"|^```(?P<language>\w*)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )

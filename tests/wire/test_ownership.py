@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import message_factory
 from gradwire.errors import GradwireError
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb
@@ -46,8 +47,7 @@ def calls_that_name_a_run() -> list[tuple[str, Any]]:
     found = []
     for method in methods:
         if "run_id" in method.input_type.fields_by_name:
-            module = pb if hasattr(pb, method.input_type.name) else ops
-            found.append((method.name, getattr(module, method.input_type.name)))
+            found.append((method.name, message_factory.GetMessageClass(method.input_type)))
     return found
 
 
