@@ -209,7 +209,8 @@ def attempt(probe: Callable[[World], Any], world: World) -> str:
     try:
         probe(world)
     except Exception as exc:
-        text = str(exc)
+        # The SDK adds which request it was of.
+        text = str(exc).partition(" for self.request_id=")[0]
         if NOT_SERVED not in text:
             raise
         instead = text.partition(NOT_SERVED)[2]

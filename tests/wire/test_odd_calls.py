@@ -11,6 +11,7 @@ from gradwire._wire.codec import batch_message, tensor_message
 from gradwire.errors import from_rpc_error
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb
+from gradwire.v1.run_metrics_pb2 import GetMetricsRequest
 
 from tests.engines import make_batch
 from tests.fakes import front_end
@@ -50,6 +51,8 @@ def good_requests(run_id: str) -> list[Any]:
         ops.LoadStateRequest(**about, path=f"gradwire://{run_id}/state/a", with_optimizer=True),
         pb.ForkRunRequest(run_id=run_id, step=0, request_id=USED["request_id"], display_name="b"),
         pb.ReplayRunRequest(run_id=run_id),
+        pb.GetAnswerRequest(run_id=run_id, seq_id=2, timeout_ms=1),
+        GetMetricsRequest(run_id=run_id),
     ]
 
 

@@ -120,7 +120,9 @@ def test_a_worker_says_what_it_begins_and_of_a_long_load_that_it_gets_on(
     parser = argparse.ArgumentParser()
     EngineSettings.add_arguments(parser)
     arguments = parser.parse_args([])
-    vars(arguments).update(base_model="m", checkpoint_dir=tmp_path, loss_module="", max_context_length=0)
+    vars(arguments).update(
+        base_model="m", served_model_name="", checkpoint_dir=tmp_path, loss_module="", max_context_length=0
+    )
     trainer: Any = Trainer()
     assert worker._load(arguments, Ranks.from_environment(), Limits(), trainer) == "engine"
     assert said[:2] == ["importing torch and transformers", "looking for a device"]
