@@ -28,8 +28,9 @@ def train(service: ServiceClient, client_number: int, everybody: threading.Barri
     losses = []
     for _ in range(3):
         future = client.forward_backward(batch(client_number % NUM_KINDS), "cross_entropy")
-        client.optim_step(AdamParams(learning_rate=1e-2))
+        stepped = client.optim_step(AdamParams(learning_rate=1e-2))
         losses.append(future.result(120).metrics["loss:sum"])
+        stepped.result(120)
     everybody.wait(120)
     return client.run_id, losses
 
