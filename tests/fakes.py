@@ -276,7 +276,7 @@ class FakeWorker:
                 path = self.save(CheckpointPath(run_id, STATE, save.name), **_label(save))
                 return TrainResponse(save_state=ops.SaveStateResponse(path=path))
             case "save_weights_for_sampler" if request.save_weights_for_sampler.ephemeral:
-                path = f"gradwire://{run_id}/snapshots/{request.seq_id}"
+                path = f"gradwire://{run_id}/frozen_weights/{request.seq_id}"
                 return TrainResponse(save_weights_for_sampler=ops.SaveWeightsForSamplerResponse(path=path))
             case "save_weights_for_sampler" if self.checkpoint_dir is not None:
                 save = request.save_weights_for_sampler

@@ -180,9 +180,9 @@ def test_what_the_context_has_no_room_for_is_not_generated(base: SamplingClient)
     assert [(len(one.tokens), one.stop_reason) for one in response.sequences] == [(4, "length")] * 2
 
 
-def test_a_snapshot_held_open_makes_no_room_and_a_fifth_is_refused_until_one_is_closed(client: TrainingClient):
+def test_frozen_weights_held_open_make_no_room_and_a_fifth_is_refused_until_one_is_closed(client: TrainingClient):
     clients = [client.save_weights_and_get_sampling_client() for _ in range(4)]
-    with pytest.raises(ResourceExhaustedError, match="4 snapshots that clients hold open") as refused:
+    with pytest.raises(ResourceExhaustedError, match="4 sets of frozen weights that clients hold open") as refused:
         client.save_weights_and_get_sampling_client().result(30)
     assert refused.value.reason == "LIMIT_EXCEEDED"
     assert len({tuple(greedy(each)) for each in clients}) == 1
@@ -198,7 +198,9 @@ def test_a_snapshot_held_open_makes_no_room_and_a_fifth_is_refused_until_one_is_
     assert greedy(clients[3]) == greedy(clients[0])
 
 
-def test_a_closed_client_lets_its_snapshot_go_and_so_does_a_deleted_run(service: ServiceClient, client: TrainingClient):
+def test_a_closed_client_and_a_deleted_run_let_frozen_weights_go(
+    service: ServiceClient, client: TrainingClient
+):
     sampler = client.save_weights_and_get_sampling_client()
     path = sampler.model_path
     other = service.create_sampling_client(path)

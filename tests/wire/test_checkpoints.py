@@ -232,10 +232,10 @@ async def test_snapshots_in_the_workers_memory_are_not_for_the_store(tmp_path: P
     async with front_end(data_dir=tmp_path, storage_url=f"memory://{uuid.uuid4().hex}") as trainer:
         stream = await trainer.attach(await trainer.create_run())
         await stream.send(1, save_weights_for_sampler={"ephemeral": True})
-        assert (await stream.receive()).save_weights_for_sampler.path.endswith("/snapshots/1")
+        assert (await stream.receive()).save_weights_for_sampler.path.endswith("/frozen_weights/1")
         run_id = await trainer.create_run()
         request = ops.SaveWeightsForSamplerRequest(run_id=run_id, ephemeral=True)
-        assert (await trainer.stub.SaveWeightsForSampler(request)).path.endswith("/snapshots/1")
+        assert (await trainer.stub.SaveWeightsForSampler(request)).path.endswith("/frozen_weights/1")
 
 
 async def test_a_disk_that_takes_no_fetch_fails_the_load_alone(tmp_path: Path):
