@@ -63,8 +63,8 @@ class SamplingClient(RefusesTinkerNames):
 
     It can be pickled, once its sampler is there (pickling waits for that): the copy in another process has a connection
     of its own to the same sampler. Frozen weights live as long as the client they were made with, so keep that one. The
-    API key goes along only in the arguments of a process that multiprocessing starts ("spawn" or "forkserver"), over its
-    private pipe; no other pickle holds it, and who unpickles one takes GRADWIRE_API_KEY from the environment.
+    API key goes along only in the arguments of a process that multiprocessing starts ("spawn" or "forkserver"), over
+    its private pipe; no other pickle holds it, and who unpickles one takes GRADWIRE_API_KEY from the environment.
 
     Args:
         connection: To the trainer.

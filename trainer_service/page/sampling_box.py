@@ -89,8 +89,8 @@ class SamplingBox:
         if run.attachment is not None:
             raise error(
                 "RUN_ATTACHED",
-                f"A client is attached to {run_id}, and freezing its weights from elsewhere would cut into its order. Sample "
-                "one of its checkpoints, or wait until the client leaves.",
+                f"A client is attached to {run_id}, and freezing its weights from elsewhere would cut into its order. "
+                "Sample one of its checkpoints, or wait until the client leaves.",
                 run_id=run_id,
             )
         save = ops.SaveWeightsForSamplerRequest(ephemeral=True)
