@@ -198,9 +198,7 @@ def test_frozen_weights_held_open_make_no_room_and_a_fifth_is_refused_until_one_
     assert greedy(clients[3]) == greedy(clients[0])
 
 
-def test_a_closed_client_and_a_deleted_run_let_frozen_weights_go(
-    service: ServiceClient, client: TrainingClient
-):
+def test_a_closed_client_and_a_deleted_run_let_frozen_weights_go(service: ServiceClient, client: TrainingClient):
     sampler = client.save_weights_and_get_sampling_client()
     path = sampler.model_path
     other = service.create_sampling_client(path)

@@ -111,7 +111,7 @@ class Samplers:
             raise error(
                 "SAMPLER_NOT_FOUND",
                 f"There are no frozen weights {path}: {why}. Freeze them again with "
-                "save_weights_and_get_sampling_client, or save parameters that must last with save_weights_for_sampler.",
+                "save_weights_and_get_sampling_client; save what must last with save_weights_for_sampler.",
                 model_path=str(path),
             )
         held.last_used = next(_USES)
@@ -135,8 +135,8 @@ class Samplers:
             raise error(
                 "LIMIT_EXCEEDED",
                 f"{run_id} has {len(own)} sets of frozen weights that clients hold open or sample from, as many as it "
-                "may (max_frozen_weights of GetServerInfo). Close what is done with, as SamplingClient.close() does, or "
-                "save parameters that must last with save_weights_for_sampler.",
+                "may (max_frozen_weights of GetServerInfo). Close what is done with (SamplingClient.close), or save "
+                "parameters that must last with save_weights_for_sampler.",
                 limit=self._max_frozen_weights,
                 got=len(own) + 1,
             )

@@ -178,9 +178,7 @@ class RunOperations:
         if request.name or request.overwrite:
             raise invalid_field("name", "and overwrite belong to checkpoints; ephemeral frozen weights have neither.")
         if request.dtype:
-            raise invalid_field(
-                "dtype", "is of exported files; ephemeral frozen weights have the dtype that trains."
-            )
+            raise invalid_field("dtype", "is of exported files; ephemeral frozen weights have the dtype that trains.")
         if request.HasField("ttl_seconds") or request.user_metadata:
             raise invalid_field(
                 "ttl_seconds", "and user_metadata belong to checkpoints; ephemeral frozen weights have neither."
