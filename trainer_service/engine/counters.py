@@ -18,6 +18,8 @@ class Counters:
     """Tokens that went through a forward."""
     shared_tokens_total: int = 0
     """Tokens that did not have to, since a sequence with the same beginning went through with them."""
+    padding_tokens_total: int = 0
+    """Of tokens_total, those that only fill rows of models that cannot be packed."""
     optim_steps_total: int = 0
     held_graphs: int = 0
     """Graphs held for custom losses now."""

@@ -81,7 +81,7 @@ class Microbatch:
     def __init__(self, pack: Pack, columns: Columns, forwards: Forwards) -> None:
         self.pack = pack
         self._forwards = forwards
-        self._attention = None if forwards.traits.why_not_packed else PackAttention.of(pack)
+        self._attention = PackAttention.of(pack) if forwards.traits.packed else None
         self.rows_R = self._put(pack.rows_R)
         self.tokens_T = columns.tokens_T[self._put(pack.token_rows_T)]
         self._positions_T = self._put(pack.positions_T)
@@ -105,6 +105,7 @@ class Microbatch:
                 positions_T=self._positions_T,
                 targets_RK=self._targets_RK,
                 token_of_row_R=self._token_of_row_R,
+                num_rows=self.pack.num_rows,
                 keep_logits=forwards.keeps_logits(num_tokens),
                 compute_dtype=forwards.device.compute_dtype,
                 checkpointing=torch.is_grad_enabled() and forwards.checkpoints(num_tokens),

@@ -13,11 +13,11 @@ import torch
 from gradwire._wire.codec import Batch
 from torch import Tensor
 
+from trainer_service.engine.batching import plan
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.loss_totals import LossTotals
 from trainer_service.engine.losses.loss import Loss
 from trainer_service.engine.microbatch import Columns, Forwards, Microbatch, gather
-from trainer_service.engine.packed.packing import plan_packs
 from trainer_service.engine.run_state import HeldGraph, HeldPiece, RunState
 from trainer_service.engine.validation import check_gradients_shape
 
@@ -164,14 +164,8 @@ class Passes:
 
     def _place(self, batch: Batch, loss: Loss | None) -> DeviceBatch:
         """Cuts a batch into microbatches and puts it on the device, with the inputs of its loss."""
-        traits = self._forwards.traits
-        packed = not traits.why_not_packed
-        packs = plan_packs(
-            batch.tokens_T,
-            batch.cu_seqlens,
-            max_tokens=self._forwards.memory.max_pack_tokens if packed else 1,
-            share=packed and not traits.why_not_shared,
-        )
+        forwards = self._forwards
+        packs = plan(batch.tokens_T, batch.cu_seqlens, forwards.traits, max_tokens=forwards.memory.max_pack_tokens)
         columns = Columns(
             tokens_T=self._copy(batch.tokens_T).long(),
             targets_TK=self._copy(batch.loss_fn_inputs["target_tokens"]),
@@ -190,6 +184,7 @@ class Passes:
         self._counters.forward_passes_total += 1
         self._counters.tokens_total += microbatch.pack.num_tokens
         self._counters.shared_tokens_total += microbatch.pack.num_shared_tokens
+        self._counters.padding_tokens_total += microbatch.pack.num_padding_tokens
         return logprobs_RK
 
     def _backward(self, microbatch: Microbatch, output: Tensor, gradient: Tensor | None = None) -> None:

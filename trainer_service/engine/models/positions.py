@@ -36,10 +36,16 @@ class Boundary:
     Attributes:
         name: Name of the field in the configuration.
         length: In tokens.
+        grows: Whether each length beyond it is computed differently from every other.
     """
 
     name: str
     length: int
+    grows: bool = False
+
+    def side_of(self, length: int) -> int:
+        """Equal for sequences that are computed alike: 0 on this side, on the other 1, or each length by itself."""
+        return 0 if length <= self.length else length if self.grows else 1
 
 
 def context_length(config: Any) -> int:
@@ -73,7 +79,7 @@ def rope_boundaries(config: Any) -> list[Boundary]:
             length = rope.get(_ORIGINAL) or getattr(config, _ORIGINAL, None) or config.max_position_embeddings
             found.append(Boundary(_ORIGINAL, int(length)))
         elif rope.get("rope_type") == "dynamic":
-            found.append(Boundary("max_position_embeddings", int(config.max_position_embeddings)))
+            found.append(Boundary("max_position_embeddings", int(config.max_position_embeddings), grows=True))
     return found
 
 

@@ -46,7 +46,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pack:
-    """One forward's share of a batch.
+    """One forward's share of a batch: tokens end to end, or rows padded on the right (padded.py).
 
     Attributes:
         token_rows_T: Row of the batch that each token is taken from.
@@ -56,6 +56,7 @@ class Pack:
         rows_R: Rows of the batch answered, sequence after sequence.
         cu_seqlens: Where sequences begin and end in `rows_R`.
         token_of_row_R: The token that answers each row; None where row r is token r.
+        num_rows: Equally long rows that the tokens stand in; 1 for tokens end to end.
     """
 
     token_rows_T: Ints
@@ -65,6 +66,7 @@ class Pack:
     rows_R: Ints
     cu_seqlens: Ints
     token_of_row_R: Ints | None
+    num_rows: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -74,7 +76,12 @@ class Pack:
     @property
     def num_shared_tokens(self) -> int:
         """Rows beyond one for each token: what sharing saved."""
-        return len(self.rows_R) - len(self.token_rows_T)
+        return max(0, len(self.rows_R) - len(self.token_rows_T))
+
+    @property
+    def num_padding_tokens(self) -> int:
+        """Tokens beyond one for each row: what rows shorter than the longest are filled with."""
+        return max(0, len(self.token_rows_T) - len(self.rows_R))
 
 
 @dataclass
