@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.engines import CROSS_ENTROPY
 from tests.loras import ALL, adapter, gradient, lora_engine, randomize
+from tests.numerics.bench import make_request
 from tests.numerics.plain import PlainSequence, cross_entropy_of, load_plain, random_sequences, relative_error, to_batch
-from tests.numerics.test_sampled_numbers import make_request
 from tests.tiny import VOCAB_SIZE
 from trainer_service.engine.sampling.job import Job
 from trainer_service.engine.sampling.service import Sampling

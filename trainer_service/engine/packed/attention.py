@@ -24,11 +24,17 @@ ATTENTION = "gradwire_packed"
 """What the function is called among transformers' attention implementations."""
 
 UNDERSTOOD = frozenset(
-    {"position_ids", "output_attentions", "use_cache", "cache_position", "output_hidden_states", "return_dict"}
+    {
+        "position_ids",
+        "output_attentions",
+        "use_cache",
+        "cache_position",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+    }
 )
 """Keyword arguments that models pass along and that change no score."""
-_UNDERSTOOD_OF_PACKS = UNDERSTOOD | {"output_router_logits"}
-"""Mixtures of experts pack as other models do."""
 
 
 @dataclass
@@ -129,7 +135,7 @@ def packed_attention(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = causal and attention_mask is None and not dropout and len(query) == 1
-    check_understood(kwargs, _UNDERSTOOD_OF_PACKS, plain=plain)
+    check_understood(kwargs, UNDERSTOOD, plain=plain)
     assert _in_use is not None, "no pack is in use"
     pack = _in_use
     pack.windows.append(sliding_window)

@@ -6,6 +6,7 @@ beyond which it computes otherwise (models/positions.py), for those beyond it.
 """
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -14,11 +15,12 @@ from transformers import PreTrainedModel
 
 from trainer_service.engine.device import Device
 from trainer_service.engine.models.comparison import relative_difference
-from trainer_service.engine.models.positions import Boundary, boundaries, moved, rope_boundaries
+from trainer_service.engine.models.positions import BY_ROW, Boundary, boundaries, moved, rope_boundaries
 from trainer_service.engine.models.runner import quiet_transformers
 from trainer_service.engine.sampling.cache import CacheShape
-from trainer_service.engine.sampling.decoder import Decoder, Sequences
+from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.decoding import Decoding, Way
+from trainer_service.engine.sampling.sequences import Sequences
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +76,13 @@ class _Trial:
     def _near(self, movable: Sequence[Boundary]) -> Decoding:
         """How short sequences are decoded, and all of them as far as is known by then."""
         why_near = ""
-        for way, whole in ((Way.TOGETHER, False), (Way.ALONE, False), (Way.ALONE, True)):
+        for way, whole in itertools.product((Way.TOGETHER, Way.ALONE), (False, True)):
             attempt = lambda way=way, whole=whole: self._try_near(self._made(way, whole=whole))  # noqa: E731
             found = self._works(attempt)
             if not found and movable:
                 # Where a row passes them, and no sequence in it does.
-                with moved(self._model, movable, _MOVED_TO):
+                reached = [one for one in movable if one.in_rows or one.name not in BY_ROW]
+                with moved(self._model, reached, _MOVED_TO):
                     found = self._works(attempt)
             if not found:
                 return self._served(dataclasses.replace(self._made(way, whole=whole), why_near=why_near))
