@@ -73,7 +73,7 @@ class TrainerServer:
             worker,
             base_model=self._model,
             data_dir=config.data_dir,
-            adapter_dir=config.adapter_dir,
+            adapter_dir=config.adapter_dir or config.data_dir / "adapters",
             runs_dir=config.runs_dir or config.data_dir / "runs",
             durability=config.durability,
             limits=config.limits,

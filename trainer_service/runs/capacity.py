@@ -26,19 +26,24 @@ class Capacity:
         worker: Holds them.
         runs: All there are, by run_id.
         max_runs: The most it holds.
+        max_runs_per_key: The most one owner may have, on the worker or not; 0: as many as they like.
         idle_lease_s: How long a run that nobody holds and nobody calls stays; 0: for good.
     """
 
-    def __init__(self, worker: Worker, runs: Mapping[str, Run], *, max_runs: int, idle_lease_s: float) -> None:
+    def __init__(
+        self, worker: Worker, runs: Mapping[str, Run], *, max_runs: int, max_runs_per_key: int, idle_lease_s: float
+    ) -> None:
         self._worker = worker
         self._runs = runs
         self._max_runs = max_runs
+        self._max_runs_per_key = max_runs_per_key
         self._idle_lease_s = idle_lease_s
-        self._being_made = 0
+        self._being_made: list[str | None] = []
+        """The owners of runs that are being made."""
 
     def full(self) -> GradwireError | None:
         """Why there is no room for one run more, if there is none."""
-        active = self._being_made + sum(run.placement.on_worker for run in self._runs.values())
+        active = len(self._being_made) + sum(run.placement.on_worker for run in self._runs.values())
         if active < self._max_runs:
             return None
         return error(
@@ -50,23 +55,38 @@ class Capacity:
         )
 
     @contextlib.asynccontextmanager
-    async def one_more(self) -> AsyncGenerator[None]:
+    async def one_more(self, *, owner: str | None) -> AsyncGenerator[None]:
         """Room for one run more, while it is being made.
+
+        Args:
+            owner: Whose it will be; None for one that nobody owns, as a replay's.
 
         Raises:
             GradwireError: LIMIT_EXCEEDED, WORKER_NOT_READY.
         """
-        if (full := self.full()) is not None:
-            raise full
+        refusal = self._too_many(owner) if owner is not None else None
+        if (refusal := refusal or self.full()) is not None:
+            raise refusal
         if self._worker.ready is None:
             text = f"The worker is not ready: {self._worker.status_message}."
             raise error("WORKER_NOT_READY", text, retry_after_s=0.5)
         # Counted at once, so that runs made at the same time count against each other.
-        self._being_made += 1
+        self._being_made.append(owner)
         try:
             yield
         finally:
-            self._being_made -= 1
+            self._being_made.remove(owner)
+
+    def _too_many(self, owner: str) -> GradwireError | None:
+        own = self._being_made.count(owner) + sum(not run.lost and run.owner == owner for run in self._runs.values())
+        if not self._max_runs_per_key or own < self._max_runs_per_key:
+            return None
+        return error(
+            "LIMIT_EXCEEDED",
+            f"This API key has {own} runs and may have at most {self._max_runs_per_key}; delete one with DeleteRun.",
+            limit=self._max_runs_per_key,
+            got=own + 1,
+        )
 
     def bring_back(self) -> None:
         """A worker is ready: has the runs that are wanted restored, those first that had a place and have work."""
