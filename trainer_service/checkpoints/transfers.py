@@ -7,7 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from trainer_service.checkpoints.catalog import Catalog, Checkpoint
+from trainer_service.checkpoints.catalog import Catalog
+from trainer_service.checkpoints.checkpoint import Checkpoint
 from trainer_service.checkpoints.storage import UPLOAD
 
 P = ParamSpec("P")
