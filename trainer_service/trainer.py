@@ -34,7 +34,7 @@ from trainer_service.rpc.trainer_servicer import TrainerServicer
 from trainer_service.rpc.transport import server_options
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run_metrics import RunMetrics
-from trainer_service.runs.sampling import Sampling
+from trainer_service.runs.sampling import SampleRequests
 from trainer_service.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class TrainerServer:
         )
         self.run_metrics = RunMetrics()
         """Their curves."""
-        self.sampling = Sampling(self.runs, worker, self.transfers, config.limits)
+        self.sampling = SampleRequests(self.runs, worker, self.transfers, config.limits)
         self.metrics.in_flight.set_function(lambda: self.runs.unanswered)
         self.metrics.runs.set_function(lambda: len(self.runs))
         self.metrics.journal_commits.set_function(lambda: self.runs.journal_writer.commits)

@@ -31,7 +31,7 @@ Written = Callable[[GradwireError | None], object]
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Entry:
     journal: "Journal"
     write: Write
     written: Written
@@ -49,7 +49,7 @@ class JournalWriter:
     """The thread. Made, and closed, on the event loop that its callbacks run on."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.commits = 0
@@ -57,37 +57,37 @@ class JournalWriter:
         self.commit_s = 0.0
         """Time spent writing them."""
 
-    def submit(self, job: _Job) -> None:
-        """Queues a job; jobs of one journal are written, and called back, in order."""
+    def submit(self, entry: _Entry) -> None:
+        """Queues an entry; entries of one journal are written, and called back, in order."""
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
             # A daemon: what is not written when the process ends was not acknowledged to anybody.
             self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
             self._thread.start()
-        self._jobs.put(job)
+        self._entries.put(entry)
 
     async def close(self) -> None:
         """Ends the thread after what is queued."""
         if self._thread is not None:
-            self._jobs.put(None)
+            self._entries.put(None)
             await asyncio.to_thread(self._thread.join)
             self._thread = None
 
     def _run(self) -> None:
         open_ = True
         while open_:
-            jobs = [self._jobs.get()]
-            while not self._jobs.empty():
-                jobs.append(self._jobs.get())
-            open_ = None not in jobs
-            by_journal: dict[Journal, list[_Job]] = {}
-            for job in jobs:
-                if job is not None:
-                    by_journal.setdefault(job.journal, []).append(job)
+            entries = [self._entries.get()]
+            while not self._entries.empty():
+                entries.append(self._entries.get())
+            open_ = None not in entries
+            by_journal: dict[Journal, list[_Entry]] = {}
+            for entry in entries:
+                if entry is not None:
+                    by_journal.setdefault(entry.journal, []).append(entry)
             done: list[tuple[Written, GradwireError | None]] = []
-            for each, its_jobs in by_journal.items():
+            for each, its_entries in by_journal.items():
                 start = time.perf_counter()
-                done += zip((job.written for job in its_jobs), each.commit(its_jobs), strict=True)
+                done += zip((entry.written for entry in its_entries), each.commit(its_entries), strict=True)
                 self.commits += 1
                 self.commit_s += time.perf_counter() - start
             assert self._loop is not None
@@ -155,12 +155,12 @@ class Journal:
             written(failure)
 
         size_bytes = len(operation.encoded)
-        self._writer.submit(_Job(self, insert, done, append=True, resume=resume, size_bytes=size_bytes))
+        self._writer.submit(_Entry(self, insert, done, append=True, resume=resume, size_bytes=size_bytes))
 
     def owe(self, write: Write, written: Callable[[], object]) -> None:
         """Something small that must not be missing, written in the room kept for it. If even that is gone it waits,
         and is written before whatever is written next. `written` is called in either case."""
-        self._writer.submit(_Job(self, write, lambda failure: written(), keep=True))
+        self._writer.submit(_Entry(self, write, lambda failure: written(), keep=True))
 
     def record(
         self,
@@ -182,7 +182,7 @@ class Journal:
 
     def write(self, write: Write, written: Written = lambda failure: None) -> None:
         """Writes anything else, in its turn."""
-        self._writer.submit(_Job(self, write, written))
+        self._writer.submit(_Entry(self, write, written))
 
     def set_attempts(self, seq_id: int, attempts: int) -> None:
         """Remembers how often an operation was tried."""
@@ -227,27 +227,27 @@ class Journal:
         self.write(write, done)
         await future
 
-    def commit(self, jobs: list[_Job]) -> list[GradwireError | None]:
-        """On the writer's thread: writes jobs in one transaction. Returns the failure of each, or None."""
+    def commit(self, entries: list[_Entry]) -> list[GradwireError | None]:
+        """On the writer's thread: writes entries in one transaction. Returns the failure of each, or None."""
         try:
-            return self._transaction(jobs)
+            return self._transaction(entries)
         except (sqlite3.Error, OSError) as exc:
             self._give_back(exc)
-            if len(jobs) > 1:
+            if len(entries) > 1:
                 # One by one: where a large operation has no room, a small outcome may.
-                return [failure for job in jobs for failure in self.commit([job])]
-            [job] = jobs
+                return [failure for entry in entries for failure in self.commit([entry])]
+            [entry] = entries
             if journal.spend_reserve(self.folder):
                 self._spend(True)
-                if not job.append:
-                    return self.commit(jobs)
+                if not entry.append:
+                    return self.commit(entries)
             logger.error("Writing a journal failed.", extra={"fields": {"folder": self.folder, "error": exc}})
-            self._blocked = self._blocked or job.append
-            if job.keep:
-                self._owed.append(job.write)
+            self._blocked = self._blocked or entry.append
+            if entry.keep:
+                self._owed.append(entry.write)
             return [error("STORAGE_FAILED", str(exc))]
 
-    def _transaction(self, jobs: list[_Job]) -> list[GradwireError | None]:
+    def _transaction(self, entries: list[_Entry]) -> list[GradwireError | None]:
         results: list[GradwireError | None] = []
         blocked = self._blocked
         self._check_in_place()
@@ -258,20 +258,22 @@ class Journal:
         self._db.execute("BEGIN IMMEDIATE")
         for write in self._owed:
             write(self._db)
-        for job in jobs:
-            blocked = blocked and not job.resume
-            if job.append and not blocked and self._reserve_spent:
+        for entry in entries:
+            blocked = blocked and not entry.resume
+            if entry.append and not blocked and self._reserve_spent:
                 # The room that the reserve gave is for answers; one operation could take it all.
-                blocked = not journal.has_room(self.folder, job.size_bytes)
-            if blocked and job.append:
+                blocked = not journal.has_room(self.folder, entry.size_bytes)
+            if blocked and entry.append:
                 results.append(error("STORAGE_FAILED", "the disk is full"))
                 continue
-            job.write(self._db)
+            entry.write(self._db)
             results.append(None)
         self._db.execute("COMMIT")
         self._owed.clear()
         self._blocked = blocked
-        if self._reserve_spent and any(job.append and not refused for job, refused in zip(jobs, results, strict=True)):
+        if self._reserve_spent and any(
+            entry.append and not refused for entry, refused in zip(entries, results, strict=True)
+        ):
             # There is room again.
             self._spend(not journal.make_reserve(self.folder))
         return results

@@ -26,7 +26,7 @@ from trainer_service.request_limits import check_lease_ms, prompt_too_long
 from trainer_service.runs.registry import Runs
 
 
-class Sampling:
+class SampleRequests:
     """Sends requests to the worker and brings tokens back, for the current caller.
 
     Args:
