@@ -1,4 +1,4 @@
-"""All runs of a trainer, those of the trainer before it included."""
+"""All runs of a trainer, including those left by the trainer before it."""
 
 import asyncio
 import logging
@@ -35,16 +35,16 @@ from trainer_service.user_metadata import check_user_metadata
 logger = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 2.0
-"""How long what is under way, such as a run being deleted, may take when the trainer stops."""
+"""How long background work, such as deleting a run, may still take when the trainer stops."""
 
 
 class Runs:
-    """Makes, finds and forgets runs. Those of other keys are as if they were not there, unless an admin asks.
+    """Makes, finds and forgets runs. Runs of other keys are invisible, except to an admin.
 
     Args:
-        worker: Executes them.
-        base_model: The one model they start from.
-        limits: The most there may be.
+        worker: Executes their operations.
+        base_model: The one model they all start from.
+        limits: How many there may be.
         transfers: The checkpoints that runs load and start from.
         runs_dir: A folder for each run: its journal and snapshots. Several trainers may share it.
         adapter_dir: Adapters that runs may start from, beside those saved here.
@@ -108,25 +108,25 @@ class Runs:
         return len(self._runs)
 
     def start(self) -> None:
-        """Takes up the runs an earlier trainer left, and unloads idle ones from now on."""
+        """Takes over the runs an earlier trainer left, and unloads idle ones from now on."""
         start_s = time.monotonic()
         self.store.clear()
         for found in self.store.open_all(lambda record: self._base_model.is_source(record.base_model)):
             self._take_up(found)
         if self._runs:
             fields = {"runs": len(self._runs), "took_s": round(time.monotonic() - start_s, 3)}
-            logger.info("Took up runs.", extra={"fields": fields | {"operations": self.unanswered}})
+            logger.info("Runs taken over.", extra={"fields": fields | {"operations": self.unanswered}})
         if self._worker.ready is not None:
             self._capacity.bring_back()
         self._capacity_keeper = asyncio.get_running_loop().create_task(self._capacity.keep())
 
     def suspend(self) -> None:
-        """Nothing more will be executed here: whoever waits is sent away, to come back to the next trainer."""
+        """Executes nothing more: callers that wait are sent away and retry at the next trainer."""
         for run in self._runs.values():
             run.suspend()
 
     async def stop(self) -> None:
-        """Writes what is left to write and lets go of every run, for another trainer to take up."""
+        """Writes what is left to write and releases every run, for another trainer to take over."""
         if self._capacity_keeper is not None:
             self._capacity_keeper.cancel()
         if self._tasks:
@@ -138,11 +138,11 @@ class Runs:
         """The run, for the current caller.
 
         Raises:
-            GradwireError: RUN_NOT_FOUND, whether there is none or it is somebody else's.
+            GradwireError: RUN_NOT_FOUND, whether it does not exist or belongs to somebody else.
         """
         run = self._runs.get(run_id)
         if run is None or not current_caller.get().may_see(run.owner):
-            raise error("RUN_NOT_FOUND", f"There is no run {run_id!r}; ListRuns lists those there are.", run_id=run_id)
+            raise error("RUN_NOT_FOUND", f"There is no run {run_id!r}; ListRuns lists yours.", run_id=run_id)
         return run
 
     def list(self) -> list[Run]:
@@ -151,7 +151,7 @@ class Runs:
         return [run for run in reversed(self._runs.values()) if caller.may_see(run.owner)]
 
     def everybodys(self) -> "list[Run]":
-        """All runs, whoever asks, newest first."""
+        """All runs of all owners, newest first."""
         return [*reversed(self._runs.values())]
 
     @property
@@ -160,32 +160,33 @@ class Runs:
         return sum(run.unanswered for run in self._runs.values())
 
     async def quiet(self) -> None:
-        """Returns once every operation received has been answered."""
+        """Returns once every received operation has been answered."""
         for run in list(self._runs.values()):
             await run.quiet()
 
     async def create(self, request: CreateRunRequest) -> Run:
-        """A new run, or the one that the same request_id made.
+        """A new run, or the one made earlier under the same request_id.
 
         Raises:
             GradwireError: BASE_MODEL_MISMATCH, INVALID_FIELD, CHECKPOINT_NOT_FOUND, LIMIT_EXCEEDED, STORAGE_FAILED,
-                WORKER_NOT_READY, or the worker's own.
+                WORKER_NOT_READY, or an error of the worker's.
         """
         self._check(request)
         return await self._request_ids.once(current_caller.get().owner, request.request_id, self._create(request))
 
     async def fork(self, request: ForkRunRequest) -> Run:
-        """A new run that begins as another was after one of its steps, or the one that the same request_id made.
+        """A new run that starts from another run's state after one of its steps, or the one made earlier under the same
+        request_id.
 
         Raises:
             GradwireError: RUN_NOT_FOUND, LIMIT_EXCEEDED, STORAGE_FAILED, WORKER_NOT_READY, WORKER_DIED. INVALID_FIELD:
-                the journal does not reach to that step. RUN_LOST: it no longer reaches back far enough.
+                the journal does not have that step. RUN_LOST: it no longer reaches back far enough.
         """
         making = self._fork(self.get(request.run_id), request)
         return await self._request_ids.once(current_caller.get().owner, request.request_id, making)
 
     async def replay(self, run_id: str) -> Replayed:
-        """Executes a run's journal again, aside, and compares the answers.
+        """Executes a run's journal again, on a copy, and compares the answers.
 
         Raises:
             GradwireError: RUN_NOT_FOUND, LIMIT_EXCEEDED, WORKER_NOT_READY, WORKER_DIED, RUN_LOST.
@@ -250,13 +251,13 @@ class Runs:
                 if exc.reason != "WORKER_DIED":
                     await self.store.remove(record.run_id)
                     raise
-                # It is on disk, so the next worker can make it.
+                # The run is on disk, so the next worker can make it.
                 live = False
         return self._add(record, live=live)
 
     async def _fork(self, parent: Run, request: ForkRunRequest) -> Run:
         owner = current_caller.get().owner
-        # Asked before the journal is waited for: a step made meanwhile might not be in it yet.
+        # Read before waiting for the journal: a step made meanwhile might not be in it yet.
         step = request.step if request.HasField("step") else parent.step
         forked_at_step = parent.record.parent_step if parent.record.parent_run_id else None
         made = CreateRunRequest()
@@ -265,7 +266,7 @@ class Runs:
         run_id = f"run-{secrets.token_hex(6)}"
         adapter: Path | None = None
         if made.adapter_path:
-            # Its parent may be deleted.
+            # A copy of its own: its parent may be deleted.
             adapter, made.adapter_path = Path(made.adapter_path), str(self.store.adapter_folder(run_id))
         async with parent.settled(), self._capacity.one_more(owner=owner):
             find = fork_replay.seq_id_of_step
@@ -292,7 +293,7 @@ class Runs:
                     run_id=run_id,
                     folder=folder,
                 )
-                # Without its first snapshot it would be lost from birth.
+                # Published only now: without its first snapshot the run could never be restored.
                 await self.store.publish(run_id)
             except BaseException:
                 self._worker.submit(WorkerCommand(run_id=run_id, delete_run=WorkerDeleteRun()), lambda _: None)
@@ -334,7 +335,7 @@ class Runs:
             run.placement.worker_died()
 
     def _refuse(self, operation: Operation) -> GradwireError | None:
-        """Why an operation may not run now, for the current caller, if it may not."""
+        """Why the current caller's operation may not run now; None if it may."""
         if operation.kind == "load_state":
             return self._refuse_load(operation.request.load_state.path)
         if self._data_dir is None or not self._limits.max_disk_bytes or not operation.kind.startswith("save_"):
@@ -343,7 +344,7 @@ class Runs:
 
     def _refuse_load(self, path: str) -> GradwireError | None:
         try:
-            # The store was asked before the operation was taken in, on a thread.
+            # A thread asked the store before the operation was accepted.
             self._transfers.catalog.find(path, recent=True)
         except GradwireError as exc:
             return exc
@@ -357,4 +358,4 @@ class Runs:
     def _background_done(self, task: "asyncio.Task[object]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
-            logger.error("A task failed.", exc_info=exc)
+            logger.error("A background task failed.", exc_info=exc)
