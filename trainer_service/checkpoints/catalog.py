@@ -1,7 +1,7 @@
-"""What checkpoints there are, whose, until when.
+"""Which checkpoints there are, whose they are, and until when.
 
-Nothing is remembered that is not on disk: a restarted trainer sees what the one before saw. Blocking: for threads, but
-for `find` without a store, which reads one small file.
+Everything is on disk: a restarted trainer sees what the one before saw. Blocking: for threads, except `find` without a
+store, which reads one small file.
 """
 
 import contextlib
@@ -25,19 +25,19 @@ from trainer_service.paths import SAMPLER_WEIGHTS, CheckpointPath
 logger = logging.getLogger(__name__)
 
 _RECENT_S = 5.0
-"""How long what the store said holds, for those who ask often or cannot wait for it."""
+"""How long an answer of the store counts as recent, for callers that ask often or cannot wait."""
 _MAX_LOOKED = 1024
 
 
 class Catalog:
     """The checkpoints of a trainer.
 
-    Where there is a store, it says what there is, until when; the local folder is a cache, but for what was saved here
-    and is still to be stored. What is in the store can be used from here too where the store cannot be reached.
+    If there is a store, it decides what there is and until when; the local folder is a cache, except for what was saved
+    here and is not stored yet. Copies in the cache can be used while the store cannot be reached.
 
     Args:
-        root: Local folder, shared with the worker: it writes below `<run_id>/<kind>/`, we only remove and put in place.
-        storage: Where they are kept beyond this machine; None keeps them here alone.
+        root: The local folder; see LocalFolder.
+        storage: Keeps them beyond this machine; None keeps them only here.
     """
 
     def __init__(self, root: Path, storage: Storage | None = None) -> None:
@@ -50,7 +50,7 @@ class Catalog:
     # ── finding ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def list(self, *, run_id: str = "", kind: str = "") -> list[Checkpoint]:
-        """Those the current caller may see, newest first; of one run and kind, if given.
+        """The checkpoints that the current caller may see, newest first; of one run and kind, if given.
 
         Raises:
             FailedPreconditionError: STORAGE_FAILED: the store cannot be read.
@@ -71,14 +71,14 @@ class Catalog:
         """The checkpoint at a path, for the current caller.
 
         Args:
-            path: It.
-            field: What the caller calls the path.
-            recent: What the store said some seconds ago will do; the store is not asked then.
+            path: Such as "gradwire://<run_id>/state/<name>".
+            field: The caller's name for the path, for errors.
+            recent: Accept what the store said some seconds ago rather than ask it.
 
         Raises:
-            InvalidArgumentError: INVALID_FIELD: it is no path.
+            InvalidArgumentError: INVALID_FIELD: it is not such a path.
             NotFoundError: CHECKPOINT_NOT_FOUND, whether there is none, it has expired, or it is somebody else's.
-            DataLossError: CHECKPOINT_DAMAGED: its manifest is; it can only be deleted.
+            DataLossError: CHECKPOINT_DAMAGED: its manifest is damaged; it can only be deleted.
             FailedPreconditionError: STORAGE_FAILED: the store cannot be read, and there is no copy here.
         """
         parsed = CheckpointPath.parse(path, field=field)
@@ -92,18 +92,18 @@ class Catalog:
             return found
         raise error(
             "CHECKPOINT_NOT_FOUND",
-            f"There is no checkpoint {path}; ListCheckpoints, or `gradwire checkpoints list`, lists those there are.",
+            f"There is no checkpoint {path}; ListCheckpoints, or `gradwire checkpoints list`, lists yours.",
             path=path,
         )
 
     # ── what runs do ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def claim(self, run_id: str, owner: str) -> None:
-        """Says whose the checkpoints of a run will be; before it saves one."""
+        """Records the owner of a run's checkpoints, before it saves one."""
         self._local.claim(run_id, owner)
 
     def make_way(self, path: str) -> None:
-        """Removes a checkpoint that has expired and was not swept yet, so that its name is free.
+        """Removes a checkpoint that has expired and was not swept yet, to free its name.
 
         Raises:
             As sweep.
@@ -113,10 +113,10 @@ class Catalog:
             self._expire(found)
 
     def store(self, path: str) -> None:
-        """Uploads a checkpoint the worker saved; nothing where there is no store, or it is there already.
+        """Uploads a checkpoint that the worker saved, if there is a store and it is not there already.
 
         Raises:
-            FailedPreconditionError: STORAGE_FAILED: it stays here, and `sweep` tries again.
+            FailedPreconditionError: STORAGE_FAILED: the checkpoint stays here, and `sweep` tries again.
         """
         parsed = CheckpointPath.parse(path)
         if self.storage is None or not parsed.folder(self.root).is_dir():
@@ -125,10 +125,10 @@ class Catalog:
             self._looked.pop(parsed, None)
 
     def fetch(self, found: Checkpoint) -> None:
-        """Makes a checkpoint one the worker can read, with the base it builds on; nothing where it is already.
+        """Downloads a checkpoint for the worker, with the base it builds on, unless it is here already.
 
         Raises:
-            As find; DataLossError: CHECKPOINT_DAMAGED; FailedPreconditionError: STORAGE_FAILED: also a full disk.
+            As find; DataLossError: CHECKPOINT_DAMAGED; FailedPreconditionError: STORAGE_FAILED, also for a full disk.
         """
         if self.storage is None:
             return
@@ -143,14 +143,14 @@ class Catalog:
         except (GradwireError, OSError) as exc:
             text = f"{found.path} could not be fetched from {self.storage.url} to {self.root}: {exc}"
             failed = exc if isinstance(exc, GradwireError) else error("STORAGE_FAILED", text, path=str(found.path))
-            # Whoever looks it up next is told, rather than that it is not here.
+            # So that whoever looks it up next gets this error, rather than that it is not here.
             self._remember(found.path, failed)
             raise failed from exc
 
     # ── what callers do ───────────────────────────────────────────────────────────────────────────────────────────
 
     def set_ttl(self, path: str, ttl_seconds: int | None) -> Checkpoint:
-        """Keeps a checkpoint that long from now; None for ever.
+        """Keeps a checkpoint for so long from now; None for ever.
 
         Raises:
             As find; FailedPreconditionError: STORAGE_FAILED.
@@ -174,21 +174,21 @@ class Catalog:
         """Deletes a checkpoint for good.
 
         Raises:
-            As find; FailedPreconditionError: CHECKPOINT_IN_USE: deltas build on it; STORAGE_FAILED: nothing was done.
+            As find; FailedPreconditionError: CHECKPOINT_IN_USE: deltas build on it; STORAGE_FAILED: nothing changed.
         """
         parsed = CheckpointPath.parse(path)
         with contextlib.suppress(DataLossError):
-            # What is damaged can be deleted by those who may see it.
+            # A damaged checkpoint can be deleted by those who may see it.
             self.find(path)
         with contextlib.ExitStack() as stack:
-            # Not while it is being stored, which would bring it back.
+            # Not during an upload, which would bring it back.
             with contextlib.suppress(FileNotFoundError):
                 stack.enter_context(alone(parsed.folder(self.root)))
             stack.enter_context(self._lock)
             if deltas := [other for other in self._all() if other.base_path == path and not other.expired]:
                 raise error(
                     "CHECKPOINT_IN_USE",
-                    f"{path} is the base of {len(deltas)} deltas, {deltas[0].path} for one; delete them first.",
+                    f"{path} is the base of {len(deltas)} deltas, such as {deltas[0].path}; delete them first.",
                     path=path,
                     delta=deltas[0].path,
                 )
@@ -198,12 +198,12 @@ class Catalog:
         """A file's bytes from an offset on, in pieces of some MiB.
 
         Raises:
-            InvalidArgumentError: INVALID_FIELD: no such file, or an offset behind its end.
-            AbortedError: CHECKPOINT_CHANGED: the file is not the one of that digest.
-            DataLossError: CHECKPOINT_DAMAGED: it is not there.
+            InvalidArgumentError: INVALID_FIELD: no such file, or an offset beyond its end.
+            AbortedError: CHECKPOINT_CHANGED: the file has another digest.
+            DataLossError: CHECKPOINT_DAMAGED: the file is missing.
         """
         if not self._local.holds(found):
-            # It may have been stored anew since it was found.
+            # It may have been replaced in the store since it was found.
             found = self._look(found.path) or found
         handle, manifest = None, found.manifest
         if self._local.holds(found):
@@ -227,7 +227,7 @@ class Catalog:
         """Deletes what has expired, and uploads what could not be uploaded before.
 
         Raises:
-            FailedPreconditionError: STORAGE_FAILED, of the first that failed; whatever else could be done is done.
+            FailedPreconditionError: STORAGE_FAILED: the first failure; everything else is done all the same.
         """
         everything = list(self._all())
         kept = bases(everything)
@@ -237,7 +237,7 @@ class Catalog:
             work += [functools.partial(self.store, str(path)) for path in self._local.paths()]
         failures: list[Exception] = []
         for each in work:
-            # One that cannot be deleted or stored is no reason to leave the others.
+            # One failure must not keep the others from being deleted or stored.
             try:
                 each()
             except (GradwireError, OSError) as exc:
@@ -246,21 +246,21 @@ class Catalog:
             raise failures[0]
 
     def _expire(self, checkpoint: Checkpoint) -> None:
-        """Deletes a checkpoint unless it was kept for longer, or saved anew, since it was looked at."""
+        """Deletes a checkpoint, unless its expiry was extended or it was saved anew meanwhile."""
         path, folder = checkpoint.path, checkpoint.path.folder(self.root)
         with self._lock, contextlib.ExitStack() as stack:
             try:
-                # The worker, another process, puts folders in place while it holds this.
+                # The worker, another process, moves folders into place while it holds this lock.
                 stack.enter_context(alone(folder.parent))
                 stack.enter_context(alone(folder, wait=False))
             except FileNotFoundError:
                 pass
             except BlockingIOError:
-                return  # It is being stored; the next sweep comes.
+                return  # It is being stored; the next sweep deletes it.
             now = self._look(path)
             if now is not None and now.expired:
                 self._remove(path)
-                logger.info("Expired.", extra={"fields": {"path": str(path)}})
+                logger.info("Deleted an expired checkpoint.", extra={"fields": {"path": str(path)}})
 
     def _remove(self, path: CheckpointPath) -> None:
         if self.storage is not None:
@@ -271,7 +271,7 @@ class Catalog:
     # ── store and cache ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _look(self, path: CheckpointPath, *, recent: bool = False) -> Checkpoint | None:
-        """What is at a path, whosever it is.
+        """What is at a path, whoever owns it.
 
         Raises:
             DataLossError: CHECKPOINT_DAMAGED.

@@ -17,7 +17,7 @@ class Checkpoint:
     Attributes:
         path: Where it is.
         manifest: What it holds.
-        owner: Whose it is, see access.Caller; None if nothing says so, and then only admins see it.
+        owner: Whose it is, see access.Caller; None if that is unknown, and then only admins see it.
     """
 
     path: CheckpointPath
@@ -36,17 +36,17 @@ class Checkpoint:
 
     @property
     def expired(self) -> bool:
-        """Whether that is in the past."""
+        """Whether expires_at is past."""
         return self.expires_at is not None and self.expires_at <= datetime.now(UTC)
 
     @property
     def base_path(self) -> str:
-        """Of a delta: the base it builds on; "" for anything else."""
+        """For a delta, the path of the base it builds on; "" for anything else."""
         return str(self.manifest.about.get("base_path") or "")
 
 
 def bases(checkpoints: Iterable[Checkpoint]) -> set[str]:
-    """Paths that those of them which have not expired build on; a base stays as long as its deltas."""
+    """Paths of the bases that unexpired deltas build on. A base stays as long as its deltas."""
     return {checkpoint.base_path for checkpoint in checkpoints if not checkpoint.expired}
 
 

@@ -25,16 +25,17 @@ from trainer_service.paths import CheckpointPath
 _INCOMING = ".incoming"
 _TRASH = ".trash"
 _STORED = ".stored"
-"""Marks a folder that is a copy of what is in the store, and says of which upload. One without it was saved here and is
-still to be stored."""
+"""Marks a folder as a copy of what is in the store, and names the upload. A folder without it was saved here and is not
+stored yet."""
 
 
 class LocalFolder:
     """Checkpoints on this machine.
 
     Args:
-        root: The folder, shared with the worker: it writes below `<run_id>/<kind>/`, we only remove and put in place.
-        storage: The store they are copies of; None where there is none.
+        root: The folder, shared with the worker, which writes below `<run_id>/<kind>/`. This class only adds and
+            removes whole checkpoints.
+        storage: The store that copies come from; None if there is none.
     """
 
     def __init__(self, root: Path, storage: Storage | None) -> None:
@@ -43,7 +44,7 @@ class LocalFolder:
         self._manifests = LocalManifests(root)
         self._owners: dict[str, str | None] = {}
         self._claimed: set[tuple[str, str]] = set()
-        # What a killed trainer left. Several may share the folder, so what one of them is fetching stays.
+        # Remove what killed trainers left, but not what another trainer is fetching into the same folder.
         shutil.rmtree(root / _TRASH, ignore_errors=True)
         for folder in (root / _INCOMING).glob("*/"):
             with contextlib.suppress(OSError), alone(folder, wait=False):
@@ -52,15 +53,15 @@ class LocalFolder:
     # ── what is there ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def paths(self) -> Iterator[CheckpointPath]:
-        """All there are, copies included."""
+        """All checkpoints here, copies included."""
         return self._manifests.paths()
 
     def find(self, path: CheckpointPath) -> Manifest | None:
-        """The manifest of what is at a path; None where nothing is, or it is damaged."""
+        """The manifest of the checkpoint at a path; None if there is none, or it is damaged."""
         return self._manifests.find(path)
 
     def read(self, path: CheckpointPath) -> Manifest | None:
-        """The manifest of what is at a path; None where nothing is.
+        """The manifest of the checkpoint at a path; None if there is none.
 
         Raises:
             DataLossError: CHECKPOINT_DAMAGED.
@@ -68,7 +69,7 @@ class LocalFolder:
         return self._manifests.read(path)
 
     def not_stored(self) -> dict[CheckpointPath, Manifest]:
-        """What was saved here and is still to be stored."""
+        """What was saved here and is not stored yet."""
         return {
             path: manifest
             for path in self.paths()
@@ -76,20 +77,20 @@ class LocalFolder:
         }
 
     def is_copy(self, path: CheckpointPath) -> bool:
-        """Whether what is at a path is a copy of something in the store."""
+        """Whether the checkpoint at a path is a copy of one in the store."""
         return self._upload_of(path) is not None
 
     def holds(self, found: Checkpoint) -> bool:
-        """Whether a checkpoint is here, or what was saved here in its place since it was found."""
+        """Whether a checkpoint is here, or one that was saved here in its place since it was found."""
         local = self.find(found.path)
         upload = self._upload_of(found.path)
         return local is not None and (upload in (None, found.manifest.about.get(UPLOAD)) or local == found.manifest)
 
     def open(self, path: CheckpointPath, name: str) -> tuple[io.FileIO | None, Manifest]:
-        """(a file of what is at a path, the manifest of the very folder it is in); no file that the manifest lacks.
+        """(a file of the checkpoint at a path, the manifest of the same folder); None for a file that is not there.
 
         Raises:
-            FileNotFoundError: Nothing is there.
+            FileNotFoundError: There is no checkpoint.
             DataLossError: CHECKPOINT_DAMAGED.
         """
         with opened(path.folder(self.root)) as folder:
@@ -101,7 +102,7 @@ class LocalFolder:
             return file, manifest
 
     def _upload_of(self, path: CheckpointPath) -> str | None:
-        """The upload that what is at a path is a copy of; None where it is no copy."""
+        """The upload that the checkpoint at a path is a copy of; None if it is not a copy."""
         try:
             mark = parse_json((path.folder(self.root) / _STORED).read_bytes())
         except (OSError, ValueError):
@@ -112,7 +113,7 @@ class LocalFolder:
     # ── owners ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def claim(self, run_id: str, owner: str) -> None:
-        """Says whose the checkpoints of a run will be; before it saves one."""
+        """Records the owner of a run's checkpoints, before it saves one."""
         if (run_id, owner) in self._claimed:
             return
         folder = self.root / run_id
@@ -123,7 +124,7 @@ class LocalFolder:
         self._claimed.add((run_id, owner))
 
     def owner(self, run_id: str) -> str | None:
-        """Whose the checkpoints of a run are, by this folder or else by the store; None if neither says."""
+        """The owner of a run's checkpoints, as recorded here or else in the store; None if in neither."""
         if self._owners.get(run_id) is None:
             try:
                 self._owners[run_id] = read_owner((self.root / run_id / OWNER).read_bytes())
@@ -134,14 +135,14 @@ class LocalFolder:
     # ── changing what is there ────────────────────────────────────────────────────────────────────────────────────
 
     def change_manifest(self, path: CheckpointPath, change: Callable[[Manifest], Manifest]) -> None:
-        """Rewrites the manifest of what is at a path; nothing where nothing is."""
+        """Rewrites the manifest of the checkpoint at a path, if there is one."""
         with contextlib.suppress(FileNotFoundError), opened(path.folder(self.root)) as folder:
             # Read from the folder it is written to, which may have been replaced since it was found.
             local = change(manifests.read(path, read_at(folder, MANIFEST)))
             replace(folder, MANIFEST, local.to_json().encode())
 
     def discard(self, path: CheckpointPath) -> None:
-        """Removes what is at a path: gone at once, in one piece; then its bytes."""
+        """Removes the checkpoint at a path: renamed away first, so that it is gone at once, then deleted."""
         trash = self.root / _TRASH / uuid.uuid4().hex
         trash.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
@@ -150,19 +151,19 @@ class LocalFolder:
         shutil.rmtree(trash, ignore_errors=True)
 
     def upload(self, path: CheckpointPath, storage: Storage) -> bool:
-        """Copies what is at a path to the store, unless it is a copy itself. Returns whether it did.
+        """Copies the checkpoint at a path to the store, unless it is a copy itself. Returns whether it did.
 
         Raises:
             FailedPreconditionError: STORAGE_FAILED.
         """
         folder = path.folder(self.root)
-        # One upload of a folder at a time, by whichever trainer; whoever deletes it waits.
+        # Locked across trainers: one upload of a folder at a time, and deletion waits for it.
         with alone(folder):
             manifest = self.find(path)
             if manifest is None or self.is_copy(path):
                 return False
             upload = storage.upload(path, folder, manifest, self.owner(path.run_id) or "")
-            # Into the folder that was uploaded, which may have been replaced meanwhile.
+            # Only the folder that was uploaded gets the mark; it may have been replaced meanwhile.
             with contextlib.suppress(OSError), opened(folder) as handle:
                 if read_at(handle, MANIFEST) == manifest.to_json().encode():
                     replace(handle, _STORED, _mark(storage, upload))
@@ -174,7 +175,7 @@ class LocalFolder:
         Raises:
             DataLossError: CHECKPOINT_DAMAGED.
             FailedPreconditionError: STORAGE_FAILED.
-            OSError: The disk is full, for one.
+            OSError: It cannot be written, for example because the disk is full.
         """
         aside = self.root / _INCOMING / uuid.uuid4().hex
         aside.mkdir(parents=True)
@@ -190,7 +191,7 @@ class LocalFolder:
                 target = found.path.folder(self.root)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with alone(target.parent):
-                    # A save may have been faster, and what it wrote is newer.
+                    # A checkpoint saved here meanwhile is newer.
                     if not target.exists() or self.is_copy(found.path):
                         self.discard(found.path)
                         whole.rename(target)
