@@ -12,8 +12,9 @@ import httpx
 import numpy as np
 import uvicorn
 
+from trainer_service.config import GatewayConfig
 from trainer_service.gateway.app import make_app
-from trainer_service.gateway.gateway import Gateway, GatewaySettings
+from trainer_service.gateway.gateway import Gateway
 from trainer_service.gateway.trainers import Trainer, Trainers
 from trainer_service.gateway.wire import tinker_wire_pb2 as wire
 
@@ -87,9 +88,9 @@ async def http_gateway(address: str, folder: Path, **settings: Any) -> AsyncIter
     Args:
         address: The trainer's.
         folder: Where the gateway's file is.
-        **settings: Of GatewaySettings.
+        **settings: Of GatewayConfig.
     """
-    gateway = Gateway(GatewaySettings(data_dir=folder, **settings), Trainers([Trainer(f"http://{address}")]))
+    gateway = Gateway(GatewayConfig(data_dir=folder, **settings), Trainers([Trainer(f"http://{address}")]))
     sock = socket.create_server(("127.0.0.1", 0))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     server = uvicorn.Server(

@@ -12,7 +12,8 @@ from grpc_reflection.v1alpha import reflection
 
 from trainer_service import descriptors
 from trainer_service.access import ApiKeys
-from trainer_service.config import JobsConfig, listens_on_loopback
+from trainer_service.addresses import listens_on_loopback
+from trainer_service.config import JobsConfig
 from trainer_service.jobs.owned import OwnedJobs
 from trainer_service.jobs.trainer_job import TrainerJobs
 from trainer_service.observability import Metrics

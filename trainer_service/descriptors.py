@@ -7,7 +7,7 @@ and checkpoints have the rest to themselves.
 import contextlib
 import resource
 
-from trainer_service.config import SettingsError
+from trainer_service.options import SettingsError
 
 _ENOUGH = 65_536
 """More is not asked for: a connection also costs memory."""

@@ -13,7 +13,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from trainer_service.config import split_address
+from trainer_service.addresses import split_address
 
 logger = logging.getLogger(__name__)
 

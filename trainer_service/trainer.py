@@ -18,10 +18,11 @@ from grpc_reflection.v1alpha import reflection
 
 from trainer_service import descriptors
 from trainer_service.access import ApiKeys
+from trainer_service.addresses import listens_on_loopback
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.storage import Storage
 from trainer_service.checkpoints.transfers import Transfers
-from trainer_service.config import PAGE_CONNECTIONS, TrainerConfig, listens_on_loopback
+from trainer_service.config import PAGE_CONNECTIONS, TrainerConfig
 from trainer_service.fleet.worker import Worker
 from trainer_service.observability import Metrics
 from trainer_service.rpc.border import Border

@@ -6,15 +6,15 @@ import logging
 import signal
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import uvicorn
 from gradwire._wire.version import __version__
 
-from trainer_service.config import split_address
+from trainer_service.addresses import split_address
+from trainer_service.config import GatewayConfig
 from trainer_service.gateway.app import make_app
-from trainer_service.gateway.gateway import Gateway, GatewaySettings
-from trainer_service.gateway.trainers import Trainers
+from trainer_service.gateway.gateway import Gateway
+from trainer_service.gateway.trainers import Trainer, Trainers
 from trainer_service.processes import parent_gone, write_ready_file
 
 logger = logging.getLogger(__name__)
@@ -31,14 +31,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve_gateway(
-    settings: GatewaySettings,
-    trainers: Trainers,
-    *,
-    listen: str,
-    ready_file: Path | None = None,
-    exit_with_parent: bool = False,
-) -> int:
+async def serve_gateway(config: GatewayConfig) -> int:
     """Serves until SIGTERM, SIGINT or (exit_with_parent) EOF on stdin.
 
     Returns:
@@ -53,23 +46,23 @@ async def serve_gateway(
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, stop.set)
     ends: list[asyncio.Task[object]] = [asyncio.create_task(stop.wait())]
-    if exit_with_parent:
+    if config.exit_with_parent:
         ends.append(asyncio.create_task(parent_gone()))
-    host, port = split_address(listen)
+    host, port = split_address(config.listen)
     try:
         with listen_on(host, port) as sock:
             bracketed = f"[{host}]" if ":" in host else host
             address = f"{bracketed}:{sock.getsockname()[1]}"
-            gateway = Gateway(settings, trainers)
-            config = uvicorn.Config(
+            gateway = Gateway(config, _trainers(config))
+            options = uvicorn.Config(
                 make_app(gateway), lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=3
             )
-            server = _Server(config)
+            server = _Server(options)
             serving = asyncio.create_task(server.serve(sockets=[sock]))
             logger.info("Listening.", extra={"fields": {"address": address, "version": __version__}})
             try:
-                if ready_file is not None:
-                    write_ready_file(ready_file, address=address)
+                if config.ready_file is not None:
+                    write_ready_file(config.ready_file, address=address)
                 await asyncio.wait([*ends, serving], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 gateway.stopping.set()
@@ -81,6 +74,13 @@ async def serve_gateway(
             task.cancel()
     logger.info("Stopped.")
     return 0
+
+
+def _trainers(config: GatewayConfig) -> Trainers:
+    trainers = [Trainer(url, ca_file=config.trainer_ca_file) for url in config.trainers]
+    # "NAME=MODEL", or NAME alone for the only model.
+    aliases = [name.partition("=") for name in config.served_model_names]
+    return Trainers(trainers, {name: model for name, _, model in aliases})
 
 
 def listen_on(host: str, port: int) -> socket.socket:

@@ -10,8 +10,9 @@ from collections.abc import Generator
 import uvicorn
 
 from trainer_service.access import ApiKeys
+from trainer_service.addresses import listens_on_loopback, split_address
 from trainer_service.checkpoints.catalog import Catalog
-from trainer_service.config import PAGE_CONNECTIONS, Limits, ServerTls, listens_on_loopback, split_address
+from trainer_service.config import PAGE_CONNECTIONS, Limits, ServerTls
 from trainer_service.fleet.worker import Worker
 from trainer_service.page.feed import Feed
 from trainer_service.page.guard import Guard

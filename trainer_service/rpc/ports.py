@@ -6,7 +6,8 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
 
-from trainer_service.config import ServerTls, split_address
+from trainer_service.addresses import split_address
+from trainer_service.config import ServerTls
 from trainer_service.rpc.transport import server_options
 
 _PROBES = 64
