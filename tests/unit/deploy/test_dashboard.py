@@ -11,7 +11,7 @@ from trainer_service.fleet.supervisor import WorkerSupervisor
 from trainer_service.observability import Metrics
 from trainer_service.worker_config import WorkerConfig
 
-DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "gradwire.json"
+DASHBOARD = Path(__file__).parents[3] / "deploy" / "grafana" / "gradwire.json"
 
 
 async def exported() -> set[str]:
