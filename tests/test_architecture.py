@@ -21,6 +21,7 @@ GROUND = {
     "executing",
     "folders",
     "gateway_child",
+    "http_server",
     "metrics_server",
     "observability",
     "options",

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
 async def _serve(arguments: argparse.Namespace) -> int:
     from trainer_service.fleet.supervisor import WorkerSupervisor
-    from trainer_service.processes import parent_gone, wait_for_signal, write_ready_file
+    from trainer_service.processes import told_to_stop, write_ready_file
     from trainer_service.trainer import TrainerServer
     from trainer_service.worker_config import WorkerConfig
 
@@ -90,9 +90,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
     )
     server = TrainerServer(config, worker)
     # Before anything is started, so that a signal in between is not lost.
-    ends = [asyncio.create_task(wait_for_signal())]
-    if config.exit_with_parent:
-        ends.append(asyncio.create_task(parent_gone()))
+    told = asyncio.create_task(told_to_stop(exit_with_parent=config.exit_with_parent))
     stop_metrics, metrics_address, page = None, "", None
     beside = contextlib.AsyncExitStack()
     try:
@@ -108,7 +106,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
         if config.ready_file is not None:
             addresses = {"address": server.address, "metrics_address": metrics_address}
             write_ready_file(config.ready_file, **addresses, page_url="" if page is None else page.url)
-        await asyncio.wait([*ends, worker.gave_up], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([told, worker.gave_up], return_when=asyncio.FIRST_COMPLETED)
     finally:
         await beside.aclose()
         await server.drain()
@@ -116,8 +114,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
             await page.stop()
         if stop_metrics is not None:
             stop_metrics()
-        for task in ends:
-            task.cancel()
+        told.cancel()
     if worker.gave_up.done():
         print(f"gradwire: {worker.gave_up.result()}", file=sys.stderr)
         return 1
