@@ -1,4 +1,4 @@
-"""The gateway that `gradwire serve --gateway` runs beside a trainer: a process of its own, kept up while that runs."""
+"""The gateway that `gradwire serve --gateway` runs beside a trainer: a child process, restarted if it ends."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ async def gateway_child(config: GatewayConfig) -> AsyncGenerator[None]:
         config: Its settings, with a ready_file. Keys of the environment are inherited.
 
     Raises:
-        SettingsError: It did not start; it has said why on stderr.
+        SettingsError: It did not start; its own message is on stderr.
     """
     ready_file = config.ready_file
     assert ready_file is not None

@@ -65,7 +65,7 @@ def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
         (["jobs", "--backend", "kubernetes"], "needs --kubernetes-template"),
         (["serve", "--base-model", "m", "--tls-cert-file", __file__], "--tls-key-file must be given too"),
         (["serve", "--base-model", "m", "--tls-cert-file", __file__, "--tls-key-file", __file__], "not a PEM file"),
-        (["serve", "--base-model", "m", "--api-key-file", "/dev/null"], "is no regular file"),
+        (["serve", "--base-model", "m", "--api-key-file", "/dev/null"], "is not a regular file"),
         (["serve", "--base-model", "m", "--api-key-file", "no/such"], "No such file"),
         (["serve", "--base-model", "m", "--listen", "nowhere"], 'must be "host:port"'),
         (["serve", "--base-model", "./no/such/folder"], "--base-model ./no/such/folder does not exist"),
