@@ -37,44 +37,6 @@ _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 """Passing reasons why a process cannot be started: no descriptors, no memory, too many processes."""
 
 
-<<<<<<< HEAD
-@dataclass(frozen=True)
-class WorkerSettings:
-    """How to start a worker."""
-
-    base_model: str
-    checkpoint_dir: Path
-    max_context_length: int
-    max_message_bytes: int
-    served_model_name: str = ""
-    """The model's name for callers; "" for base_model."""
-    max_runs: int = 8
-    loss_module: str = ""
-    engine: EngineSettings = field(default_factory=EngineSettings)
-    start_timeout_s: float = 300.0
-    """How long it may be silent before it is ready; 0 for ever. It reports each thing it begins, and progress while it
-    loads its model; one that hangs, in a driver or a file system that does not answer, is killed and started again."""
-    heartbeat_timeout_s: float = 60.0
-    """How long it may be silent once it is ready; 0 for ever. It sends a heartbeat every second, whatever it executes;
-    one that is stopped or hangs as a whole is killed and replaced."""
-    local_world_size: int = 1
-    """Ranks on this machine."""
-
-    def command(self, socket: str) -> list[str]:
-        """The command line of every rank."""
-        return [
-            *(sys.executable, "-m", "trainer_service.engine", "--socket", socket),
-            # One argument each, since either value may begin with a dash.
-            *(f"--base-model={self.base_model}", f"--checkpoint-dir={self.checkpoint_dir}"),
-            *("--max-context-length", str(self.max_context_length)),
-            *(("--served-model-name", self.served_model_name) if self.served_model_name else ()),
-            *(("--loss-module", self.loss_module) if self.loss_module else ()),
-            *self.engine.command_line(),
-        ]
-
-
-=======
->>>>>>> main
 class WorkerSupervisor:
     """A Worker that outlives worker processes. For one event loop, whose thread must outlive the workers.
 
@@ -253,14 +215,8 @@ class WorkerSupervisor:
         env = {**os.environ, "GRADWIRE_WORKER_TOKEN": link.token, "PYTHONUNBUFFERED": "1"}
         # The worker needs no key, and cannot leak what it does not have.
         env.pop("GRADWIRE_API_KEY", None)
-<<<<<<< HEAD
-        env[MAX_RUNS_VARIABLE] = str(self._settings.max_runs)
         # Threads that spin while waiting take cores from the threads they wait for, as soon as anything else runs here,
         # such as the trainer or the user's loop: steps were five to ten times slower.
-=======
-        # Threads that spin while they wait for one another take the cores from those they wait for as soon as anything
-        # else runs here, as the trainer and the user's loop do: steps were five to ten times slower for it.
->>>>>>> main
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         logger.info("Starting the worker.", extra={"fields": {"base_model": self._config.base_model}})
         return await RankProcesses.start(
