@@ -21,11 +21,11 @@ from padded import PaddedLoop
 from service import InProcess, make_data
 from side_by_side import Row, interleave, print_table, ratio
 
-from trainer_service.config import EngineSettings
 from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.picking import Choice
 from trainer_service.engine.sampling.samplers import Sampler
 from trainer_service.engine.sampling.service import Sampling
+from trainer_service.worker_config import EngineSettings
 
 _LINEAR = {
     "linear_num_key_heads": 4,

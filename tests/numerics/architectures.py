@@ -225,6 +225,7 @@ PADDED: dict[str, dict[str, Any]] = {
     },
     "CodeGen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_ctx": 64, "rotary_dim": 4},
     "XGLM": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48},
+    "Rwkv": {"attention_hidden_size": 32, "context_length": 64, "rescale_every": 0},
 }
 """Sequences go in rows of similar length."""
 _TEXT = ("Gemma3", "Llama4", "Qwen3_5", "Qwen3_5Moe")

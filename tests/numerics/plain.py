@@ -93,7 +93,8 @@ def plain_logprobs(model: PreTrainedModel, sequence: PlainSequence) -> torch.Ten
     In float64, since torch's float32 log_softmax on the CPU is itself off by 1e-5 at a vocabulary of 49,152.
     """
     device = model.device
-    logits = model(input_ids=torch.tensor(sequence.tokens, device=device)[None]).logits[0]
+    # Without a cache: RWKV changes the one it makes, which its backward would need.
+    logits = model(input_ids=torch.tensor(sequence.tokens, device=device)[None], use_cache=False).logits[0]
     targets = torch.tensor(sequence.targets, device=device)
     columns = targets if targets.ndim == 2 else targets[:, None]
     return torch.log_softmax(logits.double(), dim=-1).gather(-1, columns).view(targets.shape)

@@ -14,9 +14,9 @@ from tests.engines import RUN, make_engine
 from tests.numerics.architectures import COMMON, PACKED, check, ragged, reference_of
 from tests.numerics.plain import cross_entropy_of, to_batch
 from tests.tiny import VOCAB_SIZE
-from trainer_service.config import EngineSettings
 from trainer_service.engine.models.comparison import relative_difference
 from trainer_service.engine.sampling.service import Sampling
+from trainer_service.worker_config import EngineSettings
 
 
 @pytest.fixture(autouse=True)

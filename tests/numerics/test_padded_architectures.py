@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradwire.errors import InvalidArgumentError
 from transformers import LlamaForCausalLM
 
 from tests.engines import RUN, make_engine
-from tests.numerics.architectures import PADDED, check, ragged, reference_of
+from tests.numerics.architectures import PADDED, check, make_model, ragged, reference_of
 from tests.numerics.plain import to_batch
-from trainer_service.config import EngineSettings
+from trainer_service.worker_config import EngineSettings
 
 WHY: dict[str, str] = {
     "Lfm2": "it has layers of kind conv",
@@ -23,7 +24,7 @@ WHY: dict[str, str] = {
     "Zamba2": "it has layers of kind hybrid, linear_attention",
     "Llama4": "it has layers of kind chunked_attention, full logits",
     **dict.fromkeys(
-        ("Falcon", "Bloom", "Mpt", "GPTJ", "GPTNeo", "CodeGen", "XGLM"),
+        ("Falcon", "Bloom", "Mpt", "GPTJ", "GPTNeo", "CodeGen", "XGLM", "Rwkv"),
         "its attention does not go through transformers' interface",
     ),
 }
@@ -85,3 +86,11 @@ def test_rows_that_would_see_one_another_go_one_at_a_time_and_it_is_said(
     sequences = ragged()
     metrics = check(engine, folder_of("Llama"), sequences)
     assert metrics["forward_passes:sum"] == len(sequences)
+
+
+def test_a_model_whose_forward_changes_its_parameters_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PADDED, "Rwkv", {**PADDED["Rwkv"], "rescale_every": 6})
+        folder = make_model(tmp_path, "Rwkv")
+    with pytest.raises(InvalidArgumentError, match=r"is a RwkvForCausalLM whose forward changes its own parameters"):
+        make_engine(folder, tmp_path)

@@ -14,22 +14,24 @@ from tests.numerics.architectures import PACKED, PADDED, TURNED
 from tests.numerics.bench import Bench, make_request, own_logprobs
 from tests.tiny import VOCAB_SIZE
 from trainer_service.engine.models.load import load_model
+from trainer_service.engine.sampling import scheduler as scheduler_module
 from trainer_service.engine.sampling import sequences as sequences_module
 from trainer_service.engine.sampling.picking import Choice
 
 OTHERWISE: dict[str, str] = {
-    "Jamba": r"together, prompts one by one and whole: .*",
-    "FalconMamba": r"together, prompts one by one and whole: .*",
+    **dict.fromkeys(("Jamba", "Mamba", "FalconMamba"), r"together, prompts one by one and whole: .*"),
     **dict.fromkeys(("Falcon", "Mpt"), r"one by one: its forward in company fails .*"),
     **dict.fromkeys(
         ("Bloom", "GPTJ", "GPTNeo", "CodeGen", "XGLM"),
         r"one by one: it has attention that does not go through transformers' interface",
     ),
-    **dict.fromkeys(("RecurrentGemma", "MiniMax"), r"every token computes all before it again: .*"),
+    **dict.fromkeys(("RecurrentGemma", "MiniMax", "Rwkv"), r"every token computes all before it again: .*"),
     "Phi3, turned": r"together; beyond 16 tokens one by one: .*",
     "Llama, turned": r"together; beyond 16 tokens every token computes all before it again: .*",
 }
 """What not all samples of are made together, and how it is told."""
+STEPS_UNCLAMPED = {"NemotronH", "Zamba2"}
+"""transformers bounds their time steps from below in a forward, and not where it takes a single token."""
 
 
 @pytest.mark.parametrize(
@@ -43,10 +45,13 @@ OTHERWISE: dict[str, str] = {
 def test_samples_are_those_of_the_forward_whatever_the_architecture(
     folder_of: Callable[..., Path], architecture: str, max_copied: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts of 1 to 40 tokens; samples that end early leave their place to others; half of them are greedy."""
+    """Prompts of 1 to 40 tokens, in pieces; samples that end leave their place to others; some are greedy."""
     monkeypatch.setattr(sequences_module, "_MAX_COPIED", max_copied)
+    # Prompts are cut into pieces, as long ones are.
+    monkeypatch.setattr(scheduler_module, "_CPU_PIECE", 6)
     name, _, turned = architecture.partition(", ")
     folder = folder_of(name, turned=True) if turned else folder_of(name)
+    near = 5e-4 if architecture in STEPS_UNCLAMPED else 3e-5
     model = load_model(str(folder), folder, CPU)
     bench = Bench.of(model)
     assert re.fullmatch(OTHERWISE.get(architecture, "together"), bench.sampler.decoder.decoding.described)
@@ -72,6 +77,6 @@ def test_samples_are_those_of_the_forward_whatever_the_architecture(
             else:
                 table = own_logprobs(model, tokens)[len(request.prompt) - 1 : -1]
             found = table[range(len(table)), sample.tokens]
-            torch.testing.assert_close(torch.tensor(sample.logprobs), found, rtol=0, atol=1e-4)
+            torch.testing.assert_close(torch.tensor(sample.logprobs), found, rtol=0, atol=near)
             if not request.choice.temperature:
-                torch.testing.assert_close(found, table.max(dim=-1).values, rtol=0, atol=1e-4)
+                torch.testing.assert_close(found, table.max(dim=-1).values, rtol=0, atol=near)

@@ -50,7 +50,6 @@ CONFIGS: dict[str, PretrainedConfig] = {
         vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3
     ),
 }
-ALONE = {"mamba, which has no keys"}
 LONG_ROPE: dict[str, Any] = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -159,7 +158,7 @@ def generate(model: Any, prompt: torch.Tensor, **settings: Any) -> torch.Tensor:
 def test_greedy_samples_are_those_of_transformers_generate_token_for_token(name: str):
     model = make_model(name)
     bench = Bench.of(model)
-    assert (bench.sampler.decoder.decoding.near is Way.ALONE) == (name in ALONE)
+    assert bench.sampler.decoder.decoding.near is Way.TOGETHER
     greedy = Choice(temperature=0.0)
     jobs = bench.run(
         *(make_request(list(prompt), 20, choice=greedy, num_samples=1 + len(prompt) % 2) for prompt in PROMPTS)
@@ -411,9 +410,9 @@ def test_equal_prompts_are_computed_once_and_their_samples_are_those_of_each_alo
     counters = bench.scheduler._counters
     together = bench.run(*(make_request(prompt, 9, seed=seed, num_samples=2) for seed in range(3)))
     assert counters.prompt_tokens_total == len(prompt)
-    # One that comes later, too, where the cache is our own.
+    # One that comes later, too.
     together += bench.run(make_request(prompt, 9, seed=3, num_samples=2))
-    assert counters.prompt_tokens_total == len(prompt) * (2 if name in ALONE else 1)
+    assert counters.prompt_tokens_total == len(prompt)
     for one, other in zip(alone, together, strict=True):
         assert [sample.tokens for sample in one.samples] == [sample.tokens for sample in other.samples]
         assert [sample.logprobs for sample in one.samples] == [sample.logprobs for sample in other.samples]

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gradwire.errors import invalid_field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -56,9 +57,19 @@ def find_traits(model: PreTrainedModel, device: torch.device, *, max_context_len
         model: In float32, on the device.
         device: Where the model is.
         max_context_length: Longest sequence there will be, tokens.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD: a forward changes the model.
     """
     tokens = _probe_tokens(model)
+    versions = [parameter._version for parameter in model.parameters()]
     alone = _all_alone(model, tokens, device)
+    if versions != [parameter._version for parameter in model.parameters()]:
+        raise invalid_field(
+            "base_model",
+            f"is a {type(model).__name__} whose forward changes its own parameters, so that another would be saved. "
+            "RWKV does so unless its config.json has rescale_every at 0: set that, or take another model.",
+        )
     before = str(model.config._attn_implementation)
     turned = [one for one in rope_boundaries(model.config.get_text_config()) if one.length < max_context_length]
     traits = Traits(

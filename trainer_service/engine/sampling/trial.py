@@ -24,7 +24,7 @@ from trainer_service.engine.sampling.sequences import Sequences
 
 logger = logging.getLogger(__name__)
 
-_TOLERANCE = 1e-3
+_TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest, between a way to decode and a plain forward."""
 _NOTICED = 1e-5
 """Difference from which on a boundary that was moved was moved indeed, and what came out is no rounding."""
@@ -158,7 +158,9 @@ class _Trial:
         if first:
             decoder.prefill([pair], [tokens[:first]], num_logits=[1])
         pieces = [*([tokens[:6]] if crowd else []), tokens[first:5], tokens[:3]]
-        decoder.prefill(batch, pieces, num_logits=[1] * len(batch))
+        *_, second_piece, whole_piece = decoder.prefill(batch, pieces, num_logits=[len(piece) for piece in pieces])
+        _compare(second_piece, decoder.own_logits(tokens[:5])[first:])
+        _compare(whole_piece, decoder.own_logits(tokens[:3]))
         for sequences in batch:
             decoder.branch(sequences)
         decoder.decode(batch, [*tokens[:1] * num_crowd, tokens[5], tokens[6], tokens[3]])
