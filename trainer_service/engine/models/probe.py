@@ -20,7 +20,7 @@ from gradwire.errors import invalid_field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer_service.engine.batching import plan
+from trainer_service.engine.models.batching import plan
 from trainer_service.engine.models.comparison import relative_difference
 from trainer_service.engine.models.positions import Boundary, boundaries, moved, rope_boundaries
 from trainer_service.engine.models.runner import (
