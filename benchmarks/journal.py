@@ -33,7 +33,7 @@ from trainer_service.config import Durability, Limits, Retention, SnapshotPolicy
 from trainer_service.runs.journal_writer import Journal, JournalWriter
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
-from trainer_service.runs.run import Run
+from trainer_service.runs.run import Observer, Run
 from trainer_service.runs.store import RunStore
 from trainer_service.served_model import ServedModel
 
@@ -104,7 +104,7 @@ async def sides(folder: Path) -> tuple[dict[str, Run], list[Runs]]:
             limits=Limits(),
             runs_dir=folder / name,
             detach_grace_s=60,
-            observe=lambda kind, response: None,
+            observer=Observer(),
             durability=durability,
         )
         if name == "none":

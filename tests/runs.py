@@ -13,7 +13,7 @@ from tests.fakes import FakeWorker
 from trainer_service.config import Durability, Limits, SnapshotPolicy
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
-from trainer_service.runs.run import Run
+from trainer_service.runs.run import Observer, Run
 from trainer_service.served_model import ServedModel
 
 EVERY_2_STEPS = Durability(snapshots=SnapshotPolicy(every_steps=2), idle_lease_s=0)
@@ -24,7 +24,7 @@ async def trainer(folder: Path, worker: FakeWorker, **settings: Any) -> AsyncIte
     """A trainer's runs, until it stops."""
     settings = {"base_model": "fake", "limits": Limits(), "detach_grace_s": 60.0, **settings}
     settings["base_model"] = ServedModel(settings["base_model"])
-    runs = Runs(worker, observe=lambda kind, response: None, runs_dir=folder, **settings)
+    runs = Runs(worker, observer=Observer(), runs_dir=folder, **settings)
     runs.start()
     try:
         yield runs

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer_service import config, descriptors
+from trainer_service import config, descriptors, tracing
 from trainer_service.access import ApiKeys
 from trainer_service.observability import configure_logging
 
@@ -99,7 +99,8 @@ async def _trainer(args: argparse.Namespace) -> int:
             heartbeat_timeout_s=args.worker_heartbeat_timeout_s,
         )
     )
-    server = TrainerServer(settings, worker)
+    traces = contextlib.ExitStack()
+    server = TrainerServer(settings, worker, traces.enter_context(tracing.exporting(args.otlp_endpoint)))
     # Before anything is started, so that a signal in between is not lost.
     ends = [asyncio.create_task(wait_for_signal())]
     if settings.exit_with_parent:
@@ -127,6 +128,7 @@ async def _trainer(args: argparse.Namespace) -> int:
             await page.stop()
         if stop_metrics is not None:
             stop_metrics()
+        traces.close()
         for task in ends:
             task.cancel()
     if worker.gave_up.done():
@@ -320,6 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     trainer.add_argument("--metrics-port", type=int, help="serve Prometheus metrics there; 0 takes a free port")
     trainer.add_argument("--metrics-host", default="127.0.0.1", help="default: 127.0.0.1")
+    tracing.add_argument(trainer)
     trainer.add_argument("--page", metavar="HOST:PORT", help="serve the live page there, such as 127.0.0.1:8080")
     trainer.add_argument(
         "--max-context-length", type=int, default=0, help="longest sequence, tokens; 0: the model's own"

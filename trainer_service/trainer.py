@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 from gradwire._wire.version import __version__
@@ -32,10 +32,17 @@ from trainer_service.rpc.request_limiter import RequestLimiter
 from trainer_service.rpc.sampling_servicer import SamplingServicer
 from trainer_service.rpc.trainer_servicer import TrainerServicer
 from trainer_service.rpc.transport import server_options
+from trainer_service.runs.recovery import Restored
 from trainer_service.runs.registry import Runs
+from trainer_service.runs.run import Observer
 from trainer_service.runs.run_metrics import RunMetrics
 from trainer_service.runs.sampling import Sampling
+from trainer_service.runs.sequence import Entry
+from trainer_service.runs.traces import Traces
 from trainer_service.served_model import ServedModel
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +60,14 @@ class TrainerServer:
     Args:
         config: Its settings.
         worker: What executes.
+        tracer: Makes spans of calls and operations; None of none.
     """
 
-    def __init__(self, config: TrainerConfig, worker: Worker) -> None:
+    def __init__(self, config: TrainerConfig, worker: Worker, tracer: "Tracer | None" = None) -> None:
         self.config = config
         """Its settings."""
         self._worker = worker
+        self._tracer = tracer
         self._draining = asyncio.Event()
         self.api_keys = ApiKeys(config.api_keys, config.api_key_file)
         """Keys that open it."""
@@ -78,7 +87,7 @@ class TrainerServer:
             durability=config.durability,
             limits=config.limits,
             detach_grace_s=config.detach_grace_s,
-            observe=self._observe,
+            observer=_Observer(self.metrics, tracer),
             transfers=self.transfers,
         )
         self.run_metrics = RunMetrics()
@@ -115,6 +124,7 @@ class TrainerServer:
             metrics=self.metrics,
             max_message_bytes=limits.max_message_bytes,
             limiter=RequestLimiter(limits),
+            tracer=self._tracer,
         )
         self._server = grpc.aio.server(interceptors=[border], options=options)
         servicer = TrainerServicer(
@@ -193,14 +203,28 @@ class TrainerServer:
         status = health_pb2.HealthCheckResponse
         await self._health.set(SERVICE, status.SERVING if ready else status.NOT_SERVING)
 
-    def _observe(self, kind: str, response: TrainResponse) -> None:
+
+class _Observer(Observer):
+    """Counts and times operations, logs those that fail, and makes spans of them where there is a tracer."""
+
+    def __init__(self, metrics: Metrics, tracer: "Tracer | None") -> None:
+        self._metrics = metrics
+        self._traces = None if tracer is None else Traces(tracer)
+
+    def answered(self, run_id: str, entry: Entry, response: TrainResponse) -> None:
         failed = response.WhichOneof("result") == "error"
-        self.metrics.operations.labels(kind, "error" if failed else "ok").inc()
-        for part, histogram in self.metrics.operation_ms.items():
-            histogram.labels(kind).observe(getattr(response, f"{part}_ms"))
+        self._metrics.operations.labels(entry.kind, "error" if failed else "ok").inc()
+        for part, histogram in self._metrics.operation_ms.items():
+            histogram.labels(entry.kind).observe(getattr(response, f"{part}_ms"))
         if failed:
-            fields = {"kind": kind, "seq_id": response.seq_id, "error": response.error.message}
+            fields = {"kind": entry.kind, "seq_id": response.seq_id, "error": response.error.message}
             logger.info("Operation failed.", extra={"fields": fields})
+        if self._traces is not None:
+            self._traces.answered(run_id, entry, response)
+
+    def restored(self, run_id: str, found: Restored, waiting: list[Entry]) -> None:
+        if self._traces is not None:
+            self._traces.restored(run_id, found, waiting)
 
 
 def _descriptors_reserved(config: TrainerConfig) -> int:

@@ -28,7 +28,7 @@ from trainer_service.runs.journal import Record
 from trainer_service.runs.journal_writer import JournalWriter
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.recovery import Source, find_source
-from trainer_service.runs.run import Observe, Run, RunSettings
+from trainer_service.runs.run import Observer, Run, RunSettings
 from trainer_service.runs.store import RunStore, StoredRun
 from trainer_service.served_model import ServedModel
 from trainer_service.user_metadata import check_user_metadata
@@ -51,7 +51,7 @@ class Runs:
         adapter_dir: Where adapters lie that runs may start from, beside those saved here; None takes "adapters" in
             data_dir.
         detach_grace_s: See RunSettings.
-        observe: See RunSettings.
+        observer: See RunSettings.
         durability: How runs are kept.
         transfers: From where runs load and start; None is from data_dir alone.
     """
@@ -64,7 +64,7 @@ class Runs:
         limits: Limits,
         runs_dir: Path,
         detach_grace_s: float,
-        observe: Observe,
+        observer: Observer,
         data_dir: Path | None = None,
         adapter_dir: Path | None = None,
         durability: Durability | None = None,
@@ -89,7 +89,7 @@ class Runs:
         )
         self._settings = RunSettings(
             worker=worker,
-            observe=observe,
+            observer=observer,
             base_model=base_model,
             detach_grace_s=detach_grace_s,
             max_in_flight=limits.max_in_flight_operations,

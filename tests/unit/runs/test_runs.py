@@ -20,7 +20,7 @@ from tests.fakes import FakeWorker
 from trainer_service.config import Limits
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
-from trainer_service.runs.run import Run
+from trainer_service.runs.run import Observer, Run
 from trainer_service.served_model import ServedModel
 
 
@@ -33,7 +33,7 @@ def make_runs(worker: FakeWorker, **settings: Any) -> Runs:
     settings = {"base_model": "fake", "limits": Limits(), "detach_grace_s": 60.0, **settings}
     settings["base_model"] = ServedModel(settings["base_model"])
     runs_dir = settings.pop("runs_dir", None) or Path(tempfile.mkdtemp(prefix="gradwire-test-"))
-    runs = Runs(worker, observe=lambda kind, response: None, runs_dir=runs_dir, **settings)
+    runs = Runs(worker, observer=Observer(), runs_dir=runs_dir, **settings)
     runs.start()
     return runs
 
