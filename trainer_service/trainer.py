@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
@@ -219,12 +219,19 @@ class _Observer(Observer):
         if failed:
             fields = {"kind": entry.kind, "seq_id": response.seq_id, "error": response.error.message}
             logger.info("Operation failed.", extra={"fields": fields})
-        if self._traces is not None:
-            self._traces.answered(run_id, entry, response)
+        self._trace(lambda traces: traces.answered(run_id, entry, response))
 
     def restored(self, run_id: str, found: Restored, waiting: list[Entry]) -> None:
-        if self._traces is not None:
-            self._traces.restored(run_id, found, waiting)
+        self._trace(lambda traces: traces.restored(run_id, found, waiting))
+
+    def _trace(self, tell: Callable[[Traces], object]) -> None:
+        if self._traces is None:
+            return
+        try:
+            tell(self._traces)
+        except Exception:
+            # Whatever a foreign package, and what is plugged into it, makes of a span: answers go out.
+            logger.exception("A span could not be made.")
 
 
 def _descriptors_reserved(config: TrainerConfig) -> int:
