@@ -5,7 +5,6 @@ The trainer alone exports. What the worker did is known from its answers, so it 
 leaves no span without its parent behind.
 """
 
-import argparse
 import contextlib
 import importlib
 import logging
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradwire._wire.version import __version__
 
-from trainer_service.config import SettingsError
+from trainer_service.options import SettingsError
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -31,16 +30,6 @@ trace_headers: ContextVar[Mapping[str, str]] = ContextVar("trace_headers", defau
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _FLUSH_S = 3.0
 """How long the last spans may take to leave when the trainer stops."""
-
-
-def add_argument(parser: "argparse._ActionsContainer") -> None:
-    """--otlp-endpoint."""
-    parser.add_argument(
-        "--otlp-endpoint",
-        metavar="URL",
-        help="send traces of operations to a collector there, such as http://127.0.0.1:4317; default: "
-        f"${_ENDPOINTS[0]} or ${_ENDPOINTS[1]}, or none",
-    )
 
 
 @contextlib.contextmanager

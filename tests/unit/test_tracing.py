@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from trainer_service import tracing
-from trainer_service.config import SettingsError
+from trainer_service.options import SettingsError
 
 
 @pytest.fixture(autouse=True)

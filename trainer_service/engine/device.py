@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from trainer_service.config import ComputeDtype
 from trainer_service.processes import held_bytes
+from trainer_service.worker_config import ComputeDtype
 
 
 @dataclass(frozen=True)
