@@ -27,7 +27,7 @@ from trainer_service.rpc.sampling_servicer import SamplingServicer
 from trainer_service.rpc.trainer_servicer import TrainerServicer
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run_metrics import RunMetrics
-from trainer_service.runs.sampling import Sampling
+from trainer_service.runs.sampling import SampleRequests
 from trainer_service.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class TrainerServer:
             worker,
             base_model=self._model,
             data_dir=config.data_dir,
-            adapter_dir=config.adapter_dir,
+            adapter_dir=config.adapter_dir or config.data_dir / "adapters",
             runs_dir=config.runs_dir or config.data_dir / "runs",
             durability=config.durability,
             limits=config.limits,
@@ -75,7 +75,7 @@ class TrainerServer:
         )
         self.run_metrics = RunMetrics()
         """Curves of the runs."""
-        self.sampling = Sampling(self.runs, worker, self.transfers, config.limits)
+        self.sampling = SampleRequests(self.runs, worker, self.transfers, config.limits)
         self.metrics.in_flight.set_function(lambda: self.runs.unanswered)
         self.metrics.runs.set_function(lambda: len(self.runs))
         self.metrics.journal_commits.set_function(lambda: self.runs.journal_writer.commits)

@@ -16,7 +16,7 @@ from trainer_service.page.sessions import Sessions
 from trainer_service.page.views import Health
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run_metrics import RunMetrics
-from trainer_service.runs.sampling import Sampling
+from trainer_service.runs.sampling import SampleRequests
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class PageServer:
         limits: Limits,
         runs: Runs,
         metrics: RunMetrics,
-        sampling: Sampling,
+        sampling: SampleRequests,
         catalog: Catalog,
         worker: Worker,
     ) -> None:
