@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from gradwire.v1.trainer_service_pb2 import (
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 
 from tests.fakes import FakeWorker
+from tests.waiting import DEADLINE_S, until
 from trainer_service.config import Limits, TrainerConfig
 from trainer_service.trainer import TrainerServer
 
@@ -56,6 +57,9 @@ class FrontEnd:
         stream = Stream(self.stub.Train(**arguments))
         await stream.send(attach=AttachRequest(run_id=run_id, client_id=client_id))
         stream.attached = (await stream.receive()).attached
+        run = self.server.runs._runs[run_id]
+        attachment = run.attachment
+        stream.left = lambda: run.attachment is not attachment
         return stream
 
     def operations(self) -> list[tuple[int, str]]:
@@ -69,12 +73,14 @@ class Stream:
     def __init__(self, call: grpc.aio.StreamStreamCall) -> None:
         self.call = call
         self.attached: Any = None
+        self.left: Callable[[], bool] | None = None
+        """Whether the server has noticed that it is closed; of a stream that holds a run."""
 
     async def send(self, seq_id: int = 0, acked_seq_id: int = 0, **operation: Any) -> None:
         """Writes one message; an operation may be given as {} for its empty message."""
         await self.call.write(TrainRequest(seq_id=seq_id, acked_seq_id=acked_seq_id, **operation))
 
-    async def receive(self, timeout_s: float = 5) -> TrainResponse:
+    async def receive(self, timeout_s: float = DEADLINE_S) -> TrainResponse:
         """Reads one answer."""
         response = await asyncio.wait_for(self.call.read(), timeout_s)
         assert isinstance(response, TrainResponse), f"the stream ended: {await self.call.details()}"
@@ -83,7 +89,7 @@ class Stream:
     async def ended(self) -> GradwireError:
         """Reads to the end; the error that ended the stream."""
         with contextlib.suppress(grpc.aio.AioRpcError):
-            while isinstance(await asyncio.wait_for(self.call.read(), 5), TrainResponse):
+            while isinstance(await asyncio.wait_for(self.call.read(), DEADLINE_S), TrainResponse):
                 pass
         call = self.call
         code = await call.code()
@@ -91,10 +97,10 @@ class Stream:
         return from_rpc_error(grpc.aio.AioRpcError(code, *metadata, await call.details(), None))
 
     async def close(self) -> None:
-        """Drops the connection as a vanished client would."""
+        """Drops the connection as a vanished client would; returns once the server has noticed."""
         self.call.cancel()
-        # Until the server has noticed.
-        await asyncio.sleep(0.05)
+        if self.left is not None:
+            await until(self.left)
 
 
 @contextlib.asynccontextmanager

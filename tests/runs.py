@@ -1,6 +1,5 @@
 """A trainer's runs over a fake worker, and what most of their tests do with them."""
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import TrainRequest
 
 from tests.fakes import FakeWorker
+from tests.waiting import until
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Durability, Limits, SnapshotPolicy
@@ -52,9 +52,7 @@ def forward_backward(seq_id: int) -> Operation:
 
 async def settled(run: Run) -> None:
     """Returns once nothing of the run is under way."""
-    async with asyncio.timeout(5):
-        while not run.idle:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+    await until(lambda: run.idle)
 
 
 def operations(worker: FakeWorker) -> list[tuple[int, str]]:

@@ -1,10 +1,10 @@
-// One metric's curve, of one run or several over one another.
+// One metric's curves, of one run or several.
 
 import uPlot from "./vendor/uPlot.esm.js";
 import { h, setText } from "./dom.js";
 import { number, size, tick } from "./format.js";
 
-// Told apart by those who see few colours too, on light and on dark ground.
+// Distinguishable with colour blindness too, on light and dark backgrounds.
 const COLOURS = {
     light: ["#0f766e", "#b45309", "#4338ca", "#be185d", "#4d7c0f", "#0369a1", "#7e22ce", "#b91c1c"],
     dark: ["#2dd4bf", "#fbbf24", "#a5b4fc", "#f472b6", "#a3e635", "#38bdf8", "#d8b4fe", "#fca5a5"],
@@ -17,7 +17,7 @@ export function colour(place) {
     return palette[place % palette.length];
 }
 
-/** Exponential moving average, corrected for its beginning; what is missing stays so. */
+/** Exponential moving average with bias correction; missing values stay missing. */
 export function smooth(values, weight) {
     if (!weight) return values;
     let average = 0;
@@ -74,7 +74,7 @@ export class Chart {
         const smoothing = this.settings.smoothing;
         const drawn = [];
         for (const table of tables) {
-            // A logarithm has no place for what is not above zero.
+            // Values not above zero have no logarithm.
             const values = this.settings.log ? table.values.map((v) => (v > 0 ? v : null)) : table.values;
             drawn.push({ ...table, values: smooth(values, smoothing), width: 2 });
             if (smoothing) drawn.push({ ...table, values, width: 1, faint: true });

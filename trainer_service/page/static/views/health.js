@@ -1,4 +1,4 @@
-// How the trainer and its worker are, and who holds what.
+// State of the trainer and its worker, and who holds what.
 
 import { call } from "../api.js";
 import { h, setText } from "../dom.js";
@@ -116,7 +116,7 @@ export class HealthView {
                                   "li",
                                   {},
                                   h("time", {}, format.date(time_s)),
-                                  h("p", {}, why || "Why is told to admins."),
+                                  h("p", {}, why || "Only admins see why."),
                               ),
                           ),
                       )
