@@ -2,7 +2,7 @@
 
 The head (the last linear layer) is the widest of a model: logits of T tokens take T · V floats, hundreds of times their
 hidden states. They are computed one chunk of tokens at a time. Backward needs them again: if they fit, they are kept
-and overwritten by their own gradient; otherwise they are recomputed. If the head is frozen, backward does not need them.
+and overwritten by their own gradient; otherwise they are recomputed. A frozen head does not need them in backward.
 
 Logits of a token with hidden state h, with what an adapter adds to the head, and its target k:
 
