@@ -105,13 +105,14 @@ class Stream:
 
 @contextlib.asynccontextmanager
 async def front_end(
-    *, worker: FakeWorker | None = None, limits: Limits | None = None, **settings: Any
+    *, worker: FakeWorker | None = None, limits: Limits | None = None, tracer: Any = None, **settings: Any
 ) -> AsyncIterator[FrontEnd]:
     """A trainer with a fake worker on a free port, drained at the end.
 
     Args:
         worker: Its worker; None makes one that is ready.
         limits: As in TrainerConfig.
+        tracer: As in TrainerServer.
         **settings: Of TrainerConfig.
     """
     worker = worker or FakeWorker()
@@ -121,7 +122,7 @@ async def front_end(
         **{"base_model": "fake", "listen": "127.0.0.1:0", "drain_timeout_s": 2.0, **settings}, limits=limits or Limits()
     )
     worker.checkpoint_dir = config.checkpoint_dir
-    server = TrainerServer(config, worker)
+    server = TrainerServer(config, worker, tracer)
     await server.start()
     if worker.ready is not None:
         worker.become_ready()

@@ -15,7 +15,7 @@ from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Durability, Limits, SnapshotPolicy
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
-from trainer_service.runs.run import Run
+from trainer_service.runs.run import Observer, Run
 from trainer_service.served_model import ServedModel
 
 EVERY_2_STEPS = Durability(snapshots=SnapshotPolicy(every_steps=2), idle_lease_s=0)
@@ -28,7 +28,7 @@ async def trainer(folder: Path, worker: FakeWorker, **settings: Any) -> AsyncIte
     settings["base_model"] = ServedModel(settings["base_model"])
     runs = Runs(
         worker,
-        observe=lambda kind, response: None,
+        observer=Observer(),
         runs_dir=folder,
         adapter_dir=folder.parent / "adapters",
         transfers=Transfers(Catalog(folder.parent / "checkpoints")),

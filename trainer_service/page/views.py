@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from gradwire.errors import GradwireError
 from trainer_service.access import Caller
 from trainer_service.checkpoints.checkpoint import Checkpoint
 from trainer_service.fleet.worker import Worker
+from trainer_service.processes import held_bytes
 from trainer_service.runs.journal_metrics import Measured
 from trainer_service.runs.run import Run
 from trainer_service.runs.run_metrics import Points
@@ -174,7 +174,7 @@ class Health:
             "status": worker.status_message if caller.admin or ready is not None else "The worker is not ready.",
             "version": __version__,
             "started_s": self._started_s,
-            "memory_bytes": _memory_bytes() >> 20 << 20,
+            "memory_bytes": held_bytes() >> 20 << 20,
             "model": None
             if model is None
             else {
@@ -197,15 +197,3 @@ class Health:
 
 def _number(value: float) -> float | None:
     return float(f"{value:.7g}") if math.isfinite(value) else None
-
-
-def _memory_bytes() -> int:
-    """Memory of this process; 0 if the system does not say."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * _PAGE_BYTES
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

@@ -6,9 +6,9 @@ import inspect
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import grpc
@@ -23,6 +23,10 @@ from trainer_service.config import MIN_PROTOCOL_VERSION
 from trainer_service.observability import Metrics, request_id
 from trainer_service.rpc.messages import Malformed, Messages, Received, memory_bytes
 from trainer_service.rpc.request_limiter import RequestLimiter
+from trainer_service.tracing import traced_call
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,8 @@ _QUIET_METHODS = {
     *(f"/gradwire.v1.TrainerJobService/{name}" for name in ("GetTrainerJob", "ListTrainerJobs")),
 }
 """Polled by clients that wait; logged only when they fail."""
+_UNTRACED_METHODS = {*_QUIET_METHODS, "/gradwire.v1.TrainerService/Train"}
+"""Train carries a run's operations for hours: each has a span of its own."""
 _MAX_STATUS_BYTES = 1500
 """A status travels in HTTP/2 headers, twice (as text and as details); peers accept 8 KiB of headers."""
 _PLAIN = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
@@ -55,13 +61,21 @@ class Border(grpc.aio.ServerInterceptor):
         metrics: Counts calls.
         max_message_bytes: The largest message it accepts; the error for a larger one names the limit.
         limiter: Checks the fields of messages; None accepts any.
+        tracer: Makes a span of each call; None of none.
     """
 
     def __init__(
-        self, *, api_keys: ApiKeys, metrics: Metrics, max_message_bytes: int, limiter: RequestLimiter | None = None
+        self,
+        *,
+        api_keys: ApiKeys,
+        metrics: Metrics,
+        max_message_bytes: int,
+        limiter: RequestLimiter | None = None,
+        tracer: "Tracer | None" = None,
     ) -> None:
         self._api_keys = api_keys
         self._metrics = metrics
+        self._tracer = tracer
         self._messages = Messages(max_message_bytes=max_message_bytes, limiter=limiter)
         self._streams: dict[asyncio.Timeout, Caller] = {}
         """Streamed answers under way: what ends each, and whose key opened it."""
@@ -80,7 +94,7 @@ class Border(grpc.aio.ServerInterceptor):
         metadata = dict(handler_call_details.invocation_metadata or ())
         call_id = str(metadata.get("gradwire-request-id", ""))[:_MAX_CALL_ID_CHARS] or uuid.uuid4().hex[:16]
         try:
-            call = _Call(method, call_id, self._caller(method, metadata))
+            call = _Call(method, call_id, self._caller(method, metadata), metadata)
             _check_protocol_version(method, metadata)
         except GradwireError as exc:
             return self._refusing(_Call(method, call_id, ANYBODY), exc)
@@ -112,13 +126,13 @@ class Border(grpc.aio.ServerInterceptor):
             return self._messages.only_one(context, message_type, call.caller.owner, call.method)
 
         async def unary(messages: Any, context: grpc.aio.ServicerContext) -> Any:
-            async with self._passing(call, context):
+            async with self._passing(call, context), self._traced(call):
                 await context.send_initial_metadata(call.metadata)
                 async with requests(messages, context) as request:
                     return await behaviour(request, context)
 
         async def streamed(messages: Any, context: grpc.aio.ServicerContext) -> None:
-            async with self._passing(call, context), self._while_key_opens(call.caller):
+            async with self._passing(call, context), self._while_key_opens(call.caller), self._traced(call):
                 await context.send_initial_metadata(call.metadata)
                 await respond(messages, context)
 
@@ -184,6 +198,11 @@ class Border(grpc.aio.ServerInterceptor):
             logger.log(level, "Call.", extra={"fields": fields})
 
     @contextlib.asynccontextmanager
+    async def _traced(self, call: "_Call") -> AsyncGenerator[None]:
+        with traced_call(None if call.method in _UNTRACED_METHODS else self._tracer, call.method, call.sent):
+            yield
+
+    @contextlib.asynccontextmanager
     async def _while_key_opens(self, caller: Caller) -> AsyncGenerator[None]:
         """Ends the body soon after the caller's key is revoked.
 
@@ -243,6 +262,8 @@ class _Call:
     method: str
     call_id: str
     caller: Caller
+    sent: Mapping[str, Any] = field(default_factory=dict)
+    """Metadata of a caller that was let in."""
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:

@@ -1,6 +1,7 @@
 """One of our gRPC servers: its port, TLS, limits on peers, health, reflection and shutdown."""
 
 import logging
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
@@ -15,6 +16,9 @@ from trainer_service.config import GrpcServerConfig, ServerTls
 from trainer_service.observability import Metrics
 from trainer_service.rpc.border import Border
 from trainer_service.rpc.request_limiter import RequestLimiter
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +45,7 @@ class GrpcServer:
         max_calls: How many calls one client must be able to run at once.
         reserved_descriptors: File descriptors kept for anything but client connections.
         limiter: Checks the fields of messages; None accepts any.
+        tracer: Makes a span of each call; None of none.
 
     Raises:
         SettingsError: The limit on open files is too low.
@@ -56,10 +61,13 @@ class GrpcServer:
         max_calls: int,
         reserved_descriptors: int,
         limiter: RequestLimiter | None = None,
+        tracer: "Tracer | None" = None,
     ) -> None:
         self._config = config
         self._api_keys = api_keys
-        border = Border(api_keys=api_keys, metrics=metrics, max_message_bytes=max_message_bytes, limiter=limiter)
+        border = Border(
+            api_keys=api_keys, metrics=metrics, max_message_bytes=max_message_bytes, limiter=limiter, tracer=tracer
+        )
         options = _options(
             max_message_bytes=max_message_bytes,
             max_connections=descriptors.max_connections(reserved=reserved_descriptors),

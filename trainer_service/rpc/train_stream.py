@@ -112,8 +112,11 @@ class TrainStream:
         operation = Operation(received.message, received.encoded, received.memory_bytes)
         if not operation.kind:
             return operation
-        content = getattr(operation.request, operation.kind)
-        if (refusal := find_excess(content, self._limits)) is None:
+        request = operation.request
+        content = getattr(request, operation.kind)
+        trace = TrainRequest(traceparent=request.traceparent, tracestate=request.tracestate)
+        refusal = find_excess(content, self._limits) or find_excess(trace, self._limits)
+        if refusal is None:
             return operation
         return Operation.refused(operation.kind, content, refusal, seq_id=operation.seq_id)
 

@@ -26,6 +26,7 @@ from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
 from trainer_service.runs.run_metrics import RunMetrics
 from trainer_service.served_model import ServedModel
+from trainer_service.tracing import trace_headers
 
 MAX_ANSWER_WAIT_MS = 60_000
 """The longest that GetAnswer waits; a proxy in between would cut a longer call."""
@@ -236,7 +237,8 @@ class TrainerServicer(TrainerServiceServicer):
         request.ClearField("run_id")
         request.ClearField("seq_id")
         if refusal is None:
-            operation = Operation.made(pb.TrainRequest(seq_id=seq_id, **{kind: request}))
+            fields: dict[str, Any] = {kind: request, **trace_headers.get()}
+            operation = Operation.made(pb.TrainRequest(seq_id=seq_id, **fields))
         else:
             operation = Operation.refused(kind, request, refusal, seq_id=seq_id)
         response = await run.execute(operation)

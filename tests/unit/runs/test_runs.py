@@ -23,7 +23,7 @@ from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Limits
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
-from trainer_service.runs.run import Run
+from trainer_service.runs.run import Observer, Run
 from trainer_service.served_model import ServedModel
 
 
@@ -38,7 +38,7 @@ def make_runs(worker: FakeWorker, **settings: Any) -> Runs:
     runs_dir = settings.pop("runs_dir", None) or Path(tempfile.mkdtemp(prefix="gradwire-test-"))
     runs = Runs(
         worker,
-        observe=lambda kind, response: None,
+        observer=Observer(),
         runs_dir=runs_dir,
         adapter_dir=runs_dir.parent / "adapters",
         transfers=Transfers(Catalog(runs_dir.parent / "checkpoints")),

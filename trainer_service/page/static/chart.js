@@ -2,7 +2,7 @@
 
 import uPlot from "./vendor/uPlot.esm.js";
 import { h, setText } from "./dom.js";
-import { number, tick } from "./format.js";
+import { number, size, tick } from "./format.js";
 
 // Distinguishable with colour blindness too, on light and dark backgrounds.
 const COLOURS = {
@@ -41,6 +41,9 @@ export class Chart {
     constructor(name, settings) {
         this.name = name;
         this.settings = settings;
+        const bytes = /_bytes(:|$)/.test(name);
+        this.told = bytes ? size : number;
+        this.ticked = bytes ? size : tick;
         this.plot = null;
         this.key = "";
         this.value = h("span", { class: "chart-value" });
@@ -49,7 +52,7 @@ export class Chart {
         this.element = h(
             "section",
             { class: "card chart", "aria-label": `Curve of ${name}` },
-            h("h3", {}, h("span", { class: "chart-name" }, name), this.value),
+            h("h2", {}, h("span", { class: "chart-name" }, name), this.value),
             this.box,
             this.summary,
         );
@@ -92,10 +95,10 @@ export class Chart {
             this.#scale();
         }
         const last = tables.map(({ values }) => values.findLast((value) => value !== null));
-        setText(this.value, last.length === 1 ? number(last[0]) : "");
+        setText(this.value, last.length === 1 ? this.told(last[0]) : "");
         setText(
             this.summary,
-            tables.map(({ label }, place) => `${label}: last value ${number(last[place]) || "none"}.`).join(" "),
+            tables.map(({ label }, place) => `${label}: last value ${this.told(last[place]) || "none"}.`).join(" "),
         );
     }
 
@@ -154,7 +157,7 @@ export class Chart {
                         ? undefined
                         : (_, ticks) => ticks.map((value) => (Number.isInteger(value) ? tick(value) : "")),
                 },
-                { ...axis, size: 62, values: (_, ticks) => ticks.map((value) => (value === null ? "" : tick(value))) },
+                { ...axis, size: this.ticked === size ? 76 : 62, values: (_, ticks) => ticks.map((value) => (value === null ? "" : this.ticked(value))) },
             ],
             series: [
                 { label: time ? "time" : "step" },
@@ -164,7 +167,7 @@ export class Chart {
                     width,
                     spanGaps: true,
                     points: { show: drawn[0].xs.length < 30 && !faint, size: 5 },
-                    value: (_, value) => (value === null ? "–" : number(value)),
+                    value: (_, value) => (value === null ? "–" : this.told(value)),
                     class: faint ? "faint" : undefined,
                 })),
             ],

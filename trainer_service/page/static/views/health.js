@@ -7,6 +7,11 @@ import * as format from "../format.js";
 const HOLDERS_MS = 10_000;
 const OF_BYTES = /_bytes$/;
 
+/** Of the worker's device, rank 0's. */
+function memory({ gradwire_worker_memory_bytes: used, gradwire_worker_memory_limit_bytes: limit }) {
+    return used ? `${format.size(used)}${limit ? ` of ${format.size(limit)}` : ""}` : "";
+}
+
 export class HealthView {
     title = "Health";
 
@@ -79,6 +84,8 @@ export class HealthView {
                       ["Sampling", model.sampling],
                   ]
                 : []),
+            ["Ranks", format.number(counters.gradwire_worker_ranks ?? null)],
+            ["Memory", memory(counters)],
             ["Runs on the worker", format.number(counters.gradwire_worker_runs ?? null)],
             [
                 "Graphs held",

@@ -7,7 +7,7 @@ import { stateOf } from "./runs.js";
 
 const FIRST = ["loss:sum", "loss per token", "grad_norm:mean", "learning_rate", "tokens per second"];
 // What the trainer measures, rather than what training is about.
-const LAST = /^(queue_ms|execute_ms|transfer_ms|num_|forward_passes)/;
+const LAST = /^(queue_ms|execute_ms|transfer_ms|memory_bytes|num_|forward_passes)/;
 const REDRAW_MS = 250;
 
 export class RunView {
@@ -48,7 +48,7 @@ export class RunView {
         const zoomIn = h("button", { type: "button", onclick: () => this.#latest() }, "Last quarter");
         this.first = h("div", { class: "charts" });
         this.rest = h("div", { class: "charts" });
-        this.more = h("details", { class: "more" }, h("summary", {}, "Counts and times"), this.rest);
+        this.more = h("details", { class: "more" }, h("summary", {}, "Counts, times and memory"), this.rest);
         this.more.addEventListener("toggle", () => this.#draw());
         this.none = h("div");
         this.note = h("p", { class: "muted" });
