@@ -43,8 +43,8 @@ class Limits:
     max_topk_logprobs: int = 128
     """Most likely tokens requested at one position."""
     max_sample_requests: int = 1024
-    """Simultaneous Sample and ComputeLogprobs requests of all clients together; if one owner's take them all, another
-    owner may have half as many on top."""
+    """Simultaneous Sample and ComputeLogprobs requests of all clients together; beyond that, each owner may still have
+    half an equal share."""
     max_frozen_weights: int = 4
     """Sets of frozen weights of one run; a further one replaces the one unused for longest that nobody holds open."""
     max_user_metadata_entries: int = user_metadata.MAX_ENTRIES
