@@ -145,7 +145,7 @@ class ServerTls:
 class LogSettings:
     """What a process logs, on stderr."""
 
-    log_json: bool = option(False, help="log one JSON object a line")
+    log_json: bool = option(False, help="log one JSON object per line")
     log_level: str = option(
         "INFO",
         help="lowest level that is logged",
@@ -174,7 +174,7 @@ class ServerConfig(LogSettings):
     """Entries of the keys it accepts, see access.ApiKeys; without any, it serves everyone who can reach it."""
     api_key_file: Path | None = option(
         None,
-        help="API keys, one a line: `key`, `name key` or `name key admin`; read again when it changes; see "
+        help="API keys, one per line: `key`, `name key` or `name key admin`; read again when it changes; see "
         "docs/security.md",
     )
     allow_no_api_key: bool = option(False, help="listen beyond loopback without an API key")
