@@ -18,10 +18,21 @@ from trainer_service.gateway.wire import tinker_wire_pb2 as wire
 
 KEYS = ("alice tml-alice", "bob tml-bob")
 ALICE, BOB = "tml-alice", "tml-bob"
+JOBS = "/v1/accounts/gradwire/rlorTrainerJobs"
 POSTS = (
     *("create_session", "sessions/search", "sessions/x/finish", "create_model", "get_info", "forward_backward"),
     *("load_weights", "optim_step", "retrieve_future", "create_sampling_session", "asample", "weights_info"),
 )
+
+
+async def job_posts(gateway: HttpGateway, key: str = "") -> list[str]:
+    """A job, and paths of what its SDK sends to it alone; the first makes jobs."""
+    job = await gateway.http.post(
+        JOBS, json={"trainingConfig": {"baseModel": "fake"}}, headers={"x-api-key": key} if key else {}
+    )
+    account, _, job_id = job.json()["name"].removeprefix("accounts/").split("/")
+    below = f"/training/v1/rlorTrainerJobs/{account}/{job_id}/api/v1"
+    return [JOBS, *(f"{below}/{path}" for path in ("create_session", "forward", "forward_backward", "unload_model"))]
 
 
 async def test_malformed_bodies_are_the_callers_mistake(tmp_path: Path):
@@ -48,6 +59,10 @@ async def test_malformed_bodies_are_the_callers_mistake(tmp_path: Path):
                 assert response.status_code < 500, (path, body[:80], response.text)
                 if response.status_code >= 400:
                     assert len(response.json()["error"]) > 10
+        for path in await job_posts(gateway):
+            for body in hostile:
+                response = await gateway.http.post(path, content=body)
+                assert response.status_code < 500, (path, body[:80], response.text)
         for path in ("completions", "chat/completions"):
             for body in hostile:
                 response = await gateway.http.post(f"/oai/api/v1/{path}", content=body)
@@ -184,12 +199,22 @@ async def test_two_keys_do_not_see_each_other(tmp_path: Path):
             ("GET", f"/api/v1/samplers/{hers['sampler_id']}", None),
             ("GET", f"/api/v1/sessions/{hers['session_id']}", None),
         ]
+        her_job, *_ = [path for path in await job_posts(gateway, ALICE) if path != JOBS]
+        job_id = her_job.split("/")[5]
+        others += [(method, f"{JOBS}/{job_id}", None) for method in ("GET", "DELETE")]
+        others += [
+            ("POST", f"{JOBS}/{job_id}:resume", None),
+            ("POST", her_job, {}),
+            ("GET", f"{her_job}/../healthz", None),
+        ]
         for run_id in run_ids:
             at = f"/api/v1/training_runs/{run_id}"
             others += [("GET", at, None), ("DELETE", f"{at}/checkpoints/{name}", None)]
             others += [("PUT", f"{at}/checkpoints/{name}/ttl", {"ttl_seconds": 5})]
         for method, path, body in others:
-            missing = path.replace(hers["run_id"], "run-0").replace(hers["session_id"], "0" * 36)
+            missing = (
+                path.replace(hers["run_id"], "run-0").replace(hers["session_id"], "0" * 36).replace(job_id, "none")
+            )
             answers = []
             for where in (path, missing):
                 sent = json.loads(json.dumps(body).replace(hers["session_id"], "0" * 36)) if where is missing else body
@@ -201,6 +226,7 @@ async def test_two_keys_do_not_see_each_other(tmp_path: Path):
             await gateway.http.get(f"/api/v1/{path}", headers={"x-api-key": BOB})
             for path in ("training_runs", "checkpoints", "sessions", f"training_runs/{hers['run_id']}/checkpoints")
         ]
+        assert (await gateway.http.get(JOBS, headers={"x-api-key": BOB})).json() == {"rlorTrainerJobs": []}
         assert all(hers["run_id"] not in one.text and hers["session_id"] not in one.text for one in listed)
         # And Alice still has all of it.
         assert (await gateway.result(hers["request_id"], ALICE)).json()["path"] == hers["path"]

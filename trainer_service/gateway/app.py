@@ -5,7 +5,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from trainer_service.gateway import openai_api, rest_api, sampling_api, training_api
+from trainer_service.gateway import fireworks_api, openai_api, rest_api, sampling_api, training_api
 from trainer_service.gateway.endpoints import Handler, route, tinker_refusal
 from trainer_service.gateway.gateway import Gateway
 from trainer_service.gateway.operations import JSON_KINDS
@@ -61,12 +61,36 @@ _OPENAI: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "chat/completions", openai_api.chat_completions),
 )
 
+_JOBS = "/v1/accounts/{account}/rlorTrainerJobs"
+_IN_JOB = "/training/v1/rlorTrainerJobs/{account}/{job_id}/api/v1"
+_FIREWORKS: tuple[tuple[str, str, Handler], ...] = (
+    ("GET", "/v1/accounts", fireworks_api.list_accounts),
+    ("POST", _JOBS, fireworks_api.create_job),
+    ("GET", _JOBS, fireworks_api.list_jobs),
+    ("GET", f"{_JOBS}/{{job_id}}", fireworks_api.get_job),
+    ("DELETE", f"{_JOBS}/{{job_id}}", fireworks_api.delete_job),
+    ("POST", f"{_JOBS}/{{job_id}}:resume", fireworks_api.resume_job),
+)
+_OF_JOBS: dict[tuple[str, str], Handler] = {
+    ("POST", "create_session"): fireworks_api.create_session,
+    ("POST", "forward"): fireworks_api.forward,
+    ("POST", "forward_backward"): fireworks_api.forward_backward,
+    ("POST", "unload_model"): fireworks_api.unload_model,
+}
+"""What below a job is not as it is for tinker's SDK."""
+
 
 def make_app(gateway: Gateway) -> Starlette:
     """The application."""
     routes: list[BaseRoute] = [
         route(f"/api/v1/{path}", handler, gateway, method=method, keyless=path == "healthz")
         for method, path, handler in _TINKER
+    ]
+    routes += [route(path, handler, gateway, method=method) for method, path, handler in _FIREWORKS]
+    in_job = {(method, path): handler for method, path, handler in _TINKER} | _OF_JOBS
+    routes += [
+        route(f"{_IN_JOB}/{path}", fireworks_api.in_job(handler), gateway, method=method)
+        for (method, path), handler in in_job.items()
     ]
     routes.append(route("/metrics", rest_api.metrics, gateway, method="GET"))
     routes += [

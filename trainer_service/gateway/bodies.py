@@ -101,6 +101,11 @@ class Fields:
         self._left = dict(found)
         self._where = where
 
+    @property
+    def left(self) -> list[str]:
+        """Names that nobody read yet."""
+        return list(self._left)
+
     def has(self, name: str) -> bool:
         """Whether the field is there, and not null."""
         return self._left.get(name) is not None

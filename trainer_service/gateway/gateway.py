@@ -11,6 +11,7 @@ from gradwire.errors import GradwireError
 
 from trainer_service.access import ApiKeys
 from trainer_service.gateway.answers import Answers
+from trainer_service.gateway.jobs import Jobs
 from trainer_service.gateway.models import Models
 from trainer_service.gateway.outcomes import Refusal
 from trainer_service.gateway.sample_queue import SampleQueue
@@ -67,6 +68,7 @@ class Gateway:
         self.queue = SampleQueue(max_in_flight=settings.max_in_flight_samples, max_num_samples=settings.max_num_samples)
         self.samplers = Samplers(self._store, trainers, self._answers, self.queue)
         self.models = Models(self._store, trainers, self.sessions, self._answers, self.samplers.add_snapshot)
+        self.jobs = Jobs(self._store)
         self._ending: set[str] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), name="gateway-sweep")
@@ -91,6 +93,13 @@ class Gateway:
         self.samplers.end(session)
         self.sessions.end(session, ended_by)
         self.clear(session)
+
+    def end_session(self, session_id: str, caller: Caller, ended_by: dict[str, object]) -> None:
+        """One of the caller's is over, if it goes on and is still known."""
+        for session in self.sessions.of(caller):
+            if session.session_id == session_id and session.ended_by is None:
+                session.key = caller.key
+                self.finish(session, ended_by)
 
     def clear(self, session: Session) -> None:
         """Deletes the runs of a session that is over, in the background."""

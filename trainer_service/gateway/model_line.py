@@ -218,8 +218,8 @@ class ModelLine:
         body = row.body or b""
         batch = None
         try:
-            if row.kind in (operations.FORWARD_BACKWARD, operations.CUSTOM):
-                request = operations.parse_pass(body)
+            if row.kind in operations.PASSES:
+                request = operations.read_pass(row.kind, body)
                 batch = read_batch(request)
                 planned = self._plan_pass(row.kind, request.forward_only, operations.plan_pass(request, batch), batch)
             else:
@@ -245,7 +245,7 @@ class ModelLine:
         if ordinary.content.loss_fn != "cross_entropy" or inputs.keys() != {"target_tokens", "weights"}:
             return ordinary
         if forward_only:
-            if kind != operations.CUSTOM:
+            if kind == operations.FORWARD_BACKWARD:
                 return ordinary
             content = ops.ForwardRequest(batch=ordinary.content.batch, keep_graph=True)
             del content.batch.loss_fn_inputs["weights"]
@@ -254,7 +254,7 @@ class ModelLine:
         gradients = -inputs["weights"]
         if forward is None or not bool(np.isfinite(gradients).all()):
             # What is not finite, the trainer refuses in the words of the weights.
-            self._custom_losses.at_two_forwards += kind == operations.CUSTOM
+            self._custom_losses.at_two_forwards += kind != operations.FORWARD_BACKWARD
             return ordinary
         self._custom_losses.at_one_forward += 1
         content = ops.BackwardRequest(forward_seq_id=forward.run_seq_id, gradients=tensor_message(gradients))
@@ -304,7 +304,7 @@ class ModelLine:
                 raise
             return Outcome.failure(exc)
         needs_data = row.plan["as"] in ("kept_forward", "backward") and "loss" not in row.plan
-        batch = read_batch(operations.parse_pass(row.body or b"")) if needs_data else None
+        batch = read_batch(operations.read_pass(row.kind, row.body or b"")) if needs_data else None
         outcome = await self._translations.outcome(row.plan, response, batch)
         self._answers.keep(request_id_of(self.model_id, row.seq_id), outcome)
         return outcome

@@ -203,6 +203,18 @@ class Models:
         row = self._store.model(model_id)
         return model_id if row is None or row["run_id"] is None or row["owner"] != owner else row["run_id"]
 
+    async def unload(self, model_id: str, caller: Caller) -> None:
+        """Ends one model, as `end` does all of a session.
+
+        Raises:
+            Refusal: 404, or its run cannot be deleted.
+        """
+        await self.line(model_id, caller).close(Refusal(410, f"{model_id} was unloaded.", reason="RUN_NOT_FOUND"))
+        self._lines.pop(model_id, None)
+        row = self.row(model_id, caller)
+        if row["run_id"] is not None:
+            await self._delete_run(row, caller.key)
+
     async def end(self, session: Session) -> None:
         """Ends a session's models: what waits fails, and their runs are deleted."""
         why = Refusal(410, f"Session {session.session_id} has ended.", reason="SESSION_ENDED")

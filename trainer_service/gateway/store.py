@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from trainer_service.config import SettingsError
 
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE session (
     session_id TEXT PRIMARY KEY, owner TEXT NOT NULL, about TEXT NOT NULL, created_s REAL NOT NULL,
@@ -42,6 +42,12 @@ CREATE TABLE sample (
 ) WITHOUT ROWID;
 CREATE INDEX sample_session ON sample (session_id);
 CREATE INDEX sample_answered ON sample (answered_s);
+"""
+_SINCE_2 = """
+CREATE TABLE job (
+    job_id TEXT NOT NULL, owner TEXT NOT NULL, about TEXT NOT NULL, created_s REAL NOT NULL,
+    sessions TEXT NOT NULL DEFAULT '[]', PRIMARY KEY (owner, job_id)
+) WITHOUT ROWID;
 """
 
 
@@ -86,9 +92,11 @@ class Store:
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.execute("BEGIN IMMEDIATE")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                for statement in _SCHEMA.split(";"):
-                    self._db.execute(statement)
+            for since, schema in ((1, _SCHEMA), (2, _SINCE_2)):
+                if version < since:
+                    for statement in schema.split(";"):
+                        self._db.execute(statement)
+            if version < _VERSION:
                 self._db.execute(f"PRAGMA user_version = {_VERSION}")
             self._db.execute("COMMIT")
         except sqlite3.OperationalError as exc:
@@ -97,7 +105,7 @@ class Store:
             ) from exc
         except sqlite3.DatabaseError as exc:
             raise SettingsError(f"{path} is no file of a gateway: {exc}.") from exc
-        if version not in (0, _VERSION):
+        if version > _VERSION:
             raise SettingsError(f"{path} is of another version of the gateway ({version}, not {_VERSION}).")
 
     def close(self) -> None:
@@ -149,6 +157,30 @@ class Store:
         with self._transaction():
             for table in ("sampler", "model", "session"):
                 self._db.execute(f"DELETE FROM {table} WHERE session_id IN ({old})", (before_s,))  # noqa: S608
+
+    # ── jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def add_job(self, job_id: str, owner: str, about: str) -> None:
+        """A job begins."""
+        row = (job_id, owner, about, time.time())
+        self._run("INSERT INTO job (job_id, owner, about, created_s) VALUES (?, ?, ?, ?)", row)
+
+    def job(self, job_id: str, owner: str) -> sqlite3.Row | None:
+        """One of an owner's."""
+        found = self._rows("SELECT * FROM job WHERE job_id = ? AND owner = ?", (job_id, owner))
+        return found[0] if found else None
+
+    def jobs(self, owner: str) -> list[sqlite3.Row]:
+        """An owner's, newest first."""
+        return self._rows("SELECT * FROM job WHERE owner = ? ORDER BY created_s DESC", (owner,))
+
+    def set_job_sessions(self, job_id: str, owner: str, sessions: str) -> None:
+        """Which sessions were begun in it."""
+        self._run("UPDATE job SET sessions = ? WHERE job_id = ? AND owner = ?", (sessions, job_id, owner))
+
+    def delete_job(self, job_id: str, owner: str) -> None:
+        """It is over."""
+        self._run("DELETE FROM job WHERE job_id = ? AND owner = ?", (job_id, owner))
 
     # ── models ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -17,7 +17,7 @@ from trainer_service.gateway.sessions import Caller
 
 _POLL_S = 20.0
 """How long an answer is waited for before the client has to ask again; it hangs up after 45."""
-_REQUEST_ID = re.compile(r"([0-9a-f-]{36}:(train|sample):[0-9]{1,18}):([0-9]{1,18})", re.ASCII)
+_REQUEST_ID = re.compile(r"([0-9a-f-]{36}:(train|sample):[0-9]{1,18}):([0-9]{1,18}|unload)", re.ASCII)
 _MAX_NUMBER = 10**18 - 1
 _SDK_METHOD = "x-sdk-method"
 
@@ -99,13 +99,20 @@ async def create_model(gateway: Gateway, caller: Caller, request: Request) -> An
                 setattr(run, name, lora.flag(name))
         if (seed := lora.optional_integer("seed")) is not None:
             run.seed = seed % (1 << 64)
+        if (alpha := lora.optional_number("alpha")) is not None:
+            run.lora_alpha = alpha
+        lora.refuse(
+            "init_method", "Adapters begin as kaiming says; leave it out.", unless=lambda method: method == "kaiming"
+        )
     else:
         # All parameters train, so there is nothing that these would choose from.
-        lora.ignore("train_mlp", "train_attn", "train_unembed", "seed")
+        lora.ignore("train_mlp", "train_attn", "train_unembed", "seed", "alpha", "init_method")
     lora.finish()
     _only_adamw(fields)
     fields.ignore("type")
     base_model = fields.text("base_model")
+    fields.refuse("base_only", "Use a sampler of the base model, and compute_logprobs.")
+    fields.refuse("projection_head_dim", "Models here make logits alone.")
     fields.finish()
     model_id = await gateway.models.create(session, number, base_model, run)
     return {"request_id": request_id_of(model_id, 0), "model_id": model_id}
@@ -211,6 +218,8 @@ async def _outcome(gateway: Gateway, caller: Caller, request_id: str) -> Outcome
     whose, kind, number = parsed.groups()
     if kind == "sample":
         return await gateway.samplers.outcome(request_id, caller)
+    if number == "unload":
+        return Outcome.result(type="unload_model", model_id=gateway.models.row(whose, caller)["model_id"])
     line = gateway.models.line(whose, caller)
     return await (line.outcome(int(number)) if int(number) else asyncio.shield(line.made))
 
