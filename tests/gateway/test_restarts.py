@@ -40,6 +40,17 @@ def test_a_killed_gateway_changes_no_bit(mortal: GatewayProcess, client: tinker.
                 np.testing.assert_array_equal(one["logprobs"].to_numpy(), other["logprobs"].to_numpy())
 
 
+def test_two_gateways_before_one_trainer_share_what_is_saved(mortal: GatewayProcess, client: tinker.TrainingClient):
+    client.forward_backward(make_data(), "cross_entropy")
+    client.optim_step(ADAM).result()
+    path = client.save_state("shared").result().path
+    here = client.forward(make_data(), "cross_entropy").result()
+    with tinker.ServiceClient(base_url=mortal.base_url, api_key=KEY) as service:
+        loaded = service.create_training_client_from_state_with_optimizer(path).result()
+        there = loaded.forward(make_data(), "cross_entropy").result()
+        assert there.metrics["loss:sum"] == here.metrics["loss:sum"]
+
+
 def test_futures_of_a_killed_gateway_are_answered_by_the_next(mortal: GatewayProcess):
     with tinker.ServiceClient(base_url=mortal.base_url, api_key=KEY) as service:
         client = service.create_lora_training_client("tiny", rank=4, seed=1).result()

@@ -22,6 +22,7 @@ JOBS = "/v1/accounts/gradwire/rlorTrainerJobs"
 POSTS = (
     *("create_session", "sessions/search", "sessions/x/finish", "create_model", "get_info", "forward_backward"),
     *("load_weights", "optim_step", "retrieve_future", "create_sampling_session", "asample", "weights_info"),
+    *("retrieve_futures", "cancel_future", "save_weights", "save_weights_for_sampler", "telemetry"),
 )
 
 
@@ -193,6 +194,7 @@ async def test_two_keys_do_not_see_each_other(tmp_path: Path):
             ("retrieve_future", {"request_id": f"{hers['model_id']}:0"}),
             ("asample", {"sampling_session_id": hers["sampler_id"], "seq_id": 1, "prompt": {"chunks": []}}),
             ("weights_info", {"tinker_path": hers["path"]}),
+            ("retrieve_futures", {"target": {"sampling_session_id": hers["sampler_id"]}}),
         ]
         others = [("POST", f"/api/v1/{path}", body) for path, body in posts]
         others += [
@@ -228,12 +230,40 @@ async def test_two_keys_do_not_see_each_other(tmp_path: Path):
         ]
         assert (await gateway.http.get(JOBS, headers={"x-api-key": BOB})).json() == {"rlorTrainerJobs": []}
         assert all(hers["run_id"] not in one.text and hers["session_id"] not in one.text for one in listed)
+        passed = await gateway.forward_backward(hers["model_id"], 2, BOB)
+        assert passed.status_code == 404
+        for model in (hers["path"].replace("/weights/", "/sampler_weights/"), hers["sampler_id"]):
+            spoken = await gateway.http.post(
+                "/oai/api/v1/completions", json={"model": model, "prompt": "x"}, headers={"x-api-key": BOB}
+            )
+            assert spoken.status_code == 404, spoken.text
+        # Nothing to be told apart from a future that nobody has, and nothing is cancelled.
+        for request_id in (hers["sample_id"], "nobody's"):
+            assert await gateway.post("cancel_future", BOB, request_id=request_id) == {}
+        assert (await gateway.result(hers["sample_id"], ALICE)).status_code == 200
         # And Alice still has all of it.
         assert (await gateway.result(hers["request_id"], ALICE)).json()["path"] == hers["path"]
         beat = await gateway.http.post(
             "/api/v1/session_heartbeat", json={"session_id": hers["session_id"]}, headers={"x-api-key": ALICE}
         )
         assert beat.status_code == 200
+
+
+async def test_garbage_futures_are_not_found(tmp_path: Path):
+    async with front_end() as trainer, http_gateway(trainer.address, tmp_path) as gateway:
+        session_id = await gateway.session()
+        model_id = await gateway.model(session_id)
+        garbage = ["", "x", "::", f"{model_id}:", f"{model_id}:-1", f"{model_id}:{10**30}", f"{model_id}:\u0661", "\0"]
+        garbage += [
+            f"{model_id}:7",
+            f"{session_id}:train:9:1",
+            f"{session_id}:sample:0:0",
+            f"{session_id}:train:9:unload",
+        ]
+        for request_id in [*garbage, "a" * 100_000]:
+            response = await gateway.http.post("/api/v1/retrieve_future", json={"request_id": request_id})
+            assert response.status_code == 404, (request_id[:80], response.text)
+            assert len(response.json()["error"]) < 500
 
 
 async def test_whoever_has_no_valid_key_begins_nothing(tmp_path: Path):

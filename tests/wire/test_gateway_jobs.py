@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import front_end
+from tests.front_end import front_end
 from tests.http_gateway import HttpGateway, http_gateway
 from trainer_service.gateway.wire import tinker_wire_pb2 as wire
 

@@ -12,6 +12,12 @@ from trainer_service.gateway.operations import JSON_KINDS
 from trainer_service.gateway.outcomes import Refusal
 
 _TINKER: tuple[tuple[str, str, Handler], ...] = (
+    # In order they are looked for: first what is asked for most.
+    ("POST", "retrieve_future", training_api.retrieve_future),
+    ("POST", "asample", sampling_api.asample),
+    ("POST", "forward_backward", training_api.forward_backward),
+    ("POST", "optim_step", training_api.json_operation),
+    ("POST", "retrieve_futures", sampling_api.retrieve_futures),
     ("POST", "client/config", training_api.client_config),
     ("POST", "client/dynamic_config", training_api.dynamic_config),
     ("POST", "create_session", training_api.create_session),
@@ -21,14 +27,11 @@ _TINKER: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "telemetry", training_api.telemetry),
     ("POST", "create_model", training_api.create_model),
     ("POST", "get_info", training_api.get_info),
-    ("POST", "forward_backward", training_api.forward_backward),
     ("POST", "load_weights", training_api.load_weights),
-    *(("POST", kind, training_api.json_operation) for kind in JSON_KINDS if kind != "load_weights"),
-    ("POST", "retrieve_future", training_api.retrieve_future),
+    *(("POST", kind, training_api.json_operation) for kind in JSON_KINDS if kind not in ("load_weights", "optim_step")),
     ("POST", "cancel_future", training_api.cancel_future),
     ("POST", "create_custom_loss", training_api.unserved_custom_loss),
     ("POST", "create_sampling_session", sampling_api.create_sampling_session),
-    ("POST", "asample", sampling_api.asample),
     ("GET", "samplers/{sampler_id}", sampling_api.get_sampler),
     ("GET", "get_server_capabilities", rest_api.get_server_capabilities),
     ("GET", "healthz", rest_api.healthz),

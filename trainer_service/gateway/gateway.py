@@ -62,6 +62,8 @@ class Gateway:
         self.trainers = trainers
         self.tokenizers = Tokenizers()
         self.stopping = asyncio.Event()
+        self.stopped = asyncio.ensure_future(self.stopping.wait())
+        """Done once the gateway stops; what waits for long waits for it as well."""
         self._store = Store(settings.data_dir / "gateway.sqlite")
         self._answers = Answers()
         self.sessions = Sessions(self._store, grace_s=settings.session_grace_s)
@@ -83,6 +85,8 @@ class Gateway:
 
     def heard(self, caller: Caller) -> None:
         """A caller came with a key; what was left over for want of it can be done now."""
+        if not self._ending:
+            return
         for session in self.sessions.of(caller):
             if session.ended_by is not None and session.session_id in self._ending and not session.key:
                 session.key = caller.key

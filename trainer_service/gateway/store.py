@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from trainer_service.config import SettingsError
 
 _VERSION = 2
+_CHECKPOINT_PAGES = 8192
+"""Of 4 KiB, that the log may grow to."""
 _SCHEMA = """
 CREATE TABLE session (
     session_id TEXT PRIMARY KEY, owner TEXT NOT NULL, about TEXT NOT NULL, created_s REAL NOT NULL,
@@ -90,6 +92,8 @@ class Store:
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
+            # Each moves the log into the file and waits for the disk, while every request waits.
+            self._db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
             self._db.execute("BEGIN IMMEDIATE")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             for since, schema in ((1, _SCHEMA), (2, _SINCE_2)):
@@ -281,14 +285,25 @@ class Store:
         found = self._rows("SELECT * FROM sample WHERE request_id = ?", (request_id,))
         return found[0] if found else None
 
-    def samples_answered(self, answered: Iterable[tuple[bytes, str]]) -> None:
-        """(outcome, request_id) of those that are."""
-        now = time.time()
-        rows = [(outcome, now, request_id) for outcome, request_id in answered]
+    def samples(self, sampler_id: str) -> list[sqlite3.Row]:
+        """Of a sampler: (request_id, answered_s, size_bytes of the stored outcome, its first byte as `mark`)."""
+        columns = "request_id, answered_s, length(outcome) AS size_bytes, substr(outcome, 1, 1) AS mark"
+        # Ids of samples begin with that of their sampler; ";" is what follows ":".
+        return self._rows(
+            f"SELECT {columns} FROM sample WHERE request_id > ? AND request_id < ?",  # noqa: S608
+            (f"{sampler_id}:", f"{sampler_id};"),
+        )
+
+    def samples_answered(self, answered: Iterable[tuple[bytes, float, str]]) -> None:
+        """(outcome, time, request_id) of those that are."""
         with self._transaction():
             self._db.executemany(
-                "UPDATE sample SET outcome = ?, answered_s = ?, body = NULL WHERE request_id = ?", rows
+                "UPDATE sample SET outcome = ?, answered_s = ?, body = NULL WHERE request_id = ?", list(answered)
             )
+
+    def forget_sample(self, request_id: str) -> None:
+        """Its client has the answer."""
+        self._run("DELETE FROM sample WHERE request_id = ? AND answered_s IS NOT NULL", (request_id,))
 
     def forget_samples(self, before_s: float) -> None:
         """Answers given before then are not kept."""
