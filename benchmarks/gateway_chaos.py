@@ -44,10 +44,11 @@ def main() -> int:
                 rng = random.Random(seed)
                 faults = tuple(rng.sample(FAULTS, rng.randint(1, len(FAULTS))))
                 trial = Trial(trainer, gateway, folder / f"trial-{number}", args.steps)
-                if trial.run(seed, faults) != wanted:
+                same = trial.run(seed, faults) == wanted
+                if not same:
                     differ.append(seed)
                 done.update(trial.done)
-                print(f"trial {number}, seed {seed}: {', '.join(trial.done)}", flush=True)
+                print(f"trial {number}, seed {seed}: {', '.join(trial.done)}{'' if same else '; DIFFERS'}", flush=True)
             trainer.stop()
     kills = ", ".join(f"{name} {count}" for name, count in sorted(done.items()))
     print(

@@ -10,7 +10,7 @@ from typing import Any
 from trainer_service.gateway.outcomes import Refusal
 from trainer_service.gateway.sessions import Caller
 from trainer_service.gateway.store import Store
-from trainer_service.gateway.trainers import ServedModel
+from trainer_service.gateway.trainers import TrainerModel
 
 ACCOUNT = "gradwire"
 """The one account there is; whose a job is, its key says."""
@@ -26,7 +26,7 @@ class Jobs:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def create(self, caller: Caller, job_id: str, *, display_name: str, lora_rank: int, served: ServedModel) -> str:
+    def create(self, caller: Caller, job_id: str, *, display_name: str, lora_rank: int, served: TrainerModel) -> str:
         """A new job; returns its id.
 
         Args:
