@@ -33,6 +33,7 @@ os.environ["TINKER_TELEMETRY"] = "0"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import gradwire
+import numpy as np
 import tinker
 from tinker import types
 
@@ -76,7 +77,7 @@ def main() -> None:
         if "step" in args.rows:
             rows += step_rows(args, gateway, native, service)
         if "samples" in args.rows:
-            rows += sample_rows(args, folder, native, service)
+            rows += sample_rows(args, folder, gateway, native, service)
         print_table(("what", "measured", "figure", "goal"), rows)
 
 
@@ -124,6 +125,11 @@ def step_rows(
     sides: dict[str, Callable[[], object]] = {"native": native_steps, "tinker": tinker_steps, "raw": raw_steps}
     found = {name: [one / args.steps for one in times] for name, times in interleave(sides, rounds=args.rounds).items()}
     raw.close()
+    assert gateway.process is not None
+    before = cpu_s(gateway.process.pid)
+    raw_steps()
+    spent = (cpu_s(gateway.process.pid) - before) / args.steps
+    raw.close()
 
     def beyond(over: str, under: str) -> str:
         values = [a - b for a, b in zip(found[over], found[under], strict=True)]
@@ -146,6 +152,7 @@ def step_rows(
             f"{ms(found['tinker'])} / {ms(found['raw'])}",
             beyond("tinker", "raw"),
         ),
+        Row("processor time of the gateway, a step", f"{spent * 1000:.2f} ms"),
     ]
 
 
@@ -168,8 +175,6 @@ class RawSteps:
         self._post("retrieve_future", {"request_id": made["request_id"]})
         self._request = wire.ForwardBackwardRequest(model_id=self._model_id, loss_fn="cross_entropy")
         datum = self._request.data.add()
-        import numpy as np
-
         datum.model_input.add().encoded_text.tokens = np.array(tokens[:-1], "<i4").tobytes()
         for name, values, dtype in (
             ("target_tokens", np.array(tokens[1:], "<i8"), wire.DTYPE_INT64),
@@ -248,7 +253,11 @@ class Prompts:
 
 
 def sample_rows(
-    args: argparse.Namespace, folder: Path, native: gradwire.ServiceClient, service: tinker.ServiceClient
+    args: argparse.Namespace,
+    folder: Path,
+    gateway: GatewayProcess,
+    native: gradwire.ServiceClient,
+    service: tinker.ServiceClient,
 ) -> list[Row]:
     """2,048 samples, asked for one by one and merged by hand."""
     count = args.samples // GROUP
@@ -257,11 +266,19 @@ def sample_rows(
     sampler = service.create_sampling_client(base_model="tiny").result()
     ours = native.create_sampling_client()
     Prompts(prompts[:2], 4).one_by_one(sampler)
+    assert gateway.process is not None
+    pid, spent = gateway.process.pid, [0.0]
+
+    def one_by_one() -> None:
+        before = cpu_s(pid)
+        asked.one_by_one(sampler)
+        spent[0] = cpu_s(pid) - before
+
     with nothing(folder) as url, tinker.ServiceClient(base_url=url, api_key=KEY) as idle:
         answered_at_once = idle.create_sampling_client(base_model="tiny").result()
         found = interleave(
             {
-                "one by one": lambda: asked.one_by_one(sampler),
+                "one by one": one_by_one,
                 "merged": lambda: asked.merged(sampler),
                 "native": lambda: asked.native(ours),
                 "nothing": lambda: asked.one_by_one(answered_at_once),
@@ -283,7 +300,14 @@ def sample_rows(
             f"{ratio(found['one by one'], found['native']):.2f}",
         ),
         Row("of that tinker's SDK alone, answered at once by nothing", ms(found["nothing"])),
+        Row("processor time of the gateway, a sample", f"{spent[0] / args.samples * 1000:.2f} ms"),
     ]
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time a process has used, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
