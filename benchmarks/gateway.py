@@ -189,9 +189,9 @@ class RawSteps:
         self._request.seq_id = self._seq_id + 1
         step = {"model_id": self._model_id, "seq_id": self._seq_id + 2, "adam_params": {"learning_rate": 1e-4}}
         self._send(0, "forward_backward", self._request.SerializeToString(), "application/x-protobuf")
-        passed = json.loads(self._read(0))["request_id"]
-        stepped = self._post("optim_step", step)["request_id"]
-        for place, request_id in enumerate((passed, stepped)):
+        self._send(1, "optim_step", json.dumps(step).encode())
+        futures = [json.loads(self._read(place))["request_id"] for place in range(2)]
+        for place, request_id in enumerate(futures):
             self._send(place, "retrieve_future", json.dumps({"request_id": request_id}).encode())
         for place in range(2):
             self._read(place)

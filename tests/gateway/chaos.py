@@ -102,5 +102,6 @@ class Trial:
             for kind in ("told", "sampled"):
                 if kind in line:
                     place = f"{kind} {line['step']}"
-                    assert answers.setdefault(place, line[kind]) == line[kind], place
+                    before = answers.setdefault(place, line[kind])
+                    assert before == line[kind], f"{place}: {line[kind]}, but before: {before}"
         return answers

@@ -29,7 +29,7 @@ from trainer_service.gateway.run_stream import RunStream
 from trainer_service.gateway.store import OperationRow, Store
 from trainer_service.gateway.tensors import read_batch
 from trainer_service.gateway.trainers import Trainer
-from trainer_service.gateway.translations import Translations
+from trainer_service.gateway.translations import CUSTOM_PASSES, Translations
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ class ModelLine:
             assert batch is not None
             self._kept.keep(digest_of(batch), KeptForward(run_seq_id, self.stream.attaches))
             self._translations.expect_forward(run_seq_id)
-        data = batch if plan["as"] in ("kept_forward", "backward") else None
+        data = batch if plan["as"] in CUSTOM_PASSES else None
         self.stream.send(
             planned.kind, planned.content, lambda response: self._answer(seq_id, run_seq_id, plan, response, data)
         )
@@ -258,8 +258,10 @@ class ModelLine:
         gradients = -inputs["weights"]
         if forward is None or not bool(np.isfinite(gradients).all()):
             # What is not finite, the trainer refuses in the words of the weights.
-            self._custom_losses.at_two_forwards += kind != operations.FORWARD_BACKWARD
-            return ordinary
+            if kind == operations.FORWARD_BACKWARD:
+                return ordinary
+            self._custom_losses.at_two_forwards += 1
+            return Planned(ordinary.kind, ordinary.content, {"as": "second_pass"})
         self._custom_losses.at_one_forward += 1
         content = ops.BackwardRequest(forward_seq_id=forward.run_seq_id, gradients=tensor_message(gradients))
         return Planned("backward", content, {"as": "backward", "forward": forward.run_seq_id})
@@ -307,7 +309,7 @@ class ModelLine:
             if exc.code == code_pb2.UNAVAILABLE:
                 raise
             return Outcome.failure(exc)
-        needs_data = row.plan["as"] in ("kept_forward", "backward") and "loss" not in row.plan
+        needs_data = row.plan["as"] in CUSTOM_PASSES and "loss" not in row.plan
         batch = read_batch(operations.read_pass(row.kind, row.body or b"")) if needs_data else None
         outcome = await self._translations.outcome(row.plan, response, batch)
         self._answers.keep(request_id_of(self.model_id, row.seq_id), outcome)
