@@ -73,12 +73,11 @@ def main() -> None:
         gateway = stack.enter_context(running_gateway(trainer.base_url, folder / "gateway", "--alias", "tiny"))
         native = stack.enter_context(gradwire.ServiceClient(trainer.base_url))
         service = stack.enter_context(tinker.ServiceClient(base_url=gateway.base_url, api_key=KEY))
-        rows: list[Row] = []
+        header = ("what", "measured", "figure", "goal")
         if "step" in args.rows:
-            rows += step_rows(args, gateway, native, service)
+            print_table(header, step_rows(args, gateway, native, service))
         if "samples" in args.rows:
-            rows += sample_rows(args, folder, gateway, native, service)
-        print_table(("what", "measured", "figure", "goal"), rows)
+            print_table(header, sample_rows(args, folder, gateway, native, service))
 
 
 def roomy_llama(folder: Path) -> Path:
