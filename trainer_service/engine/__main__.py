@@ -125,10 +125,12 @@ def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, trainer: 
 
     from trainer_service.engine.device import pick_device, set_num_threads
     from trainer_service.engine.engine import Engine
+    from trainer_service.engine.spinning import spin_when_alone
 
     transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
     num_threads = set_num_threads()
+    spin_when_alone()
     trainer.send(WorkerEvent(loading="looking for a device"))
     settings = EngineSettings.from_arguments(arguments)
     device = pick_device(ranks.local_rank, settings.compute_dtype)

@@ -236,9 +236,7 @@ class WorkerSupervisor:
         # The worker needs no key, and what it does not have it cannot leak.
         env.pop("GRADWIRE_API_KEY", None)
         env[MAX_RUNS_VARIABLE] = str(self._settings.max_runs)
-        # Threads that spin while they wait for one another take the cores from those they wait for as soon as anything
-        # else runs here, as the trainer and the user's loop do: steps were five to ten times slower for it.
-        env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        _say_how_to_wait(env)
         logger.info("Starting the worker.", extra={"fields": {"base_model": self._settings.base_model}})
         return await RankProcesses.start(
             self._command(self._socket.path),
@@ -291,3 +289,13 @@ class WorkerSupervisor:
 
 def _stopped() -> GradwireError:
     return error("DRAINING", "The trainer stopped before this was done.", retry_after_s=5.0)
+
+
+def _say_how_to_wait(env: dict[str, str]) -> None:
+    """How threads of a parallel region wait for one another, unless the environment says so already.
+
+    GNU's OpenMP spins for some tens of microseconds, which the worker forbids while anything else wants the cores
+    (engine/spinning.py); longer gains nothing. Others, where the worker cannot, do not spin.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & env.keys():
+        env |= {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "0"}
