@@ -28,7 +28,7 @@ _INTERVAL_S = 0.1
 _CONTENDED_ABOVE, _QUIET_BELOW = 0.15, 0.1
 """Part of their time that threads which want to run are kept waiting. On a quiet machine it is below 0.06, whether they
 spin or sleep, and beside one other busy process on two cores 0.4 and more."""
-_QUIET_S = 2.0
+_QUIET_S = 1.0
 """How long a machine must have been quiet before threads spin: what disturbed them may be back in a moment."""
 _MIN_BUSY = 0.5
 """Cores' worth of work below which an interval says nothing."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer_service.engine.fused.install import fuse
 from trainer_service.engine.models.comparison import relative_difference
 from trainer_service.engine.models.positions import rope_boundaries
 from trainer_service.engine.models.runner import (
@@ -57,6 +58,8 @@ def find_traits(model: PreTrainedModel, device: torch.device, *, max_context_len
     tokens = _probe_tokens(model)
     with torch.no_grad():
         alone = [_plain(model, ids.to(device)) for ids in tokens]
+    # Before anything is compared with what the model itself found.
+    fuse(model)
     before = str(model.config._attn_implementation)
     traits = Traits(
         attention=before,

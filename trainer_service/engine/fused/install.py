@@ -1,0 +1,30 @@
+"""Puts fused functions where a model's modules compute the same, found out by trying each module."""
+
+import logging
+from collections import Counter
+
+from torch import nn
+
+from trainer_service.engine.fused.gated_mlp import fused_gated_mlp
+from trainer_service.engine.fused.module import Fused
+from trainer_service.engine.fused.rms_norm import fused_norm
+from trainer_service.engine.fused.rotary import fuse_rotation
+
+logger = logging.getLogger(__name__)
+
+
+def fuse(model: nn.Module) -> None:
+    """Fuses what can be of a freshly loaded model, in float32. What it computes stays, to float32's rounding.
+
+    A module's class is changed, not its `forward`, which would refer to the module: one in a cycle outlives its model.
+    """
+    counts: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, Fused):
+            continue
+        counts["rotations"] += fuse_rotation(module)
+        for kind, found in (("norms", fused_norm(module)), ("gated MLPs", fused_gated_mlp(module))):
+            if found is not None:
+                module.__class__ = found
+                counts[kind] += 1
+    logger.info("Fused.", extra={"fields": dict(counts)})

@@ -1,0 +1,100 @@
+"""Rotary positions as one autograd function, which holds nothing of its own for backward.
+
+    y₁ = x₁ · c₁ − x₂ · s₁,  y₂ = x₂ · c₂ + x₁ · s₂
+
+with x₁ and x₂ the halves of a head. Its derivative is a rotation too.
+
+transformers has a function for it in each architecture's file, which its attention calls by its global name; ours
+stands in its place there, for what it was found to compute the same of, and calls it for everything else.
+
+Shape suffixes: H heads, T tokens, D head size.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_NAME = "apply_rotary_pos_emb"
+Rotate = Callable[..., tuple[Tensor, Tensor]]
+
+
+def fuse_rotation(module: nn.Module) -> bool:
+    """Has the architecture that a module belongs to rotate in one function, where that is what its own computes.
+
+    Returns:
+        Whether it began to.
+    """
+    architecture: Any = sys.modules[type(module).__module__]
+    plain = getattr(architecture, _NAME, None)
+    if plain is None or isinstance(plain, _Rotation):
+        return False
+    if list(inspect.signature(plain).parameters)[:4] != ["q", "k", "cos", "sin"] or not _rotates_halves(plain):
+        return False
+    setattr(architecture, _NAME, _Rotation(plain))
+    return True
+
+
+class _Rotation:
+    """Stands in an architecture's file for its own function.
+
+    Args:
+        plain: The function.
+    """
+
+    def __init__(self, plain: Rotate) -> None:
+        self.plain = plain
+
+    def __call__(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """[1, H, T, D] each, cos and sin [1, T, D]; anything else goes to the architecture's own."""
+        fits = not (args or kwargs) and cos.ndim == 3 and not (cos.requires_grad or sin.requires_grad)
+        if fits and all(x.ndim == 4 and x.shape[-2:] == cos.shape[-2:] and x.dtype == cos.dtype for x in (q, k)):
+            return _rotate(q, cos, sin), _rotate(k, cos, sin)
+        return self.plain(q, k, cos, sin, *args, **kwargs)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotated = _Rotate.apply(x, cos[:, None], sin[:, None])
+    assert isinstance(rotated, Tensor)
+    return rotated
+
+
+def _rotates_halves(plain: Rotate) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 5, 8, generator=generator) for heads in (4, 2))
+    # Halves of cos and sin differ, unlike any model's, so that no other order of them gives the same.
+    cos, sin = (torch.randn(1, 5, 8, generator=generator) for _ in range(2))
+    try:
+        with torch.no_grad():
+            wanted = plain(q, k, cos, sin)
+            pairs = zip((q, k), wanted, strict=True)
+            return all(torch.allclose(_rotate(x, cos, sin), y, rtol=1e-5, atol=1e-6) for x, y in pairs)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        # It takes something else.
+        return False
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        rotated = x * cos
+        rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1.0)
+        rotated[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return rotated
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        cos, sin = ctx.saved_tensors
+        half = grad.shape[-1] // 2
+        grad_x = grad * cos
+        grad_x[..., :half].addcmul_(grad[..., half:], sin[..., half:])
+        grad_x[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1.0)
+        return grad_x, None, None
