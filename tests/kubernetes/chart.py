@@ -92,10 +92,26 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
             "tolerations": [{"operator": "Exists"}],
         },
     },
-    "long names": {"fullnameOverride": "a" * 45, **JOBS},
+    "page": {"page": {"enabled": True}},
+    "gateway": {"gateway": {"enabled": True}},
+    "gateway beyond the cluster": {
+        **TLS,
+        "gateway": {
+            "enabled": True,
+            "serviceType": "LoadBalancer",
+            "trainers": ["https://one.example.org:443", "https://two.example.org:443"],
+            "servedModelNames": ["small=HuggingFaceTB/SmolLM2-135M-Instruct"],
+            "persistence": {"storageClass": "fast"},
+            "nodeSelector": {"pool": "small"},
+            "tolerations": [{"operator": "Exists"}],
+            "httpRoute": {"enabled": True, "parentRefs": [{"name": "edge"}], "hostnames": ["api.example.org"]},
+        },
+        "networkPolicy": {"clients": [{"namespaceSelector": {"matchLabels": {"team": "one"}}}]},
+    },
+    "long names": {"fullnameOverride": "a" * 45, "gateway": {"enabled": True}, **JOBS},
 }
 """What the chart is rendered with; every value that switches something stands in one of them."""
 
 
-OF_OTHERS = {"ServiceMonitor", "GRPCRoute"}
+OF_OTHERS = {"ServiceMonitor", "GRPCRoute", "HTTPRoute"}
 """Kinds whose schemas are not Kubernetes' own."""

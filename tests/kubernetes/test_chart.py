@@ -82,7 +82,7 @@ def test_selectors_ports_and_names_lead_to_each_other(objects: list[Any]):
 
 def test_a_pod_has_time_to_drain(objects: list[Any]):
     for item in objects:
-        if item["kind"] == "StatefulSet":
+        if item["kind"] == "StatefulSet" and item["spec"]["template"]["spec"]["containers"][0]["name"] == "trainer":
             spec = item["spec"]["template"]["spec"]
             (drain,) = (arg for arg in spec["containers"][0]["args"] if arg.startswith("--drain-timeout-s="))
             assert int(drain.partition("=")[2]) + 15 <= spec["terminationGracePeriodSeconds"]
@@ -113,6 +113,17 @@ def test_metrics_and_clients_reach_what_the_policy_names_and_no_more(helm: Path)
     assert [rule["ports"][0]["port"] for rule in policy["spec"]["ingress"]] == ["grpc", "metrics"]
 
 
+def test_the_gateway_reaches_the_trainer_whoever_else_may_not(helm: Path):
+    sets = {"gateway": {"enabled": True}, **VALUE_SETS["narrow network"]}
+    objects = rendered(helm, sets)
+    (gateway,) = (pod for pod in pods(objects) if pod["spec"]["containers"][0]["name"] == "gateway")
+    assert "--trainer=http://gradwire.training.svc:7777" in gateway["spec"]["containers"][0]["args"]
+    clients = one(objects, "NetworkPolicy", "gradwire-trainer")["spec"]["ingress"][0]["from"]
+    assert {"podSelector": {"matchLabels": gateway["metadata"]["labels"]}} in clients
+    policy = one(objects, "NetworkPolicy", "gradwire-gateway")
+    assert [rule["ports"] for rule in policy["spec"]["ingress"]] == [[{"port": "http"}]]
+
+
 def test_objects_of_others_have_the_fields_their_operators_read(helm: Path):
     objects = rendered(helm, {**VALUE_SETS["gateway api"], **VALUE_SETS["prometheus operator"]})
     route, monitor = one(objects, "GRPCRoute"), one(objects, "ServiceMonitor")
@@ -133,6 +144,17 @@ def test_objects_of_others_have_the_fields_their_operators_read(helm: Path):
         ({"tls": {"clientCa": True}}, "tls.clientCa needs tls.secretName"),
         ({"auth": {"secretName": ""}}, "Nothing says who may call"),
         ({"grpcRoute": {"enabled": True}}, "grpcRoute.enabled needs grpcRoute.parentRefs"),
+        (
+            {"page": {"enabled": True}, "auth": {"allowNoApiKey": True, "secretName": ""}},
+            "page.enabled needs auth.secretName",
+        ),
+        ({"gateway": {"enabled": True}, "trainer": {"enabled": False}}, "needs gateway.trainers"),
+        (
+            {"gateway": {"enabled": True}, "tls": {"secretName": "a", "clientCa": True}},
+            "show API keys, not certificates",
+        ),
+        ({"gateway": {"httpRoute": {"enabled": True}}}, "gateway.httpRoute.enabled needs gateway.httpRoute.parentRefs"),
+        ({"gateway": {"trainers": ["one.example.org"]}}, "/gateway/trainers/0"),
         ({"jobs": {"enabled": True}, "trainer": {"persistence": {"existingClaim": "x"}}}, "a volume of its own"),
         ({"trainer": {"persistence": {"size": "10Gb"}}}, "/trainer/persistence/size"),
         ({"trainer": {"resources": {"limits": {"memory": "lots"}}}}, "/trainer/resources/limits/memory"),
@@ -161,7 +183,7 @@ def paths(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
 
 
 def test_a_misspelt_value_is_refused_wherever_it_stands(helm: Path):
-    free = {("trainer", "resources"), ("jobs", "resources")}
+    free = {("trainer", "resources"), ("jobs", "resources"), ("gateway", "resources")}
     groups = {path[:-1] for path in paths(values())} - {path for path in paths(values()) if path[:-1] in free}
     for group in sorted(groups - free):
         misspelt: Any = {"mispelt": 1}
@@ -211,7 +233,7 @@ def test_the_manifests_are_what_the_chart_renders(helm: Path, kubectl: Path):
     script = root / "scripts" / "kubernetes" / "render_manifests.py"
     run = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    for folder in ("trainer", "trainer-and-jobs"):
+    for folder in ("trainer", "trainer-and-gateway", "trainer-and-jobs"):
         where = root / "deploy" / "manifests" / folder
         run = subprocess.run([str(kubectl), "kustomize", str(where)], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
