@@ -1,8 +1,7 @@
-"""Fused functions compute what the modules they stand in for compute, forward and backward, and stand in for no other."""
+"""Fused functions compute what the modules they stand in for do, forward and backward, and stand in for no other."""
 
 import copy
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from transformers.models.llama import modeling_llama
 
 from trainer_service.engine.fused.install import fuse
 from trainer_service.engine.fused.module import Fused
-from trainer_service.engine.fused.rotary import fuse_rotation
 
 LLAMA = LlamaConfig(hidden_size=24, intermediate_size=40, num_attention_heads=2)
 GEMMA = Gemma2Config(hidden_size=24, intermediate_size=40, hidden_activation="gelu_pytorch_tanh")
@@ -26,14 +24,13 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture
-def plain_rotation() -> Iterator[Callable[..., Any]]:
-    """Llama's own, which stands there again afterwards."""
-    fused_or_plain = modeling_llama.apply_rotary_pos_emb
-    plain = getattr(fused_or_plain, "plain", fused_or_plain)
-    modeling_llama.apply_rotary_pos_emb = plain
-    yield plain
-    modeling_llama.apply_rotary_pos_emb = fused_or_plain
+def fused_rotation() -> Callable[..., Any]:
+    """What Llama's attention rotates with once it is fused."""
+    attention = modeling_llama.LlamaAttention(LLAMA, 0)
+    fuse(attention)
+    assert isinstance(attention, Fused)
+    forward: Any = type(attention).forward
+    return forward.__globals__["apply_rotary_pos_emb"]
 
 
 def gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -131,14 +128,9 @@ def test_half_precision_goes_to_the_plain_norm() -> None:
     assert torch.equal(norm(x), plain(x))
 
 
-def test_the_rotation_is_the_architectures_own_forward_and_backward(plain_rotation: Callable[..., Any]) -> None:
-    module = modeling_llama.LlamaMLP(LLAMA)
-    assert fuse_rotation(module)
-    assert not fuse_rotation(module)
-    fused: Any = modeling_llama.apply_rotary_pos_emb
-    assert fused is not plain_rotation
+def test_the_rotation_is_the_architectures_own_forward_and_backward() -> None:
     made = []
-    for rotate in (plain_rotation, fused):
+    for rotate in (modeling_llama.apply_rotary_pos_emb, fused_rotation()):
         torch.manual_seed(0)
         q, k = (torch.randn(1, 6, heads, 8).transpose(1, 2).requires_grad_(True) for heads in (4, 2))
         cos, sin = torch.randn(1, 6, 8), torch.randn(1, 6, 8)
@@ -149,21 +141,28 @@ def test_the_rotation_is_the_architectures_own_forward_and_backward(plain_rotati
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_what_the_rotation_was_not_tried_on_goes_to_the_architectures_own(plain_rotation: Callable[..., Any]) -> None:
-    assert fuse_rotation(modeling_llama.LlamaMLP(LLAMA))
-    fused: Any = modeling_llama.apply_rotary_pos_emb
+def test_other_models_of_the_architecture_rotate_as_they_did() -> None:
+    before = modeling_llama.apply_rotary_pos_emb
+    assert fused_rotation() is not before
+    forward: Any = modeling_llama.LlamaAttention.forward
+    assert forward.__globals__["apply_rotary_pos_emb"] is modeling_llama.apply_rotary_pos_emb is before
+
+
+def test_what_the_rotation_was_not_tried_on_goes_to_the_architectures_own() -> None:
     q, k = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8)
     cos, sin = torch.randn(1, 6, 8), torch.randn(1, 6, 8)
-    for given, wanted in zip(fused(q, k, cos, sin, 2), plain_rotation(q, k, cos, sin, 2), strict=True):
+    plain = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, 2)
+    for given, wanted in zip(fused_rotation()(q, k, cos, sin, 2), plain, strict=True):
         assert torch.equal(given, wanted)
 
 
-def test_another_rotation_stays(monkeypatch: pytest.MonkeyPatch, plain_rotation: Callable[..., Any]) -> None:
+def test_another_rotation_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Turns neighbours in place of halves, as Cohere does."""
         turned = [torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2) for x in (q, k)]
         return q * cos[:, None] + turned[0] * sin[:, None], k * cos[:, None] + turned[1] * sin[:, None]
 
-    monkeypatch.setattr(sys.modules[modeling_llama.__name__], "apply_rotary_pos_emb", interleaved)
-    assert not fuse_rotation(modeling_llama.LlamaMLP(LLAMA))
-    assert modeling_llama.apply_rotary_pos_emb is interleaved
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", interleaved)
+    attention = modeling_llama.LlamaAttention(LLAMA, 0)
+    fuse(attention)
+    assert type(attention) is modeling_llama.LlamaAttention

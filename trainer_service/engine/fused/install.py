@@ -8,9 +8,11 @@ from torch import nn
 from trainer_service.engine.fused.gated_mlp import fused_gated_mlp
 from trainer_service.engine.fused.module import Fused
 from trainer_service.engine.fused.rms_norm import fused_norm
-from trainer_service.engine.fused.rotary import fuse_rotation
+from trainer_service.engine.fused.rotary import fused_rotation
 
 logger = logging.getLogger(__name__)
+
+_KINDS = {"norms": fused_norm, "gated MLPs": fused_gated_mlp, "rotations": fused_rotation}
 
 
 def fuse(model: nn.Module) -> None:
@@ -22,9 +24,8 @@ def fuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Fused):
             continue
-        counts["rotations"] += fuse_rotation(module)
-        for kind, found in (("norms", fused_norm(module)), ("gated MLPs", fused_gated_mlp(module))):
-            if found is not None:
+        for kind, find in _KINDS.items():
+            if (found := find(module)) is not None:
                 module.__class__ = found
                 counts[kind] += 1
     logger.info("Fused.", extra={"fields": dict(counts)})

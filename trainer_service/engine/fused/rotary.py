@@ -4,49 +4,52 @@
 
 with x₁ and x₂ the halves of a head. Its derivative is a rotation too.
 
-transformers has a function for it in each architecture's file, which its attention calls by its global name; ours
-stands in its place there, for what it was found to compute the same of, and calls it for everything else.
+transformers has a function for it in each architecture's file, which its attention calls by its global name. A fused
+attention has the forward of its own class, in which that name means ours: for what it was found to compute the same of,
+and for everything else the architecture's.
 
 Shape suffixes: H heads, T tokens, D head size.
 """
 
 import inspect
-import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainer_service.engine.fused.module import fused_class
+
 _NAME = "apply_rotary_pos_emb"
 Rotate = Callable[..., tuple[Tensor, Tensor]]
 
 
-def fuse_rotation(module: nn.Module) -> bool:
-    """Has the architecture that a module belongs to rotate in one function, where that is what its own computes.
-
-    Returns:
-        Whether it began to.
-    """
-    architecture: Any = sys.modules[type(module).__module__]
-    plain = getattr(architecture, _NAME, None)
-    if plain is None or isinstance(plain, _Rotation):
-        return False
-    if list(inspect.signature(plain).parameters)[:4] != ["q", "k", "cos", "sin"] or not _rotates_halves(plain):
-        return False
-    setattr(architecture, _NAME, _Rotation(plain))
-    return True
+def fused_rotation(attention: nn.Module) -> type[nn.Module] | None:
+    """The class that makes a module rotate in one function where it does so in many; None if it does not rotate so."""
+    forward = type(attention).forward
+    if not isinstance(forward, FunctionType) or _NAME not in forward.__code__.co_names:
+        return None
+    plain = forward.__globals__.get(_NAME)
+    if plain is None or list(inspect.signature(plain).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return None
+    if not _rotates_halves(plain):
+        return None
+    names = {**forward.__globals__, _NAME: _Rotation(plain)}
+    fused = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    fused.__kwdefaults__ = forward.__kwdefaults__
+    return fused_class(type(attention), _NAME, fused)
 
 
 class _Rotation:
-    """Stands in an architecture's file for its own function.
+    """What the name means there.
 
     Args:
-        plain: The function.
+        plain: The architecture's own.
     """
 
     def __init__(self, plain: Rotate) -> None:
-        self.plain = plain
+        self._plain = plain
 
     def __call__(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
@@ -55,7 +58,7 @@ class _Rotation:
         fits = not (args or kwargs) and cos.ndim == 3 and not (cos.requires_grad or sin.requires_grad)
         if fits and all(x.ndim == 4 and x.shape[-2:] == cos.shape[-2:] and x.dtype == cos.dtype for x in (q, k)):
             return _rotate(q, cos, sin), _rotate(k, cos, sin)
-        return self.plain(q, k, cos, sin, *args, **kwargs)
+        return self._plain(q, k, cos, sin, *args, **kwargs)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
