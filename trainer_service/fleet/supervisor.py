@@ -17,10 +17,11 @@ from trainer_service.executing import executing_command
 from trainer_service.fleet import heartbeat
 from trainer_service.fleet.link import Link, WorkerServicer, worker_service_handler
 from trainer_service.fleet.rank_processes import RankProcesses
+from trainer_service.fleet.spare import Spare
 from trainer_service.fleet.worker import Deliver, Died
 from trainer_service.fleet.worker_socket import WorkerSocket
 from trainer_service.options import command_line
-from trainer_service.worker_config import WorkerConfig, WorkerTimeouts
+from trainer_service.worker_config import SPARE_VARIABLE, WorkerConfig, WorkerTimeouts
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class WorkerSupervisor:
         self._link: Link | None = None
         handler = worker_service_handler(WorkerServicer(lambda: self._link, self._became_ready))
         self._socket = WorkerSocket(handler, max_message_bytes=max_message_bytes)
+        self._spare = Spare(self._start_spare, after_s=self._timeouts.spare_after_s)
         self._status_message = "starting the worker"
         self._stopping = False
         self._ready_callbacks: list[Callable[[], object]] = []
@@ -141,10 +143,12 @@ class WorkerSupervisor:
                 await asyncio.wait({self._task}, timeout=_DISMISS_GRACE_S)
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        await self._spare.stop()
         await self._socket.close()
 
     def _became_ready(self) -> None:
         logger.info("The worker is ready.")
+        self._spare.prepare()
         for callback in self._ready_callbacks:
             callback()
 
@@ -160,10 +164,12 @@ class WorkerSupervisor:
         backoff_s, ever_ready = 0.0, False
         status_message = self._status_message
         while not self._stopping:
-            link = self._link = Link(secrets.token_urlsafe(32), status_message)
+            spare = await self._spare.take()
+            token, ranks = spare or (secrets.token_urlsafe(32), None)
+            link = self._link = Link(token, status_message)
             passing = False
             try:
-                ranks = await self._start_ranks(link)
+                ranks = ranks or await self._start_ranks(token)
             except OSError as exc:
                 # The trainer survives a shortage of descriptors or memory; its clients wait.
                 passing = exc.errno in _PASSING
@@ -210,13 +216,17 @@ class WorkerSupervisor:
     def _rank_command(self, socket: str) -> list[str]:
         return [sys.executable, "-m", "trainer_service.engine", f"--socket={socket}", *command_line(self._config)]
 
-    async def _start_ranks(self, link: Link) -> RankProcesses:
+    async def _start_spare(self, token: str) -> RankProcesses:
+        return await self._start_ranks(token, **{SPARE_VARIABLE: "1"})
+
+    async def _start_ranks(self, token: str, **variables: str) -> RankProcesses:
         await self._socket.open()
-        env = {**os.environ, "GRADWIRE_WORKER_TOKEN": link.token, "PYTHONUNBUFFERED": "1"}
+        env = {**os.environ, "GRADWIRE_WORKER_TOKEN": token, "PYTHONUNBUFFERED": "1", **variables}
         # The worker needs no key, and cannot leak what it does not have.
         env.pop("GRADWIRE_API_KEY", None)
         _say_how_to_wait(env)
-        logger.info("Starting the worker.", extra={"fields": {"base_model": self._config.base_model}})
+        kind = "a spare worker" if variables else "the worker"
+        logger.info(f"Starting {kind}.", extra={"fields": {"base_model": self._config.base_model}})
         return await RankProcesses.start(
             self._command(self._socket.path),
             env=env,
