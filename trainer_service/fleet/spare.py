@@ -20,14 +20,16 @@ class Spare:
 
     Args:
         start: Starts ranks that wait, given the token by which they will prove to be the worker.
+        socket: Returns the path at which ranks started now will call.
         after_s: How long a worker must have been ready before it gets a spare; 0 for none ever.
     """
 
-    def __init__(self, start: Start, *, after_s: float) -> None:
+    def __init__(self, start: Start, socket: Callable[[], str], *, after_s: float) -> None:
         self._start = start
+        self._socket = socket
         self._after_s = after_s
         self._task: asyncio.Task[None] | None = None
-        self._token = ""
+        self._token = self._path = ""
         self._ranks: RankProcesses | None = None
 
     def prepare(self) -> None:
@@ -35,13 +37,17 @@ class Spare:
         if self._after_s and self._ranks is None and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._prepare(), name="spare-worker")
 
-    async def take(self) -> tuple[str, RankProcesses] | None:
-        """The spare's token and its ranks, which have been told to begin; None if there is none that lives."""
+    async def take(self, path: str) -> tuple[str, RankProcesses] | None:
+        """The spare's token and its ranks, which have been told to begin; None if there is none of use.
+
+        Args:
+            path: Of the trainer's socket, which may not be where it was.
+        """
         await self._give_up_preparing()
         ranks, self._ranks = self._ranks, None
         if ranks is None:
             return None
-        if not ranks.all_run:
+        if not ranks.all_run or self._path != path:
             await ranks.stop(grace_s=0)
             return None
         logger.info("The spare worker takes over.")
@@ -69,4 +75,4 @@ class Spare:
             # The next worker then starts as the first one did.
             logger.warning("No spare worker could be started.", extra={"fields": {"why": str(exc)}})
         else:
-            self._token = token
+            self._token, self._path = token, self._socket()

@@ -65,7 +65,7 @@ class WorkerSupervisor:
         self._link: Link | None = None
         handler = worker_service_handler(WorkerServicer(lambda: self._link, self._became_ready))
         self._socket = WorkerSocket(handler, max_message_bytes=max_message_bytes)
-        self._spare = Spare(self._start_spare, after_s=self._timeouts.spare_after_s)
+        self._spare = Spare(self._start_spare, lambda: self._socket.path, after_s=self._timeouts.spare_after_s)
         self._status_message = "starting the worker"
         self._stopping = False
         self._ready_callbacks: list[Callable[[], object]] = []
@@ -164,12 +164,10 @@ class WorkerSupervisor:
         backoff_s, ever_ready = 0.0, False
         status_message = self._status_message
         while not self._stopping:
-            spare = await self._spare.take()
-            token, ranks = spare or (secrets.token_urlsafe(32), None)
-            link = self._link = Link(token, status_message)
+            link = self._link = Link(secrets.token_urlsafe(32), status_message)
             passing = False
             try:
-                ranks = ranks or await self._start_ranks(token)
+                ranks = await self._start_next(link)
             except OSError as exc:
                 # The trainer survives a shortage of descriptors or memory; its clients wait.
                 passing = exc.errno in _PASSING
@@ -216,11 +214,18 @@ class WorkerSupervisor:
     def _rank_command(self, socket: str) -> list[str]:
         return [sys.executable, "-m", "trainer_service.engine", f"--socket={socket}", *command_line(self._config)]
 
+    async def _start_next(self, link: Link) -> RankProcesses:
+        """The spare, which its own token makes the link's worker, or a worker started now."""
+        await self._socket.open()
+        if (spare := await self._spare.take(self._socket.path)) is not None:
+            link.token, ranks = spare
+            return ranks
+        return await self._start_ranks(link.token)
+
     async def _start_spare(self, token: str) -> RankProcesses:
         return await self._start_ranks(token, **{SPARE_VARIABLE: "1"})
 
     async def _start_ranks(self, token: str, **variables: str) -> RankProcesses:
-        await self._socket.open()
         env = {**os.environ, "GRADWIRE_WORKER_TOKEN": token, "PYTHONUNBUFFERED": "1", **variables}
         # The worker needs no key, and cannot leak what it does not have.
         env.pop("GRADWIRE_API_KEY", None)

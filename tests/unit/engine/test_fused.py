@@ -135,7 +135,7 @@ def test_the_rotation_is_the_architectures_own_forward_and_backward() -> None:
         q, k = (torch.randn(1, 6, heads, 8).transpose(1, 2).requires_grad_(True) for heads in (4, 2))
         cos, sin = torch.randn(1, 6, 8), torch.randn(1, 6, 8)
         rotated = rotate(q, k, cos, sin)
-        sum((x * torch.randn(x.shape)).sum() for x in rotated).backward()
+        torch.stack([(x * torch.randn(x.shape)).sum() for x in rotated]).sum().backward()
         made.append([*rotated, q.grad, k.grad])
     for wanted, found in zip(*made, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)

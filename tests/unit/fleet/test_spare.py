@@ -53,7 +53,7 @@ async def test_the_spare_becomes_the_worker_and_gets_a_spare_of_its_own() -> Non
         assert await next_worker(supervisor, pid) == spare
         assert (await submit(supervisor)).event.response.optim_step.step == 1
         second = await spare_of(spare, others=others)
-    wait_gone({spare, second})
+    wait_gone([spare, second])
 
 
 async def test_a_spare_that_died_is_replaced_by_a_worker_started_as_the_first_one() -> None:
