@@ -65,6 +65,16 @@ def test_a_fused_module_is_as_near_to_float64_as_the_plain_one(make: Callable[[]
         assert (found[name] - value).abs().max() <= 4 * error, name
 
 
+def test_modules_that_hold_no_numbers_yet_are_fused_too_and_no_random_number_is_drawn() -> None:
+    with torch.device("meta"):
+        modules = [make() for make in MODULES.values()]
+    before = torch.get_rng_state()
+    for module in modules:
+        fuse(module)
+        assert isinstance(module, Fused)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_fusing_twice_and_copying_change_nothing() -> None:
     norm = modeling_llama.LlamaRMSNorm(24)
     fuse(norm)

@@ -1,5 +1,6 @@
 """What modules have in common whose forward is fused."""
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,21 @@ class Fused:
 def takes_one_tensor(module: nn.Module) -> bool:
     """Whether its forward has one argument: with more, one try does not tell what it computes."""
     return len(inspect.signature(module.forward).parameters) == 1
+
+
+def with_parts(module: nn.Module, **parts: dict[str, Any]) -> nn.Module:
+    """A copy to be tried, with other parameters or modules: the module's own may be large, or hold no numbers yet."""
+    trial = copy.copy(module)
+    trial.__dict__.update(parts)
+    return trial
+
+
+def alike(found: Any, wanted: Any) -> bool:
+    """Whether two ways to compute the same in float32 have, rounding apart."""
+    if not (isinstance(found, Tensor) and isinstance(wanted, Tensor)):
+        return False
+    same_kind = (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+    return same_kind and bool(((found - wanted).abs() <= 1e-5 * wanted.abs() + 1e-6 * wanted.abs().max()).all())
 
 
 _classes: dict[tuple[type[nn.Module], Any], type[nn.Module]] = {}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer_service.engine.fused.module import fused_class, takes_one_tensor
+from trainer_service.engine.fused.module import alike, fused_class, takes_one_tensor, with_parts
 
 _EPS = ("variance_epsilon", "eps")
 """What modules call the eps."""
@@ -22,12 +22,12 @@ def fused_norm(norm: nn.Module) -> type[nn.Module] | None:
     """The class that makes a module compute in one function what it computes already; None if it is no RMSNorm.
 
     Args:
-        norm: Any module, in float32. Its numbers decide, not its name.
+        norm: Any module. What a copy of it computes on the CPU decides, not its name.
     """
     weight: Any = getattr(norm, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or len([*norm.parameters()]) != 1:
         return None
-    if weight.dtype != torch.float32 or _eps_of(norm) is None or not takes_one_tensor(norm):
+    if _eps_of(norm) is None or not takes_one_tensor(norm):
         return None
     for offset in (0.0, 1.0):
         if _computes_the_same(norm, weight, offset):
@@ -46,27 +46,18 @@ def _computes_the_same(norm: nn.Module, weight: Tensor, offset: float) -> bool:
     assert eps is not None
     size = len(weight)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, size, generator=generator).to(weight.device)
+    x = torch.randn(1, 4, size, generator=generator)
     x[0, 2:] *= eps**0.5
-    before = weight.detach().clone()
+    # Weights as they start, all zeros or ones, would not tell one formula from another.
+    drawn = nn.Parameter(torch.rand(size, generator=generator) + 0.5)
+    trial: Any = with_parts(norm, _parameters={"weight": drawn})
     try:
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            # Weights as they start, all zeros or ones, would not tell one formula from another.
-            weight.copy_(torch.rand(size, generator=generator) + 0.5)
-            wanted = norm(x)
-            found = _RmsNorm.apply(x, weight, eps, offset)
-        return (
-            isinstance(wanted, Tensor)
-            and wanted.shape == x.shape
-            and wanted.dtype == x.dtype
-            and torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)  # pyright: ignore[reportArgumentType]
-        )
+        with torch.no_grad():
+            wanted, found = trial(x), _RmsNorm.apply(x, drawn, eps, offset)
     except (TypeError, ValueError, RuntimeError):
         # Called with something else than hidden states, so something else than a norm of them.
         return False
-    finally:
-        with torch.no_grad():
-            weight.copy_(before)
+    return alike(found, wanted)
 
 
 def _subclass(plain: type[nn.Module], offset: float) -> type[nn.Module]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer_service.engine.fused.module import fused_class
+from trainer_service.engine.fused.module import alike, fused_class
 
 _NAME = "apply_rotary_pos_emb"
 Rotate = Callable[..., tuple[Tensor, Tensor]]
@@ -75,8 +75,7 @@ def _rotates_halves(plain: Rotate) -> bool:
     try:
         with torch.no_grad():
             wanted = plain(q, k, cos, sin)
-            pairs = zip((q, k), wanted, strict=True)
-            return all(torch.allclose(_rotate(x, cos, sin), y, rtol=1e-5, atol=1e-6) for x, y in pairs)
+            return all(alike(_rotate(x, cos, sin), y) for x, y in zip((q, k), wanted, strict=True))
     except (TypeError, ValueError, RuntimeError, IndexError):
         # It takes something else.
         return False
