@@ -97,6 +97,6 @@ class WorkerTimeouts:
         30.0,
         name="spare-worker-after-s",
         help="a worker that has been ready for this long gets a spare, which has its libraries imported, takes some "
-        "400 MiB of host memory, and stands in for it within seconds should it die; 0: none",
+        "300 MiB of host memory, and stands in for it within seconds should it die; 0: none",
         at_least=0,
     )

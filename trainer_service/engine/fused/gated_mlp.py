@@ -49,7 +49,7 @@ def fused_gated_mlp(mlp: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-def _drawn(generator: torch.Generator) -> nn.Linear:
+def _drawn(generator: torch.Generator) -> nn.Module:
     # Without its own initialisation, which draws from the generator that everybody shares.
     linear = nn.utils.skip_init(nn.Linear, _TRIAL_SIZE, _TRIAL_SIZE)
     with torch.no_grad():

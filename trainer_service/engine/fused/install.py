@@ -28,4 +28,5 @@ def fuse(model: nn.Module) -> None:
             if (found := find(module)) is not None:
                 module.__class__ = found
                 counts[kind] += 1
-    logger.info("Fused.", extra={"fields": dict(counts)})
+    if counts:
+        logger.info("Fused.", extra={"fields": dict(counts)})
