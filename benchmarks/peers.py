@@ -1,10 +1,10 @@
 """A LoRA step beside what one would write oneself: peft's adapter in a plain loop, which pads. Prints one table.
 
-    python benchmarks/peers.py [--model FOLDER] [--rounds 3] [--rank 8] [--quick]
+    python benchmarks/peers.py [--model FOLDER] [--rounds 3] [--rank 8] [--cpu-time] [--quick]
 
 One process, both sides interleaved, float32, no activation checkpointing on either; ours is the engine without the
 service around it, whose own part is the row `service` of engine.py. The loop's AdamW is torch's fused one, and its
-threads wait for one another as ours do.
+threads wait for one another as ours do. --cpu-time counts one thread's CPU seconds, for a busy machine.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,15 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, and its CPU seconds")
     parser.add_argument("--quick", action="store_true", help="a tiny model: that it runs, not how fast")
     args = parser.parse_args()
-    set_num_threads()
-    spin_when_alone()
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    if args.cpu_time:
+        torch.set_num_threads(1)
+    else:
+        set_num_threads()
+        spin_when_alone()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         model = tiny_model(Path(scratch), 1000) if args.quick else args.model
@@ -83,7 +89,7 @@ def main() -> None:
         for shape, lengths in (("equal", [128 // scale] * 4), ("ragged", ragged_lengths(scale))):
             data = make_data(ours.engine.model.vocab_size, lengths)
             sides = {"ours": lambda data=data: ours.step(data), "peft": lambda data=data: loop.step(data)}
-            times = interleave(sides, rounds=rounds)
+            times = interleave(sides, rounds=rounds, clock=clock)
             what = f"LoRA step of rank {args.rank}, lengths {', '.join(map(str, lengths))}: a plain peft loop over ours"
             faster = ratio(times["peft"], times["ours"])
             rows.append(Row(what, f"{ms(times['peft'])} / {ms(times['ours'])}", f"{faster:.2f}", GOALS[shape]))
