@@ -10,6 +10,10 @@ from trainer_service.engine import spinning
 from trainer_service.engine.spinning import Contention, SleepingTeam
 
 
+QUIET = round(spinning._QUIET_S / 0.1)
+"""Quiet intervals that it takes."""
+
+
 def watch(contention: Contention, *, waited: float, intervals: int, busy: float = 2.0) -> list[bool]:
     """Intervals of a tenth of a second in which threads waited for that part of the time that they wanted to run."""
     return [
@@ -18,30 +22,30 @@ def watch(contention: Contention, *, waited: float, intervals: int, busy: float 
     ]
 
 
-def test_cores_are_taken_for_contended_until_they_were_quiet_for_two_seconds() -> None:
+def test_cores_are_taken_for_contended_until_they_were_quiet_for_a_while() -> None:
     contention = Contention()
-    assert all(watch(contention, waited=0.02, intervals=19))
+    assert all(watch(contention, waited=0.02, intervals=QUIET - 1))
     assert watch(contention, waited=0.02, intervals=3)[-1] is False
 
 
 def test_one_contended_interval_is_enough_and_quiet_must_last_again() -> None:
     contention = Contention()
-    watch(contention, waited=0.0, intervals=25)
+    watch(contention, waited=0.0, intervals=QUIET + 5)
     assert watch(contention, waited=0.4, intervals=1) == [True]
-    assert all(watch(contention, waited=0.02, intervals=15))
-    assert watch(contention, waited=0.02, intervals=8)[-1] is False
+    assert all(watch(contention, waited=0.02, intervals=QUIET - 2))
+    assert watch(contention, waited=0.02, intervals=4)[-1] is False
 
 
 def test_quiet_is_counted_afresh_after_a_disturbance_while_nothing_spins() -> None:
     contention = Contention()
-    watch(contention, waited=0.0, intervals=15)
+    watch(contention, waited=0.0, intervals=QUIET - 3)
     watch(contention, waited=0.12, intervals=1)
-    assert all(watch(contention, waited=0.0, intervals=15))
+    assert all(watch(contention, waited=0.0, intervals=QUIET - 2))
 
 
 def test_an_idle_process_learns_nothing() -> None:
     contention = Contention()
-    watch(contention, waited=0.0, intervals=25)
+    watch(contention, waited=0.0, intervals=QUIET + 5)
     assert watch(contention, waited=0.9, intervals=30, busy=0.01) == [False] * 30
 
 
