@@ -259,6 +259,7 @@ def test_a_module_of_the_sdk_is_for_users_or_in_a_folder_that_says_otherwise():
     public = {f"gradwire.{file.stem}" for file in SDK.glob("*.py")} - {
         "gradwire.__init__",
         "gradwire.cli",
+        "gradwire.fireworks",
         "gradwire.loggers",
     }
     assert public - homes == set()

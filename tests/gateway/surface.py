@@ -214,7 +214,7 @@ def attempt(probe: Callable[[World], Any], world: World) -> str:
         if NOT_SERVED not in text:
             raise
         instead = text.partition(NOT_SERVED)[2]
-        for end in ('","', "', '", "' with status", " (status"):
+        for end in ('","', "\", '", "', '", "' with status", " (status"):
             instead = instead.partition(end)[0]
         return instead.strip().strip("'\"")
     return "yes"

@@ -3,10 +3,12 @@
 import concurrent.futures
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tinker
+import torch
 from tinker import types
 
 from tests.gateway.conftest import KEY
@@ -38,6 +40,39 @@ def test_a_killed_gateway_changes_no_bit(mortal: GatewayProcess, client: tinker.
             assert grad_norm(our_step.result()) == grad_norm(their_step.result())
             for one, other in zip(ours.result().loss_fn_outputs, theirs.result().loss_fn_outputs, strict=True):
                 np.testing.assert_array_equal(one["logprobs"].to_numpy(), other["logprobs"].to_numpy())
+
+
+def test_a_gateway_killed_between_the_passes_of_a_custom_loss_changes_no_bit(
+    mortal: GatewayProcess, client: tinker.TrainingClient
+):
+    """The graph of the first pass is forgotten with it, so the second is done in full."""
+
+    def loss(data: list[Any], logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        return torch.logsumexp(-0.1 * torch.stack([one.sum() for one in logprobs]), 0), {}
+
+    def deadly(data: list[Any], logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        mortal.kill()
+        mortal.start()
+        return loss(data, logprobs)
+
+    with tinker.ServiceClient(base_url=mortal.base_url, api_key=KEY) as service:
+        disturbed = service.create_lora_training_client("tiny", rank=4, seed=1).result()
+        ours = disturbed.forward_backward_custom(make_data(3), deadly).result().metrics
+        theirs = client.forward_backward_custom(make_data(3), loss).result().metrics
+        assert ours.pop("forward_passes:sum") == 1 + theirs.pop("forward_passes:sum")
+        assert ours == theirs
+        assert disturbed.optim_step(ADAM).result().metrics == client.optim_step(ADAM).result().metrics
+
+
+def test_two_gateways_before_one_trainer_share_what_is_saved(mortal: GatewayProcess, client: tinker.TrainingClient):
+    client.forward_backward(make_data(), "cross_entropy")
+    client.optim_step(ADAM).result()
+    path = client.save_state("shared").result().path
+    here = client.forward(make_data(), "cross_entropy").result()
+    with tinker.ServiceClient(base_url=mortal.base_url, api_key=KEY) as service:
+        loaded = service.create_training_client_from_state_with_optimizer(path).result()
+        there = loaded.forward(make_data(), "cross_entropy").result()
+        assert there.metrics["loss:sum"] == here.metrics["loss:sum"]
 
 
 def test_futures_of_a_killed_gateway_are_answered_by_the_next(mortal: GatewayProcess):

@@ -17,10 +17,22 @@ from trainer_service.gateway.wire import tinker_wire_pb2 as wire
 
 KEYS = ("alice tml-alice", "bob tml-bob")
 ALICE, BOB = "tml-alice", "tml-bob"
+JOBS = "/v1/accounts/gradwire/rlorTrainerJobs"
 POSTS = (
     *("create_session", "sessions/search", "sessions/x/finish", "create_model", "get_info", "forward_backward"),
     *("load_weights", "optim_step", "retrieve_future", "create_sampling_session", "asample", "weights_info"),
+    *("retrieve_futures", "cancel_future", "save_weights", "save_weights_for_sampler", "telemetry"),
 )
+
+
+async def job_posts(gateway: HttpGateway, key: str = "") -> list[str]:
+    """A job, and paths of what its SDK sends to it alone; the first makes jobs."""
+    job = await gateway.http.post(
+        JOBS, json={"trainingConfig": {"baseModel": "fake"}}, headers={"x-api-key": key} if key else {}
+    )
+    account, _, job_id = job.json()["name"].removeprefix("accounts/").split("/")
+    below = f"/training/v1/rlorTrainerJobs/{account}/{job_id}/api/v1"
+    return [JOBS, *(f"{below}/{path}" for path in ("create_session", "forward", "forward_backward", "unload_model"))]
 
 
 async def test_malformed_bodies_are_the_callers_mistake(tmp_path: Path):
@@ -47,6 +59,10 @@ async def test_malformed_bodies_are_the_callers_mistake(tmp_path: Path):
                 assert response.status_code < 500, (path, body[:80], response.text)
                 if response.status_code >= 400:
                     assert len(response.json()["error"]) > 10
+        for path in await job_posts(gateway):
+            for body in hostile:
+                response = await gateway.http.post(path, content=body)
+                assert response.status_code < 500, (path, body[:80], response.text)
         for path in ("completions", "chat/completions"):
             for body in hostile:
                 response = await gateway.http.post(f"/oai/api/v1/{path}", content=body)
@@ -177,18 +193,29 @@ async def test_two_keys_do_not_see_each_other(tmp_path: Path):
             ("retrieve_future", {"request_id": f"{hers['model_id']}:0"}),
             ("asample", {"sampling_session_id": hers["sampler_id"], "seq_id": 1, "prompt": {"chunks": []}}),
             ("weights_info", {"tinker_path": hers["path"]}),
+            ("retrieve_futures", {"target": {"sampling_session_id": hers["sampler_id"]}}),
         ]
         others = [("POST", f"/api/v1/{path}", body) for path, body in posts]
         others += [
             ("GET", f"/api/v1/samplers/{hers['sampler_id']}", None),
             ("GET", f"/api/v1/sessions/{hers['session_id']}", None),
         ]
+        her_job, *_ = [path for path in await job_posts(gateway, ALICE) if path != JOBS]
+        job_id = her_job.split("/")[5]
+        others += [(method, f"{JOBS}/{job_id}", None) for method in ("GET", "DELETE")]
+        others += [
+            ("POST", f"{JOBS}/{job_id}:resume", None),
+            ("POST", her_job, {}),
+            ("GET", f"{her_job}/../healthz", None),
+        ]
         for run_id in run_ids:
             at = f"/api/v1/training_runs/{run_id}"
             others += [("GET", at, None), ("DELETE", f"{at}/checkpoints/{name}", None)]
             others += [("PUT", f"{at}/checkpoints/{name}/ttl", {"ttl_seconds": 5})]
         for method, path, body in others:
-            missing = path.replace(hers["run_id"], "run-0").replace(hers["session_id"], "0" * 36)
+            missing = (
+                path.replace(hers["run_id"], "run-0").replace(hers["session_id"], "0" * 36).replace(job_id, "none")
+            )
             answers = []
             for where in (path, missing):
                 sent = json.loads(json.dumps(body).replace(hers["session_id"], "0" * 36)) if where is missing else body
@@ -200,13 +227,42 @@ async def test_two_keys_do_not_see_each_other(tmp_path: Path):
             await gateway.http.get(f"/api/v1/{path}", headers={"x-api-key": BOB})
             for path in ("training_runs", "checkpoints", "sessions", f"training_runs/{hers['run_id']}/checkpoints")
         ]
+        assert (await gateway.http.get(JOBS, headers={"x-api-key": BOB})).json() == {"rlorTrainerJobs": []}
         assert all(hers["run_id"] not in one.text and hers["session_id"] not in one.text for one in listed)
+        passed = await gateway.forward_backward(hers["model_id"], 2, BOB)
+        assert passed.status_code == 404
+        for model in (hers["path"].replace("/weights/", "/sampler_weights/"), hers["sampler_id"]):
+            spoken = await gateway.http.post(
+                "/oai/api/v1/completions", json={"model": model, "prompt": "x"}, headers={"x-api-key": BOB}
+            )
+            assert spoken.status_code == 404, spoken.text
+        # Nothing to be told apart from a future that nobody has, and nothing is cancelled.
+        for request_id in (hers["sample_id"], "nobody's"):
+            assert await gateway.post("cancel_future", BOB, request_id=request_id) == {}
+        assert (await gateway.result(hers["sample_id"], ALICE)).status_code == 200
         # And Alice still has all of it.
         assert (await gateway.result(hers["request_id"], ALICE)).json()["path"] == hers["path"]
         beat = await gateway.http.post(
             "/api/v1/session_heartbeat", json={"session_id": hers["session_id"]}, headers={"x-api-key": ALICE}
         )
         assert beat.status_code == 200
+
+
+async def test_garbage_futures_are_not_found(tmp_path: Path):
+    async with front_end() as trainer, http_gateway(trainer.address, tmp_path) as gateway:
+        session_id = await gateway.session()
+        model_id = await gateway.model(session_id)
+        garbage = ["", "x", "::", f"{model_id}:", f"{model_id}:-1", f"{model_id}:{10**30}", f"{model_id}:\u0661", "\0"]
+        garbage += [
+            f"{model_id}:7",
+            f"{session_id}:train:9:1",
+            f"{session_id}:sample:0:0",
+            f"{session_id}:train:9:unload",
+        ]
+        for request_id in [*garbage, "a" * 100_000]:
+            response = await gateway.http.post("/api/v1/retrieve_future", json={"request_id": request_id})
+            assert response.status_code == 404, (request_id[:80], response.text)
+            assert len(response.json()["error"]) < 500
 
 
 async def test_whoever_has_no_valid_key_begins_nothing(tmp_path: Path):

@@ -5,13 +5,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from trainer_service.gateway import openai_api, rest_api, sampling_api, training_api
+from trainer_service.gateway import fireworks_api, openai_api, rest_api, sampling_api, training_api
 from trainer_service.gateway.endpoints import Handler, route, tinker_refusal
 from trainer_service.gateway.gateway import Gateway
 from trainer_service.gateway.operations import JSON_KINDS
 from trainer_service.gateway.outcomes import Refusal
 
 _TINKER: tuple[tuple[str, str, Handler], ...] = (
+    # In order they are looked for: first what is asked for most.
+    ("POST", "retrieve_future", training_api.retrieve_future),
+    ("POST", "asample", sampling_api.asample),
+    ("POST", "forward_backward", training_api.forward_backward),
+    ("POST", "optim_step", training_api.json_operation),
+    ("POST", "retrieve_futures", sampling_api.retrieve_futures),
     ("POST", "client/config", training_api.client_config),
     ("POST", "client/dynamic_config", training_api.dynamic_config),
     ("POST", "create_session", training_api.create_session),
@@ -21,14 +27,11 @@ _TINKER: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "telemetry", training_api.telemetry),
     ("POST", "create_model", training_api.create_model),
     ("POST", "get_info", training_api.get_info),
-    ("POST", "forward_backward", training_api.forward_backward),
     ("POST", "load_weights", training_api.load_weights),
-    *(("POST", kind, training_api.json_operation) for kind in JSON_KINDS if kind != "load_weights"),
-    ("POST", "retrieve_future", training_api.retrieve_future),
+    *(("POST", kind, training_api.json_operation) for kind in JSON_KINDS if kind not in ("load_weights", "optim_step")),
     ("POST", "cancel_future", training_api.cancel_future),
     ("POST", "create_custom_loss", training_api.unserved_custom_loss),
     ("POST", "create_sampling_session", sampling_api.create_sampling_session),
-    ("POST", "asample", sampling_api.asample),
     ("GET", "samplers/{sampler_id}", sampling_api.get_sampler),
     ("GET", "get_server_capabilities", rest_api.get_server_capabilities),
     ("GET", "healthz", rest_api.healthz),
@@ -61,12 +64,36 @@ _OPENAI: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "chat/completions", openai_api.chat_completions),
 )
 
+_JOBS = "/v1/accounts/{account}/rlorTrainerJobs"
+_IN_JOB = "/training/v1/rlorTrainerJobs/{account}/{job_id}/api/v1"
+_FIREWORKS: tuple[tuple[str, str, Handler], ...] = (
+    ("GET", "/v1/accounts", fireworks_api.list_accounts),
+    ("POST", _JOBS, fireworks_api.create_job),
+    ("GET", _JOBS, fireworks_api.list_jobs),
+    ("GET", f"{_JOBS}/{{job_id}}", fireworks_api.get_job),
+    ("DELETE", f"{_JOBS}/{{job_id}}", fireworks_api.delete_job),
+    ("POST", f"{_JOBS}/{{job_id}}:resume", fireworks_api.resume_job),
+)
+_OF_JOBS: dict[tuple[str, str], Handler] = {
+    ("POST", "create_session"): fireworks_api.create_session,
+    ("POST", "forward"): fireworks_api.forward,
+    ("POST", "forward_backward"): fireworks_api.forward_backward,
+    ("POST", "unload_model"): fireworks_api.unload_model,
+}
+"""What below a job is not as it is for tinker's SDK."""
+
 
 def make_app(gateway: Gateway) -> Starlette:
     """The application."""
     routes: list[BaseRoute] = [
         route(f"/api/v1/{path}", handler, gateway, method=method, keyless=path == "healthz")
         for method, path, handler in _TINKER
+    ]
+    routes += [route(path, handler, gateway, method=method) for method, path, handler in _FIREWORKS]
+    in_job = {(method, path): handler for method, path, handler in _TINKER} | _OF_JOBS
+    routes += [
+        route(f"{_IN_JOB}/{path}", fireworks_api.in_job(handler), gateway, method=method)
+        for (method, path), handler in in_job.items()
     ]
     routes.append(route("/metrics", rest_api.metrics, gateway, method="GET"))
     routes += [

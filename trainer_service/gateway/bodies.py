@@ -101,6 +101,11 @@ class Fields:
         self._left = dict(found)
         self._where = where
 
+    @property
+    def left(self) -> list[str]:
+        """Names that nobody read yet."""
+        return list(self._left)
+
     def has(self, name: str) -> bool:
         """Whether the field is there, and not null."""
         return self._left.get(name) is not None
@@ -208,7 +213,9 @@ def _is_shallow(value: Any, depth: int) -> bool:
     if not isinstance(value, dict | list):
         return True
     inner = value.values() if isinstance(value, dict) else value
-    return depth > 0 and all(_is_shallow(one, depth - 1) for one in inner)
+    # Thousands of tokens in a list are passed over at once.
+    nested = [one for one in inner if isinstance(one, (dict, list))]
+    return depth > 0 and all(_is_shallow(one, depth - 1) for one in nested)
 
 
 def _kind(value: Any) -> str:

@@ -2,18 +2,23 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from gradwire.errors import GradwireError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from trainer_service.gateway.gateway import Gateway
 from trainer_service.gateway.outcomes import Refusal, category_of, refusal_of
 from trainer_service.gateway.sessions import Caller
 
 logger = logging.getLogger(__name__)
+
+POLL_S = 20.0
+"""How long an answer is waited for before the client has to ask again; it hangs up after 45."""
 
 Handler = Callable[[Gateway, Caller, Request], Awaitable[Any]]
 """Gets the gateway, the caller and the request; returns a Response, or what becomes one of JSON."""
@@ -71,22 +76,36 @@ def route(
         keyless: Open to everybody: probes have no key.
     """
 
-    async def endpoint(request: Request) -> Response:
+    return Route(path, _Endpoint(handler, gateway, on_refusal, keyless), methods=[method])
+
+
+@dataclass(frozen=True)
+class _Endpoint:
+    """An endpoint as ASGI calls it: Starlette's own way there, for functions, costs as much as a small handler."""
+
+    handler: Handler
+    gateway: Gateway
+    on_refusal: OnRefusal
+    keyless: bool
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._answer(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+    async def _answer(self, request: Request) -> Response:
         try:
             caller = caller_of(request)
-            if not keyless:
-                check_key(gateway, caller)
-            gateway.heard(caller)
-            answer = await handler(gateway, caller, request)
+            if not self.keyless:
+                check_key(self.gateway, caller)
+            self.gateway.heard(caller)
+            answer = await self.handler(self.gateway, caller, request)
         except Refusal as exc:
-            return on_refusal(exc)
+            return self.on_refusal(exc)
         except GradwireError as exc:
-            return on_refusal(refusal_of(exc))
+            return self.on_refusal(refusal_of(exc))
         except ClientDisconnect:
             return Response(status_code=400)
         except Exception:
             logger.exception("A request failed.", extra={"fields": {"path": request.url.path[:200]}})
-            return on_refusal(Refusal(500, "The gateway failed at this; its log says more.", reason="INTERNAL"))
+            return self.on_refusal(Refusal(500, "The gateway failed at this; its log says more.", reason="INTERNAL"))
         return answer if isinstance(answer, Response) else JSONResponse(answer)
-
-    return Route(path, endpoint, methods=[method])

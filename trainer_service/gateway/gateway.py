@@ -10,6 +10,7 @@ from gradwire.errors import GradwireError
 from trainer_service.access import ApiKeys
 from trainer_service.config import GatewayConfig
 from trainer_service.gateway.answers import Answers
+from trainer_service.gateway.jobs import Jobs
 from trainer_service.gateway.models import Models
 from trainer_service.gateway.outcomes import Refusal
 from trainer_service.gateway.sample_queue import SampleQueue
@@ -46,12 +47,15 @@ class Gateway:
         self.trainers = trainers
         self.tokenizers = Tokenizers()
         self.stopping = asyncio.Event()
+        self.stopped = asyncio.ensure_future(self.stopping.wait())
+        """Done once the gateway stops; what waits for long waits for it as well."""
         self._store = Store(config.data_dir / "gateway" / "gateway.sqlite")
         self._answers = Answers()
         self.sessions = Sessions(self._store, grace_s=config.session_grace_s)
         self.queue = SampleQueue(max_in_flight=config.max_in_flight_samples, max_num_samples=config.max_num_samples)
         self.samplers = Samplers(self._store, trainers, self._answers, self.queue)
         self.models = Models(self._store, trainers, self.sessions, self._answers, self.samplers.add_frozen_weights)
+        self.jobs = Jobs(self._store)
         self._ending: set[str] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), name="gateway-sweep")
@@ -66,6 +70,8 @@ class Gateway:
 
     def heard(self, caller: Caller) -> None:
         """A caller came with a key; what was left over for want of it can be done now."""
+        if not self._ending:
+            return
         for session in self.sessions.of(caller):
             if session.ended_by is not None and session.session_id in self._ending and not session.key:
                 session.key = caller.key
@@ -76,6 +82,13 @@ class Gateway:
         self.samplers.end(session)
         self.sessions.end(session, ended_by)
         self.clear(session)
+
+    def end_session(self, session_id: str, caller: Caller, ended_by: dict[str, object]) -> None:
+        """One of the caller's is over, if it goes on and is still known."""
+        for session in self.sessions.of(caller):
+            if session.session_id == session_id and session.ended_by is None:
+                session.key = caller.key
+                self.finish(session, ended_by)
 
     def clear(self, session: Session) -> None:
         """Deletes the runs of a session that is over, in the background."""

@@ -29,7 +29,7 @@ from trainer_service.gateway.run_stream import RunStream
 from trainer_service.gateway.store import OperationRow, Store
 from trainer_service.gateway.tensors import read_batch
 from trainer_service.gateway.trainers import Trainer
-from trainer_service.gateway.translations import Translations
+from trainer_service.gateway.translations import CUSTOM_PASSES, Translations
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ _MAX_HELD = 4096
 """Operations that are acknowledged and not sent; a client that waits for answers has far fewer."""
 _MAX_UNANSWERED, _MAX_UNANSWERED_BYTES = 64, 64 * 1024 * 1024
 """Operations sent to the run and not answered; the rest wait in the store."""
+_MAX_KEPT_BYTES = 64 * 1024
+"""Of the body of an operation that waits in memory as well as in the store."""
 _ANSWER_WAIT_MS = 20_000
 _FLUSH_S = 0.2
 
@@ -101,8 +103,9 @@ class ModelLine:
         self._key = key
         self._translations = Translations(self.answer_of, open_sampler)
         self._kept = KeptForwards()
-        self._waiting: set[int] = set()
-        """Numbers that are acknowledged and not sent."""
+        self._waiting: dict[int, OperationRow | None] = {}
+        """What is acknowledged and not sent, by number; what is large, or an earlier gateway took in, is in the store
+        alone."""
         self._unanswered: dict[int, asyncio.Future[Outcome]] = {}
         self._next = 1
         self._came = asyncio.Event()
@@ -146,11 +149,12 @@ class ModelLine:
                 text = f"seq_id {seq_id} of {self.model_id} was used before for another operation."
                 raise Refusal(400, text, reason="SEQ_ID_CONFLICT") from None
         else:
-            self._came_in(seq_id)
+            kept = OperationRow(seq_id, kind, digest, body, None, {}, None) if len(body) <= _MAX_KEPT_BYTES else None
+            self._came_in(seq_id, kept)
         return request_id_of(self.model_id, seq_id)
 
-    def _came_in(self, seq_id: int) -> None:
-        self._waiting.add(seq_id)
+    def _came_in(self, seq_id: int, row: OperationRow | None) -> None:
+        self._waiting[seq_id] = row
         self._unanswered.setdefault(seq_id, asyncio.get_running_loop().create_future())
         if self._failed is not None:
             self._resolve(seq_id, Outcome.failure(self._failed))
@@ -175,7 +179,7 @@ class ModelLine:
                     await self._came.wait()
                 await self.stream.room(operations=_MAX_UNANSWERED, size_bytes=_MAX_UNANSWERED_BYTES)
                 self._send(self._next)
-                self._waiting.discard(self._next)
+                del self._waiting[self._next]
                 self._next += 1
         except (GradwireError, Refusal) as exc:
             self._fail(exc)
@@ -195,7 +199,7 @@ class ModelLine:
             if row.run_seq_id is not None and row.run_seq_id < expected:
                 received = row.seq_id
             elif row.seq_id not in self._waiting:
-                self._came_in(row.seq_id)
+                self._came_in(row.seq_id, None)
         self._next = received + 1
         self._started.set()
 
@@ -213,13 +217,13 @@ class ModelLine:
             operations.result_of(await self.answer_of(1))
 
     def _send(self, seq_id: int) -> None:
-        row = self._store.operation(self.model_id, seq_id)
+        row = self._waiting[seq_id] or self._store.operation(self.model_id, seq_id)
         assert row is not None, "an operation that waits is not in the store"
         body = row.body or b""
         batch = None
         try:
-            if row.kind in (operations.FORWARD_BACKWARD, operations.CUSTOM):
-                request = operations.parse_pass(body)
+            if row.kind in operations.PASSES:
+                request = operations.read_pass(row.kind, body)
                 batch = read_batch(request)
                 planned = self._plan_pass(row.kind, request.forward_only, operations.plan_pass(request, batch), batch)
             else:
@@ -234,7 +238,7 @@ class ModelLine:
             assert batch is not None
             self._kept.keep(digest_of(batch), KeptForward(run_seq_id, self.stream.attaches))
             self._translations.expect_forward(run_seq_id)
-        data = batch if plan["as"] in ("kept_forward", "backward") else None
+        data = batch if plan["as"] in CUSTOM_PASSES else None
         self.stream.send(
             planned.kind, planned.content, lambda response: self._answer(seq_id, run_seq_id, plan, response, data)
         )
@@ -245,7 +249,7 @@ class ModelLine:
         if ordinary.content.loss_fn != "cross_entropy" or inputs.keys() != {"target_tokens", "weights"}:
             return ordinary
         if forward_only:
-            if kind != operations.CUSTOM:
+            if kind == operations.FORWARD_BACKWARD:
                 return ordinary
             content = ops.ForwardRequest(batch=ordinary.content.batch, keep_graph=True)
             del content.batch.loss_fn_inputs["weights"]
@@ -254,8 +258,10 @@ class ModelLine:
         gradients = -inputs["weights"]
         if forward is None or not bool(np.isfinite(gradients).all()):
             # What is not finite, the trainer refuses in the words of the weights.
-            self._custom_losses.at_two_forwards += kind == operations.CUSTOM
-            return ordinary
+            if kind == operations.FORWARD_BACKWARD:
+                return ordinary
+            self._custom_losses.at_two_forwards += 1
+            return Planned(ordinary.kind, ordinary.content, {"as": "second_pass"})
         self._custom_losses.at_one_forward += 1
         content = ops.BackwardRequest(forward_seq_id=forward.run_seq_id, gradients=tensor_message(gradients))
         return Planned("backward", content, {"as": "backward", "forward": forward.run_seq_id})
@@ -303,8 +309,8 @@ class ModelLine:
             if exc.code == code_pb2.UNAVAILABLE:
                 raise
             return Outcome.failure(exc)
-        needs_data = row.plan["as"] in ("kept_forward", "backward") and "loss" not in row.plan
-        batch = read_batch(operations.parse_pass(row.body or b"")) if needs_data else None
+        needs_data = row.plan["as"] in CUSTOM_PASSES and "loss" not in row.plan
+        batch = read_batch(operations.read_pass(row.kind, row.body or b"")) if needs_data else None
         outcome = await self._translations.outcome(row.plan, response, batch)
         self._answers.keep(request_id_of(self.model_id, row.seq_id), outcome)
         return outcome

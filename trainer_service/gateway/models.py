@@ -52,7 +52,7 @@ class Models:
         self._sessions = sessions
         self._answers = answers
         self._open_sampler = open_sampler
-        self._lines: dict[str, ModelLine] = {}
+        self._lines: dict[str, tuple[ModelLine, Session]] = {}
         self.custom_losses = CustomLosses()
 
     async def create(self, session: Session, number: int, base_model: str, request: CreateRunRequest) -> str:
@@ -150,11 +150,14 @@ class Models:
         Raises:
             Refusal: 404, or 410: its session has ended.
         """
+        if (held := self._lines.get(model_id)) is not None and held[1].owner == caller.owner:
+            self._sessions.live(held[1].session_id, caller)
+            return held[0]
         row = self.row(model_id, caller)
         session = self._sessions.live(row["session_id"], caller)
         model_id = row["model_id"]
-        if (line := self._lines.get(model_id)) is not None:
-            return line
+        if (held := self._lines.get(model_id)) is not None:
+            return held[0]
         asked = json.loads(row["request"])
         trainer = self._trainers.by_url(row["trainer"])
         request = json_format.ParseDict(asked["run"], CreateRunRequest())
@@ -175,7 +178,7 @@ class Models:
             open_sampler=open_sampler,
             key=lambda: session.key,
         )
-        self._lines[model_id] = line
+        self._lines[model_id] = line, session
         return line
 
     def _maker(
@@ -203,13 +206,25 @@ class Models:
         row = self._store.model(model_id)
         return model_id if row is None or row["run_id"] is None or row["owner"] != owner else row["run_id"]
 
+    async def unload(self, model_id: str, caller: Caller) -> None:
+        """Ends one model, as `end` does all of a session.
+
+        Raises:
+            Refusal: 404, or its run cannot be deleted.
+        """
+        await self.line(model_id, caller).close(Refusal(410, f"{model_id} was unloaded.", reason="RUN_NOT_FOUND"))
+        self._lines.pop(model_id, None)
+        row = self.row(model_id, caller)
+        if row["run_id"] is not None:
+            await self._delete_run(row, caller.key)
+
     async def end(self, session: Session) -> None:
         """Ends a session's models: what waits fails, and their runs are deleted."""
         why = Refusal(410, f"Session {session.session_id} has ended.", reason="SESSION_ENDED")
         rows = self._store.models(session.session_id)
         for row in rows:
-            if (line := self._lines.pop(row["model_id"], None)) is not None:
-                await line.close(why)
+            if (held := self._lines.pop(row["model_id"], None)) is not None:
+                await held[0].close(why)
         for row in self._store.models(session.session_id):
             if row["run_id"] is not None:
                 await self._delete_run(row, session.key)
@@ -231,7 +246,7 @@ class Models:
     async def close(self) -> None:
         """Leaves all runs as they are, for the next gateway."""
         why = Refusal(503, "The gateway is shutting down; ask again.", reason="DRAINING")
-        await asyncio.gather(*(line.close(why) for line in self._lines.values()))
+        await asyncio.gather(*(line.close(why) for line, _ in self._lines.values()))
 
     def describe(self, row: sqlite3.Row) -> dict[str, Any]:
         """(name, LoRA rank and layers) that a model was asked for with."""

@@ -1,6 +1,5 @@
 """Between a model's operations on tinker's wire and a run's: what goes up, and what comes back."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +8,12 @@ from google.protobuf.message import DecodeError
 from gradwire._wire.codec import Batch, batch_message
 from gradwire.errors import error, from_status
 from gradwire.v1 import operation_pb2 as ops
+from gradwire.v1.checkpoint_pb2 import CHECKPOINT_TYPE_BASE, CHECKPOINT_TYPE_DELTA
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 
 from trainer_service.gateway import paths
 from trainer_service.gateway.bodies import Fields, parse_fields
+from trainer_service.gateway.json_passes import read_json_pass
 from trainer_service.gateway.outcomes import PROTOBUF, Outcome, Refusal, unserved
 from trainer_service.gateway.tensors import output_message
 from trainer_service.gateway.wire import tinker_wire_pb2 as wire
@@ -22,7 +23,11 @@ FORWARD_BACKWARD = "forward_backward"
 CUSTOM = "forward_backward_custom"
 """Kind of the same one where it is, or may be, one of the two passes of a custom loss."""
 
-_NAME = re.compile(r"[^A-Za-z0-9._-]")
+FORWARD_JSON, FORWARD_BACKWARD_JSON = "forward_json", "forward_backward_json"
+"""Kinds of passes of Fireworks' SDK, which does not say whether they are of a custom loss."""
+_JSON_ARMS = {FORWARD_JSON: "forward_input", FORWARD_BACKWARD_JSON: "forward_backward_input"}
+PASSES = (FORWARD_BACKWARD, CUSTOM, *_JSON_ARMS)
+"""Kinds of passes through the model."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,17 @@ def parse_pass(body: bytes) -> wire.ForwardBackwardRequest:
         return wire.ForwardBackwardRequest.FromString(body)
     except DecodeError:
         raise Refusal(400, "The body is not the protobuf message of forward_backward.") from None
+
+
+def read_pass(kind: str, body: bytes) -> wire.ForwardBackwardRequest:
+    """The request of an operation that is a pass.
+
+    Raises:
+        Refusal: The body is none.
+    """
+    if (arm := _JSON_ARMS.get(kind)) is not None:
+        return read_json_pass(parse_fields(body), arm)
+    return parse_pass(body)
 
 
 def plan_pass(request: wire.ForwardBackwardRequest, batch: Batch) -> Planned:
@@ -103,9 +119,14 @@ def _optim_step(fields: Fields, seq_id: int, run_of: Any) -> Planned:
     params = fields.fields("adam_params")
     names = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
     given = {name: value for name in names if (value := params.optional_number(name)) is not None}
-    normalization = _NORMALIZATIONS.get(fields.text("gradient_accumulation_normalization", "none"))
+    normalization = _NORMALIZATIONS.get(fields.text("grad_accumulation_normalization", "none"))
     if normalization is None:
-        raise fields.wrong("gradient_accumulation_normalization", f"is not one of {', '.join(_NORMALIZATIONS)}.")
+        raise fields.wrong("grad_accumulation_normalization", f"is not one of {', '.join(_NORMALIZATIONS)}.")
+    params.refuse(
+        "emit_grad_norm_metrics",
+        "Every step tells the norm of all gradients; those of parts are not kept.",
+        unless=lambda mode: mode in (False, True, "off", "basic"),
+    )
     params.finish()
     content = ops.OptimStepRequest(grad_accumulation_normalization=normalization)
     for name, value in given.items():
@@ -145,10 +166,26 @@ def _save_weights_for_sampler(fields: Fields, seq_id: int, run_of: Any) -> Plann
             ttl_seconds=ttl_seconds,
             user_metadata=user_metadata,
         )
+        _set_checkpoint_type(content, fields)
         return Planned("save_weights_for_sampler", content, {"as": "weights"})
     fields.drop("path")
     content = ops.SaveWeightsForSamplerRequest(ephemeral=True)
     return Planned("save_weights_for_sampler", content, {"as": "sampler", "number": number})
+
+
+def _set_checkpoint_type(content: ops.SaveWeightsForSamplerRequest, fields: Fields) -> None:
+    """What Fireworks' SDK says of what is written."""
+    kind = fields.text("checkpoint_type", "base")
+    if kind not in ("base", "delta", "merged_base"):
+        raise fields.wrong("checkpoint_type", f"is {kind[:40]!r}; it must be base, delta or merged_base.")
+    content.checkpoint_type = CHECKPOINT_TYPE_DELTA if kind == "delta" else CHECKPOINT_TYPE_BASE
+    content.merged = kind == "merged_base"
+    precisions = {"source": "", "bf16": "bfloat16"}
+    precision = fields.text("export_precision", "source")
+    if precision not in precisions:
+        raise unserved(f"export_precision {precision[:40]!r}", f"Here it is one of {', '.join(precisions)}.")
+    content.dtype = precisions[precision]
+    fields.refuse("metadata", "It would be kept and not used; leave it out.")
 
 
 def _save_weights_external(fields: Fields, seq_id: int, run_of: Any) -> Planned:
@@ -180,11 +217,13 @@ JSON_KINDS = tuple(_PLANS)
 def filler(kind: str, body: bytes) -> Planned:
     """What uses a number up in the place of an operation that was refused. Where gradients were to be added, the step
     behind it is refused as after any failed pass, instead of applying what there is."""
-    taint = kind in (FORWARD_BACKWARD, CUSTOM) and not _forward_only(body)
+    taint = kind in PASSES and not _forward_only(kind, body)
     return Planned("cancel", ops.CancelRequest(taint=taint))
 
 
-def _forward_only(body: bytes) -> bool:
+def _forward_only(kind: str, body: bytes) -> bool:
+    if kind in _JSON_ARMS:
+        return kind == FORWARD_JSON
     try:
         return parse_pass(body).forward_only
     except Refusal:

@@ -34,9 +34,7 @@ async def get_server_capabilities(gateway: Gateway, caller: Caller, request: Req
         "supported_models": [
             {
                 "model_name": one.name,
-                "max_context_length": next(
-                    (m.max_context_length for m in one.info.models if m.base_model == one.base_model), None
-                ),
+                "max_context_length": one.max_context_length,
                 "trainable": True,
                 "sampleable": True,
             }
@@ -315,7 +313,8 @@ def _status(session: Session) -> dict[str, Any]:
     if ended_by is None:
         return {"type": "active"}
     if ended_by["type"] != "client_finished":
-        return {"type": "cancelled", "detail": "its client was silent"}
+        why = "its trainer job was deleted" if ended_by["type"] == "job_deleted" else "its client was silent"
+        return {"type": "cancelled", "detail": why}
     return {"type": "client_finished", "reason": {"type": ended_by["reason"]}, "detail": ended_by["detail"] or None}
 
 

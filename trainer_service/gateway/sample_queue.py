@@ -17,8 +17,9 @@ from trainer_service.gateway.trainers import Trainer, is_passing, metadata
 
 logger = logging.getLogger(__name__)
 
-_LINGER_S = 0.01
-"""How long a request waits for equal ones; a client sends a group's requests one behind the other."""
+_LINGER_S, _MAX_LINGER_S = 0.01, 0.2
+"""How long requests wait for an equal one behind the last, and in all; a client sends a group's requests one behind the
+other, and a busy one takes its time."""
 _MAX_DELAY_S = 1.0
 
 
@@ -36,6 +37,10 @@ class _Group:
 
     trainer: Trainer
     key: str = field(repr=False)
+    since_s: float
+    """When its first request came."""
+    last_s: float
+    """When its last one did."""
     asked: list[_QueuedRequest] = field(default_factory=list)
     due: bool = False
     """Whether it has waited for others long enough."""
@@ -60,12 +65,15 @@ class SampleQueue:
 
     def add(self, request: SampleRequest, trainer: Trainer, key: str) -> asyncio.Future[Outcome]:
         """Puts a request in the line; its future is never failed, but cancelled when the request is given up."""
-        asked = _QueuedRequest(request, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        asked = _QueuedRequest(request, loop.create_future())
         name = self._name(request, trainer, key)
+        now = loop.time()
         group = self._groups.get(name)
         if group is None:
-            group = self._groups[name] = _Group(trainer, key)
-            asyncio.get_running_loop().call_later(_LINGER_S, self._is_due, group)
+            group = self._groups[name] = _Group(trainer, key, now, now)
+            loop.call_later(_LINGER_S, self._is_due, group)
+        group.last_s = now
         group.asked.append(asked)
         return asked.future
 
@@ -74,14 +82,17 @@ class SampleQueue:
         seed, since which sample is whose then makes no difference."""
         if request.sampling_params.HasField("seed"):
             return next(self._numbers).to_bytes(8)
-        equal = SampleRequest()
-        equal.CopyFrom(request)
-        equal.num_samples = 1
-        return hashlib.sha256(
-            b"\0".join((trainer.url.encode(), key.encode(), equal.SerializeToString(deterministic=True)))
-        ).digest()
+        num_samples, request.num_samples = request.num_samples, 1
+        equal = request.SerializeToString(deterministic=True)
+        request.num_samples = num_samples
+        return hashlib.sha256(b"\0".join((trainer.url.encode(), key.encode(), equal))).digest()
 
     def _is_due(self, group: _Group) -> None:
+        loop = asyncio.get_running_loop()
+        wait_s = min(group.last_s + _LINGER_S, group.since_s + _MAX_LINGER_S) - loop.time()
+        if wait_s > 0 and sum(asked.request.num_samples for asked in group.asked) < self.max_num_samples:
+            loop.call_later(wait_s, self._is_due, group)
+            return
         group.due = True
         self._start()
 

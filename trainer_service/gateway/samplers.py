@@ -3,11 +3,13 @@
 import asyncio
 import hashlib
 import sqlite3
+from typing import Any
 
 from gradwire.v1.sampling_service_pb2 import OpenSamplerRequest, Sampler, SampleRequest
 
 from trainer_service.gateway import paths
 from trainer_service.gateway.answers import Answers
+from trainer_service.gateway.completions import Completions, Target, target_of
 from trainer_service.gateway.models import Models
 from trainer_service.gateway.outcomes import Outcome, Refusal
 from trainer_service.gateway.sample_queue import SampleQueue
@@ -36,7 +38,8 @@ class Samplers:
         self._answers = answers
         self._queue = queue
         self._waiting: dict[str, asyncio.Future[Outcome]] = {}
-        self._answered: list[tuple[bytes, str]] = []
+        self._completions = Completions()
+        self._answered: list[tuple[bytes, float, str]] = []
         self._flush_timer: asyncio.TimerHandle | None = None
 
     def add_frozen_weights(self, session: Session, number: int, trainer: Trainer, base_model: str, path: str) -> str:
@@ -122,8 +125,10 @@ class Samplers:
             if self._waiting.get(request_id) is future:
                 del self._waiting[request_id]
             if not future.cancelled():
-                self._answers.keep(request_id, future.result())
-                self._answered.append((future.result().encode(), request_id))
+                outcome, cursor = future.result(), self._completions.tick()
+                self._answers.keep(request_id, outcome)
+                self._answered.append((outcome.encode(), cursor / 1e6, request_id))
+                self._completions.add(cursor, request_id, None if outcome.failed else len(outcome.body))
                 if self._flush_timer is None:
                     self._flush_timer = asyncio.get_running_loop().call_later(_FLUSH_S, self.flush)
 
@@ -152,18 +157,53 @@ class Samplers:
             return outcome
         if row["outcome"] is not None:
             return Outcome.decode(row["outcome"])
-        future = self._waiting.get(request_id)
-        if future is None:
-            # An earlier gateway took it in.
-            sampler = self.row(row["sampler_id"], caller)
-            request = SampleRequest.FromString(row["body"])
-            future = self._begin(request_id, request, self._trainers.by_url(sampler["trainer"]), caller.key)
+        future = self._waiting.get(request_id) or self._begin_again(row, caller)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             if not future.cancelled():
                 raise
             raise Refusal(410, "This was cancelled.", reason="CANCELLED") from None
+
+    def _begin_again(self, row: sqlite3.Row, caller: Caller) -> asyncio.Future[Outcome]:
+        """A request that an earlier gateway took in."""
+        sampler = self.row(row["sampler_id"], caller)
+        request = SampleRequest.FromString(row["body"])
+        return self._begin(row["request_id"], request, self._trainers.by_url(sampler["trainer"]), caller.key)
+
+    async def answered_since(
+        self, row: sqlite3.Row, clone: int, cursor: int, *, timeout_s: float, caller: Caller
+    ) -> tuple[list[dict[str, Any]], int]:
+        """As Completions.since, for one of the caller's samplers."""
+        target = row["sampler_id"], clone
+        if not self._completions.knows(target):
+            self._take_up(target, cursor, caller)
+        return await self._completions.since(target, cursor, timeout_s=timeout_s)
+
+    def _take_up(self, target: Target, cursor: int, caller: Caller) -> None:
+        """What an earlier gateway answered is told, and what it took in is begun again."""
+        self.flush()
+        samples = [one for one in self._store.samples(target[0]) if target_of(one["request_id"]) == target]
+        answered = [
+            (round(one["answered_s"] * 1e6), one["request_id"], None if one["mark"] == b"F" else one["size_bytes"] - 1)
+            for one in samples
+            if one["answered_s"] is not None
+        ]
+        self._completions.open(target, [one for one in answered if one[0] > cursor])
+        for one in samples:
+            if one["answered_s"] is None and one["request_id"] not in self._waiting:
+                stored = self._store.sample(one["request_id"])
+                assert stored is not None, "a sample that was just listed"
+                self._begin_again(stored, caller)
+
+    def forget(self, row: sqlite3.Row, request_ids: list[str]) -> None:
+        """The client has the answers to these."""
+        if request_ids:
+            self.flush()
+        for request_id in request_ids:
+            if request_id.rpartition(":")[0] == row["sampler_id"]:
+                self._answers.forget(request_id)
+                self._store.forget_sample(request_id)
 
     @property
     def num_waiting(self) -> int:
@@ -181,3 +221,4 @@ class Samplers:
         for request_id, future in list(self._waiting.items()):
             if request_id.startswith(f"{session.session_id}:"):
                 future.cancel()
+        self._completions.forget(row["sampler_id"] for row in self._store.samplers(session.session_id))

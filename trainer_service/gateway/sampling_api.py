@@ -1,10 +1,13 @@
 """tinker's endpoints of sampling."""
 
+import asyncio
 from typing import Any
 
 from starlette.requests import Request
 
 from trainer_service.gateway.bodies import read_fields
+from trainer_service.gateway.completions import CLONE_SIZE
+from trainer_service.gateway.endpoints import POLL_S
 from trainer_service.gateway.gateway import Gateway
 from trainer_service.gateway.sample_requests import read_sample
 from trainer_service.gateway.sessions import Caller
@@ -36,6 +39,35 @@ async def get_sampler(gateway: Gateway, caller: Caller, request: Request) -> Any
         "base_model": row["base_model"],
         "model_path": gateway.samplers.tinker_path(row),
     }
+
+
+async def retrieve_futures(gateway: Gateway, caller: Caller, request: Request) -> Any:
+    """Which requests of a sampler are answered; waited for a while."""
+    fields = await read_fields(request)
+    target = fields.fields("target")
+    kind = target.text("type", "sampling_session")
+    if kind != "sampling_session":
+        raise target.wrong("type", f"is {kind[:40]!r}; it must be sampling_session.")
+    sampler_id = target.text("sampling_session_id")
+    clone = target.integer("cloned_sampler_id", 0, low=0, high=CLONE_SIZE)
+    target.finish()
+    cursor = fields.integer("prev_cursor", 0, low=0)
+    asked_s = fields.optional_number("timeout")
+    retrieved = [one for one in fields.items("retrieved_request_ids", []) if isinstance(one, str)]
+    fields.finish()
+    row = gateway.samplers.row(sampler_id, caller)
+    gateway.sessions.live(row["session_id"], caller)
+    gateway.samplers.forget(row, retrieved)
+    timeout_s = POLL_S if asked_s is None else min(max(0.0, asked_s), POLL_S)
+    waiting = asyncio.ensure_future(
+        gateway.samplers.answered_since(row, clone, cursor, timeout_s=timeout_s, caller=caller)
+    )
+    await asyncio.wait([waiting, gateway.stopped], return_when=asyncio.FIRST_COMPLETED)
+    if not waiting.done():
+        waiting.cancel()
+        return {"completions": [], "cursor": cursor}
+    completions, cursor = waiting.result()
+    return {"completions": completions, "cursor": cursor}
 
 
 async def asample(gateway: Gateway, caller: Caller, request: Request) -> Any:

@@ -4,6 +4,7 @@ import json
 import time
 import uuid
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from trainer_service.gateway.outcomes import Refusal
@@ -17,7 +18,7 @@ class Caller:
     key: str = field(repr=False)
     """As it came; the trainer judges it."""
 
-    @property
+    @cached_property
     def owner(self) -> str:
         """What tells their things from others'."""
         return owner_of(self.key)

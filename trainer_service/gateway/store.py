@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 from trainer_service.options import SettingsError
 
-_VERSION = 1
+_VERSION = 2
+_CHECKPOINT_PAGES = 8192
+"""Of 4 KiB, that the log may grow to."""
 _SCHEMA = """
 CREATE TABLE session (
     session_id TEXT PRIMARY KEY, owner TEXT NOT NULL, about TEXT NOT NULL, created_s REAL NOT NULL,
@@ -42,6 +44,12 @@ CREATE TABLE sample (
 ) WITHOUT ROWID;
 CREATE INDEX sample_session ON sample (session_id);
 CREATE INDEX sample_answered ON sample (answered_s);
+"""
+_SINCE_2 = """
+CREATE TABLE job (
+    job_id TEXT NOT NULL, owner TEXT NOT NULL, about TEXT NOT NULL, created_s REAL NOT NULL,
+    sessions TEXT NOT NULL DEFAULT '[]', PRIMARY KEY (owner, job_id)
+) WITHOUT ROWID;
 """
 
 
@@ -84,11 +92,15 @@ class Store:
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
+            # Each moves the log into the file and waits for the disk, while every request waits.
+            self._db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
             self._db.execute("BEGIN IMMEDIATE")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                for statement in _SCHEMA.split(";"):
-                    self._db.execute(statement)
+            for since, schema in ((1, _SCHEMA), (2, _SINCE_2)):
+                if version < since:
+                    for statement in schema.split(";"):
+                        self._db.execute(statement)
+            if version < _VERSION:
                 self._db.execute(f"PRAGMA user_version = {_VERSION}")
             self._db.execute("COMMIT")
         except sqlite3.OperationalError as exc:
@@ -97,7 +109,7 @@ class Store:
             ) from exc
         except sqlite3.DatabaseError as exc:
             raise SettingsError(f"{path} is no file of a gateway: {exc}.") from exc
-        if version not in (0, _VERSION):
+        if version > _VERSION:
             raise SettingsError(f"{path} is of another version of the gateway ({version}, not {_VERSION}).")
 
     def close(self) -> None:
@@ -149,6 +161,30 @@ class Store:
         with self._transaction():
             for table in ("sampler", "model", "session"):
                 self._db.execute(f"DELETE FROM {table} WHERE session_id IN ({old})", (before_s,))  # noqa: S608
+
+    # ── jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def add_job(self, job_id: str, owner: str, about: str) -> None:
+        """A job begins."""
+        row = (job_id, owner, about, time.time())
+        self._run("INSERT INTO job (job_id, owner, about, created_s) VALUES (?, ?, ?, ?)", row)
+
+    def job(self, job_id: str, owner: str) -> sqlite3.Row | None:
+        """One of an owner's."""
+        found = self._rows("SELECT * FROM job WHERE job_id = ? AND owner = ?", (job_id, owner))
+        return found[0] if found else None
+
+    def jobs(self, owner: str) -> list[sqlite3.Row]:
+        """An owner's, newest first."""
+        return self._rows("SELECT * FROM job WHERE owner = ? ORDER BY created_s DESC", (owner,))
+
+    def set_job_sessions(self, job_id: str, owner: str, sessions: str) -> None:
+        """Which sessions were begun in it."""
+        self._run("UPDATE job SET sessions = ? WHERE job_id = ? AND owner = ?", (sessions, job_id, owner))
+
+    def delete_job(self, job_id: str, owner: str) -> None:
+        """It is over."""
+        self._run("DELETE FROM job WHERE job_id = ? AND owner = ?", (job_id, owner))
 
     # ── models ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -249,14 +285,25 @@ class Store:
         found = self._rows("SELECT * FROM sample WHERE request_id = ?", (request_id,))
         return found[0] if found else None
 
-    def samples_answered(self, answered: Iterable[tuple[bytes, str]]) -> None:
-        """(outcome, request_id) of those that are."""
-        now = time.time()
-        rows = [(outcome, now, request_id) for outcome, request_id in answered]
+    def samples(self, sampler_id: str) -> list[sqlite3.Row]:
+        """Of a sampler: (request_id, answered_s, size_bytes of the stored outcome, its first byte as `mark`)."""
+        columns = "request_id, answered_s, length(outcome) AS size_bytes, substr(outcome, 1, 1) AS mark"
+        # Ids of samples begin with that of their sampler; ";" is what follows ":".
+        return self._rows(
+            f"SELECT {columns} FROM sample WHERE request_id > ? AND request_id < ?",  # noqa: S608
+            (f"{sampler_id}:", f"{sampler_id};"),
+        )
+
+    def samples_answered(self, answered: Iterable[tuple[bytes, float, str]]) -> None:
+        """(outcome, time, request_id) of those that are."""
         with self._transaction():
             self._db.executemany(
-                "UPDATE sample SET outcome = ?, answered_s = ?, body = NULL WHERE request_id = ?", rows
+                "UPDATE sample SET outcome = ?, answered_s = ?, body = NULL WHERE request_id = ?", list(answered)
             )
+
+    def forget_sample(self, request_id: str) -> None:
+        """Its client has the answer."""
+        self._run("DELETE FROM sample WHERE request_id = ? AND answered_s IS NOT NULL", (request_id,))
 
     def forget_samples(self, before_s: float) -> None:
         """Answers given before then are not kept."""

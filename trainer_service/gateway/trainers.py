@@ -104,6 +104,11 @@ class TrainerModel:
     info: GetServerInfoResponse
     """What the trainer said of itself."""
 
+    @property
+    def max_context_length(self) -> int | None:
+        """Its longest sequence, tokens."""
+        return next((one.max_context_length for one in self.info.models if one.base_model == self.base_model), None)
+
 
 class Trainers:
     """All trainers, and the names of what they serve.

@@ -10,14 +10,13 @@ from starlette.responses import JSONResponse, Response
 
 from trainer_service.gateway import operations
 from trainer_service.gateway.bodies import Fields, parse_fields, read_body, read_fields
+from trainer_service.gateway.endpoints import POLL_S
 from trainer_service.gateway.gateway import Gateway
 from trainer_service.gateway.model_line import request_id_of
 from trainer_service.gateway.outcomes import Outcome, Refusal, unserved
 from trainer_service.gateway.sessions import Caller
 
-_POLL_S = 20.0
-"""How long an answer is waited for before the client has to ask again; it hangs up after 45."""
-_REQUEST_ID = re.compile(r"([0-9a-f-]{36}:(train|sample):[0-9]{1,18}):([0-9]{1,18})", re.ASCII)
+_REQUEST_ID = re.compile(r"([0-9a-f-]{36}:(train|sample):[0-9]{1,18}):([0-9]{1,18}|unload)", re.ASCII)
 _MAX_NUMBER = 10**18 - 1
 _SDK_METHOD = "x-sdk-method"
 
@@ -35,6 +34,8 @@ async def client_config(gateway: Gateway, caller: Caller, request: Request) -> A
         "fwdbwd_max_chunk_len": min((one.max_datums for one in limits), default=1024) if limits else 1024,
         "parallel_fwdbwd_chunks": True,
         "sample_max_concurrent_requests": 4096,
+        # One long poll for all samples of a client, instead of one each.
+        "sample_use_retrieve_futures": True,
     }
     # The SDK asks this over a connection that it does not use again and never closes.
     return JSONResponse(config, headers={"connection": "close"})
@@ -99,13 +100,20 @@ async def create_model(gateway: Gateway, caller: Caller, request: Request) -> An
                 setattr(run, name, lora.flag(name))
         if (seed := lora.optional_integer("seed")) is not None:
             run.seed = seed % (1 << 64)
+        if (alpha := lora.optional_number("alpha")) is not None:
+            run.lora_alpha = alpha
+        lora.refuse(
+            "init_method", "Adapters begin as kaiming says; leave it out.", unless=lambda method: method == "kaiming"
+        )
     else:
         # All parameters train, so there is nothing that these would choose from.
-        lora.ignore("train_mlp", "train_attn", "train_unembed", "seed")
+        lora.ignore("train_mlp", "train_attn", "train_unembed", "seed", "alpha", "init_method")
     lora.finish()
     _only_adamw(fields)
     fields.ignore("type")
     base_model = fields.text("base_model")
+    fields.refuse("base_only", "Use a sampler of the base model, and compute_logprobs.")
+    fields.refuse("projection_head_dim", "Models here make logits alone.")
     fields.finish()
     model_id = await gateway.models.create(session, number, base_model, run)
     return {"request_id": request_id_of(model_id, 0), "model_id": model_id}
@@ -192,9 +200,7 @@ async def retrieve_future(gateway: Gateway, caller: Caller, request: Request) ->
     fields = await read_fields(request)
     request_id = fields.text("request_id")
     outcome = asyncio.ensure_future(_outcome(gateway, caller, request_id))
-    stopping = asyncio.ensure_future(gateway.stopping.wait())
-    await asyncio.wait([outcome, stopping], timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
+    await asyncio.wait([outcome, gateway.stopped], timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
     if not outcome.done():
         outcome.cancel()
         body = {"type": "try_again", "request_id": request_id, "queue_state": "active"}
@@ -211,6 +217,8 @@ async def _outcome(gateway: Gateway, caller: Caller, request_id: str) -> Outcome
     whose, kind, number = parsed.groups()
     if kind == "sample":
         return await gateway.samplers.outcome(request_id, caller)
+    if number == "unload":
+        return Outcome.result(type="unload_model", model_id=gateway.models.row(whose, caller)["model_id"])
     line = gateway.models.line(whose, caller)
     return await (line.outcome(int(number)) if int(number) else asyncio.shield(line.made))
 

@@ -14,6 +14,9 @@ from trainer_service.gateway.operations import output, result_of
 from trainer_service.gateway.outcomes import Outcome, Refusal
 from trainer_service.gateway.tensors import read_logprobs
 
+CUSTOM_PASSES = ("kept_forward", "backward", "second_pass")
+"""Plans of passes of a custom loss, whose loss is summed up here."""
+
 
 class Translations:
     """Answers of one model.
@@ -73,6 +76,10 @@ class Translations:
         # The forward's own numbers, but what this pass itself did: it went through the model backward alone.
         metrics = {**forward.metrics, **result.metrics, "loss:sum": _loss(plan, forward, batch)}
         return output(forward, metrics)
+
+    async def _second_pass(self, plan: dict[str, Any], result: Any, batch: Batch | None) -> Outcome:
+        # As of one that was recognised: whether it was, is told by forward_passes alone.
+        return output(result, {**result.metrics, "loss:sum": _loss(plan, result, batch)})
 
     async def _optim_step(self, plan: dict[str, Any], result: Any, batch: Batch | None) -> Outcome:
         return Outcome.result(type="optim_step", metrics=dict(result.metrics))

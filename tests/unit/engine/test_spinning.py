@@ -9,7 +9,6 @@ import torch
 from trainer_service.engine import spinning
 from trainer_service.engine.spinning import Contention, SleepingTeam
 
-
 QUIET = round(spinning._QUIET_S / 0.1)
 """Quiet intervals that it takes."""
 
