@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Before torch is imported: both sides use the same threads in the same way. The worker is started with this too.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.pop("OMP_NUM_THREADS", None)
 
 import client_cost

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.pop("OMP_NUM_THREADS", None)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -52,7 +52,12 @@ class PaddedLoop:
 
 def ragged(setting: Setting, vocab: int) -> list[Datum]:
     """A ragged batch."""
-    return make_data(vocab, [length // setting.pick(1, 8) for length in RAGGED])
+    return make_data(vocab, ragged_lengths(setting.pick(1, 8)))
+
+
+def ragged_lengths(scale: int = 1) -> list[int]:
+    """Lengths of a ragged batch, divided by `scale`."""
+    return [length // scale for length in RAGGED]
 
 
 def over_padded_loop(setting: Setting) -> list[Row]:

@@ -100,7 +100,8 @@ def running_trainer(
     log = folder / "trainer.log"
     command = [sys.executable, "-m", "trainer_service", "serve", "--base-model", str(model)]
     command += ["--listen", "127.0.0.1:0", "--metrics-port", "0", "--data-dir", str(folder / "data")]
-    command += ["--ready-file", str(ready_file), *arguments]
+    # A spare worker's imports would be time that other tests lack.
+    command += ["--ready-file", str(ready_file), "--spare-worker-after-s", "0", *arguments]
     if max_open_files:
         command = ["bash", "-c", f'ulimit -n {max_open_files} && exec "$@"', "bash", *command]
     with log.open("wb") as out:

@@ -9,6 +9,9 @@ from trainer_service.options import option, options_of
 RANK_STORE_VARIABLE = "GRADWIRE_RANK_STORE"
 """Environment variable with the path of the file where the worker's ranks meet."""
 
+SPARE_VARIABLE = "GRADWIRE_WORKER_SPARE"
+"""Tells a worker to import its libraries and wait until something comes on stdin."""
+
 HEARTBEAT_INTERVAL_S = 1.0
 """How often a ready worker sends a heartbeat."""
 
@@ -88,5 +91,12 @@ class WorkerTimeouts:
         name="worker-heartbeat-timeout-s",
         help="a ready worker that sends no heartbeat for this long (stopped or hanging; a busy one does send) is "
         "killed and replaced, and its work is done again; 0: never",
+        at_least=0,
+    )
+    spare_after_s: float = option(
+        30.0,
+        name="spare-worker-after-s",
+        help="a worker that has been ready for this long gets a spare, which has its libraries imported, takes some "
+        "300 MiB of host memory, and stands in for it within seconds should it die; 0: none",
         at_least=0,
     )

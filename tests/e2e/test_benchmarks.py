@@ -39,6 +39,20 @@ def test_lora_is_measured():
     assert all(float(ratio) > 0 for _, _, ratio, _ in rows), rows
 
 
+@pytest.mark.slow
+def test_a_plain_peft_loop_is_measured():
+    rows = table("peers.py")
+    assert len(rows) == 2
+    assert all(float(ratio) > 0 for _, _, ratio, _ in rows), rows
+
+
+@pytest.mark.slow
+def test_how_threads_wait_is_measured():
+    rows = table("waiting.py")
+    assert len(rows) == 6
+    assert min(float(ratio) for _, _, ratio, _ in rows) == 1.0, rows
+
+
 def test_sampling_is_measured():
     speeds, mismatches = (rows := table("sampling.py"))[:5], rows[5:]
     assert all(float(ratio) > 0 for _, _, ratio, _ in speeds), rows

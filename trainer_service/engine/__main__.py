@@ -7,6 +7,7 @@ ends with exit code 0 when the trainer ends the stream.
 import argparse
 import contextlib
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -33,7 +34,7 @@ from trainer_service.executing import Executing
 from trainer_service.observability import configure_logging
 from trainer_service.options import add_options, read_options
 from trainer_service.processes import die_with_parent
-from trainer_service.worker_config import WorkerConfig
+from trainer_service.worker_config import SPARE_VARIABLE, WorkerConfig
 
 if TYPE_CHECKING:
     from trainer_service.engine.engine import Engine
@@ -43,6 +44,14 @@ logger = logging.getLogger("trainer_service.engine")
 
 _GOODBYE_S = 5.0
 """How long to wait for the trainer to end the stream after a failed load."""
+_LIBRARIES = (
+    "trainer_service.engine.engine",
+    "trainer_service.engine.sampling.service",
+    "trainer_service.engine.worker.commands",
+    "transformers.models.auto.modeling_auto",
+)
+"""Their imports bring all others, but for the model's own."""
+_LOWEST_PRIORITY = 19
 _ABANDON_S = 1.0
 """How long an operation may continue after the stream has ended, when nobody waits for it."""
 
@@ -56,6 +65,8 @@ def main() -> int:
     die_with_parent()
     configure_logging(as_json=False)
     limits = Limits(max_runs=config.max_runs)
+    if os.environ.get(SPARE_VARIABLE) and not _wait_until_needed():
+        return 0
     try:
         trainer = TrainerConnection(socket, max_message_bytes=limits.max_message_bytes)
     except OSError as exc:
@@ -97,6 +108,25 @@ def _parse() -> tuple[str, WorkerConfig]:
     return arguments.socket, read_options(WorkerConfig, arguments)
 
 
+def _wait_until_needed() -> bool:
+    """Imports all that loading a model will need, and waits. False if the trainer is gone instead."""
+
+    def prepare() -> None:
+        # Linux has a priority for each thread; the worker that trains comes first.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        with _nothing_collected():
+            for name in _LIBRARIES:
+                importlib.import_module(name)
+
+    preparing = threading.Thread(target=prepare, name="imports", daemon=True)
+    preparing.start()
+    needed = bool(sys.stdin.buffer.read(1))
+    if needed:
+        preparing.join()
+    return needed
+
+
 @contextlib.contextmanager
 def _nothing_collected() -> Iterator[None]:
     """Importing and loading create a million objects that stay. Searching them for garbage took a tenth of the start,
@@ -123,10 +153,12 @@ def _load(config: WorkerConfig, ranks: Ranks, limits: Limits, trainer: TrainerCo
 
     from trainer_service.engine.device import pick_device, set_num_threads
     from trainer_service.engine.engine import Engine
+    from trainer_service.engine.spinning import spin_when_alone
 
     transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
     num_threads = set_num_threads()
+    spin_when_alone()
     trainer.send(WorkerEvent(loading="looking for a device"))
     device = pick_device(ranks.local_rank, config.engine.compute_dtype)
     loading = WorkerEvent(loading=f"loading {config.served_model_name or config.base_model} onto {device.name}")

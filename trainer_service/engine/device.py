@@ -81,12 +81,17 @@ def set_num_threads() -> int:
 
 def num_available_cpus() -> int:
     """CPUs of the process's affinity mask, or fewer if its control group (a container's limit) allows fewer."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = num_usable_cpus()
     # No such file outside Linux's control groups, and "max" in place of a number where there is no limit.
     with contextlib.suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cpus = min(cpus, max(1, round(int(quota) / int(period))))
     return cpus
+
+
+def num_usable_cpus() -> int:
+    """CPUs of the process's affinity mask, even if it is granted only part of their time."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def total_host_bytes() -> int:

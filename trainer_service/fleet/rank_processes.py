@@ -65,6 +65,17 @@ class RankProcesses:
             raise
         return cls(processes, outputs)
 
+    @property
+    def all_run(self) -> bool:
+        """Whether none of them has ended."""
+        return not self._ended
+
+    def begin(self) -> None:
+        """Tells ranks that wait on stdin to begin."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(b"\n")
+
     async def one_ended(self) -> None:
         """Returns once any of them has ended."""
         await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)

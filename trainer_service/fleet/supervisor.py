@@ -17,10 +17,11 @@ from trainer_service.executing import executing_command
 from trainer_service.fleet import heartbeat
 from trainer_service.fleet.link import Link, WorkerServicer, worker_service_handler
 from trainer_service.fleet.rank_processes import RankProcesses
+from trainer_service.fleet.spare import Spare
 from trainer_service.fleet.worker import Deliver, Died
 from trainer_service.fleet.worker_socket import WorkerSocket
 from trainer_service.options import command_line
-from trainer_service.worker_config import WorkerConfig, WorkerTimeouts
+from trainer_service.worker_config import SPARE_VARIABLE, WorkerConfig, WorkerTimeouts
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class WorkerSupervisor:
         self._link: Link | None = None
         handler = worker_service_handler(WorkerServicer(lambda: self._link, self._became_ready))
         self._socket = WorkerSocket(handler, max_message_bytes=max_message_bytes)
+        self._spare = Spare(self._start_spare, lambda: self._socket.path, after_s=self._timeouts.spare_after_s)
         self._status_message = "starting the worker"
         self._stopping = False
         self._ready_callbacks: list[Callable[[], object]] = []
@@ -141,10 +143,12 @@ class WorkerSupervisor:
                 await asyncio.wait({self._task}, timeout=_DISMISS_GRACE_S)
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        await self._spare.stop()
         await self._socket.close()
 
     def _became_ready(self) -> None:
         logger.info("The worker is ready.")
+        self._spare.prepare()
         for callback in self._ready_callbacks:
             callback()
 
@@ -163,7 +167,7 @@ class WorkerSupervisor:
             link = self._link = Link(secrets.token_urlsafe(32), status_message)
             passing = False
             try:
-                ranks = await self._start_ranks(link)
+                ranks = await self._start_next(link)
             except OSError as exc:
                 # The trainer survives a shortage of descriptors or memory; its clients wait.
                 passing = exc.errno in _PASSING
@@ -210,15 +214,24 @@ class WorkerSupervisor:
     def _rank_command(self, socket: str) -> list[str]:
         return [sys.executable, "-m", "trainer_service.engine", f"--socket={socket}", *command_line(self._config)]
 
-    async def _start_ranks(self, link: Link) -> RankProcesses:
+    async def _start_next(self, link: Link) -> RankProcesses:
+        """The spare, which its own token makes the link's worker, or a worker started now."""
         await self._socket.open()
-        env = {**os.environ, "GRADWIRE_WORKER_TOKEN": link.token, "PYTHONUNBUFFERED": "1"}
+        if (spare := await self._spare.take(self._socket.path)) is not None:
+            link.token, ranks = spare
+            return ranks
+        return await self._start_ranks(link.token)
+
+    async def _start_spare(self, token: str) -> RankProcesses:
+        return await self._start_ranks(token, **{SPARE_VARIABLE: "1"})
+
+    async def _start_ranks(self, token: str, **variables: str) -> RankProcesses:
+        env = {**os.environ, "GRADWIRE_WORKER_TOKEN": token, "PYTHONUNBUFFERED": "1", **variables}
         # The worker needs no key, and cannot leak what it does not have.
         env.pop("GRADWIRE_API_KEY", None)
-        # Threads that spin while waiting take cores from the threads they wait for, as soon as anything else runs here,
-        # such as the trainer or the user's loop: steps were five to ten times slower.
-        env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        logger.info("Starting the worker.", extra={"fields": {"base_model": self._config.base_model}})
+        _say_how_to_wait(env)
+        kind = "a spare worker" if variables else "the worker"
+        logger.info(f"Starting {kind}.", extra={"fields": {"base_model": self._config.base_model}})
         return await RankProcesses.start(
             self._command(self._socket.path),
             env=env,
@@ -270,3 +283,13 @@ class WorkerSupervisor:
 
 def _stopped() -> GradwireError:
     return error("DRAINING", "The trainer stopped before this was done.", retry_after_s=5.0)
+
+
+def _say_how_to_wait(env: dict[str, str]) -> None:
+    """How threads of a parallel region wait for one another, unless the environment says so already.
+
+    GNU's OpenMP spins for some tens of microseconds, which the worker forbids while anything else wants the cores
+    (engine/spinning.py); longer gains nothing. Others, where the worker cannot, do not spin.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & env.keys():
+        env |= {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "0"}

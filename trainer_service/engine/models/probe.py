@@ -20,6 +20,7 @@ from gradwire.errors import invalid_field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer_service.engine.fused.install import fuse
 from trainer_service.engine.models.batching import plan
 from trainer_service.engine.models.comparison import relative_difference
 from trainer_service.engine.models.positions import Boundary, boundaries, moved, rope_boundaries
@@ -70,6 +71,8 @@ def find_traits(model: PreTrainedModel, device: torch.device, *, max_context_len
             f"is a {type(model).__name__} whose forward changes its own parameters, so that another would be saved. "
             "RWKV does so unless its config.json has rescale_every at 0: set that, or take another model.",
         )
+    # Before anything is compared with what the model itself found.
+    fuse(model)
     before = str(model.config._attn_implementation)
     turned = [one for one in rope_boundaries(model.config.get_text_config()) if one.length < max_context_length]
     traits = Traits(

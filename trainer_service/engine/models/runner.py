@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from trainer_service.engine.fused.install import fuse
 from trainer_service.engine.models.embedding import add_rows_in_place
 from trainer_service.engine.models.lora import low_rank_of
 from trainer_service.engine.models.positions import Boundary
@@ -91,6 +92,7 @@ def prepare(model: PreTrainedModel, traits: Traits) -> None:
     if traits.packed:
         use_attention(model, ATTENTION)
     add_rows_in_place(model)
+    fuse(model)
     for layer in checkpointable_layers(model):
         # A layer checkpoints only in training mode, where it must not drop anything out.
         for name, value in vars(layer).items():

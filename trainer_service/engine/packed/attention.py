@@ -141,11 +141,9 @@ def packed_attention(
     pack.windows.append(sliding_window)
     if _varlen_serves(query, key, value, softcap, s_aux) and pack.flat:
         return _varlen(pack, query[0], key[0], value[0], scaling, sliding_window)[None], None
-    sizes = [piece.count * piece.length for piece in pack.pieces]
-    keys = key[0].split(sizes, dim=1)
-    values = value[0].split(sizes, dim=1)
+    queries, keys, values = (_by_piece(tokens[0], pack.pieces) for tokens in (query, key, value))
     outputs = []
-    for number, (piece, query_HT) in enumerate(zip(pack.pieces, query[0].split(sizes, dim=1), strict=True)):
+    for number, (piece, query_HT) in enumerate(zip(pack.pieces, queries, strict=True)):
         output_GHL = _attend(
             _segments(query_HT, piece),
             _with_ancestors(keys, piece, number),
@@ -157,7 +155,7 @@ def packed_attention(
         )
         # [G, H, L, E] → [G · L, H, E]
         outputs.append(output_GHL.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[None], None
+    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None], None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
@@ -177,6 +175,14 @@ def check_understood(kwargs: Mapping[str, Any], understood: frozenset[str], *, p
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in understood)
     if unknown or not plain:
         raise NotImplementedError(f"attention with {', '.join(unknown) or 'a mask, dropout, or without causality'}")
+
+
+def _by_piece(tokens_HT: Tensor, pieces: tuple[Piece, ...]) -> tuple[Tensor, ...]:
+    """Each piece's tokens, [H, G · L, D]. All of them as they are where there is one piece: the backward of a split
+    copies."""
+    if len(pieces) == 1:
+        return (tokens_HT,)
+    return tokens_HT.split([piece.count * piece.length for piece in pieces], dim=1)
 
 
 def _segments(tokens_HT: Tensor, piece: Piece) -> Tensor:
