@@ -27,6 +27,7 @@ from trainer_service.engine.memory import plan_memory
 from trainer_service.engine.microbatch import Forwards
 from trainer_service.engine.models.load import describe, fetch, load_model
 from trainer_service.engine.models.lora import LoraSettings
+from trainer_service.engine.models.lora_targets import find_targets
 from trainer_service.engine.models.probe import find_traits
 from trainer_service.engine.models.runner import prepare
 from trainer_service.engine.passes import ForwardResult, Passes, Staged
@@ -94,7 +95,9 @@ class Engine:
         forwards = Forwards(device, self.traits, self.memory, settings.activation_checkpointing, vocab_size)
         self._passes = Passes(forwards, self.counters, self._held_graphs)
         prepare(first, self.traits)
-        self._base_models = BaseModels(name, first=first, load=self._load_base, forward=self._try_forward)
+        self.lora_targets = find_targets(first, lambda: self._try_forward(first))
+        """What LoRA runs can adapt."""
+        self._base_models = BaseModels(name, first=first, load=self._load_base, targets=self.lora_targets)
         self._runs: dict[str, RunState] = {}
         self._adapter_offload = AdapterOffload(self.memory.max_device_adapter_bytes, self.counters)
         self.before_change: Callable[[PreTrainedModel], object] = lambda model: None

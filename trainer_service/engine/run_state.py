@@ -92,6 +92,10 @@ class RunState:
     """Of a LoRA run: peft's view of `model`."""
     lora: LoraSettings | None = None
     """Of a LoRA run: settings that make another adapter of the same layout; None where no settings do."""
+    adapted: tuple[str, ...] = ()
+    """Of a LoRA run: what has an adapter, by name, with * for the numbers of layers."""
+    left_out: tuple[str, ...] = ()
+    """Of a LoRA run: matrices that have none, likewise."""
     step: int = 0
     """Optimizer steps applied."""
     being_read: bool = False

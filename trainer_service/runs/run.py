@@ -5,6 +5,7 @@ outcome is in the journal too.
 """
 
 import asyncio
+import contextlib
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -25,6 +26,7 @@ from trainer_service.runs import journal as journal_file
 from trainer_service.runs.attachment import Attachment
 from trainer_service.runs.journal import Record, Row
 from trainer_service.runs.journal_writer import Journal
+from trainer_service.runs.lora_layout import lora_layout
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.placement import Placement
 from trainer_service.runs.sequence import Answered, Entry, Sequence, conflict, error_response
@@ -385,8 +387,12 @@ class Run:
         await self.placement.close(gone)
         await self._journal.close()
 
-    def describe(self) -> RunMessage:
-        """The run as the protocol tells it."""
+    def describe(self, *, layout: bool = False) -> RunMessage:
+        """The run as the protocol tells it.
+
+        Args:
+            layout: Say what its adapter adapts, too.
+        """
         message = RunMessage(
             run_id=self.run_id,
             base_model=self._settings.base_model.told(self.record.base_model),
@@ -398,6 +404,11 @@ class Run:
             attached=self.attachment is not None,
             user_metadata=self.create_request.user_metadata,
         )
+        ready = self._settings.worker.ready
+        if layout and ready is not None and self.create_request.lora_rank:
+            # A copy of an adapter that cannot be read is told when the run is restored from it.
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                message.lora.CopyFrom(lora_layout(self.create_request, ready.lora_targets))
         message.created_at.FromDatetime(datetime.fromtimestamp(self.record.created_s, UTC))
         return message
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer_service.engine.models.comparison import relative_difference
+from trainer_service.engine.models.experts import GROUPED, find_experts, use_experts
 from trainer_service.engine.models.positions import rope_boundaries
 from trainer_service.engine.models.runner import (
     HeadTraits,
@@ -60,6 +61,7 @@ def find_traits(model: PreTrainedModel, device: torch.device, *, max_context_len
     before = str(model.config._attn_implementation)
     traits = Traits(
         attention=before,
+        experts=_find_experts(model, tokens, alone, device),
         why_not_packed=_why_never_packed(model, max_context_length),
         head=_find_head(model, tokens, alone, device),
     )
@@ -127,6 +129,28 @@ def _find_head(
                 if _close(linear_logprobs(hidden_TD, head_of(model, traits), targets_TK), wanted_TK):
                     return traits
     return None
+
+
+def _find_experts(
+    model: PreTrainedModel, tokens: Sequence[Tensor], alone: Sequence[_Plain], device: torch.device
+) -> str:
+    """The implementation of routed experts that trains, in use from here on; empty where it is the model's own."""
+    before = {name: module.config._experts_implementation for name, module in find_experts(model).items()}
+    if not before:
+        return ""
+    try:
+        with torch.no_grad():
+            use_experts(model, GROUPED)
+            found = [_plain(model, ids.to(device)).logits_TV for ids in tokens]
+        if all(_close(logits_TV, one.logits_TV) for logits_TV, one in zip(found, alone, strict=True)):
+            return GROUPED
+        why = "it gives other results"
+    except Exception as exc:
+        why = f"it fails ({type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''})"
+    for name, module in find_experts(model).items():
+        module.config._experts_implementation = before[name]
+    logger.warning("Experts are computed by transformers.", extra={"fields": {"why": why}})
+    return ""
 
 
 def _why_never_packed(model: PreTrainedModel, max_context_length: int) -> str:

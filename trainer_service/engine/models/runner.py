@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer_service.engine.models.embedding import add_rows_in_place
+from trainer_service.engine.models.experts import use_experts
 from trainer_service.engine.models.lora import low_rank_of
 from trainer_service.engine.packed.attention import ATTENTION
 from trainer_service.engine.packed.logprobs import Head, linear_logprobs, target_logprobs
@@ -37,6 +38,7 @@ class Traits:
 
     Attributes:
         attention: Name of the attention implementation the model was loaded with.
+        experts: Name of the implementation that computes routed experts; empty where it is the model's own.
         why_not_packed: Why sequences go one at a time; empty where they go packed.
         why_not_shared: Why common beginnings are computed for each sequence; empty where they are computed once.
         head: How hidden states become logits; None where only the model itself knows, and full logits are made.
@@ -45,6 +47,7 @@ class Traits:
     """
 
     attention: str
+    experts: str = ""
     why_not_packed: str = ""
     why_not_shared: str = ""
     head: HeadTraits | None = None
@@ -65,6 +68,8 @@ def prepare(model: PreTrainedModel, traits: Traits) -> None:
     """Readies a freshly loaded model of the architecture that `traits` were found for."""
     if not traits.why_not_packed:
         use_attention(model, ATTENTION)
+    if traits.experts:
+        use_experts(model, traits.experts)
     add_rows_in_place(model)
     for layer in checkpointable_layers(model):
         # A layer checkpoints only in training mode, where it must not drop anything out.
