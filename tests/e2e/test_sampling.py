@@ -7,18 +7,15 @@ from pathlib import Path
 
 import gradwire
 import pytest
-from gradwire import AdamParams, SamplingClient, SamplingParams, ServiceClient, TrainingClient
+from gradwire import SamplingClient, SamplingParams, ServiceClient, TrainingClient
 from gradwire._client.loop import LOOP
 from gradwire.errors import InvalidArgumentError, NotFoundError, OperationCancelledError, ResourceExhaustedError
 from gradwire.v1.sampling_service_pb2 import Sampler, SampleRequest
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 
-from tests.e2e.test_grpcurl import ROOT, bash, documents
+from tests.grpcurl import ROOT, bash, documents
+from tests.sampled import GREEDY, PROMPT, greedy, train
 from tests.trainer_process import TrainerProcess
-
-PROMPT = [40, 41, 42, 43]
-DATA = [gradwire.datum_from_tokens_weights([5, 6, 7, 8, 9], [1.0] * 5, 64)]
-GREEDY = SamplingParams(max_tokens=6, temperature=0, stop=[])
 
 
 @pytest.fixture
@@ -26,16 +23,6 @@ def base(service: ServiceClient) -> Iterator[SamplingClient]:
     """A sampler of the base model."""
     with service.create_sampling_client() as made:
         yield made
-
-
-def greedy(client: SamplingClient) -> list[int]:
-    return client.sample(PROMPT, 1, GREEDY).result(30).sequences[0].tokens
-
-
-def train(client: TrainingClient, steps: int = 1) -> None:
-    for _ in range(steps):
-        client.forward_backward(DATA, "cross_entropy")
-        client.optim_step(AdamParams(learning_rate=0.1))
 
 
 def test_a_samples_logprobs_are_those_of_the_trainers_own_forward(client: TrainingClient):

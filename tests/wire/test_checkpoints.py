@@ -17,9 +17,8 @@ from gradwire.v1 import checkpoint_service_pb2 as pb
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import sampling_service_pb2 as pb_sampling
 
-from tests.fakes import FrontEnd, front_end
-from tests.wire.test_border import error_of, with_key
-from tests.wire.test_ownership import ALICE, BOB, KEYS, OPS, create, without_id
+from tests.front_end import FrontEnd, front_end
+from tests.owners import ALICE, BOB, KEYS, OPS, create, error_of, with_key, without_id
 from trainer_service.config import Limits
 from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath
 

@@ -13,7 +13,7 @@ import pytest
 from gradwire import APIFuture, SamplingClient, SamplingParams, ServiceClient, datum_from_tokens_weights
 from gradwire.errors import OperationCancelledError
 
-from tests.fakes import FrontEnd, front_end_on_a_thread
+from tests.front_end import FrontEnd, front_end_on_a_thread
 from trainer_service.config import Limits
 
 DATA = [datum_from_tokens_weights([1, 2, 3], [1.0] * 3)]

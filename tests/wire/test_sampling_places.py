@@ -12,7 +12,7 @@ from gradwire.errors import GradwireError, from_rpc_error
 from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.datum_pb2 import ModelInput
 
-from tests.fakes import FrontEnd, front_end, front_end_on_a_thread
+from tests.front_end import FrontEnd, front_end, front_end_on_a_thread
 from trainer_service.config import Limits
 
 KEYS = ("alice alice-key", "bob bob-key")

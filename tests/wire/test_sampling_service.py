@@ -13,8 +13,9 @@ from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.datum_pb2 import ModelInput
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, DeleteRunRequest
 
-from tests.fakes import FakeWorker, FrontEnd, front_end
-from tests.wire.test_border import error_of, with_key
+from tests.fakes import FakeWorker
+from tests.front_end import FrontEnd, front_end
+from tests.owners import error_of, with_key
 from trainer_service.config import Limits
 from trainer_service.paths import SAMPLER_WEIGHTS, CheckpointPath
 
