@@ -24,7 +24,7 @@ from gradwire.v1.trainer_service_pb2 import LossInfo, ModelInfo
 from gradwire.v1.worker_service_pb2 import LoraTargets, WorkerEvent, WorkerHello, WorkerReady
 
 from trainer_service.adapter_folders import starred
-from trainer_service.config import EngineSettings, Limits
+from trainer_service.config import Limits
 from trainer_service.engine.ranks import Ranks
 from trainer_service.engine.worker.connection import TrainerConnection
 from trainer_service.engine.worker.heartbeat import start_heartbeat
@@ -32,7 +32,9 @@ from trainer_service.engine.worker.inbox import Inbox
 from trainer_service.engine.worker.progress import told_of_progress
 from trainer_service.executing import Executing
 from trainer_service.observability import configure_logging
+from trainer_service.options import add_options, read_options
 from trainer_service.processes import die_with_parent
+from trainer_service.worker_config import WorkerConfig
 
 if TYPE_CHECKING:
     from trainer_service.engine.engine import Engine
@@ -48,17 +50,17 @@ _ABANDON_S = 1.0
 
 def main() -> int:
     """Runs the worker. Returns the exit code."""
-    arguments = _parse()
+    socket, config = _parse()
     # Who started us decides when we end: a Ctrl-C in the user's terminal goes to the program at its front.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
-    configure_logging(as_json=arguments.log_json)
-    limits = Limits()
+    configure_logging(as_json=False)
+    limits = Limits(max_runs=config.max_runs)
     try:
-        trainer = TrainerConnection(arguments.socket, max_message_bytes=limits.max_message_bytes)
+        trainer = TrainerConnection(socket, max_message_bytes=limits.max_message_bytes)
     except OSError as exc:
-        logger.error(f"No trainer listens on {arguments.socket}: {exc}. Workers are started by the trainer.")
+        logger.error(f"No trainer listens on {socket}: {exc}. Workers are started by the trainer.")
         return 1
     trainer.send(
         WorkerEvent(
@@ -74,30 +76,26 @@ def main() -> int:
     try:
         ranks = Ranks.from_environment()
         with _nothing_collected():
-            engine = _load(arguments, ranks, limits, trainer)
-            sampling = _sampling(engine, arguments.checkpoint_dir, trainer)
+            engine = _load(config, ranks, limits, trainer)
+            sampling = _sampling(engine, config.checkpoint_dir, trainer)
     except Exception as exc:
         return _give_up(trainer, exc)
     trainer.send(_ready(engine, sampling))
     start_heartbeat(trainer.send, trainer.ended)
     logger.info("Ready.", extra={"fields": {"base_model": engine.model.base_model, "device": engine.model.device}})
-    _serve(trainer, engine, sampling, ranks, Executing(arguments.socket))
+    _serve(trainer, engine, sampling, ranks, Executing(socket))
     trainer.finish()
     logger.info("The trainer ended the stream.", extra={"fields": {"how": trainer.describe_end()}})
     return 0 if trainer.ended_cleanly() else 1
 
 
-def _parse() -> argparse.Namespace:
+def _parse() -> tuple[str, WorkerConfig]:
+    """Path of the trainer's socket, and the settings."""
     parser = argparse.ArgumentParser(prog="python -m trainer_service.engine", description=__doc__)
     parser.add_argument("--socket", required=True, help="path of the trainer's unix socket")
-    parser.add_argument("--base-model", required=True, help="hub id or folder")
-    parser.add_argument("--served-model-name", default="", help="what callers are told it is called")
-    parser.add_argument("--checkpoint-dir", required=True, type=Path, help="where exports go")
-    parser.add_argument("--max-context-length", type=int, default=0, help="tokens; 0 takes the model's own limit")
-    parser.add_argument("--loss-module", default="", help="module with further losses")
-    EngineSettings.add_arguments(parser)
-    parser.add_argument("--log-json", action="store_true", help="one JSON object a log line")
-    return parser.parse_args()
+    add_options(parser, WorkerConfig)
+    arguments = parser.parse_args()
+    return arguments.socket, read_options(WorkerConfig, arguments)
 
 
 @contextlib.contextmanager
@@ -112,13 +110,13 @@ def _nothing_collected() -> Iterator[None]:
         gc.enable()
 
 
-def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, trainer: TrainerConnection) -> "Engine":
-    if arguments.loss_module:
+def _load(config: WorkerConfig, ranks: Ranks, limits: Limits, trainer: TrainerConnection) -> "Engine":
+    if config.loss_module:
         from trainer_service.engine.losses import LOSSES
         from trainer_service.engine.losses.module import load_losses
 
-        trainer.send(WorkerEvent(loading=f"importing {arguments.loss_module}"))
-        LOSSES.update(load_losses(arguments.loss_module, LOSSES))
+        trainer.send(WorkerEvent(loading=f"importing {config.loss_module}"))
+        LOSSES.update(load_losses(config.loss_module, LOSSES))
     trainer.send(WorkerEvent(loading="importing torch and transformers"))
     # Imported here, not at the top: these imports take seconds, and the trainer should hear from us before.
     import torch
@@ -131,21 +129,20 @@ def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, trainer: 
     torch.manual_seed(0)
     num_threads = set_num_threads()
     trainer.send(WorkerEvent(loading="looking for a device"))
-    settings = EngineSettings.from_arguments(arguments)
-    device = pick_device(ranks.local_rank, settings.compute_dtype)
-    loading = WorkerEvent(loading=f"loading {arguments.served_model_name or arguments.base_model} onto {device.name}")
+    device = pick_device(ranks.local_rank, config.engine.compute_dtype)
+    loading = WorkerEvent(loading=f"loading {config.served_model_name or config.base_model} onto {device.name}")
     trainer.send(loading)
-    logger.info("Loading.", extra={"fields": {"base_model": arguments.base_model, "num_threads": num_threads}})
+    logger.info("Loading.", extra={"fields": {"base_model": config.base_model, "num_threads": num_threads}})
     # A download or a large model may take hours, and the trainer gives up a worker that says nothing for minutes.
     with told_of_progress(lambda: trainer.send(loading)):
         return Engine(
-            arguments.base_model,
+            config.base_model,
             device=device,
-            checkpoint_dir=arguments.checkpoint_dir,
+            checkpoint_dir=config.checkpoint_dir,
             limits=limits,
-            settings=settings,
-            max_context_length=arguments.max_context_length,
-            served_model_name=arguments.served_model_name,
+            settings=config.engine,
+            max_context_length=config.max_context_length,
+            served_model_name=config.served_model_name,
         )
 
 

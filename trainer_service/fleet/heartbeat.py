@@ -7,8 +7,8 @@ sends nothing, and neither ends nor closes its connection.
 import asyncio
 from collections.abc import Callable
 
-from trainer_service.config import HEARTBEAT_INTERVAL_S
 from trainer_service.fleet.link import Link
+from trainer_service.worker_config import HEARTBEAT_INTERVAL_S
 
 _UNRESPONSIVE_S = 15.0
 """Silence after which the trainer calls itself not ready: a machine that is merely busy holds a worker's thread up for

@@ -13,9 +13,9 @@ import sys
 from asyncio.subprocess import STDOUT, Process
 from collections.abc import Mapping, Sequence
 
-from trainer_service.config import RANK_STORE_VARIABLE
 from trainer_service.fleet.output import WorkerOutput
 from trainer_service.processes import start_child, stop_child
+from trainer_service.worker_config import RANK_STORE_VARIABLE
 
 
 class RankProcesses:

@@ -7,20 +7,20 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from gradwire.errors import GradwireError, error
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerReady
 
-from trainer_service.config import MAX_RUNS_VARIABLE, EngineSettings
+from trainer_service.config import Limits
 from trainer_service.executing import executing_command
 from trainer_service.fleet import heartbeat
 from trainer_service.fleet.link import Link, WorkerServicer, worker_service_handler
 from trainer_service.fleet.rank_processes import RankProcesses
 from trainer_service.fleet.worker import Deliver, Died
 from trainer_service.fleet.worker_socket import WorkerSocket
+from trainer_service.options import command_line
+from trainer_service.worker_config import WorkerConfig, WorkerTimeouts
 
 logger = logging.getLogger(__name__)
 
@@ -37,56 +37,33 @@ _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 """Why a process cannot be started for now: no descriptors, no memory, too many processes."""
 
 
-@dataclass(frozen=True)
-class WorkerSettings:
-    """How to start a worker."""
-
-    base_model: str
-    checkpoint_dir: Path
-    max_context_length: int
-    max_message_bytes: int
-    served_model_name: str = ""
-    """What callers are told the model is called; "" for base_model."""
-    max_runs: int = 8
-    loss_module: str = ""
-    engine: EngineSettings = field(default_factory=EngineSettings)
-    start_timeout_s: float = 300.0
-    """How long it may say nothing before it is ready, 0 for ever. It says each thing it begins, and while it loads its
-    model, that it gets on; one that hangs, at a driver or a file system that does not answer, is killed and started
-    again."""
-    heartbeat_timeout_s: float = 60.0
-    """How long it may send nothing once it is ready, 0 for ever. It says every second that it runs, whatever it
-    executes; one that is stopped or hangs as a whole is killed and replaced."""
-    local_world_size: int = 1
-    """Ranks on this machine."""
-
-    def command(self, socket: str) -> list[str]:
-        """The command line of every rank."""
-        return [
-            *(sys.executable, "-m", "trainer_service.engine", "--socket", socket),
-            # In one argument each, since either may begin with a dash.
-            *(f"--base-model={self.base_model}", f"--checkpoint-dir={self.checkpoint_dir}"),
-            *("--max-context-length", str(self.max_context_length)),
-            *(("--served-model-name", self.served_model_name) if self.served_model_name else ()),
-            *(("--loss-module", self.loss_module) if self.loss_module else ()),
-            *self.engine.command_line(),
-        ]
-
-
 class WorkerSupervisor:
     """A Worker that outlives worker processes. All on one event loop, whose thread must outlive the workers.
 
     Args:
-        settings: How to start a worker.
-        command: Replaces the command line, for tests; gets the socket's path.
+        config: What every rank is told.
+        timeouts: How long a silent worker is waited for.
+        local_world_size: Ranks on this machine.
+        max_message_bytes: The largest message between trainer and worker.
+        command: Replaces the command line of a rank, for tests; gets the socket's path.
     """
 
-    def __init__(self, settings: WorkerSettings, *, command: Callable[[str], list[str]] | None = None) -> None:
-        self._settings = settings
-        self._command = command or settings.command
+    def __init__(
+        self,
+        config: WorkerConfig,
+        *,
+        timeouts: WorkerTimeouts | None = None,
+        local_world_size: int = 1,
+        max_message_bytes: int = Limits.max_message_bytes,
+        command: Callable[[str], list[str]] | None = None,
+    ) -> None:
+        self._config = config
+        self._timeouts = timeouts or WorkerTimeouts()
+        self._local_world_size = local_world_size
+        self._command = command or self._rank_command
         self._link: Link | None = None
         handler = worker_service_handler(WorkerServicer(lambda: self._link, self._became_ready))
-        self._socket = WorkerSocket(handler, max_message_bytes=settings.max_message_bytes)
+        self._socket = WorkerSocket(handler, max_message_bytes=max_message_bytes)
         self._status_message = "starting the worker"
         self._stopping = False
         self._ready_callbacks: list[Callable[[], object]] = []
@@ -113,7 +90,7 @@ class WorkerSupervisor:
         if self._link.responding:
             return self._link.status_message
         text = f"the worker has sent nothing for {self._link.silent_s:.0f} s"
-        timeout_s = self._settings.heartbeat_timeout_s
+        timeout_s = self._timeouts.heartbeat_timeout_s
         return f"{text}; after {timeout_s:g} s it is replaced" if timeout_s else text
 
     @property
@@ -230,21 +207,23 @@ class WorkerSupervisor:
                 callback(died)
         link.fail_pending(died, executing=executing_command(self._socket.path))
 
+    def _rank_command(self, socket: str) -> list[str]:
+        return [sys.executable, "-m", "trainer_service.engine", f"--socket={socket}", *command_line(self._config)]
+
     async def _start_ranks(self, link: Link) -> RankProcesses:
         await self._socket.open()
         env = {**os.environ, "GRADWIRE_WORKER_TOKEN": link.token, "PYTHONUNBUFFERED": "1"}
         # The worker needs no key, and what it does not have it cannot leak.
         env.pop("GRADWIRE_API_KEY", None)
-        env[MAX_RUNS_VARIABLE] = str(self._settings.max_runs)
         # Threads that spin while they wait for one another take the cores from those they wait for as soon as anything
         # else runs here, as the trainer and the user's loop do: steps were five to ten times slower for it.
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        logger.info("Starting the worker.", extra={"fields": {"base_model": self._settings.base_model}})
+        logger.info("Starting the worker.", extra={"fields": {"base_model": self._config.base_model}})
         return await RankProcesses.start(
             self._command(self._socket.path),
             env=env,
             folder=self._socket.folder,
-            local_world_size=self._settings.local_world_size,
+            local_world_size=self._local_world_size,
         )
 
     async def _wait_for_end(self, link: Link, ranks: RankProcesses) -> str:
@@ -254,10 +233,10 @@ class WorkerSupervisor:
         tasks = [exited, closed]
         try:
             if not await self._gets_ready(link, exited, closed):
-                how = f"said nothing for {self._settings.start_timeout_s:g} s"
+                how = f"said nothing for {self._timeouts.start_timeout_s:g} s"
                 how += f" after it began {link.status_message}" if link.attached else ""
                 return await ranks.explain(how=f"{how} and was killed")
-            timeout_s = self._settings.heartbeat_timeout_s
+            timeout_s = self._timeouts.heartbeat_timeout_s
             silence = heartbeat.silence(link, timeout_s=timeout_s, changed=self._responding_changed)
             silent = asyncio.create_task(silence)
             tasks.append(silent)
@@ -281,7 +260,7 @@ class WorkerSupervisor:
         while link.ready is None and not any(end.done() for end in ends):
             link.spoke.clear()
             spoke = asyncio.create_task(link.spoke.wait())
-            timeout_s = self._settings.start_timeout_s or None
+            timeout_s = self._timeouts.start_timeout_s or None
             await asyncio.wait({spoke, *ends}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             spoke.cancel()
             if not link.spoke.is_set() and not any(end.done() for end in ends):

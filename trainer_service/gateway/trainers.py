@@ -5,16 +5,15 @@ own.
 """
 
 import asyncio
-import ipaddress
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import grpc
 import grpc.aio
+from gradwire._wire.channels import open_channel, parse_base_url
 from gradwire._wire.version import PROTOCOL_VERSION
 from gradwire.errors import GradwireError, from_rpc_error
 from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
@@ -22,8 +21,8 @@ from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 from gradwire.v1.trainer_service_pb2 import GetServerInfoRequest, GetServerInfoResponse
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 
-from trainer_service.config import SettingsError
 from trainer_service.gateway.outcomes import Refusal
+from trainer_service.options import SettingsError
 
 CALL_TIMEOUT_S = 120.0
 _AWAY_S = 60.0
@@ -51,23 +50,12 @@ class Trainer:
 
     def __init__(self, url: str, *, ca_file: Path | None = None) -> None:
         self.url = url
-        target, secure, local = _target(url)
-        options = [
-            ("grpc.max_receive_message_length", -1),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.keepalive_time_ms", 20_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
-            ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 1_000),
-            ("grpc.use_local_subchannel_pool", 1),
-            # A proxy would look for "this machine" on its own.
-            ("grpc.enable_http_proxy", 0 if local else 1),
-        ]
-        if secure:
-            roots = None if ca_file is None else ca_file.read_bytes()
-            self.channel = grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(roots), options)
-        else:
-            self.channel = grpc.aio.insecure_channel(target, options)
+        try:
+            target, secure = parse_base_url(url, what="--trainer")
+        except ValueError as exc:
+            raise SettingsError(str(exc)) from exc
+        roots = None if ca_file is None else ca_file.read_bytes()
+        self.channel = open_channel(target, grpc.ssl_channel_credentials(roots) if secure else None)
         # grpc's stubs are made for synchronous channels, as far as their types say.
         self.runs: Any = TrainerServiceStub(self.channel)
         self.checkpoints: Any = CheckpointServiceStub(self.channel)
@@ -187,25 +175,3 @@ class Trainers:
     async def close(self) -> None:
         """Ends all channels."""
         await asyncio.gather(*(trainer.channel.close() for trainer in self.all))
-
-
-def _target(url: str) -> tuple[str, bool, bool]:
-    """(gRPC target, whether it speaks TLS, whether it is this machine)."""
-    if url.startswith("unix:"):
-        return url, False, True
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else None)
-    except ValueError:
-        port = None
-    if parts.scheme not in ("http", "https") or not parts.hostname or port is None:
-        raise SettingsError(f'--trainer {url!r} is no trainer\'s URL; use "http://host:port" or "https://host".')
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{host}:{port}", parts.scheme == "https", _is_loopback(parts.hostname)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerHeartbeat
 
-from trainer_service.config import HEARTBEAT_INTERVAL_S
+from trainer_service.worker_config import HEARTBEAT_INTERVAL_S
 
 
 def start_heartbeat(send: Callable[[WorkerEvent], object], ended: threading.Event) -> None:
