@@ -42,8 +42,9 @@ def make_model(folder: Path, *, quick: bool) -> int:
     size = {"hidden_size": 32, "num_hidden_layers": 1, "moe_intermediate_size": 16, "vocab_size": 128}
     if not quick:
         size = {"hidden_size": 384, "num_hidden_layers": 4, "moe_intermediate_size": 256, "vocab_size": 8192}
-    config = Qwen3MoeConfig(**size, num_attention_heads=6, num_key_value_heads=2, head_dim=64, num_experts=16)
-    config.num_experts_per_tok = 4
+    experts = {"num_experts": 16, "num_experts_per_tok": 4}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+    config = Qwen3MoeConfig(**size, **experts, **heads)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return config.vocab_size

@@ -84,7 +84,7 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
     try:
         adapter_config.use_names(fields, adapted - stacked, names if as_named else [*names, *adapted])
         if as_named:
-            read_parameters(fields, [name for name, _ in base.named_parameters(remove_duplicate=False)], modules)
+            read_parameters(fields, [*targets.stacked, *(f"{name}.weight" for name in modules)], modules)
         adapter_config.check_ranks(
             fields, weights, {name: base.get_parameter(name).shape[0] for name in targets.stacked}
         )

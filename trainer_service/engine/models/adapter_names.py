@@ -65,22 +65,18 @@ def name_for_files(config: LoraConfig, base: PreTrainedModel, names: Iterable[st
                 patterns[f"{plain}{_WEIGHT}"] = patterns[plain]
 
 
-def read_parameters(fields: dict[str, Any], parameters: Iterable[str], modules: Collection[str]) -> list[str]:
+def read_parameters(fields: dict[str, Any], parameters: Iterable[str], modules: Collection[str]) -> None:
     """Resolves target_parameters: those that are a module's weight become target_modules, the rest whole names.
 
     Args:
         fields: Of a configuration, target_modules being a list or absent; changed.
-        parameters: Names of the model's parameters.
+        parameters: Names of the parameters that can be adapted.
         modules: Names of the linear layers that can be adapted.
-
-    Returns:
-        The parameters that are none of those modules' weights.
     """
     ends = fields.pop("target_parameters", None) or ()
     found = [name for name in parameters if any(name == end or name.endswith(f".{end}") for end in ends)]
     by_module = [name.removesuffix(_WEIGHT) for name in found if name.removesuffix(_WEIGHT) in modules]
-    stacked = [name for name in found if name.removesuffix(_WEIGHT) not in modules]
-    if stacked:
+    if stacked := sorted(name for name in found if name.removesuffix(_WEIGHT) not in modules):
         fields["target_parameters"] = stacked
     if by_module:
         fields["target_modules"] = sorted({*fields.get("target_modules", ()), *by_module})
@@ -89,7 +85,6 @@ def read_parameters(fields: dict[str, Any], parameters: Iterable[str], modules: 
         for pattern in list(patterns):
             if pattern.endswith(_WEIGHT):
                 patterns.setdefault(pattern.removesuffix(_WEIGHT), patterns.pop(pattern))
-    return stacked
 
 
 def plain_pattern(pattern: str) -> str:
@@ -114,8 +109,9 @@ def how_peft_adapts(model_type: str, name: str) -> Literal["module", "parameter"
     }
     for what, config in trials.items():
         model: Any = nn.Module()
-        model.config = PreTrainedConfig()
-        model.config.model_type = model_type
+        model_config: Any = PreTrainedConfig()
+        model_config.model_type = model_type
+        model.config = model_config
         model.add_module(name, nn.Linear(1, 1))
         with contextlib.suppress(ValueError), warnings.catch_warnings():
             warnings.simplefilter("ignore")

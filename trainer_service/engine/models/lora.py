@@ -30,6 +30,7 @@ from trainer_service.engine.models.adapter_names import name_for_files
 from trainer_service.engine.models.lora_experts import adapted_weights, take_over
 from trainer_service.engine.models.lora_layer import ADAPTER, FusedLoraLinear
 from trainer_service.engine.models.lora_targets import Targets
+from trainer_service.engine.models.quantized import make_whole
 from trainer_service.engine.packed.logprobs import LowRank
 
 logger = logging.getLogger(__name__)
@@ -200,6 +201,7 @@ def merged(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
     peft's own merging adds in place, which here would be into the base model of every run.
     """
     made = shared_copy(base)
+    make_whole(made)
     for name, layer in adapted_weights(model):
         owner, parameter = (name, "weight") if not hasattr(layer, "parameter_name") else name.rsplit(".", 1)
         module: Any = made.get_submodule(owner)
