@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import transformers
 from gradwire.errors import InvalidArgumentError
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engines import CROSS_ENTROPY
@@ -193,3 +195,39 @@ def test_no_copy_of_the_experts_weights_is_made(model_of: Callable[[str], Path],
     with Watch():
         engine.forward_backward("lora", 1, engine.stage(to_batch(SEQUENCES), CROSS_ENTROPY))
     assert made == []
+
+
+@pytest.mark.parametrize("architecture", ["Mixtral", "Qwen3Moe"])
+def test_an_adapter_of_older_transformers_with_layers_for_every_expert_goes_on(
+    model_of: Callable[[str], Path], architecture: str, tmp_path: Path
+) -> None:
+    engine = lora_engine(model_of(architecture), tmp_path, lora=ALL)
+    randomize(engine, "lora")
+    saved = engine.save_weights_for_sampler("lora", "a")
+    folder = shutil.copytree(saved.uri.removeprefix("file://"), tmp_path / "adapter")
+    gate, down, up = ("w1", "w2", "w3") if architecture == "Mixtral" else ("gate_proj", "down_proj", "up_proj")
+    older: dict[str, torch.Tensor] = {}
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        layer, stacked, end = key.partition(".experts.")
+        if not stacked:
+            older[key] = tensor
+            continue
+        names = (gate, up) if end.startswith("base_layer.") else (down,)
+        end = end.removeprefix("base_layer.")
+        for expert in range(4):
+            # An expert's rows of the first matrix are behind one another; its columns of the second are apart.
+            own = tensor.chunk(4)[expert] if "lora_A" in end else tensor[:, expert::4]
+            parts = [own] * len(names) if "lora_A" in end else own.chunk(len(names))
+            for name, part in zip(names, parts, strict=True):
+                older[f"{layer}.experts.{expert}.{name}.{end}"] = part.clone()
+    save_file(older, folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"target_parameters": None, "target_modules": [*config["target_modules"], gate, up, down]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    engine.create_run("older", adapter=str(folder))
+    engine.save_weights_for_sampler("older", "again")
+    engine.create_run("again", adapter=str(tmp_path / "older" / "sampler_weights" / "again"))
+    wanted = engine.forward("lora", 1, engine.stage(to_batch(SEQUENCES))).logprobs_TK
+    for run_id in ("older", "again"):
+        found = engine.forward(run_id, 1, engine.stage(to_batch(SEQUENCES))).logprobs_TK
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)

@@ -21,6 +21,7 @@ from trainer_service.engine.models.lora import inner, layers_as_named, wrap
 from trainer_service.engine.models.lora_experts import adapted_weights
 from trainer_service.engine.models.lora_layer import ADAPTER
 from trainer_service.engine.models.lora_targets import Targets
+from trainer_service.engine.models.older_experts import stack_experts
 from trainer_service.engine.tensor_files import DTYPES, read_tensors
 from trainer_service.folders import whole_folder
 
@@ -75,6 +76,7 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
     """
     fields = _read_config(folder)
     weights = _read_weights(folder)
+    weights = stack_experts(base, fields, weights, targets.stacked)
     adapted = {module_of(name) for name in weights}
     stacked = {name.rpartition(".")[0] for name in targets.stacked}
     modules = targets.all - targets.stacked
