@@ -76,10 +76,12 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
     """
     fields = _read_config(folder)
     weights = _read_weights(folder)
-    weights = stack_experts(base, fields, weights, targets.stacked)
-    adapted = {module_of(name) for name in weights}
     stacked = {name.rpartition(".")[0] for name in targets.stacked}
     modules = targets.all - targets.stacked
+    adapted = {module_of(name) for name in weights}
+    if not adapted <= modules | stacked:
+        weights = stack_experts(base, fields, weights, targets.stacked)
+        adapted = {module_of(name) for name in weights}
     # Where its file names what this model has, so does its configuration; if not, peft may know older names.
     as_named = adapted <= modules | stacked
     names = [name for name, _ in base.named_modules()]

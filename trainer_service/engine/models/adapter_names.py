@@ -54,6 +54,8 @@ def name_for_files(config: LoraConfig, base: PreTrainedModel, names: Iterable[st
     ends = {end for end in ends if how_peft_adapts(base.config.model_type, end) == "parameter"}
     by_parameter = {name for name in modules if name.rpartition(".")[2] in ends}
     parameters = [f"{name}{_WEIGHT}" for name in by_parameter] + sorted(names - modules)
+    # The names say it all.
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.target_modules = shortest(modules - by_parameter, (name for name, _ in base.named_modules()))
     all_parameters = [name for name, _ in base.named_parameters(remove_duplicate=False)]
     config.target_parameters = shortest(parameters, all_parameters) or None

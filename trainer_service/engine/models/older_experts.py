@@ -33,7 +33,11 @@ def stack_experts(
     """
     if fields.get("rank_pattern") or fields.get("alpha_pattern") or isinstance(fields.get("target_modules"), str):
         return weights
-    made = convert_peft_adapter_state_dict_for_transformers(base, LoraConfig(), dict(weights), ADAPTER)
+    try:
+        made = convert_peft_adapter_state_dict_for_transformers(base, LoraConfig(), dict(weights), ADAPTER)
+    except (ValueError, RuntimeError):
+        # Matrices that cannot be put together; whoever asked says that they do not fit.
+        return weights
     modules = {module_of(key) for key in made if KEY.fullmatch(key)}
     names = sorted(name for name in stacked if name.rpartition(".")[0] in modules)
     if made.keys() == weights.keys() or not names or any(KEY.fullmatch(key) is None for key in made):
