@@ -107,7 +107,10 @@ def _grouped_linear(x_SI: Tensor, weight_EIO: Tensor, ends_E: Tensor, low_rank: 
     kind = x_SI.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_SI.dtype
     x_SI = x_SI.to(dtype)
-    y_SO = F.grouped_mm(x_SI, weight_EIO.to(dtype), offs=ends_E)
+    if weight_EIO.requires_grad:
+        y_SO = F.grouped_mm(x_SI, weight_EIO.to(dtype), offs=ends_E)
+    else:
+        y_SO: Any = _FrozenProduct.apply(x_SI, weight_EIO, ends_E)
     if low_rank is None:
         return y_SO
     a_ERI, b_EOR = low_rank.a_ERI.to(dtype), low_rank.b_EOR.to(dtype)
@@ -116,6 +119,22 @@ def _grouped_linear(x_SI: Tensor, weight_EIO: Tensor, ends_E: Tensor, low_rank: 
     low_SR = F.grouped_mm(x_SI, a_ERI.transpose(1, 2), offs=ends_E) * low_rank.scale
     # peft keeps the second matrices with experts last; a product needs each expert's behind one another.
     return y_SO.add_(F.grouped_mm(low_SR, b_EOR.contiguous().transpose(1, 2), offs=ends_E))
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """Each row times its expert's weight, which does not train. No cast of the weights is held for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(weight_EIO, ends_E)
+        return F.grouped_mm(x_SI, weight_EIO.to(x_SI.dtype), offs=ends_E)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight_EIO, ends_E = ctx.saved_tensors
+        weight_EOI = weight_EIO.to(grad_SO.dtype).transpose(1, 2)
+        return F.grouped_mm(grad_SO.contiguous(), weight_EOI, offs=ends_E), None, None
 
 
 class _ToExperts(torch.autograd.Function):
