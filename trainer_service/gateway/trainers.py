@@ -93,7 +93,7 @@ def metadata(key: str) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
-class ServedModel:
+class TrainerModel:
     """A model that can be named, and where it is."""
 
     trainer: Trainer
@@ -128,7 +128,7 @@ class Trainers:
                 return trainer
         raise Refusal(404, f"This was begun on trainer {url}, which this gateway does not stand before any more.")
 
-    async def served(self, key: str) -> list[ServedModel]:
+    async def served(self, key: str) -> list[TrainerModel]:
         """Every model by every name, as the caller may see them.
 
         Raises:
@@ -138,7 +138,7 @@ class Trainers:
             *(trainer.call(trainer.runs.GetServerInfo, GetServerInfoRequest(), key) for trainer in self.all),
             return_exceptions=True,
         )
-        found: list[ServedModel] = []
+        found: list[TrainerModel] = []
         for trainer, answer in zip(self.all, answers, strict=True):
             if isinstance(answer, BaseException):
                 if len(self.all) == 1 or not isinstance(answer, GradwireError) or not is_passing(answer):
@@ -146,7 +146,7 @@ class Trainers:
                 continue
             for model in answer.models:
                 names = dict.fromkeys([*self._names(model.base_model), *model.aliases])
-                found += [ServedModel(trainer, name, model.base_model, answer) for name in names]
+                found += [TrainerModel(trainer, name, model.base_model, answer) for name in names]
         return found
 
     def name_of(self, base_model: str) -> str:
@@ -157,7 +157,7 @@ class Trainers:
         aliases = [name for name, of in self._aliases.items() if of in ("", base_model)]
         return [*aliases, base_model]
 
-    async def find(self, base_model: str, key: str) -> ServedModel:
+    async def find(self, base_model: str, key: str) -> TrainerModel:
         """The model of a name; "" is the only one there is.
 
         Raises:

@@ -9,26 +9,26 @@ from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceServicer
 
 from trainer_service.rpc.trainer_servicer import refuse_while_draining
-from trainer_service.runs.sampling import Sampling
+from trainer_service.runs.sampling import SampleRequests
 
 
 class SamplingServicer(SamplingServiceServicer):
     """Serves the samplers of one trainer.
 
     Args:
-        sampling: Its requests.
-        base_model: What it serves, as callers are told.
+        sampling: Carries out requests.
+        base_model: Name of the model it serves, as callers see it.
         draining: Set when the trainer shuts down.
     """
 
-    def __init__(self, sampling: Sampling, *, base_model: str, draining: asyncio.Event) -> None:
+    def __init__(self, sampling: SampleRequests, *, base_model: str, draining: asyncio.Event) -> None:
         self._sampling = sampling
         self._base_model = base_model
         self._draining = draining
 
     async def Sample(self, request: pb.SampleRequest, context: Any) -> AsyncGenerator[pb.SampleResponse]:
         refuse_while_draining(self._draining)
-        # Closed at once when the client goes away, not when the garbage is collected: that frees the request's place.
+        # Closed as soon as the client goes away, not when garbage is collected: that frees the request's place.
         async with contextlib.aclosing(self._sampling.sample(request)) as responses:
             async for response in responses:
                 yield response

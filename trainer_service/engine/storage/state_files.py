@@ -8,7 +8,7 @@ A folder, whole or not at all, of safetensors and JSON and nothing else:
     state.json               counters
     manifest.json            last: what it is, and size and digest of every file
 
-Tensors stream: one is never held twice, and on the way from a device to the disk only a few MiB of it.
+Tensors stream: none is held twice, and only a few MiB of one at a time on the way from a device to the disk.
 """
 
 import json
@@ -30,20 +30,20 @@ from trainer_service.folders import Manifest, damaged, read_manifest, verify, wh
 _COUNTERS = "state.json"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _MAX_COUNT = (1 << 53) - 1
-"""Of steps, passes, tokens: what every reader of JSON holds exactly, with room to count on in 64 bits."""
+"""Largest count of steps, passes or tokens: exact in every JSON reader, with room to count on in 64 bits."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What a run needs to go on as if it had never stopped; held graphs are not part of it.
+    """What a run needs to continue as if it had never stopped; held graphs are not part of it.
 
-    Nor are torch's generators: no operation draws from them. Dropout is off, a new adapter and every sample have seeds
-    of their own.
+    Nor are torch's generators, since no operation draws from them: dropout is off, and new adapters and samples have
+    seeds of their own.
 
     Attributes:
         parameters: The parameters that train, by name.
-        optimizer: AdamW's, by "step.", "exp_avg." or "exp_avg_sq." and the parameter's name.
-        gradients: Accumulated ones by name.
+        optimizer: AdamW's state, by "step.", "exp_avg." or "exp_avg_sq." and the parameter's name.
+        gradients: Accumulated gradients, by parameter name.
         counters: Values for state.json.
     """
 
@@ -60,7 +60,7 @@ class State:
         )
 
     def copied(self) -> "State":
-        """A copy in the host's memory, which later operations do not touch: to be written while the run goes on."""
+        """A copy in host memory that later operations do not touch, to be written while the run continues."""
         groups = {
             name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in group.items()}
             for name, group in self._groups().items()
@@ -77,7 +77,7 @@ def capture(run: RunState, *, gradients: bool) -> State:
 
     Args:
         run: The run, between two operations.
-        gradients: With what was accumulated, and the mark of a failed pass. Without, the state is that after a step.
+        gradients: Include accumulated gradients and the mark of a failed pass; if not, the state is as after a step.
     """
     trained = run.trained_parameters()
     accumulation = run.accumulation if gradients else Accumulation()
@@ -97,7 +97,7 @@ def write_state(state: State, folder: Path, *, about: Mapping[str, Any], overwri
     """Writes a state, whole or not at all; may run on any thread.
 
     Args:
-        state: Live (then nothing else may run meanwhile) or copied.
+        state: Live, so that nothing else may run meanwhile, or copied.
         folder: Where it goes.
         about: What the manifest says beside the files; `architecture` and `lora_rank` are compared when it is loaded.
         overwrite: Replace what is there.
@@ -106,7 +106,7 @@ def write_state(state: State, folder: Path, *, about: Mapping[str, Any], overwri
         Size of all files, bytes.
 
     Raises:
-        AlreadyExistsError: CHECKPOINT_EXISTS: the folder is there and overwrite is off.
+        AlreadyExistsError: CHECKPOINT_EXISTS: the folder exists and overwrite is off.
         FailedPreconditionError: STORAGE_FAILED: the disk is full or cannot be written; nothing is left behind.
     """
     with whole_folder(folder, about=about, overwrite=overwrite, needed_bytes=state.size_bytes) as writer:
@@ -121,12 +121,12 @@ def write_state(state: State, folder: Path, *, about: Mapping[str, Any], overwri
 
 @dataclass(frozen=True)
 class StateFiles:
-    """A state on disk whose digests were found right; made by `open_state`.
+    """A state on disk whose digests were verified; made by `open_state`.
 
     Attributes:
         folder: Where it is.
-        manifest: What it says of itself.
-        step: Optimizer steps applied.
+        manifest: Its manifest.
+        counters: The content of state.json.
     """
 
     folder: Path
@@ -139,17 +139,17 @@ class StateFiles:
         return self.counters["step"]
 
     def restore(self, run: RunState, *, optimizer: bool, gradients: bool = False) -> None:
-        """Loads it into a run. Gradients and held graphs of the run go; without `optimizer`, AdamW starts afresh.
+        """Loads it into a run, whose gradients and held graphs are dropped; without `optimizer`, AdamW starts anew.
 
-        Whatever can be refused is refused before anything of the run is changed.
+        An error leaves the run unchanged.
 
         Args:
-            run: Of the same architecture, training the same parameters.
-            optimizer: With AdamW's state.
-            gradients: With accumulated gradients and the mark of a failed pass.
+            run: One of the same architecture that trains the same parameters.
+            optimizer: Load AdamW's state.
+            gradients: Load accumulated gradients and the mark of a failed pass.
 
         Raises:
-            FailedPreconditionError: CHECKPOINT_MISMATCH: it is not of such a run.
+            FailedPreconditionError: CHECKPOINT_MISMATCH: the run is another.
             DataLossError: CHECKPOINT_DAMAGED.
         """
         trained = run.trained_parameters()
@@ -158,9 +158,9 @@ class StateFiles:
         self._check_like_parameters("optimizer", moments, trained)
         self._check_like_parameters("gradients", accumulated, trained)
         with torch.no_grad():
-            # What a device may have no room for comes first: a load that fails changes nothing. Moments the run has are
-            # written over where they are, since old ones beside new ones are two more floats a parameter. Gradients
-            # are only loaded into runs that have none yet.
+            # Allocations come first, so that a load that runs out of memory changes nothing. Moments that the run has
+            # are overwritten in place, since old and new ones together would take two more floats per parameter.
+            # Gradients are only loaded into runs that have none yet.
             places = {
                 name: _places(run, name, parameter, moments if optimizer else {}) for name, parameter in trained.items()
             }
@@ -183,7 +183,7 @@ class StateFiles:
             run.accumulation = Accumulation(**self.counters["accumulation"])
 
     def _read(self, name: str) -> dict[str, Tensor]:
-        """Tensors of a group, as views of its file; none where there is no file since it would have been empty."""
+        """Tensors of a group, as views of its file; none if there is no file, because it would have been empty."""
         file = f"{name}.safetensors"
         if file not in self.manifest.files:
             return {}
@@ -229,7 +229,7 @@ class StateFiles:
 
 
 def open_state(folder: Path) -> StateFiles:
-    """A state on disk, after reading all of it and comparing every digest.
+    """A state on disk, after reading all of it and verifying every digest.
 
     Raises:
         NotFoundError: CHECKPOINT_NOT_FOUND.
@@ -255,7 +255,7 @@ def _is_count(value: object) -> bool:
 
 
 def _places(run: RunState, name: str, parameter: Parameter, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Where a parameter's stored moments go: over the run's own, or into room made for them."""
+    """Where a parameter's stored moments go: over the run's own, or into new tensors."""
     own = run.optimizer.state_of(parameter)
     return {
         moment: own[moment] if moment in own else torch.empty_like(stored[key], device=parameter.device)
