@@ -1,12 +1,22 @@
 """What the adapter of a LoRA run adapts, as GetRun tells it."""
 
+import contextlib
 from pathlib import Path
 
 from gradwire.v1.checkpoint_pb2 import LoraLayout
+from gradwire.v1.run_pb2 import Run
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest
 from gradwire.v1.worker_service_pb2 import LoraTargets
 
 from trainer_service.adapter_folders import DEFAULT_ALPHA, adapted_modules, read_adapter_config, starred
+
+
+def tell_layout(run: Run, request: CreateRunRequest, targets: LoraTargets) -> None:
+    """Says in a run's message what its adapter adapts, if it has one."""
+    if request.lora_rank:
+        # A copy of an adapter that cannot be read is told when the run is restored from it.
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            run.lora.CopyFrom(lora_layout(request, targets))
 
 
 def lora_layout(request: CreateRunRequest, targets: LoraTargets) -> LoraLayout:

@@ -5,7 +5,6 @@ answered once its outcome is in the journal too.
 """
 
 import asyncio
-import contextlib
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -26,7 +25,7 @@ from trainer_service.runs import journal as journal_file
 from trainer_service.runs.attachment import Attachment
 from trainer_service.runs.journal import Record, Row
 from trainer_service.runs.journal_writer import Journal
-from trainer_service.runs.lora_layout import lora_layout
+from trainer_service.runs.lora_layout import tell_layout
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.placement import Placement
 from trainer_service.runs.recovery import Restored
@@ -420,11 +419,8 @@ class Run:
             attached=self.attachment is not None,
             user_metadata=self.create_request.user_metadata,
         )
-        ready = self._settings.worker.ready
-        if layout and ready is not None and self.create_request.lora_rank:
-            # A copy of an adapter that cannot be read is told when the run is restored from it.
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                message.lora.CopyFrom(lora_layout(self.create_request, ready.lora_targets))
+        if layout and (ready := self._settings.worker.ready) is not None:
+            tell_layout(message, self.create_request, ready.lora_targets)
         message.created_at.FromDatetime(datetime.fromtimestamp(self.record.created_s, UTC))
         return message
 
