@@ -42,11 +42,11 @@ def make_model(folder: Path, *, quick: bool) -> int:
 
     Eight experts a token and a head of a sixth of their work are as in Qwen3-30B-A3B.
     """
-    size = {"hidden_size": 32, "num_hidden_layers": 1, "moe_intermediate_size": 16, "vocab_size": 128}
+    size: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "moe_intermediate_size": 16, "vocab_size": 128}
     if not quick:
         size = {"hidden_size": 384, "num_hidden_layers": 4, "moe_intermediate_size": 256, "vocab_size": 4096}
-    experts = {"num_experts": 20, "num_experts_per_tok": 8}
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+    experts: dict[str, Any] = {"num_experts": 20, "num_experts_per_tok": 8}
+    heads: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
     config = Qwen3MoeConfig(**size, **experts, **heads)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

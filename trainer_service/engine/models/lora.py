@@ -261,6 +261,8 @@ def _quiet_peft() -> Iterator[None]:
     """Hides warnings of what is intended: an adapter of the head alone where head and embedding are tied."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        # peft looks for what a pattern matches among modules alone, and takes it for parameters all the same.
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted module.*")
         # peft reads an attribute that transformers has renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield

@@ -52,7 +52,8 @@ def test_a_run_computes_what_plain_transformers_does_with_the_merged_model(
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
     # The bits are really gone.
     kept: Any = engine.live_model("lora").get_submodule("model.layers.0.mlp.up_proj").get_base_layer()
-    before = dict(load_plain(folder).named_parameters())["model.layers.0.mlp.up_proj.weight"]
+    plain: Any = load_plain(folder)
+    before = dict(plain.named_parameters())["model.layers.0.mlp.up_proj.weight"]
     assert 1e-3 < relative_error(kept.weight, before) < {"int8": 0.03, "int4": 0.15}[base_dtype]
     assert kept.quantized.numel() * kept.quantized.itemsize * 8 == before.numel() * BITS[base_dtype]
     assert engine.model.dtype == base_dtype
