@@ -10,7 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from tests.numerics.plain import relative_error
-from trainer_service.engine.models.experts import GROUPED
+from trainer_service.engine.models.experts import GROUPED, ExpertsLowRank, grouped_experts
 
 _SIZE: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24}
 EXPERTS = {
@@ -75,3 +75,21 @@ def test_what_does_not_train_is_held_for_the_backward_as_it_is(experts: Any) -> 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         run(experts, GROUPED, compute_dtype=torch.bfloat16)
     assert held == [torch.float32, torch.float32]
+
+
+def test_an_adapter_of_an_expert_that_no_token_goes_to_has_a_gradient_of_zero() -> None:
+    experts = EXPERTS["gated"]()
+    experts.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    a_ERI = torch.randn(4, 3, 16, generator=generator).requires_grad_()
+    b_EOR = torch.randn(4, 48, 3, generator=generator).requires_grad_()
+    low_rank = {"gate_up_proj": ExpertsLowRank(a_ERI, b_EOR, 2.0)}
+    hidden, weights = torch.randn(5, 16, generator=generator), torch.rand(5, 2, generator=generator)
+    chosen = torch.tensor([[0, 3], [3, 0], [0, 3], [0, 3], [3, 0]])
+    # Memory that is not zero by itself.
+    torch.full((4, 48, 16), torch.nan)
+    grouped_experts(experts, hidden, chosen, weights, low_rank=low_rank).square().sum().backward()
+    for parameter in (a_ERI, b_EOR):
+        assert parameter.grad is not None
+        assert parameter.grad[1:3].count_nonzero() == 0
+        assert all(parameter.grad[expert].count_nonzero() > 0 for expert in (0, 3))
