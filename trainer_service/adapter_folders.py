@@ -3,7 +3,10 @@
 Paths come from callers, and must not lead anywhere else.
 """
 
+import json
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,9 @@ from trainer_service.paths import SAMPLER_WEIGHTS, SCHEME, CheckpointPath
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The two files of an adapter, as peft writes them."""
+DEFAULT_ALPHA = 32.0
+"""lora_alpha where a request says none."""
+_MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
 _MAX_PATH = 4096
 _MAX_CONFIG_BYTES = 1 << 20
 
@@ -101,6 +107,24 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"it is a {type(found).__name__}")
     return found
+
+
+def adapted_modules(folder: Path) -> set[str]:
+    """Names of the modules that an adapter has matrices for; of experts, the one that holds the weights of all.
+
+    Raises:
+        ValueError: Its weights are no safetensors.
+        OSError: They cannot be read.
+    """
+    with (folder / WEIGHTS).open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    found = (_MATRIX.fullmatch(key) for key in header)
+    return {one[1].replace(".base_layer", "") for one in found if one}
+
+
+def starred(names: Iterable[str]) -> list[str]:
+    """Names in a model with * for the numbers of layers, each once, sorted."""
+    return sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names})
 
 
 def copy_adapter(folder: Path, to: Path) -> None:

@@ -17,6 +17,7 @@ HEARTBEAT_INTERVAL_S = 1.0
 
 Checkpointing = Literal["auto", "on", "off"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
+BaseDtype = Literal["float32", "int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class EngineSettings:
         "auto",
         help="precision of matrix products; auto: float32 on the CPU, bfloat16 on CUDA. Parameters, gradients and "
         "optimizer state are always float32",
+    )
+    base_dtype: BaseDtype = option(
+        "float32",
+        help="linear layers of the base model; in int8 or int4 they take a quarter or an eighth of the memory and are "
+        "frozen, so that only LoRA runs train; needs bitsandbytes",
     )
     max_pack_tokens: int = option(
         0,

@@ -10,9 +10,11 @@ from typing import Any, Literal
 from gradwire._client import downloads
 from gradwire._client.transport import Connection
 from gradwire.errors import error, invalid_field
+from gradwire.types.run_info import LoraLayout
 from gradwire.v1 import checkpoint_pb2
 from gradwire.v1 import checkpoint_service_pb2 as pb
 from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
+from gradwire.v1.run_pb2 import Run
 
 Folder = str | PathLike[str]
 CheckpointKind = Literal["state", "sampler_weights"]
@@ -56,6 +58,8 @@ class Checkpoint:
         created_at: When it was saved, UTC.
         expires_at: When it is deleted, UTC; None for never.
         user_metadata: What its owner wrote about it when it was saved.
+        lora: How its run's adapter is laid out; None where all parameters train, where no settings make such an
+            adapter, or where an early version saved it.
         files: Its files; empty in lists, which `CheckpointClient.get` fills.
     """
 
@@ -75,6 +79,7 @@ class Checkpoint:
     dtype: str = ""
     files: tuple[CheckpointFile, ...] = ()
     user_metadata: Mapping[str, str] = field(default_factory=dict)
+    lora: LoraLayout | None = None
 
 
 class CheckpointClient:
@@ -177,6 +182,22 @@ def _checkpoint(message: checkpoint_pb2.Checkpoint) -> Checkpoint:
         dtype=message.dtype,
         files=tuple(CheckpointFile(file.name, file.size_bytes, file.sha256) for file in message.files),
         user_metadata=dict(message.user_metadata),
+        lora=lora_layout(message),
+    )
+
+
+def lora_layout(message: checkpoint_pb2.Checkpoint | Run) -> LoraLayout | None:
+    """The layout of the adapter of a run or a checkpoint; None where it says none."""
+    if not message.HasField("lora"):
+        return None
+    found = message.lora
+    return LoraLayout(
+        lora_alpha=found.lora_alpha,
+        train_mlp=found.train_mlp,
+        train_attn=found.train_attn,
+        train_unembed=found.train_unembed,
+        adapted=tuple(found.adapted),
+        left_out=tuple(found.left_out),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from gradwire._client import answers
 from gradwire._client.async_twins import off_thread
 from gradwire._client.downloads import get_checkpoint
-from gradwire._client.lora_settings import lora_arguments, lora_settings
+from gradwire._client.lora_settings import lora_arguments, lora_settings, tell_of_kinds_left_out
 from gradwire._client.ported_names import NO_ACCESS_TOKENS, RefusesTinkerNames, refuse_given, refuse_other_optimizer
 from gradwire._client.run_metrics import RunMetrics, fetch_metrics
 from gradwire._client.tls import ClientTls
@@ -142,6 +142,8 @@ class ServiceClient(RefusesTinkerNames):
             **settings,
         )
         answer = self._connection.call(TrainerServiceStub, "CreateRun", request, timeout_s=timeout_s)
+        if lora_rank:
+            tell_of_kinds_left_out(layers, answer.run)
         return self._client(answer.run, timeout_s)
 
     def create_lora_training_client(

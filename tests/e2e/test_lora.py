@@ -62,6 +62,11 @@ def test_two_lora_runs_learn_side_by_side_and_are_what_they_say(service: Service
     one = service.create_training_client(**SETTINGS)
     two = service.create_lora_training_client(**vars(LoraConfig(rank=2, train_mlp=False)))
     assert (one.get_info().lora_rank, two.get_info().lora_rank) == (4, 2)
+    layout = two.get_info().lora
+    assert layout is not None
+    assert (layout.train_attn, layout.train_mlp, layout.train_unembed) == (True, False, True)
+    assert layout.adapted == ("lm_head", *(f"model.layers.*.self_attn.{name}_proj" for name in "koqv"))
+    assert layout.left_out == tuple(f"model.layers.*.mlp.{name}_proj" for name in ("down", "gate", "up"))
     start = logprobs(one)
     np.testing.assert_allclose(logprobs(two), start, atol=1e-5)
     for client in (one, two):

@@ -1,6 +1,5 @@
-"""LoRA beside what architectures do with their linear layers: outputs changed in place, routed experts, odd names."""
+"""LoRA beside what architectures do with their weights: outputs changed in place, stacked experts, odd names."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gradwire.errors import InvalidArgumentError
-from safetensors.torch import load_file, save_file
 
 from tests.engines import CROSS_ENTROPY
 from tests.loras import ALL, adapter, gradient, lora_engine, randomize
@@ -35,8 +32,20 @@ def by_formula(folder: Path, values: dict[str, torch.Tensor]) -> tuple[np.ndarra
     weights = dict(plain.named_parameters(remove_duplicate=False))
     for name, a in theirs.items():
         layer, found, rest = name.partition(".lora_A.")
-        if found:
-            b = theirs[f"{layer}.lora_B.{rest}"]
+        if not found:
+            continue
+        b = theirs[f"{layer}.lora_B.{rest}"]
+        experts, stacked, within = layer.partition(".experts")
+        if stacked:
+            weight = weights[f"{experts}.experts.{'gate_up_proj' if within else 'down_proj'}"]
+            # Rows of A belong to one expert after the other, columns of B to all in turn.
+            product = torch.stack(
+                [b[:, expert :: len(weight)] @ part for expert, part in enumerate(a.chunk(len(weight)))]
+            )
+            weights[f"{experts}.experts.{'gate_up_proj' if within else 'down_proj'}"] = (
+                weight.detach() + ALL.alpha / ALL.rank * product
+            )
+        else:
             weights[f"{layer}.weight"] = weights[f"{layer}.weight"].detach() + ALL.alpha / ALL.rank * b @ a
     logprobs = []
     for sequence in SEQUENCES:
@@ -57,7 +66,14 @@ def test_logprobs_and_gradients_are_those_of_the_formula(
     # The layers asked for, all of them, and no others: peft reads some of these names in a way of its own.
     linear = {name for name, module in load_plain(folder).named_modules() if isinstance(module, torch.nn.Linear)}
     routers = {name for name in linear if name.endswith(("router", "gate"))}
-    assert {name.partition(".lora_")[0] for name in adapter(engine, "lora")} == linear - routers
+    experts = {
+        f"{name}{end}"
+        for name, module in load_plain(folder).named_modules()
+        if name.endswith("experts")
+        for end in ("", ".base_layer")
+        if list(module.parameters(recurse=False))
+    }
+    assert {name.partition(".lora_")[0] for name in adapter(engine, "lora")} == linear - routers | experts
     found = engine.forward_backward("lora", 1, engine.stage(to_batch(SEQUENCES), CROSS_ENTROPY))
     logprobs, gradients = by_formula(folder, dict(adapter(engine, "lora")))
     np.testing.assert_allclose(found.logprobs_TK, logprobs, rtol=0, atol=1e-4)
@@ -113,22 +129,3 @@ def test_what_a_run_samples_has_the_logprobs_of_its_own_forward(
         sequence = PlainSequence(tokens[:-1], tokens[1:], np.ones(len(tokens) - 1, dtype=np.float32))
         found = engine.forward("lora", 2, engine.stage(to_batch([sequence]))).logprobs_TK
         np.testing.assert_allclose(found[-len(sample.tokens) :], sample.logprobs, rtol=0, atol=2e-5)
-
-
-def test_an_adapter_of_experts_is_refused_in_a_sentence(folder_of: Callable[..., Path], tmp_path: Path) -> None:
-    """As older transformers, in which every expert had layers of its own, would have saved it."""
-    engine = lora_engine(folder_of("Qwen3Moe"), tmp_path, lora=ALL)
-    engine.save_weights_for_sampler("lora", "a")
-    folder = tmp_path / "lora" / "sampler_weights" / "a"
-    tensors = load_file(folder / "adapter_model.safetensors")
-    tensors |= {
-        f"base_model.model.model.layers.1.mlp.experts.{expert}.{name}.lora_{side}.weight": torch.zeros(shape)
-        for expert in range(4)
-        for name, inputs, outputs in (("gate_proj", 32, 16), ("up_proj", 32, 16), ("down_proj", 16, 32))
-        for side, shape in (("A", (4, inputs)), ("B", (outputs, 4)))
-    }
-    save_file(tensors, folder / "adapter_model.safetensors")
-    assert "gate_proj" in json.loads((folder / "adapter_config.json").read_text())["target_modules"]
-    with pytest.raises(InvalidArgumentError, match=r"adapts the experts in model\.layers\.1\.mlp\.experts") as caught:
-        engine.create_run("next", adapter=str(folder))
-    assert caught.value.metadata["field"] == "adapter_path"

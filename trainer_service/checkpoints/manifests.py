@@ -89,7 +89,9 @@ def _is_lora(value: object) -> bool:
         return False
     alpha = value.get("alpha")
     sound = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
-    return sound and all(type(value.get(flag)) is bool for flag in _LORA_FLAGS)
+    # Checkpoints of an earlier version do not name what is adapted.
+    named = all(_is_text(value.get(name) or "") for name in ("adapted", "left_out"))
+    return sound and named and all(type(value.get(flag)) is bool for flag in _LORA_FLAGS)
 
 
 _SOUND: dict[str, Callable[[Any], bool]] = {

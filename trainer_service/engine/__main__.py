@@ -22,8 +22,9 @@ import grpc
 from gradwire._wire.version import __version__
 from gradwire.errors import GradwireError, error, to_status
 from gradwire.v1.trainer_service_pb2 import LossInfo, ModelInfo
-from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerHello, WorkerReady
+from gradwire.v1.worker_service_pb2 import LoraTargets, WorkerEvent, WorkerHello, WorkerReady
 
+from trainer_service.adapter_folders import starred
 from trainer_service.config import Limits
 from trainer_service.engine.ranks import Ranks
 from trainer_service.engine.worker.connection import TrainerConnection
@@ -188,6 +189,7 @@ def _sampling(engine: "Engine", checkpoint_dir: Path, trainer: TrainerConnection
 
 def _ready(engine: "Engine", sampling: "Sampling") -> WorkerEvent:
     from trainer_service.engine.losses import LOSSES
+    from trainer_service.engine.models.lora_targets import KINDS
 
     model = engine.model
     return WorkerEvent(
@@ -214,6 +216,7 @@ def _ready(engine: "Engine", sampling: "Sampling") -> WorkerEvent:
                 )
                 for loss in LOSSES.values()
             ],
+            lora_targets=LoraTargets(**{kind: starred(getattr(engine.lora_targets, kind)) for kind in KINDS}),
             model_folder=str(engine.folder),
         ),
     )

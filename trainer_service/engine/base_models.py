@@ -7,9 +7,12 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from trainer_service.adapter_folders import starred
 from trainer_service.engine.models import lora
 from trainer_service.engine.models.adapter_files import load_adapter
-from trainer_service.engine.models.lora import LoraSettings, Targets
+from trainer_service.engine.models.lora import LoraSettings
+from trainer_service.engine.models.lora_experts import adapted_weights
+from trainer_service.engine.models.lora_targets import Targets
 from trainer_service.engine.optim import AdamW
 from trainer_service.engine.run_state import RunState
 
@@ -46,9 +49,9 @@ class BaseModels:
 
     Args:
         base_model: Its name.
-        first: A loaded copy, for the first run.
-        load: Loads another copy.
-        forward: Runs one forward of a model, as training does.
+        first: A loaded copy of it; the first run takes it.
+        load: Loads another.
+        targets: What of it an adapter can be put beside.
     """
 
     def __init__(
@@ -57,17 +60,16 @@ class BaseModels:
         *,
         first: PreTrainedModel,
         load: Callable[[], PreTrainedModel],
-        forward: Callable[[PreTrainedModel], object],
+        targets: Targets,
     ) -> None:
         self._base_model = base_model
         self._load = load
-        self._forward = forward
         self._unused: PreTrainedModel | None = first
         self._shared: PreTrainedModel | None = None
         self._lent: _Weak = _nothing
         self._unchanged: _Weak = _nothing
         self._sharing: set[str] = set()
-        self._targets: Targets | None = None
+        self._targets = targets
         self._hidden_size: int = first.config.get_text_config().hidden_size
 
     def base_model(self) -> PreTrainedModel:
@@ -84,7 +86,7 @@ class BaseModels:
         Raises:
             InvalidArgumentError: INVALID_FIELD: it is no LoRA of this model.
         """
-        model = self._share(_READERS, lambda base, targets: self._loaded(base, targets, folder)).model
+        model = self._share(_READERS, lambda base: self._loaded(base, folder)).model
         return model.requires_grad_(False)
 
     def full(self, run_id: str) -> RunState:
@@ -105,7 +107,7 @@ class BaseModels:
         """
         lora.check_settings(settings, hidden_size=self._hidden_size)
         return self._share(
-            run_id, lambda base, targets: lora.new_adapter(base, targets, settings, base_model=self._base_model)
+            run_id, lambda base: lora.new_adapter(base, self._targets, settings, base_model=self._base_model)
         )
 
     def from_adapter(self, run_id: str, folder: Path) -> RunState:
@@ -114,7 +116,7 @@ class BaseModels:
         Raises:
             InvalidArgumentError: INVALID_FIELD: it is no LoRA of this model.
         """
-        return self._share(run_id, lambda base, targets: self._loaded(base, targets, folder))
+        return self._share(run_id, lambda base: self._loaded(base, folder))
 
     def will_change(self, run: RunState) -> None:
         """Says that a run's parameters are about to change: its model is no longer the base model."""
@@ -130,7 +132,7 @@ class BaseModels:
         """Says that a run is gone. The base model stays for the next, until a run that shares nothing needs room."""
         self._sharing.discard(run_id)
 
-    def _share(self, run_id: str, make: Callable[[PreTrainedModel, Targets], PeftModel]) -> RunState:
+    def _share(self, run_id: str, make: Callable[[PreTrainedModel], PeftModel]) -> RunState:
         base = self._shared
         if base is None:
             base, self._unused = self._unused or self._lent() or self._load(), None
@@ -138,16 +140,24 @@ class BaseModels:
             self._shared = base
         self._sharing.add(run_id)
         try:
-            if self._targets is None:
-                self._targets = lora.find_targets(base, lambda: self._forward(base))
-            adapter = make(base, self._targets)
+            adapter = make(base)
         except BaseException:
             self.deleted(run_id)
             raise
         model = lora.inner(adapter)
         optimizer = AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
         settings = lora.settings_of(adapter, self._targets)
-        return RunState(run_id=run_id, model=model, optimizer=optimizer, adapter=adapter, lora=settings)
+        adapted = {name for name, _ in adapted_weights(model)}
+        left_out = {*self._targets.all, *self._targets.others} - adapted
+        return RunState(
+            run_id=run_id,
+            model=model,
+            optimizer=optimizer,
+            adapter=adapter,
+            lora=settings,
+            adapted=tuple(starred(adapted)),
+            left_out=tuple(starred(left_out)),
+        )
 
-    def _loaded(self, base: PreTrainedModel, targets: Targets, folder: Path) -> PeftModel:
-        return load_adapter(base, targets, folder, base_model=self._base_model)
+    def _loaded(self, base: PreTrainedModel, folder: Path) -> PeftModel:
+        return load_adapter(base, self._targets, folder, base_model=self._base_model)

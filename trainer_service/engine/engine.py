@@ -6,14 +6,14 @@ Shape suffixes: T tokens of one batch or microbatch, V vocabulary, K targets a t
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from gradwire._wire.codec import Batch
-from gradwire.errors import error
+from gradwire.errors import error, invalid_field
 from gradwire.types import AdamParams
 from transformers import PreTrainedModel
 
@@ -27,13 +27,15 @@ from trainer_service.engine.memory import plan_memory
 from trainer_service.engine.microbatch import Forwards
 from trainer_service.engine.models.load import describe, fetch, load_model
 from trainer_service.engine.models.lora import LoraSettings
+from trainer_service.engine.models.lora_targets import find_targets
 from trainer_service.engine.models.probe import find_traits
+from trainer_service.engine.models.quantized import check_base_dtype, quantize
 from trainer_service.engine.models.runner import prepare
 from trainer_service.engine.passes import ForwardResult, Passes, Staged
 from trainer_service.engine.run_state import HeldGraph, RunState
 from trainer_service.engine.storage.checkpoints import Checkpoints, Label, SavedCheckpoint
 from trainer_service.engine.storage.snapshots import restore_snapshot
-from trainer_service.worker_config import EngineSettings
+from trainer_service.worker_config import BaseDtype, EngineSettings
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -82,11 +84,14 @@ class Engine:
         self._base_model = base_model
         self.folder = fetch(base_model)
         """Where the base model's files are."""
-        first = load_model(base_model, self.folder, device)
-        self.model = describe(first, base_model=name, device=device, max_context_length=max_context_length)
-        """What the model is, for GetServerInfo."""
-        self._checkpoints = Checkpoints(checkpoint_dir, self.model, self.folder)
         settings = settings or EngineSettings()
+        self._base_dtype: BaseDtype = settings.base_dtype
+        check_base_dtype(self._base_dtype, device.torch_device)
+        first = load_model(base_model, self.folder, device)
+        described = describe(first, base_model=name, device=device, max_context_length=max_context_length)
+        self.model = replace(described, dtype=self._base_dtype)
+        """What is trained, for GetServerInfo."""
+        self._checkpoints = Checkpoints(checkpoint_dir, self.model, self.folder)
         self.traits = find_traits(first, device.torch_device, max_context_length=self.model.max_context_length)
         """What the architecture allows."""
         self.memory = plan_memory(device, self.traits, settings, num_parameters=self.model.num_parameters)
@@ -95,7 +100,10 @@ class Engine:
         forwards = Forwards(device, self.traits, self.memory, settings.activation_checkpointing, vocab_size)
         self._passes = Passes(forwards, self.counters, self._held_graphs)
         prepare(first, self.traits)
-        self._base_models = BaseModels(name, first=first, load=self._load_base, forward=self._try_forward)
+        self.lora_targets = find_targets(first, lambda: self._try_forward(first))
+        """What LoRA runs can adapt."""
+        self._quantize(first)
+        self._base_models = BaseModels(name, first=first, load=self._load_base, targets=self.lora_targets)
         self._runs: dict[str, RunState] = {}
         self._adapter_offload = AdapterOffload(self.memory.max_device_adapter_bytes, self.counters)
         self.before_change: Callable[[PreTrainedModel], object] = lambda model: None
@@ -130,6 +138,12 @@ class Engine:
                 got=len(self._runs) + 1,
             )
         assert run_id not in self._runs
+        if self._base_dtype != "float32" and lora is None and not adapter:
+            raise invalid_field(
+                "lora_rank",
+                f"is 0, which trains all parameters, but this trainer keeps its base model in {self._base_dtype} "
+                "(--base-dtype), where only LoRA runs train; set lora_rank.",
+            )
 
         def make() -> RunState:
             if adapter:
@@ -355,7 +369,13 @@ class Engine:
     def _load_base(self) -> PreTrainedModel:
         model = load_model(self._base_model, self.folder, self.device)
         prepare(model, self.traits)
+        self._quantize(model)
         return model
+
+    def _quantize(self, model: PreTrainedModel) -> None:
+        """Keeps the layers beside which adapters can train in as few bits as the trainer's owner wants."""
+        targets = self.lora_targets
+        quantize(model, {*targets.attn, *targets.mlp} - targets.stacked, self._base_dtype)
 
     def _try_forward(self, model: PreTrainedModel) -> None:
         """A forward of two tokens, as in training."""

@@ -91,7 +91,11 @@ class RunState:
     adapter: PeftModel | None = None
     """For a LoRA run: PEFT's view of `model`."""
     lora: LoraSettings | None = None
-    """For a LoRA run: settings that create another adapter of the same layout; None if no settings do."""
+    """Of a LoRA run: settings that make another adapter of the same layout; None where no settings do."""
+    adapted: tuple[str, ...] = ()
+    """Of a LoRA run: what has an adapter, by name, with * for the numbers of layers."""
+    left_out: tuple[str, ...] = ()
+    """Of a LoRA run: matrices that have none, likewise."""
     step: int = 0
     """Optimizer steps applied."""
     being_read: bool = False

@@ -92,10 +92,10 @@ class TrainerServicer(TrainerServiceServicer):
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Any) -> pb.CreateRunResponse:
         refuse_while_draining(self._draining)
-        return pb.CreateRunResponse(run=(await self._runs.create(request)).describe())
+        return pb.CreateRunResponse(run=(await self._runs.create(request)).describe(layout=True))
 
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:
-        return pb.GetRunResponse(run=self._runs.get(request.run_id).describe())
+        return pb.GetRunResponse(run=self._runs.get(request.run_id).describe(layout=True))
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:
         return pb.ListRunsResponse(runs=[run.describe() for run in self._runs.list()])

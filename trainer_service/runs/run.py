@@ -25,6 +25,7 @@ from trainer_service.runs import journal as journal_file
 from trainer_service.runs.attachment import Attachment
 from trainer_service.runs.journal import Record, Row
 from trainer_service.runs.journal_writer import Journal
+from trainer_service.runs.lora_layout import tell_layout
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.placement import Placement
 from trainer_service.runs.recovery import Restored
@@ -401,8 +402,12 @@ class Run:
         await self.placement.close(gone)
         await self._journal.close()
 
-    def describe(self) -> RunMessage:
-        """The run as a protocol message."""
+    def describe(self, *, layout: bool = False) -> RunMessage:
+        """The run as a protocol message.
+
+        Args:
+            layout: Say what its adapter adapts, too.
+        """
         message = RunMessage(
             run_id=self.run_id,
             base_model=self._settings.base_model.told(self.record.base_model),
@@ -414,6 +419,8 @@ class Run:
             attached=self.attachment is not None,
             user_metadata=self.create_request.user_metadata,
         )
+        if layout and (ready := self._settings.worker.ready) is not None:
+            tell_layout(message, self.create_request, ready.lora_targets)
         message.created_at.FromDatetime(datetime.fromtimestamp(self.record.created_s, UTC))
         return message
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from gradwire._wire.codec import decode_tensor
 from gradwire._wire.metrics import combine_metrics
-from gradwire.checkpoint_client import time_of
+from gradwire.checkpoint_client import lora_layout, time_of
 from gradwire.errors import from_status
 from gradwire.sampling_client import SamplerSource
 from gradwire.types import (
@@ -207,6 +207,7 @@ def run_info(run: Run, model: ModelInfo) -> RunInfo:
         architecture=model.architecture,
         display_name=run.display_name,
         user_metadata=dict(run.user_metadata),
+        lora=lora_layout(run),
     )
 
 

@@ -1,5 +1,6 @@
 """The LoRA settings of a run to be: checked, and taken from a state that it is to load."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,9 @@ from gradwire._wire.arguments import check_flag, check_number, check_whole_numbe
 from gradwire.errors import error
 from gradwire.types.params import MAX_LORA_RANK, MAX_SEED
 from gradwire.v1.checkpoint_pb2 import Checkpoint
+from gradwire.v1.run_pb2 import Run
+
+logger = logging.getLogger(__name__)
 
 
 def lora_settings(
@@ -27,6 +31,19 @@ def lora_settings(
             check_flag(name, value)
     given = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "seed": seed, **layers}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def tell_of_kinds_left_out(layers: Mapping[str, bool | None], run: Run) -> None:
+    """Logs which kinds of layers were asked for in vain.
+
+    Args:
+        layers: The settings that choose kinds, as they were given.
+        run: The run that was made.
+    """
+    if run.lora.adapted:
+        for name, asked in layers.items():
+            if asked is not False and not getattr(run.lora, name):
+                logger.warning("%s has no effect on %s: its model has nothing of that kind to adapt.", name, run.run_id)
 
 
 def lora_arguments(state: Checkpoint) -> dict[str, Any]:

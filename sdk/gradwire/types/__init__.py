@@ -8,7 +8,7 @@ from gradwire.types.data import Datum, EncodedTextChunk, ModelInput, TensorData,
 from gradwire.types.outputs import ForwardBackwardOutput, LossFnOutputs, LossFnType, OptimStepResponse, Timing
 from gradwire.types.params import AdamParams, LoraConfig, SamplingParams
 from gradwire.types.replay import ReplayDifference, ReplayReport
-from gradwire.types.run_info import ListedRun, ModelData, RunInfo, ServerCapabilities, SupportedModel
+from gradwire.types.run_info import ListedRun, LoraLayout, ModelData, RunInfo, ServerCapabilities, SupportedModel
 from gradwire.types.sampling_results import SampledSequence, SampledToken, SampleResponse, StopReason, TopkLogprobs
 from gradwire.types.saved import SavedState, SaveWeightsResult
 from gradwire.types.server_info import Limits, LossInfo, ModelInfo, ServerInfo
@@ -24,6 +24,7 @@ __all__ = [
     "Limits",
     "ListedRun",
     "LoraConfig",
+    "LoraLayout",
     "LossFnOutputs",
     "LossFnType",
     "LossInfo",

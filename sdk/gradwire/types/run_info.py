@@ -42,6 +42,24 @@ class ListedRun:
 
 
 @dataclass(frozen=True)
+class LoraLayout:
+    """What the adapter of a LoRA run adapts."""
+
+    lora_alpha: float
+    """The adapter is scaled by lora_alpha / lora_rank."""
+    train_mlp: bool
+    """Whether all feed-forward layers have an adapter, experts among them. False where the model has none."""
+    train_attn: bool
+    """Whether all of attention has one, and what mixes tokens in its place. False where the model has none."""
+    train_unembed: bool
+    """Whether the head, the layer that makes logits, has one."""
+    adapted: tuple[str, ...]
+    """What has an adapter, by its name in the model with * for the numbers of layers."""
+    left_out: tuple[str, ...]
+    """Matrices that have none, likewise, but for tables of embeddings."""
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """What a run is and where it stands."""
 
@@ -67,6 +85,8 @@ class RunInfo:
     """The name its owner gave it; may be empty."""
     user_metadata: Mapping[str, str] = field(default_factory=dict)
     """What its owner wrote about it."""
+    lora: LoraLayout | None = None
+    """What its adapter adapts; None where all parameters train."""
 
     @property
     def model_name(self) -> str:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cgradwire/v1/checkpoint.proto\x12\x0bgradwire.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"B\n\x0e\x43heckpointFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"^\n\nLoraLayout\x12\x12\n\nlora_alpha\x18\x01 \x01(\x01\x12\x11\n\ttrain_mlp\x18\x02 \x01(\x08\x12\x12\n\ntrain_attn\x18\x03 \x01(\x08\x12\x15\n\rtrain_unembed\x18\x04 \x01(\x08\"\xc4\x04\n\nCheckpoint\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.gradwire.v1.CheckpointKind\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x0c\n\x04step\x18\x06 \x01(\x04\x12\x12\n\nbase_model\x18\x07 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x08 \x01(\t\x12\x11\n\tlora_rank\x18\t \x01(\r\x12.\n\ncreated_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x0f\x63heckpoint_type\x18\x0c \x01(\x0e\x32\x1b.gradwire.v1.CheckpointType\x12\x11\n\tbase_path\x18\r \x01(\t\x12*\n\x05\x66iles\x18\x0e \x03(\x0b\x32\x1b.gradwire.v1.CheckpointFile\x12\r\n\x05\x64type\x18  \x01(\t\x12%\n\x04lora\x18\x0f \x01(\x0b\x32\x17.gradwire.v1.LoraLayout\x12@\n\ruser_metadata\x18\x1f \x03(\x0b\x32).gradwire.v1.Checkpoint.UserMetadataEntry\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*q\n\x0e\x43heckpointKind\x12\x1f\n\x1b\x43HECKPOINT_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43HECKPOINT_KIND_STATE\x10\x01\x12#\n\x1f\x43HECKPOINT_KIND_SAMPLER_WEIGHTS\x10\x02*f\n\x0e\x43heckpointType\x12\x1f\n\x1b\x43HECKPOINT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43HECKPOINT_TYPE_BASE\x10\x01\x12\x19\n\x15\x43HECKPOINT_TYPE_DELTA\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cgradwire/v1/checkpoint.proto\x12\x0bgradwire.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"B\n\x0e\x43heckpointFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x81\x01\n\nLoraLayout\x12\x12\n\nlora_alpha\x18\x01 \x01(\x01\x12\x11\n\ttrain_mlp\x18\x02 \x01(\x08\x12\x12\n\ntrain_attn\x18\x03 \x01(\x08\x12\x15\n\rtrain_unembed\x18\x04 \x01(\x08\x12\x0f\n\x07\x61\x64\x61pted\x18\x05 \x03(\t\x12\x10\n\x08left_out\x18\x06 \x03(\t\"\xc4\x04\n\nCheckpoint\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.gradwire.v1.CheckpointKind\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x0c\n\x04step\x18\x06 \x01(\x04\x12\x12\n\nbase_model\x18\x07 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x08 \x01(\t\x12\x11\n\tlora_rank\x18\t \x01(\r\x12.\n\ncreated_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x0f\x63heckpoint_type\x18\x0c \x01(\x0e\x32\x1b.gradwire.v1.CheckpointType\x12\x11\n\tbase_path\x18\r \x01(\t\x12*\n\x05\x66iles\x18\x0e \x03(\x0b\x32\x1b.gradwire.v1.CheckpointFile\x12\r\n\x05\x64type\x18  \x01(\t\x12%\n\x04lora\x18\x0f \x01(\x0b\x32\x17.gradwire.v1.LoraLayout\x12@\n\ruser_metadata\x18\x1f \x03(\x0b\x32).gradwire.v1.Checkpoint.UserMetadataEntry\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*q\n\x0e\x43heckpointKind\x12\x1f\n\x1b\x43HECKPOINT_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43HECKPOINT_KIND_STATE\x10\x01\x12#\n\x1f\x43HECKPOINT_KIND_SAMPLER_WEIGHTS\x10\x02*f\n\x0e\x43heckpointType\x12\x1f\n\x1b\x43HECKPOINT_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43HECKPOINT_TYPE_BASE\x10\x01\x12\x19\n\x15\x43HECKPOINT_TYPE_DELTA\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,16 +34,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CHECKPOINT_USERMETADATAENTRY']._loaded_options = None
   _globals['_CHECKPOINT_USERMETADATAENTRY']._serialized_options = b'8\001'
-  _globals['_CHECKPOINTKIND']._serialized_start=825
-  _globals['_CHECKPOINTKIND']._serialized_end=938
-  _globals['_CHECKPOINTTYPE']._serialized_start=940
-  _globals['_CHECKPOINTTYPE']._serialized_end=1042
+  _globals['_CHECKPOINTKIND']._serialized_start=861
+  _globals['_CHECKPOINTKIND']._serialized_end=974
+  _globals['_CHECKPOINTTYPE']._serialized_start=976
+  _globals['_CHECKPOINTTYPE']._serialized_end=1078
   _globals['_CHECKPOINTFILE']._serialized_start=78
   _globals['_CHECKPOINTFILE']._serialized_end=144
-  _globals['_LORALAYOUT']._serialized_start=146
-  _globals['_LORALAYOUT']._serialized_end=240
-  _globals['_CHECKPOINT']._serialized_start=243
-  _globals['_CHECKPOINT']._serialized_end=823
-  _globals['_CHECKPOINT_USERMETADATAENTRY']._serialized_start=772
-  _globals['_CHECKPOINT_USERMETADATAENTRY']._serialized_end=823
+  _globals['_LORALAYOUT']._serialized_start=147
+  _globals['_LORALAYOUT']._serialized_end=276
+  _globals['_CHECKPOINT']._serialized_start=279
+  _globals['_CHECKPOINT']._serialized_end=859
+  _globals['_CHECKPOINT_USERMETADATAENTRY']._serialized_start=808
+  _globals['_CHECKPOINT_USERMETADATAENTRY']._serialized_end=859
 # @@protoc_insertion_point(module_scope)

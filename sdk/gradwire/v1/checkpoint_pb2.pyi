@@ -39,16 +39,20 @@ class CheckpointFile(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class LoraLayout(_message.Message):
-    __slots__ = ("lora_alpha", "train_mlp", "train_attn", "train_unembed")
+    __slots__ = ("lora_alpha", "train_mlp", "train_attn", "train_unembed", "adapted", "left_out")
     LORA_ALPHA_FIELD_NUMBER: _ClassVar[int]
     TRAIN_MLP_FIELD_NUMBER: _ClassVar[int]
     TRAIN_ATTN_FIELD_NUMBER: _ClassVar[int]
     TRAIN_UNEMBED_FIELD_NUMBER: _ClassVar[int]
+    ADAPTED_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     lora_alpha: float
     train_mlp: bool
     train_attn: bool
     train_unembed: bool
-    def __init__(self, lora_alpha: _Optional[float] = ..., train_mlp: bool = ..., train_attn: bool = ..., train_unembed: bool = ...) -> None: ...
+    adapted: _containers.RepeatedScalarFieldContainer[str]
+    left_out: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, lora_alpha: _Optional[float] = ..., train_mlp: bool = ..., train_attn: bool = ..., train_unembed: bool = ..., adapted: _Optional[_Iterable[str]] = ..., left_out: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
     __slots__ = ("path", "run_id", "kind", "name", "size_bytes", "step", "base_model", "architecture", "lora_rank", "created_at", "expires_at", "checkpoint_type", "base_path", "files", "dtype", "lora", "user_metadata")

@@ -23,9 +23,10 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from gradwire.v1 import checkpoint_pb2 as gradwire_dot_v1_dot_checkpoint__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15gradwire/v1/run.proto\x12\x0bgradwire.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcd\x02\n\x03Run\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x11\n\tlora_rank\x18\x03 \x01(\r\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.gradwire.v1.RunState\x12\x13\n\x0bnext_seq_id\x18\x05 \x01(\x04\x12\x0c\n\x04step\x18\x06 \x01(\x04\x12.\n\ncreated_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x64isplay_name\x18\x08 \x01(\t\x12\x10\n\x08\x61ttached\x18\t \x01(\x08\x12\x39\n\ruser_metadata\x18\x1f \x03(\x0b\x32\".gradwire.v1.Run.UserMetadataEntry\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*O\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10RUN_STATE_ACTIVE\x10\x01\x12\x12\n\x0eRUN_STATE_LOST\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15gradwire/v1/run.proto\x12\x0bgradwire.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cgradwire/v1/checkpoint.proto\"\xf4\x02\n\x03Run\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x11\n\tlora_rank\x18\x03 \x01(\r\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.gradwire.v1.RunState\x12\x13\n\x0bnext_seq_id\x18\x05 \x01(\x04\x12\x0c\n\x04step\x18\x06 \x01(\x04\x12.\n\ncreated_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x64isplay_name\x18\x08 \x01(\t\x12\x10\n\x08\x61ttached\x18\t \x01(\x08\x12%\n\x04lora\x18\n \x01(\x0b\x32\x17.gradwire.v1.LoraLayout\x12\x39\n\ruser_metadata\x18\x1f \x03(\x0b\x32\".gradwire.v1.Run.UserMetadataEntry\x1a\x33\n\x11UserMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*O\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10RUN_STATE_ACTIVE\x10\x01\x12\x12\n\x0eRUN_STATE_LOST\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RUN_USERMETADATAENTRY']._loaded_options = None
   _globals['_RUN_USERMETADATAENTRY']._serialized_options = b'8\001'
-  _globals['_RUNSTATE']._serialized_start=407
-  _globals['_RUNSTATE']._serialized_end=486
-  _globals['_RUN']._serialized_start=72
-  _globals['_RUN']._serialized_end=405
-  _globals['_RUN_USERMETADATAENTRY']._serialized_start=354
-  _globals['_RUN_USERMETADATAENTRY']._serialized_end=405
+  _globals['_RUNSTATE']._serialized_start=476
+  _globals['_RUNSTATE']._serialized_end=555
+  _globals['_RUN']._serialized_start=102
+  _globals['_RUN']._serialized_end=474
+  _globals['_RUN_USERMETADATAENTRY']._serialized_start=423
+  _globals['_RUN_USERMETADATAENTRY']._serialized_end=474
 # @@protoc_insertion_point(module_scope)

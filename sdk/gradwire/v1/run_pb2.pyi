@@ -1,6 +1,7 @@
 import datetime
 
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from gradwire.v1 import checkpoint_pb2 as _checkpoint_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -20,7 +21,7 @@ RUN_STATE_ACTIVE: RunState
 RUN_STATE_LOST: RunState
 
 class Run(_message.Message):
-    __slots__ = ("run_id", "base_model", "lora_rank", "state", "next_seq_id", "step", "created_at", "display_name", "attached", "user_metadata")
+    __slots__ = ("run_id", "base_model", "lora_rank", "state", "next_seq_id", "step", "created_at", "display_name", "attached", "lora", "user_metadata")
     class UserMetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +38,7 @@ class Run(_message.Message):
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     DISPLAY_NAME_FIELD_NUMBER: _ClassVar[int]
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
     USER_METADATA_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     base_model: str
@@ -47,5 +49,6 @@ class Run(_message.Message):
     created_at: _timestamp_pb2.Timestamp
     display_name: str
     attached: bool
+    lora: _checkpoint_pb2.LoraLayout
     user_metadata: _containers.ScalarMap[str, str]
-    def __init__(self, run_id: _Optional[str] = ..., base_model: _Optional[str] = ..., lora_rank: _Optional[int] = ..., state: _Optional[_Union[RunState, str]] = ..., next_seq_id: _Optional[int] = ..., step: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., display_name: _Optional[str] = ..., attached: bool = ..., user_metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., base_model: _Optional[str] = ..., lora_rank: _Optional[int] = ..., state: _Optional[_Union[RunState, str]] = ..., next_seq_id: _Optional[int] = ..., step: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., display_name: _Optional[str] = ..., attached: bool = ..., lora: _Optional[_Union[_checkpoint_pb2.LoraLayout, _Mapping]] = ..., user_metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...

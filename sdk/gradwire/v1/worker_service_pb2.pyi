@@ -21,15 +21,29 @@ class WorkerHello(_message.Message):
     software_version: str
     def __init__(self, token: _Optional[str] = ..., pid: _Optional[int] = ..., world_size: _Optional[int] = ..., software_version: _Optional[str] = ...) -> None: ...
 
+class LoraTargets(_message.Message):
+    __slots__ = ("attn", "mlp", "unembed", "others")
+    ATTN_FIELD_NUMBER: _ClassVar[int]
+    MLP_FIELD_NUMBER: _ClassVar[int]
+    UNEMBED_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
+    attn: _containers.RepeatedScalarFieldContainer[str]
+    mlp: _containers.RepeatedScalarFieldContainer[str]
+    unembed: _containers.RepeatedScalarFieldContainer[str]
+    others: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, attn: _Optional[_Iterable[str]] = ..., mlp: _Optional[_Iterable[str]] = ..., unembed: _Optional[_Iterable[str]] = ..., others: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class WorkerReady(_message.Message):
-    __slots__ = ("model", "losses", "model_folder")
+    __slots__ = ("model", "losses", "lora_targets", "model_folder")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LOSSES_FIELD_NUMBER: _ClassVar[int]
+    LORA_TARGETS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FOLDER_FIELD_NUMBER: _ClassVar[int]
     model: _trainer_service_pb2.ModelInfo
     losses: _containers.RepeatedCompositeFieldContainer[_trainer_service_pb2.LossInfo]
+    lora_targets: LoraTargets
     model_folder: str
-    def __init__(self, model: _Optional[_Union[_trainer_service_pb2.ModelInfo, _Mapping]] = ..., losses: _Optional[_Iterable[_Union[_trainer_service_pb2.LossInfo, _Mapping]]] = ..., model_folder: _Optional[str] = ...) -> None: ...
+    def __init__(self, model: _Optional[_Union[_trainer_service_pb2.ModelInfo, _Mapping]] = ..., losses: _Optional[_Iterable[_Union[_trainer_service_pb2.LossInfo, _Mapping]]] = ..., lora_targets: _Optional[_Union[LoraTargets, _Mapping]] = ..., model_folder: _Optional[str] = ...) -> None: ...
 
 class WorkerHeartbeat(_message.Message):
     __slots__ = ()

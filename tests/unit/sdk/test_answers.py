@@ -7,8 +7,10 @@ from typing import Any
 import gradwire
 import pytest
 from gradwire._client import answers
+from gradwire._client.lora_settings import tell_of_kinds_left_out
 from gradwire.errors import GradwireError
 from gradwire.v1 import trainer_service_pb2 as pb
+from gradwire.v1.checkpoint_pb2 import LoraLayout
 from gradwire.v1.run_pb2 import RUN_STATE_LOST, Run
 
 VALUES = {
@@ -22,8 +24,8 @@ VALUES = {
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: value.__name__)
 def test_a_value_has_every_field_of_its_message(value: Any):
-    # Where its client is in the order is the SDK's own business.
-    inner = {"next_seq_id"}
+    # Where its client is in the order is the SDK's own business; what an adapter adapts is told of one run only.
+    inner = {"next_seq_id", "lora"}
     assert {field.name for field in dataclasses.fields(value)} == {*VALUES[value].DESCRIPTOR.fields_by_name} - inner
 
 
@@ -55,6 +57,18 @@ def test_a_listed_run_has_a_state_by_name_and_a_time():
     message.created_at.seconds = 1 << 60
     with pytest.raises(GradwireError, match="created_at that is no time"):
         answers.listed_run(message)
+
+
+def test_what_an_adapter_adapts_is_told_and_a_kind_asked_for_in_vain_is_logged(caplog: pytest.LogCaptureFixture):
+    message = Run(run_id="r", lora_rank=4)
+    assert answers.run_info(message, gradwire.ModelInfo("m", "", 7, 64, 9, "", "", "", "")).lora is None
+    message.lora.MergeFrom(LoraLayout(lora_alpha=8, train_attn=True, adapted=["h.*.mixer.in_proj"], left_out=["h.*.a"]))
+    found = answers.run_info(message, gradwire.ModelInfo("m", "", 7, 64, 9, "", "", "", "")).lora
+    assert found == gradwire.LoraLayout(8, False, True, False, ("h.*.mixer.in_proj",), ("h.*.a",))
+    tell_of_kinds_left_out({"train_mlp": None, "train_attn": None, "train_unembed": False}, message)
+    assert [record.getMessage() for record in caplog.records] == [
+        "train_mlp has no effect on r: its model has nothing of that kind to adapt."
+    ]
 
 
 def test_a_replay_that_came_out_as_it_did_has_no_difference():

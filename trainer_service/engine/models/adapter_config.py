@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer_service.engine.models.adapter_names import plain_pattern
+
 ALL_LINEAR = "all-linear"
 """peft's word for every linear layer but the head."""
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -35,19 +37,31 @@ def check_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: One is something else; the text goes on from "whose".
     """
     made = {name: raw[name] for name in _FIELDS if raw.get(name) is not None}
+    for name in ("rank_pattern", "alpha_pattern"):
+        if isinstance(made.get(name), dict):
+            made[name] = {plain_pattern(key) if isinstance(key, str) else key: one for key, one in made[name].items()}
     for name, value in made.items():
         sound, wanted = _FIELDS[name]
         if not sound(value):
             raise ValueError(f"{name} is {_shown(value)}; it must be {wanted}")
+    if made.get("target_modules") == [] and not made.get("target_parameters"):
+        raise ValueError("target_modules is []; it must name a layer")
     return made
 
 
-def use_names(fields: dict[str, Any], weights: Mapping[str, Tensor], modules: Iterable[str]) -> None:
+def module_of(key: str) -> str:
+    """The module that a matrix belongs to; of experts, the one that holds the weights of all."""
+    found = KEY.fullmatch(key)
+    assert found is not None, key
+    return ".".join(part for part in found[1].split(".") if part != "base_layer")
+
+
+def use_names(fields: dict[str, Any], adapted: Iterable[str], modules: Iterable[str]) -> None:
     """Leaves nothing but names of the model's in the fields that say which layers are adapted.
 
     Args:
         fields: As check_fields made them; changed.
-        weights: The adapter's matrices.
+        adapted: Modules that the adapter has matrices for, but for experts.
         modules: Names of the model's modules.
 
     Raises:
@@ -56,7 +70,7 @@ def use_names(fields: dict[str, Any], weights: Mapping[str, Tensor], modules: It
     if any(isinstance(fields.get(name), str) and fields[name] != ALL_LINEAR for name in _LAYERS[:2]):
         for name in _LAYERS:
             fields.pop(name, None)
-        fields["target_modules"] = sorted({found[1] for key in weights if (found := KEY.fullmatch(key))})
+        fields["target_modules"] = sorted(adapted)
     ends: set[str] = set()
     for module in modules:
         parts = module.split(".")
@@ -64,19 +78,28 @@ def use_names(fields: dict[str, Any], weights: Mapping[str, Tensor], modules: It
     for name in _LAYERS[:2]:
         if isinstance(fields.get(name), list):
             kept = [one for one in fields[name] if one in ends]
-            if name == "target_modules" and not kept:
+            if name == "target_modules" and not kept and not fields.get("target_parameters"):
                 raise ValueError(f"target_modules are {_shown(fields[name])}, of which this model has none")
             fields[name] = kept
 
 
-def check_ranks(fields: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+def check_ranks(fields: Mapping[str, Any], weights: Mapping[str, Tensor], num_experts: Mapping[str, int]) -> None:
     """Refuses ranks beyond those of the matrices that are there, before peft makes room for them.
+
+    Args:
+        fields: As check_fields made them.
+        weights: The adapter's matrices.
+        num_experts: Of the model's stacked weights, by name.
 
     Raises:
         ValueError: The text goes on from "whose".
     """
-    first = (tensor for key, tensor in weights.items() if (found := KEY.fullmatch(key)) and found[2] == "A")
-    largest = max((tensor.shape[0] for tensor in first if tensor.ndim == 2), default=0)
+    experts = {name.rpartition(".")[0]: number for name, number in num_experts.items()}
+    largest = 0
+    for key, tensor in weights.items():
+        if key.endswith(".lora_A.weight") and tensor.ndim == 2:
+            # Of experts, the matrices of all are in one.
+            largest = max(largest, tensor.shape[0] // experts.get(module_of(key), 1))
     for rank in (fields.get("r", 0), *fields.get("rank_pattern", {}).values()):
         if rank > largest:
             raise ValueError(f"rank is {rank}, and its matrices have other sizes: {largest} at most")
@@ -117,9 +140,10 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
     "fan_in_fan_out": (lambda value: isinstance(value, bool), "true or false"),
     "target_modules": (
-        lambda value: isinstance(value, str) or (_is_names(value) and bool(value)),
+        lambda value: isinstance(value, str) or _is_names(value),
         f'a list of layers\' names, "{ALL_LINEAR}" or an expression',
     ),
+    "target_parameters": (_is_names, "a list of parameters' names"),
     "exclude_modules": (lambda value: isinstance(value, str) or _is_names(value), "a list of layers' names"),
     "layers_to_transform": (_is_indexes, "a layer's number or a list of them"),
     "layers_pattern": (lambda value: _is_names(value if isinstance(value, list) else [value]), "a module's name"),

@@ -15,8 +15,13 @@ from transformers import PreTrainedModel
 
 from trainer_service.adapter_folders import CONFIG, WEIGHTS, read_adapter_config
 from trainer_service.engine.models import adapter_config
-from trainer_service.engine.models.lora import Targets, inner, layers_as_named, lora_layers, wrap
+from trainer_service.engine.models.adapter_config import module_of
+from trainer_service.engine.models.adapter_names import read_parameters
+from trainer_service.engine.models.lora import inner, layers_as_named, wrap
+from trainer_service.engine.models.lora_experts import adapted_weights
 from trainer_service.engine.models.lora_layer import ADAPTER
+from trainer_service.engine.models.lora_targets import Targets
+from trainer_service.engine.models.older_experts import stack_experts
 from trainer_service.engine.tensor_files import DTYPES, read_tensors
 from trainer_service.folders import whole_folder
 
@@ -24,7 +29,7 @@ _FREE = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "init_lora_weights", "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config"),
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
 """Fields of an adapter's configuration that may have any value. The others must have peft's default: plain LoRA."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -62,7 +67,7 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
 
     Args:
         base: The base model, frozen.
-        targets: Its layers that an adapter can be put beside.
+        targets: What of it an adapter can be put beside.
         folder: The adapter's, made by anybody's peft.
         base_model: Name of the base model.
 
@@ -71,14 +76,22 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
     """
     fields = _read_config(folder)
     weights = _read_weights(folder)
-    eligible = {*targets.attn, *targets.mlp, *targets.unembed}
-    adapted = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in weights}
-    _refuse_experts(base, adapted)
-    # Where its file names layers of this model, so does its configuration; if not, peft may know older names.
-    as_named = adapted <= eligible
+    stacked = {name.rpartition(".")[0] for name in targets.stacked}
+    modules = targets.all - targets.stacked
+    adapted = {module_of(name) for name in weights}
+    if not adapted <= modules | stacked:
+        weights = stack_experts(base, fields, weights, targets.stacked)
+        adapted = {module_of(name) for name in weights}
+    # Where its file names what this model has, so does its configuration; if not, peft may know older names.
+    as_named = adapted <= modules | stacked
+    names = [name for name, _ in base.named_modules()]
     try:
-        adapter_config.use_names(fields, weights, (name for name, _ in base.named_modules()))
-        adapter_config.check_ranks(fields, weights)
+        adapter_config.use_names(fields, adapted - stacked, names if as_named else [*names, *adapted])
+        if as_named:
+            read_parameters(fields, [*targets.stacked, *(f"{name}.weight" for name in modules)], modules)
+        adapter_config.check_ranks(
+            fields, weights, {name: base.get_parameter(name).shape[0] for name in targets.stacked}
+        )
     except ValueError as exc:
         raise _refused(f"does not fit this model: its {exc}.") from exc
     try:
@@ -87,13 +100,13 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
     except ValueError as exc:
         raise _refused(f"has an {CONFIG} that cannot be read: {_first_line(exc)}") from exc
     try:
-        model = wrap(base, config, base_model=base_model, as_named=as_named)
+        model = wrap(base, targets, config, base_model=base_model, as_named=as_named)
     except ValueError as exc:
         # peft's, about layers that are not there.
         raise _refused(f"does not fit this model: {_first_line(exc)}") from exc
-    for name, _ in lora_layers(inner(model)):
-        if name not in eligible:
-            raise _refused(f"adapts {name}, which is no linear layer that this model's forward calls.")
+    for name, _ in adapted_weights(inner(model)):
+        if name not in targets.all:
+            raise _refused(f"adapts {name}, which is no linear layer or expert that this model's forward calls.")
     try:
         with layers_as_named(inner(model)) if as_named else nullcontext():
             found: Any = set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
@@ -104,19 +117,6 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
         if keys:
             raise _refused(f"{what.format(len(keys))}, for example {keys[0]}.")
     return model
-
-
-def _refuse_experts(base: PreTrainedModel, adapted: set[str]) -> None:
-    """Refuses layers within a module that holds the parameters of all its experts stacked, as transformers does now."""
-    stacked = {
-        name
-        for name, module in base.named_modules()
-        if name.endswith(".experts") and list(module.parameters(recurse=False))
-    }
-    for name in sorted(adapted):
-        experts = name.partition(".experts.")[0] + ".experts"
-        if experts in stacked:
-            raise _refused(f"adapts the experts in {experts}; here they are not adapted, only the layers beside them.")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

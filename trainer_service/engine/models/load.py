@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from gradwire.errors import GradwireError, invalid_field
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trainer_service.engine.device import Device
 from trainer_service.engine.models.positions import context_length, forget_longest_sequence
 
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
+_MULTIMODAL = "ForConditionalGeneration"
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")
 _HUB_FILES_LEFT_OUT = ("consolidated*", "onnx/*", "original/*", "*/*.safetensors")
 
@@ -69,16 +72,19 @@ def fetch(base_model: str) -> Path:
 
 
 def load_model(base_model: str, folder: Path, device: Device) -> PreTrainedModel:
-    """The model in float32 on the device: dropout off, every parameter trainable, no gradients yet.
+    """The model in float32 on the device: dropout off, every parameter that text reads trainable, no gradients yet.
+
+    A model of more than text is loaded whole, as the class it was saved by: what it makes of images and sound does not
+    train and is exported as it was.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD: not a causal language model, parameters missing, or files that cannot be
             read.
     """
-    _check_architecture(base_model, folder)
+    load: Any = _class_of(base_model, folder)
     try:
-        # With output_loading_info it returns a pair, which its annotations leave out.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        # With output_loading_info it returns a pair.
+        loaded: Any = load.from_pretrained(
             folder,
             dtype=torch.float32,
             trust_remote_code=False,
@@ -103,8 +109,9 @@ def load_model(base_model: str, folder: Path, device: Device) -> PreTrainedModel
         )
     # Dropout would make two runs with the same log differ.
     model.eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    model.requires_grad_(False)
+    for part in _text_parts(model):
+        part.requires_grad_(True)
     forget_longest_sequence(model)
     return model.to(device.torch_device)
 
@@ -140,15 +147,30 @@ def _vocab_size(model: PreTrainedModel) -> int:
     return min(sizes) if sizes else int(model.config.get_text_config().vocab_size)
 
 
-def _check_architecture(base_model: str, folder: Path) -> None:
+def _text_parts(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that a model of more than text goes through where there is nothing but text; else the model."""
+    if model.config.get_text_config() is model.config:
+        return [model]
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    return [part for part in parts if part is not None]
+
+
+def _class_of(base_model: str, folder: Path) -> type:
+    """What loads a model folder: transformers' choice for causal language models, or a class for more than text."""
     try:
-        architectures = json.loads((folder / "config.json").read_text()).get("architectures") or []
+        config = json.loads((folder / "config.json").read_text())
+        architectures = config.get("architectures") or []
     except (OSError, ValueError, AttributeError) as exc:
         raise _refused(base_model, f"has a config.json that cannot be read: {_first_line(exc)}") from exc
     if architectures and not any(_CAUSAL.search(name) for name in architectures):
         raise _refused(
             base_model, f"is a {architectures[0]}, which is no causal language model; it must be a …ForCausalLM."
         )
+    name = architectures[0] if architectures else ""
+    if name.endswith(_MULTIMODAL) and not config.get("is_encoder_decoder"):
+        # Where there is no such class, transformers' choice says in its own words why it cannot be loaded.
+        return getattr(transformers, name, AutoModelForCausalLM)
+    return AutoModelForCausalLM
 
 
 def _refused(base_model: str, why: str) -> GradwireError:

@@ -1,17 +1,17 @@
 """LoRA: runs that each train a small adapter beside one frozen base model.
 
 A run gets a model of its own: a copy of the base model's modules whose parameters are the base model's, tensor for
-tensor, and whose linear layers peft has wrapped. So there is nothing to switch between runs and nothing that one could
-leave behind for another; a further run costs its adapter, and a few megabytes of Python objects.
+tensor, and whose linear layers and experts peft has wrapped. So there is nothing to switch between runs and nothing
+that one could leave behind for another; a further run costs its adapter, and a few megabytes of Python objects.
 
-What an adapter is, how it starts, its files and its configuration are peft's. The product is ours (lora_layer.py).
-
-Shape suffixes: I and O a layer's inputs and outputs.
+What an adapter is, how it starts, its files and its configuration are peft's. The products are ours (lora_layer.py,
+lora_experts.py).
 """
 
 import copy
+import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,11 +25,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from trainer_service.adapter_folders import DEFAULT_ALPHA
+from trainer_service.engine.models.adapter_names import name_for_files
+from trainer_service.engine.models.lora_experts import adapted_weights, take_over
 from trainer_service.engine.models.lora_layer import ADAPTER, FusedLoraLinear
+from trainer_service.engine.models.lora_targets import Targets
+from trainer_service.engine.models.quantized import make_whole
 from trainer_service.engine.packed.logprobs import LowRank
 
-_ROUTERS = {"router", "gate", "shared_expert_gate"}
-"""Linear layers that choose experts; no part of attention or MLP."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,53 +44,17 @@ class LoraSettings:
         rank: R, at least 1.
         alpha: The low-rank part is scaled by alpha / rank.
         seed: Draws the first matrices; the second are zero, so that training starts from the base model.
-        train_mlp: Adapt the feed-forward layers.
-        train_attn: Adapt the attention layers.
+        train_mlp: Adapt the feed-forward layers, experts among them.
+        train_attn: Adapt the attention layers, and what mixes tokens in their place.
         train_unembed: Adapt the head, the layer that makes logits.
     """
 
     rank: int = 32
-    alpha: float = 32.0
+    alpha: float = DEFAULT_ALPHA
     seed: int = 0
     train_mlp: bool = True
     train_attn: bool = True
     train_unembed: bool = True
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Layers that an adapter can be put beside, by their names in the model."""
-
-    attn: tuple[str, ...]
-    mlp: tuple[str, ...]
-    unembed: tuple[str, ...]
-
-
-def find_targets(model: PreTrainedModel, forward: Callable[[], object]) -> Targets:
-    """The layers that a forward really calls: one whose weight is read past it would not notice its adapter.
-
-    Args:
-        model: The base model.
-        forward: One forward of it, as training makes it.
-    """
-    called: set[str] = set()
-    head = model.get_output_embeddings()
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    hooks = [module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in linear.items()]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    attn: list[str] = []
-    mlp: list[str] = []
-    for name, module in linear.items():
-        if module is head or name not in called or name.rpartition(".")[2] in _ROUTERS:
-            continue
-        (attn if "attn" in name or "attention" in name else mlp).append(name)
-    unembed = [name for name, module in linear.items() if module is head and isinstance(module, nn.Linear)]
-    return Targets(tuple(attn), tuple(mlp), tuple(unembed))
 
 
 def new_adapter(base: PreTrainedModel, targets: Targets, settings: LoraSettings, *, base_model: str) -> PeftModel:
@@ -102,29 +70,37 @@ def new_adapter(base: PreTrainedModel, targets: Targets, settings: LoraSettings,
         InvalidArgumentError: INVALID_FIELD: a setting out of range, or nothing that would train.
     """
     names = _chosen(base, targets, settings)
-    linear = dict(base.named_modules())
+    modules = [name for name in names if name not in targets.stacked]
     config = LoraConfig(
         r=settings.rank,
         # An int where it is one, as every other reader expects; peft only divides by it.
         lora_alpha=int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,  # pyright: ignore[reportArgumentType]
-        target_modules=_shortest(base, names),
-        fan_in_fan_out=all(isinstance(linear[name], Conv1D) for name in names),
+        target_modules=modules,
+        target_parameters=[name for name in names if name in targets.stacked] or None,
+        fan_in_fan_out=bool(modules) and all(isinstance(base.get_submodule(name), Conv1D) for name in modules),
         task_type="CAUSAL_LM",
     )
-    model = wrap(base, config, base_model=base_model, seed=settings.seed)
-    adapted = {name for name, _ in lora_layers(inner(model))}
+    model = wrap(base, targets, config, base_model=base_model, seed=settings.seed)
+    adapted = {name for name, _ in adapted_weights(inner(model))}
     assert adapted == set(names), f"peft adapts {adapted ^ set(names)} against what was asked"
     return model
 
 
 def wrap(
-    base: PreTrainedModel, config: LoraConfig, *, base_model: str, seed: int = 0, as_named: bool = True
+    base: PreTrainedModel,
+    targets: Targets,
+    config: LoraConfig,
+    *,
+    base_model: str,
+    seed: int = 0,
+    as_named: bool = True,
 ) -> PeftModel:
     """The base model, tensor for tensor, with a new adapter of that configuration: float32, on the base's device.
 
     Args:
         base: The base model, frozen.
-        config: Which layers to adapt, and how.
+        targets: What of it an adapter can be put beside.
+        config: What to adapt, and how.
         base_model: Its name, for the configuration.
         seed: Draws the first matrices.
         as_named: The configuration names layers of this very model; see layers_as_named.
@@ -137,8 +113,11 @@ def wrap(
         torch.manual_seed(seed)
         model = get_peft_model(copied, config, autocast_adapter_dtype=True)
     assert isinstance(model, PeftModel)
+    take_over(model)
+    found: Any = model.peft_config[ADAPTER]
     # peft writes the folder that the model was loaded from, which may be inside a cache.
-    model.peft_config[ADAPTER].base_model_name_or_path = base_model
+    found.base_model_name_or_path = base_model
+    name_for_files(found, base, (name for name, _ in adapted_weights(inner(model))), targets.stacked)
     # Dropout is off, as in every other model here.
     model.eval()
     return model
@@ -198,10 +177,9 @@ def settings_of(model: PeftModel, targets: Targets) -> LoraSettings | None:
 
     The seed is not in it: what the adapter started from is gone.
     """
-    layers = dict(lora_layers(inner(model)))
-    kinds = {"train_attn": targets.attn, "train_mlp": targets.mlp, "train_unembed": targets.unembed}
-    trained = {field: bool(names) and layers.keys() >= set(names) for field, names in kinds.items()}
-    covered = {name for field, names in kinds.items() if trained[field] for name in names}
+    layers = dict(adapted_weights(inner(model)))
+    trained = {field: bool(names) and layers.keys() >= set(names) for field, names in targets.kinds.items()}
+    covered = {name for field, names in targets.kinds.items() if trained[field] for name in names}
     rank = adapter_rank(model)
     shapes = {(layer.r[ADAPTER], float(layer.lora_alpha[ADAPTER]), layer.scaling[ADAPTER]) for layer in layers.values()}
     alpha = next(iter(shapes))[1]
@@ -209,13 +187,6 @@ def settings_of(model: PeftModel, targets: Targets) -> LoraSettings | None:
     if layers.keys() != covered or shapes != {(rank, alpha, alpha / rank)}:
         return None
     return LoraSettings(rank=rank, alpha=alpha, **trained)
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Adapted layers by name."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield name, module
 
 
 def low_rank_of(layer: LoraLayer) -> LowRank:
@@ -230,13 +201,15 @@ def merged(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
     peft's own merging adds in place, which here would be into the base model of every run.
     """
     made = shared_copy(base)
-    for name, layer in lora_layers(model):
-        module: Any = made.get_submodule(name)
+    make_whole(made)
+    for name, layer in adapted_weights(model):
+        owner, parameter = (name, "weight") if not hasattr(layer, "parameter_name") else name.rsplit(".", 1)
+        module: Any = made.get_submodule(owner)
         plain: Any = layer
         with torch.no_grad():
-            delta_OI = plain.get_delta_weight(ADAPTER).to("cpu", torch.float32)
-            weight_OI = module.weight.detach().to("cpu", torch.float32) + delta_OI
-        module.weight = nn.Parameter(weight_OI.to(module.weight.dtype), requires_grad=False)
+            weight = getattr(module, parameter).detach()
+            sum_ = weight.to("cpu", torch.float32) + plain.get_delta_weight(ADAPTER).to("cpu", torch.float32)
+        setattr(module, parameter, nn.Parameter(sum_.to(weight), requires_grad=False))
     head: Any = made.get_output_embeddings()
     embedding: Any = made.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:
@@ -260,30 +233,27 @@ def check_settings(settings: LoraSettings, *, hidden_size: int) -> None:
 
 
 def _chosen(base: PreTrainedModel, targets: Targets, settings: LoraSettings) -> list[str]:
-    """Names of the layers to adapt."""
-    names: list[str] = []
-    for field, wanted, found in (
-        ("train_attn", settings.train_attn, targets.attn),
-        ("train_mlp", settings.train_mlp, targets.mlp),
-        ("train_unembed", settings.train_unembed, targets.unembed),
-    ):
-        if wanted and not found:
-            raise invalid_field(
-                field, f"is true, but {type(base).__name__} has no linear layer of that kind to adapt; pass false."
-            )
-        names += found if wanted else ()
-    if not names:
+    """Names of what to adapt. A kind that the model has nothing of is left out."""
+    wanted = [field for field in targets.kinds if getattr(settings, field)]
+    names = [name for field in wanted for name in targets.kinds[field]]
+    if not wanted:
         raise invalid_field(
             "train_attn", "is false, and so are train_mlp and train_unembed; nothing would train. Set one of them."
         )
+    if not names:
+        has = [field for field, found in targets.kinds.items() if found]
+        raise invalid_field(
+            wanted[0],
+            f"is true, but {type(base).__name__} has nothing of that kind to adapt"
+            + (f"; it has of {' and '.join(has)}." if has else ", nor of another: train all parameters (lora_rank 0)."),
+        )
+    for field in wanted:
+        if not targets.kinds[field]:
+            logger.warning(
+                f"{field} has no effect: the model has nothing of that kind to adapt.",
+                extra={"fields": {"architecture": type(base).__name__}},
+            )
     return names
-
-
-def _shortest(base: PreTrainedModel, names: list[str]) -> list[str]:
-    """Last parts of the names where they say as much, which is what people and servers of adapters expect."""
-    last = {name.rpartition(".")[2] for name in names}
-    alike = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in last}
-    return sorted(last if alike == set(names) else names)
 
 
 @contextmanager
@@ -291,6 +261,8 @@ def _quiet_peft() -> Iterator[None]:
     """Hides warnings of what is intended: an adapter of the head alone where head and embedding are tied."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        # peft looks for what a pattern matches among modules alone, and takes it for parameters all the same.
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted module.*")
         # peft reads an attribute that transformers has renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield

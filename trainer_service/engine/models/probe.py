@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from trainer_service.engine.fused.install import fuse
 from trainer_service.engine.models.batching import plan
 from trainer_service.engine.models.comparison import relative_difference
+from trainer_service.engine.models.experts import GROUPED, find_experts, use_experts
 from trainer_service.engine.models.positions import Boundary, boundaries, moved, rope_boundaries
 from trainer_service.engine.models.runner import (
     HeadTraits,
@@ -77,6 +78,7 @@ def find_traits(model: PreTrainedModel, device: torch.device, *, max_context_len
     turned = [one for one in rope_boundaries(model.config.get_text_config()) if one.length < max_context_length]
     traits = Traits(
         attention=before,
+        experts=_find_experts(model, tokens, alone, device),
         why_not_packed=_why_never_packed(model),
         head=_find_head(model, tokens, alone, device),
         boundaries=tuple(turned),
@@ -157,6 +159,28 @@ def _find_head(
         }
     nearest = min(tried, key=tried.__getitem__)
     return nearest if tried[nearest] <= _TOLERANCE else None
+
+
+def _find_experts(
+    model: PreTrainedModel, tokens: Sequence[Tensor], alone: Sequence[_Plain], device: torch.device
+) -> str:
+    """The implementation of routed experts that trains, in use from here on; empty where it is the model's own."""
+    before = {name: module.config._experts_implementation for name, module in find_experts(model).items()}
+    if not before:
+        return ""
+    try:
+        with torch.no_grad():
+            use_experts(model, GROUPED)
+            found = [_plain(model, ids.to(device)).logits_TV for ids in tokens]
+        if all(_close(logits_TV, one.logits_TV) for logits_TV, one in zip(found, alone, strict=True)):
+            return GROUPED
+        why = "it gives other results"
+    except Exception as exc:
+        why = f"it fails ({type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''})"
+    for name, module in find_experts(model).items():
+        module.config._experts_implementation = before[name]
+    logger.warning("Experts are computed by transformers.", extra={"fields": {"why": why}})
+    return ""
 
 
 def _why_never_packed(model: PreTrainedModel) -> str:

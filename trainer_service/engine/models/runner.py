@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer_service.engine.fused.install import fuse
 from trainer_service.engine.models.embedding import add_rows_in_place
+from trainer_service.engine.models.experts import use_experts
 from trainer_service.engine.models.lora import low_rank_of
 from trainer_service.engine.models.positions import Boundary
 from trainer_service.engine.packed.attention import ATTENTION
@@ -41,6 +42,7 @@ class Traits:
         attention: Name of the attention implementation the model was loaded with.
         why_not_packed: Why sequences are not packed; empty where they are.
         why_not_padded: Of what is not packed, why sequences go one at a time; empty where they go in padded rows.
+        experts: Name of the implementation that computes routed experts; empty where it is the model's own.
         why_not_shared: Why common beginnings are computed for each sequence; empty where they are computed once.
         boundaries: Sequences that pass one are not computed beside those that do not.
         head: How hidden states become logits; None where only the model itself knows, and full logits are made.
@@ -49,6 +51,7 @@ class Traits:
     """
 
     attention: str
+    experts: str = ""
     why_not_packed: str = ""
     why_not_padded: str = ""
     why_not_shared: str = ""
@@ -91,6 +94,8 @@ def prepare(model: PreTrainedModel, traits: Traits) -> None:
     """Readies a freshly loaded model of the architecture that `traits` were found for."""
     if traits.packed:
         use_attention(model, ATTENTION)
+    if traits.experts:
+        use_experts(model, traits.experts)
     add_rows_in_place(model)
     fuse(model)
     for layer in checkpointable_layers(model):

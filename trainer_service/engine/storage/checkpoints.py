@@ -183,13 +183,22 @@ class Checkpoints:
             "base_model": self._model.base_model,
             "architecture": self._model.architecture,
             "lora_rank": run.lora_rank,
-            "lora": None if run.lora is None else {name: getattr(run.lora, name) for name in _LAYOUT},
+            "lora": _layout(run),
             "created_at": now.isoformat(timespec="milliseconds"),
             "expires_at": None
             if label.ttl_seconds is None
             else (now + timedelta(seconds=label.ttl_seconds)).isoformat(timespec="milliseconds"),
             "user_metadata": dict(label.user_metadata),
         }
+
+
+def _layout(run: RunState) -> dict[str, Any] | None:
+    """How a run's adapter is laid out; None where all parameters train, or no settings make such an adapter."""
+    if run.lora is None:
+        return None
+    settings = {name: getattr(run.lora, name) for name in _LAYOUT}
+    # Manifests hold no lists; names of parameters hold no spaces.
+    return {**settings, "adapted": " ".join(run.adapted), "left_out": " ".join(run.left_out)}
 
 
 def _saved_before(folder: Path, about: dict[str, Any]) -> int | None:

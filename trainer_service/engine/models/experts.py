@@ -1,0 +1,203 @@
+"""Routed experts as grouped products: all tokens of one expert behind one another, every expert in the same call.
+
+What it computes is what transformers' grouped implementation does, and it takes part as one more of them. It differs in
+how: products are in the dtype that autocast asks for, as those of linear layers are; what an adapter adds is two thin
+grouped products, where peft makes a copy of all experts' weights; and tokens go to their experts and back by
+permutations, whose gradients are permutations too, so that nothing depends on the order of atomic additions.
+
+Shape suffixes: T tokens, K experts a token, S = T·K pairs of both, those of one expert behind one another, D hidden
+size, E experts, I and O inputs and outputs of an expert's layer, R the LoRA rank.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+GROUPED = "gradwire_grouped"
+"""Name of this implementation among transformers'."""
+_ROW_BYTES = 16
+"""Rows of grouped products must be multiples of this."""
+
+
+@dataclass(frozen=True)
+class ExpertsLowRank:
+    """What an adapter adds to the weights of all experts: scale · B · A of each.
+
+    Attributes:
+        a_ERI: First matrices.
+        b_EOR: Second matrices.
+        scale: Of the product.
+    """
+
+    a_ERI: Tensor
+    b_EOR: Tensor
+    scale: float
+
+
+def find_experts(model: nn.Module) -> dict[str, Any]:
+    """Modules, by name, that hold all their experts' weights stacked and go by transformers' interface of experts."""
+    return {name: module for name, module in model.named_modules() if goes_by_interface(module)}
+
+
+def goes_by_interface(module: nn.Module) -> bool:
+    """Whether transformers lets another implementation compute this module."""
+    return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+
+
+def use_experts(model: PreTrainedModel, name: str) -> None:
+    """Has a model's experts computed by an implementation of that name."""
+    for module in find_experts(model).values():
+        module.config._experts_implementation = name
+
+
+def grouped_experts(
+    experts: Any,
+    hidden_TD: Tensor,
+    expert_of_TK: Tensor,
+    weight_of_TK: Tensor,
+    *,
+    low_rank: Mapping[str, ExpertsLowRank] | None = None,
+) -> Tensor:
+    """The experts' answers, weighted and added up; [T, D].
+
+    Args:
+        experts: The module with their weights.
+        hidden_TD: Its input.
+        expert_of_TK: The experts of each token.
+        weight_of_TK: What their answers are weighted by.
+        low_rank: What an adapter adds, by names of the module's parameters.
+    """
+    low_rank = low_rank or {}
+    num_tokens, num_chosen = expert_of_TK.shape
+    sorted_S, order_S = torch.sort(expert_of_TK.reshape(-1), stable=True)
+    back_S = torch.empty_like(order_S)
+    back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+    experts_E = torch.arange(experts.num_experts, device=sorted_S.device)
+    ends_E = torch.searchsorted(sorted_S, experts_E, right=True).int()
+
+    def product(name: str, x_SI: Tensor) -> Tensor:
+        weight = getattr(experts, name)
+        weight_EIO = weight if experts.is_transposed else weight.transpose(1, 2)
+        y_SO = _grouped_linear(x_SI, weight_EIO, ends_E, low_rank.get(name))
+        if experts.has_bias:
+            y_SO = y_SO + getattr(experts, f"{name}_bias")[sorted_S].to(y_SO.dtype)
+        return y_SO
+
+    x_SD: Any = _ToExperts.apply(hidden_TD, order_S, back_S, num_chosen)
+    if experts.has_gate:
+        inner = experts._apply_gate(product("gate_up_proj", x_SD))
+    else:
+        inner = experts.act_fn(product("up_proj", x_SD))
+    y_SD = product("down_proj", inner)
+    if getattr(experts, "has_post_expert_norm", False):
+        y_SD = experts.post_expert_norm(y_SD)
+    y_SD: Any = _Permuted.apply(y_SD, back_S, order_S)
+    y_TKD = y_SD.view(num_tokens, num_chosen, -1) * weight_of_TK[..., None]
+    return y_TKD.sum(1).to(hidden_TD.dtype)
+
+
+def _grouped_linear(x_SI: Tensor, weight_EIO: Tensor, ends_E: Tensor, low_rank: ExpertsLowRank | None) -> Tensor:
+    """Each row times its expert's weight, in autocast's dtype where that is on."""
+    kind = x_SI.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_SI.dtype
+    x_SI = x_SI.to(dtype)
+    if weight_EIO.requires_grad:
+        y_SO = F.grouped_mm(x_SI, weight_EIO.to(dtype), offs=ends_E)
+    else:
+        y_SO: Any = _FrozenProduct.apply(x_SI, weight_EIO, ends_E)
+    if low_rank is None:
+        return y_SO
+    a_ERI, b_EOR = low_rank.a_ERI.to(dtype), low_rank.b_EOR.to(dtype)
+    if missing := -a_ERI.shape[1] % (_ROW_BYTES // dtype.itemsize):
+        a_ERI, b_EOR = F.pad(a_ERI, (0, 0, 0, missing)), F.pad(b_EOR, (0, missing))
+    # peft keeps the second matrices with experts last; a product needs each expert's behind one another.
+    added_SO: Any = _LowRankProduct.apply(x_SI, a_ERI, b_EOR.contiguous(), ends_E, low_rank.scale)
+    return y_SO.add_(added_SO)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """Each row times its expert's weight, which does not train. No cast of the weights is held for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(weight_EIO, ends_E)
+        return F.grouped_mm(x_SI, weight_EIO.to(x_SI.dtype), offs=ends_E)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight_EIO, ends_E = ctx.saved_tensors
+        weight_EOI = weight_EIO.to(grad_SO.dtype).transpose(1, 2)
+        return F.grouped_mm(grad_SO.contiguous(), weight_EOI, offs=ends_E), None, None
+
+
+class _LowRankProduct(torch.autograd.Function):
+    """scale · (x · Aᵀ) · Bᵀ with each row's expert's matrices.
+
+    Thin products of the backward are made as [R, …] where they can: on a CPU that takes a third of the time of […, R].
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x_SI: Tensor, a_ERI: Tensor, b_EOR: Tensor, ends_E: Tensor, scale: float
+    ) -> Tensor:
+        low_SR = F.grouped_mm(x_SI, a_ERI.transpose(1, 2), offs=ends_E).mul_(scale)
+        ctx.save_for_backward(x_SI, low_SR, a_ERI, b_EOR, ends_E)
+        ctx.scale = scale
+        return F.grouped_mm(low_SR, b_EOR.transpose(1, 2), offs=ends_E)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_SI, low_SR, a_ERI, b_EOR, ends_E = ctx.saved_tensors
+        grad_SO = grad_SO.contiguous()
+        if grad_SO.is_cuda:
+            # Its rows must begin at multiples of 16 bytes, and there may be any number of them.
+            grad_low_SR = F.grouped_mm(grad_SO, b_EOR, offs=ends_E).mul_(ctx.scale)
+        else:
+            grad_low_SR = F.grouped_mm(b_EOR.transpose(1, 2), grad_SO.T, offs=ends_E).mul_(ctx.scale).T.contiguous()
+        grad_x_SI = F.grouped_mm(grad_low_SR, a_ERI, offs=ends_E) if ctx.needs_input_grad[0] else None
+        grad_a_ERI = F.grouped_mm(grad_low_SR.T, x_SI, offs=ends_E)
+        grad_b_EOR = F.grouped_mm(low_SR.T, grad_SO, offs=ends_E).transpose(1, 2)
+        return grad_x_SI, grad_a_ERI, grad_b_EOR, None, None
+
+
+class _ToExperts(torch.autograd.Function):
+    """A row for every pair of token and expert, ordered by expert."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, order_S: Tensor, back_S: Tensor, num_chosen: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(back_S)
+        ctx.num_chosen = num_chosen
+        return hidden_TD.index_select(0, order_S // num_chosen)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (back_S,) = ctx.saved_tensors
+        grad_TKD = grad_SD.index_select(0, back_S).view(-1, ctx.num_chosen, grad_SD.shape[-1])
+        return grad_TKD.sum(1), None, None, None
+
+
+class _Permuted(torch.autograd.Function):
+    """Rows in another order."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SD: Tensor, order_S: Tensor, back_S: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(back_S)
+        return x_SD.index_select(0, order_S)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (back_S,) = ctx.saved_tensors
+        return grad_SD.index_select(0, back_S), None, None
+
+
+ALL_EXPERTS_FUNCTIONS.register(GROUPED, grouped_experts)
