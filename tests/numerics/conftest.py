@@ -1,5 +1,6 @@
 """The models every comparison runs on."""
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.numerics.architectures import make_model
 from tests.numerics.plain import PlainSequence, random_sequences, text_sequences
 from tests.tiny import VOCAB_SIZE
 
@@ -47,3 +49,10 @@ def case(request: pytest.FixtureRequest) -> ModelCase:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokens = [tokenizer.encode("<|im_start|>" + text).ids for text in _TEXTS]
     return ModelCase(folder, lambda k=None: text_sequences(tokens, k=k))
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The model folder of an architecture (architectures.make_model); each is made once."""
+    root = tmp_path_factory.mktemp("architectures")
+    return functools.cache(functools.partial(make_model, root))

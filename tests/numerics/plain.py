@@ -93,7 +93,8 @@ def plain_logprobs(model: PreTrainedModel, sequence: PlainSequence) -> torch.Ten
     In float64, since torch's float32 log_softmax on the CPU is itself off by 1e-5 at a vocabulary of 49,152.
     """
     device = model.device
-    logits = model(input_ids=torch.tensor(sequence.tokens, device=device)[None]).logits[0]
+    # Without a cache: RWKV changes the one it makes, which its backward would need.
+    logits = model(input_ids=torch.tensor(sequence.tokens, device=device)[None], use_cache=False).logits[0]
     targets = torch.tensor(sequence.targets, device=device)
     columns = targets if targets.ndim == 2 else targets[:, None]
     return torch.log_softmax(logits.double(), dim=-1).gather(-1, columns).view(targets.shape)
@@ -134,13 +135,8 @@ def worst_error(got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tens
 
 
 def gradients_of(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
-    """Gradients by name, of what trains."""
-    found: dict[str, torch.Tensor] = {}
-    for name, parameter in parameters:
-        if parameter.requires_grad:
-            assert parameter.grad is not None, name
-            found[name] = parameter.grad
-    return found
+    """Gradients by name, of what trains and was used."""
+    return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
 
 
 @dataclass(frozen=True)
@@ -163,7 +159,12 @@ class Reference:
     def of(cls, load: Callable[[torch.dtype], Any], sequences: Sequence[PlainSequence], loss: PlainLoss) -> "Reference":
         """Args: load, the plain model in a dtype; then as plain_backward."""
         exact = load(torch.float64)
-        _, logprobs = plain_backward(exact, sequences, loss)
+        # Constants of a model are made in it, of which float64's lowest number is one.
+        torch.set_default_dtype(torch.float64)
+        try:
+            _, logprobs = plain_backward(exact, sequences, loss)
+        finally:
+            torch.set_default_dtype(torch.float32)
         # Half the memory, for a rounding that is nothing beside float32's errors.
         wanted = {name: gradient.float() for name, gradient in gradients_of(exact.named_parameters()).items()}
         del exact

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.engines import CROSS_ENTROPY
 from tests.loras import ALL, adapter, gradient, lora_engine, randomize
+from tests.numerics.bench import make_request
 from tests.numerics.plain import PlainSequence, cross_entropy_of, load_plain, random_sequences, relative_error, to_batch
-from tests.numerics.test_architectures import make_model
-from tests.numerics.test_sampled_numbers import make_request
 from tests.tiny import VOCAB_SIZE
 from trainer_service.engine.sampling.job import Job
 from trainer_service.engine.sampling.service import Sampling
@@ -27,12 +26,6 @@ pytestmark = [
 ARCHITECTURES = ("Falcon", "Llama4", "Glm4Moe", "DeepseekV3", "Qwen3Moe")
 EXPERTS = ("Glm4Moe", "DeepseekV3", "Qwen3Moe")
 SEQUENCES = random_sequences((9, 1, 23, 16), vocab_size=VOCAB_SIZE)
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root, made = tmp_path_factory.mktemp("architectures"), {}
-    return lambda architecture: made.get(architecture) or made.setdefault(architecture, make_model(root, architecture))
 
 
 def by_formula(folder: Path, values: dict[str, torch.Tensor]) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
@@ -56,7 +49,7 @@ def by_formula(folder: Path, values: dict[str, torch.Tensor]) -> tuple[np.ndarra
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logprobs_and_gradients_are_those_of_the_formula(
-    folder_of: Callable[[str], Path], architecture: str, tmp_path: Path
+    folder_of: Callable[..., Path], architecture: str, tmp_path: Path
 ) -> None:
     folder = folder_of(architecture)
     engine = lora_engine(folder, tmp_path, lora=ALL)
@@ -74,7 +67,7 @@ def test_logprobs_and_gradients_are_those_of_the_formula(
 
 @pytest.mark.parametrize("architecture", EXPERTS)
 def test_adapters_beside_experts_go_out_and_come_back_whole(
-    folder_of: Callable[[str], Path], architecture: str, tmp_path: Path
+    folder_of: Callable[..., Path], architecture: str, tmp_path: Path
 ) -> None:
     folder = folder_of(architecture)
     engine = lora_engine(folder, tmp_path, lora=ALL, resumed=ALL)
@@ -101,7 +94,7 @@ def test_adapters_beside_experts_go_out_and_come_back_whole(
 
 @pytest.mark.parametrize("architecture", ["Falcon", "Llama4", "Qwen3Moe"])
 def test_what_a_run_samples_has_the_logprobs_of_its_own_forward(
-    folder_of: Callable[[str], Path], architecture: str, tmp_path: Path
+    folder_of: Callable[..., Path], architecture: str, tmp_path: Path
 ) -> None:
     """Past a chunk of Llama 4's, too."""
     engine = lora_engine(folder_of(architecture), tmp_path, lora=ALL)
@@ -122,7 +115,7 @@ def test_what_a_run_samples_has_the_logprobs_of_its_own_forward(
         np.testing.assert_allclose(found[-len(sample.tokens) :], sample.logprobs, rtol=0, atol=2e-5)
 
 
-def test_an_adapter_of_experts_is_refused_in_a_sentence(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_adapter_of_experts_is_refused_in_a_sentence(folder_of: Callable[..., Path], tmp_path: Path) -> None:
     """As older transformers, in which every expert had layers of its own, would have saved it."""
     engine = lora_engine(folder_of("Qwen3Moe"), tmp_path, lora=ALL)
     engine.save_weights_for_sampler("lora", "a")

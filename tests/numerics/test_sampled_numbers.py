@@ -2,7 +2,6 @@
 
 import random
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -25,25 +24,18 @@ from transformers import (
     Qwen3Config,
 )
 
-from tests.engines import CPU
+from tests.numerics.bench import Bench, decoding_of, make_request, own_logprobs
 from tests.numerics.plain import FACTOR, ROUNDING
-from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device
 from trainer_service.engine.models.positions import forget_longest_sequence
-from trainer_service.engine.sampling import decoder as decoder_module
 from trainer_service.engine.sampling import scheduler as scheduler_module
+from trainer_service.engine.sampling import sequences as sequences_module
 from trainer_service.engine.sampling import trial as trial_module
-from trainer_service.engine.sampling.decoder import Decoder
-from trainer_service.engine.sampling.decoding import Decoding, Way
-from trainer_service.engine.sampling.job import Job
+from trainer_service.engine.sampling.decoding import Way
 from trainer_service.engine.sampling.picking import Choice
 from trainer_service.engine.sampling.request import Request
-from trainer_service.engine.sampling.samplers import Sampler
-from trainer_service.engine.sampling.scheduler import Scheduler
-from trainer_service.engine.sampling.trial import find_decoding
 
 VOCAB_SIZE = 96
-MAX_CONTEXT_LENGTH = 640
 SIZES: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 COMMON: dict[str, Any] = SIZES | {"max_position_embeddings": 96, "initializer_range": 0.3}
 HEADS: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
@@ -58,7 +50,6 @@ CONFIGS: dict[str, PretrainedConfig] = {
         vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3
     ),
 }
-ALONE = {"mamba, which has no keys"}
 LONG_ROPE: dict[str, Any] = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -83,7 +74,7 @@ ALONE_ALL = r"one by one: it has attention that comes out otherwise, by .*"
 BOUNDED: dict[str, tuple[PretrainedConfig, str]] = {
     "llama4, by chunks of 24": (
         Llama4TextConfig(**LLAMA4, attention_chunk_size=24, attn_temperature_tuning=False),
-        r"together; beyond 24 tokens one by one: .*",
+        TOGETHER,
     ),
     "llama4, whose scores grow with the place in a row": (
         Llama4TextConfig(**LLAMA4, attention_chunk_size=24, floor_scale=20, attn_scale=0.5),
@@ -122,7 +113,7 @@ BOUNDED: dict[str, tuple[PretrainedConfig, str]] = {
             bos_token_id=0,
             eos_token_id=1,
         ),
-        r"one by one: it has layers that share their keys",
+        r"one by one: it has attention that does not go through transformers' interface",
     ),
     "falcon with alibi": (
         FalconConfig(**COMMON, alibi=True, new_decoder_architecture=False, bos_token_id=0, eos_token_id=1),
@@ -141,58 +132,6 @@ def make_model(name: str, seed: int = 0) -> PreTrainedModel:
     forget_longest_sequence(model)
     model.generation_config.pad_token_id = 0
     return model
-
-
-def make_request(prompt: list[int], max_tokens: int = 12, **fields: Any) -> Request:
-    defaults: dict[str, Any] = {
-        "num_samples": 1,
-        "choice": Choice(),
-        "seed": 1,
-        "stop_tokens": frozenset(),
-        "stop_strings": None,
-        "prompt_logprobs": False,
-        "topk": 0,
-        "with_text": False,
-        "text": None,
-    }
-    return Request(prompt=prompt, max_tokens=max_tokens, **defaults | fields)
-
-
-def decoding_of(model: PreTrainedModel, device: Device = CPU, max_context_length: int = MAX_CONTEXT_LENGTH) -> Decoding:
-    attention = str(model.config._attn_implementation)
-    return find_decoding(model, device, attention=attention, max_context_length=max_context_length)
-
-
-@dataclass
-class Bench:
-    """A scheduler over one model, and the jobs it was given."""
-
-    sampler: Sampler
-    scheduler: Scheduler
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, device: Device = CPU) -> "Bench":
-        sampler = Sampler(None, Decoder(model, device, decoding_of(model, device)))
-        return cls(sampler, Scheduler(device, Counters(), lambda event: None, max_cache_bytes=1 << 30))
-
-    def start(self, *requests: Request) -> list[Job]:
-        jobs = [Job(number, str(number), request, self.sampler) for number, request in enumerate(requests)]
-        for job in jobs:
-            self.scheduler.start(job)
-        return jobs
-
-    def run(self, *requests: Request) -> list[Job]:
-        """Runs requests side by side to their end."""
-        jobs = self.start(*requests)
-        while self.scheduler.busy:
-            self.scheduler.step()
-        return jobs
-
-
-def own_logprobs(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
-    """log_softmax behind each token of a sequence, by one plain forward, in the model's own dtype."""
-    with torch.no_grad():
-        return torch.log_softmax(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0], -1)
 
 
 class Exact:
@@ -219,7 +158,7 @@ def generate(model: Any, prompt: torch.Tensor, **settings: Any) -> torch.Tensor:
 def test_greedy_samples_are_those_of_transformers_generate_token_for_token(name: str):
     model = make_model(name)
     bench = Bench.of(model)
-    assert (bench.sampler.decoder.decoding.near is Way.ALONE) == (name in ALONE)
+    assert bench.sampler.decoder.decoding.near is Way.TOGETHER
     greedy = Choice(temperature=0.0)
     jobs = bench.run(
         *(make_request(list(prompt), 20, choice=greedy, num_samples=1 + len(prompt) % 2) for prompt in PROMPTS)
@@ -309,7 +248,7 @@ def test_past_every_boundary_samples_are_those_of_a_plain_forward_and_it_is_told
 ):
     """Each token is the likeliest, and has the logprob, that a forward of all before it finds; so has the prompt."""
     monkeypatch.setattr(scheduler_module, "_CPU_PIECE", 6)
-    monkeypatch.setattr(decoder_module, "_MAX_COPIED", max_copied)
+    monkeypatch.setattr(sequences_module, "_MAX_COPIED", max_copied)
     model = make_model(name)
     bench = Bench.of(model)
     assert re.fullmatch(BOUNDED[name][1], bench.sampler.decoder.decoding.described)
@@ -377,7 +316,7 @@ def test_long_samples_have_the_logprobs_of_a_plain_forward_and_do_not_depend_on_
     name: str, max_copied: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Prompts of several pieces, shared or copied, and samples that outgrow one size of slot after the other."""
-    monkeypatch.setattr(decoder_module, "_MAX_COPIED", max_copied)
+    monkeypatch.setattr(sequences_module, "_MAX_COPIED", max_copied)
     model, exact = make_model(name), Exact(name)
     bench = Bench.of(model)
     rng = random.Random(0)
@@ -427,7 +366,7 @@ def test_samples_put_back_for_want_of_room_are_the_same_bit_for_bit(
     name: str, max_copied: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Some samples of a request end before it is put back, so they are computed again as well, as far as they went."""
-    monkeypatch.setattr(decoder_module, "_MAX_COPIED", max_copied)
+    monkeypatch.setattr(sequences_module, "_MAX_COPIED", max_copied)
     model = make_model(name)
     rng = random.Random(0)
     prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(3, 30))] for _ in range(6)]
@@ -471,9 +410,9 @@ def test_equal_prompts_are_computed_once_and_their_samples_are_those_of_each_alo
     counters = bench.scheduler._counters
     together = bench.run(*(make_request(prompt, 9, seed=seed, num_samples=2) for seed in range(3)))
     assert counters.prompt_tokens_total == len(prompt)
-    # One that comes later, too, where the cache is our own.
+    # One that comes later, too.
     together += bench.run(make_request(prompt, 9, seed=3, num_samples=2))
-    assert counters.prompt_tokens_total == len(prompt) * (2 if name in ALONE else 1)
+    assert counters.prompt_tokens_total == len(prompt)
     for one, other in zip(alone, together, strict=True):
         assert [sample.tokens for sample in one.samples] == [sample.tokens for sample in other.samples]
         assert [sample.logprobs for sample in one.samples] == [sample.logprobs for sample in other.samples]

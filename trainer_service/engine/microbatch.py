@@ -1,6 +1,6 @@
 """A pack on the device, and how it goes through the model.
 
-Shape suffixes: T tokens of the pack, R rows of the batch it answers, K targets a row (absent where targets are [T]).
+Shape suffixes: T tokens of the pack, R rows of the batch it answers, K targets per row (absent if targets are [T]).
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Columns:
-    """A batch on the device, which took one copy for each column."""
+    """A batch on the device, copied there column by column."""
 
     tokens_T: Tensor
     targets_TK: Tensor
@@ -53,7 +53,7 @@ class Forwards:
     vocab_size: int
 
     def checkpoints(self, num_tokens: int) -> bool:
-        """Whether a forward of that many tokens leaves its activations to be computed again."""
+        """Whether a forward of that many tokens recomputes its activations in the backward."""
         if self.checkpointing != "auto":
             return self.checkpointing == "on"
         return num_tokens * self.traits.held_bytes_per_token > self.memory.pass_bytes
@@ -64,13 +64,13 @@ class Forwards:
         return fits and not self.checkpoints(num_tokens)
 
     def held_bytes(self, num_tokens: int) -> int:
-        """Memory that the graph of a forward over so many tokens holds."""
+        """Memory that the graph of a forward of that many tokens holds."""
         logits = self.vocab_size * _FLOAT_BYTES if self.keeps_logits(num_tokens) else 0
         return num_tokens * (held_bytes_per_token(self.traits, self.checkpoints(num_tokens)) + logits)
 
 
 class Microbatch:
-    """One pack, ready to be run.
+    """One pack, ready to run.
 
     Args:
         pack: The rows of the batch it answers.
@@ -81,7 +81,7 @@ class Microbatch:
     def __init__(self, pack: Pack, columns: Columns, forwards: Forwards) -> None:
         self.pack = pack
         self._forwards = forwards
-        self._attention = None if forwards.traits.why_not_packed else PackAttention.of(pack)
+        self._attention = PackAttention.of(pack) if forwards.traits.packed else None
         self.rows_R = self._put(pack.rows_R)
         self.tokens_T = columns.tokens_T[self._put(pack.token_rows_T)]
         self._positions_T = self._put(pack.positions_T)
@@ -95,7 +95,7 @@ class Microbatch:
         return self._forwards.held_bytes(self.pack.num_tokens)
 
     def logprobs(self, model: PreTrainedModel) -> Tensor:
-        """Logprobs of the rows' targets, float32, with a graph where grad is enabled."""
+        """Logprobs of the rows' targets, float32, with a graph if grad is enabled."""
         forwards, num_tokens = self._forwards, self.pack.num_tokens
         with forwards.device.autocast(), pack_in_use(self._attention):
             return runner.run(
@@ -105,6 +105,7 @@ class Microbatch:
                 positions_T=self._positions_T,
                 targets_RK=self._targets_RK,
                 token_of_row_R=self._token_of_row_R,
+                num_rows=self.pack.num_rows,
                 keep_logits=forwards.keeps_logits(num_tokens),
                 compute_dtype=forwards.device.compute_dtype,
                 checkpointing=torch.is_grad_enabled() and forwards.checkpoints(num_tokens),
@@ -128,7 +129,7 @@ def gather(pieces: list[tuple[Microbatch, Tensor]], like: Tensor) -> npt.NDArray
 
     Args:
         pieces: Microbatches, each with the values of its rows.
-        like: Anything shaped as the whole, on the device.
+        like: A tensor with the whole's shape, on the device.
     """
     whole = torch.empty(like.shape, dtype=torch.float32, device=like.device)
     for microbatch, values in pieces:

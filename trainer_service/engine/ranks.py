@@ -1,4 +1,4 @@
-"""Who this process is among the worker's ranks, as its environment says."""
+"""This process's place among the worker's ranks, from its environment."""
 
 import os
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place; one process alone is rank 0 of 1."""
+    """This process's place; a single process is rank 0 of 1."""
 
     rank: int = 0
     local_rank: int = 0
@@ -19,7 +19,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """From RANK, LOCAL_RANK and WORLD_SIZE; alone where they are not set.
+        """From RANK, LOCAL_RANK and WORLD_SIZE; a single process if they are not set.
 
         Raises:
             UnimplementedError: More than one rank.
@@ -37,6 +37,6 @@ class Ranks:
         )
 
     def broadcast(self, command: T) -> T:
-        """Gives rank 0's command to every rank, each of which executes it; alone, that is the command itself."""
+        """Broadcasts rank 0's command to every rank, which executes it; for a single process, the command itself."""
         assert self.world_size == 1
         return command

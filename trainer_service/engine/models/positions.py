@@ -23,8 +23,10 @@ _WINDOWS = (
     "floor_scale",
 )
 """Fields of configurations, and of layers, that say from which length on attention leaves tokens out or is scaled."""
-_BY_ROW = {"floor_scale"}
+BY_ROW = {"floor_scale"}
 """Those that models count from the beginning of a row: a row of many short sequences crosses them too."""
+LONGEST_ROW = 4096
+"""Tokens of many sequences that sampling puts into one row, at most."""
 _ORIGINAL = "original_max_position_embeddings"
 _LONGEST = ("max_position_embeddings", "n_positions", "max_seq_len")
 
@@ -36,10 +38,21 @@ class Boundary:
     Attributes:
         name: Name of the field in the configuration.
         length: In tokens.
+        grows: Whether each length beyond it is computed differently from every other.
     """
 
     name: str
     length: int
+    grows: bool = False
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether a row of sequences passes it that do not."""
+        return self.name in BY_ROW and self.length < LONGEST_ROW
+
+    def side_of(self, length: int) -> int:
+        """Equal for sequences that are computed alike: 0 on this side, on the other 1, or each length by itself."""
+        return 0 if length <= self.length else length if self.grows else 1
 
 
 def context_length(config: Any) -> int:
@@ -73,7 +86,7 @@ def rope_boundaries(config: Any) -> list[Boundary]:
             length = rope.get(_ORIGINAL) or getattr(config, _ORIGINAL, None) or config.max_position_embeddings
             found.append(Boundary(_ORIGINAL, int(length)))
         elif rope.get("rope_type") == "dynamic":
-            found.append(Boundary("max_position_embeddings", int(config.max_position_embeddings)))
+            found.append(Boundary("max_position_embeddings", int(config.max_position_embeddings), grows=True))
     return found
 
 
@@ -90,7 +103,7 @@ def boundaries(model: PreTrainedModel, *, max_context_length: int) -> list[Bound
         }
         if isinstance(length, int) and length > 0 and not unused.get(name):
             found.append(Boundary(name, length))
-    passed = [one for one in found if one.length < max_context_length or one.name in _BY_ROW]
+    passed = [one for one in found if one.length < max_context_length or one.in_rows]
     return sorted(passed, key=lambda one: one.length)
 
 

@@ -1,8 +1,8 @@
 """Finds out what an architecture allows by trying.
 
 Names and classes of architectures are not consulted: a loaded model is run over a few short sequences, one by one as it
-came and packed as we mean to run it. What gives other results is not done. Where only long sequences would show a
-difference, the model's configuration says so.
+came, then packed, or else in padded rows, as we mean to run it. What gives other results is not done. Where only long
+sequences would show a difference, the model's configuration says so, and what it says is tried at a few tokens.
 
 Shape suffixes: T tokens, D hidden size, V vocabulary, K targets a token.
 """
@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from gradwire.errors import invalid_field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer_service.engine.models.batching import plan
 from trainer_service.engine.models.comparison import relative_difference
-from trainer_service.engine.models.positions import rope_boundaries
+from trainer_service.engine.models.positions import Boundary, boundaries, moved, rope_boundaries
 from trainer_service.engine.models.runner import (
     HeadTraits,
     Traits,
@@ -40,9 +42,11 @@ logger = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-4
 """Largest difference, relative to the largest value, between two ways to compute the same in float32."""
-_PROBE_LENGTHS = (13, 21, 8)
+_PROBE_LENGTHS = (13, 21, 8, 13)
 _PROBE_SHARED = 6
-"""Tokens that the first two sequences of the probe have in common."""
+"""Tokens that the sequences of the probe begin with, but for the third."""
+_MOVED_TO = 8
+"""Tokens at which boundaries are tried that lie beyond the probe's sequences."""
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -53,24 +57,39 @@ def find_traits(model: PreTrainedModel, device: torch.device, *, max_context_len
         model: In float32, on the device.
         device: Where the model is.
         max_context_length: Longest sequence there will be, tokens.
+
+    Raises:
+        InvalidArgumentError: INVALID_FIELD: a forward changes the model.
     """
     tokens = _probe_tokens(model)
-    with torch.no_grad():
-        alone = [_plain(model, ids.to(device)) for ids in tokens]
+    versions = [parameter._version for parameter in model.parameters()]
+    alone = _all_alone(model, tokens, device)
+    if versions != [parameter._version for parameter in model.parameters()]:
+        raise invalid_field(
+            "base_model",
+            f"is a {type(model).__name__} whose forward changes its own parameters, so that another would be saved. "
+            "RWKV does so unless its config.json has rescale_every at 0: set that, or take another model.",
+        )
     before = str(model.config._attn_implementation)
+    turned = [one for one in rope_boundaries(model.config.get_text_config()) if one.length < max_context_length]
     traits = Traits(
         attention=before,
-        why_not_packed=_why_never_packed(model, max_context_length),
+        why_not_packed=_why_never_packed(model),
         head=_find_head(model, tokens, alone, device),
+        boundaries=tuple(turned),
     )
-    if not traits.why_not_packed:
-        traits = replace(traits, why_not_packed=_why_not(model, tokens, alone, device, max_context_length, share=False))
-    if not traits.why_not_packed:
-        traits = replace(traits, why_not_shared=_why_not(model, tokens, alone, device, max_context_length, share=True))
+    trial = _Trial(model, device, tokens, alone, max_context_length)
+    if traits.packed:
+        why = trial.why_not(replace(traits, why_not_shared="not yet"), moving=turned)
+        traits = replace(traits, why_not_packed=why)
+    if traits.packed:
+        traits = replace(traits, why_not_shared=trial.why_not(traits, moving=turned))
+        if device.type == "cuda":
+            attention.varlen_enabled = _varlen_is_right(model, device)
     else:
         use_attention(model, before)
-    if not traits.why_not_packed and device.type == "cuda":
-        attention.varlen_enabled = _varlen_is_right(model, device)
+        passed = boundaries(model, max_context_length=max_context_length)
+        traits = replace(traits, why_not_padded=trial.why_not(traits, moving=passed))
     traits = _with_measured_bytes(model, traits, tokens[1], device)
     logger.info("Found out what the model allows.", extra={"fields": {"batching": traits.batching}})
     return traits
@@ -80,9 +99,10 @@ def _probe_tokens(model: PreTrainedModel) -> list[Tensor]:
     vocab_size = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(int(vocab_size), (length,), generator=generator) for length in _PROBE_LENGTHS]
-    tokens[1][:_PROBE_SHARED] = tokens[0][:_PROBE_SHARED]
-    # They differ from there on, whatever was drawn.
-    tokens[1][_PROBE_SHARED] = (tokens[0][_PROBE_SHARED] + 1) % int(vocab_size)
+    for number in (1, 3):
+        tokens[number][:_PROBE_SHARED] = tokens[0][:_PROBE_SHARED]
+        # They differ from there on, whatever was drawn.
+        tokens[number][_PROBE_SHARED] = (tokens[0][_PROBE_SHARED] + number) % int(vocab_size)
     return tokens
 
 
@@ -92,6 +112,11 @@ class _Plain:
 
     hidden_TD: Tensor | None
     logits_TV: Tensor
+
+
+def _all_alone(model: PreTrainedModel, tokens: Sequence[Tensor], device: torch.device) -> list[_Plain]:
+    with torch.no_grad():
+        return [_plain(model, ids.to(device)) for ids in tokens]
 
 
 def _plain(model: PreTrainedModel, tokens_T: Tensor) -> _Plain:
@@ -115,21 +140,23 @@ def _find_head(
     scales = [1.0]
     scales += [float(value) for name in ("logit_scale", "lm_head_multiplier") if (value := getattr(config, name, None))]
     scales += [1 / float(value) for name in ("logits_scaling",) if (value := getattr(config, name, None))]
-    softcap = getattr(config, "final_logit_softcapping", None)
+    # Whatever it is called: final_logit_softcapping, logits_soft_cap.
+    caps = [float(value) for name, value in vars(config).items() if "cap" in name and isinstance(value, int | float)]
     targets_TK = torch.cat([tokens[0][1:], tokens[0][:1]]).to(device)[:, None].expand(-1, 3).clone()
     targets_TK[:, 1] = 0
     targets_TK[:, 2] = logits_TV.shape[1] - 1
     with torch.no_grad():
         wanted_TK = target_logprobs(logits_TV, targets_TK)
-        for scale in dict.fromkeys(scales):
-            for cap in dict.fromkeys((softcap, None)):
-                traits = HeadTraits(scale, cap)
-                if _close(linear_logprobs(hidden_TD, head_of(model, traits), targets_TK), wanted_TK):
-                    return traits
-    return None
+        # The nearest: small logits come out nearly alike with a cap and without.
+        tried = {
+            traits: relative_difference(linear_logprobs(hidden_TD, head_of(model, traits), targets_TK), wanted_TK)
+            for traits in (HeadTraits(scale, cap) for scale in scales for cap in (None, *filter(None, caps)))
+        }
+    nearest = min(tried, key=tried.__getitem__)
+    return nearest if tried[nearest] <= _TOLERANCE else None
 
 
-def _why_never_packed(model: PreTrainedModel, max_context_length: int) -> str:
+def _why_never_packed(model: PreTrainedModel) -> str:
     """What only sequences longer than the probe's would show."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - _PACKABLE_LAYERS
@@ -137,64 +164,94 @@ def _why_never_packed(model: PreTrainedModel, max_context_length: int) -> str:
         return f"it has layers of kind {', '.join(sorted(map(str, kinds)))}"
     if getattr(config, "attention_chunk_size", None):
         return "its attention goes by chunks of the sequence"
-    if any(boundary.length < max_context_length for boundary in rope_boundaries(config)):
-        return "its positions depend on the longest sequence of a forward"
     return ""
 
 
-def _why_not(
-    model: PreTrainedModel,
-    tokens: Sequence[Tensor],
-    alone: Sequence[_Plain],
-    device: torch.device,
-    max_context_length: int,
-    *,
-    share: bool,
-) -> str:
-    """Why the probe's sequences give other results in one pack than alone, in a few words; empty if they do not."""
-    bounds = np.cumsum([0, *map(len, tokens)]).astype(np.int64)
-    tokens_T = torch.cat(list(tokens))
-    (pack,) = plan_packs(
-        tokens_T.numpy().astype(np.int32),
-        bounds,
-        max_tokens=len(tokens_T),
-        share=share,
-        min_shared_tokens=_PROBE_SHARED,
-    )
-    assert share == (pack.num_shared_tokens > 0)
-    try:
-        with torch.no_grad(), quiet_transformers():
-            use_attention(model, ATTENTION)
-            packed = PackAttention.of(pack)
-            logits_TV = _packed_logits(model, pack, packed, tokens_T.to(device))
-    except Exception as exc:
-        return f"its packed forward fails ({type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''})"
-    if not packed.windows:
-        return "its attention does not go through transformers' interface"
-    window = _sliding_window(model)
-    if window and not any(packed.windows) and max_context_length > window:
-        return "its attention does not say what its sliding window is"
-    if pack.token_of_row_R is not None:
-        logits_TV = logits_TV[torch.from_numpy(pack.token_of_row_R).to(device)]
-    for number, (start, stop) in zip(pack.sequences, pairwise(pack.cu_seqlens.tolist()), strict=True):
-        if not _close(logits_TV[start:stop], alone[number].logits_TV):
-            return (
-                "packed sequences see one another"
-                if not share
-                else "sequences give other results when they share beginnings"
-            )
-    return ""
+@dataclass(frozen=True)
+class _Trial:
+    """Sequences of the probe, computed as traits allow and compared with each alone.
 
+    Attributes:
+        model: In float32.
+        device: Where it is.
+        tokens: The sequences.
+        alone: What the model finds for each.
+        max_context_length: Longest sequence there will be, tokens.
+    """
 
-def _packed_logits(model: PreTrainedModel, pack: Pack, packed: PackAttention, tokens_T: Tensor) -> Tensor:
-    device = tokens_T.device
-    with pack_in_use(packed):
-        found = model(
-            input_ids=tokens_T[torch.from_numpy(pack.token_rows_T).to(device)][None],
-            position_ids=torch.from_numpy(pack.positions_T).to(device)[None],
-            use_cache=False,
+    model: PreTrainedModel
+    device: torch.device
+    tokens: Sequence[Tensor]
+    alone: Sequence[_Plain]
+    max_context_length: int
+
+    def why_not(self, traits: Traits, *, moving: Sequence[Boundary]) -> str:
+        """Why they come out otherwise, in a few words; empty if they do not.
+
+        Args:
+            traits: How they are batched.
+            moving: Boundaries of the model's, which are tried at _MOVED_TO tokens as well.
+        """
+        why = self._why_not(traits, self.alone)
+        if why or not moving:
+            return why
+        use_attention(self.model, traits.attention)
+        here = replace(traits, boundaries=tuple(replace(one, length=_MOVED_TO) for one in traits.boundaries))
+        with moved(self.model, moving, _MOVED_TO):
+            return self._why_not(here, _all_alone(self.model, self.tokens, self.device))
+
+    def _why_not(self, traits: Traits, alone: Sequence[_Plain]) -> str:
+        tokens_T = torch.cat(list(self.tokens))
+        bounds = np.cumsum([0, *map(len, self.tokens)]).astype(np.int64)
+        shared = traits.packed and not traits.why_not_shared
+        packs = plan(
+            tokens_T.numpy().astype(np.int32),
+            bounds,
+            traits,
+            max_tokens=len(self.tokens) * max(map(len, self.tokens)),
+            min_shared_tokens=_PROBE_SHARED,
         )
-    return found.logits[0]
+        assert shared == any(pack.num_shared_tokens for pack in packs)
+        for pack in packs:
+            packed = PackAttention.of(pack) if traits.packed else None
+            try:
+                logits_RV = self._logits(pack, packed, tokens_T.to(self.device))
+            except Exception as exc:
+                what = f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}"
+                return f"its forward of {'a pack' if packed else 'several rows'} fails ({what})"
+            if packed is not None and (why := self._why_windows_differ(packed)):
+                return why
+            for number, (start, stop) in zip(pack.sequences, pairwise(pack.cu_seqlens.tolist()), strict=True):
+                if not _close(logits_RV[start:stop], alone[number].logits_TV):
+                    if packed is None:
+                        return "rows come out otherwise beside one another"
+                    return (
+                        "sequences give other results when they share beginnings"
+                        if shared
+                        else "packed sequences see one another"
+                    )
+        return ""
+
+    def _why_windows_differ(self, packed: PackAttention) -> str:
+        if not packed.windows:
+            return "its attention does not go through transformers' interface"
+        window = _sliding_window(self.model)
+        if window and not any(packed.windows) and self.max_context_length > window:
+            return "its attention does not say what its sliding window is"
+        return ""
+
+    def _logits(self, pack: Pack, packed: PackAttention | None, tokens_T: Tensor) -> Tensor:
+        """Behind the rows that a pack answers, [R, V]."""
+        extra: dict[str, Any] = {}
+        if packed is not None:
+            use_attention(self.model, ATTENTION)
+            extra["position_ids"] = torch.from_numpy(pack.positions_T).to(self.device)[None]
+        inputs_BL = tokens_T[torch.from_numpy(pack.token_rows_T).to(self.device)].view(pack.num_rows, -1)
+        with torch.no_grad(), quiet_transformers(), pack_in_use(packed):
+            logits_TV = self.model(input_ids=inputs_BL, use_cache=False, **extra).logits.flatten(0, 1)
+        if pack.token_of_row_R is None:
+            return logits_TV
+        return logits_TV[torch.from_numpy(pack.token_of_row_R).to(self.device)]
 
 
 def _sliding_window(model: PreTrainedModel) -> int:
@@ -232,13 +289,13 @@ def _with_measured_bytes(model: PreTrainedModel, traits: Traits, tokens_T: Tenso
 
         with (
             torch.enable_grad(),
-            pack_in_use(None if traits.why_not_packed else PackAttention.of(pack)),
+            pack_in_use(PackAttention.of(pack) if traits.packed else None),
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
             checkpointed(model) if checkpointing else contextlib.nullcontext(),
             quiet_transformers(),
         ):
             extra: dict[str, Any] = {}
-            if not traits.why_not_packed:
+            if traits.packed:
                 extra["position_ids"] = torch.arange(len(tokens_T), device=device)[None]
             # Kept until everything is added up, so that no address is used twice.
             output = model.base_model(input_ids=tokens_T[None], use_cache=False, **extra)

@@ -1,4 +1,4 @@
-"""How a pack, or one sequence, goes through a model, as its architecture allows.
+"""How a pack, or rows of sequences, goes through a model, as its architecture allows.
 
 Shape suffixes: T tokens of one pack, D hidden size, R rows it answers, K targets a row (absent where targets are [R]).
 """
@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer_service.engine.models.embedding import add_rows_in_place
 from trainer_service.engine.models.lora import low_rank_of
+from trainer_service.engine.models.positions import Boundary
 from trainer_service.engine.packed.attention import ATTENTION
 from trainer_service.engine.packed.logprobs import Head, linear_logprobs, target_logprobs
 
@@ -37,8 +38,10 @@ class Traits:
 
     Attributes:
         attention: Name of the attention implementation the model was loaded with.
-        why_not_packed: Why sequences go one at a time; empty where they go packed.
+        why_not_packed: Why sequences are not packed; empty where they are.
+        why_not_padded: Of what is not packed, why sequences go one at a time; empty where they go in padded rows.
         why_not_shared: Why common beginnings are computed for each sequence; empty where they are computed once.
+        boundaries: Sequences that pass one are not computed beside those that do not.
         head: How hidden states become logits; None where only the model itself knows, and full logits are made.
         held_bytes_per_token: What a forward's graph holds a token, logits apart.
         checkpointed_bytes_per_token: The same with activation checkpointing; 0 where the architecture cannot.
@@ -46,24 +49,46 @@ class Traits:
 
     attention: str
     why_not_packed: str = ""
+    why_not_padded: str = ""
     why_not_shared: str = ""
+    boundaries: tuple[Boundary, ...] = ()
     head: HeadTraits | None = None
     held_bytes_per_token: int = 0
     checkpointed_bytes_per_token: int = 0
 
     @property
+    def packed(self) -> bool:
+        """Whether sequences go end to end."""
+        return not self.why_not_packed
+
+    @property
+    def padded(self) -> bool:
+        """Whether sequences go side by side, padded to the longest."""
+        return not self.packed and not self.why_not_padded
+
+    def side_of(self, length: int) -> tuple[int, ...]:
+        """Equal for sequences that may go into one forward."""
+        return tuple(boundary.side_of(length) for boundary in self.boundaries)
+
+    @property
     def batching(self) -> str:
         """How sequences are batched, in a few words, for GetServerInfo."""
-        if self.why_not_packed:
-            return f"one sequence at a time: {self.why_not_packed}"
-        shared = f"no shared beginnings: {self.why_not_shared}" if self.why_not_shared else "shared beginnings once"
-        full = "" if self.head is not None else ", full logits"
-        return f"packed, {shared}{full}"
+        if not self.packed and not self.padded:
+            return f"one sequence at a time: {self.why_not_packed}, and {self.why_not_padded}"
+        if self.padded:
+            found = f"rows of similar length, padded: {self.why_not_packed}"
+        elif self.why_not_shared:
+            found = f"packed, no shared beginnings: {self.why_not_shared}"
+        else:
+            found = "packed, shared beginnings once"
+        for boundary in self.boundaries:
+            found += f"; beyond {boundary.length} tokens {'by length' if boundary.grows else 'apart'}"
+        return found if self.head is not None else f"{found}, full logits"
 
 
 def prepare(model: PreTrainedModel, traits: Traits) -> None:
     """Readies a freshly loaded model of the architecture that `traits` were found for."""
-    if not traits.why_not_packed:
+    if traits.packed:
         use_attention(model, ATTENTION)
     add_rows_in_place(model)
     for layer in checkpointable_layers(model):
@@ -84,6 +109,7 @@ def run(
     positions_T: Tensor,
     targets_RK: Tensor,
     token_of_row_R: Tensor | None,
+    num_rows: int,
     keep_logits: bool,
     compute_dtype: torch.dtype,
     checkpointing: bool,
@@ -93,10 +119,11 @@ def run(
     Args:
         model: Prepared.
         traits: Its architecture's.
-        tokens_T: Token ids, int64: a pack, which is in use (attention.pack_in_use), or one sequence.
+        tokens_T: Token ids, int64: a pack, which is in use (attention.pack_in_use), or padded rows end to end.
         positions_T: Of the tokens in their sequences, int64.
         targets_RK: Token ids, int64, [R] or [R, K].
         token_of_row_R: See logprobs.linear_logprobs.
+        num_rows: Into how many rows the tokens are cut; 1 for a pack.
         keep_logits: See logprobs.linear_logprobs.
         compute_dtype: See logprobs.linear_logprobs.
         checkpointing: Compute layers' activations again in backward in place of holding them.
@@ -104,13 +131,17 @@ def run(
     Returns:
         float32 with grad where grad is enabled, shaped as targets_RK.
     """
-    inputs: dict[str, Any] = {"input_ids": tokens_T[None], "use_cache": False}
-    if not traits.why_not_packed:
+    inputs: dict[str, Any] = {"input_ids": tokens_T.view(num_rows, -1), "use_cache": False}
+    if traits.packed:
         inputs["position_ids"] = positions_T[None]
     with checkpointed(model) if checkpointing else contextlib.nullcontext():
         if traits.head is None:
-            return target_logprobs(model(**inputs).logits[0], targets_RK, token_of_row_R)
-        hidden_TD = model.base_model(**inputs).last_hidden_state[0]
+            logits_TV = model(**inputs).logits.flatten(0, 1)
+            return target_logprobs(logits_TV, targets_RK, token_of_row_R)
+        hidden_TD = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
+    if num_rows > 1 and token_of_row_R is not None:
+        # Nothing is asked about what rows are padded with.
+        hidden_TD, token_of_row_R = hidden_TD[token_of_row_R], None
     return linear_logprobs(
         hidden_TD,
         head_of(model, traits.head),
@@ -133,7 +164,10 @@ def head_of(model: PreTrainedModel, traits: HeadTraits) -> Head:
 
 
 def checkpointable_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """The outermost ones: what is within is computed again with it, in a backward that would not checkpoint it."""
+    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    within = {inner for layer in found for inner in layer.modules() if inner is not layer}
+    return [layer for layer in found if layer not in within]
 
 
 @contextlib.contextmanager

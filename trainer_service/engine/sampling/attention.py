@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from trainer_service.engine.packed.attention import UNDERSTOOD, check_understood, repeated_heads
-from trainer_service.engine.sampling.cache import BLOCK, Block, Views
-from trainer_service.engine.sampling.slots import Group
+from trainer_service.engine.sampling.cache import BLOCK, Block, Call, Views
+from trainer_service.engine.sampling.slots import Group, Reach
 
 ATTENTION = "gradwire_cached"
 """What the function is called among transformers' attention implementations."""
@@ -64,22 +64,26 @@ class Tokens:
         parts: In the order of the tokens.
         groups: Likewise.
         num_padding: Rows behind them; attention gives them zeros.
+        rows: Where each of them stands in the forward, where that is not one row but one of a single token for each.
     """
 
-    def __init__(self, parts: list[Part], groups: list[Group], num_padding: int) -> None:
+    def __init__(self, parts: list[Part], groups: list[Group], num_padding: int, rows: Tensor | None = None) -> None:
         self.parts = parts
         self.groups = groups
         self.num_padding = num_padding
         self.sizes = [part.num_tokens for part in parts] + [len(group.slots) for group in groups] + [num_padding]
-        self.masks: dict[tuple[int, int, int, int | None], Tensor] = {}
-        self.layers_seen: set[int] = set()
+        self.rows = rows
+        self.masks: dict[tuple[range, range, Reach], Tensor] = {}
+        self.calls: list[Call] = []
+        """Of attention so far, one a layer or several; they come in the same order in every forward."""
 
-    def mask(self, count: int, first: int, length: int, window: int | None, device: torch.device) -> Tensor:
-        """Which of `length` keys each of `count` tokens sees that begin at place `first`, bool [N, S]."""
-        key = (count, first, length, window)
+    def mask(self, places: range, keys: range, reach: Reach, device: torch.device) -> Tensor:
+        """Which keys the tokens at some places see, bool [N, S]."""
+        key = (places, keys, reach)
         if key not in self.masks:
-            distance = torch.arange(first, first + count, device=device)[:, None] - torch.arange(length, device=device)
-            self.masks[key] = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            place_N1 = torch.arange(places.start, places.stop, device=device)[:, None]
+            key_S = torch.arange(keys.start, keys.stop, device=device)
+            self.masks[key] = (key_S <= place_N1) & (key_S >= reach.first_seen(place_N1))
         return self.masks[key]
 
 
@@ -121,8 +125,8 @@ def cached_attention(
     """Causal attention of the tokens in use over their caches, as transformers' AttentionInterface calls it.
 
     Args:
-        module: The attention layer; its `layer_idx` says which part of the caches is its own.
-        query: [1, H, tokens, D].
+        module: The attention layer.
+        query: [1, H, tokens, D]; where the tokens stand in rows of their own, here and below, [tokens, H, 1, D].
         key: [1, J, tokens, D].
         value: [1, J, tokens, E].
         attention_mask: None: the tokens in use say who sees whom.
@@ -141,14 +145,17 @@ def cached_attention(
         NotImplementedError: A model asks for something else; it cannot be served so.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    layer = getattr(module, "layer_idx", None)
-    plain = causal and attention_mask is None and not dropout and len(query) == 1 and layer is not None
-    check_understood(kwargs, UNDERSTOOD, plain=plain)
-    assert layer is not None
     assert _in_use is not None, "no tokens are in use"
     tokens = _in_use
-    tokens.layers_seen.add(layer)
-    scores = Scores(scaling or query.shape[-1] ** -0.5, sliding_window, softcap, s_aux)
+    in_shape = len(query) == 1 if tokens.rows is None else query.shape[2] == 1
+    check_understood(kwargs, UNDERSTOOD, plain=causal and attention_mask is None and not dropout and in_shape)
+    layer = len(tokens.calls)
+    tokens.calls.append(Call(key.shape[1], key.shape[-1], value.shape[-1], key.dtype))
+    reach = Reach(sliding_window, _chunk_of(module))
+    scores = Scores(scaling or query.shape[-1] ** -0.5, reach, softcap, s_aux)
+    if tokens.rows is not None:
+        # [n, H, 1, D] → [1, H, n, D], in the order of the tokens.
+        query, key, value = (states[tokens.rows, :, 0].transpose(0, 1)[None] for states in (query, key, value))
     split = list(zip(*(states[0].split(tokens.sizes, dim=1) for states in (query, key, value)), strict=True))
     num_parts = len(tokens.parts)
     outputs = [_attend(tokens, part, layer, states, scores) for part, states in zip(tokens.parts, split, strict=False)]
@@ -158,10 +165,22 @@ def cached_attention(
     ]
     if tokens.num_padding:
         outputs.append(query.new_zeros(tokens.num_padding, query.shape[1], value.shape[-1]))
-    return torch.cat(outputs)[None], None
+    found = torch.cat(outputs)
+    if tokens.rows is None:
+        return found[None], None
+    return torch.empty_like(found).index_copy_(0, tokens.rows, found)[:, None], None
 
 
 AttentionInterface.register(ATTENTION, cached_attention)
+
+
+def _chunk_of(module: nn.Module) -> int | None:
+    """Tokens of the chunks that a layer's attention goes by, as configurations say it for transformers' own masks."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or layer is None or kinds[layer] != "chunked_attention":
+        return None
+    return getattr(config, "attention_chunk_size", None)
 
 
 @dataclass(frozen=True)
@@ -169,7 +188,7 @@ class Scores:
     """How scores are made; see cached_attention."""
 
     scaling: float
-    window: int | None
+    reach: Reach
     softcap: float | None
     sinks_H: Tensor | None
 
@@ -199,17 +218,14 @@ def _attend_prompt(
     tokens: Tokens, first: int, query_HND: Tensor, keys_JSD: Tensor, values_JSE: Tensor, scores: Scores
 ) -> Tensor:
     """A prompt's new tokens, from place `first` on, over those before and themselves, [N, H, E]."""
-    num_new, window = query_HND.shape[1], scores.window
+    num_new, reach = query_HND.shape[1], scores.reach
     query_BHND = F.pad(query_HND, (0, 0, 0, -num_new % _VECTOR))[None]
-    if first == 0:
-        keys_JSD, values_JSE = keys_JSD[:, : query_BHND.shape[2]], values_JSE[:, : query_BHND.shape[2]]
-    elif window is not None:
-        # Blocks that no new token sees need not be read.
-        start = max(0, (first + 1 - window) // BLOCK * BLOCK)
-        first, keys_JSD, values_JSE = first - start, keys_JSD[:, start:], values_JSE[:, start:]
-    count, length = query_BHND.shape[2], keys_JSD.shape[1]
-    causal = scores.plain and first == 0 and (window is None or length <= window)
-    mask_NS = None if causal else tokens.mask(count, first, length, window, query_HND.device)
+    places = range(first, first + query_BHND.shape[2])
+    # Blocks that no new token sees need not be read.
+    seen = range(max(0, reach.first_seen(first)) // BLOCK * BLOCK, keys_JSD.shape[1] if first else places.stop)
+    keys_JSD, values_JSE = keys_JSD[:, seen.start : seen.stop], values_JSE[:, seen.start : seen.stop]
+    causal = scores.plain and first == 0 and reach.first_seen(places.stop - 1) <= 0
+    mask_NS = None if causal else tokens.mask(places, seen, reach, query_HND.device)
     # With a mask torch falls back to a slow kernel unless keys come repeated.
     keys, values = (repeated_heads(held[None], len(query_HND)) for held in (keys_JSD, values_JSE))
     if scores.plain:
@@ -228,8 +244,8 @@ def _attend_slots(group: Group, layer: int, states: tuple[Tensor, ...], scores: 
     keys, values = group.keys[layer], group.values[layer]
     for held, new in ((keys, key_JnD), (values, value_JnE)):
         held.view(-1, held.shape[-1]).index_copy_(0, group.index_nJ, new.transpose(0, 1).flatten(0, 1).to(held.dtype))
-    window, num_heads = scores.window, keys.shape[1]
-    if start := group.start(window):
+    reach, num_heads = scores.reach, keys.shape[1]
+    if start := group.start(reach):
         keys, values = keys[:, :, start:], values[:, :, start:]
     # [H, n, D] → [n, J, G, D]: query heads that share a key head stand in as its queries, so no key is copied for them.
     query_nJGD = query_HnD.transpose(0, 1).unflatten(1, (num_heads, -1))
@@ -239,12 +255,12 @@ def _attend_slots(group: Group, layer: int, states: tuple[Tensor, ...], scores: 
             F.pad(query_nJGD, (0, 0, 0, -count % _ROWS)),
             keys,
             values,
-            attn_mask=group.bias(window, query_nJGD),
+            attn_mask=group.bias(reach, query_nJGD),
             scale=scores.scaling,
         )
         return output_nJGE[:, :, :count].flatten(1, 2)
     raw_nJGC = _raw(query_nJGD @ keys.transpose(-1, -2), scores)
-    weights_nHC = _weights(raw_nJGC.flatten(1, 2)[:, :, None], group.mask(window), scores).squeeze(2)
+    weights_nHC = _weights(raw_nJGC.flatten(1, 2)[:, :, None], group.mask(reach), scores).squeeze(2)
     return (weights_nHC.to(values.dtype).unflatten(1, (num_heads, -1)) @ values).flatten(1, 2)
 
 
@@ -257,12 +273,11 @@ def _attend_shared(
     """
     prompt_keys_JPD, own_keys_BJSD = keys[0][0], keys[1]
     prompt_values_JPE, own_values_BJSE = values[0][0], values[1]
-    num_samples, num_heads, length = query_HBD.shape[1], len(prompt_keys_JPD), own_keys_BJSD.shape[2]
-    if scores.window is not None:
-        seen = max(0, scores.window - length)
-        start = max(0, prompt_keys_JPD.shape[1] - seen)
-        prompt_keys_JPD, prompt_values_JPE = prompt_keys_JPD[:, start:], prompt_values_JPE[:, start:]
-        own_keys_BJSD, own_values_BJSE = own_keys_BJSD[:, :, -scores.window :], own_values_BJSE[:, :, -scores.window :]
+    num_samples, num_heads, num_prompt = query_HBD.shape[1], len(prompt_keys_JPD), prompt_keys_JPD.shape[1]
+    start = max(0, scores.reach.first_seen(num_prompt + own_keys_BJSD.shape[2] - 1))
+    prompt_keys_JPD, prompt_values_JPE = prompt_keys_JPD[:, start:], prompt_values_JPE[:, start:]
+    own_start = max(0, start - num_prompt)
+    own_keys_BJSD, own_values_BJSE = own_keys_BJSD[:, :, own_start:], own_values_BJSE[:, :, own_start:]
     num_prompt = prompt_keys_JPD.shape[1]
     # [H, B, D] → [J, B, G, D]: query heads that share a key head stand side by side.
     query_JBGD = query_HBD.unflatten(0, (num_heads, -1)).transpose(1, 2)

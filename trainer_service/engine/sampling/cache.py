@@ -5,6 +5,7 @@ A block is one tensor over all layers, so that a step makes its views of it once
 Shape suffixes: L layers, B samples, J key/value heads, S tokens there is room for, D key head size, E value head size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +29,40 @@ def capacity(length: int) -> int:
 
 
 @dataclass(frozen=True)
+class StateShape:
+    """One of a sample's states, as large for any number of tokens (states.py).
+
+    Attributes:
+        layer: Number of the layer.
+        kind: What transformers' cache layer calls it.
+        index: Which of that kind.
+        size: For one sample.
+        dtype: Its.
+    """
+
+    layer: int
+    kind: str
+    index: int
+    size: torch.Size
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call of attention caches a token: key/value heads, key and value head sizes."""
+
+    num_heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class CacheShape:
-    """What one token of one sample takes: layers, heads, head sizes, where and in which dtype."""
+    """What one token of one sample takes: calls of attention, heads, head sizes, where and in which dtype.
+
+    Beside that, `states` that do not grow; none for most models.
+    """
 
     num_layers: int
     num_heads: int
@@ -37,6 +70,25 @@ class CacheShape:
     value_size: int
     dtype: torch.dtype
     device: torch.device
+    states: tuple[StateShape, ...] = ()
+
+    @classmethod
+    def of(cls, calls: Sequence[Call], states: Sequence[StateShape], device: torch.device) -> "CacheShape":
+        """Of a model whose forward calls attention so, and remembers these states beside.
+
+        Raises:
+            NotImplementedError: Keys and values are of several shapes.
+        """
+        if len(set(calls)) > 1:
+            raise NotImplementedError("layers whose keys differ in shape")
+        call = calls[0] if calls else Call(0, 0, 0, torch.float32)
+        sizes = (call.num_heads, call.key_size, call.value_size)
+        return cls(len(calls), *sizes, call.dtype, device, tuple(states))
+
+    @property
+    def state_bytes(self) -> int:
+        """What the states of a sample take."""
+        return sum(state.size.numel() * state.dtype.itemsize for state in self.states)
 
     @property
     def bytes_per_token(self) -> int:

@@ -1,10 +1,11 @@
 """A model as sampling uses it: new tokens in, logits out, everything before them cached.
 
 Most architectures send attention through transformers' interface; they decode the requests of a step together, in one
-row without padding (attention.py). Those that do not (recurrent ones, or with a bias of their own) decode each sample
-by itself over transformers' own cache: the same numbers, slower. Those whose cache does not go on from where it was
-compute everything again for every token. Which it is, is found by trying when the model is loaded (trial.py), and may
-be another for sequences longer than some boundary of the model's.
+row without padding (attention.py), or, where layers remember more than keys and values, in a row for each sample
+(states.py). Those with attention of their own, such as a bias by distance, decode each sample by itself over
+transformers' own cache: the same numbers, slower. Those whose cache does not go on from where it was compute everything
+again for every token. Which it is, is found by trying when the model is loaded (trial.py), and may be another for
+sequences longer than some boundary of the model's.
 
 Shape suffixes: N new tokens, C tokens of a prompt so far, V vocabulary.
 """
@@ -22,96 +23,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from trainer_service.engine.device import Device
 from trainer_service.engine.sampling.attention import ATTENTION, Part, Tokens, tokens_in_use
-from trainer_service.engine.sampling.cache import Block, CacheShape, capacity
+from trainer_service.engine.sampling.cache import Block, CacheShape
 from trainer_service.engine.sampling.decoding import Decoding, Way
+from trainer_service.engine.sampling.sequences import Sequences, shares_prompt
 from trainer_service.engine.sampling.slots import Group, Slot, Slots
-
-_ROWS = 16
-"""Forwards have a multiple of this many rows. On the CPU a matrix product of few rows, or of some odd number of them,
-adds up in another order than others, whose rows come out the same however many there are, and as in training: so the
-numbers of a sample do not depend on its company."""
-_MAX_COPIED = 4096
-"""Tokens of a prompt that are copied for its samples, all together; beyond, they share it."""
-
-
-class Sequences:
-    """The samples of one request, and what the model remembers of them.
-
-    Args:
-        num_samples: How many will continue the prompt.
-    """
-
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
-        self.prompt: Block | None = None
-        """While the prompt is taken in, and where samples share it to the end."""
-        self.own: Block | None = None
-        """What each of the samples that share a prompt generated."""
-        self.slots: list[Slot] = []
-        """Of samples that do not."""
-        self.caches: list[Any] = []
-        """Where samples are decoded by themselves: of the prompt at first, then one a sample."""
-        self.tokens: list[list[int]] = [[]]
-        """What each sample has been through, where it may have to be computed again; of the prompt at first."""
-        self.way: Way | None = None
-        """How they are decoded now; None before the first token."""
-        self.beyond = False
-        """Whether they have passed the decoding's boundary."""
-        self.length = 0
-        """Tokens each sample has been through."""
-
-    def keep(self, samples: list[int]) -> None:
-        """Lets go of all samples but these, by their present numbers."""
-        self.num_samples = len(samples)
-        self.tokens = [self.tokens[sample] for sample in samples]
-        if self.own is not None:
-            self.own.keep(samples)
-        elif self.slots:
-            kept = [self.slots[sample] for sample in samples]
-            for slot in self.slots:
-                if slot not in kept:
-                    slot.free()
-            self.slots = kept
-        elif self.caches:
-            self.caches = [self.caches[sample] for sample in samples]
-
-    def follow(self, prompt: "Sequences") -> None:
-        """Goes on from a whole prompt that another request took in, and from which that one has not branched."""
-        # A prompt's block is only read from then on.
-        self.prompt = prompt.prompt
-        self.caches = copy.deepcopy(prompt.caches)
-        self.tokens = [list(prompt.tokens[0])]
-        self.way, self.beyond, self.length = prompt.way, prompt.beyond, prompt.length
-
-    def close(self) -> None:
-        """Lets go of everything."""
-        for slot in self.slots:
-            slot.free()
-        self.slots, self.caches = [], []
-        self.prompt = self.own = None
-
-    def add(self, tokens: list[list[int]]) -> None:
-        """Notes new tokens of each sample, or of the prompt."""
-        for own, new in zip(self.tokens, tokens, strict=True):
-            own += new
-
-
-def num_cached_tokens(num_samples: int, num_prompt: int, num_generated: int, *, num_alive: int) -> int:
-    """Tokens that a request's caches have room for.
-
-    Args:
-        num_samples: That it began with.
-        num_prompt: Tokens of its prompt.
-        num_generated: Tokens of each sample behind it.
-        num_alive: Samples that go on.
-    """
-    if _shares_prompt(num_samples, num_prompt):
-        return capacity(num_prompt) + num_alive * capacity(num_generated)
-    return num_alive * capacity(num_prompt + num_generated)
-
-
-def _shares_prompt(num_samples: int, num_prompt: int) -> bool:
-    return num_samples > 1 and num_samples * num_prompt > _MAX_COPIED
+from trainer_service.engine.sampling.states import ROWS, StateRow, States, cache_over, states_of, write_back
 
 
 @dataclass
@@ -130,6 +46,7 @@ class Decoder:
     _configs: list[Any] = field(init=False)
     _arguments: frozenset[str] = field(init=False)
     _slots: Slots | None = field(init=False, default=None)
+    _states: States | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         # Modules share a few config objects; each says which attention its modules use.
@@ -142,10 +59,15 @@ class Decoder:
         """Of a cached token; None where no samples are decoded together."""
         return self.decoding.shape
 
+    @property
+    def _stateful(self) -> bool:
+        """Whether layers remember more than keys and values: then nobody's row holds anything but its own tokens."""
+        return self.shape is not None and bool(self.shape.states)
+
     def with_model(self, model: PreTrainedModel) -> "Decoder":
         """The same over another copy of the model, which goes on with what is cached."""
         decoder = Decoder(model, self.device, self.decoding)
-        decoder._slots = self._slots
+        decoder._slots, decoder._states = self._slots, self._states
         return decoder
 
     def piece(self, num_prompt: int, usual: int) -> int:
@@ -173,7 +95,10 @@ class Decoder:
             else:
                 (logits_NV,) = self._forward_alone(sequences, [own], num_wanted=num_logits[number])
                 found[sequences] = logits_NV
-        if together:
+        if together and self._stateful:
+            for number in together:
+                found[batch[number]] = self._prefill_stateful(batch[number], tokens[number], num_logits[number])
+        elif together:
             parts = [batch[number] for number in together]
             logits = self._prefill_together(
                 parts, [tokens[number] for number in together], [num_logits[number] for number in together]
@@ -192,7 +117,12 @@ class Decoder:
             return
         assert self.shape is not None
         assert sequences.prompt is not None, "branch before prefill"
-        if _shares_prompt(count, sequences.length):
+        if self._stateful:
+            if self._states is None:
+                self._states = States(self.shape.states, self.device.torch_device)
+            sequences.rows = [self._states.add(sequences.states) for _ in range(count)]
+            sequences.states = []
+        if shares_prompt(count, sequences.length):
             sequences.own = Block(self.shape, count, 1)
             return
         if self._slots is None:
@@ -246,20 +176,18 @@ class Decoder:
         """What a token takes, as the model's own cache has it after one.
 
         Raises:
-            NotImplementedError: Not every layer has keys and values of one shape.
+            NotImplementedError: It keeps something else, or keys and values of several shapes.
         """
         cache = DynamicCache(config=self.model.config)
         self._forward_with(cache, [0], [0], num_wanted=1)
-        found = set()
-        for layer in cache.layers:
-            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-            if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
-                raise NotImplementedError(f"{type(layer).__name__} without keys and values")
-            found.add((keys.shape[1], keys.shape[3], values.shape[3], keys.dtype))
-        if len(found) != 1:
-            raise NotImplementedError("layers whose keys differ in shape")
-        num_heads, key_size, value_size, dtype = found.pop()
-        return CacheShape(len(cache.layers), num_heads, key_size, value_size, dtype, self.device.torch_device)
+        states = states_of(cache)
+        # Attention gives the tokens without a meaning zeros, and notes what it was called with.
+        in_use = Tokens([], [], ROWS)
+        self._forward(in_use, [0] * ROWS, list(range(ROWS)), [0])
+        with_keys = any(isinstance(getattr(layer, "keys", None), Tensor) for layer in cache.layers)
+        if with_keys is not bool(in_use.calls) or not (with_keys or states):
+            raise NotImplementedError("attention that does not go through transformers' interface")
+        return CacheShape.of(in_use.calls, [shape for shape, _ in states], self.device.torch_device)
 
     def takes(self, argument: str) -> bool:
         """Whether the model's forward has an argument of that name."""
@@ -288,15 +216,34 @@ class Decoder:
             inputs += own
             positions += range(sequences.length, sequences.length + len(own))
             wanted += range(len(inputs) - count, len(inputs))
-        logits_NV = self._forward(parts, [], inputs, positions, wanted)
+        num_padding = -len(inputs) % ROWS
+        inputs += [0] * num_padding
+        positions += [0] * num_padding
+        logits_NV = self._forward(Tokens(parts, [], num_padding), inputs, positions, wanted)
         return list(logits_NV.split(num_logits))
+
+    def _prefill_stateful(self, sequences: Sequences, tokens: list[int], num_logits: int) -> Tensor:
+        """A prompt by itself: what layers remember must not see another's tokens, nor any without a meaning."""
+        assert self.shape is not None
+        if sequences.prompt is None:
+            sequences.prompt = Block(self.shape, 1, len(tokens))
+        in_use = Tokens([Part.of(sequences.prompt, len(tokens))], [], 0)
+        first = sequences.length
+        states = list(zip(self.shape.states, sequences.states, strict=True)) if first else []
+        cache = cache_over(self.model.config, states, first)
+        positions = torch.arange(first, first + len(tokens), device=self.device.torch_device)
+        logits_NV = self._forward_states(in_use, cache, [tokens], positions[None], num_logits)[0]
+        sequences.states = [state for _, state in states_of(cache)]
+        return logits_NV
 
     def _decode_together(self, batch: list[Sequences], tokens: list[int]) -> Tensor:
         parts: list[Part] = []
         order: list[int] = []
         positions: list[int] = []
         row_of: dict[Slot, int] = {}
+        state_rows: list[StateRow] = []
         for sequences in batch:
+            state_rows += sequences.rows
             rows = range(len(positions), len(positions) + sequences.num_samples)
             positions += [sequences.length] * len(rows)
             if sequences.own is None:
@@ -310,22 +257,74 @@ class Decoder:
                 self._slots.reserve(slot)
             groups = self._slots.groups()
             order += [row_of[slot] for group in groups for slot in group.slots]
+        num_padding = -len(order) % ROWS
+        if self._stateful:
+            return self._decode_states((parts, groups, num_padding), order, state_rows, tokens, positions)
         place = {row: number for number, row in enumerate(order)}
         return self._forward(
-            parts,
-            groups,
-            [tokens[row] for row in order],
-            [positions[row] for row in order],
+            Tokens(parts, groups, num_padding),
+            [tokens[row] for row in order] + [0] * num_padding,
+            [positions[row] for row in order] + [0] * num_padding,
             [place[row] for row in range(len(tokens))],
         )
 
-    def _forward(
-        self, parts: list[Part], groups: list[Group], tokens: list[int], positions: list[int], wanted: list[int]
+    def _decode_states(
+        self,
+        in_use: tuple[list[Part], list[Group], int],
+        order: list[int],
+        state_rows: list[StateRow],
+        tokens: list[int],
+        positions: list[int],
     ) -> Tensor:
-        num_padding = -len(tokens) % _ROWS
-        in_use = Tokens(parts, groups, num_padding)
+        """One more token of every sample, each in the row where its states are.
+
+        Args:
+            in_use: What Tokens takes.
+            order: The samples' numbers in the order of those.
+            state_rows: The samples' rows.
+            tokens: Theirs.
+            positions: Likewise.
+        """
+        assert self._states is not None
+        assert self.shape is not None
+        assert len(state_rows) == len(self._states.rows)
+        parts, groups, num_padding = in_use
+        device, count = self.device.torch_device, len(tokens) + num_padding
+        row_of = [row.number for row in state_rows]
+        rows = torch.tensor([row_of[sample] for sample in order] + list(range(len(tokens), count)), device=device)
+        by_row, places = [[0] for _ in range(count)], torch.zeros(count, 1, dtype=torch.int64)
+        for row, token, position in zip(row_of, tokens, positions, strict=True):
+            by_row[row], places[row] = [token], position
+        states = list(zip(self.shape.states, self._states.tensors(), strict=True))
+        cache = cache_over(self.model.config, states, max(positions))
+        logits_nV = self._forward_states(Tokens(parts, groups, num_padding, rows), cache, by_row, places.to(device), 1)
+        write_back(cache, states)
+        return logits_nV[row_of, 0]
+
+    def _forward_states(
+        self, in_use: Tokens, cache: DynamicCache, tokens: list[list[int]], positions: Tensor, num_wanted: int
+    ) -> Tensor:
+        """Logits behind the last tokens of each row, float32 [rows, num_wanted, V]."""
+        extra: dict[str, Any] = {"logits_to_keep": num_wanted} if self.takes("logits_to_keep") else {}
+        if self.takes("position_ids"):
+            extra["position_ids"] = positions
+        with torch.no_grad(), self.device.autocast(), self._attention(ATTENTION), tokens_in_use(in_use):
+            logits = self.model(
+                input_ids=torch.tensor(tokens, device=positions.device),
+                use_cache=True,
+                **{self.decoding.cache_argument: cache},
+                **extra,
+            ).logits
+            self._check_calls(in_use)
+        return logits[:, -num_wanted:].float()
+
+    def _check_calls(self, in_use: Tokens) -> None:
+        if self.shape is not None and len(in_use.calls) != self.shape.num_layers:
+            raise NotImplementedError("attention that is not called alike every time")
+
+    def _forward(self, in_use: Tokens, tokens: list[int], positions: list[int], wanted: list[int]) -> Tensor:
         # The head's rows are padded as well, for the same reason.
-        rows = wanted + [wanted[0]] * (-len(wanted) % _ROWS)
+        rows = wanted + [wanted[0]] * (-len(wanted) % ROWS)
         device = self.device.torch_device
         logits_to_keep = (
             torch.tensor(rows, device=device) if self.takes("logits_to_keep") and len(rows) < len(tokens) else None
@@ -333,13 +332,12 @@ class Decoder:
         extra = {} if logits_to_keep is None else {"logits_to_keep": logits_to_keep}
         with torch.no_grad(), self.device.autocast(), self._attention(ATTENTION), tokens_in_use(in_use):
             logits_NV = self.model(
-                input_ids=torch.tensor([tokens + [0] * num_padding], device=device),
-                position_ids=torch.tensor([positions + [0] * num_padding], device=device),
+                input_ids=torch.tensor([tokens], device=device),
+                position_ids=torch.tensor([positions], device=device),
                 use_cache=False,
                 **extra,
             ).logits[0]
-            if self.shape is not None and len(in_use.layers_seen) != self.shape.num_layers:
-                raise NotImplementedError("layers that share their keys")
+            self._check_calls(in_use)
         if logits_to_keep is not None:
             return logits_NV[: len(wanted)].float()
         in_order = wanted == list(range(len(wanted)))

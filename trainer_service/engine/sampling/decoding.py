@@ -53,7 +53,11 @@ class Decoding:
     @property
     def described(self) -> str:
         """In a few words, for GetServerInfo."""
-        near = f"{self.near.described}: {self.why_near}" if self.why_near else self.near.described
+        near = self.near.described
+        if self.near is Way.TOGETHER and self.whole:
+            near += ", prompts one by one and whole"
+        if self.why_near:
+            near += f": {self.why_near}"
         if self.boundary is None:
             return near
         return f"{near}; beyond {self.boundary} tokens {self.far.described}: {self.why_far}"

@@ -11,9 +11,9 @@ from gradwire.errors import GradwireError, error
 from gradwire.v1 import sampling_service_pb2 as pb
 
 from trainer_service.engine.sampling import picking
-from trainer_service.engine.sampling.decoder import Sequences, num_cached_tokens
 from trainer_service.engine.sampling.request import Request
 from trainer_service.engine.sampling.samplers import Sampler
+from trainer_service.engine.sampling.sequences import Sequences, num_cached_tokens
 from trainer_service.engine.sampling.text import Transcript
 
 _SEND_INTERVAL_S = 0.05
@@ -106,7 +106,9 @@ class Job:
         num_tokens = num_cached_tokens(
             request.num_samples, len(request.prompt), num_generated, num_alive=len(self.held)
         )
-        return num_tokens * shape.bytes_per_token
+        # What is remembered of the prompt stays until its samples have gone their own ways.
+        num_states = len(self.held) + (not self.num_fed)
+        return num_tokens * shape.bytes_per_token + num_states * shape.state_bytes
 
     def put_back(self) -> None:
         """Lets go of its caches. They are computed again as they were: what was generated is not chosen anew."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trainer_service.engine.sampling.decoder import Sequences
 from trainer_service.engine.sampling.job import Job
 from trainer_service.engine.sampling.samplers import Sampler
+from trainer_service.engine.sampling.sequences import Sequences
 
 Key = tuple[int, str, tuple[int, ...]]
 
@@ -49,7 +49,7 @@ class Prompts:
         sequences = Sequences(1)
         sequences.follow(job.sequences)
         logits_1V = logits_1V.clone()
-        num_bytes = job.sequences.prompt.num_bytes + logits_1V.nbytes
+        num_bytes = job.sequences.prompt.num_bytes + shape.state_bytes + logits_1V.nbytes
         self._forget(key(job))
         self._kept[key(job)] = _Kept(sequences, logits_1V, num_bytes)
         self._num_bytes += num_bytes

@@ -8,6 +8,7 @@ Shape suffixes: L layers, n slots, J key/value heads, C tokens a slot has room f
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,6 +121,25 @@ def _copy(held: tuple[Tensor, Tensor], slot: Slot) -> None:
 
 
 @dataclass(frozen=True)
+class Reach:
+    """How far back a token sees.
+
+    Attributes:
+        window: Tokens it sees, itself included; None for all.
+        chunk: It sees those of its own chunk of so many; None for all.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def first_seen(self, place: Any) -> Any:
+        """The first place that tokens at some places see, an int or a tensor as those; may be below 0."""
+        if self.chunk is not None:
+            return place - place % self.chunk
+        return 0 if self.window is None else place - self.window + 1
+
+
+@dataclass(frozen=True)
 class Group:
     """One more token of every slot of a pool, during one forward.
 
@@ -136,8 +156,8 @@ class Group:
     values: tuple[Tensor, ...]
     index_nJ: Tensor
     lengths_n: Tensor
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
-    _biases: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    _masks: dict[Reach, Tensor] = field(default_factory=dict)
+    _biases: dict[tuple[Reach, torch.dtype], Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, pool: Pool) -> "Group":
@@ -149,28 +169,25 @@ class Group:
         keys, values = pool.keys[:, :count].unbind(), pool.values[:, :count].unbind()
         return cls(list(pool.slots), keys, values, index_nJ, lengths_n + 1)
 
-    def start(self, window: int | None) -> int:
+    def start(self, reach: Reach) -> int:
         """First place that may be seen; whole blocks before it are left out."""
-        size = self.keys[0].shape[2]
-        shortest = size - BLOCK + 1
-        return 0 if window is None else max(0, (shortest - window) // BLOCK * BLOCK)
+        shortest = max(1, self.keys[0].shape[2] - BLOCK + 1)
+        return max(0, reach.first_seen(shortest - 1)) // BLOCK * BLOCK
 
-    def mask(self, window: int | None) -> Tensor:
+    def mask(self, reach: Reach) -> Tensor:
         """Which places from `start` on each slot's new token sees, bool [n, 1, 1, C]."""
-        if window not in self._masks:
-            place = torch.arange(self.start(window), self.keys[0].shape[2], device=self.lengths_n.device)
-            lengths_n1 = self.lengths_n[:, None]
-            seen_nC = place < lengths_n1
-            if window is not None:
-                seen_nC &= place >= lengths_n1 - window
-            self._masks[window] = seen_nC[:, None, None]
-        return self._masks[window]
+        if reach not in self._masks:
+            key_C = torch.arange(self.start(reach), self.keys[0].shape[2], device=self.lengths_n.device)
+            place_n1 = self.lengths_n[:, None] - 1
+            seen_nC = (key_C <= place_n1) & (key_C >= reach.first_seen(place_n1))
+            self._masks[reach] = seen_nC[:, None, None]
+        return self._masks[reach]
 
-    def bias(self, window: int | None, like: Tensor) -> Tensor:
+    def bias(self, reach: Reach, like: Tensor) -> Tensor:
         """The mask as it is added to scores: 0 or −inf, in the dtype of `like`."""
-        key = (window, like.dtype)
+        key = (reach, like.dtype)
         if key not in self._biases:
-            mask = self.mask(window)
+            mask = self.mask(reach)
             bias = torch.zeros(mask.shape, dtype=like.dtype, device=like.device)
             self._biases[key] = bias.masked_fill_(~mask, float("-inf"))
         return self._biases[key]

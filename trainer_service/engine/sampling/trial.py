@@ -6,6 +6,7 @@ beyond which it computes otherwise (models/positions.py), for those beyond it.
 """
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -14,15 +15,16 @@ from transformers import PreTrainedModel
 
 from trainer_service.engine.device import Device
 from trainer_service.engine.models.comparison import relative_difference
-from trainer_service.engine.models.positions import Boundary, boundaries, moved, rope_boundaries
+from trainer_service.engine.models.positions import BY_ROW, Boundary, boundaries, moved, rope_boundaries
 from trainer_service.engine.models.runner import quiet_transformers
 from trainer_service.engine.sampling.cache import CacheShape
-from trainer_service.engine.sampling.decoder import Decoder, Sequences
+from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.decoding import Decoding, Way
+from trainer_service.engine.sampling.sequences import Sequences
 
 logger = logging.getLogger(__name__)
 
-_TOLERANCE = 1e-3
+_TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest, between a way to decode and a plain forward."""
 _NOTICED = 1e-5
 """Difference from which on a boundary that was moved was moved indeed, and what came out is no rounding."""
@@ -74,12 +76,13 @@ class _Trial:
     def _near(self, movable: Sequence[Boundary]) -> Decoding:
         """How short sequences are decoded, and all of them as far as is known by then."""
         why_near = ""
-        for way, whole in ((Way.TOGETHER, False), (Way.ALONE, False), (Way.ALONE, True)):
+        for way, whole in itertools.product((Way.TOGETHER, Way.ALONE), (False, True)):
             attempt = lambda way=way, whole=whole: self._try_near(self._made(way, whole=whole))  # noqa: E731
             found = self._works(attempt)
             if not found and movable:
                 # Where a row passes them, and no sequence in it does.
-                with moved(self._model, movable, _MOVED_TO):
+                reached = [one for one in movable if one.in_rows or one.name not in BY_ROW]
+                with moved(self._model, reached, _MOVED_TO):
                     found = self._works(attempt)
             if not found:
                 return self._served(dataclasses.replace(self._made(way, whole=whole), why_near=why_near))
@@ -155,7 +158,9 @@ class _Trial:
         if first:
             decoder.prefill([pair], [tokens[:first]], num_logits=[1])
         pieces = [*([tokens[:6]] if crowd else []), tokens[first:5], tokens[:3]]
-        decoder.prefill(batch, pieces, num_logits=[1] * len(batch))
+        *_, second_piece, whole_piece = decoder.prefill(batch, pieces, num_logits=[len(piece) for piece in pieces])
+        _compare(second_piece, decoder.own_logits(tokens[:5])[first:])
+        _compare(whole_piece, decoder.own_logits(tokens[:3]))
         for sequences in batch:
             decoder.branch(sequences)
         decoder.decode(batch, [*tokens[:1] * num_crowd, tokens[5], tokens[6], tokens[3]])

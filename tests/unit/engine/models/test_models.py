@@ -94,7 +94,7 @@ def test_what_a_longer_sequence_left_behind_changes_no_shorter_one(tiny_llama: P
 
     wanted = [logprobs(make_engine(folder, tmp_path), length) for length in lengths]
     engine = make_engine(folder, tmp_path)
-    assert engine.traits.batching.startswith("one sequence at a time: its positions depend on the longest sequence")
+    assert engine.traits.batching.endswith("; beyond 16 tokens by length")
     logprobs(engine, 60)
     for length, alone in zip(lengths, wanted, strict=True):
         np.testing.assert_array_equal(logprobs(engine, length), alone)

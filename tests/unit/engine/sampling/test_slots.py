@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 
 from trainer_service.engine.sampling.cache import Block, CacheShape, capacity
-from trainer_service.engine.sampling.slots import Slot, Slots
+from trainer_service.engine.sampling.slots import Reach, Slot, Slots
 
 SHAPE = CacheShape(2, 3, 4, 5, torch.float32, torch.device("cpu"))
 
@@ -59,17 +59,25 @@ def test_slots_hold_what_was_written_to_them(steps: list[tuple[int, str]]):
     assert not slots.groups()
 
 
-def test_a_token_sees_what_its_window_has_and_blocks_before_it_are_left_out():
+def test_a_token_sees_what_its_window_or_chunk_has_and_blocks_before_it_are_left_out():
     slots = Slots(SHAPE)
     short, long = slots.add(prompt_of(1030, 1.0)), slots.add(prompt_of(1500, 1.0))
     (group,) = slots.groups()
     assert [slot is other for slot, other in zip(group.slots, (short, long), strict=True)] == [True, True]
-    assert group.start(None) == 0
-    assert group.start(100) == 512
-    assert group.start(600) == 0
-    for window, start in ((None, 0), (100, 512), (600, 0)):
-        mask = group.mask(window)[:, 0, 0]
+    # The shorter one's new token is at place 1030, the longer one's at 1500.
+    reaches = {
+        Reach(): 0,
+        Reach(window=100): 512,
+        Reach(window=600): 0,
+        Reach(chunk=100): 1000 // 512 * 512,
+        Reach(chunk=700): 512,
+    }
+    for reach, start in reaches.items():
+        assert group.start(reach) == start
+        mask = group.mask(reach)[:, 0, 0]
         assert mask.shape == (2, 1536 - start)
         for row, length in ((mask[0], 1031), (mask[1], 1501)):
-            first = 0 if window is None else length - window
+            first = 0 if reach.window is None else length - reach.window
+            if reach.chunk is not None:
+                first = (length - 1) // reach.chunk * reach.chunk
             assert row.nonzero().flatten().tolist() == list(range(first - start, length - start))

@@ -1,0 +1,96 @@
+"""Rows padded on the right equal plain transformers on what cannot be packed: logprobs and every gradient, as near to
+float64 as float32 allows (plain.py)."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gradwire.errors import InvalidArgumentError
+from transformers import LlamaForCausalLM
+
+from tests.engines import RUN, make_engine
+from tests.numerics.architectures import PADDED, check, make_model, ragged, reference_of
+from tests.numerics.plain import to_batch
+from trainer_service.worker_config import EngineSettings
+
+WHY: dict[str, str] = {
+    "Lfm2": "it has layers of kind conv",
+    "Lfm2Moe": "it has layers of kind conv",
+    "FalconH1": "it has layers of kind hybrid",
+    "NemotronH": "it has layers of kind linear_attention, moe",
+    "Zamba2": "it has layers of kind hybrid, linear_attention",
+    "Llama4": "it has layers of kind chunked_attention, full logits",
+    **dict.fromkeys(
+        ("Falcon", "Bloom", "Mpt", "GPTJ", "GPTNeo", "CodeGen", "XGLM", "Rwkv"),
+        "its attention does not go through transformers' interface",
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", PADDED)
+def test_what_cannot_be_packed_goes_in_rows_and_equals_plain_transformers(
+    folder_of: Callable[..., Path], architecture: str, tmp_path: Path
+) -> None:
+    folder, sequences = folder_of(architecture), ragged()
+    engine = make_engine(folder, tmp_path)
+    why = WHY.get(architecture, "it has layers of kind linear_attention")
+    assert engine.traits.batching == f"rows of similar length, padded: {why}"
+    metrics = check(engine, folder, sequences)
+    assert metrics["forward_passes:sum"] < len(sequences) / 2
+    assert metrics["num_shared_tokens:sum"] == 0
+    assert engine.counters.padding_tokens_total > 0
+
+
+@pytest.mark.parametrize("architecture", PADDED)
+def test_custom_losses_computed_again_in_rows_equal_plain_transformers(
+    folder_of: Callable[..., Path], architecture: str, tmp_path: Path
+) -> None:
+    """Several forwards of soft targets, whose graph found no room; layers are computed again in their backward."""
+    folder, sequences = folder_of(architecture), ragged(k=2, seed=1)
+    settings = EngineSettings(max_pack_tokens=70, max_held_graph_bytes=1, activation_checkpointing="on")
+    engine = make_engine(folder, tmp_path, settings=settings)
+    batch = to_batch(sequences, with_weights=False)
+    gradients = np.random.default_rng(3).normal(size=(batch.num_tokens, 2)).astype(np.float32)
+
+    def loss(logprobs: list[torch.Tensor]) -> torch.Tensor:
+        return (torch.cat(logprobs) * torch.tensor(gradients)).sum()
+
+    wanted = reference_of(folder, sequences, loss)
+    found = engine.forward(RUN, 1, engine.stage(batch), keep_graph=True)
+    wanted.check_logprobs(found.logprobs_TK)
+    metrics = engine.backward(RUN, 2, forward_seq_id=1, gradients_TK=gradients)
+    assert metrics["forward_passes:sum"] == found.metrics["forward_passes:sum"] > 1
+    wanted.check_gradients(engine.live_model(RUN).named_parameters())
+
+
+def test_rows_that_would_see_one_another_go_one_at_a_time_and_it_is_said(
+    folder_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of which nobody has told us that it is none that is batched."""
+    forward: Any = LlamaForCausalLM.forward
+
+    def beside_others(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        output = forward(model, input_ids, **kwargs)
+        output.logits = output.logits * len(input_ids)
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", beside_others)
+    monkeypatch.setattr("trainer_service.engine.models.probe._why_never_packed", lambda model: "it is tried")
+    engine = make_engine(folder_of("Llama"), tmp_path)
+    assert (
+        engine.traits.batching == "one sequence at a time: it is tried, and rows come out otherwise beside one another"
+    )
+    sequences = ragged()
+    metrics = check(engine, folder_of("Llama"), sequences)
+    assert metrics["forward_passes:sum"] == len(sequences)
+
+
+def test_a_model_whose_forward_changes_its_parameters_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PADDED, "Rwkv", {**PADDED["Rwkv"], "rescale_every": 6})
+        folder = make_model(tmp_path, "Rwkv")
+    with pytest.raises(InvalidArgumentError, match=r"is a RwkvForCausalLM whose forward changes its own parameters"):
+        make_engine(folder, tmp_path)
