@@ -41,7 +41,7 @@ def main() -> None:
         model = make_tiny_llama(folder / "model")
         with running_trainer(model, folder / "trainer", "--max-runs", "256", "--log-level", "WARNING") as trainer:
             trainer.wait_ready()
-            options = ("--alias", "tiny", "--session-grace-s", "2", "--log-level", "WARNING")
+            options = ("--alias", "tiny", "--session-grace-s", "15", "--log-level", "WARNING")
             with running_gateway(trainer.base_url, folder / "gateway", *options) as gateway:
                 assert gateway.process is not None
                 asyncio.run(soak(gateway.base_url, gateway.process.pid, folder / "gateway", seconds))

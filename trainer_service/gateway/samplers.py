@@ -198,12 +198,12 @@ class Samplers:
 
     def forget(self, row: sqlite3.Row, request_ids: list[str]) -> None:
         """The client has the answers to these."""
-        if request_ids:
+        own = [one for one in request_ids if one.rpartition(":")[0] == row["sampler_id"]]
+        if own:
             self.flush()
-        for request_id in request_ids:
-            if request_id.rpartition(":")[0] == row["sampler_id"]:
-                self._answers.forget(request_id)
-                self._store.forget_sample(request_id)
+            self._store.forget_answered(own)
+        for request_id in own:
+            self._answers.forget(request_id)
 
     @property
     def num_waiting(self) -> int:

@@ -301,9 +301,12 @@ class Store:
                 "UPDATE sample SET outcome = ?, answered_s = ?, body = NULL WHERE request_id = ?", list(answered)
             )
 
-    def forget_sample(self, request_id: str) -> None:
-        """Its client has the answer."""
-        self._run("DELETE FROM sample WHERE request_id = ? AND answered_s IS NOT NULL", (request_id,))
+    def forget_answered(self, request_ids: Iterable[str]) -> None:
+        """Their client has the answers to these samples."""
+        with self._transaction():
+            self._db.executemany(
+                "DELETE FROM sample WHERE request_id = ? AND answered_s IS NOT NULL", [(one,) for one in request_ids]
+            )
 
     def forget_samples(self, before_s: float) -> None:
         """Answers given before then are not kept."""

@@ -216,6 +216,8 @@ async def _outcome(gateway: Gateway, caller: Caller, request_id: str) -> Outcome
         raise Refusal(404, f"There is no future {request_id[:200]!r}.", reason="FUTURE_NOT_FOUND")
     whose, kind, number = parsed.groups()
     if kind == "sample":
+        # Whoever waits for an answer is heard of.
+        gateway.sessions.live(whose.partition(":")[0], caller)
         return await gateway.samplers.outcome(request_id, caller)
     if number == "unload":
         return Outcome.result(type="unload_model", model_id=gateway.models.row(whose, caller)["model_id"])
