@@ -57,6 +57,7 @@ class HttpServer:
         client_ca_file = None if tls is None else tls.client_ca_file
         config = uvicorn.Config(
             app,
+            # httptools is faster, and lets a peer send a header without an end.
             http="h11",
             ws="none",
             lifespan="off",
