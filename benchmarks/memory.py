@@ -52,7 +52,11 @@ def measure_engine(model: str, checkpointing: str, max_pack_tokens: int, scale: 
     from service import InProcess
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = EngineSettings("float32", max_pack_tokens, activation_checkpointing=checkpointing)  # pyright: ignore[reportArgumentType]
+        settings = EngineSettings(
+            compute_dtype="float32",
+            max_pack_tokens=max_pack_tokens,
+            activation_checkpointing=checkpointing,  # pyright: ignore[reportArgumentType]
+        )
         engine = InProcess(model, Path(folder), settings)
         vocab = engine.engine.model.vocab_size
         engine.forward_backward(_data(vocab, 8))

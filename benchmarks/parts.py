@@ -29,7 +29,7 @@ def group(vocab: int, prompt: int, completion: int, *, shared: bool) -> list[Dat
 
 def shared_beginnings(setting: Setting) -> list[Row]:
     """A prompt of G completions is computed once."""
-    one, other = (InProcess(setting.model, setting.folder, EngineSettings("float32")) for _ in range(2))
+    one, other = (InProcess(setting.model, setting.folder, EngineSettings(compute_dtype="float32")) for _ in range(2))
     prompt, completion = setting.pick(PROMPT, 24), setting.pick(COMPLETION, 8)
     vocab = one.engine.model.vocab_size
     data, different = (group(vocab, prompt, completion, shared=shared) for shared in (True, False))

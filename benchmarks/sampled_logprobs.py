@@ -32,7 +32,7 @@ def mismatch(
         goal: The goal, for the table.
     """
     with tempfile.TemporaryDirectory() as folder:
-        engine = InProcess(model, Path(folder), EngineSettings(compute_dtype)).engine
+        engine = InProcess(model, Path(folder), EngineSettings(compute_dtype=compute_dtype)).engine
         decoding = find_decoding(
             engine.live_model("run"),
             engine.device,

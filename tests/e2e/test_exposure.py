@@ -124,7 +124,8 @@ def test_a_stopped_worker_is_replaced_though_its_sockets_folder_is_gone(trainer:
     with Bystander(trainer.base_url):
         pid = trainer.worker_pid()
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        worker_folder = Path(os.fsdecode(command[command.index(b"--socket") + 1])).parent
+        [socket] = [os.fsdecode(part.partition(b"=")[2]) for part in command if part.startswith(b"--socket=")]
+        worker_folder = Path(socket).parent
         assert worker_folder.name.startswith("gradwire-worker-")
         shutil.rmtree(worker_folder)
         os.kill(pid, signal.SIGSTOP)

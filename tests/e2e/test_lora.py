@@ -162,7 +162,8 @@ def test_a_lora_state_that_does_not_say_its_layers_says_what_to_do(own_service: 
     # As versions before this wrote it.
     [file] = tmp_path.glob("data/checkpoints/*/state/s/manifest.json")
     manifest = json.loads(file.read_text())
-    assert manifest.pop("lora") == {"alpha": 8.0, "train_mlp": True, "train_attn": True, "train_unembed": True}
+    layout = manifest.pop("lora")
+    assert layout.items() >= {"alpha": 8.0, "train_mlp": True, "train_attn": True, "train_unembed": True}.items()
     file.write_text(json.dumps(manifest))
     with pytest.raises(
         FailedPreconditionError, match=r"run of rank 4 .* To go on, call create_training_client"

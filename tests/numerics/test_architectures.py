@@ -105,7 +105,7 @@ def test_custom_losses_held_and_recomputed_equal_plain_transformers(
 ) -> None:
     folder, sequences = folder_of(architecture), ragged()
     # Room for the graph of one forward of the two.
-    engine = make_engine(folder, tmp_path, settings=EngineSettings(max_pack_tokens=60, max_held_graph_bytes=900_000))
+    engine = make_engine(folder, tmp_path, settings=EngineSettings(max_pack_tokens=60, max_held_graph_bytes=600_000))
     batch = to_batch(sequences, with_weights=False)
     rng = np.random.default_rng(3)
     gradients = rng.normal(size=batch.num_tokens).astype(np.float32)

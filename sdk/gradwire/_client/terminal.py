@@ -71,7 +71,9 @@ def print_message(message: Any) -> None:
             fields = kind.fields_by_name
             is_map = kind.GetOptions().map_entry
             rows += [
-                (f"{name}.{inner}", _text(fields["value" if is_map else inner], each)) for inner, each in value.items()
+                (f"{name}.{inner}", _text(fields["value" if is_map else inner], each))
+                for inner, each in value.items()
+                if each != []
             ]
         elif value != "":
             rows.append((name, _text(message.DESCRIPTOR.fields_by_name[name], value)))

@@ -75,7 +75,7 @@ def test_backward_differs_by_its_gradients_and_its_forward():
 @pytest.mark.parametrize("kind", ["forward", "forward_backward"])
 def test_the_order_of_map_entries_is_not_part_of_the_content(kind: str):
     """Go, for one, encodes maps in another order every time."""
-    keys = [f"key{number}" for number in range(20)]
+    keys = [f"key{number}" for number in range(200)]
     made: list[TrainRequest] = []
     for order in (keys, list(reversed(keys))):
         request = TrainRequest()

@@ -50,7 +50,7 @@ def _computes_the_same(norm: nn.Module, weight: Tensor, offset: float) -> bool:
     x[0, 2:] *= eps**0.5
     # Weights as they start, all zeros or ones, would not tell one formula from another.
     drawn = nn.Parameter(torch.rand(size, generator=generator) + 0.5)
-    trial: Any = with_parts(norm, _parameters={"weight": drawn})
+    trial: Any = with_parts(norm, _parameters={**norm._parameters, "weight": drawn})
     try:
         with torch.no_grad():
             wanted, found = trial(x), _RmsNorm.apply(x, drawn, eps, offset)
