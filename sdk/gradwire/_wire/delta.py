@@ -59,6 +59,8 @@ def expand(base: bytes, compressed: bytes) -> bytes:
         raise ValueError(str(exc)) from exc
     if len(planes) != len(base):
         raise ValueError(f"a chunk has {len(planes)} bytes instead of {len(base)}")
+    if not inflate.eof or inflate.unused_data:
+        raise ValueError("a chunk does not end where its data end")
     whole = len(base) // _ITEM_BYTES * _ITEM_BYTES
     difference = np.empty(len(base), np.uint8)
     difference[:whole].reshape(-1, _ITEM_BYTES)[:] = planes[:whole].reshape(_ITEM_BYTES, -1).T
