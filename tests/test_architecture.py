@@ -50,6 +50,7 @@ ENGINE_FLOORS = (
     "tensor_files",
     "losses",
     "packed",
+    "parallel",
     "models",
     "memory",
     "loss_totals",

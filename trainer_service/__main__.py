@@ -46,6 +46,7 @@ async def _trainer(args: argparse.Namespace) -> int:
     from trainer_service.trainer import TrainerServer
 
     config.check_base_model(args.base_model)
+    config.check_ranks(args.nproc_per_node, collective_timeout_s=args.collective_timeout_s)
     _check_storage_url(args.storage_url)
     if args.gateway is not None:
         guarded = bool(config.read_api_keys()) or args.api_key_file is not None
@@ -97,6 +98,8 @@ async def _trainer(args: argparse.Namespace) -> int:
             engine=settings.engine,
             start_timeout_s=args.worker_start_timeout_s,
             heartbeat_timeout_s=args.worker_heartbeat_timeout_s,
+            local_world_size=args.nproc_per_node,
+            collective_timeout_s=args.collective_timeout_s,
         )
     )
     server = TrainerServer(settings, worker)
@@ -348,6 +351,16 @@ def _parser() -> argparse.ArgumentParser:
         default=60.0,
         help="a ready worker that sends nothing for so long (stopped, or hanging as a whole; a busy one does send) is "
         "killed and replaced, and what it was doing is done again; default: %(default)g; 0: never",
+    )
+    trainer.add_argument(
+        "--nproc-per-node", type=int, default=1, metavar="RANKS", help="worker processes that share model and batches"
+    )
+    trainer.add_argument(
+        "--collective-timeout-s",
+        type=float,
+        default=600.0,
+        help="how long ranks wait for one another within an operation before all are started again; "
+        "default: %(default)g",
     )
     _add_durability(trainer)
     defaults = config.Limits()

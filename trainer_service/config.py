@@ -460,3 +460,15 @@ def check_base_model(base_model: str) -> None:
         raise SettingsError(
             f"--base-model {base_model} does not exist or is no folder; give a Hugging Face model folder or a hub id."
         )
+
+
+def check_ranks(nproc_per_node: int, *, collective_timeout_s: float) -> None:
+    """Refuses ranks that cannot be.
+
+    Raises:
+        SettingsError: Says so.
+    """
+    if nproc_per_node < 1:
+        raise SettingsError(f"--nproc-per-node is {nproc_per_node}; it must be at least 1, the ranks on this machine.")
+    if not collective_timeout_s > 0:
+        raise SettingsError(f"--collective-timeout-s is {collective_timeout_s:g}; it must be above 0.")

@@ -1,7 +1,7 @@
 """The worker process: `python -m trainer_service.engine`, started by the trainer, once a rank.
 
 Rank 0 dials the trainer's unix socket, says hello, loads the model, and then executes commands one after the other. It
-ends, with exit code 0, when the trainer ends the stream.
+ends, with exit code 0, when the trainer ends the stream. The other ranks do as it tells them (worker/device_loop.py).
 """
 
 import argparse
@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ import grpc
 from gradwire._wire.version import __version__
 from gradwire.errors import GradwireError, error, to_status
 from gradwire.v1.trainer_service_pb2 import LossInfo, ModelInfo
-from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerHello, WorkerReady
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerHello, WorkerReady
 
 from trainer_service.config import EngineSettings, Limits
 from trainer_service.engine.ranks import Ranks
@@ -36,7 +36,9 @@ from trainer_service.processes import die_with_parent
 if TYPE_CHECKING:
     from trainer_service.engine.engine import Engine
     from trainer_service.engine.sampling.service import Sampling
+    from trainer_service.engine.worker.device_loop import DeviceLoop
 
+Send = Callable[[WorkerEvent], object]
 logger = logging.getLogger("trainer_service.engine")
 
 _GOODBYE_S = 5.0
@@ -53,6 +55,16 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
     configure_logging(as_json=arguments.log_json)
+    follows = os.environ.get("RANK", "0") != "0"
+    try:
+        return _follow(arguments) if follows else _lead(arguments)
+    except Exception:
+        # Ranks that wait for this one notice that it is gone.
+        logger.exception("A rank ended.", extra={"fields": {"rank": os.environ.get("RANK", "0")}})
+        return 1
+
+
+def _lead(arguments: argparse.Namespace) -> int:
     limits = Limits()
     try:
         trainer = TrainerConnection(arguments.socket, max_message_bytes=limits.max_message_bytes)
@@ -71,19 +83,40 @@ def main() -> int:
     )
     threading.Thread(target=_abandon, args=(trainer,), name="stream-end", daemon=True).start()
     try:
-        ranks = Ranks.from_environment()
+        ranks = _ranks(arguments, lambda text: trainer.send(WorkerEvent(loading=text)))
         with _nothing_collected():
-            engine = _load(arguments, ranks, limits, trainer)
-            sampling = _sampling(engine, arguments.checkpoint_dir, trainer)
+            engine = _load(arguments, ranks, limits, trainer.send)
+            sampling = _sampling(engine, arguments.checkpoint_dir, trainer.send, trainer.send)
     except Exception as exc:
         return _give_up(trainer, exc)
     trainer.send(_ready(engine, sampling))
     start_heartbeat(trainer.send, trainer.ended)
     logger.info("Ready.", extra={"fields": {"base_model": engine.model.base_model, "device": engine.model.device}})
-    _serve(trainer, engine, sampling, ranks, Executing(arguments.socket))
+    from trainer_service.engine.worker.device_loop import told_to_all
+
+    loop = _device_loop(arguments.socket, engine, sampling, trainer.send, told_to_all(trainer.commands, ranks))
+    loop.lead(trainer.send, trainer.ended.is_set)
     trainer.finish()
     logger.info("The trainer ended the stream.", extra={"fields": {"how": trainer.describe_end()}})
     return 0 if trainer.ended_cleanly() else 1
+
+
+def _follow(arguments: argparse.Namespace) -> int:
+    ranks = _ranks(arguments, _says_nothing)
+    outbox: list[WorkerEvent] = []
+    with _nothing_collected():
+        engine = _load(arguments, ranks, Limits(), _says_nothing)
+        # What its samples answer, the leader sends; what becomes of a snapshot, the leader knows.
+        sampling = _sampling(engine, arguments.checkpoint_dir, _says_nothing, outbox.append)
+    from trainer_service.engine.worker.device_loop import told_by_leader
+
+    loop = _device_loop(arguments.socket, engine, sampling, _says_nothing, told_by_leader(ranks), outbox)
+    loop.follow()
+    return 0
+
+
+def _says_nothing(event: object) -> None:
+    """Stands for the trainer on ranks that do not talk to it."""
 
 
 def _parse() -> argparse.Namespace:
@@ -95,8 +128,17 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--max-context-length", type=int, default=0, help="tokens; 0 takes the model's own limit")
     parser.add_argument("--loss-module", default="", help="module with further losses")
     EngineSettings.add_arguments(parser)
+    parser.add_argument(
+        "--collective-timeout-s", type=float, default=600.0, help="how long ranks wait for one another in an operation"
+    )
     parser.add_argument("--log-json", action="store_true", help="one JSON object a log line")
     return parser.parse_args()
+
+
+def _ranks(arguments: argparse.Namespace, say: Callable[[str], object]) -> Ranks:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        say(f"waiting for {os.environ['WORLD_SIZE']} ranks to meet")
+    return Ranks.from_environment(timeout_s=arguments.collective_timeout_s)
 
 
 @contextlib.contextmanager
@@ -111,14 +153,14 @@ def _nothing_collected() -> Iterator[None]:
         gc.enable()
 
 
-def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, trainer: TrainerConnection) -> "Engine":
+def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, send: Send) -> "Engine":
     if arguments.loss_module:
         from trainer_service.engine.losses import LOSSES
         from trainer_service.engine.losses.module import load_losses
 
-        trainer.send(WorkerEvent(loading=f"importing {arguments.loss_module}"))
+        send(WorkerEvent(loading=f"importing {arguments.loss_module}"))
         LOSSES.update(load_losses(arguments.loss_module, LOSSES))
-    trainer.send(WorkerEvent(loading="importing torch and transformers"))
+    send(WorkerEvent(loading="importing torch and transformers"))
     # Imported here, not at the top: these imports take seconds, and the trainer should hear from us before.
     import torch
     from transformers.utils import logging as transformers_logging
@@ -128,15 +170,15 @@ def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, trainer: 
 
     transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
-    num_threads = set_num_threads()
-    trainer.send(WorkerEvent(loading="looking for a device"))
+    num_threads = set_num_threads(ranks.local_world_size)
+    send(WorkerEvent(loading="looking for a device"))
     settings = EngineSettings.from_arguments(arguments)
-    device = pick_device(ranks.local_rank, settings.compute_dtype)
+    device = pick_device(ranks.local_rank, settings.compute_dtype, ranks.local_world_size)
     loading = WorkerEvent(loading=f"loading {arguments.served_model_name or arguments.base_model} onto {device.name}")
-    trainer.send(loading)
+    send(loading)
     logger.info("Loading.", extra={"fields": {"base_model": arguments.base_model, "num_threads": num_threads}})
     # A download or a large model may take hours, and the trainer gives up a worker that says nothing for minutes.
-    with told_of_progress(lambda: trainer.send(loading)):
+    with told_of_progress(lambda: send(loading)):
         return Engine(
             arguments.base_model,
             device=device,
@@ -145,16 +187,17 @@ def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, trainer: 
             settings=settings,
             max_context_length=arguments.max_context_length,
             served_model_name=arguments.served_model_name,
+            ranks=ranks,
         )
 
 
-def _sampling(engine: "Engine", checkpoint_dir: Path, trainer: TrainerConnection) -> "Sampling":
+def _sampling(engine: "Engine", checkpoint_dir: Path, send: Send, answer: Send) -> "Sampling":
     from trainer_service.engine.sampling.service import Sampling
 
     trying = WorkerEvent(loading="finding out how the model's samples can be decoded")
-    trainer.send(trying)
-    with told_of_progress(lambda: trainer.send(trying)):
-        return Sampling(engine, checkpoint_dir=checkpoint_dir, send=trainer.send)
+    send(trying)
+    with told_of_progress(lambda: send(trying)):
+        return Sampling(engine, checkpoint_dir=checkpoint_dir, send=answer)
 
 
 def _ready(engine: "Engine", sampling: "Sampling") -> WorkerEvent:
@@ -203,39 +246,37 @@ def _give_up(trainer: TrainerConnection, exc: Exception) -> int:
     return 1
 
 
-def _serve(
-    trainer: TrainerConnection, engine: "Engine", sampling: "Sampling", ranks: Ranks, executing: Executing
-) -> None:
-    """Executes commands until the stream ends: operations in order, and as long as each took, sampling after it."""
+def _device_loop(
+    socket: str,
+    engine: "Engine",
+    sampling: "Sampling",
+    send: Send,
+    raw: Iterable[WorkerCommand],
+    outbox: list[WorkerEvent] | None = None,
+) -> "DeviceLoop":
+    """What executes commands on this rank, and the threads that read and prepare them."""
     from trainer_service.engine.worker.commands import Commands, overtakes
+    from trainer_service.engine.worker.device_loop import DeviceLoop
 
-    commands = Commands(engine, trainer.send, sampling)
+    commands = Commands(engine, send, sampling)
     inbox = Inbox(commands.prepare, overtakes)
 
     def read() -> None:
         # A stream that breaks off has ended too; main() says how.
         with contextlib.suppress(grpc.RpcError):
-            inbox.read(trainer.commands)
+            inbox.read(raw)
 
     threading.Thread(target=read, name="commands", daemon=True).start()
     threading.Thread(target=inbox.prepare_operations, name="prepare-operations", daemon=True).start()
     threading.Thread(target=inbox.prepare_overtaking, name="prepare-sampling", daemon=True).start()
-    scheduler = sampling.scheduler
-    while not inbox.ended:
-        prepared, in_turn = inbox.take(wait=not scheduler.busy)
-        if trainer.ended.is_set():
-            continue
-        if prepared is None:
-            scheduler.run_for(0)
-            continue
-        started_s = time.monotonic()
-        executing.say(prepared.command_id)
-        event = commands.execute(ranks.broadcast(prepared))
-        executing.say(0)
-        if event is not None:
-            trainer.send(event)
-        if in_turn:
-            scheduler.run_for(time.monotonic() - started_s)
+    return DeviceLoop(
+        engine.ranks,
+        inbox=inbox,
+        commands=commands,
+        sampling=sampling,
+        executing=Executing(socket) if engine.ranks.leads else None,
+        outbox=[] if outbox is None else outbox,
+    )
 
 
 def _abandon(trainer: TrainerConnection) -> None:

@@ -11,6 +11,7 @@ from trainer_service.engine.models import lora
 from trainer_service.engine.models.adapter_files import load_adapter
 from trainer_service.engine.models.lora import LoraSettings, Targets
 from trainer_service.engine.optim import AdamW
+from trainer_service.engine.ranks import Ranks
 from trainer_service.engine.run_state import RunState
 
 _READERS = ""
@@ -49,6 +50,7 @@ class BaseModels:
         first: A loaded copy of it; the first run takes it.
         load: Loads another.
         forward: Makes one forward of a model, as training does.
+        ranks: Share the models.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class BaseModels:
         first: PreTrainedModel,
         load: Callable[[], PreTrainedModel],
         forward: Callable[[PreTrainedModel], object],
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._base_model = base_model
         self._load = load
         self._forward = forward
@@ -95,7 +99,7 @@ class BaseModels:
         model, self._unused = self._unused or self._load(), None
         if self._lent() is None and self._unchanged() is None:
             self._unchanged = weakref.ref(model)
-        return RunState(run_id=run_id, model=model, optimizer=AdamW(model.parameters()))
+        return RunState(run_id=run_id, model=model, optimizer=AdamW(model.parameters(), self._ranks))
 
     def lora(self, run_id: str, settings: LoraSettings) -> RunState:
         """A run that trains a new adapter.
@@ -145,7 +149,8 @@ class BaseModels:
             self.deleted(run_id)
             raise
         model = lora.inner(adapter)
-        optimizer = AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = AdamW(trained, self._ranks)
         settings = lora.settings_of(adapter, self._targets)
         return RunState(run_id=run_id, model=model, optimizer=optimizer, adapter=adapter, lora=settings)
 

@@ -22,11 +22,13 @@ class Device:
         torch_device: Where tensors are.
         name: For people: "cpu", or "cuda:0 (NVIDIA H200)".
         compute_dtype: Dtype of matrix products.
+        num_sharing: How many ranks have a part of it: all of this machine's where it is the CPU.
     """
 
     torch_device: torch.device
     name: str
     compute_dtype: torch.dtype
+    num_sharing: int = 1
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The autocast context that every forward runs in."""
@@ -40,11 +42,14 @@ class Device:
             torch.cuda.synchronize(self.torch_device)
 
     def total_bytes(self) -> int:
-        """Memory there is: the GPU's, or this machine's or control group's. Not what is free now: what is decided by it
-        (the shape of packs) must be the same after a restart, or the same log would lead to other bits."""
+        """Memory there is: the GPU's, or this rank's part of the machine's or control group's.
+
+        Not what is free now: what is decided by it (the shape of packs) must be the same after a restart, or the same
+        log would lead to other bits.
+        """
         if self.torch_device.type == "cuda":
             return torch.cuda.get_device_properties(self.torch_device).total_memory
-        return total_host_bytes()
+        return total_host_bytes() // self.num_sharing
 
     def release_cached_memory(self) -> None:
         """Gives memory that torch keeps for later back to the device."""
@@ -52,20 +57,21 @@ class Device:
             torch.cuda.empty_cache()
 
 
-def pick_device(local_rank: int = 0, compute_dtype: ComputeDtype = "auto") -> Device:
+def pick_device(local_rank: int = 0, compute_dtype: ComputeDtype = "auto", local_world_size: int = 1) -> Device:
     """CUDA where there is a GPU, otherwise the CPU; "auto" computes in bfloat16 on the one, in float32 on the other."""
     asked = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[compute_dtype]
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
         return Device(device, f"{device} ({torch.cuda.get_device_name(device)})", asked or torch.bfloat16)
-    return Device(torch.device("cpu"), "cpu", asked or torch.float32)
+    return Device(torch.device("cpu"), "cpu", asked or torch.float32, num_sharing=local_world_size)
 
 
-def set_num_threads() -> int:
-    """Lets torch use every CPU this process may run on, unless OMP_NUM_THREADS says how many. Returns their number."""
+def set_num_threads(local_world_size: int = 1) -> int:
+    """Lets torch use every CPU this process may run on, shared out among the machine's ranks, unless OMP_NUM_THREADS
+    says how many. Returns their number."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(num_available_cpus())
+        torch.set_num_threads(max(1, num_available_cpus() // local_world_size))
     return torch.get_num_threads()
 
 

@@ -6,7 +6,7 @@ Shape suffixes: T tokens of one batch or microbatch, V vocabulary, K targets a t
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -23,13 +23,14 @@ from trainer_service.engine.base_models import BaseModels
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.losses.loss import Loss
-from trainer_service.engine.memory import plan_memory
+from trainer_service.engine.memory import MemoryPlan, plan_memory
 from trainer_service.engine.microbatch import Forwards
-from trainer_service.engine.models.load import describe, fetch, load_model
+from trainer_service.engine.models.load import describe, fetch
 from trainer_service.engine.models.lora import LoraSettings
-from trainer_service.engine.models.probe import find_traits
-from trainer_service.engine.models.runner import prepare
+from trainer_service.engine.models.source import ModelSource
+from trainer_service.engine.parallel.sharding import readable, reshard
 from trainer_service.engine.passes import ForwardResult, Passes, Staged
+from trainer_service.engine.ranks import Ranks
 from trainer_service.engine.run_state import HeldGraph, RunState
 from trainer_service.engine.storage.checkpoints import Checkpoints, Label, SavedCheckpoint
 from trainer_service.engine.storage.snapshots import restore_snapshot
@@ -58,6 +59,7 @@ class Engine:
         settings: What the trainer's owner decided about memory.
         max_context_length: Longest sequence taken, tokens; 0 takes the model's own limit.
         served_model_name: What it is called in what callers are told and given; "" for base_model.
+        ranks: Among which models and batches are shared out; each rank has an engine, and calls the same verbs.
 
     Raises:
         InvalidArgumentError: The model cannot be loaded.
@@ -73,41 +75,47 @@ class Engine:
         settings: EngineSettings | None = None,
         max_context_length: int = 0,
         served_model_name: str = "",
+        ranks: Ranks | None = None,
     ) -> None:
         name = served_model_name or base_model
+        self.ranks = ranks or Ranks()
         self.limits = limits or Limits()
         self.device = device
         self.counters = Counters()
-        self._base_model = base_model
         self.folder = fetch(base_model)
         """Where the base model's files are."""
-        first = load_model(base_model, self.folder, device)
-        self.model = describe(first, base_model=name, device=device, max_context_length=max_context_length)
+        self.source = ModelSource(base_model, self.folder, device, self.ranks)
+        """Where its models come from."""
+        example = self.source.example
+        self.model = describe(example, base_model=name, device=device, max_context_length=max_context_length)
         """What is trained, for GetServerInfo."""
         self._checkpoints = Checkpoints(checkpoint_dir, self.model, self.folder)
         settings = settings or EngineSettings()
-        self.traits = find_traits(first, device.torch_device, max_context_length=self.model.max_context_length)
+        self.traits = self.source.find_traits(max_context_length=self.model.max_context_length)
         """What the architecture allows."""
-        self.memory = plan_memory(device, self.traits, settings, num_parameters=self.model.num_parameters)
-        """How memory is shared out."""
-        vocab_size = first.config.get_text_config().vocab_size
+        own_parameters = -(-self.model.num_parameters // self.ranks.world_size)
+        plan = plan_memory(device, self.traits, settings, num_parameters=own_parameters)
+        self.memory = MemoryPlan(**self.ranks.execution.tell(asdict(plan)))
+        """How memory is shared out, alike on all ranks."""
+        vocab_size = example.config.get_text_config().vocab_size
         forwards = Forwards(device, self.traits, self.memory, settings.activation_checkpointing, vocab_size)
-        self._passes = Passes(forwards, self.counters, self._held_graphs)
-        prepare(first, self.traits)
-        self._base_models = BaseModels(name, first=first, load=self._load_base, forward=self._try_forward)
+        self._passes = Passes(forwards, self.counters, self._held_graphs, self.ranks)
+        self._base_models = BaseModels(
+            name, first=self.source.load(), load=self.source.load, forward=self._try_forward, ranks=self.ranks
+        )
         self._runs: dict[str, RunState] = {}
         self._adapter_offload = AdapterOffload(self.memory.max_device_adapter_bytes, self.counters)
         self.before_change: Callable[[PreTrainedModel], object] = lambda model: None
         """Called before the parameters of a model change, since somebody may be reading them."""
 
     def base_model(self) -> PreTrainedModel:
-        """The base model, to be read: a copy that no run has changed, loaded anew where there is none."""
+        """The base model, to be read: a copy that no run has changed, loaded anew where there is none; whole."""
         what = f"the base model's {self.model.num_parameters} parameters"
-        return self._attempt(self._base_models.base_model, what=what)
+        return self._attempt(lambda: readable(self._base_models.base_model()), what=what)
 
     def adapted_model(self, folder: Path) -> PreTrainedModel:
         """The base model with the adapter in a folder, to be read."""
-        return self._attempt(lambda: self._base_models.adapted_model(folder), what="an adapter")
+        return self._attempt(lambda: readable(self._base_models.adapted_model(folder)), what="an adapter")
 
     def create_run(self, run_id: str, *, lora: LoraSettings | None = None, adapter: str = "") -> None:
         """Makes a run with parameters of its own, equal to the base model's, or with an adapter beside a shared one.
@@ -338,10 +346,11 @@ class Engine:
         return step
 
     def live_model(self, run_id: str) -> PreTrainedModel:
-        """A run's own model, to be read until it changes; see before_change."""
+        """A run's own model, to be read until it changes; see before_change. A whole copy, where that is in parts."""
         run = self._run(run_id)
-        run.being_read = True
-        return run.model
+        model = readable(run.model)
+        run.being_read = model is run.model
+        return model
 
     def run_state(self, run_id: str) -> RunState:
         """The state of a run, for the thread that calls the verbs.
@@ -351,11 +360,6 @@ class Engine:
         """
         return self._run(run_id)
 
-    def _load_base(self) -> PreTrainedModel:
-        model = load_model(self._base_model, self.folder, self.device)
-        prepare(model, self.traits)
-        return model
-
     def _try_forward(self, model: PreTrainedModel) -> None:
         """A forward of two tokens, as training makes it."""
         batch = Batch(np.zeros(2, dtype=np.int32), np.array([0, 2]), {"target_tokens": np.zeros(2, dtype=np.int64)})
@@ -364,6 +368,7 @@ class Engine:
 
     def _will_change(self, run: RunState) -> None:
         self._base_models.will_change(run)
+        reshard(run.model)
         self.before_change(run.model)
         run.being_read = False
 

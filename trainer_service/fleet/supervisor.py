@@ -59,6 +59,8 @@ class WorkerSettings:
     executes; one that is stopped or hangs as a whole is killed and replaced."""
     local_world_size: int = 1
     """Ranks on this machine."""
+    collective_timeout_s: float = 600.0
+    """How long ranks wait for one another within an operation; if one does not come, all are started again."""
 
     def command(self, socket: str) -> list[str]:
         """The command line of every rank."""
@@ -69,6 +71,7 @@ class WorkerSettings:
             *("--max-context-length", str(self.max_context_length)),
             *(("--served-model-name", self.served_model_name) if self.served_model_name else ()),
             *(("--loss-module", self.loss_module) if self.loss_module else ()),
+            *("--collective-timeout-s", str(self.collective_timeout_s)),
             *self.engine.command_line(),
         ]
 

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer_service.engine.models.lora_layer import ADAPTER, FusedLoraLinear
 from trainer_service.engine.packed.logprobs import LowRank
+from trainer_service.engine.parallel.sharding import record_of
 
 _ROUTERS = {"router", "gate", "shared_expert_gate"}
 """Linear layers that choose experts; no part of attention or MLP."""
@@ -139,6 +140,8 @@ def wrap(
     assert isinstance(model, PeftModel)
     # peft writes the folder that the model was loaded from, which may be inside a cache.
     model.peft_config[ADAPTER].base_model_name_or_path = base_model
+    if (sharded := record_of(base)) is not None:
+        sharded.fill(inner(model))
     # Dropout is off, as in every other model here.
     model.eval()
     return model
@@ -161,7 +164,9 @@ def layers_as_named(model: PreTrainedModel) -> Iterator[None]:
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model with modules of its own, and the same parameters and buffers."""
+    """A model with modules of its own, and the same parameters and buffers; of a sharded one hollow, to be filled."""
+    if (sharded := record_of(model)) is not None:
+        return sharded.hollow_copy()
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -174,7 +179,9 @@ def freeze(model: PreTrainedModel) -> None:
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose parameters never change: what trains is copied, and what does not is shared."""
+    """A copy whose parameters never change: what trains is copied, and what does not is shared. It is whole."""
+    if (sharded := record_of(model)) is not None:
+        return sharded.whole_copy(model)
     frozen = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
     made = copy.deepcopy(model, {id(tensor): tensor for tensor in frozen})
     freeze(made)
@@ -229,7 +236,7 @@ def merged(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
 
     peft's own merging adds in place, which here would be into the base model of every run.
     """
-    made = shared_copy(base)
+    made = frozen_copy(base)
     for name, layer in lora_layers(model):
         module: Any = made.get_submodule(name)
         plain: Any = layer

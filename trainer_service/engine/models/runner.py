@@ -21,6 +21,7 @@ from trainer_service.engine.models.embedding import add_rows_in_place
 from trainer_service.engine.models.lora import low_rank_of
 from trainer_service.engine.packed.attention import ATTENTION
 from trainer_service.engine.packed.logprobs import Head, linear_logprobs, target_logprobs
+from trainer_service.engine.parallel.sharding import forward_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,13 @@ def prepare(model: PreTrainedModel, traits: Traits) -> None:
         layer._gradient_checkpointing_func = recompute
 
 
-def run(
+def run(model: PreTrainedModel, traits: Traits, **inputs: Any) -> Tensor:
+    """Logprobs of the rows' targets: see `forward`, which a sharded model runs as its own."""
+    sharded = forward_of(model)
+    return forward(model, traits, **inputs) if sharded is None else sharded(traits, **inputs)
+
+
+def forward(
     model: PreTrainedModel,
     traits: Traits,
     *,
@@ -109,7 +116,8 @@ def run(
         inputs["position_ids"] = positions_T[None]
     with checkpointed(model) if checkpointing else contextlib.nullcontext():
         if traits.head is None:
-            return target_logprobs(model(**inputs).logits[0], targets_RK, token_of_row_R)
+            # Not through a call, which of a sharded model is what this runs in.
+            return target_logprobs(model.forward(**inputs).logits[0], targets_RK, token_of_row_R)
         hidden_TD = model.base_model(**inputs).last_hidden_state[0]
     return linear_logprobs(
         hidden_TD,

@@ -1,0 +1,96 @@
+"""What ranks of tests.rank_pool run: each takes its Ranks first. On one rank they run in the test's own process."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gradwire._wire.codec import Batch
+from gradwire.types import AdamParams
+
+from tests.engines import CPU, RUN
+from trainer_service.config import EngineSettings
+from trainer_service.engine.engine import Engine
+from trainer_service.engine.losses import find_loss
+from trainer_service.engine.models.lora import LoraSettings
+from trainer_service.engine.parallel.sharding import record_of, reshard, whole
+from trainer_service.engine.ranks import Ranks
+
+PARAMS = AdamParams(learning_rate=1e-2, grad_clip_norm=1.0)
+
+
+def make_engine(ranks: Ranks, folder: Path, checkpoint_dir: Path, *, lora: bool = False, **settings: Any) -> Engine:
+    """An engine with one run, `RUN`."""
+    engine = Engine(
+        str(folder), device=CPU, checkpoint_dir=checkpoint_dir, settings=EngineSettings(**settings), ranks=ranks
+    )
+    engine.create_run(RUN, lora=LoraSettings(rank=4, train_unembed=False) if lora else None)
+    return engine
+
+
+def tensors(engine: Engine) -> dict[str, np.ndarray[Any, Any]]:
+    """The run's parameters that train, whole."""
+    run = engine.run_state(RUN)
+    reshard(run.model)
+    return {name: whole(p.detach()).numpy().copy() for name, p in run.trained_parameters().items()}
+
+
+def gradients(engine: Engine) -> dict[str, np.ndarray[Any, Any]]:
+    """The run's gradients, whole and summed over ranks."""
+    run, found = engine.run_state(RUN), {}
+    for name, parameter in run.trained_parameters().items():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        total = whole(grad).clone()
+        if run.lora_rank and engine.ranks.world_size > 1:
+            torch.distributed.all_reduce(total)
+        found[name] = total.numpy().copy()
+    return found
+
+
+def train(
+    ranks: Ranks,
+    folder: Path,
+    checkpoint_dir: Path,
+    batches: Sequence[Batch],
+    *,
+    lora: bool = False,
+    loss: str = "cross_entropy",
+    custom: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Three steps, each over all batches. Of the first the logprobs and gradients, of all metrics and parameters.
+
+    Custom losses are all held before their backwards, which go in another order.
+    """
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=lora, **settings)
+    found: dict[str, Any] = {"sharded": record_of(engine.run_state(RUN).model) is not None, "metrics": []}
+    found["before"] = tensors(engine)
+    seq_id = 0
+    for step in range(3):
+        logprobs: list[Any] = []
+        held: list[tuple[int, Batch]] = []
+        for batch in batches:
+            seq_id += 1
+            if custom:
+                result = engine.forward(RUN, seq_id, engine.stage(batch), keep_graph=True)
+                held.append((seq_id, batch))
+            else:
+                result = engine.forward_backward(RUN, seq_id, engine.stage(batch, find_loss(loss)))
+                found["metrics"].append(result.metrics)
+            logprobs.append(result.logprobs_TK)
+        for forward_seq_id, batch in reversed(held):
+            seq_id += 1
+            weights = -batch.loss_fn_inputs["weights"]
+            found["metrics"].append(
+                engine.backward(RUN, seq_id, forward_seq_id=forward_seq_id, gradients_TK=weights.astype(np.float32))
+            )
+        # An evaluation between backward and step.
+        engine.forward(RUN, seq_id + 1, engine.stage(batches[0]))
+        if step == 0:
+            found["logprobs"], found["gradients"] = logprobs, gradients(engine)
+        seq_id += 2
+        found["metrics"].append(engine.optim_step(RUN, seq_id, PARAMS).metrics)
+    found["after"] = tensors(engine)
+    found["recomputed"] = engine.counters.recomputed_graphs_total
+    return found
