@@ -66,7 +66,7 @@ def main() -> None:
         print(f"Right on {len(held_out)} sums never trained on, before: {checked[0][1]:.1%}", flush=True)
         start_s = time.monotonic()
         for step in range(1, args.steps + 1):
-            # The snapshot is taken after the optimizer step before it, and costs nothing until the next step.
+            # The weights are frozen after the optimizer step before it, which costs nothing until the next step.
             sampler = client.save_weights_and_get_sampling_client()
             batch = rng.sample(problems, args.sums)
             futures = [sampler.sample(prompt(problem), args.group, params) for problem in batch]

@@ -1,40 +1,28 @@
 """A worker without a model, and a whole trainer front end around it, on this process's event loop."""
 
 import asyncio
-import contextlib
-import tempfile
-import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import grpc
-import grpc.aio
-from gradwire.errors import GradwireError, error, from_rpc_error, to_status
+from gradwire.errors import GradwireError, error, to_status
 from gradwire.v1 import operation_pb2 as ops
-from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from gradwire.v1.sampling_service_pb2 import PromptLogprobs, SampledTokens, SampleResponse
-from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 from gradwire.v1.trainer_service_pb2 import (
-    AttachRequest,
-    CreateRunRequest,
     LossInfo,
     ModelInfo,
     TrainRequest,
     TrainResponse,
 )
-from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent, WorkerReady
 
-from trainer_service.config import Limits, TrainerConfig
 from trainer_service.fleet.worker import Deliver, Died, Reply
 from trainer_service.folders import read_manifest, whole_folder
 from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath, check_checkpoint_name
 from trainer_service.request_limits import check_ttl_seconds
-from trainer_service.trainer import TrainerServer
 from trainer_service.user_metadata import check_user_metadata
 
 READY = WorkerReady(
@@ -276,7 +264,7 @@ class FakeWorker:
                 path = self.save(CheckpointPath(run_id, STATE, save.name), **_label(save))
                 return TrainResponse(save_state=ops.SaveStateResponse(path=path))
             case "save_weights_for_sampler" if request.save_weights_for_sampler.ephemeral:
-                path = f"gradwire://{run_id}/snapshots/{request.seq_id}"
+                path = f"gradwire://{run_id}/frozen_weights/{request.seq_id}"
                 return TrainResponse(save_weights_for_sampler=ops.SaveWeightsForSamplerResponse(path=path))
             case "save_weights_for_sampler" if self.checkpoint_dir is not None:
                 save = request.save_weights_for_sampler
@@ -304,147 +292,3 @@ def _read_snapshot(folder: Path) -> int:
     if not text.isdigit():
         raise error("CHECKPOINT_DAMAGED", f"The snapshot {folder} has another content than was written.")
     return int(text)
-
-
-@dataclass
-class FrontEnd:
-    """A trainer under test and a client of it."""
-
-    server: TrainerServer
-    worker: FakeWorker
-    channel: grpc.aio.Channel
-    stub: Any
-    sampling: Any
-
-    @property
-    def checkpoints(self) -> Any:
-        """CheckpointService's stub."""
-        return CheckpointServiceStub(self.channel)
-
-    @property
-    def address(self) -> str:
-        """host:port."""
-        return self.server.address
-
-    async def create_run(self, **fields: Any) -> str:
-        """A new run's id."""
-        return (await self.stub.CreateRun(CreateRunRequest(**fields))).run.run_id
-
-    async def attach(self, run_id: str, client_id: str = "client", **arguments: Any) -> "Stream":
-        """A stream that holds the run."""
-        stream = Stream(self.stub.Train(**arguments))
-        await stream.send(attach=AttachRequest(run_id=run_id, client_id=client_id))
-        stream.attached = (await stream.receive()).attached
-        return stream
-
-    def operations(self) -> list[tuple[int, str]]:
-        """(seq_id, kind) of the operations executed, in order."""
-        return [(seq_id, kind) for _, seq_id, kind in self.worker.executed if seq_id]
-
-
-class Stream:
-    """A Train stream spoken by hand."""
-
-    def __init__(self, call: grpc.aio.StreamStreamCall) -> None:
-        self.call = call
-        self.attached: Any = None
-
-    async def send(self, seq_id: int = 0, acked_seq_id: int = 0, **operation: Any) -> None:
-        """Writes one message; an operation may be given as {} for its empty message."""
-        await self.call.write(TrainRequest(seq_id=seq_id, acked_seq_id=acked_seq_id, **operation))
-
-    async def receive(self, timeout_s: float = 5) -> TrainResponse:
-        """Reads one answer."""
-        response = await asyncio.wait_for(self.call.read(), timeout_s)
-        assert isinstance(response, TrainResponse), f"the stream ended: {await self.call.details()}"
-        return response
-
-    async def ended(self) -> GradwireError:
-        """Reads to the end; the error that ended the stream."""
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            while isinstance(await asyncio.wait_for(self.call.read(), 5), TrainResponse):
-                pass
-        call = self.call
-        code = await call.code()
-        metadata = await call.initial_metadata(), await call.trailing_metadata()
-        return from_rpc_error(grpc.aio.AioRpcError(code, *metadata, await call.details(), None))
-
-    async def close(self) -> None:
-        """Drops the connection as a vanished client would."""
-        self.call.cancel()
-        # Until the server has noticed.
-        await asyncio.sleep(0.05)
-
-
-@contextlib.asynccontextmanager
-async def front_end(
-    *, worker: FakeWorker | None = None, limits: Limits | None = None, **settings: Any
-) -> AsyncIterator[FrontEnd]:
-    """A trainer with a fake worker on a free port, drained at the end.
-
-    Args:
-        worker: Its worker; None makes one that is ready.
-        limits: As in TrainerConfig.
-        **settings: Of TrainerConfig.
-    """
-    worker = worker or FakeWorker()
-    folder = tempfile.TemporaryDirectory(prefix="gradwire-test-")
-    settings.setdefault("data_dir", Path(folder.name))
-    config = TrainerConfig(
-        **{"base_model": "fake", "listen": "127.0.0.1:0", "drain_timeout_s": 2.0, **settings}, limits=limits or Limits()
-    )
-    worker.checkpoint_dir = config.checkpoint_dir
-    server = TrainerServer(config, worker)
-    await server.start()
-    if worker.ready is not None:
-        worker.become_ready()
-    unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    channel = grpc.aio.insecure_channel(server.address, unlimited)
-    try:
-        yield FrontEnd(server, worker, channel, TrainerServiceStub(channel), SamplingServiceStub(channel))
-    finally:
-        worker.gate.set()
-        await channel.close()
-        if not worker.stopped:
-            await server.drain()
-        folder.cleanup()
-
-
-@contextlib.contextmanager
-def front_end_on_a_thread(**settings: Any) -> Iterator[FrontEnd]:
-    """As front_end, for tests and clients that are not coroutines; its worker is for its own thread."""
-    started: asyncio.Future[None] | Any = threading.Event()
-    box: list[FrontEnd] = []
-    failed: list[BaseException] = []
-    finish: list[Callable[[], object]] = []
-
-    async def serve() -> None:
-        done = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        finish.append(lambda: loop.call_soon_threadsafe(done.set))
-        async with front_end(**settings) as trainer:
-            box.append(trainer)
-            started.set()
-            await done.wait()
-
-    def run() -> None:
-        try:
-            asyncio.run(serve())
-        except BaseException as exc:
-            failed.append(exc)
-        finally:
-            started.set()
-
-    thread = threading.Thread(target=run, name="front-end")
-    thread.start()
-    started.wait(10)
-    try:
-        if failed:
-            raise failed[0]
-        yield box[0]
-    finally:
-        for end in finish:
-            end()
-        thread.join(10)
-        if failed:
-            raise failed[0]

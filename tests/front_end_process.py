@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.fakes import front_end
+from tests.front_end import front_end
 from trainer_service.config import Limits
 from trainer_service.processes import parent_gone
 

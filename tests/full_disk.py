@@ -105,3 +105,14 @@ def _unmount_left_behind() -> None:
         pid = source.removeprefix(_SOURCE)
         if source.startswith(_SOURCE) and not Path(f"/proc/{pid}").exists():
             subprocess.run(["umount", "-l", path], check=False)
+
+
+@contextlib.contextmanager
+def nothing_can_be_written() -> Iterator[None]:
+    """Every write of this process to a file fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

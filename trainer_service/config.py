@@ -57,8 +57,8 @@ class Limits:
     max_sample_requests: int = 1024
     """Sample and ComputeLogprobs requests under way at once, of all clients together; where one owner's take them all,
     another has half a share on top."""
-    max_snapshots: int = 4
-    """Snapshots of one run; the one unused longest makes room, of those that nobody holds open."""
+    max_frozen_weights: int = 4
+    """Sets of frozen weights of one run; the one unused longest makes room, of those that nobody holds open."""
     max_user_metadata_entries: int = user_metadata.MAX_ENTRIES
     """Of one user_metadata."""
     max_user_metadata_bytes: int = user_metadata.MAX_BYTES

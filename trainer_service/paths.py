@@ -2,7 +2,7 @@
 
 gradwire://<run_id>/state/<name>              a resumable state
 gradwire://<run_id>/sampler_weights/<name>    an export for inference, which can also be sampled from
-gradwire://<run_id>/snapshots/<seq_id>        a sampler in the worker's memory, made by that operation
+gradwire://<run_id>/frozen_weights/<seq_id>   a sampler in the worker's memory, made by that operation
 """
 
 import re
@@ -16,7 +16,7 @@ STATE = "state"
 """Kind of a resumable state."""
 SAMPLER_WEIGHTS = "sampler_weights"
 """Kind of an export for inference: all parameters, or a delta."""
-SNAPSHOTS = "snapshots"
+FROZEN_WEIGHTS = "frozen_weights"
 """Kind of a sampler in the worker's memory."""
 
 SCHEME = "gradwire://"
@@ -24,7 +24,7 @@ SCHEME = "gradwire://"
 _NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}"
 _PATH = re.compile(
     rf"{SCHEME}(?P<run_id>[A-Za-z0-9][A-Za-z0-9_-]{{0,63}})/"
-    rf"(?:(?P<kind>{STATE}|{SAMPLER_WEIGHTS})/(?P<name>{_NAME})|{SNAPSHOTS}/(?P<seq_id>[1-9][0-9]{{0,18}}))",
+    rf"(?:(?P<kind>{STATE}|{SAMPLER_WEIGHTS})/(?P<name>{_NAME})|{FROZEN_WEIGHTS}/(?P<seq_id>[1-9][0-9]{{0,18}}))",
     re.ASCII,
 )
 _MAX_SHOWN = 200
@@ -53,7 +53,7 @@ class _Path:
     def _matching(cls, path: str, *kinds: str) -> Self | None:
         """The path, if it is well formed and of one of these kinds."""
         found = _PATH.fullmatch(path)
-        if found is None or (kind := found["kind"] or SNAPSHOTS) not in kinds:
+        if found is None or (kind := found["kind"] or FROZEN_WEIGHTS) not in kinds:
             return None
         return cls(found["run_id"], kind, found["name"] or found["seq_id"])
 
@@ -90,19 +90,19 @@ class SamplerPath(_Path):
         Raises:
             InvalidArgumentError: INVALID_FIELD: it is not of this form.
         """
-        parsed = cls._matching(path, SAMPLER_WEIGHTS, SNAPSHOTS)
+        parsed = cls._matching(path, SAMPLER_WEIGHTS, FROZEN_WEIGHTS)
         if parsed is None:
             raise invalid_field(
                 "model_path",
                 f"is {_shown(path)}; it must be {SCHEME}<run_id>/{SAMPLER_WEIGHTS}/<name>, as save_weights_for_sampler "
-                f"returned it, or {SCHEME}<run_id>/{SNAPSHOTS}/<seq_id>.",
+                f"returned it, or {SCHEME}<run_id>/{FROZEN_WEIGHTS}/<seq_id>.",
             )
         return parsed
 
     @classmethod
-    def snapshot(cls, run_id: str, seq_id: int) -> Self:
-        """The snapshot that an operation made."""
-        return cls(run_id, SNAPSHOTS, str(seq_id))
+    def frozen_weights(cls, run_id: str, seq_id: int) -> Self:
+        """The frozen weights that an operation made."""
+        return cls(run_id, FROZEN_WEIGHTS, str(seq_id))
 
 
 def check_checkpoint_name(name: str) -> None:

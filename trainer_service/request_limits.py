@@ -19,7 +19,7 @@ MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
 """Longest time that a checkpoint can be kept for, short of for ever."""
 _NAME = "max_name_bytes"
 MAX_LEASE_MS = 600_000
-"""How long a snapshot whose client is gone may take memory."""
+"""How long frozen weights whose client is gone may take memory."""
 
 LIMIT_OF: Mapping[str, str] = {
     "AttachRequest.client_id": _NAME,

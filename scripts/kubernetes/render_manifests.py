@@ -12,7 +12,11 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy" / "helm" / "gradwire"
 MANIFESTS = ROOT / "deploy" / "manifests"
-VALUES = {"trainer": [], "trainer-and-jobs": ["--set=jobs.enabled=true"]}
+VALUES = {
+    "trainer": [],
+    "trainer-and-gateway": ["--set=gateway.enabled=true"],
+    "trainer-and-jobs": ["--set=jobs.enabled=true"],
+}
 """Folder to the values it is rendered with."""
 _HELMS_OWN = ("helm.sh/chart", "app.kubernetes.io/managed-by")
 _HEAD = "# Rendered from deploy/helm/gradwire by scripts/kubernetes/render_manifests.py; change the chart, not this.\n"

@@ -27,7 +27,7 @@ from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 
 _CLOSE_TIMEOUT_S = 10.0
 LEASE_MS = 60_000
-"""How long the trainer keeps a snapshot whose client fell silent from making room for others."""
+"""How long the trainer keeps frozen weights whose client fell silent from making room for others."""
 _RENEWALS_PER_LEASE = 4
 
 RETRIES_ITSELF = "calls are tried again by themselves until they time out."
@@ -48,7 +48,7 @@ class SamplerSource:
 
 
 class SamplingClient(RefusesTinkerNames):
-    """Generates from the base model, a checkpoint, or a snapshot. Made by ServiceClient and TrainingClient.
+    """Generates from the base model, a checkpoint, or frozen weights. Made by ServiceClient and TrainingClient.
 
     Calls return futures at once; make many, and the trainer works on them together. It samples from frozen
     parameters: later optimizer steps do not change it. Usable from any thread.
@@ -58,19 +58,19 @@ class SamplingClient(RefusesTinkerNames):
     (importance_sampling, ppo) therefore takes them as they are from samples drawn at temperature 1 with neither top_k
     nor top_p; from others it corrects for the model's distribution, not for the narrower one they were drawn from.
 
-    A snapshot stays while its client is there: it makes no room for newer ones, of which the trainer refuses more than
-    max_snapshots (get_server_info) at once. Close clients that are done with, or let go of them.
+    Frozen weights stay while their client is there: they make no room for newer ones, and the trainer refuses more than
+    max_frozen_weights (get_server_info) at once. Close clients that are done with, or let go of them.
 
     It can be pickled, once its sampler is there (pickling waits for that): the copy in another process has a connection
-    of its own to the same sampler. A snapshot lives as long as the client it was made with, so keep that one. The API
-    key goes along only in the arguments of a process that multiprocessing starts ("spawn" or "forkserver"), over its
-    private pipe; no other pickle holds it, and who unpickles one takes GRADWIRE_API_KEY from the environment.
+    of its own to the same sampler. Frozen weights live as long as the client they were made with, so keep that one. The
+    API key goes along only in the arguments of a process that multiprocessing starts ("spawn" or "forkserver"), over
+    its private pipe; no other pickle holds it, and who unpickles one takes GRADWIRE_API_KEY from the environment.
 
     Args:
         connection: To the trainer.
         source: Names the sampler, now or once an operation has been answered.
         timeout_s: Longest that one call may take, seconds.
-        owner: Whether a snapshot ends with this client.
+        owner: Whether frozen weights end with this client.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class SamplingClient(RefusesTinkerNames):
         else:
             self._source = source
         self._finalizer = weakref.finalize(self, _let_go if owner else _nothing, connection, self._source)
-        # At exit the loop is stopped; the snapshot goes with its run.
+        # At exit the loop is stopped; frozen weights go with their run.
         self._finalizer.atexit = False
         if owner:
             self._source.add_done_callback(functools.partial(_hold_open, connection, self._finalizer))
@@ -180,7 +180,7 @@ class SamplingClient(RefusesTinkerNames):
 
     @property
     def model_path(self) -> str:
-        """gradwire:// path of the checkpoint or snapshot, "" for the base model; waits for a snapshot to be made."""
+        """gradwire:// path of the checkpoint or frozen weights, once there; "" for the base model."""
         return APIFuture(self._source, "the sampler").result().model_path
 
     def result(self, timeout: float | None = None) -> "SamplingClient":
@@ -215,7 +215,7 @@ class SamplingClient(RefusesTinkerNames):
     get_tokenizer_async = off_thread(get_tokenizer)
 
     def close(self) -> None:
-        """Frees a snapshot on the trainer. A client that is garbage-collected does the same."""
+        """Frees frozen weights on the trainer. A client that is garbage-collected does the same."""
         self._finalizer()
 
     def __enter__(self) -> "SamplingClient":
@@ -337,25 +337,25 @@ def _sampling_client(connection: Connection, source: SamplerSource, timeout_s: f
 
 
 def _nothing(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
-    """In place of _let_go where the snapshot is another client's."""
+    """In place of _let_go where the frozen weights are another client's."""
 
 
 def _let_go(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
-    """Lets a snapshot go once it is there, without waiting: nobody is left who could be told that it failed."""
+    """Lets frozen weights go once they are there, without waiting: nobody is left who could be told that it failed."""
     if not LOOP.lost:
         source.add_done_callback(functools.partial(_close_sampler, connection))
 
 
 def _hold_open(connection: Connection, client: "weakref.finalize", source: "ConcurrentFuture[SamplerSource]") -> None:
-    """Renews the lease of a snapshot for as long as its client is there, and no longer."""
-    path = _snapshot_path(source)
+    """Renews the lease of frozen weights for as long as their client is there, and no longer."""
+    path = _frozen_weights_path(source)
     if not path or LOOP.lost:
         return
 
     async def renew() -> None:
         request = pb.OpenSamplerRequest(sampler=pb.Sampler(model_path=path), lease_ms=LEASE_MS)
         while client.alive:
-            # What fails is tried again; a snapshot that is gone is told to whoever samples from it.
+            # What fails is tried again; frozen weights that are gone are told to whoever samples from it.
             with contextlib.suppress(GradwireError, grpc.aio.AioRpcError, RuntimeError):
                 stub = SamplingServiceStub(connection.channel())
                 await stub.OpenSampler(request, metadata=connection.metadata, timeout=_CLOSE_TIMEOUT_S)
@@ -364,14 +364,14 @@ def _hold_open(connection: Connection, client: "weakref.finalize", source: "Conc
     LOOP.submit(renew())
 
 
-def _snapshot_path(source: "ConcurrentFuture[SamplerSource]") -> str:
-    """Of a snapshot that was made; "" where none was."""
+def _frozen_weights_path(source: "ConcurrentFuture[SamplerSource]") -> str:
+    """Of frozen weights that were made; "" where none were."""
     path = "" if source.cancelled() or source.exception() else source.result().model_path
-    return path if "/snapshots/" in path else ""
+    return path if "/frozen_weights/" in path else ""
 
 
 def _close_sampler(connection: Connection, source: "ConcurrentFuture[SamplerSource]") -> None:
-    path = _snapshot_path(source)
+    path = _frozen_weights_path(source)
     if not path:
         return
 

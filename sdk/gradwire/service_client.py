@@ -266,7 +266,7 @@ class ServiceClient(RefusesTinkerNames):
         """A client of a sampler, waiting until the trainer has loaded it.
 
         Args:
-            model_path: gradwire:// path that save_weights_for_sampler returned, or a snapshot's; of your own runs.
+            model_path: gradwire:// path that save_weights_for_sampler returned, or of frozen weights, of your own runs.
             base_model: Without a model_path: must be what the trainer serves; None or "" takes that.
             retry_config: Must be None: calls are tried again until they time out.
             record_stability_info: Must be False: there is no loss that reads it.

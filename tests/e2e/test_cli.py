@@ -15,9 +15,9 @@ from gradwire import ServiceClient, TrainingClient
 from transformers import AutoModelForCausalLM
 
 from tests.cli import gradwire, refusal
-from tests.e2e.test_training import ADAM, all_logprobs, data
 from tests.pem import make_pem
 from tests.trainer_process import TrainerProcess, running_trainer
+from tests.training import ADAM, all_logprobs, data
 
 
 def test_runs_and_checkpoints_from_the_command_line(trainer: TrainerProcess, client: TrainingClient, tmp_path: Path):

@@ -12,8 +12,8 @@ from gradwire import AdamParams, ServiceClient
 from gradwire.errors import UnavailableError
 
 from tests.cut_proxy import cut_proxy
-from tests.e2e.test_training import all_logprobs, data, negative_log_likelihood
 from tests.trainer_process import TrainerProcess, running_trainer
+from tests.training import all_logprobs, data, negative_log_likelihood
 
 ADAM = AdamParams(learning_rate=1e-2)
 

@@ -9,8 +9,8 @@ from gradwire import AdamParams, ServiceClient, TrainingClient
 from gradwire.errors import InvalidArgumentError
 
 from tests.chaos import make_data, margin_loss
-from tests.e2e.test_training import all_logprobs
 from tests.trainer_process import TrainerProcess
+from tests.training import all_logprobs
 
 PROBE = make_data(99)
 

@@ -2,9 +2,9 @@
 
 from gradwire import ServiceClient
 
-from tests.e2e.test_training import ADAM, data
 from tests.frames import Frames, send_frames
 from tests.trainer_process import TrainerProcess
+from tests.training import ADAM, data
 
 NUM_FRAMES = 400
 """benchmarks/fuzz.py sends as many as you like."""

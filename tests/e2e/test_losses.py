@@ -10,8 +10,8 @@ import pytest
 from gradwire import AdamParams, Datum, ModelInput, ServiceClient, TrainingClient
 from gradwire.errors import InvalidArgumentError
 
+from tests.focal import FOCAL
 from tests.trainer_process import running_trainer
-from tests.unit.engine.losses.test_loss_module import FOCAL
 
 
 def sampled(client: TrainingClient, lengths: list[int]) -> list[Datum]:

@@ -7,18 +7,15 @@ from pathlib import Path
 
 import gradwire
 import pytest
-from gradwire import AdamParams, SamplingClient, SamplingParams, ServiceClient, TrainingClient
+from gradwire import SamplingClient, SamplingParams, ServiceClient, TrainingClient
 from gradwire._client.loop import LOOP
 from gradwire.errors import InvalidArgumentError, NotFoundError, OperationCancelledError, ResourceExhaustedError
 from gradwire.v1.sampling_service_pb2 import Sampler, SampleRequest
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 
-from tests.e2e.test_grpcurl import ROOT, bash, documents
+from tests.grpcurl import ROOT, bash, documents
+from tests.sampled import GREEDY, PROMPT, greedy, train
 from tests.trainer_process import TrainerProcess
-
-PROMPT = [40, 41, 42, 43]
-DATA = [gradwire.datum_from_tokens_weights([5, 6, 7, 8, 9], [1.0] * 5, 64)]
-GREEDY = SamplingParams(max_tokens=6, temperature=0, stop=[])
 
 
 @pytest.fixture
@@ -26,16 +23,6 @@ def base(service: ServiceClient) -> Iterator[SamplingClient]:
     """A sampler of the base model."""
     with service.create_sampling_client() as made:
         yield made
-
-
-def greedy(client: SamplingClient) -> list[int]:
-    return client.sample(PROMPT, 1, GREEDY).result(30).sequences[0].tokens
-
-
-def train(client: TrainingClient, steps: int = 1) -> None:
-    for _ in range(steps):
-        client.forward_backward(DATA, "cross_entropy")
-        client.optim_step(AdamParams(learning_rate=0.1))
 
 
 def test_a_samples_logprobs_are_those_of_the_trainers_own_forward(client: TrainingClient):
@@ -180,9 +167,9 @@ def test_what_the_context_has_no_room_for_is_not_generated(base: SamplingClient)
     assert [(len(one.tokens), one.stop_reason) for one in response.sequences] == [(4, "length")] * 2
 
 
-def test_a_snapshot_held_open_makes_no_room_and_a_fifth_is_refused_until_one_is_closed(client: TrainingClient):
+def test_frozen_weights_held_open_make_no_room_and_a_fifth_is_refused_until_one_is_closed(client: TrainingClient):
     clients = [client.save_weights_and_get_sampling_client() for _ in range(4)]
-    with pytest.raises(ResourceExhaustedError, match="4 snapshots that clients hold open") as refused:
+    with pytest.raises(ResourceExhaustedError, match="4 sets of frozen weights that clients hold open") as refused:
         client.save_weights_and_get_sampling_client().result(30)
     assert refused.value.reason == "LIMIT_EXCEEDED"
     assert len({tuple(greedy(each)) for each in clients}) == 1
@@ -198,7 +185,7 @@ def test_a_snapshot_held_open_makes_no_room_and_a_fifth_is_refused_until_one_is_
     assert greedy(clients[3]) == greedy(clients[0])
 
 
-def test_a_closed_client_lets_its_snapshot_go_and_so_does_a_deleted_run(service: ServiceClient, client: TrainingClient):
+def test_a_closed_client_and_a_deleted_run_let_frozen_weights_go(service: ServiceClient, client: TrainingClient):
     sampler = client.save_weights_and_get_sampling_client()
     path = sampler.model_path
     other = service.create_sampling_client(path)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from gradwire import AdamParams, ServiceClient, TrainingClient
 
-from tests.e2e.test_sampling import DATA, greedy, train
+from tests.sampled import DATA, greedy, train
 from tests.trainer_process import running_trainer
 
 

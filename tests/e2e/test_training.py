@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gradwire import AdamParams, Datum, ModelInput, ServiceClient, TrainingClient, datum_from_tokens_weights
+from gradwire import AdamParams, Datum, ModelInput, ServiceClient, TrainingClient
 from gradwire.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -22,30 +22,7 @@ from gradwire.errors import (
 )
 
 from tests.trainer_process import TrainerProcess
-
-ADAM = AdamParams(learning_rate=1e-2)
-
-
-def data(*lengths: int, seed: int = 0) -> list[Datum]:
-    """Random datums with weights."""
-    rng = np.random.default_rng(seed)
-    return [
-        datum_from_tokens_weights(rng.integers(3, 127, n + 1), rng.uniform(0, 1, n + 1).astype(np.float32))
-        for n in lengths
-    ]
-
-
-def negative_log_likelihood(batch: list[Datum], logprobs_list: list[torch.Tensor]) -> tuple[torch.Tensor, dict]:
-    """cross_entropy, written as a user would."""
-    pairs = zip(batch, logprobs_list, strict=True)
-    loss = -torch.stack([torch.dot(lp, datum.loss_fn_inputs["weights"].to_torch()) for datum, lp in pairs]).sum()
-    return loss, {"mine": loss.item()}
-
-
-def all_logprobs(client: TrainingClient, batch: list[Datum]) -> np.ndarray:
-    """The model's logprobs now, all datums end to end."""
-    outputs = client.forward(batch).result(60).loss_fn_outputs
-    return np.concatenate([output["logprobs"].to_numpy() for output in outputs])
+from tests.training import ADAM, all_logprobs, data, negative_log_likelihood
 
 
 def forward_passes(trainer: TrainerProcess) -> float:

@@ -13,76 +13,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.kubernetes.chart import CHART, one, rendered
+from tests.kubernetes.chart import CHART, GPU, OF_OTHERS, VALUE_SETS, one, rendered
 
-GPU = {"trainer": {"gpu": {"count": 1}, "sharedMemory": "16Gi", "runtimeClassName": "nvidia"}}
-TLS = {"tls": {"secretName": "gradwire-tls"}}
-JOBS = {"jobs": {"enabled": True}}
-VALUE_SETS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "gpu": GPU,
-    "tls": TLS,
-    "mutual tls": {"tls": {"secretName": "gradwire-tls", "clientCa": True}, "auth": {"secretName": ""}},
-    "no key": {"auth": {"secretName": "", "allowNoApiKey": True}},
-    "object store": {"trainer": {"storage": {"url": "s3://bucket/runs", "secretName": "s3"}}},
-    "claim of one's own": {"trainer": {"persistence": {"existingClaim": "mine"}}},
-    "storage class": {"trainer": {"persistence": {"storageClass": "fast", "accessMode": "ReadWriteOncePod"}}},
-    "placement": {
-        "trainer": {
-            "nodeSelector": {"topology.kubernetes.io/zone": "a"},
-            "tolerations": [{"key": "training", "operator": "Exists"}],
-            "affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
-            "priorityClassName": "high",
-            "podLabels": {"team": "one"},
-            "podAnnotations": {"example.org/why": "a test"},
-        },
-        "imagePullSecrets": [{"name": "registry"}],
-    },
-    "environment": {
-        "trainer": {
-            "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}],
-            "envFrom": [{"secretRef": {"name": "hub-token"}}],
-            "extraArgs": ["--max-runs=4"],
-            "maxContextLength": 4096,
-        }
-    },
-    "other resources": {
-        "trainer": {"resources": {"limits": {"rdma/hca": 1, "memory": "1.5Ti"}, "requests": {"cpu": 0.5}}}
-    },
-    "digest": {"image": {"repository": "registry.example.org/gradwire", "digest": "sha256:" + "0" * 64}},
-    "load balancer": {
-        "service": {"type": "LoadBalancer", "port": 443, "annotations": {"example.org/internal": "true"}}
-    },
-    "no metrics": {"metrics": {"enabled": False}},
-    "prometheus operator": {"metrics": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}}},
-    "gateway api": {
-        "grpcRoute": {"enabled": True, "parentRefs": [{"name": "edge"}], "hostnames": ["train.example.org"]}
-    },
-    "open network": {"networkPolicy": {"enabled": False}},
-    "narrow network": {
-        "networkPolicy": {
-            "clients": [{"namespaceSelector": {"matchLabels": {"team": "one"}}}],
-            "metricsFrom": [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "prometheus"}}}],
-        }
-    },
-    "no budget": {"trainer": {"podDisruptionBudget": {"enabled": False}}},
-    "jobs": JOBS,
-    "jobs alone, on GPUs, with TLS": {
-        **TLS,
-        "trainer": {"enabled": False},
-        "jobs": {
-            "enabled": True,
-            "trainer": {"gpu": {"count": 1}, "persistence": {"size": "1Ti"}},
-            "trainerAddress": "{name}.example.org:443",
-            "nodeSelector": {"pool": "small"},
-            "tolerations": [{"operator": "Exists"}],
-        },
-    },
-    "long names": {"fullnameOverride": "a" * 45, **JOBS},
-}
-"""What the chart is rendered with; every value that switches something stands in one of them."""
-OF_OTHERS = {"ServiceMonitor", "GRPCRoute"}
-"""Kinds whose schemas are not Kubernetes' own."""
 VERSIONS = ("1.27", kubernetes_validate.latest_version())
 """The oldest that the chart says it takes, and the newest."""
 
@@ -150,7 +82,7 @@ def test_selectors_ports_and_names_lead_to_each_other(objects: list[Any]):
 
 def test_a_pod_has_time_to_drain(objects: list[Any]):
     for item in objects:
-        if item["kind"] == "StatefulSet":
+        if item["kind"] == "StatefulSet" and item["spec"]["template"]["spec"]["containers"][0]["name"] == "trainer":
             spec = item["spec"]["template"]["spec"]
             (drain,) = (arg for arg in spec["containers"][0]["args"] if arg.startswith("--drain-timeout-s="))
             assert int(drain.partition("=")[2]) + 15 <= spec["terminationGracePeriodSeconds"]
@@ -181,6 +113,17 @@ def test_metrics_and_clients_reach_what_the_policy_names_and_no_more(helm: Path)
     assert [rule["ports"][0]["port"] for rule in policy["spec"]["ingress"]] == ["grpc", "metrics"]
 
 
+def test_the_gateway_reaches_the_trainer_whoever_else_may_not(helm: Path):
+    sets = {"gateway": {"enabled": True}, **VALUE_SETS["narrow network"]}
+    objects = rendered(helm, sets)
+    (gateway,) = (pod for pod in pods(objects) if pod["spec"]["containers"][0]["name"] == "gateway")
+    assert "--trainer=http://gradwire.training.svc:7777" in gateway["spec"]["containers"][0]["args"]
+    clients = one(objects, "NetworkPolicy", "gradwire-trainer")["spec"]["ingress"][0]["from"]
+    assert {"podSelector": {"matchLabels": gateway["metadata"]["labels"]}} in clients
+    policy = one(objects, "NetworkPolicy", "gradwire-gateway")
+    assert [rule["ports"] for rule in policy["spec"]["ingress"]] == [[{"port": "http"}]]
+
+
 def test_objects_of_others_have_the_fields_their_operators_read(helm: Path):
     objects = rendered(helm, {**VALUE_SETS["gateway api"], **VALUE_SETS["prometheus operator"]})
     route, monitor = one(objects, "GRPCRoute"), one(objects, "ServiceMonitor")
@@ -201,6 +144,17 @@ def test_objects_of_others_have_the_fields_their_operators_read(helm: Path):
         ({"tls": {"clientCa": True}}, "tls.clientCa needs tls.secretName"),
         ({"auth": {"secretName": ""}}, "Nothing says who may call"),
         ({"grpcRoute": {"enabled": True}}, "grpcRoute.enabled needs grpcRoute.parentRefs"),
+        (
+            {"page": {"enabled": True}, "auth": {"allowNoApiKey": True, "secretName": ""}},
+            "page.enabled needs auth.secretName",
+        ),
+        ({"gateway": {"enabled": True}, "trainer": {"enabled": False}}, "needs gateway.trainers"),
+        (
+            {"gateway": {"enabled": True}, "tls": {"secretName": "a", "clientCa": True}},
+            "show API keys, not certificates",
+        ),
+        ({"gateway": {"httpRoute": {"enabled": True}}}, "gateway.httpRoute.enabled needs gateway.httpRoute.parentRefs"),
+        ({"gateway": {"trainers": ["one.example.org"]}}, "/gateway/trainers/0"),
         ({"jobs": {"enabled": True}, "trainer": {"persistence": {"existingClaim": "x"}}}, "a volume of its own"),
         ({"trainer": {"persistence": {"size": "10Gb"}}}, "/trainer/persistence/size"),
         ({"trainer": {"resources": {"limits": {"memory": "lots"}}}}, "/trainer/resources/limits/memory"),
@@ -229,7 +183,7 @@ def paths(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
 
 
 def test_a_misspelt_value_is_refused_wherever_it_stands(helm: Path):
-    free = {("trainer", "resources"), ("jobs", "resources")}
+    free = {("trainer", "resources"), ("jobs", "resources"), ("gateway", "resources")}
     groups = {path[:-1] for path in paths(values())} - {path for path in paths(values()) if path[:-1] in free}
     for group in sorted(groups - free):
         misspelt: Any = {"mispelt": 1}
@@ -279,7 +233,7 @@ def test_the_manifests_are_what_the_chart_renders(helm: Path, kubectl: Path):
     script = root / "scripts" / "kubernetes" / "render_manifests.py"
     run = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    for folder in ("trainer", "trainer-and-jobs"):
+    for folder in ("trainer", "trainer-and-gateway", "trainer-and-jobs"):
         where = root / "deploy" / "manifests" / folder
         run = subprocess.run([str(kubectl), "kustomize", str(where)], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 
-from tests.kubernetes.chart import rendered
+from tests.kubernetes.chart import OF_OTHERS, VALUE_SETS, rendered
 from tests.kubernetes.cluster import Cluster, path_of
 from tests.kubernetes.control_plane import older
-from tests.kubernetes.test_chart import OF_OTHERS, VALUE_SETS
 
 PLURALS = {
     "NetworkPolicy": "networkpolicies",

@@ -107,7 +107,7 @@ def test_what_a_run_samples_has_the_logprobs_of_its_own_forward(
     engine = lora_engine(folder_of(architecture), tmp_path, lora=ALL)
     randomize(engine, "lora")
     sampling = Sampling(engine, checkpoint_dir=tmp_path, send=lambda event: None)
-    sampler = sampling.samplers.find(str(sampling.samplers.snapshot("lora", 1)))
+    sampler = sampling.samplers.find(str(sampling.samplers.freeze("lora", 1)))
     prompts = [[5, 17, 3, 88], list(range(12))]
     jobs = [Job(number, "", make_request(prompt, 14), sampler) for number, prompt in enumerate(prompts)]
     for job in jobs:

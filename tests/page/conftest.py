@@ -18,10 +18,12 @@ from gradwire.v1.sampling_service_pb2 import STOP_REASON_LENGTH, SampledTokens, 
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest, TrainResponse
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent
 
-from tests.fakes import FakeWorker, FrontEnd, front_end
+from tests.fakes import FakeWorker
+from tests.front_end import FrontEnd, front_end
 from trainer_service.access import ANYBODY, Caller, current_caller
 from trainer_service.config import Limits
 from trainer_service.fleet.worker import Deliver, Reply
+from trainer_service.page.guard import HEADER
 from trainer_service.page.server import PageServer
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.run import Run
@@ -287,3 +289,6 @@ def shots() -> Path | None:
         return None
     Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
+
+
+POST = {HEADER: "1", "content-type": "application/json"}

@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 from gradwire.v1 import operation_pb2 as ops
 
-from tests.page.conftest import PageTrainer, page_trainer
+from tests.page.conftest import POST, PageTrainer, page_trainer
 from trainer_service.access import ApiKeys, Caller
 from trainer_service.config import SettingsError, check_page
 from trainer_service.page import feed
 from trainer_service.page.feed import read_cursors
-from trainer_service.page.guard import HEADER
 
 KEYS = ("alice a-key", "bob b-key", "ops o-key admin")
-POST = {HEADER: "1", "content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gradwire import AdamParams, ServiceClient, datum_from_tokens_weights
 
-from tests.page.test_http import POST
+from tests.page.conftest import POST
 from tests.trainer_process import TrainerProcess, running_trainer
 
 

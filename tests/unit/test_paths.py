@@ -7,8 +7,8 @@ from gradwire.errors import InvalidArgumentError
 
 from trainer_service.paths import CheckpointPath, SamplerPath, check_checkpoint_name
 
-STATE, WEIGHTS, SNAPSHOT = (
-    f"gradwire://run-1/{place}" for place in ("state/step-1.5", "sampler_weights/_a", "snapshots/12")
+STATE, WEIGHTS, FROZEN_WEIGHTS = (
+    f"gradwire://run-1/{place}" for place in ("state/step-1.5", "sampler_weights/_a", "frozen_weights/12")
 )
 
 
@@ -19,13 +19,13 @@ def test_a_checkpoint_path_is_what_it_was_parsed_from(path: str):
     assert parsed.folder(Path("/root")) == Path("/root", parsed.key)
 
 
-@pytest.mark.parametrize("path", [WEIGHTS, SNAPSHOT])
+@pytest.mark.parametrize("path", [WEIGHTS, FROZEN_WEIGHTS])
 def test_a_sampler_path_is_what_it_was_parsed_from(path: str):
     assert str(SamplerPath.parse(path)) == path
 
 
-def test_the_snapshot_of_an_operation_is_named_by_its_seq_id():
-    assert SamplerPath.snapshot("run-1", 12) == SamplerPath.parse(SNAPSHOT)
+def test_the_frozen_weights_of_an_operation_are_named_by_its_seq_id():
+    assert SamplerPath.frozen_weights("run-1", 12) == SamplerPath.parse(FROZEN_WEIGHTS)
 
 
 def test_a_checkpoint_and_a_sampler_of_one_place_are_different_things():
@@ -50,14 +50,14 @@ NOWHERE = [
     "gradwire://run-1/state/é",
     "gradwire://run-1/state/" + "a" * 129,
     "gradwire://" + "r" * 65 + "/state/a",
-    "gradwire://run-1/snapshots/0",
-    "gradwire://run-1/snapshots/012",
-    "gradwire://run-1/snapshots/a",
-    "gradwire://run-1/snapshots/" + "1" * 20,
+    "gradwire://run-1/frozen_weights/0",
+    "gradwire://run-1/frozen_weights/012",
+    "gradwire://run-1/frozen_weights/a",
+    "gradwire://run-1/frozen_weights/" + "1" * 20,
 ]
 
 
-@pytest.mark.parametrize("path", [*NOWHERE, SNAPSHOT])
+@pytest.mark.parametrize("path", [*NOWHERE, FROZEN_WEIGHTS])
 def test_anything_else_is_no_checkpoint_path(path: str):
     with pytest.raises(InvalidArgumentError, match=r"^adapter_path is .*; it must be gradwire://"):
         CheckpointPath.parse(path, field="adapter_path")

@@ -32,6 +32,7 @@ async def test_stop_child_asks_first():
     assert child.stdout is not None
     await child.stdout.readline()
     assert await stop_child(child, grace_s=5) == 7
+    await child.stdout.read()
 
 
 async def test_stop_child_does_not_ask_for_ever():
@@ -40,6 +41,7 @@ async def test_stop_child_does_not_ask_for_ever():
     assert child.stdout is not None
     await child.stdout.readline()
     assert await stop_child(child, grace_s=0.1) == -signal.SIGKILL
+    await child.stdout.read()
 
 
 @pytest.mark.parametrize("command", [SLEEP, f"setsid {SLEEP}"])

@@ -10,25 +10,20 @@ import grpc.aio
 import pytest
 from gradwire import ServiceClient
 from gradwire._client import trainer_info
-from gradwire.errors import FailedPreconditionError, GradwireError, error, from_rpc_error
+from gradwire.errors import FailedPreconditionError, error
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.tensor_pb2 import Tensor
 from gradwire.v1.trainer_service_pb2 import AttachRequest, CreateRunRequest, GetServerInfoRequest, TrainRequest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.fakes import FrontEnd, Stream, front_end, front_end_on_a_thread
+from tests.front_end import FrontEnd, Stream, front_end, front_end_on_a_thread
+from tests.owners import error_of, with_key
 from trainer_service.config import Limits
 from trainer_service.rpc import border
 from trainer_service.runs.registry import Runs
 
 METHOD = "/gradwire.v1.TrainerService/"
-
-
-async def error_of(call: Any) -> GradwireError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return from_rpc_error(caught.value)
 
 
 async def assert_still_trains(trainer: FrontEnd, run_id: str) -> None:
@@ -37,10 +32,6 @@ async def assert_still_trains(trainer: FrontEnd, run_id: str) -> None:
     await stream.send(seq_id, optim_step={})
     assert (await stream.receive()).WhichOneof("result") == "optim_step"
     await stream.close()
-
-
-def with_key(key: str) -> tuple[tuple[str, str], ...]:
-    return (("authorization", f"Bearer {key}"),)
 
 
 async def test_a_call_without_a_known_key_is_refused_and_one_with_any_known_key_passes():

@@ -10,7 +10,7 @@ import pytest
 from gradwire import ServiceClient
 from gradwire.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 
-from tests.fakes import FrontEnd, front_end_on_a_thread
+from tests.front_end import FrontEnd, front_end_on_a_thread
 from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath
 from trainer_service.rpc import checkpoint_servicer
 

@@ -17,9 +17,8 @@ from gradwire.v1 import checkpoint_service_pb2 as pb
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import sampling_service_pb2 as pb_sampling
 
-from tests.fakes import FrontEnd, front_end
-from tests.wire.test_border import error_of, with_key
-from tests.wire.test_ownership import ALICE, BOB, KEYS, OPS, create, without_id
+from tests.front_end import FrontEnd, front_end
+from tests.owners import ALICE, BOB, KEYS, OPS, create, error_of, with_key, without_id
 from trainer_service.config import Limits
 from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath
 
@@ -232,10 +231,10 @@ async def test_snapshots_in_the_workers_memory_are_not_for_the_store(tmp_path: P
     async with front_end(data_dir=tmp_path, storage_url=f"memory://{uuid.uuid4().hex}") as trainer:
         stream = await trainer.attach(await trainer.create_run())
         await stream.send(1, save_weights_for_sampler={"ephemeral": True})
-        assert (await stream.receive()).save_weights_for_sampler.path.endswith("/snapshots/1")
+        assert (await stream.receive()).save_weights_for_sampler.path.endswith("/frozen_weights/1")
         run_id = await trainer.create_run()
         request = ops.SaveWeightsForSamplerRequest(run_id=run_id, ephemeral=True)
-        assert (await trainer.stub.SaveWeightsForSampler(request)).path.endswith("/snapshots/1")
+        assert (await trainer.stub.SaveWeightsForSampler(request)).path.endswith("/frozen_weights/1")
 
 
 async def test_a_disk_that_takes_no_fetch_fails_the_load_alone(tmp_path: Path):

@@ -15,7 +15,7 @@ from gradwire._wire import delta
 
 from tests.cli import command, gradwire, refusal
 from tests.cut_proxy import CutProxy, cut_proxy
-from tests.fakes import FrontEnd, front_end_on_a_thread
+from tests.front_end import FrontEnd, front_end_on_a_thread
 from trainer_service.folders import whole_folder
 from trainer_service.paths import CheckpointPath
 

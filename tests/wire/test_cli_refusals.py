@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import serialization
 from gradwire import __version__
 
 from tests.cli import gradwire, refusal
-from tests.fakes import FrontEnd, front_end_on_a_thread
+from tests.front_end import FrontEnd, front_end_on_a_thread
 from tests.pem import Pem, make_pem
 from trainer_service.config import ServerTls
 from trainer_service.paths import STATE, CheckpointPath

@@ -9,8 +9,8 @@ from gradwire import ServiceClient, datum_from_tokens_weights
 from gradwire.errors import GradwireError
 from gradwire.v1.trainer_service_pb2 import TrainRequest
 
-from tests.fakes import front_end_on_a_thread
-from tests.unit.runs.test_disk_full import nothing_can_be_written
+from tests.front_end import front_end_on_a_thread
+from tests.full_disk import nothing_can_be_written
 
 DATUM = datum_from_tokens_weights([1, 2, 3, 4], [1.0, 1.0, 1.0, 1.0])
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from tests.fakes import front_end
+from tests.front_end import front_end
 from tests.http_gateway import HttpGateway, http_gateway, one_pass
 from trainer_service.access import ApiKeys
 from trainer_service.gateway import bodies

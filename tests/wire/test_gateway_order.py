@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from gradwire.errors import error
 
-from tests.fakes import FakeWorker, front_end
+from tests.fakes import FakeWorker
+from tests.front_end import front_end
 from tests.http_gateway import http_gateway
 
 

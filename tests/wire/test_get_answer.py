@@ -14,7 +14,8 @@ from gradwire.errors import GradwireError, OperationTimeoutError, OutOfRangeErro
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb
 
-from tests.fakes import FakeWorker, FrontEnd, front_end, front_end_on_a_thread
+from tests.fakes import FakeWorker
+from tests.front_end import FrontEnd, front_end, front_end_on_a_thread
 
 
 async def answer_of(trainer: FrontEnd, run_id: str, seq_id: int, timeout_ms: int = 0) -> pb.GetAnswerResponse:

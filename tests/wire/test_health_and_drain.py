@@ -14,7 +14,8 @@ from gradwire.v1.operation_pb2 import ZeroGradRequest
 from gradwire.v1.trainer_service_pb2 import GetServerInfoRequest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.fakes import FakeWorker, FrontEnd, front_end
+from tests.fakes import FakeWorker
+from tests.front_end import FrontEnd, front_end
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -13,7 +13,7 @@ import pytest
 from gradwire import APIFuture, SamplingClient, SamplingParams, ServiceClient, datum_from_tokens_weights
 from gradwire.errors import OperationCancelledError
 
-from tests.fakes import FrontEnd, front_end_on_a_thread
+from tests.front_end import FrontEnd, front_end_on_a_thread
 from trainer_service.config import Limits
 
 DATA = [datum_from_tokens_weights([1, 2, 3], [1.0] * 3)]
@@ -97,7 +97,7 @@ def test_a_sampler_of_a_forgotten_client_comes(trainer: FrontEnd):
     assert future.result(30).sequences[0].tokens == [7]
 
 
-def test_a_snapshot_whose_client_is_forgotten_before_it_is_made_is_let_go(trainer: FrontEnd):
+def test_frozen_weights_whose_client_is_forgotten_before_they_are_made_are_let_go(trainer: FrontEnd):
     client = connect(trainer).create_training_client()
     closed: list[str] = []
     original = trainer.server.sampling.close
@@ -110,7 +110,7 @@ def test_a_snapshot_whose_client_is_forgotten_before_it_is_made_is_let_go(traine
     try:
         client.save_weights_and_get_sampling_client()
         client.zero_grad().result(30)
-        wait_for(lambda: closed, "the snapshot was kept")
+        wait_for(lambda: closed, "the frozen weights were kept")
     finally:
         trainer.server.sampling.close = original
 

@@ -12,7 +12,7 @@ from gradwire import AdamParams, Datum, ModelInput, ServiceClient, cli
 from gradwire._client.run_metrics import METRICS_OF_INTEREST
 from gradwire.errors import NotFoundError
 
-from tests.fakes import FrontEnd, front_end_on_a_thread
+from tests.front_end import FrontEnd, front_end_on_a_thread
 
 
 @pytest.fixture(scope="module")

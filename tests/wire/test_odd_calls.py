@@ -14,7 +14,7 @@ from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.run_metrics_pb2 import GetMetricsRequest
 
 from tests.engines import make_batch
-from tests.fakes import front_end
+from tests.front_end import front_end
 from tests.odd_values import odd
 from trainer_service.config import Limits
 

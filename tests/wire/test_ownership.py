@@ -9,7 +9,6 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import message_factory
-from gradwire.errors import GradwireError
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.checkpoint_service_pb2 import DownloadCheckpointRequest
@@ -17,17 +16,11 @@ from gradwire.v1.sampling_service_pb2 import SampleRequest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.fakes import FakeWorker, FrontEnd, Stream, front_end
-from tests.wire.test_border import error_of, with_key
+from tests.fakes import FakeWorker
+from tests.front_end import FrontEnd, Stream, front_end
+from tests.owners import ALICE, BOB, KEYS, OPS, create, error_of, with_key, without_id
 from trainer_service.config import Limits
 from trainer_service.paths import STATE, CheckpointPath
-
-KEYS = ("alice alices-key", "bob bobs-key", "ops ops-key admin")
-ALICE, BOB, OPS = (with_key(key) for key in ("alices-key", "bobs-key", "ops-key"))
-
-
-async def create(trainer: FrontEnd, metadata: Any, **fields: Any) -> str:
-    return (await trainer.stub.CreateRun(pb.CreateRunRequest(**fields), metadata=metadata)).run.run_id
 
 
 async def seen(trainer: FrontEnd, metadata: Any) -> list[str]:
@@ -49,11 +42,6 @@ def calls_that_name_a_run() -> list[tuple[str, Any]]:
         if "run_id" in method.input_type.fields_by_name:
             found.append((method.name, message_factory.GetMessageClass(method.input_type)))
     return found
-
-
-def without_id(exc: GradwireError, run_id: str) -> tuple[Any, ...]:
-    metadata = {key: value.replace(run_id, "RUN") for key, value in exc.metadata.items()}
-    return exc.reason, exc.code, exc.message.replace(run_id, "RUN"), metadata
 
 
 def test_the_calls_that_name_a_run_are_found():

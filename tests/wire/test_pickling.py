@@ -46,7 +46,7 @@ def test_a_started_process_samples_with_a_client_it_was_given(service: ServiceCl
     assert queue.get(timeout=60) == (sampler.model_path, [7, 7])
     process.join(60)
     assert process.exitcode == 0
-    # The copy's end was not the snapshot's.
+    # The copy's end was not the frozen weights'.
     assert sampled(sampler) == [7, 7]
 
 

@@ -17,10 +17,10 @@ from gradwire.v1 import sampling_service_pb2
 from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.datum_pb2 import ModelInput
 
-from tests.fakes import FrontEnd, front_end
 from tests.frames import TRAINER, methods
+from tests.front_end import FrontEnd, front_end
 from tests.long_fields import Unit, long_fields, map_entry
-from tests.wire.test_border import error_of
+from tests.owners import error_of
 from trainer_service.config import Limits
 from trainer_service.request_limits import LIMIT_OF, check_num_fields
 from trainer_service.rpc.trainer_servicer import TrainerServicer

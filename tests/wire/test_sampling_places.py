@@ -12,7 +12,7 @@ from gradwire.errors import GradwireError, from_rpc_error
 from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.datum_pb2 import ModelInput
 
-from tests.fakes import FrontEnd, front_end, front_end_on_a_thread
+from tests.front_end import FrontEnd, front_end, front_end_on_a_thread
 from trainer_service.config import Limits
 
 KEYS = ("alice alice-key", "bob bob-key")
@@ -77,7 +77,7 @@ def test_a_coroutine_cancelled_while_it_awaits_a_sample_frees_its_place_as_cance
         wait(lambda: not trainer.worker.sampling)
 
 
-def test_a_snapshots_lease_is_renewed_while_its_client_is_there(monkeypatch: pytest.MonkeyPatch):
+def test_the_lease_of_frozen_weights_is_renewed_while_their_client_is_there(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("gradwire.sampling_client.LEASE_MS", 200)
     with front_end_on_a_thread() as trainer, ServiceClient(f"http://{trainer.address}", timeout_s=20) as service:
         client = service.create_training_client()

@@ -13,8 +13,9 @@ from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.datum_pb2 import ModelInput
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, DeleteRunRequest
 
-from tests.fakes import FakeWorker, FrontEnd, front_end
-from tests.wire.test_border import error_of, with_key
+from tests.fakes import FakeWorker
+from tests.front_end import FrontEnd, front_end
+from tests.owners import error_of, with_key
 from trainer_service.config import Limits
 from trainer_service.paths import SAMPLER_WEIGHTS, CheckpointPath
 
@@ -97,7 +98,7 @@ def test_every_call_of_the_service_names_a_sampler():
 
 
 @pytest.mark.parametrize("method", sorted(REQUESTS))
-@pytest.mark.parametrize("place", ["sampler_weights/final", "snapshots/3"])
+@pytest.mark.parametrize("place", ["sampler_weights/final", "frozen_weights/3"])
 async def test_a_sampler_of_somebody_elses_run_answers_as_one_that_does_not_exist(method: str, place: str):
     async with front_end(api_keys=KEYS) as trainer:
         created = await trainer.stub.CreateRun(CreateRunRequest(), metadata=ALICE)
@@ -115,7 +116,7 @@ async def test_a_sampler_of_somebody_elses_run_answers_as_one_that_does_not_exis
 async def test_an_owner_and_an_admin_may_use_a_runs_samplers():
     async with front_end(api_keys=KEYS) as trainer:
         run_id = (await trainer.stub.CreateRun(CreateRunRequest(), metadata=ALICE)).run.run_id
-        sampler = pb.Sampler(model_path=f"gradwire://{run_id}/snapshots/1")
+        sampler = pb.Sampler(model_path=f"gradwire://{run_id}/frozen_weights/1")
         for metadata in (ALICE, OPS):
             assert await outcome(trainer, "Sample", request(sampler=sampler), metadata)
 

@@ -13,7 +13,8 @@ from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.operation_pb2 import SaveStateRequest
 from gradwire.v1.worker_service_pb2 import WorkerReady
 
-from tests.fakes import READY, FakeWorker, FrontEnd, front_end
+from tests.fakes import READY, FakeWorker
+from tests.front_end import FrontEnd, front_end
 from trainer_service.config import SettingsError
 from trainer_service.paths import STATE, CheckpointPath
 from trainer_service.served_model import ServedModel

@@ -13,7 +13,7 @@ from gradwire._client.tls import ClientTls
 from gradwire._client.transport import Connection
 from gradwire.errors import UnauthenticatedError, UnavailableError
 
-from tests.fakes import front_end_on_a_thread
+from tests.front_end import front_end_on_a_thread
 from tests.pem import Pem, make_pem
 from trainer_service.config import ServerTls
 

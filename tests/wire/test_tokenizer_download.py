@@ -21,7 +21,8 @@ from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer, add_TrainerServiceServicer_to_server
 from gradwire.v1.worker_service_pb2 import WorkerReady
 
-from tests.fakes import READY, FrontEnd, front_end, front_end_on_a_thread
+from tests.fakes import READY
+from tests.front_end import FrontEnd, front_end, front_end_on_a_thread
 
 
 def serving(trainer: FrontEnd, folder: Path) -> None:

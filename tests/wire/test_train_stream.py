@@ -12,7 +12,8 @@ from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.tensor_pb2 import DATA_TYPE_INT64, Tensor
 from gradwire.v1.trainer_service_pb2 import AttachRequest, GetRunRequest, TrainRequest
 
-from tests.fakes import FakeWorker, Stream, front_end
+from tests.fakes import FakeWorker
+from tests.front_end import Stream, front_end
 from trainer_service.config import Limits
 
 

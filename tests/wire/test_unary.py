@@ -10,7 +10,8 @@ from gradwire.errors import from_rpc_error
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import DeleteRunRequest, GetRunRequest, GetServerInfoRequest, ListRunsRequest
 
-from tests.fakes import FakeWorker, front_end
+from tests.fakes import FakeWorker
+from tests.front_end import front_end
 from trainer_service.config import Limits
 
 

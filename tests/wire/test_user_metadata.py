@@ -11,7 +11,7 @@ from gradwire.errors import InvalidArgumentError, NotFoundError, ResourceExhaust
 from gradwire.types import SavedState
 
 from tests.cli import gradwire
-from tests.fakes import FrontEnd, front_end_on_a_thread
+from tests.front_end import FrontEnd, front_end_on_a_thread
 from trainer_service.paths import STATE, CheckpointPath
 
 

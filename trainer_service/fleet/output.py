@@ -4,9 +4,9 @@ import asyncio
 import collections
 import contextlib
 import logging
+import os
 import re
 import signal
-from asyncio.subprocess import Process
 
 worker_log = logging.getLogger("worker")
 
@@ -20,17 +20,31 @@ _CHATTER = re.compile(r"^\S+ \S+ (DEBUG|INFO) ")
 
 
 class WorkerOutput:
-    """Reads a process's stdout until its end.
+    """A pipe that a worker prints into, read to its end. Made by `open`.
 
-    Args:
-        process: Started with stdout=PIPE.
+    It is ours rather than asyncio's (stdout=PIPE), which offers no way to close it before its end: a process that
+    outlived the worker would keep it open.
     """
 
-    def __init__(self, process: Process) -> None:
-        assert process.stdout is not None
-        self._stream = process.stdout
+    def __init__(self, stream: asyncio.StreamReader, transport: asyncio.ReadTransport) -> None:
+        self._stream = stream
+        self._transport = transport
         self._lines: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
         self._task = asyncio.create_task(self._read(), name="worker-output")
+
+    @classmethod
+    async def open(cls) -> tuple["WorkerOutput", int]:
+        """A new pipe, and the descriptor that a process prints to; the caller closes that once the process has it.
+
+        Raises:
+            OSError: There are no descriptors left.
+        """
+        reading, writing = os.pipe()
+        stream = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(reading, "rb", buffering=0)
+        )
+        return cls(stream, transport), writing
 
     def explain(self, exit_code: int | None, *, how: str = "lost its connection") -> str:
         """What the process died of, in a sentence.
@@ -51,6 +65,7 @@ class WorkerOutput:
     async def close(self) -> None:
         """Reads no further."""
         await self.drain()
+        self._transport.close()
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task

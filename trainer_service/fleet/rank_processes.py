@@ -6,10 +6,11 @@ a network, and a store that other processes can reach is never read.
 """
 
 import asyncio
+import os
 import secrets
 import socket
 import sys
-from asyncio.subprocess import PIPE, STDOUT, Process
+from asyncio.subprocess import STDOUT, Process
 from collections.abc import Mapping, Sequence
 
 from trainer_service.config import RANK_STORE_VARIABLE
@@ -22,11 +23,12 @@ class RankProcesses:
 
     Args:
         processes: By rank.
+        outputs: What each of them prints.
     """
 
-    def __init__(self, processes: Sequence[Process]) -> None:
+    def __init__(self, processes: Sequence[Process], outputs: Sequence[WorkerOutput]) -> None:
         self._processes = processes
-        self._outputs = [WorkerOutput(process) for process in processes]
+        self._outputs = outputs
         self._ended: list[int] = []  # Ranks, in the order of their ends.
         self._waiting = [asyncio.create_task(self._wait(rank)) for rank in range(len(processes))]
 
@@ -46,15 +48,22 @@ class RankProcesses:
             OSError: One could not be started; those that could are gone.
         """
         processes: list[Process] = []
+        outputs: list[WorkerOutput] = []
         store = f"{folder}/ranks-{secrets.token_hex(4)}"
         try:
             for rank in range(local_world_size):
                 its_env = {**env, **rank_environment(rank, local_world_size, store)}
-                processes.append(await start_child(*command, env=its_env, stdout=PIPE, stderr=STDOUT))
+                output, printed = await WorkerOutput.open()
+                outputs.append(output)
+                try:
+                    processes.append(await start_child(*command, env=its_env, stdout=printed, stderr=STDOUT))
+                finally:
+                    os.close(printed)
         except BaseException:
             await asyncio.gather(*(stop_child(process, grace_s=0) for process in processes))
+            await asyncio.gather(*(output.close() for output in outputs))
             raise
-        return cls(processes)
+        return cls(processes, outputs)
 
     async def one_ended(self) -> None:
         """Returns once any of them has ended."""

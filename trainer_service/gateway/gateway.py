@@ -66,7 +66,7 @@ class Gateway:
         self.sessions = Sessions(self._store, grace_s=settings.session_grace_s)
         self.queue = SampleQueue(max_in_flight=settings.max_in_flight_samples, max_num_samples=settings.max_num_samples)
         self.samplers = Samplers(self._store, trainers, self._answers, self.queue)
-        self.models = Models(self._store, trainers, self.sessions, self._answers, self.samplers.add_snapshot)
+        self.models = Models(self._store, trainers, self.sessions, self._answers, self.samplers.add_frozen_weights)
         self._ending: set[str] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), name="gateway-sweep")

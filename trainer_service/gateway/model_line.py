@@ -67,7 +67,7 @@ class ModelLine:
         answers: Where answers wait.
         custom_losses: Counts second passes.
         run_of: Run ids of models, for paths.
-        open_sampler: Gets (number, path) of a snapshot that becomes a sampler; returns the sampler's id.
+        open_sampler: Gets (number, path) of frozen weights that become a sampler; returns the sampler's id.
         key: Gives the caller's key.
     """
 

@@ -36,7 +36,7 @@ class Models:
         trainers: Where their runs are.
         sessions: Whose they are.
         answers: Where answers wait.
-        open_sampler: Gets (session, number, trainer, base model, path) of a snapshot; returns the sampler's id.
+        open_sampler: Gets (session, number, trainer, base model, path) of frozen weights; returns the sampler's id.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ def to_gradwire(path: str, run_of: Callable[[str], str], *, field: str = "path")
 
 
 def to_tinker(path: str) -> str:
-    """A checkpoint's path in tinker's words. A snapshot, which has none, stays as it is."""
+    """A checkpoint's path in tinker's words. Frozen weights, which have none there, keep theirs."""
     run, kind, name = path.removeprefix(_GRADWIRE).split("/")
     return f"{_TINKER}{run}/{_TO_TINKER[kind]}/{name}" if kind in _TO_TINKER else path
 

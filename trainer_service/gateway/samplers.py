@@ -39,8 +39,8 @@ class Samplers:
         self._answered: list[tuple[bytes, str]] = []
         self._flush_timer: asyncio.TimerHandle | None = None
 
-    def add_snapshot(self, session: Session, number: int, trainer: Trainer, base_model: str, path: str) -> str:
-        """A sampler of a snapshot; returns its id."""
+    def add_frozen_weights(self, session: Session, number: int, trainer: Trainer, base_model: str, path: str) -> str:
+        """A sampler of frozen weights; returns its id."""
         sampler_id = f"{session.session_id}:sample:{number}"
         self._store.add_sampler(
             sampler_id, session.session_id, session.owner, trainer=trainer.url, base_model=base_model, model_path=path
@@ -61,7 +61,7 @@ class Samplers:
         else:
             served = await self._trainers.find(base_model, session.key)
             trainer, name, path = served.trainer, served.name, ""
-        return self.add_snapshot(session, number, trainer, name, path)
+        return self.add_frozen_weights(session, number, trainer, name, path)
 
     def row(self, sampler_id: str, caller: Caller) -> sqlite3.Row:
         """What is stored of a sampler.

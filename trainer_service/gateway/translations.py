@@ -20,7 +20,7 @@ class Translations:
 
     Args:
         answer_of: Gets an operation's answer from the run's journal, by its number in the run.
-        open_sampler: Gets (number, path) of a snapshot that becomes a sampler; returns the sampler's id.
+        open_sampler: Gets (number, path) of frozen weights that become a sampler; returns the sampler's id.
     """
 
     def __init__(

@@ -58,7 +58,7 @@ class SamplingBox:
         if source.startswith("gradwire://"):
             request.sampler.model_path = source
         elif source != "base":
-            request.sampler.model_path = await self._snapshot(source)
+            request.sampler.model_path = await self._freeze(source)
         check_limits(request, self._limits)
         responses = self._sampling.sample(request)
         # Refusals come before the first token, and are then an answer of their own rather than a line of this one.
@@ -83,14 +83,14 @@ class SamplingBox:
             except GradwireError as exc:
                 yield _line(error={"reason": exc.reason, "message": exc.message})
 
-    async def _snapshot(self, run_id: str) -> str:
-        """The path of a snapshot of a run's parameters as they are now."""
+    async def _freeze(self, run_id: str) -> str:
+        """Freezes a run's weights as they are now; returns their path."""
         run = self._runs.get(run_id)
         if run.attachment is not None:
             raise error(
                 "RUN_ATTACHED",
-                f"A client is attached to {run_id}, and a snapshot from elsewhere would cut into its order. Sample one "
-                "of its checkpoints, or wait until the client leaves.",
+                f"A client is attached to {run_id}, and freezing its weights from elsewhere would cut into its order. "
+                "Sample one of its checkpoints, or wait until the client leaves.",
                 run_id=run_id,
             )
         save = ops.SaveWeightsForSamplerRequest(ephemeral=True)

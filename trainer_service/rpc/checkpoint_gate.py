@@ -11,7 +11,7 @@ from gradwire.errors import GradwireError
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 
 from trainer_service.checkpoints.transfers import Transfers
-from trainer_service.paths import SAMPLER_WEIGHTS, SNAPSHOTS, STATE, CheckpointPath
+from trainer_service.paths import FROZEN_WEIGHTS, SAMPLER_WEIGHTS, STATE, CheckpointPath
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.run import Run
 from trainer_service.runs.sequence import error_response
@@ -41,7 +41,7 @@ class CheckpointGate:
         with contextlib.suppress(GradwireError, OSError):
             if operation.kind in _SAVES:
                 self._catalog.claim(run.run_id, run.owner)
-                if not _is_snapshot(operation):
+                if not _freezes(operation):
                     name = getattr(operation.request, operation.kind).name
                     path = CheckpointPath(run.run_id, _SAVES[operation.kind], name)
                     await asyncio.to_thread(self._catalog.make_way, str(path))
@@ -50,7 +50,7 @@ class CheckpointGate:
 
     def stores(self, operation: Operation) -> bool:
         """Whether the answer to an operation must go through `after`."""
-        return self._catalog.storage is not None and operation.kind in _SAVES and not _is_snapshot(operation)
+        return self._catalog.storage is not None and operation.kind in _SAVES and not _freezes(operation)
 
     async def after(self, answer: bytes) -> bytes:
         """The answer to give to a save: as it was once the checkpoint is in the store, or why it is not."""
@@ -84,9 +84,9 @@ def _saved_path(response: TrainResponse) -> str:
     """Where an operation saved a checkpoint; "" where it did not."""
     kind = response.WhichOneof("result")
     path = getattr(response, kind).path if kind in _SAVES else ""
-    return "" if f"/{SNAPSHOTS}/" in path else path
+    return "" if f"/{FROZEN_WEIGHTS}/" in path else path
 
 
-def _is_snapshot(operation: Operation) -> bool:
+def _freezes(operation: Operation) -> bool:
     """Whether it saves nothing, but freezes parameters in the worker's memory."""
     return operation.kind == "save_weights_for_sampler" and operation.request.save_weights_for_sampler.ephemeral

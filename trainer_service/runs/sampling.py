@@ -21,7 +21,7 @@ from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Limits
 from trainer_service.fleet.calls import call
 from trainer_service.fleet.worker import Reply, Worker
-from trainer_service.paths import SNAPSHOTS, SamplerPath
+from trainer_service.paths import FROZEN_WEIGHTS, SamplerPath
 from trainer_service.request_limits import check_lease_ms, prompt_too_long
 from trainer_service.runs.registry import Runs
 
@@ -87,7 +87,7 @@ class Sampling:
                 self._worker.submit(command, lambda _: None)
 
     async def open(self, sampler: pb.Sampler, *, lease_ms: int) -> None:
-        """Loads a sampler; a snapshot stays for lease_ms at least.
+        """Loads a sampler; frozen weights stay for lease_ms at least.
 
         Raises:
             GradwireError: As sample.
@@ -97,7 +97,7 @@ class Sampling:
         await call(self._worker, WorkerCommand(open_sampler=WorkerOpenSampler(sampler=sampler, lease_ms=lease_ms)))
 
     async def close(self, sampler: pb.Sampler) -> None:
-        """Frees a snapshot; anything else is passed over.
+        """Frees frozen weights; anything else is passed over.
 
         Raises:
             GradwireError: As sample.
@@ -131,7 +131,7 @@ class Sampling:
             self._runs.check_base_model(sampler.base_model)
             return
         path = SamplerPath.parse(sampler.model_path)
-        if path.kind == SNAPSHOTS:
+        if path.kind == FROZEN_WEIGHTS:
             self._runs.get(path.run_id)
         elif fetch:
             await self._transfers.fetch(sampler.model_path, recent=recent)

@@ -1,7 +1,7 @@
 """For loops written for tinker: names that mean something else here, and names that do not exist, with the reason.
 
 What such a loop uses has tinker's name, in the class where tinker has it; the loop runs once its import is changed.
-tests/unit/test_tinker_names.py has the whole list.
+tests/unit/sdk/test_tinker_names.py has the whole list.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -72,8 +72,9 @@ class SavingCalls:
         """Freezes the parameters as they are at this place in the run's order, and returns a client that samples from
         them. They stay in the trainer's memory, and are copied only once training changes them.
 
-        Returns at once: the client's calls, and its `.result()`, wait for the snapshot. A run has a few snapshots at
-        most (get_server_info().limits.max_snapshots); a further one replaces the least recently used. A snapshot ends
+        Returns at once: the client's calls, and its `.result()`, wait until the weights are frozen. A run has a few
+        sets of them at most (get_server_info().limits.max_frozen_weights); a further one replaces the least recently
+        used. They end
         with its run, with its worker, and with this client.
 
         Args:

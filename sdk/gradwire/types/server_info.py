@@ -68,8 +68,8 @@ class Limits:
     """Likeliest tokens asked for at one place."""
     max_sample_requests: int
     """Sampling requests under way at once, of all clients together."""
-    max_snapshots: int
-    """Snapshots of one run."""
+    max_frozen_weights: int
+    """Sets of frozen weights that one run may have at once."""
     max_user_metadata_entries: int
     """Entries of one user_metadata."""
     max_user_metadata_bytes: int

@@ -87,7 +87,7 @@ class SamplingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CloseSampler(self, request, context):
-        """Frees a snapshot. Has no effect on samplers of checkpoints and of the base model, which are evicted as needed.
+        """Frees frozen weights. Has no effect on samplers of checkpoints and of the base model, which are evicted as needed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -60,7 +60,7 @@ class ModelInfo(_message.Message):
     def __init__(self, base_model: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_length: _Optional[int] = ..., num_parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., batching: _Optional[str] = ..., sampling: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_message_bytes", "target_message_bytes", "max_in_flight_operations", "max_runs", "max_datums", "max_tokens", "max_num_samples", "max_topk_logprobs", "max_sample_requests", "max_snapshots", "max_user_metadata_entries", "max_user_metadata_bytes", "max_message_fields", "max_name_bytes", "max_loss_fn_inputs", "max_loss_fn_config_keys", "max_forward_seq_ids", "max_typed_datums", "max_typed_values", "max_tensor_dims", "max_prompt_text_bytes", "max_stop_token_ids", "max_stop_strings", "max_stop_string_bytes", "max_stop_bytes", "max_metrics")
+    __slots__ = ("max_message_bytes", "target_message_bytes", "max_in_flight_operations", "max_runs", "max_datums", "max_tokens", "max_num_samples", "max_topk_logprobs", "max_sample_requests", "max_frozen_weights", "max_user_metadata_entries", "max_user_metadata_bytes", "max_message_fields", "max_name_bytes", "max_loss_fn_inputs", "max_loss_fn_config_keys", "max_forward_seq_ids", "max_typed_datums", "max_typed_values", "max_tensor_dims", "max_prompt_text_bytes", "max_stop_token_ids", "max_stop_strings", "max_stop_string_bytes", "max_stop_bytes", "max_metrics")
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TARGET_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_IN_FLIGHT_OPERATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -70,7 +70,7 @@ class Limits(_message.Message):
     MAX_NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     MAX_TOPK_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MAX_SAMPLE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
-    MAX_SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_FROZEN_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     MAX_USER_METADATA_ENTRIES_FIELD_NUMBER: _ClassVar[int]
     MAX_USER_METADATA_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_FIELDS_FIELD_NUMBER: _ClassVar[int]
@@ -96,7 +96,7 @@ class Limits(_message.Message):
     max_num_samples: int
     max_topk_logprobs: int
     max_sample_requests: int
-    max_snapshots: int
+    max_frozen_weights: int
     max_user_metadata_entries: int
     max_user_metadata_bytes: int
     max_message_fields: int
@@ -113,7 +113,7 @@ class Limits(_message.Message):
     max_stop_string_bytes: int
     max_stop_bytes: int
     max_metrics: int
-    def __init__(self, max_message_bytes: _Optional[int] = ..., target_message_bytes: _Optional[int] = ..., max_in_flight_operations: _Optional[int] = ..., max_runs: _Optional[int] = ..., max_datums: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_num_samples: _Optional[int] = ..., max_topk_logprobs: _Optional[int] = ..., max_sample_requests: _Optional[int] = ..., max_snapshots: _Optional[int] = ..., max_user_metadata_entries: _Optional[int] = ..., max_user_metadata_bytes: _Optional[int] = ..., max_message_fields: _Optional[int] = ..., max_name_bytes: _Optional[int] = ..., max_loss_fn_inputs: _Optional[int] = ..., max_loss_fn_config_keys: _Optional[int] = ..., max_forward_seq_ids: _Optional[int] = ..., max_typed_datums: _Optional[int] = ..., max_typed_values: _Optional[int] = ..., max_tensor_dims: _Optional[int] = ..., max_prompt_text_bytes: _Optional[int] = ..., max_stop_token_ids: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_stop_string_bytes: _Optional[int] = ..., max_stop_bytes: _Optional[int] = ..., max_metrics: _Optional[int] = ...) -> None: ...
+    def __init__(self, max_message_bytes: _Optional[int] = ..., target_message_bytes: _Optional[int] = ..., max_in_flight_operations: _Optional[int] = ..., max_runs: _Optional[int] = ..., max_datums: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_num_samples: _Optional[int] = ..., max_topk_logprobs: _Optional[int] = ..., max_sample_requests: _Optional[int] = ..., max_frozen_weights: _Optional[int] = ..., max_user_metadata_entries: _Optional[int] = ..., max_user_metadata_bytes: _Optional[int] = ..., max_message_fields: _Optional[int] = ..., max_name_bytes: _Optional[int] = ..., max_loss_fn_inputs: _Optional[int] = ..., max_loss_fn_config_keys: _Optional[int] = ..., max_forward_seq_ids: _Optional[int] = ..., max_typed_datums: _Optional[int] = ..., max_typed_values: _Optional[int] = ..., max_tensor_dims: _Optional[int] = ..., max_prompt_text_bytes: _Optional[int] = ..., max_stop_token_ids: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_stop_string_bytes: _Optional[int] = ..., max_stop_bytes: _Optional[int] = ..., max_metrics: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
     __slots__ = ("software_version", "min_protocol_version", "max_protocol_version", "models", "losses", "limits", "ready", "status_message")

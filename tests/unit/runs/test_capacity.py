@@ -8,7 +8,7 @@ from gradwire.errors import error, from_status
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainResponse
 
 from tests.fakes import FakeWorker
-from tests.unit.runs.test_recovery import step, trainer
+from tests.runs import step, trainer
 from trainer_service.config import Durability, Limits
 from trainer_service.runs import capacity, placement
 from trainer_service.runs.run import Run

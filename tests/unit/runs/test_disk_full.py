@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import resource
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -15,25 +14,14 @@ from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest, TrainResponse
 
 from tests.fakes import FakeWorker
-from tests.full_disk import NoMount, SmallDisk, small_disk
-from tests.unit.runs.test_recovery import forward_backward, operations, settled, step, trainer
+from tests.full_disk import NoMount, SmallDisk, nothing_can_be_written, small_disk
+from tests.runs import forward_backward, operations, settled, step, trainer
 from trainer_service.config import Retention
 from trainer_service.runs import journal as journal_file
 from trainer_service.runs import placement
 from trainer_service.runs.journal import Record
 from trainer_service.runs.journal_writer import Journal, JournalWriter
 from trainer_service.runs.operation import Operation
-
-
-@contextlib.contextmanager
-def nothing_can_be_written() -> Iterator[None]:
-    """Every write of this process to a file fails, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 async def test_operations_are_refused_while_the_disk_is_full_and_taken_when_there_is_room(tmp_path: Path):

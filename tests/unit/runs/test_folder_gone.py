@@ -7,7 +7,7 @@ from gradwire.errors import from_status
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest
 
 from tests.fakes import FakeWorker
-from tests.unit.runs.test_recovery import operations, settled, step, trainer
+from tests.runs import operations, settled, step, trainer
 
 
 async def test_operations_are_refused_once_the_journal_is_gone_and_other_runs_go_on(tmp_path: Path):

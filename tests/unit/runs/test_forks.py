@@ -6,24 +6,13 @@ from pathlib import Path
 
 import pytest
 from gradwire.errors import InvalidArgumentError, NotFoundError
-from gradwire.v1 import operation_pb2 as ops
-from gradwire.v1.trainer_service_pb2 import CreateRunRequest, ForkRunRequest, TrainRequest
+from gradwire.v1.trainer_service_pb2 import CreateRunRequest, ForkRunRequest
 
 from tests.fakes import FakeWorker
-from tests.unit.runs.test_recovery import operations, settled, step, trainer
+from tests.runs import a_worker, load, operations, settled, step, trainer
 from trainer_service.config import Durability, Retention, SnapshotPolicy
 from trainer_service.paths import STATE, CheckpointPath
 from trainer_service.runs import fork_replay, journal, recovery
-from trainer_service.runs.operation import Operation
-
-
-def a_worker(folder: Path) -> FakeWorker:
-    """One whose checkpoints are where a trainer over folder / "runs" looks for them."""
-    return FakeWorker(checkpoint_dir=folder / "checkpoints")
-
-
-def load(seq_id: int, path: str) -> Operation:
-    return Operation.made(TrainRequest(seq_id=seq_id, load_state=ops.LoadStateRequest(path=path)))
 
 
 async def test_a_run_that_loaded_a_state_is_forked_as_it_is_now(tmp_path: Path):

@@ -14,8 +14,9 @@ from gradwire import ServiceClient, datum_from_tokens_weights
 from gradwire.errors import GradwireError
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest
 
-from tests.fakes import FakeWorker, front_end_on_a_thread
-from tests.unit.runs.test_recovery import forward_backward, settled, step, trainer
+from tests.fakes import FakeWorker
+from tests.front_end import front_end_on_a_thread
+from tests.runs import forward_backward, settled, step, trainer
 
 STEPS = 12
 

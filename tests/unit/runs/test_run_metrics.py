@@ -11,7 +11,7 @@ from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest, TrainResponse
 
 from tests.fakes import FakeWorker
-from tests.unit.runs.test_recovery import settled, trainer
+from tests.runs import settled, trainer
 from trainer_service.config import Durability, Retention, SnapshotPolicy
 from trainer_service.runs import run_metrics
 from trainer_service.runs.operation import Operation

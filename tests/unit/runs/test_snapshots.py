@@ -9,8 +9,7 @@ from gradwire.errors import GradwireError, error
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest
 
 from tests.fakes import FakeWorker
-from tests.unit.runs.test_forks import a_worker, load
-from tests.unit.runs.test_recovery import EVERY_2_STEPS, operations, settled, step, trainer
+from tests.runs import EVERY_2_STEPS, a_worker, load, operations, settled, step, trainer
 from trainer_service.paths import STATE, CheckpointPath
 from trainer_service.runs import snapshots as snapshots_module
 from trainer_service.runs.run import Run

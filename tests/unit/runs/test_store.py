@@ -9,7 +9,7 @@ from gradwire.errors import GradwireError, error
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, ForkRunRequest
 
 from tests.fakes import FakeWorker
-from tests.unit.runs.test_recovery import step, trainer
+from tests.runs import step, trainer
 from trainer_service.runs import store
 from trainer_service.runs.journal import RunFolder
 

@@ -12,7 +12,7 @@ from gradwire.errors import UnavailableError
 from gradwire.v1.trainer_service_pb2 import GetServerInfoRequest
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 
-from tests.fakes import front_end_on_a_thread
+from tests.front_end import front_end_on_a_thread
 
 
 @pytest.fixture(autouse=True)

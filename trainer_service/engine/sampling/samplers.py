@@ -1,6 +1,6 @@
-"""Whose parameters generate: the base model's, a snapshot's, a checkpoint's.
+"""Whose parameters generate: the base model's, frozen weights', a checkpoint's.
 
-A sampler is frozen, and yet a snapshot copies nothing when it is made: it reads the run's own parameters until they are
+Frozen weights cost no copy when they are made: they are the run's own parameters until those are
 about to change, and takes its copy then. Where they never do, or it is not wanted any longer by then, none is made.
 """
 
@@ -20,7 +20,7 @@ from trainer_service.engine.models.lora import frozen_copy
 from trainer_service.engine.ranks import Channel
 from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.decoding import Decoding
-from trainer_service.paths import SAMPLER_WEIGHTS, SNAPSHOTS, SamplerPath
+from trainer_service.paths import FROZEN_WEIGHTS, SAMPLER_WEIGHTS, SamplerPath
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Sampler:
         version: Which folder a checkpoint was loaded from, so that one saved anew under its name is noticed.
         gone: Why it cannot be used any more, once that is so.
         number: Tells it from every other one, those gone included.
-        leased_until_s: By time.monotonic; before it a snapshot makes no room for others.
+        leased_until_s: By time.monotonic; before it frozen weights make no room for others.
     """
 
     path: SamplerPath | None
@@ -65,7 +65,7 @@ class Samplers:
         base: Gives the base model; parameters of it that may be trained are no harm.
         live_model: Gives a run's model.
         load: Loads a checkpoint's folder.
-        max_snapshots: Of one run.
+        max_frozen_weights: Of one run.
         in_use: Whether requests of a sampler are under way.
         channel: To the other ranks, which hold the same samplers.
     """
@@ -79,7 +79,7 @@ class Samplers:
         base: Callable[[], PreTrainedModel],
         live_model: Callable[[str], PreTrainedModel],
         load: Callable[[Path], PreTrainedModel],
-        max_snapshots: int,
+        max_frozen_weights: int,
         in_use: Callable[[Sampler], bool],
         channel: Channel,
     ) -> None:
@@ -91,7 +91,7 @@ class Samplers:
         self._get_base = base
         self._live_model = live_model
         self._load = load
-        self._max_snapshots = max_snapshots
+        self._max_frozen_weights = max_frozen_weights
         self._held: dict[SamplerPath | None, Sampler] = {}
         self._dropped: dict[SamplerPath, str] = {}
         self._alive: weakref.WeakSet[Sampler] = weakref.WeakSet()
@@ -114,55 +114,55 @@ class Samplers:
             why = self._dropped.get(path, "the worker has none of that number, or was restarted since it was made")
             raise error(
                 "SAMPLER_NOT_FOUND",
-                f"There is no snapshot {path}: {why}. Make it again with save_weights_and_get_sampling_client, or save "
-                "parameters that must last with save_weights_for_sampler.",
+                f"There are no frozen weights {path}: {why}. Freeze them again with "
+                "save_weights_and_get_sampling_client; save what must last with save_weights_for_sampler.",
                 model_path=str(path),
             )
         held.last_used = next(_USES)
         return held
 
-    def snapshot(self, run_id: str, seq_id: int, *, lease_s: float = 0.0) -> SamplerPath:
-        """Freezes a run's parameters as they are. Beyond max_snapshots of a run, the one unused longest goes of those
+    def freeze(self, run_id: str, seq_id: int, *, lease_s: float = 0.0) -> SamplerPath:
+        """Freezes a run's parameters as they are. Beyond max_frozen_weights of a run, those unused longest go that are
         without a lease and without requests under way.
 
         Raises:
             ResourceExhaustedError: LIMIT_EXCEEDED: there is none such.
         """
-        path = SamplerPath.snapshot(run_id, seq_id)
+        path = SamplerPath.frozen_weights(run_id, seq_id)
         if path in self._held:
             return path  # The operation is replayed, and what it makes is here still.
-        own = [held for held in self._held.values() if _is_snapshot_of(held.path, run_id)]
+        own = [held for held in self._held.values() if _frozen_of(held.path, run_id)]
         now_s = time.monotonic()
         free = [held for held in own if held.leased_until_s <= now_s and not self._in_use(held)]
         # A request is one rank's, and clocks differ: free is what all find so.
         everywhere = set.intersection(*map(set, self._channel.gather([str(held.path) for held in free])))
         free = [held for held in free if str(held.path) in everywhere]
-        surplus = max(0, len(own) + 1 - self._max_snapshots)
+        surplus = max(0, len(own) + 1 - self._max_frozen_weights)
         if len(free) < surplus:
             raise error(
                 "LIMIT_EXCEEDED",
-                f"{run_id} has {len(own)} snapshots that clients hold open or sample from, as many as it may "
-                "(max_snapshots of GetServerInfo). Close those that are done with, as SamplingClient.close() does, or "
-                "save parameters that must last with save_weights_for_sampler.",
-                limit=self._max_snapshots,
+                f"{run_id} has {len(own)} sets of frozen weights that clients hold open or sample from, as many as it "
+                "may (max_frozen_weights of GetServerInfo). Close what is done with (SamplingClient.close), or save "
+                "parameters that must last with save_weights_for_sampler.",
+                limit=self._max_frozen_weights,
                 got=len(own) + 1,
             )
         for held in sorted(free, key=lambda held: held.last_used)[:surplus]:
-            self._drop(held, f"it made room for a newer one, since a run has {self._max_snapshots} at most")
+            self._drop(held, f"it made room for a newer one, since a run has {self._max_frozen_weights} at most")
         self._hold(Sampler(path, self._decoder(self._live_model(run_id)))).lease(lease_s)
         return path
 
     def close(self, model_path: str) -> None:
-        """Frees a snapshot; anything else is passed over."""
+        """Frees frozen weights; anything else is passed over."""
         path = SamplerPath.parse(model_path) if model_path else None
         held = self._held.get(path)
-        if path is not None and path.kind == SNAPSHOTS and held is not None:
+        if path is not None and path.kind == FROZEN_WEIGHTS and held is not None:
             self._drop(held, "it was closed")
 
     def delete_run(self, run_id: str) -> None:
-        """Frees the snapshots of a run that is deleted."""
+        """Frees the frozen weights of a run that is deleted."""
         for held in list(self._held.values()):
-            if _is_snapshot_of(held.path, run_id):
+            if _frozen_of(held.path, run_id):
                 self._drop(held, "its run was deleted")
 
     def before_change(self, model: PreTrainedModel) -> None:
@@ -229,5 +229,5 @@ def _version(folder: Path) -> list[int] | None:
         return None
 
 
-def _is_snapshot_of(path: SamplerPath | None, run_id: str) -> bool:
-    return path is not None and path.kind == SNAPSHOTS and path.run_id == run_id
+def _frozen_of(path: SamplerPath | None, run_id: str) -> bool:
+    return path is not None and path.kind == FROZEN_WEIGHTS and path.run_id == run_id

@@ -53,7 +53,7 @@ class Sampling:
             base=engine.base_model,
             live_model=engine.live_model,
             load=self._load,
-            max_snapshots=engine.limits.max_snapshots,
+            max_frozen_weights=engine.limits.max_frozen_weights,
             in_use=lambda sampler: self.scheduler.uses(sampler),
             channel=engine.ranks.execution,
         )
@@ -92,7 +92,7 @@ class Sampling:
             self.scheduler.start(Job(command_id, command.sample_id, request, sampler, command.owner))
 
     def open(self, model_path: str, *, lease_ms: int = 0) -> None:
-        """Loads a sampler; a snapshot stays for lease_ms at least.
+        """Loads a sampler; frozen weights stay for lease_ms at least.
 
         Raises:
             GradwireError: It is not there.

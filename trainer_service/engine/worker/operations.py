@@ -36,7 +36,7 @@ class RunOperations:
 
     Args:
         engine: Executes them.
-        sampling: Keeps the snapshots that operations make; None where nothing is sampled.
+        sampling: Keeps the frozen weights that operations make; None where nothing is sampled.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling | None) -> None:
@@ -157,7 +157,7 @@ class RunOperations:
         if request.ephemeral:
             return self._freeze(run_id, seq_id, request)
         if request.lease_ms:
-            raise invalid_field("lease_ms", "is of an ephemeral snapshot; a checkpoint stays by itself.")
+            raise invalid_field("lease_ms", "applies to ephemeral frozen weights; a checkpoint stays by itself.")
         check_checkpoint_name(request.name)
         name, overwrite, merged, dtype = request.name, request.overwrite, request.merged, request.dtype
         if request.checkpoint_type not in CheckpointType.values():
@@ -176,19 +176,19 @@ class RunOperations:
 
     def _freeze(self, run_id: str, seq_id: int, request: ops.SaveWeightsForSamplerRequest) -> Work:
         if request.name or request.overwrite:
-            raise invalid_field("name", "and overwrite belong to checkpoints; an ephemeral snapshot has neither.")
+            raise invalid_field("name", "and overwrite belong to checkpoints; ephemeral frozen weights have neither.")
         if request.dtype:
-            raise invalid_field("dtype", "applies to exported files; an ephemeral snapshot has the dtype that trains.")
+            raise invalid_field("dtype", "is of exported files; ephemeral frozen weights have the dtype that trains.")
         if request.HasField("ttl_seconds") or request.user_metadata:
             raise invalid_field(
-                "ttl_seconds", "and user_metadata belong to checkpoints; an ephemeral snapshot has neither."
+                "ttl_seconds", "and user_metadata belong to checkpoints; ephemeral frozen weights have neither."
             )
         check_lease_ms(request.lease_ms)
         lease_s = request.lease_ms / 1000
 
         def work() -> Message:
             assert self._sampling is not None, "a worker without sampling"
-            path = self._sampling.samplers.snapshot(run_id, seq_id, lease_s=lease_s)
+            path = self._sampling.samplers.freeze(run_id, seq_id, lease_s=lease_s)
             return ops.SaveWeightsForSamplerResponse(path=str(path))
 
         return work

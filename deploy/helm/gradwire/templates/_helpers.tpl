@@ -41,6 +41,10 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{ ternary "https" "kubernetes.io/h2c" (ne .Values.tls.secretName "") }}
 {{- end -}}
 
+{{- define "gradwire.httpProtocol" -}}
+{{ ternary "https" "http" (ne .Values.tls.secretName "") }}
+{{- end -}}
+
 {{/* Refuses, in a sentence, what a schema cannot tell. */}}
 {{- define "gradwire.check" -}}
 {{- $trainers := dict "trainer" .Values.trainer -}}
@@ -63,6 +67,21 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- end -}}
 {{- if not (or .Values.auth.secretName .Values.tls.clientCa .Values.auth.allowNoApiKey) -}}
 {{- fail "Nothing says who may call: set auth.secretName, or tls.secretName and tls.clientCa, or auth.allowNoApiKey where something in front of Gradwire checks callers." -}}
+{{- end -}}
+{{- if and .Values.page.enabled (not .Values.trainer.enabled) -}}
+{{- fail "page.enabled needs trainer.enabled: it is the trainer's own page." -}}
+{{- end -}}
+{{- if and .Values.page.enabled (not .Values.auth.secretName) -}}
+{{- fail "page.enabled needs auth.secretName: a browser shows the page an API key." -}}
+{{- end -}}
+{{- if and .Values.gateway.enabled (not .Values.trainer.enabled) (not .Values.gateway.trainers) -}}
+{{- fail "gateway.enabled without trainer.enabled needs gateway.trainers, the trainers it stands before." -}}
+{{- end -}}
+{{- if and .Values.gateway.enabled .Values.tls.clientCa -}}
+{{- fail "gateway.enabled with tls.clientCa: clients of hosted services show API keys, not certificates. Use two releases." -}}
+{{- end -}}
+{{- if and .Values.gateway.httpRoute.enabled (not .Values.gateway.httpRoute.parentRefs) -}}
+{{- fail "gateway.httpRoute.enabled needs gateway.httpRoute.parentRefs, the Gateways that it is attached to." -}}
 {{- end -}}
 {{- if and .Values.grpcRoute.enabled (not .Values.grpcRoute.parentRefs) -}}
 {{- fail "grpcRoute.enabled needs grpcRoute.parentRefs, the Gateways that it is attached to." -}}

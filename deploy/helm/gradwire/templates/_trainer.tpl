@@ -1,7 +1,7 @@
 {{/*
 The StatefulSet's spec of a trainer: what the chart runs itself, and what the control plane makes jobs from.
-Arguments: root, trainer (values), labels (of the pod, as text), metrics (bool), job (bool: the control plane sets name, model,
-context length and certificate).
+Arguments: root, trainer (values), labels (of the pod, as text), metrics (bool), page (bool), job (bool: the control plane sets name,
+model, context length and certificate).
 */}}
 {{- define "gradwire.trainerSpec" -}}
 {{- $root := .root -}}
@@ -79,6 +79,9 @@ template:
           - --metrics-host=0.0.0.0
           - --metrics-port=9090
           {{- end }}
+          {{- if .page }}
+          - --page=0.0.0.0:8080
+          {{- end }}
           {{- with $trainer.storage.url }}
           - {{ printf "--storage-url=%s" . | quote }}
           {{- end }}
@@ -107,6 +110,9 @@ template:
           - {name: health, containerPort: 7776}
           {{- if .metrics }}
           - {name: metrics, containerPort: 9090}
+          {{- end }}
+          {{- if .page }}
+          - {name: page, containerPort: 8080}
           {{- end }}
         {{- include "gradwire.probes" (list $trainer.probes "gradwire.v1.TrainerService") | nindent 8 }}
         lifecycle:

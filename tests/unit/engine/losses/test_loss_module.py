@@ -9,21 +9,11 @@ import torch
 from gradwire.errors import FailedPreconditionError, InvalidArgumentError
 
 from tests.engines import BATCH, RUN, make_engine
+from tests.focal import FOCAL
 from trainer_service.engine.losses import LOSSES
 from trainer_service.engine.losses.loss import Loss
 from trainer_service.engine.losses.module import load_losses
 
-FOCAL = """
-from trainer_service.engine.losses.loss import Loss, LossOutput
-
-def focal(inputs, config):
-    logprobs, weights = inputs.target_logprobs_TK, inputs.inputs["weights"]
-    hard = (1 - logprobs.exp()) ** config["gamma"]
-    metrics = {"hardness:mean": hard.detach().mean()}
-    return LossOutput(-(hard * logprobs * weights).sum(), weights.count_nonzero(), metrics)
-
-LOSSES = [Loss(name="focal", inputs=("weights",), fn=focal, config={"gamma": 2.0})]
-"""
 BAD = {
     "nowhere": (None, "is no module here; it must lie in the folder the trainer is started in"),
     "broken": ("import nothing_of_that_name", "failed while it was imported: ModuleNotFoundError: No module named"),

@@ -142,7 +142,7 @@ def test_a_long_prompt_is_taken_in_by_pieces_between_which_others_go_on(
 
 
 def test_two_samplers_take_turns(worker: Worker):
-    path = str(worker.sampling.samplers.snapshot(RUN, 1))
+    path = str(worker.sampling.samplers.freeze(RUN, 1))
     requests = [worker.start(max_tokens=10), worker.start(max_tokens=10, path=path)]
     for _ in range(2 + 2 * 9):
         worker.scheduler.step()
@@ -197,7 +197,7 @@ def test_a_prompt_is_not_shared_between_owners_nor_kept_when_its_sampler_is_gone
         worker.start(owner=owner)
         worker.finish()
     assert (counters.prompt_tokens_total, counters.shared_prompts_total) == (6, 1)
-    path = str(worker.sampling.samplers.snapshot(RUN, 1))
+    path = str(worker.sampling.samplers.freeze(RUN, 1))
     worker.start(path=path)
     worker.finish()
     kept = worker.scheduler._prompts._kept
@@ -242,11 +242,11 @@ def test_a_slice_is_bounded_and_makes_at_least_one_step(worker: Worker, monkeypa
         assert now[0] - before == pytest.approx(took)
 
 
-def test_a_snapshot_copies_nothing_until_the_run_trains_and_stays_as_it_was(
+def test_frozen_weights_copy_nothing_until_the_run_trains_and_stay_as_they_were(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ):
     live = worker.engine.live_model(RUN)
-    path = worker.sampling.samplers.snapshot(RUN, 1)
+    path = worker.sampling.samplers.freeze(RUN, 1)
     sampler = worker.sampling.samplers.find(str(path))
     assert sampler.decoder.model is live
     before = worker.start(path=str(path))
@@ -262,36 +262,36 @@ def test_a_snapshot_copies_nothing_until_the_run_trains_and_stays_as_it_was(
     assert worker.tokens(before) == worker.tokens(half_way) == worker.tokens(after)
 
 
-def test_a_snapshot_that_is_wanted_makes_no_room_for_others(worker: Worker, monkeypatch: pytest.MonkeyPatch):
+def test_frozen_weights_that_are_wanted_make_no_room_for_others(worker: Worker, monkeypatch: pytest.MonkeyPatch):
     now = [100.0]
     monkeypatch.setattr(samplers_module.time, "monotonic", lambda: now[0])
     samplers = worker.sampling.samplers
-    leased = str(samplers.snapshot(RUN, 1, lease_s=60))
-    used, idle, last = (str(samplers.snapshot(RUN, seq_id)) for seq_id in (2, 3, 4))
+    leased = str(samplers.freeze(RUN, 1, lease_s=60))
+    used, idle, last = (str(samplers.freeze(RUN, seq_id)) for seq_id in (2, 3, 4))
     request = worker.start(path=used, max_tokens=50)
-    samplers.snapshot(RUN, 5)
+    samplers.freeze(RUN, 5)
     with pytest.raises(GradwireError, match="made room for a newer one"):
         samplers.find(idle)
     samplers.find(last).lease(30)
-    samplers.find(f"gradwire://{RUN}/snapshots/5").lease(30)
-    with pytest.raises(GradwireError, match="4 snapshots that clients hold open") as refused:
-        samplers.snapshot(RUN, 6)
+    samplers.find(f"gradwire://{RUN}/frozen_weights/5").lease(30)
+    with pytest.raises(GradwireError, match="4 sets of frozen weights that clients hold open") as refused:
+        samplers.freeze(RUN, 6)
     assert (refused.value.reason, refused.value.metadata["limit"]) == ("LIMIT_EXCEEDED", "4")
     worker.finish()
     samplers.find(leased)
     assert worker.failure(request) is None
     # Nobody samples any more, so one goes; with its lease over, the first is like others.
-    samplers.snapshot(RUN, 6, lease_s=60)
+    samplers.freeze(RUN, 6, lease_s=60)
     with pytest.raises(GradwireError, match="made room"):
         samplers.find(used)
     now[0] += 61
-    samplers.snapshot(RUN, 7)
+    samplers.freeze(RUN, 7)
     with pytest.raises(GradwireError, match="made room"):
         samplers.find(last)
 
 
 def test_a_sampler_let_go_while_it_generates_stays_frozen_to_the_end(worker: Worker):
-    path = str(worker.sampling.samplers.snapshot(RUN, 1))
+    path = str(worker.sampling.samplers.freeze(RUN, 1))
     wanted = worker.start(path=path, max_tokens=12)
     worker.finish()
     under_way = worker.start(path=path, max_tokens=12)
@@ -309,7 +309,7 @@ def test_where_no_memory_is_left_for_a_copy_training_goes_on_and_the_sampler_goe
     def no_memory(model: object) -> object:
         raise torch.OutOfMemoryError("no memory")
 
-    path = str(worker.sampling.samplers.snapshot(RUN, 1))
+    path = str(worker.sampling.samplers.freeze(RUN, 1))
     under_way = worker.start(path=path, max_tokens=12)
     worker.scheduler.step()
     monkeypatch.setattr(samplers_module, "frozen_copy", no_memory)
@@ -325,7 +325,7 @@ def test_where_no_memory_is_left_for_a_copy_training_goes_on_and_the_sampler_goe
 def test_what_fails_in_a_step_ends_its_requests_and_no_others(worker: Worker, monkeypatch: pytest.MonkeyPatch):
     worker.sampling.samplers.find("")
     worker.train()
-    path = str(worker.sampling.samplers.snapshot(RUN, 3))
+    path = str(worker.sampling.samplers.freeze(RUN, 3))
     good, bad = worker.start(max_tokens=6), worker.start(max_tokens=6, path=path)
     for _ in range(4):
         worker.scheduler.step()

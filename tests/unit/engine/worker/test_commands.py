@@ -403,7 +403,7 @@ def test_more_than_may_be_said_of_a_checkpoint_is_refused(
 
 
 @pytest.mark.parametrize("said", [{"ttl_seconds": 60}, {"user_metadata": {"a": "b"}}])
-def test_of_a_snapshot_nothing_can_be_said(driver: Driver, said: dict[str, Any]) -> None:
+def test_of_frozen_weights_nothing_can_be_said(driver: Driver, said: dict[str, Any]) -> None:
     exc = driver.refused(save_weights_for_sampler={"ephemeral": True, **said})
     assert "belong to checkpoints" in exc.message
 

@@ -10,7 +10,7 @@ from trainer_service.engine.counters import Counters
 from trainer_service.fleet.supervisor import WorkerSettings, WorkerSupervisor
 from trainer_service.observability import Metrics
 
-DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "gradwire.json"
+DASHBOARD = Path(__file__).parents[3] / "deploy" / "grafana" / "gradwire.json"
 
 
 async def exported() -> set[str]:

@@ -147,8 +147,8 @@ def test_the_dtype_of_files_that_say_none_is_float32(tmp_path: Path):
     assert stored_dtype(tmp_path) == "float32"
 
 
-def test_a_snapshot_in_memory_has_no_dtype_of_its_own(tmp_path: Path, tiny_llama: Path):
+def test_frozen_weights_have_no_dtype_of_their_own(tmp_path: Path, tiny_llama: Path):
     operations = RunOperations(make_engine(tiny_llama, tmp_path), sampling=None)
     save = ops.SaveWeightsForSamplerRequest(ephemeral=True, dtype="float32")
-    with pytest.raises(GradwireError, match="an ephemeral snapshot has the dtype that trains"):
+    with pytest.raises(GradwireError, match="ephemeral frozen weights have the dtype that trains"):
         operations.prepare(RUN, TrainRequest(seq_id=1, save_weights_for_sampler=save))
