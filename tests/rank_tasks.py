@@ -1,5 +1,6 @@
 """What ranks of tests.rank_pool run: each takes its Ranks first. On one rank they run in the test's own process."""
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from trainer_service.engine.losses import find_loss
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.parallel.sharding import record_of, reshard, whole
 from trainer_service.engine.ranks import Ranks
+from trainer_service.engine.storage.snapshots import SnapshotWriter
 
 PARAMS = AdamParams(learning_rate=1e-2, grad_clip_norm=1.0)
 
@@ -94,3 +96,59 @@ def train(
     found["after"] = tensors(engine)
     found["recomputed"] = engine.counters.recomputed_graphs_total
     return found
+
+
+def step(engine: Engine, seq_id: int, batch: Batch) -> None:
+    """One step with cross-entropy."""
+    engine.forward_backward(RUN, seq_id, engine.stage(batch, find_loss("cross_entropy")))
+    engine.optim_step(RUN, seq_id + 1, PARAMS)
+
+
+def save(ranks: Ranks, folder: Path, checkpoint_dir: Path, batch: Batch, *, lora: bool = False) -> dict[str, Any]:
+    """A step, a state, sampler weights, another step."""
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=lora)
+    step(engine, 1, batch)
+    saved = engine.save_state(RUN, "state")
+    exported = engine.save_weights_for_sampler(RUN, "weights", dtype="float32")
+    delta = engine.save_weights_for_sampler(RUN, "delta", delta=True)
+    merged = engine.save_weights_for_sampler(RUN, "merged", merged=True) if lora else exported
+    found = {"path": saved.path, "sizes": [each.size_bytes for each in (saved, exported, delta, merged)]}
+    step(engine, 3, batch)
+    return {**found, "after": tensors(engine)}
+
+
+def go_on(
+    ranks: Ranks, folder: Path, checkpoint_dir: Path, batch: Batch, path: str, *, lora: bool = False
+) -> dict[str, Any]:
+    """Loads a state and takes the step after it."""
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=lora)
+    loaded = engine.load_state(RUN, path, with_optimizer=True)
+    found = {"step": loaded, "loaded": tensors(engine)}
+    step(engine, 1, batch)
+    return {**found, "after": tensors(engine)}
+
+
+def snapshot(
+    ranks: Ranks, folder: Path, checkpoint_dir: Path, batch: Batch, where: Path, *, lora: bool = False
+) -> dict[str, Any]:
+    """A snapshot with gradients of one pass, and after another pass a step."""
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=lora)
+    step(engine, 1, batch)
+    engine.forward_backward(RUN, 3, engine.stage(batch, find_loss("cross_entropy")))
+    written = threading.Event()
+    failures: list[Any] = []
+    SnapshotWriter(ranks).take(engine.run_state(RUN), where, lambda failure: (failures.append(failure), written.set()))
+    assert written.wait(60)
+    assert failures == [None]
+    step(engine, 4, batch)
+    return {"after": tensors(engine)}
+
+
+def restore(
+    ranks: Ranks, folder: Path, checkpoint_dir: Path, batch: Batch, where: Path, *, lora: bool = False
+) -> dict[str, Any]:
+    """What comes after the snapshot, from the snapshot."""
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=lora)
+    engine.restore_run(RUN, where)
+    step(engine, 4, batch)
+    return {"after": tensors(engine)}

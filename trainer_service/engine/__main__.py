@@ -23,12 +23,12 @@ from gradwire.v1.trainer_service_pb2 import LossInfo, ModelInfo
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerHello, WorkerReady
 
 from trainer_service.config import EngineSettings, Limits
-from trainer_service.engine.ranks import Ranks
+from trainer_service.engine.ranks import RankFailedError, Ranks
 from trainer_service.engine.worker.connection import TrainerConnection
 from trainer_service.engine.worker.heartbeat import start_heartbeat
 from trainer_service.engine.worker.inbox import Inbox
 from trainer_service.engine.worker.progress import told_of_progress
-from trainer_service.executing import Executing
+from trainer_service.executing import Executing, leave_reason
 from trainer_service.observability import configure_logging
 from trainer_service.processes import die_with_parent
 
@@ -57,7 +57,9 @@ def main() -> int:
     follows = os.environ.get("RANK", "0") != "0"
     try:
         return _follow(arguments) if follows else _lead(arguments)
-    except Exception:
+    except Exception as exc:
+        if isinstance(exc, RankFailedError):
+            leave_reason(arguments.socket, exc.failure)
         # Ranks that wait for this one notice that it is gone.
         logger.exception("A rank ended.", extra={"fields": {"rank": os.environ.get("RANK", "0")}})
         return 1

@@ -89,7 +89,7 @@ class Engine:
         example = self.source.example
         self.model = describe(example, base_model=name, device=device, max_context_length=max_context_length)
         """What is trained, for GetServerInfo."""
-        self._checkpoints = Checkpoints(checkpoint_dir, self.model, self.folder)
+        self._checkpoints = Checkpoints(checkpoint_dir, self.model, self.folder, self.ranks.execution)
         settings = settings or EngineSettings()
         self.traits = self.source.find_traits(max_context_length=self.model.max_context_length)
         """What the architecture allows."""
@@ -155,7 +155,8 @@ class Engine:
         """
         try:
             self._attempt(
-                lambda: restore_snapshot(self.run_state(run_id), snapshot_folder), what="the optimizer's state"
+                lambda: restore_snapshot(self.run_state(run_id), snapshot_folder, self.ranks.execution),
+                what="the optimizer's state",
             )
         except BaseException:
             self.delete_run(run_id)
@@ -396,7 +397,7 @@ class Engine:
             logger.warning("Out of memory.", extra={"fields": {"what": what, "why": str(exc).partition("\n")[0]}})
         # Out here the exception is gone, and with it the frames that held the failed work's tensors.
         self.device.release_cached_memory()
-        raise error(
+        failure = error(
             "DEVICE_OUT_OF_MEMORY",
             f"{self.device.name} has no memory left for {what}, in forwards of at most {self.memory.max_pack_tokens} "
             f"tokens beside at most {self.memory.max_held_graph_bytes >> 20} MiB of held graphs. The run goes on. "
@@ -407,6 +408,7 @@ class Engine:
             max_pack_tokens=self.memory.max_pack_tokens,
             max_held_graph_bytes=self.memory.max_held_graph_bytes,
         )
+        raise self.ranks.alone_with(failure)
 
     def _held_graphs(self) -> list[HeldGraph]:
         return [graph for run in self._runs.values() for graph in run.graphs.values()]

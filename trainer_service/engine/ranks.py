@@ -9,21 +9,37 @@ A channel is for one thread of each rank: ranks that say things in different ord
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from google.rpc.status_pb2 import Status
+from gradwire.errors import GradwireError, from_status, to_status
 
 from trainer_service.config import RANK_STORE_VARIABLE
 
+T = TypeVar("T")
 _ENDLESS = timedelta(days=3650)
 """How long a rank without work waits to be told of some; one that has gone is noticed at once all the same."""
 
 
 class RanksDisagreeError(Exception):
     """Ranks that must do the same did not."""
+
+
+class RankFailedError(Exception):
+    """What this rank executes failed here, and perhaps only here, where the others wait for it: it has to end.
+
+    Args:
+        failure: What the operation shall be answered with.
+    """
+
+    def __init__(self, failure: GradwireError) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 class Channel:
@@ -37,8 +53,8 @@ class Channel:
 
     def __init__(self, group: Any = None, *, rank: int = 0, world_size: int = 1) -> None:
         self._group = group
-        self._rank = rank
-        self._world_size = world_size
+        self.rank = rank
+        self.world_size = world_size
 
     def tell_bytes(self, message: bytes = b"") -> bytes:
         """The leader's message, on every rank; the others' is not looked at."""
@@ -48,7 +64,7 @@ class Channel:
 
         size = _int64(len(message))
         distributed.broadcast(size, 0, group=self._group)
-        buffer = _bytes(message) if self._rank == 0 else _room(int(size))
+        buffer = _bytes(message) if self.rank == 0 else _room(int(size))
         if len(buffer):
             distributed.broadcast(buffer, 0, group=self._group)
         return buffer.numpy().tobytes()
@@ -59,12 +75,12 @@ class Channel:
             return [message]
         from torch import distributed
 
-        sizes = [_int64(0) for _ in range(self._world_size)]
+        sizes = [_int64(0) for _ in range(self.world_size)]
         distributed.all_gather(sizes, _int64(len(message)), group=self._group)
         longest = max(map(int, sizes))
         if not longest:
-            return [b""] * self._world_size
-        buffers = [_room(longest) for _ in range(self._world_size)]
+            return [b""] * self.world_size
+        buffers = [_room(longest) for _ in range(self.world_size)]
         distributed.all_gather(buffers, _bytes(message.ljust(longest, b"\0")), group=self._group)
         return [buffer[: int(size)].numpy().tobytes() for buffer, size in zip(buffers, sizes, strict=True)]
 
@@ -78,6 +94,30 @@ class Channel:
             return [value]
         return [json.loads(message) for message in self.gather_bytes(json.dumps(value).encode())]
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the leader's end."""
+        return self.rank == 0
+
+    def alike(self, work: Callable[[], T]) -> T:
+        """Does something on every rank, none of which needs another for it; what one refuses, all refuse.
+
+        Raises:
+            GradwireError: What was raised on the first rank that raised one.
+        """
+        if self._group is None:
+            return work()
+        result: Any = None
+        failure: GradwireError | None = None
+        try:
+            result = work()
+        except GradwireError as exc:
+            failure = exc
+        statuses = self.gather_bytes(to_status(failure).SerializeToString() if failure else b"")
+        for status in filter(None, statuses):
+            raise from_status(Status.FromString(status)) from failure
+        return result
+
     def put_together(self, values: npt.NDArray[np.float32]) -> None:
         """Puts together, in place and bit for bit, what at each place one rank has and all others have as zero bits."""
         if self._group is None:
@@ -86,6 +126,10 @@ class Channel:
         from torch import distributed
 
         distributed.all_reduce(torch.from_numpy(values.view(np.int32)), group=self._group)
+
+
+ALONE = Channel()
+"""Of a rank that has no others."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +160,10 @@ class Ranks:
     def leads(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
+
+    def alone_with(self, failure: GradwireError) -> Exception:
+        """What to raise for a failure that other ranks may not share: with others, what ends this one."""
+        return failure if self.world_size == 1 else RankFailedError(failure)
 
     def check_alike(self, outcome: str) -> None:
         """Has all ranks say what came of something.

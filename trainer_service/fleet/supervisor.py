@@ -15,7 +15,7 @@ from gradwire.errors import GradwireError, error
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerReady
 
 from trainer_service.config import MAX_RUNS_VARIABLE, EngineSettings
-from trainer_service.executing import executing_command
+from trainer_service.executing import executing_command, take_reason
 from trainer_service.fleet import heartbeat
 from trainer_service.fleet.link import Link, WorkerServicer, worker_service_handler
 from trainer_service.fleet.rank_processes import RankProcesses
@@ -231,7 +231,8 @@ class WorkerSupervisor:
             logger.error("Worker ended.", extra={"fields": {"reason": died.message}})
             for callback in self._death_callbacks:
                 callback(died)
-        link.fail_pending(died, executing=executing_command(self._socket.path))
+        path = self._socket.path
+        link.fail_pending(died, executing=executing_command(path), because=take_reason(path))
 
     async def _start_ranks(self, link: Link) -> RankProcesses:
         await self._socket.open()

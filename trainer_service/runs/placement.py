@@ -244,6 +244,8 @@ class Placement:
             # It stays undone. Held against it is only a death during its own execution.
             if not outcome.executing:
                 entry.attempts -= 1
+            elif outcome.because is not None:
+                self._fail(entry, outcome.because)
         elif self._undone.pop(entry.seq_id, None) is not None:
             self._owner.done(entry, outcome.event.response, bytes(outcome.encoded_response))
 
@@ -345,6 +347,8 @@ class Placement:
             if self.waiting and any(entry.failure is None for entry in self._undone.values()):
                 self.wake()
             return
+        if isinstance(exc, Died) and exc.because is not None:
+            exc = exc.because
         if isinstance(exc, GradwireError) and exc.reason in NO_ROOM:
             self.not_before_s = time.monotonic() + _MEMORY_RETRY_S
             self._no_room(exc)

@@ -19,7 +19,7 @@ import torch
 from gradwire.errors import error
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -173,6 +173,11 @@ def part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def is_part(tensor: Tensor) -> bool:
+    """Whether this rank has only a part of it."""
+    return isinstance(tensor, DTensor)
+
+
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     """The same tensor in parts, given this rank's, as `like` is in parts; as it is where that is whole."""
     if not isinstance(like, DTensor):
@@ -180,6 +185,12 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(
         tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+def first_row(tensor: DTensor) -> int:
+    """Where this rank's part begins in the whole: FSDP cuts the first dim into equal parts, the last ones shorter."""
+    mesh = tensor.device_mesh
+    return min(len(tensor), -(-len(tensor) // mesh.size()) * mesh.get_local_rank())
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
@@ -262,10 +273,3 @@ def _replace(model: nn.Module, parameters: Mapping[nn.Parameter, nn.Parameter]) 
 def _another(tensor: DTensor) -> DTensor:
     """Another object over the same part."""
     return part_of(tensor.to_local(), tensor)  # pyright: ignore[reportReturnType]
-
-
-def distributed_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every rank has, in parts as `like` is; as it is where that is whole."""
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor.contiguous(), like.device_mesh, like.placements, src_data_rank=None)
