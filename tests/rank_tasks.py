@@ -1,16 +1,19 @@
 """What ranks of tests.rank_pool run: each takes its Ranks first. On one rank they run in the test's own process."""
 
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from gradwire._wire.codec import Batch
+from gradwire.errors import GradwireError
 from gradwire.types import AdamParams
 
-from tests.engines import CPU, RUN
+from tests.engines import BATCH, CPU, RUN
 from trainer_service.config import EngineSettings
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.losses import find_loss
@@ -18,6 +21,7 @@ from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.parallel.sharding import record_of, reshard, whole
 from trainer_service.engine.ranks import Ranks
 from trainer_service.engine.storage.snapshots import SnapshotWriter
+from trainer_service.engine.tensor_files import read_tensors
 
 PARAMS = AdamParams(learning_rate=1e-2, grad_clip_norm=1.0)
 
@@ -152,3 +156,44 @@ def restore(
     engine.restore_run(RUN, where)
     step(engine, 4, batch)
     return {"after": tensors(engine)}
+
+
+def export(ranks: Ranks, folder: Path, checkpoint_dir: Path, path: str, name: str) -> None:
+    """Sampler weights of a state."""
+    engine = make_engine(ranks, folder, checkpoint_dir)
+    engine.load_state(RUN, path, with_optimizer=False)
+    engine.save_weights_for_sampler(RUN, name, dtype="float32")
+
+
+def read(file: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """A safetensors file."""
+    return {name: tensor.numpy() for name, tensor in read_tensors(file).items()}
+
+
+def refused(ranks: Ranks, folder: Path, checkpoint_dir: Path, path: str) -> tuple[str, str]:
+    """Why a state cannot be loaded; training goes on all the same."""
+    engine = make_engine(ranks, folder, checkpoint_dir)
+    with pytest.raises(GradwireError) as refusal:
+        engine.load_state(RUN, path, with_optimizer=True)
+    step(engine, 1, BATCH)
+    return refusal.value.reason, refusal.value.message
+
+
+def not_finite(ranks: Ranks, folder: Path, checkpoint_dir: Path, batch: Batch) -> tuple[str, str]:
+    """Why a pass was refused; training goes on all the same."""
+    engine = make_engine(ranks, folder, checkpoint_dir, max_pack_tokens=9)
+    with pytest.raises(GradwireError) as refusal:
+        engine.forward_backward(RUN, 1, engine.stage(batch, find_loss("cross_entropy")))
+    engine.zero_grad(RUN)
+    step(engine, 2, BATCH)
+    return refusal.value.reason, refusal.value.message
+
+
+def delete(ranks: Ranks, folder: Path, checkpoint_dir: Path, *, lora: bool) -> int:
+    """How many of a deleted run's parameters are still there."""
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=lora)
+    step(engine, 1, BATCH)
+    alive = weakref.WeakSet(engine.run_state(RUN).trained_parameters().values())
+    assert alive
+    engine.delete_run(RUN)
+    return len(alive)

@@ -120,9 +120,9 @@ _CONFIGS = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}
 _MODELS = {"GPT2": "GPT2LMHeadModel"}
 
 
-def make_model(folder: Path, architecture: str) -> Path:
-    """A tiny random model of the architecture, as a Hugging Face folder."""
-    settings = {**_COMMON, **PACKED.get(architecture, {}), **ALONE.get(architecture, {})}
+def make_model(folder: Path, architecture: str, **changes: Any) -> Path:
+    """A tiny random model of the architecture, as a Hugging Face folder; with changes to its configuration."""
+    settings = {**_COMMON, **PACKED.get(architecture, {}), **ALONE.get(architecture, {}), **changes}
     config = getattr(transformers, _CONFIGS.get(architecture, f"{architecture}Config"))(**settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

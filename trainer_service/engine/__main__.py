@@ -218,6 +218,7 @@ def _ready(engine: "Engine", sampling: "Sampling") -> WorkerEvent:
                 device=model.device,
                 batching=engine.traits.batching,
                 sampling=sampling.decoding.described,
+                world_size=engine.ranks.world_size,
             ),
             losses=[
                 LossInfo(

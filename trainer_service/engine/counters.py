@@ -30,6 +30,8 @@ class Counters:
     """Runs held now."""
     adapters_in_host_memory: int = 0
     """Adapters that wait in host memory for their run's next operation."""
+    world_size: int = 1
+    """Ranks that share the model."""
     busy_seconds_total: float = 0.0
     """Time spent executing operations."""
 

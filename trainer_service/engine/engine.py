@@ -28,7 +28,7 @@ from trainer_service.engine.microbatch import Forwards
 from trainer_service.engine.models.load import describe, fetch
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.models.source import ModelSource
-from trainer_service.engine.parallel.sharding import readable, reshard
+from trainer_service.engine.parallel.sharding import free_cycles, readable, reshard
 from trainer_service.engine.passes import ForwardResult, Passes, Staged
 from trainer_service.engine.ranks import Ranks
 from trainer_service.engine.run_state import HeldGraph, RunState
@@ -81,7 +81,7 @@ class Engine:
         self.ranks = ranks or Ranks()
         self.limits = limits or Limits()
         self.device = device
-        self.counters = Counters()
+        self.counters = Counters(world_size=self.ranks.world_size)
         self.folder = fetch(base_model)
         """Where the base model's files are."""
         self.source = ModelSource(base_model, self.folder, device, self.ranks)
@@ -167,6 +167,8 @@ class Engine:
         if self._runs.pop(run_id, None) is not None:
             self._base_models.deleted(run_id)
             self._adapter_offload.forget(run_id)
+            if self.ranks.world_size > 1:
+                free_cycles()
             self.device.release_cached_memory()
             self._count_held()
 

@@ -186,6 +186,7 @@ class Health:
                 "max_context_length": model.max_context_length,
                 "batching": model.batching,
                 "sampling": model.sampling,
+                "world_size": model.world_size,
             },
             "counters": {
                 name: float(f"{value:.6g}") for name, value in worker.counters.items() if math.isfinite(value)

@@ -11,6 +11,7 @@ their gradients are summed once a step (`sum_gradients`).
 
 import copy
 import functools
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from weakref import WeakValueDictionary
@@ -161,6 +162,14 @@ def reshard(model: nn.Module) -> None:
     if record_of(model) is not None:
         for module in fsdp_modules(model):
             module.reshard()
+
+
+def free_cycles() -> None:
+    """Frees models that were let go. What FSDP hangs on a model refers to it, so it does not go by itself."""
+    # The worker froze what it loaded (engine/__main__.py), the first model with it.
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def whole(tensor: Tensor) -> Tensor:
