@@ -1,5 +1,6 @@
 """A worker of two ranks, as users have it: trained, sampled from, saved, killed, out of memory, hanging."""
 
+import os
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,9 +40,9 @@ def summed(inputs, config):
     return LossOutput(-logprobs.sum(), (logprobs != 0).sum(), {})
 
 LOSSES = [
-    Loss(name="out_of_memory", inputs=(), fn=out_of_memory, config={}),
-    Loss(name="hangs_once", inputs=(), fn=hangs_once, config={}),
-    Loss(name="summed", inputs=(), fn=summed, config={}),
+    Loss(name="out_of_memory", inputs=("weights",), fn=out_of_memory, config={}),
+    Loss(name="hangs_once", inputs=("weights",), fn=hangs_once, config={}),
+    Loss(name="summed", inputs=("weights",), fn=summed, config={}),
 ]
 """
 
@@ -52,7 +53,8 @@ def trainer(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "broken_losses.py").write_text(BROKEN)
     arguments = ("--nproc-per-node", "2", "--collective-timeout-s", "20", "--loss-module", "broken_losses")
-    env = {"PYTHONPATH": f"{folder}:{Path(__file__).parents[2]}", "HANGS_ONCE": str(folder / "hung")}
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    env = {"PYTHONPATH": path, "HANGS_ONCE": str(folder / "hung")}
     with running_trainer(tiny_llama, folder, *arguments, env=env) as running:
         running.wait_ready()
         yield running
@@ -86,7 +88,7 @@ def test_samples_of_two_ranks_have_the_trainer_s_logprobs(lora_rank: int, servic
             tokens = [*prompt.to_ints(), *sequence.tokens]
             assert sequence.logprobs is not None
             told = sampler.compute_logprobs(ModelInput.from_ints(tokens)).result(60)
-            np.testing.assert_allclose(told[3:], sequence.logprobs, atol=1e-4)
+            np.testing.assert_allclose(np.array(told[3:], dtype=float), sequence.logprobs, atol=1e-4)
     # What was frozen stays as it was while the run trains on.
     first = answers[0].result(60).sequences[0].tokens
     client.forward_backward(data(30, 20, 40), "cross_entropy").result(60)

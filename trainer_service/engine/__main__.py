@@ -23,7 +23,7 @@ from gradwire.v1.trainer_service_pb2 import LossInfo, ModelInfo
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerHello, WorkerReady
 
 from trainer_service.config import EngineSettings, Limits
-from trainer_service.engine.ranks import RankFailedError, Ranks
+from trainer_service.engine.ranks import LeaderGoneError, RankFailedError, Ranks
 from trainer_service.engine.worker.connection import TrainerConnection
 from trainer_service.engine.worker.heartbeat import start_heartbeat
 from trainer_service.engine.worker.inbox import Inbox
@@ -57,6 +57,9 @@ def main() -> int:
     follows = os.environ.get("RANK", "0") != "0"
     try:
         return _follow(arguments) if follows else _lead(arguments)
+    except LeaderGoneError:
+        logger.info("The first rank is gone.", extra={"fields": {"rank": os.environ["RANK"]}})
+        return 1
     except Exception as exc:
         if isinstance(exc, RankFailedError):
             leave_reason(arguments.socket, exc.failure)

@@ -30,6 +30,10 @@ class RanksDisagreeError(Exception):
     """Ranks that must do the same did not."""
 
 
+class LeaderGoneError(Exception):
+    """Rank 0 has ended, and the others with it."""
+
+
 class RankFailedError(Exception):
     """What this rank executes failed here, and perhaps only here, where the others wait for it: it has to end.
 
@@ -182,10 +186,10 @@ class Ranks:
         Args:
             timeout_s: How long ranks wait for one another while they execute something.
         """
-        numbers = {name: int(os.environ.get(name.upper()) or "0") for name in ("rank", "local_rank")}
-        sizes = {name: int(os.environ.get(name.upper()) or "1") for name in ("world_size", "local_world_size")}
-        if sizes["world_size"] == 1:
-            return cls(**numbers, **sizes)
+        place = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0)
+        world_size, local_world_size = _from_environment("WORLD_SIZE", 1), _from_environment("LOCAL_WORLD_SIZE", 1)
+        if world_size == 1:
+            return cls(*place, world_size, local_world_size)
         import torch
         from torch import distributed
 
@@ -193,23 +197,28 @@ class Ranks:
         distributed.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
             init_method=f"file://{os.environ[RANK_STORE_VARIABLE]}",
-            rank=numbers["rank"],
-            world_size=sizes["world_size"],
+            rank=place[0],
+            world_size=world_size,
             timeout=timeout,
         )
 
         def channel(timeout: timedelta) -> Channel:
             group = distributed.new_group(backend="gloo", timeout=timeout)
-            return Channel(group, rank=numbers["rank"], world_size=sizes["world_size"])
+            return Channel(group, rank=place[0], world_size=world_size)
 
         return cls(
-            **numbers,
-            **sizes,
+            *place,
+            world_size,
+            local_world_size,
             commands=channel(_ENDLESS),
             turns=channel(_ENDLESS),
             execution=channel(timeout),
             files=channel(timeout),
         )
+
+
+def _from_environment(name: str, default: int) -> int:
+    return int(os.environ.get(name) or default)
 
 
 def _int64(value: int) -> Any:

@@ -254,7 +254,7 @@ class StateFiles:
         """
         if len(summands) == self.channel.world_size:
             return summands[self.channel.rank]
-        return torch.stack(summands).sum(0) if self.channel.leads else None
+        return torch.stack([*summands]).sum(0) if self.channel.leads else None
 
     def _check_parameters(self, tensors: Mapping[str, Parts], trained: Mapping[str, Tensor]) -> None:
         stored, wanted = set(tensors), set(trained)

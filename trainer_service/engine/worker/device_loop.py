@@ -5,6 +5,7 @@ in theirs, and do the same. Requests to sample are divided: each is one rank's, 
 rank waits for another within a step. After it the leader is handed what the others have to answer.
 """
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent
 
-from trainer_service.engine.ranks import Ranks
+from trainer_service.engine.ranks import LeaderGoneError, Ranks
 from trainer_service.engine.sampling.service import Sampling
 from trainer_service.engine.worker.commands import Commands
 from trainer_service.engine.worker.inbox import Inbox
@@ -85,9 +86,17 @@ class DeviceLoop:
         self._tell(_END)
 
     def follow(self) -> None:
-        """Every other rank's, until the leader says that there is no more."""
+        """Every other rank's, until the leader says that there is no more.
+
+        Raises:
+            LeaderGoneError: It has ended without a word.
+        """
         while True:
-            turn, number = self._ranks.turns.tell()
+            try:
+                turn, number = self._ranks.turns.tell()
+            except RuntimeError as exc:
+                # Nothing else ends a wait without end.
+                raise LeaderGoneError(str(exc)) from exc
             if turn == _END:
                 return
             if turn == _SAMPLE:
@@ -143,9 +152,10 @@ def told_to_all(commands: Iterable[WorkerCommand], ranks: Ranks) -> Iterator[Wor
 
 
 def told_by_leader(ranks: Ranks) -> Iterator[WorkerCommand]:
-    """The same on another rank."""
-    while message := ranks.commands.tell_bytes():
-        yield WorkerCommand.FromString(message)
+    """The same on another rank, until the leader has no more, or is gone."""
+    with contextlib.suppress(RuntimeError):
+        while message := ranks.commands.tell_bytes():
+            yield WorkerCommand.FromString(message)
 
 
 def _framed(events: Iterable[WorkerEvent]) -> Iterator[bytes]:

@@ -23,7 +23,7 @@ def shares_of(lengths: Sequence[int], *, world_size: int, max_tokens: int) -> li
 
 
 @given(
-    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40),
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=25),
     world_size=st.integers(1, 9),
     max_tokens=st.integers(1, 600),
 )
@@ -34,7 +34,7 @@ def test_any_batch_is_answered_once_by_ranks_that_go_in_step(lengths: list[int],
     dealt = [place for place in places if place.number is not None]
     rows = np.concatenate([place.pack.rows_R for place in dealt])
     assert sorted(rows.tolist()) == list(range(sum(lengths)))
-    assert sorted(place.number for place in dealt) == list(range(len(dealt)))
+    assert sorted(place.number or 0 for place in dealt) == list(range(len(dealt)))
     assert len({len(share) for share in shares}) == 1
     for together in zip(*shares, strict=True):
         assert len({id(place.round) for place in together}) == 1
