@@ -111,6 +111,8 @@ def step(engine: Engine, seq_id: int, batch: Batch) -> None:
 def save(ranks: Ranks, folder: Path, checkpoint_dir: Path, batch: Batch, *, lora: bool = False) -> dict[str, Any]:
     """A step, a state, sampler weights, another step."""
     engine = make_engine(ranks, folder, checkpoint_dir, lora=lora)
+    # Leaves some parameters gathered.
+    engine.forward(RUN, 1, engine.stage(batch))
     step(engine, 1, batch)
     saved = engine.save_state(RUN, "state")
     exported = engine.save_weights_for_sampler(RUN, "weights", dtype="float32")

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,12 +107,17 @@ def _lead(arguments: argparse.Namespace) -> int:
 
 
 def _follow(arguments: argparse.Namespace) -> int:
-    ranks = _ranks(arguments, _says_nothing)
     outbox: list[WorkerEvent] = []
-    with _nothing_collected():
-        engine = _load(arguments, ranks, Limits(), _says_nothing)
-        # What its samples answer, the leader sends; what becomes of a snapshot, the leader knows.
-        sampling = _sampling(engine, arguments.checkpoint_dir, _says_nothing, outbox.append)
+    try:
+        ranks = _ranks(arguments, _says_nothing)
+        with _nothing_collected():
+            engine = _load(arguments, ranks, Limits(), _says_nothing)
+            # What its samples answer, the leader sends; what becomes of a snapshot, the leader knows.
+            sampling = _sampling(engine, arguments.checkpoint_dir, _says_nothing, outbox.append)
+    except GradwireError:
+        # All ranks refuse it, and the leader tells the trainer why.
+        time.sleep(_GOODBYE_S)
+        return 1
     from trainer_service.engine.worker.device_loop import told_by_leader
 
     loop = _device_loop(arguments.socket, engine, sampling, _says_nothing, told_by_leader(ranks), outbox)
@@ -267,8 +273,8 @@ def _device_loop(
     inbox = Inbox(commands.prepare, overtakes)
 
     def read() -> None:
-        # A stream that breaks off has ended too; main() says how.
-        with contextlib.suppress(grpc.RpcError):
+        # A stream that breaks off, or ranks that hear nothing more, have ended too; main() says how.
+        with contextlib.suppress(grpc.RpcError, RuntimeError):
             inbox.read(raw)
 
     threading.Thread(target=read, name="commands", daemon=True).start()

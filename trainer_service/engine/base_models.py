@@ -11,6 +11,7 @@ from trainer_service.engine.models import lora
 from trainer_service.engine.models.adapter_files import load_adapter
 from trainer_service.engine.models.lora import LoraSettings, Targets
 from trainer_service.engine.optim import AdamW
+from trainer_service.engine.parallel.sharding import free_cycles
 from trainer_service.engine.ranks import Ranks
 from trainer_service.engine.run_state import RunState
 
@@ -79,7 +80,8 @@ class BaseModels:
         model = self._shared or self._unused or self._lent() or self._unchanged()
         if model is None:
             model = self._load()
-            self._lent = weakref.ref(model)
+            # Of a sharded one a copy is read, and when it goes itself is a matter of chance, on each rank another.
+            self._lent = weakref.ref(model) if self._ranks.world_size == 1 else _nothing
         return model
 
     def adapted_model(self, folder: Path) -> PreTrainedModel:
@@ -96,10 +98,12 @@ class BaseModels:
         if not self._sharing:
             # This makes room for the run. Whoever still samples from that copy keeps it alive.
             self._shared = None
+            if self._ranks.world_size > 1:
+                free_cycles()
         model, self._unused = self._unused or self._load(), None
         if self._lent() is None and self._unchanged() is None:
             self._unchanged = weakref.ref(model)
-        return RunState(run_id=run_id, model=model, optimizer=AdamW(model.parameters(), self._ranks))
+        return self._run(run_id, model)
 
     def lora(self, run_id: str, settings: LoraSettings) -> RunState:
         """A run that trains a new adapter.
@@ -149,10 +153,19 @@ class BaseModels:
             self.deleted(run_id)
             raise
         model = lora.inner(adapter)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = AdamW(trained, self._ranks)
-        settings = lora.settings_of(adapter, self._targets)
-        return RunState(run_id=run_id, model=model, optimizer=optimizer, adapter=adapter, lora=settings)
+        return self._run(run_id, model, adapter, lora.settings_of(adapter, self._targets))
+
+    def _run(
+        self,
+        run_id: str,
+        model: PreTrainedModel,
+        adapter: PeftModel | None = None,
+        settings: LoraSettings | None = None,
+    ) -> RunState:
+        # Looked up before anything runs: while parameters are gathered, others stand in their place.
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        optimizer = AdamW(trained.values(), self._ranks)
+        return RunState(run_id, model, optimizer, trained, adapter=adapter, lora=settings)
 
     def _loaded(self, base: PreTrainedModel, targets: Targets, folder: Path) -> PeftModel:
         return load_adapter(base, targets, folder, base_model=self._base_model)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 from google.rpc.status_pb2 import Status
-from gradwire.errors import GradwireError, from_status, to_status
+from gradwire.errors import GradwireError, from_status, invalid_field, to_status
 
 from trainer_service.config import RANK_STORE_VARIABLE
 
@@ -185,6 +185,9 @@ class Ranks:
 
         Args:
             timeout_s: How long ranks wait for one another while they execute something.
+
+        Raises:
+            InvalidArgumentError: INVALID_FIELD: more ranks than GPUs, where there are GPUs.
         """
         place = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0)
         world_size, local_world_size = _from_environment("WORLD_SIZE", 1), _from_environment("LOCAL_WORLD_SIZE", 1)
@@ -193,9 +196,17 @@ class Ranks:
         import torch
         from torch import distributed
 
+        cuda = torch.cuda.is_available()
+        if cuda and torch.cuda.device_count() < local_world_size:
+            raise invalid_field(
+                "nproc_per_node",
+                f"is {local_world_size}, and this machine has {torch.cuda.device_count()} GPUs; each rank needs one.",
+            )
+        if cuda:
+            torch.cuda.set_device(place[1])
         timeout = timedelta(seconds=timeout_s)
         distributed.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo",
+            "nccl" if cuda else "gloo",
             init_method=f"file://{os.environ[RANK_STORE_VARIABLE]}",
             rank=place[0],
             world_size=world_size,

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from gradwire.errors import GradwireError, error
@@ -88,6 +88,8 @@ class RunState:
     run_id: str
     model: PreTrainedModel
     optimizer: AdamW
+    trained: Mapping[str, Parameter]
+    """The parameters that train, by name; tied ones once. They stay the same for as long as the run lives."""
     adapter: PeftModel | None = None
     """Of a LoRA run: peft's view of `model`."""
     lora: LoraSettings | None = None
@@ -101,8 +103,6 @@ class RunState:
     accumulation: Accumulation = field(default_factory=Accumulation)
     graphs: dict[int, HeldGraph] = field(default_factory=dict)
     """By the seq_id of their forward."""
-    _trained: dict[str, Parameter] = field(default_factory=dict)
-    """Kept, since walking through all modules takes milliseconds."""
     _gone: OrderedDict[int, str] = field(default_factory=OrderedDict)
     """Why a graph is no longer held, for the error that says so; only the latest reasons are kept."""
 
@@ -111,12 +111,9 @@ class RunState:
         """0 where all parameters train."""
         return 0 if self.adapter is None else adapter_rank(self.adapter)
 
-    def trained_parameters(self) -> dict[str, Parameter]:
-        """The parameters that train, by name; tied ones once. They stay the same for as long as the run lives."""
-        if not self._trained:
-            named = self.model.named_parameters()
-            self._trained = {name: parameter for name, parameter in named if parameter.requires_grad}
-        return self._trained
+    def trained_parameters(self) -> Mapping[str, Parameter]:
+        """`trained`."""
+        return self.trained
 
     def clear_gradients(self) -> None:
         """Forgets gradients and the mark of a failed pass."""
