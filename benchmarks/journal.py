@@ -29,6 +29,8 @@ from gradwire.v1.datum_pb2 import DatumBatch
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest
 
 from tests.fakes import FakeWorker
+from trainer_service.checkpoints.catalog import Catalog
+from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Durability, Limits, Retention, SnapshotPolicy, Sync
 from trainer_service.runs.journal_writer import Journal, JournalWriter
 from trainer_service.runs.operation import Operation
@@ -102,7 +104,9 @@ async def sides(folder: Path) -> tuple[dict[str, Run], list[Runs]]:
             FakeWorker(),
             base_model=ServedModel("fake"),
             limits=Limits(),
+            transfers=Transfers(Catalog(folder / "checkpoints")),
             runs_dir=folder / name,
+            adapter_dir=folder / "adapters",
             detach_grace_s=60,
             observe=lambda kind, response: None,
             durability=durability,

@@ -13,7 +13,7 @@ import torch
 from side_by_side import Row, Setting
 from torch.profiler import ProfilerActivity, profile
 
-from trainer_service.config import EngineSettings
+from trainer_service.worker_config import EngineSettings
 
 VOCAB_SIZE = 150_000
 HIDDEN_SIZE = 64

@@ -9,7 +9,7 @@ from service import InProcess, built_in, make_data, trainer, vocab_size
 from side_by_side import Row, Setting, interleave, ms, ratio
 from torch import Tensor, nn
 
-from trainer_service.config import ComputeDtype, EngineSettings
+from trainer_service.worker_config import ComputeDtype, EngineSettings
 
 RAGGED = (200, 100, 64, 44, 40, 32)
 """Lengths of sequences; padded to the longest, they have 2.5 times as many tokens."""

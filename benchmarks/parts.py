@@ -8,8 +8,8 @@ from gradwire import Datum, ModelInput
 from service import ADAM, InProcess
 from side_by_side import Row, Setting, interleave, ms, ratio
 
-from trainer_service.config import EngineSettings
 from trainer_service.engine.optim import AdamW
+from trainer_service.worker_config import EngineSettings
 
 GROUP, PROMPT, COMPLETION = 8, 128, 32
 

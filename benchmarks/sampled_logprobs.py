@@ -11,11 +11,11 @@ from gradwire._wire.codec import batch_from_data
 from service import InProcess
 from side_by_side import Row
 
-from trainer_service.config import ComputeDtype, EngineSettings
 from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.picking import Choice
 from trainer_service.engine.sampling.samplers import Sampler
 from trainer_service.engine.sampling.trial import find_decoding
+from trainer_service.worker_config import ComputeDtype, EngineSettings
 
 
 def mismatch(

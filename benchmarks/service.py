@@ -15,10 +15,10 @@ from gradwire import AdamParams, Datum, ModelInput, ServiceClient, TrainingClien
 from gradwire._wire.codec import batch_from_data
 from side_by_side import Setting
 
-from trainer_service.config import EngineSettings
 from trainer_service.engine.device import pick_device, set_num_threads
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.losses import find_loss
+from trainer_service.worker_config import EngineSettings
 
 ADAM = AdamParams(learning_rate=1e-6)
 Step = Callable[[TrainingClient, list[Datum]], None]

@@ -7,10 +7,11 @@ import torch
 from gradwire._wire.codec import Batch
 
 from tests.tiny import VOCAB_SIZE
-from trainer_service.config import EngineSettings, Limits
+from trainer_service.config import Limits
 from trainer_service.engine.device import Device
 from trainer_service.engine.engine import Engine, ForwardResult
 from trainer_service.engine.losses import find_loss
+from trainer_service.worker_config import EngineSettings
 
 RUN = "run-1"
 CPU = Device(torch.device("cpu"), "cpu", torch.float32)

@@ -21,8 +21,8 @@ from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer, add_Tra
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from trainer_service.access import ApiKeys
-from trainer_service.config import read_api_keys
 from trainer_service.processes import write_ready_file
+from trainer_service.startup_checks import read_api_keys
 
 
 class Servicer(TrainerServiceServicer):

@@ -290,5 +290,5 @@ def _label(save: Any) -> dict[str, Any]:
 def _read_snapshot(folder: Path) -> int:
     text = (folder / "manifest.json").read_text()
     if not text.isdigit():
-        raise error("CHECKPOINT_DAMAGED", f"The snapshot {folder} has another content than was written.")
+        raise error("CHECKPOINT_DAMAGED", f"The snapshot {folder} has different content than was written.")
     return int(text)

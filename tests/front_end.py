@@ -3,14 +3,14 @@
 import asyncio
 import contextlib
 import tempfile
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
+from anyio.from_thread import start_blocking_portal
 from gradwire.errors import GradwireError, from_rpc_error
 from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
@@ -134,38 +134,8 @@ async def front_end(
 @contextlib.contextmanager
 def front_end_on_a_thread(**settings: Any) -> Iterator[FrontEnd]:
     """As front_end, for tests and clients that are not coroutines; its worker is for its own thread."""
-    started: asyncio.Future[None] | Any = threading.Event()
-    box: list[FrontEnd] = []
-    failed: list[BaseException] = []
-    finish: list[Callable[[], object]] = []
-
-    async def serve() -> None:
-        done = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        finish.append(lambda: loop.call_soon_threadsafe(done.set))
-        async with front_end(**settings) as trainer:
-            box.append(trainer)
-            started.set()
-            await done.wait()
-
-    def run() -> None:
-        try:
-            asyncio.run(serve())
-        except BaseException as exc:
-            failed.append(exc)
-        finally:
-            started.set()
-
-    thread = threading.Thread(target=run, name="front-end")
-    thread.start()
-    started.wait(10)
-    try:
-        if failed:
-            raise failed[0]
-        yield box[0]
-    finally:
-        for end in finish:
-            end()
-        thread.join(10)
-        if failed:
-            raise failed[0]
+    with (
+        start_blocking_portal(name="front-end") as portal,
+        portal.wrap_async_context_manager(front_end(**settings)) as trainer,
+    ):
+        yield trainer

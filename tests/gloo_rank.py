@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from trainer_service.config import RANK_STORE_VARIABLE
 from trainer_service.processes import die_with_parent
+from trainer_service.worker_config import RANK_STORE_VARIABLE
 
 if __name__ == "__main__":
     die_with_parent()

@@ -1,8 +1,6 @@
 """A gateway on this process's event loop, spoken to by hand over a real socket, in tinker's words."""
 
-import asyncio
 import contextlib
-import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +8,13 @@ from typing import Any
 
 import httpx
 import numpy as np
-import uvicorn
 
+from trainer_service.config import GatewayConfig
 from trainer_service.gateway.app import make_app
-from trainer_service.gateway.gateway import Gateway, GatewaySettings
+from trainer_service.gateway.gateway import Gateway
 from trainer_service.gateway.trainers import Trainer, Trainers
 from trainer_service.gateway.wire import tinker_wire_pb2 as wire
+from trainer_service.http_server import HttpServer
 
 
 @dataclass
@@ -87,23 +86,15 @@ async def http_gateway(address: str, folder: Path, **settings: Any) -> AsyncIter
     Args:
         address: The trainer's.
         folder: Where the gateway's file is.
-        **settings: Of GatewaySettings.
+        **settings: Of GatewayConfig.
     """
-    gateway = Gateway(GatewaySettings(data_dir=folder, **settings), Trainers([Trainer(f"http://{address}")]))
-    sock = socket.create_server(("127.0.0.1", 0))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(gateway), lifespan="off", log_config=None, timeout_graceful_shutdown=2)
-    )
-    server.install_signal_handlers = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
-    serving = asyncio.create_task(server._serve([sock]))  # pyright: ignore[reportPrivateUsage]
-    bound = f"127.0.0.1:{sock.getsockname()[1]}"
+    server = HttpServer("127.0.0.1:0", tls=None)
+    gateway = Gateway(GatewayConfig(data_dir=folder, **settings), Trainers([Trainer(f"http://{address}")]))
+    await server.start(make_app(gateway), stop_grace_s=2)
     try:
-        async with httpx.AsyncClient(base_url=f"http://{bound}", timeout=60, trust_env=False) as http:
-            yield HttpGateway(gateway, http, bound)
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False) as http:
+            yield HttpGateway(gateway, http, server.address)
     finally:
         gateway.stopping.set()
-        server.should_exit = True
-        await serving
+        await server.stop()
         await gateway.close()
-        sock.close()

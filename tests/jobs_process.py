@@ -58,10 +58,11 @@ def running_jobs(
 
 
 def main() -> int:
-    from trainer_service.config import JobsConfig, ServerTls, read_api_keys
+    from trainer_service.config import JobsConfig, ServerTls
     from trainer_service.control_plane import serve_jobs
     from trainer_service.jobs.local import LocalJobs
     from trainer_service.observability import configure_logging
+    from trainer_service.startup_checks import read_api_keys
 
     configure_logging(as_json=False)
     ready_file, data_dir, text = sys.argv[1:]

@@ -9,9 +9,10 @@ from torch import nn
 
 from tests.engines import CPU
 from tests.numerics.plain import load_plain
-from trainer_service.config import EngineSettings, Limits
+from trainer_service.config import Limits
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.lora import LoraSettings
+from trainer_service.worker_config import EngineSettings
 
 BODY = LoraSettings(rank=4, alpha=8.0, seed=1, train_unembed=False)
 ALL = LoraSettings(rank=4, alpha=8.0, seed=1)

@@ -14,7 +14,6 @@ from gradwire.errors import GradwireError
 from gradwire.types import AdamParams
 
 from tests.engines import BATCH, CPU, RUN
-from trainer_service.config import EngineSettings
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.losses import find_loss
 from trainer_service.engine.models.lora import LoraSettings
@@ -22,6 +21,7 @@ from trainer_service.engine.parallel.sharding import record_of, reshard, whole
 from trainer_service.engine.ranks import Ranks
 from trainer_service.engine.storage.snapshots import SnapshotWriter
 from trainer_service.engine.tensor_files import read_tensors
+from trainer_service.worker_config import EngineSettings
 
 PARAMS = AdamParams(learning_rate=1e-2, grad_clip_norm=1.0)
 

@@ -10,6 +10,8 @@ from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import TrainRequest
 
 from tests.fakes import FakeWorker
+from trainer_service.checkpoints.catalog import Catalog
+from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Durability, Limits, SnapshotPolicy
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
@@ -24,7 +26,14 @@ async def trainer(folder: Path, worker: FakeWorker, **settings: Any) -> AsyncIte
     """A trainer's runs, until it stops."""
     settings = {"base_model": "fake", "limits": Limits(), "detach_grace_s": 60.0, **settings}
     settings["base_model"] = ServedModel(settings["base_model"])
-    runs = Runs(worker, observe=lambda kind, response: None, runs_dir=folder, **settings)
+    runs = Runs(
+        worker,
+        observe=lambda kind, response: None,
+        runs_dir=folder,
+        adapter_dir=folder.parent / "adapters",
+        transfers=Transfers(Catalog(folder.parent / "checkpoints")),
+        **settings,
+    )
     runs.start()
     try:
         yield runs

@@ -13,6 +13,7 @@ SDK = ROOT / "sdk" / "gradwire"
 
 GROUND = {
     "access",
+    "addresses",
     "adapter_folders",
     "certificates",
     "config",
@@ -20,13 +21,17 @@ GROUND = {
     "executing",
     "folders",
     "gateway_child",
+    "http_server",
     "metrics_server",
     "observability",
+    "options",
     "paths",
     "processes",
     "request_limits",
     "served_model",
+    "startup_checks",
     "user_metadata",
+    "worker_config",
 }
 """Imported by all; import only each other."""
 ROOF = {"trainer": {"rpc", "runs", "fleet", "checkpoints"}, "control_plane": {"rpc", "jobs"}}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer_service.config import SettingsError
+from trainer_service.options import SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -20,31 +20,31 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _COMMENT = re.compile(r"(^|\s)#.*")
 _MAX_FILE_BYTES = 4 << 20
 SETTLE_S = 1.0
-"""How long a file that is written to must have been left alone before it counts."""
+"""How long a key file that is written in place must stay unchanged before it counts."""
 _HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever makes a call, as its key tells."""
+    """Who makes a call, known by their key."""
 
     name: str
-    """For logs: the key's name, "unnamed" for a key without one, "" where no keys are asked for."""
+    """For logs: the key's name, "unnamed" for a key without one, "" where no keys are required."""
     owner: str
-    """Under this, runs are theirs. Keys of one name share it, so that a key can be replaced; a key without a name
-    has one of its own."""
+    """Owner of the runs they create. Keys of one name share it, so that a key can be replaced; a key without a name has
+    an owner of its own."""
     admin: bool = False
     """Sees everybody's runs."""
     digest: bytes = field(default=b"", repr=False)
     """sha256 of the key."""
 
     def may_see(self, owner: str) -> bool:
-        """Whether what `owner` made is theirs to see."""
+        """Whether they may see what `owner` created."""
         return self.admin or self.owner == owner
 
 
 ANYBODY = Caller(name="", owner="", admin=True)
-"""The caller where no keys are asked for, and the trainer itself."""
+"""The caller where no keys are required, and the trainer itself."""
 
 current_caller: contextvars.ContextVar[Caller] = contextvars.ContextVar("current_caller", default=ANYBODY)
 """Who makes the call being served; the trainer itself outside of calls."""
@@ -53,10 +53,10 @@ current_caller: contextvars.ContextVar[Caller] = contextvars.ContextVar("current
 class ApiKeys:
     """The keys that open a server.
 
-    Only digests are kept, so neither a log line nor a core dump tells a key. The file is looked at with every call: a
-    line added or taken out counts from then on, if another file took its place; one that is written to counts once it
-    has been left alone for SETTLE_S, since until then half of it may be missing. A file that cannot be read or has a
-    bad line changes nothing, and is complained of in the log.
+    Only digests are kept, so neither a log line nor a core dump reveals a key. Every call looks at the file. A file put
+    in place of the old one counts at once; a file written in place counts once it has been unchanged for SETTLE_S,
+    since half of it may be missing until then. A file that cannot be read or has a bad line changes nothing, and the
+    log says so.
 
     A line, or an entry of `environment`, is `key`, `name key` or `name key admin`; the key is as callers send it, or
     `sha256:` and the hex digest of that. In a file, # begins a comment where a word could begin.
@@ -76,9 +76,9 @@ class ApiKeys:
         )
         self._file = file
         self._version: _Version | None = None
-        """Of the file, as it counts."""
+        """Version of the file that counts."""
         self._fresh: tuple[_Version, float] | None = None
-        """The version that does not count yet, and when it was first seen, by time.monotonic."""
+        """A newer version that does not count yet, and when it was first seen, by time.monotonic."""
         self._complained: object = None
         self._callers = self._fixed
         if file is not None:
@@ -87,15 +87,15 @@ class ApiKeys:
         if file is not None and not self._callers:
             raise SettingsError(f"--api-key-file {file} has no key; a line is `key`, `name key` or `name key admin`.")
         self.required = bool(self._callers)
-        """Whether calls need a key. It stays so when the last key is taken out of the file: then nobody passes."""
+        """Whether calls need a key. Stays true when the last key is removed from the file: then nobody passes."""
 
     def find(self, key: str) -> Caller | None:
-        """Whose key this is; None for nobody's. The time taken tells nothing of which was near."""
+        """Whose key this is; None for nobody's. The time it takes does not reveal how close a wrong key was."""
         digest = hashlib.sha256(key.encode()).digest()
         return self._with_digest(digest) if key else None
 
     def still_opens(self, caller: Caller) -> bool:
-        """Whether the key a caller came with is one of the keys now, of the same name and rights."""
+        """Whether the caller's key is still valid, with the same name and rights."""
         return not self.required or self._with_digest(caller.digest) == caller
 
     def _with_digest(self, digest: bytes) -> Caller | None:
@@ -126,10 +126,10 @@ class ApiKeys:
         logger.info("API keys were read again.", extra={"fields": {"names": ",".join(names)}})
 
     def _settled(self, version: "_Version", text: bytes) -> bool:
-        """Whether a version of the file is whole, as far as can be told."""
+        """Whether a version of the file seems complete."""
         seen, since_s = self._fresh or (self._version, 0.0)
         if seen is not None and version.inode != seen.inode and text.endswith(b"\n"):
-            # Put in its place, for which it was written before.
+            # It replaced the old file, so it was complete before.
             return True
         if version != seen:
             since_s = time.monotonic()
@@ -139,7 +139,7 @@ class ApiKeys:
 
 
 class _Version(NamedTuple):
-    """Tells a file from what it was before."""
+    """Distinguishes a file from earlier versions of it."""
 
     changed_ns: int
     size_bytes: int
@@ -159,15 +159,15 @@ def _read(file: Path) -> tuple[_Version, bytes]:
     """A file as it was at one moment.
 
     Raises:
-        SettingsError: It is no file, or too large for one of keys.
+        SettingsError: It is not a regular file, or too large for a key file.
         OSError: It cannot be read, or changes while it is.
     """
-    # Opening a FIFO would otherwise wait for whoever writes to it.
+    # Otherwise opening a FIFO would wait for a writer.
     handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         before = os.fstat(handle)
         if not stat.S_ISREG(before.st_mode):
-            raise SettingsError(f"{file} is no regular file.")
+            raise SettingsError(f"{file} is not a regular file.")
         if before.st_size > _MAX_FILE_BYTES:
             raise SettingsError(f"{file} has more than {_MAX_FILE_BYTES} bytes.")
         with open(handle, "rb", closefd=False) as opened:
@@ -190,7 +190,7 @@ def _parse(file: Path, text: bytes) -> tuple[Caller, ...]:
 
 
 def _read_entry(entry: str, where: str) -> Caller:
-    """The caller an entry stands for. Messages name the place, never the entry, which may hold a key."""
+    """The caller of an entry. Errors name its place, never the entry itself, which may contain a key."""
     words = entry.split()
     if len(words) > 3 or (len(words) == 3 and words[2] != "admin"):
         raise SettingsError(f"{where}: must be `key`, `name key` or `name key admin`; got {len(words)} words.")
@@ -208,6 +208,6 @@ def _read_entry(entry: str, where: str) -> Caller:
 
 
 def _unnamed_owner(digest: bytes) -> str:
-    """What stands for a key without a name in journals and beside checkpoints. Not its digest, which is a line of a key
-    file."""
+    """Owner that journals and checkpoints name for a key without a name. Not its digest, which a key file may
+    contain."""
     return f"key:{hashlib.sha256(b'gradwire owner' + digest).hexdigest()[:16]}"

@@ -1,6 +1,6 @@
-"""Folders of LoRA adapters, as peft writes them: which one an adapter_path names, what it says, copying it. Ground.
+"""Folders of LoRA adapters, as PEFT writes them: finding, reading and copying them. Ground floor.
 
-Paths come from callers, and must lead nowhere else.
+Paths come from callers, and must not lead anywhere else.
 """
 
 import shutil
@@ -34,7 +34,7 @@ def adapter_folder(path: str, *, checkpoint_dir: Path, adapter_dir: Path) -> Pat
         adapter_dir: Where the trainer's owner puts adapters that runs may start from.
 
     Raises:
-        InvalidArgumentError: INVALID_FIELD: it is no such path, leads elsewhere, or no adapter is there.
+        InvalidArgumentError: INVALID_FIELD: it is not such a path, leads elsewhere, or has no adapter.
         NotFoundError: CHECKPOINT_NOT_FOUND.
     """
     if is_checkpoint(path):
@@ -51,7 +51,7 @@ def adapter_folder(path: str, *, checkpoint_dir: Path, adapter_dir: Path) -> Pat
             folder = (root / path).resolve() if len(path) < _MAX_PATH else root
             folder.is_dir()
         except (OSError, ValueError, RuntimeError):
-            # A name that no file can have; links that lead round in a ring.
+            # A name that no file can have, or links that form a loop.
             folder = root
         if folder == root or not folder.is_relative_to(root):
             raise invalid_field(
@@ -71,10 +71,10 @@ def adapter_folder(path: str, *, checkpoint_dir: Path, adapter_dir: Path) -> Pat
 
 
 def adapter_rank(folder: Path, path: str) -> int:
-    """The LoRA rank an adapter's configuration says.
+    """The LoRA rank in an adapter's configuration.
 
     Raises:
-        InvalidArgumentError: INVALID_FIELD: it says none.
+        InvalidArgumentError: INVALID_FIELD: it has none.
     """
     try:
         rank = read_adapter_config(folder)["r"]
@@ -90,7 +90,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """An adapter's configuration, as it is on disk.
 
     Raises:
-        ValueError: It is no JSON object, or longer than any configuration.
+        ValueError: It is not a JSON object, or too long for a configuration.
         OSError: It cannot be read.
     """
     with (folder / CONFIG).open("rb") as file:

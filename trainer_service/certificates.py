@@ -1,22 +1,22 @@
-"""Certificates made here, for a server whose clients are handed them. Ground floor."""
+"""Certificates that we make, for servers whose clients are given them. Ground floor."""
 
 import datetime
 import ipaddress
 from collections.abc import Sequence
 
 _VALID = datetime.timedelta(days=825)
-"""Longer than a trainer job lives; some clients take none that is valid for longer."""
+"""Longer than a trainer job lives; some clients reject certificates that are valid for longer."""
 _EARLIER = datetime.timedelta(hours=1)
 """For clients whose clocks are behind."""
 
 
 def make_certificate(hosts: Sequence[str]) -> tuple[bytes, bytes]:
-    """(certificate, private key), both PEM: one that signs itself, so that whoever trusts it trusts nothing else.
+    """(certificate, private key), both PEM; self-signed, so that whoever trusts it trusts nothing else.
 
     Args:
         hosts: Names and addresses clients will call it by; the first is its subject.
     """
-    # Where no certificate is made, nothing of it is loaded.
+    # Loaded only where a certificate is made.
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -29,7 +29,7 @@ def make_certificate(hosts: Sequence[str]) -> tuple[bytes, bytes]:
             return x509.DNSName(host)
 
     key = ec.generate_private_key(ec.SECP256R1())
-    # A common name holds 64 characters; what counts are the alternative names.
+    # A common name has at most 64 characters; clients check the alternative names.
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
     now = datetime.datetime.now(datetime.UTC)
     certificate = (
@@ -54,7 +54,7 @@ def first_name(certificate: bytes) -> str:
     """The first host of a server's certificate.
 
     Args:
-        certificate: PEM; of several the first.
+        certificate: PEM; the first one if there are several.
 
     Raises:
         ValueError: It names none.

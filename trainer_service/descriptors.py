@@ -1,25 +1,25 @@
-"""File descriptors: as many as the system gives, and some always left for what must not fail. Ground floor.
+"""File descriptors: as many as the system allows, and always some left for what must not fail. Ground floor.
 
-Every connection takes one. A client needs no key to connect, so connections are bounded, and journals, worker processes
-and checkpoints have the rest to themselves.
+Every connection takes one, and a client needs no key to connect. So connections are bounded, and the rest is reserved
+for journals, worker processes and checkpoints.
 """
 
 import contextlib
 import resource
 
-from trainer_service.config import SettingsError
+from trainer_service.options import SettingsError
 
 _ENOUGH = 65_536
-"""More is not asked for: a connection also costs memory."""
+"""We ask for no more: a connection also costs memory."""
 _LEAST_CONNECTIONS = 16
 
 
 def raise_limit() -> None:
-    """Raises this process's limit on open files, and that of processes it starts, as far as it may."""
+    """Raises the limit on open files, for this process and those it starts, as far as allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        # A system may refuse what it says it allows, as macOS does; then it stays as it is.
+        # A system may refuse what it claims to allow, as macOS does; then the limit stays.
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
@@ -28,7 +28,7 @@ def max_connections(*, reserved: int) -> int:
     """How many connections a server may hold at once.
 
     Args:
-        reserved: Descriptors that others need at least; of a large limit they get a quarter.
+        reserved: Descriptors that everything else needs at least; it gets a quarter of a large limit.
 
     Raises:
         SettingsError: The limit leaves too few.
@@ -45,11 +45,11 @@ def max_connections(*, reserved: int) -> int:
 
 
 def connection_options(connections: int) -> list[tuple[str, int]]:
-    """A gRPC server's options that bound its connections. One too many is closed as soon as it is accepted; its client
+    """Options of a gRPC server that bound its connections. One too many is closed as soon as it is accepted; its client
     finds the server unavailable, and may try again."""
     return [
         ("grpc.max_allowed_incoming_connections", connections),
-        # Who connects and says nothing, or vanished without a word while no call was under way, does not keep a place.
+        # A client that sends nothing, or vanishes between calls, does not keep its connection.
         ("grpc.server_handshake_timeout_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]

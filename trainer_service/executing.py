@@ -1,7 +1,7 @@
-"""Which command a worker executes, told so that it is known whatever ends the worker. Ground floor.
+"""Which command a worker is executing, known however the worker ends. Ground floor.
 
-An event would be lost with the process that sent it, and cost every operation a message. This is a number in a file
-beside the worker's socket: the kernel has it the moment it is written, and keeps it when it kills.
+An event would be lost with the process that sent it, and would cost a message per operation. This is a number in a
+file beside the worker's socket: once written, the kernel keeps it, even when it kills the process.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ class Executing:
         self._file = os.open(_beside(socket), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
 
     def say(self, command_id: int) -> None:
-        """From now on it is this one; 0 for none, such as while tokens are sampled between two."""
-        # On a disk that is full nothing is said, and nobody blamed.
+        """Says that this command runs now; 0 for none, such as while tokens are sampled between two commands."""
+        # On a full disk nothing is recorded, and no command is blamed.
         with contextlib.suppress(OSError):
             os.pwrite(self._file, command_id.to_bytes(8, "little"), 0)
 
 
 def executing_command(socket: str) -> int:
-    """The trainer's end: the command that the worker on this socket executes or died of; 0 for none."""
+    """The trainer's end: the command that the worker on this socket runs, or ran when it died; 0 for none."""
     try:
         return int.from_bytes(_beside(socket).read_bytes(), "little")
     except OSError:

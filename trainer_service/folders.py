@@ -1,6 +1,6 @@
-"""Folders that are there whole or not at all: written aside, synced, described by a manifest, renamed. Ground floor.
+"""Folders that appear whole or not at all: written aside, synced, described by a manifest, renamed. Ground floor.
 
-A reader sees the old folder or the new one, never half of one; whoever wrote may have been killed at any instant.
+A reader sees the old folder or the new one, never half of one, even if the writer is killed at any instant.
 """
 
 import contextlib
@@ -22,23 +22,23 @@ from gradwire.errors import GradwireError, error
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-"""Version of what manifests say, and of what they describe."""
+"""Version of manifests, and of the files they describe."""
 
 SPARE_BYTES = 16 << 20
-"""Room left on the disk beyond what is known to be needed, for small files and the file system's own."""
+"""Disk space required beyond the known need, for small files and the file system itself."""
 
 _CHUNK_BYTES = 8 << 20
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
 MAX_MANIFEST_BYTES = 16 << 20
 _MAX_TEXT = 4096
-"""Characters of a text in a manifest."""
+"""Longest text in a manifest, characters."""
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a manifest says of one file."""
+    """One file in a manifest."""
 
     size_bytes: int
     sha256: str
@@ -50,7 +50,7 @@ class Manifest:
     """What a folder holds.
 
     Attributes:
-        about: What it is, in JSON's types; whoever writes the folder decides.
+        about: What it is, in JSON's types; the writer of the folder decides.
         files: Every file but the manifest, by its path inside the folder.
     """
 
@@ -63,16 +63,16 @@ class Manifest:
         return sum(entry.size_bytes for entry in self.files.values()) + len(self.to_json().encode())
 
     def to_json(self) -> str:
-        """As it is on disk."""
+        """The manifest file's content."""
         files = {name: vars(entry) for name, entry in sorted(self.files.items())}
         return json.dumps({"format": FORMAT, **self.about, "files": files}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Manifest":
-        """What to_json made.
+        """Reads what to_json wrote.
 
         Raises:
-            ValueError: It is no manifest, or one of another format.
+            ValueError: It is not a manifest, or has another format.
         """
         about = parse_json(text)
         if not isinstance(about, dict) or not isinstance(about.get("files"), dict):
@@ -99,7 +99,7 @@ class Manifest:
 
 
 class DigestedFile:
-    """A file whose digest is taken as it is written."""
+    """A file that is digested as it is written."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb", buffering=0)
@@ -118,7 +118,7 @@ class DigestedFile:
 
     @property
     def digest(self) -> str:
-        """Of what was written so far, hex."""
+        """Hex digest of what is written so far."""
         return self._hash.hexdigest()
 
 
@@ -127,7 +127,7 @@ class FolderWriter:
 
     Attributes:
         path: Where to write, for now.
-        about: Goes into the manifest; may be added to until the end.
+        about: Goes into the manifest; entries may be added until the end.
         size_bytes: Size of all files, once the folder is whole.
         digests: Of files that were digested as they were written, by whoever wrote them.
     """
@@ -140,7 +140,7 @@ class FolderWriter:
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[DigestedFile]:
-        """A new file in the folder. Files may also be written below `path` by other means, and are digested then."""
+        """A new file in the folder. Files written below `path` by other means are digested at the end."""
         file = DigestedFile(self.path / name)
         try:
             yield file
@@ -149,7 +149,7 @@ class FolderWriter:
             self.digests[name] = file.digest
 
     def finish(self) -> None:
-        """Digests what was not, forces everything to the disk, the manifest last."""
+        """Digests the remaining files and syncs everything to disk, the manifest last."""
         files: dict[str, FileEntry] = {}
         for root, _, names in os.walk(self.path, topdown=False):
             for name in names:
@@ -170,15 +170,15 @@ class FolderWriter:
 def whole_folder(
     folder: Path, *, about: Mapping[str, Any], overwrite: bool, needed_bytes: int = 0
 ) -> Iterator[FolderWriter]:
-    """Writes a folder aside, and puts it in its place when the block ends without an exception.
+    """Writes a folder aside, and moves it into place when the block ends without an exception.
 
-    Any number of threads and processes of one machine may write beside each other.
+    Any number of threads and processes on one machine may write at the same time.
 
     Args:
         folder: Where it goes.
         about: Goes into the manifest.
-        overwrite: Replace what is there.
-        needed_bytes: What is known to be written; refused at once where the disk has less.
+        overwrite: Replace an existing folder.
+        needed_bytes: Known size of what will be written; refused at once if the disk has less.
 
     Raises:
         AlreadyExistsError: CHECKPOINT_EXISTS: the folder is there and overwrite is off.
@@ -210,10 +210,10 @@ def whole_folder(
 
 
 def refuse_without_room(folder: Path, needed_bytes: int) -> None:
-    """Says at once that a folder cannot be written, before what goes into it is made.
+    """Refuses a folder that the disk has no room for, before its content is made.
 
     Raises:
-        FailedPreconditionError: STORAGE_FAILED: the disk has less than that, and some.
+        FailedPreconditionError: STORAGE_FAILED: the disk has less than that and a reserve.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -223,10 +223,10 @@ def refuse_without_room(folder: Path, needed_bytes: int) -> None:
 
 
 def settle(parent: Path) -> None:
-    """Removes what a process left below `parent` that was killed while it wrote.
+    """Removes what killed writers left below `parent`.
 
-    A folder killed between its two renames comes back. What another process or thread is writing stays: it holds a
-    lock, which the kernel takes away with its death.
+    A folder whose writer was killed between its two renames is restored. What another process or thread is writing
+    stays: it holds a lock, which the kernel releases when it dies.
     """
     if not parent.is_dir():
         return
@@ -238,7 +238,7 @@ def settle(parent: Path) -> None:
             else:
                 left.rename(original)
         for left in parent.glob(f"{_PARTIAL}*"):
-            # Held by who writes it, or gone meanwhile.
+            # Its writer holds it, or it is gone meanwhile.
             with contextlib.suppress(OSError), alone(left, wait=False):
                 shutil.rmtree(left, ignore_errors=True)
 
@@ -274,7 +274,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
             if size_bytes != entry.size_bytes:
                 raise damaged(folder.name, name, f"has {size_bytes} bytes instead of {entry.size_bytes}")
             if sha256_of(path) != entry.sha256:
-                raise damaged(folder.name, name, "has another content than was written")
+                raise damaged(folder.name, name, "has different content than was written")
         except FileNotFoundError:
             raise damaged(folder.name, name, "is missing") from None
         except OSError as exc:
@@ -285,7 +285,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Holds a folder against others who do the same; with wait off, BlockingIOError where one of them has it."""
+    """Locks a folder; with wait off, raises BlockingIOError if it is locked already."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -304,7 +304,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Forces a file or folder to the disk."""
+    """Syncs a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -313,13 +313,13 @@ def sync(path: Path) -> None:
 
 
 def damaged(name: str, file: str, how: str) -> GradwireError:
-    """CHECKPOINT_DAMAGED: a file is not as it was written."""
+    """CHECKPOINT_DAMAGED: a file differs from what was written."""
     text = f'The checkpoint "{name}" is damaged: {file} {how}. Nothing of it was used; load another one.'
     return error("CHECKPOINT_DAMAGED", text, name=name, file=file)
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value can be passed on as it is: to other manifests, and to messages."""
+    """Whether a value can be passed on unchanged, to other manifests and to messages."""
     number = isinstance(value, int | float) and abs(value) < 1 << 63
     return value is None or number or (isinstance(value, str) and _is_text(value))
 

@@ -1,13 +1,13 @@
-"""The gateway that `gradwire serve --gateway` runs beside a trainer: a process of its own, kept up while that runs."""
+"""The gateway that `gradwire serve --gateway` runs beside a trainer: a child process, restarted if it ends."""
 
 import asyncio
 import contextlib
 import logging
 import sys
 from collections.abc import AsyncGenerator
-from pathlib import Path
 
-from trainer_service.config import SettingsError
+from trainer_service.config import GatewayConfig
+from trainer_service.options import SettingsError, command_line
 from trainer_service.processes import start_child, stop_child
 
 logger = logging.getLogger(__name__)
@@ -18,21 +18,18 @@ _GRACE_S = 10.0
 
 
 @contextlib.asynccontextmanager
-async def gateway_child(listen: str, *, trainer: str, data_dir: Path, options: list[str]) -> AsyncGenerator[None]:
-    """Runs one while the block lasts; it listens when the block begins.
+async def gateway_child(config: GatewayConfig) -> AsyncGenerator[None]:
+    """Runs a gateway while the block lasts; it listens when the block begins.
 
     Args:
-        listen: host:port.
-        trainer: The trainer's host:port.
-        data_dir: Where its file goes.
-        options: Further ones of `gradwire gateway`.
+        config: Its settings, with a ready_file. Keys of the environment are inherited.
 
     Raises:
-        SettingsError: It did not start; it has said why on stderr.
+        SettingsError: It did not start; its own message is on stderr.
     """
-    ready_file = data_dir / "gateway" / "ready.json"
-    command = [sys.executable, "-m", "trainer_service", "gateway", "--trainer", f"http://{trainer}", "--listen", listen]
-    command += ["--data-dir", str(data_dir), "--ready-file", str(ready_file), "--exit-with-parent", *options]
+    ready_file = config.ready_file
+    assert ready_file is not None
+    command = [sys.executable, "-m", "trainer_service", "gateway", *command_line(config)]
     ready_file.unlink(missing_ok=True)
     # Its log goes where ours does.
     process = await start_child(*command)
@@ -53,7 +50,7 @@ async def gateway_child(listen: str, *, trainer: str, data_dir: Path, options: l
                 while not ready_file.exists() and process.returncode is None:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
         if not ready_file.exists():
-            raise SettingsError(f"--gateway {listen}: the gateway did not start; its message is above.")
+            raise SettingsError(f"--gateway {config.listen}: the gateway did not start; its message is above.")
         keeper = asyncio.create_task(keep_up())
         yield
     finally:

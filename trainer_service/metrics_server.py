@@ -1,6 +1,6 @@
 """Serves Prometheus metrics over HTTP, to a bounded number of connections. Ground floor.
 
-Nobody needs a key to connect here, so a connection must not cost a thread for as long as it likes.
+No key is needed to connect, so no connection may occupy a thread for as long as it likes.
 """
 
 import logging
@@ -13,14 +13,14 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from trainer_service.config import split_address
+from trainer_service.addresses import split_address
 
 logger = logging.getLogger(__name__)
 
 _MAX_CONNECTIONS = 16
-"""At once, with a thread each; the next one takes the place of the oldest, which has had time for a scrape."""
+"""At once, a thread each; one more replaces the oldest, which has had time for a scrape."""
 _SILENCE_S = 10.0
-"""After which a connection is closed."""
+"""How long a connection may be silent before it is closed."""
 
 
 class _Handler(WSGIRequestHandler):
@@ -32,9 +32,9 @@ class _Handler(WSGIRequestHandler):
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
-    # Connections that wait to be accepted; with the five of the library a scrape has to knock for seconds.
+    # Connections that wait to be accepted; with the library's five, a scrape may have to retry for seconds.
     request_queue_size = 128
-    # Not waited for at the end: they may be anybody's.
+    # The end does not wait for connections: they may be anybody's.
     block_on_close = False
 
     def __init__(self, host: str, port: int) -> None:
@@ -62,7 +62,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
 
 
 def _shut(connection: socket.socket) -> None:
-    """Ends a connection; the thread that serves it then closes it."""
+    """Shuts a connection down; its thread then closes it."""
     try:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:
@@ -77,7 +77,7 @@ def serve_metrics(listen: str, registry: CollectorRegistry) -> tuple[str, Callab
         registry: What is served.
 
     Raises:
-        OSError: The address cannot be had.
+        OSError: The address cannot be used.
     """
     host, port = split_address(listen)
     try:

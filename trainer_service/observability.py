@@ -15,11 +15,11 @@ from prometheus_client.registry import Collector
 from trainer_service.metrics_server import serve_metrics
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
-"""Id of the call being served; stands in every log line of it."""
+"""Id of the call being served; every log line of the call has it."""
 
 
 MAX_FIELD_CHARS = 200
-"""Of a field's value that a log line shows: much of it comes from outside."""
+"""Longest field value in a log line; much of it comes from outside."""
 _MAX_MESSAGE_CHARS = 4096
 _MAX_EXCEPTION_CHARS = 16_384
 _PLAIN = re.compile(r"""[^\s"'=\\]+""")
@@ -27,7 +27,7 @@ _PLAIN = re.compile(r"""[^\s"'=\\]+""")
 
 def quoted(value: object) -> str:
     """A field's value as a log line shows it: one word, or a JSON string, in which nothing can be taken for another
-    field, end the line or steer a terminal; cut off behind MAX_FIELD_CHARS."""
+    field, end the line or control a terminal; cut off after MAX_FIELD_CHARS."""
     text = _cut(str(value))
     if _PLAIN.fullmatch(text) and text.isprintable():
         return text
@@ -45,7 +45,7 @@ def _on_one_line(text: str) -> str:
 class _Lines(logging.Formatter):
     """`12:00:01.234 INFO trainer.rpc message request_id=…`, for people; extra fields as key=value.
 
-    An exception follows on lines that begin with spaces, so that none of them looks like one of ours, whatever it says.
+    An exception follows on lines that begin with spaces, so that none can pass for a log line, whatever it contains.
     """
 
     default_time_format = "%Y-%m-%d %H:%M:%S"
@@ -57,7 +57,7 @@ class _Lines(logging.Formatter):
         for name, value in _fields(record).items():
             line += f" {name}={quoted(value)}"
         if record.exc_info:
-            # Its end says what it was.
+            # The end names the exception.
             text = self.formatException(record.exc_info)[-_MAX_EXCEPTION_CHARS:]
             line += "".join(f"\n    {_on_one_line(part)}" for part in text.splitlines())
         return line
@@ -91,7 +91,7 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
 
 
 def configure_logging(*, as_json: bool, level: str = "INFO") -> None:
-    """Sends all logs to stderr, one line an event."""
+    """Sends all logs to stderr, one line per event."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if as_json else _Lines())
     logging.basicConfig(level=level, handlers=[handler], force=True)
@@ -132,14 +132,14 @@ class Metrics:
         self.journal_seconds = Gauge("gradwire_journal_seconds", "Time spent writing them.", registry=self.registry)
 
     def add_worker_counters(self, read: Callable[[], Mapping[str, float]]) -> None:
-        """Exports what the worker counts, under its own names, as it stands when asked."""
+        """Exports the worker's counters under their own names, read at each scrape."""
         self.registry.register(_WorkerCounters(read))
 
     def serve(self, listen: str) -> tuple[str, Callable[[], None]]:
         """Serves /metrics on threads. Returns the address it listens on and a function that stops it.
 
         Raises:
-            OSError: The address cannot be had.
+            OSError: The address cannot be used.
         """
         return serve_metrics(listen, self.registry)
 

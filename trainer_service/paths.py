@@ -1,4 +1,4 @@
-"""gradwire:// paths: of checkpoints, and of what can be sampled from. Their parts become names of folders. Ground.
+"""gradwire:// paths of checkpoints and of samplers. Their parts become names of folders. Ground floor.
 
 gradwire://<run_id>/state/<name>              a resumable state
 gradwire://<run_id>/sampler_weights/<name>    an export for inference, which can also be sampled from
@@ -20,7 +20,7 @@ FROZEN_WEIGHTS = "frozen_weights"
 """Kind of a sampler in the worker's memory."""
 
 SCHEME = "gradwire://"
-"""What every such path begins with."""
+"""Prefix of every such path."""
 _NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}"
 _PATH = re.compile(
     rf"{SCHEME}(?P<run_id>[A-Za-z0-9][A-Za-z0-9_-]{{0,63}})/"
@@ -28,7 +28,7 @@ _PATH = re.compile(
     re.ASCII,
 )
 _MAX_SHOWN = 200
-"""Longest text that a refusal repeats in full, characters."""
+"""Longest text that an error repeats in full, characters."""
 
 
 @dataclass(frozen=True, order=True)
@@ -42,11 +42,11 @@ class _Path:
 
     @property
     def key(self) -> str:
-        """Its place below a folder or in a store."""
+        """Its path below a folder or in a store."""
         return f"{self.run_id}/{self.kind}/{self.name}"
 
     def folder(self, root: Path) -> Path:
-        """Its place below a folder."""
+        """Its path below a folder."""
         return root / self.run_id / self.kind / self.name
 
     @classmethod
@@ -67,7 +67,7 @@ class CheckpointPath(_Path):
         """The checkpoint a path names; `field` is what the caller calls the path.
 
         Raises:
-            InvalidArgumentError: INVALID_FIELD: it is not of this form, or would lead elsewhere.
+            InvalidArgumentError: INVALID_FIELD: it does not have this form, or would lead elsewhere.
         """
         parsed = cls._matching(path, STATE, SAMPLER_WEIGHTS)
         if parsed is None:
@@ -88,7 +88,7 @@ class SamplerPath(_Path):
         """The sampler a model_path names.
 
         Raises:
-            InvalidArgumentError: INVALID_FIELD: it is not of this form.
+            InvalidArgumentError: INVALID_FIELD: it does not have this form.
         """
         parsed = cls._matching(path, SAMPLER_WEIGHTS, FROZEN_WEIGHTS)
         if parsed is None:
@@ -106,7 +106,7 @@ class SamplerPath(_Path):
 
 
 def check_checkpoint_name(name: str) -> None:
-    """A checkpoint's name becomes a folder's.
+    """Refuses a checkpoint name that cannot be a folder's.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD.

@@ -3,15 +3,15 @@
     program ── jobs ── trainer ── worker rank 0, 1…
 
 * A child started with `start_child` has a pipe from its parent on stdin. The kernel closes it however the parent dies.
-* A program of ours ends when `parent_gone` returns: stdin reached its end, or the parent's process is no more. The
-  second also holds where a forked sibling keeps the pipe open.
+* Our programs end when `parent_gone` returns: stdin is closed, or the parent process is gone. The latter also works
+  when a forked sibling keeps the pipe open.
 * A rank, which may be computing for minutes, asks the kernel for SIGKILL at its parent's death (`die_with_parent`). The
   kernel ties that to the *thread* that forked, so it is only for parents that start children on their main thread, as
   the trainer does.
-* `stop_child` ends the whole tree below a child, sessions of its grandchildren included.
+* `stop_child` ends the whole tree below a child, including sessions of its grandchildren.
 
-Each child leads a session of its own, so that Ctrl-C reaches only the program the user started, which then takes its
-children down in order.
+Each child leads its own session, so that Ctrl-C reaches only the program the user started, which then stops its
+children in order.
 """
 
 import asyncio
@@ -32,14 +32,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
-    """Asks the kernel to send `sig` to this process when the thread that started it ends. Linux only; elsewhere does
-    nothing."""
+    """Asks the kernel to send `sig` to this process when the thread that started it ends. Does nothing on other
+    systems than Linux."""
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
     if os.getppid() != parent:
-        # It died between the two lines.
+        # The parent died in between.
         os.kill(os.getpid(), sig)
 
 
@@ -54,10 +54,10 @@ async def start_child(
 
     Args:
         *command: The program and its arguments.
-        env: Its environment; None hands ours on.
-        stdout: As in subprocess; None throws it away.
+        env: Its environment; None passes ours on.
+        stdout: As in subprocess; None discards it.
         stderr: As in subprocess; None shares ours.
-        cwd: Where it runs; None is where we do.
+        cwd: Where it runs; None uses our own.
     """
     return await asyncio.create_subprocess_exec(
         *command,
@@ -84,7 +84,7 @@ async def stop_child(process: Process, *, grace_s: float) -> int:
             await asyncio.wait_for(process.wait(), grace_s)
     if process.returncode is None:
         below = descendants(process.pid) | below
-    # The leader may be gone and others of its session not.
+    # The leader may be gone while others of its session live.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     kill_all(below)
@@ -93,7 +93,7 @@ async def stop_child(process: Process, *, grace_s: float) -> int:
 
 @dataclass(frozen=True)
 class ProcessKey:
-    """One process, told from a later one with the same id by when it started."""
+    """One process; its start time tells it from a later one with the same id."""
 
     pid: int
     started: int
@@ -101,18 +101,17 @@ class ProcessKey:
 
 
 def process_key(pid: int) -> ProcessKey | None:
-    """The process that has this id now; None if there is none, or no /proc to ask.
+    """The process that has this id now; None if there is none, or no /proc.
 
     Raises:
-        OSError: It cannot be looked at now, as without a descriptor.
+        OSError: /proc cannot be read now, such as for want of a descriptor.
     """
     fields = _stat(pid)
     return ProcessKey(pid, int(fields[19])) if fields else None
 
 
 def descendants(pid: int) -> set[ProcessKey]:
-    """Every process below `pid`, at any depth. Those that can be seen: none where there is no /proc, or no descriptor
-    to look with."""
+    """Every process below `pid`, at any depth, as far as /proc can be read."""
     children: dict[int, list[ProcessKey]] = {}
     with contextlib.suppress(OSError):
         for entry in Path("/proc").glob("[0-9]*"):
@@ -128,12 +127,12 @@ def descendants(pid: int) -> set[ProcessKey]:
 
 
 def kill_all(processes: Iterable[ProcessKey]) -> None:
-    """SIGKILL to each that is still there."""
+    """Sends SIGKILL to each that still runs."""
     for key in processes:
         try:
             there = process_key(key.pid) == key
         except OSError:
-            # Without a descriptor it cannot be looked at; it was there a moment ago.
+            # There is no descriptor to check with; it ran a moment ago.
             there = True
         if there:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -141,10 +140,10 @@ def kill_all(processes: Iterable[ProcessKey]) -> None:
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat behind the command name, which may hold anything; empty if there are none.
+    """Fields of /proc/PID/stat after the command name, which may contain anything; empty if there are none.
 
     Raises:
-        OSError: It cannot be looked at now, as without a descriptor.
+        OSError: /proc cannot be read now, such as for want of a descriptor.
     """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -165,8 +164,20 @@ async def wait_for_signal() -> None:
             signal.signal(sig, signal.SIG_DFL)
 
 
+async def told_to_stop(*, exit_with_parent: bool) -> None:
+    """Returns when this process should stop: at SIGTERM or SIGINT, or, if asked for, once its parent is gone."""
+    ends = [asyncio.create_task(wait_for_signal())]
+    if exit_with_parent:
+        ends.append(asyncio.create_task(parent_gone()))
+    try:
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for end in ends:
+            end.cancel()
+
+
 async def parent_gone() -> None:
-    """Returns when the program that started this one is gone, or closed our stdin to say that we should go."""
+    """Returns when the program that started this one is gone, or has closed our stdin to stop us."""
     loop = asyncio.get_running_loop()
     gone = asyncio.Event()
 
@@ -177,7 +188,7 @@ async def parent_gone() -> None:
         with contextlib.suppress(RuntimeError):  # The loop is closed: this process is ending anyway.
             loop.call_soon_threadsafe(gone.set)
 
-    # A thread, since stdin may be what an event loop cannot watch, such as a file.
+    # In a thread, since stdin may be something an event loop cannot watch, such as a file.
     threading.Thread(target=read_to_the_end, name="stdin", daemon=True).start()
     parent = -1
     if hasattr(os, "pidfd_open"):
@@ -193,7 +204,7 @@ async def parent_gone() -> None:
 
 
 def write_ready_file(path: Path, **values: object) -> None:
-    """Says where a server listens, as JSON with this process's id, whole or not at all."""
+    """Writes where a server listens, as JSON with this process's id, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps({**values, "pid": os.getpid()}) + "\n")

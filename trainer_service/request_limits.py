@@ -1,7 +1,7 @@
-"""Bounds every string and every repeated field of what clients send, each by a limit of Limits. Ground.
+"""Bounds every string and repeated field that clients send, each by one of Limits. Ground floor.
 
-A message is checked before anything is done with it, so that no field of one client's costs the others time. What is
-too much is told with the field's path, what came, and what is taken.
+A message is checked before anything else is done with it, so that no client's field costs the others time. The error
+names the field's path, what it has, and the limit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,10 +16,10 @@ from gradwire.errors import GradwireError, error, invalid_field
 from trainer_service.config import Limits
 
 MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
-"""Longest time that a checkpoint can be kept for, short of for ever."""
+"""Longest time to live of a checkpoint that is not kept for ever."""
 _NAME = "max_name_bytes"
 MAX_LEASE_MS = 600_000
-"""How long frozen weights whose client is gone may take memory."""
+"""How long frozen weights may take memory after their client is gone."""
 
 LIMIT_OF: Mapping[str, str] = {
     "AttachRequest.client_id": _NAME,
@@ -94,21 +94,21 @@ LIMIT_OF: Mapping[str, str] = {
     "Tensor.shape": "max_tensor_dims",
     "ZeroGradRequest.run_id": _NAME,
 }
-"""Message and field, without the package, to the name of a limit: of a string's bytes, or of a repeated field's
-entries. The keys of a map, and values that are texts, have lines of their own."""
+"""From message and field, without the package, to the limit of a string's bytes or of a repeated field's entries. Keys
+of a map, and values that are strings, have their own lines."""
 
 _STRINGS_OF: Mapping[str, str] = {"GetMetricsRequest.names": _NAME, "Stop.strings": "max_stop_string_bytes"}
-"""Of a repeated field of strings: the limit of one of them."""
+"""Limit of one string of a repeated field."""
 _ALL_OF: Mapping[str, str] = {"GetMetricsRequest.names": "max_message_bytes", "Stop.strings": "max_stop_bytes"}
-"""And that of all of them together, bytes."""
+"""Limit of all strings of a repeated field together, bytes."""
 
 _Excess = tuple[str, str, int, str]
-"""Path of a field, name of its limit, what came, its unit."""
+"""Path of a field, name of its limit, what it has, the unit."""
 _Check = Callable[[Any, Limits, str], Iterator[_Excess]]
 
 
 def check_limits(message: Message, limits: Limits) -> None:
-    """Refuses a message with more in some field than is taken.
+    """Refuses a message with a field that exceeds its limit.
 
     Raises:
         ResourceExhaustedError: LIMIT_EXCEEDED, with the field's path.
@@ -118,14 +118,14 @@ def check_limits(message: Message, limits: Limits) -> None:
 
 
 def find_excess(message: Message, limits: Limits) -> GradwireError | None:
-    """Why a message with more in some field than is taken is refused, LIMIT_EXCEEDED; None for one that is not."""
+    """LIMIT_EXCEEDED for a message with a field that exceeds its limit; None for any other."""
     for excess in _excesses(message, limits, ""):
         return _refusal(*excess, limits)
     return None
 
 
 def check_name(name: str, where: str, limits: Limits) -> None:
-    """Refuses one name that is too long, where it is looked at before the message it is of.
+    """Refuses a name that is too long, where it is used before its message is checked.
 
     Raises:
         ResourceExhaustedError: LIMIT_EXCEEDED, with the path `where`.
@@ -135,12 +135,12 @@ def check_name(name: str, where: str, limits: Limits) -> None:
 
 
 def check_num_fields(encoded: bytes, descriptor: Descriptor, limits: Limits) -> None:
-    """Refuses an encoded message with more fields than is taken, before parsing it takes the time for all of them.
+    """Refuses an encoded message with too many fields, before parsing it takes too long.
 
     Args:
-        encoded: As it came; what is wrong with it otherwise is left for parsing to find.
+        encoded: As received; parsing finds anything else that is wrong with it.
         descriptor: Of its type.
-        limits: The most there may be.
+        limits: The most that is accepted.
 
     Raises:
         ResourceExhaustedError: LIMIT_EXCEEDED.
@@ -148,7 +148,7 @@ def check_num_fields(encoded: bytes, descriptor: Descriptor, limits: Limits) -> 
     """
     limit = limits.max_message_fields
     if len(encoded) <= limit:
-        return  # A field has a byte at least.
+        return  # A field has at least one byte.
     try:
         left = _left_behind(memoryview(encoded), descriptor, limit)
     except (ValueError, IndexError) as exc:
@@ -163,7 +163,7 @@ def check_num_fields(encoded: bytes, descriptor: Descriptor, limits: Limits) -> 
 
 
 def _left_behind(encoded: memoryview, descriptor: Descriptor, left: int) -> int:
-    """How many of `left` fields may still come behind a message's; below 0 where it has more itself."""
+    """How many of `left` fields remain after a message's own; below 0 if it has more."""
     nested = _nested(descriptor)
     for number, _, content in fields(encoded):
         left -= 1
@@ -176,12 +176,12 @@ def _left_behind(encoded: memoryview, descriptor: Descriptor, left: int) -> int:
 
 @cache
 def _nested(descriptor: Descriptor) -> Mapping[int, Descriptor]:
-    """Types of the messages in a message, by the number of their field."""
+    """Types of a message's nested messages, by field number."""
     return {field.number: field.message_type for field in descriptor.fields if field.message_type is not None}
 
 
 def prompt_too_long(got: int, limit: int) -> GradwireError:
-    """Why a prompt that the model's context does not hold is refused; both in tokens."""
+    """SEQUENCE_TOO_LONG for a prompt that does not fit the model's context; both numbers in tokens."""
     return invalid_field(
         "prompt",
         f"has {got} tokens, but this trainer takes at most {limit}; shorten it, or start a trainer with a larger "
@@ -193,7 +193,7 @@ def prompt_too_long(got: int, limit: int) -> GradwireError:
 
 
 def check_lease_ms(lease_ms: int) -> None:
-    """Refuses a lease that is longer than any may be.
+    """Refuses a lease longer than MAX_LEASE_MS.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD.
@@ -204,7 +204,7 @@ def check_lease_ms(lease_ms: int) -> None:
 
 
 def check_ttl_seconds(ttl_seconds: int | None) -> None:
-    """Refuses a time to keep a checkpoint that is out of range; None keeps it for ever.
+    """Refuses a time to live that is out of range; None keeps a checkpoint for ever.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD.
@@ -230,7 +230,7 @@ def _excesses(message: Message, limits: Limits, prefix: str) -> Iterator[_Excess
 
 @cache
 def _checks(descriptor: Descriptor) -> tuple[_Check, ...]:
-    """What is to be looked at in messages of a type; those that hold neither strings nor lists need none."""
+    """Checks of a message type; types without strings or lists need none."""
     made = []
     for field in descriptor.fields:
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
@@ -318,5 +318,5 @@ def _check_map(field: FieldDescriptor) -> _Check:
 
 
 def _num_bytes(value: str | bytes, limit: int) -> int:
-    """Bytes of a value; of a text that has more characters than the limit, those, which says enough."""
+    """Bytes of a value; for a text with more characters than the limit, its characters, which is enough to know."""
     return len(value) if isinstance(value, bytes) or len(value) > limit else len(value.encode())

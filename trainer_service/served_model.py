@@ -1,4 +1,4 @@
-"""How the base model is called: by its callers, and on this machine. Ground."""
+"""Names of the base model: for callers, and on this machine. Ground floor."""
 
 import os
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from gradwire.errors import error
 
 from trainer_service.access import current_caller
-from trainer_service.config import SettingsError
+from trainer_service.options import SettingsError
 
 _MAX_NAME_LENGTH = 256
 
@@ -17,7 +17,7 @@ class ServedModel:
 
     Attributes:
         source: Hub id or folder it is loaded from.
-        served_name: What callers are told it is called; "" tells them the source.
+        served_name: Name that callers see; "" shows them the source.
         aliases: Further names that callers may give it.
     """
 
@@ -37,12 +37,12 @@ class ServedModel:
 
     @property
     def name(self) -> str:
-        """What callers are told."""
+        """The name that callers see."""
         return self.served_name or self.source
 
     def check(self, base_model: str) -> None:
-        """Refuses a name of another model, for the current caller; "" is whatever is served. Where there is a served
-        name, the source is none for who is no admin.
+        """Refuses a name of another model, for the current caller; "" names whatever is served. With a served name, the
+        source is a name for admins only.
 
         Raises:
             FailedPreconditionError: BASE_MODEL_MISMATCH.
@@ -61,18 +61,18 @@ class ServedModel:
         )
 
     def is_source(self, name: str) -> bool:
-        """Whether a name is what it is loaded from: equal, or a folder that is the same folder."""
+        """Whether a name is the source: the same text, or the same folder."""
         if name == self.source:
             return True
         # os.path, since pathlib raises on names that cannot be paths, such as very long ones.
         return os.path.isdir(name) and os.path.isdir(self.source) and os.path.samefile(name, self.source)
 
     def told(self, name: str) -> str:
-        """What callers are told of a model that was written down under a name."""
+        """The name that callers see of a model recorded under a name."""
         return self.name if self.is_source(name) else name
 
     def without_source(self, text: str) -> str:
-        """A text for the current caller: of the folder on this machine who is no admin is told the name alone."""
+        """A text for the current caller: for all but admins, the name replaces the folder on this machine."""
         if not self.served_name or current_caller.get().admin:
             return text
         sources = {self.source, os.path.abspath(os.path.expanduser(self.source)), os.path.realpath(self.source)}

@@ -6,35 +6,28 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
-import grpc.aio
-from gradwire._wire.version import __version__
 from gradwire.v1 import checkpoint_service_pb2, sampling_service_pb2, trainer_service_pb2
 from gradwire.v1.checkpoint_service_pb2_grpc import add_CheckpointServiceServicer_to_server
 from gradwire.v1.sampling_service_pb2_grpc import add_SamplingServiceServicer_to_server
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 from gradwire.v1.trainer_service_pb2_grpc import add_TrainerServiceServicer_to_server
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
-from trainer_service import descriptors
 from trainer_service.access import ApiKeys
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.storage import Storage
 from trainer_service.checkpoints.transfers import Transfers
-from trainer_service.config import PAGE_CONNECTIONS, TrainerConfig, listens_on_loopback
+from trainer_service.config import PAGE_CONNECTIONS, TrainerConfig
 from trainer_service.fleet.worker import Worker
 from trainer_service.observability import Metrics
-from trainer_service.rpc.border import Border
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.rpc.checkpoint_servicer import CheckpointServicer
-from trainer_service.rpc.ports import open_port, serve_health
+from trainer_service.rpc.grpc_server import GrpcServer
 from trainer_service.rpc.request_limiter import RequestLimiter
 from trainer_service.rpc.sampling_servicer import SamplingServicer
 from trainer_service.rpc.trainer_servicer import TrainerServicer
-from trainer_service.rpc.transport import server_options
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run_metrics import RunMetrics
-from trainer_service.runs.sampling import Sampling
+from trainer_service.runs.sampling import SampleRequests
 from trainer_service.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -52,20 +45,19 @@ class TrainerServer:
 
     Args:
         config: Its settings.
-        worker: What executes.
+        worker: Executes operations.
     """
 
     def __init__(self, config: TrainerConfig, worker: Worker) -> None:
         self.config = config
-        """Its settings."""
+        """Settings of the trainer."""
         self._worker = worker
         self._draining = asyncio.Event()
         self.api_keys = ApiKeys(config.api_keys, config.api_key_file)
-        """Keys that open it."""
+        """Keys that open the trainer."""
         storage = Storage(config.storage_url) if config.storage_url else None
         self.catalog = Catalog(config.checkpoint_dir, storage)
         self.transfers = Transfers(self.catalog)
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self.metrics = Metrics()
         self.metrics.add_worker_counters(lambda: worker.counters)
         self._model = ServedModel(config.base_model, config.served_model_name, config.aliases)
@@ -73,7 +65,7 @@ class TrainerServer:
             worker,
             base_model=self._model,
             data_dir=config.data_dir,
-            adapter_dir=config.adapter_dir,
+            adapter_dir=config.adapter_dir or config.data_dir / "adapters",
             runs_dir=config.runs_dir or config.data_dir / "runs",
             durability=config.durability,
             limits=config.limits,
@@ -82,8 +74,8 @@ class TrainerServer:
             transfers=self.transfers,
         )
         self.run_metrics = RunMetrics()
-        """Their curves."""
-        self.sampling = Sampling(self.runs, worker, self.transfers, config.limits)
+        """Curves of the runs."""
+        self.sampling = SampleRequests(self.runs, worker, self.transfers, config.limits)
         self.metrics.in_flight.set_function(lambda: self.runs.unanswered)
         self.metrics.runs.set_function(lambda: len(self.runs))
         self.metrics.journal_commits.set_function(lambda: self.runs.journal_writer.commits)
@@ -91,68 +83,54 @@ class TrainerServer:
         worker.on_ready(self._readiness_changed)
         worker.on_death(lambda _: self._readiness_changed())
         worker.on_responding(self._readiness_changed)
-        self._server: grpc.aio.Server | None = None
-        self._health_port: grpc.aio.Server | None = None
+        self._server = GrpcServer(
+            config,
+            api_keys=self.api_keys,
+            metrics=self.metrics,
+            max_message_bytes=config.limits.max_message_bytes,
+            max_calls=config.limits.max_sample_requests,
+            reserved_descriptors=_reserved_descriptors(config),
+            limiter=RequestLimiter(config.limits),
+        )
         self._background: set[asyncio.Task[None]] = set()
-        self.address = ""
+
+    @property
+    def address(self) -> str:
         """host:port it listens on, once started."""
+        return self._server.address
 
     async def start(self) -> None:
         """Listens.
 
         Raises:
-            OSError: The address cannot be had.
-            SettingsError: Too few files may be open.
+            OSError: An address cannot be used.
         """
-        limits = self.config.limits
-        options = server_options(
-            max_message_bytes=limits.max_message_bytes,
-            max_connections=descriptors.max_connections(reserved=_descriptors_reserved(self.config)),
-            max_calls=limits.max_sample_requests,
-        )
-        border = Border(
-            api_keys=self.api_keys,
-            metrics=self.metrics,
-            max_message_bytes=limits.max_message_bytes,
-            limiter=RequestLimiter(limits),
-        )
-        self._server = grpc.aio.server(interceptors=[border], options=options)
         servicer = TrainerServicer(
             self.runs,
             self._worker,
-            limits=limits,
+            limits=self.config.limits,
             draining=self._draining,
             gate=CheckpointGate(self.transfers),
             base_model=self._model,
             metrics=self.run_metrics,
         )
-        add_CheckpointServiceServicer_to_server(CheckpointServicer(self.catalog, self._model), self._server)
-        add_TrainerServiceServicer_to_server(servicer, self._server)
+        server = self._server.server
+        add_CheckpointServiceServicer_to_server(CheckpointServicer(self.catalog, self._model), server)
+        add_TrainerServiceServicer_to_server(servicer, server)
         sampling = SamplingServicer(self.sampling, base_model=self._model.name, draining=self._draining)
-        add_SamplingServiceServicer_to_server(sampling, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        if self.config.reflection:
-            ours = (SERVICE, CHECKPOINT_SERVICE, SAMPLING_SERVICE)
-            names = (*ours, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._server)
-        self.address = open_port(self._server, self.config.listen, self.config.tls)
+        add_SamplingServiceServicer_to_server(sampling, server)
+        self._server.bind(SERVICE, CHECKPOINT_SERVICE, SAMPLING_SERVICE, reflected=self.config.reflection)
         self.runs.start()
-        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
-        await self._health.set(CHECKPOINT_SERVICE, health_pb2.HealthCheckResponse.SERVING)
-        await self._health.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
-        if self.config.health_listen is not None:
-            self._health_port = await serve_health(self.config.health_listen, self._health)
+        await self._server.set_serving(CHECKPOINT_SERVICE, True)
+        await self._set_ready(False)
         await self._server.start()
         self._in_background(self._sweep())
-        if self.config.tls is None and self.api_keys.required and not listens_on_loopback(self.config.listen):
-            logger.warning("API keys cross the network in plaintext; give --tls-cert-file, or put TLS in front.")
-        logger.info("Listening.", extra={"fields": {"address": self.address, "version": __version__}})
 
     async def drain(self) -> None:
-        """Takes no new work, lets what is queued finish or leaves it in the journal, and stops listening."""
+        """Accepts no new work, finishes what is queued or leaves it in the journal, and stops listening."""
         logger.info("Draining.", extra={"fields": {"operations": self.runs.unanswered}})
         self._draining.set()
-        await self._set_health(False)
+        await self._set_ready(False)
         try:
             await asyncio.wait_for(self.runs.quiet(), self.config.drain_timeout_s)
         except TimeoutError:
@@ -160,18 +138,15 @@ class TrainerServer:
             logger.warning("Operations are left to the next trainer.", extra={"fields": fields})
         await self._worker.stop()
         self.runs.suspend()
-        if self._server is not None:
-            # Streams end by themselves once quiet; the grace is for their last answers to leave.
-            await self._server.stop(grace=2.0)
-        if self._health_port is not None:
-            await self._health_port.stop(grace=None)
+        # Streams end by themselves once quiet; the grace lets their last answers leave.
+        await self._server.stop(grace_s=2.0)
         await self.runs.stop()
         self.transfers.close()
         logger.info("Stopped.")
 
     def _readiness_changed(self) -> None:
         ready = self._worker.ready is not None and self._worker.responding
-        self._in_background(self._set_health(ready and not self._draining.is_set()))
+        self._in_background(self._set_ready(ready and not self._draining.is_set()))
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -179,19 +154,18 @@ class TrainerServer:
         task.add_done_callback(self._background.discard)
 
     async def _sweep(self) -> None:
-        """Deletes expired checkpoints, and stores what could not be stored before, until drained."""
+        """Deletes expired checkpoints, and retries what could not be stored, until drained."""
         while not self._draining.is_set():
             try:
                 await self.transfers.sweep()
             except Exception as exc:
-                # A store out of reach, a full disk: the next round may fare better.
+                # A store may be out of reach, or a disk full; the next round may succeed.
                 logger.warning("Checkpoints could not be swept.", extra={"fields": {"error": str(exc)}})
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._draining.wait(), _SWEEP_INTERVAL_S)
 
-    async def _set_health(self, ready: bool) -> None:
-        status = health_pb2.HealthCheckResponse
-        await self._health.set(SERVICE, status.SERVING if ready else status.NOT_SERVING)
+    async def _set_ready(self, ready: bool) -> None:
+        await self._server.set_serving(SERVICE, ready)
 
     def _observe(self, kind: str, response: TrainResponse) -> None:
         failed = response.WhichOneof("result") == "error"
@@ -203,6 +177,6 @@ class TrainerServer:
             logger.info("Operation failed.", extra={"fields": fields})
 
 
-def _descriptors_reserved(config: TrainerConfig) -> int:
-    """Those kept for what is no client's connection: the trainer, lock, journal and snapshot of its runs, pages."""
+def _reserved_descriptors(config: TrainerConfig) -> int:
+    """File descriptors for everything but clients: the trainer, the lock, journal and snapshot of each run, pages."""
     return 64 + 12 * config.limits.max_runs + (PAGE_CONNECTIONS if config.page_listen is not None else 0)

@@ -1,4 +1,4 @@
-"""What callers write about their runs and checkpoints: texts by name, small enough to be listed. Ground."""
+"""What callers note about their runs and checkpoints: short texts by key. Ground floor."""
 
 from collections.abc import Mapping
 
@@ -12,11 +12,11 @@ MAX_BYTES = 16_384
 
 
 def check_user_metadata(user_metadata: Mapping[str, str]) -> dict[str, str]:
-    """It, as it is kept: in the order of its keys.
+    """Checks user_metadata, and returns it sorted by key.
 
     Raises:
-        InvalidArgumentError: INVALID_FIELD: an empty key, or one or a value that is too long.
-        ResourceExhaustedError: LIMIT_EXCEEDED: too much of it.
+        InvalidArgumentError: INVALID_FIELD: a key is empty, or a key or value is too long.
+        ResourceExhaustedError: LIMIT_EXCEEDED: too many entries or bytes.
     """
     if len(user_metadata) > MAX_ENTRIES:
         text = f"user_metadata has {len(user_metadata)} entries; it may have {MAX_ENTRIES}."
@@ -40,7 +40,7 @@ def check_user_metadata(user_metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_user_metadata(found: object) -> dict[str, str]:
-    """What a manifest says of it, whoever wrote that; nothing where it is not what may be written."""
+    """The user_metadata in a manifest, whoever wrote it; empty if it is not valid."""
     if not isinstance(found, dict) or not all(
         isinstance(text, str) and _is_utf8(text) for entry in found.items() for text in entry
     ):

@@ -22,10 +22,10 @@ from tests.numerics.plain import (
     to_batch,
 )
 from tests.tiny import VOCAB_SIZE
-from trainer_service.config import EngineSettings
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.comparison import relative_difference
 from trainer_service.engine.sampling.service import Sampling
+from trainer_service.worker_config import EngineSettings
 
 WINDOW = 8
 """Sliding windows are shorter than the sequences, and than what sequences share."""

@@ -28,12 +28,12 @@ from tests.numerics.plain import (
     worst_error,
 )
 from tests.tiny import VOCAB_SIZE, make_tiny_llama
-from trainer_service.config import EngineSettings
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.optim import AdamW
 from trainer_service.engine.packed import logprobs as logprobs_module
 from trainer_service.engine.packed.logprobs import Head, LowRank, linear_logprobs
+from trainer_service.worker_config import EngineSettings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),

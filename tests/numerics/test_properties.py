@@ -26,10 +26,10 @@ from tests.numerics.plain import (
     to_batch,
 )
 from tests.tiny import MAX_CONTEXT_LENGTH, VOCAB_SIZE
-from trainer_service.config import EngineSettings
 from trainer_service.engine.device import Device
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.packed import logprobs as logprobs_module
+from trainer_service.worker_config import EngineSettings
 
 GRADIENTS = 2e-5
 

@@ -7,12 +7,13 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from anyio.from_thread import start_blocking_portal
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.sampling_service_pb2 import STOP_REASON_LENGTH, SampledTokens, SampleResponse
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest, TrainResponse
@@ -132,56 +133,41 @@ class PageTrainer:
 @contextlib.contextmanager
 def page_trainer(*, limits: Limits | None = None, **settings: Any) -> Iterator[PageTrainer]:
     """Starts one, and ends it. Settings are those of TrainerConfig."""
-    box: list[PageTrainer] = []
-    failed: list[BaseException] = []
-    started, end = threading.Event(), threading.Event()
     faults = _Faults()
     logging.getLogger("trainer_service.page").addHandler(faults)
+    try:
+        with (
+            start_blocking_portal(name="page-trainer") as portal,
+            portal.wrap_async_context_manager(_page_trainer(limits=limits or Limits(max_runs=300), **settings)) as page,
+        ):
+            yield page
+    finally:
+        logging.getLogger("trainer_service.page").removeHandler(faults)
+    assert faults.told == []
 
-    async def serve() -> None:
-        worker = PageWorker()
-        async with front_end(worker=worker, limits=limits or Limits(max_runs=300), **settings) as front:
-            server = front.server
-            page = PageServer(
-                "127.0.0.1:0",
-                api_keys=server.api_keys,
-                tls=server.config.tls,
-                limits=server.config.limits,
-                runs=server.runs,
-                metrics=server.run_metrics,
-                sampling=server.sampling,
-                catalog=server.catalog,
-                worker=worker,
-            )
-            await page.start()
-            box.append(PageTrainer(page.url, page, front, worker, asyncio.get_running_loop()))
-            started.set()
-            await asyncio.to_thread(end.wait)
+
+@contextlib.asynccontextmanager
+async def _page_trainer(**settings: Any) -> AsyncIterator[PageTrainer]:
+    worker = PageWorker()
+    async with front_end(worker=worker, **settings) as front:
+        server = front.server
+        page = PageServer(
+            "127.0.0.1:0",
+            api_keys=server.api_keys,
+            tls=server.config.tls,
+            limits=server.config.limits,
+            runs=server.runs,
+            metrics=server.run_metrics,
+            sampling=server.sampling,
+            catalog=server.catalog,
+            worker=worker,
+        )
+        await page.start()
+        try:
+            yield PageTrainer(page.url, page, front, worker, asyncio.get_running_loop())
+        finally:
             worker.words.release(10_000)
             await page.stop()
-
-    def run() -> None:
-        try:
-            asyncio.run(serve())
-        except BaseException as exc:
-            failed.append(exc)
-        finally:
-            started.set()
-
-    thread = threading.Thread(target=run, name="page-trainer")
-    thread.start()
-    started.wait(20)
-    try:
-        if failed:
-            raise failed[0]
-        yield box[0]
-    finally:
-        end.set()
-        thread.join(20)
-        logging.getLogger("trainer_service.page").removeHandler(faults)
-    if failed:
-        raise failed[0]
-    assert faults.told == []
 
 
 class _Faults(logging.Handler):

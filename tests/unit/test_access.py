@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer_service.access import ANYBODY, ApiKeys, Caller
-from trainer_service.config import SettingsError
+from trainer_service.options import SettingsError
 
 
 def hashed(key: str) -> str:
@@ -155,12 +155,12 @@ def test_a_fifo_or_a_folder_in_the_file_s_place_holds_nothing_up(tmp_path: Path,
     file.unlink()
     os.mkfifo(file)
     assert named(keys, "k1").name == "alice"
-    with pytest.raises(SettingsError, match="is no regular file"):
+    with pytest.raises(SettingsError, match="is not a regular file"):
         ApiKeys(file=file)
     file.unlink()
     file.mkdir()
     assert named(keys, "k1").name == "alice"
-    with pytest.raises(SettingsError, match="is no regular file"):
+    with pytest.raises(SettingsError, match="is not a regular file"):
         ApiKeys(file=file)
     assert len(caplog.records) == 1
 

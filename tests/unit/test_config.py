@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer_service.config import Limits, SettingsError, check_exposure, read_api_keys, read_umask, split_address
+from trainer_service.addresses import split_address
+from trainer_service.config import Limits
+from trainer_service.options import SettingsError
+from trainer_service.startup_checks import check_exposure, read_api_keys, read_umask
 
 
 def test_limits_are_those_announced():
@@ -55,9 +58,14 @@ def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
     [
         (["serve", "--base-model", "m", "--listen", "0.0.0.0:0"], "there is no API key"),
         (["jobs", "--listen", "0.0.0.0:0"], "there is no API key"),
-        (["serve", "--base-model", "m", "--tls-cert-file", __file__], "both --tls-cert-file and --tls-key-file"),
+        (["gateway", "--listen", "0.0.0.0:0"], "--listen 0.0.0.0:0 is reachable from other machines"),
+        (["serve", "--base-model", "m", "--gateway", "0.0.0.0:0"], "--gateway 0.0.0.0:0 is reachable from other"),
+        (["jobs", "--kubernetes-name", "x"], "--kubernetes-template must be given too"),
+        (["jobs", "--kubernetes-template", "x"], "are options of --backend kubernetes"),
+        (["jobs", "--backend", "kubernetes"], "needs --kubernetes-template"),
+        (["serve", "--base-model", "m", "--tls-cert-file", __file__], "--tls-key-file must be given too"),
         (["serve", "--base-model", "m", "--tls-cert-file", __file__, "--tls-key-file", __file__], "not a PEM file"),
-        (["serve", "--base-model", "m", "--api-key-file", "/dev/null"], "is no regular file"),
+        (["serve", "--base-model", "m", "--api-key-file", "/dev/null"], "is not a regular file"),
         (["serve", "--base-model", "m", "--api-key-file", "no/such"], "No such file"),
         (["serve", "--base-model", "m", "--listen", "nowhere"], 'must be "host:port"'),
         (["serve", "--base-model", "./no/such/folder"], "--base-model ./no/such/folder does not exist"),

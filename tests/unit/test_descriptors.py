@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from trainer_service import descriptors
-from trainer_service.config import SettingsError
+from trainer_service.options import SettingsError
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, soft: int) -> None:

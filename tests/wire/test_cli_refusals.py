@@ -138,8 +138,8 @@ def test_an_encrypted_key_is_refused_without_asking_for_its_password(pem: Pem, t
         ("ftp://host:1", 'has scheme "ftp"'),
         ("", "names no host"),
         ("host", "names no port"),
-        ("http://[::1", "is no URL"),
-        ("http://host:99999", "has a port that is none"),
+        ("http://[::1", "is not a URL"),
+        ("http://host:99999", "has an invalid port"),
     ],
 )
 def test_a_url_that_is_none_is_refused(url: str, said: str):

@@ -12,7 +12,6 @@ import zstandard
 
 from tests.front_end import front_end
 from tests.http_gateway import HttpGateway, http_gateway, one_pass
-from trainer_service.access import ApiKeys
 from trainer_service.gateway import bodies
 from trainer_service.gateway.wire import tinker_wire_pb2 as wire
 
@@ -249,7 +248,7 @@ async def test_equal_prompts_go_together_and_each_gets_its_own(tmp_path: Path):
 async def test_a_gateway_with_keys_of_its_own_is_closed_to_others_though_the_trainer_has_none(tmp_path: Path):
     async with (
         front_end() as trainer,
-        http_gateway(trainer.address, tmp_path, api_keys=ApiKeys(("alice tml-alice",))) as served,
+        http_gateway(trainer.address, tmp_path, api_keys=("alice tml-alice",)) as served,
     ):
         for path in ("/api/v1/create_session", "/oai/api/v1/models", "/metrics"):
             method = "POST" if path.endswith("session") else "GET"

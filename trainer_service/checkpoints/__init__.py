@@ -1,5 +1,5 @@
 """Checkpoints as the trainer sees them: the catalog (names, manifests, owners, time to live) and the store. No torch.
 
-The worker writes them, whole or not at all, to the local folder; the catalog reads that folder and, where there is one,
-the store, which outlives the machine.
+The worker writes checkpoints, whole or not at all, to the local folder. The catalog reads that folder and the store, if
+there is one, which outlives the machine.
 """

@@ -1,4 +1,4 @@
-"""Files of a checkpoint's folder, which may be replaced while they are read or written."""
+"""Files in a checkpoint's folder, which may be replaced while they are read or written."""
 
 import contextlib
 import io
@@ -16,24 +16,24 @@ _PIECE_BYTES = 4 << 20
 
 
 def check_range(manifest: Manifest, name: str, offset: int, sha256: str) -> None:
-    """Refuses what cannot be read of a file.
+    """Refuses to read a file that is not there, has changed, or ends before an offset.
 
     Raises:
-        InvalidArgumentError: INVALID_FIELD: no such file, or an offset behind its end.
-        AbortedError: CHECKPOINT_CHANGED: the file is not the one of that digest.
+        InvalidArgumentError: INVALID_FIELD: no such file, or an offset beyond its end.
+        AbortedError: CHECKPOINT_CHANGED: the file has another digest.
     """
     entry = manifest.files.get(name)
     if entry is None:
         raise invalid_field("file", f"is {name[:200]!r}; the checkpoint has {', '.join(sorted(manifest.files))}.")
     if sha256 and sha256 != entry.sha256:
-        text = f"{name} was saved anew since its digest was asked for; ask for it again and begin at offset 0."
+        text = f"{name} was saved anew since its digest was read; read the digest again and begin at offset 0."
         raise error("CHECKPOINT_CHANGED", text, file=name, sha256=entry.sha256)
     if offset > entry.size_bytes:
         raise invalid_field("offset", f"is {offset}, but {name} has {entry.size_bytes} bytes.")
 
 
 def pieces(file: io.FileIO, offset: int, size_bytes: int) -> Generator[bytes]:
-    """An open file's bytes from an offset to a size; closed at the end."""
+    """An open file's bytes from an offset up to size_bytes; closes the file at the end."""
     with file:
         file.seek(offset)
         while piece := file.read(min(_PIECE_BYTES, max(0, size_bytes - file.tell()))):
@@ -42,7 +42,7 @@ def pieces(file: io.FileIO, offset: int, size_bytes: int) -> Generator[bytes]:
 
 @contextlib.contextmanager
 def opened(folder: Path) -> Iterator[int]:
-    """A folder as it is now, even when another is put in its place meanwhile."""
+    """A handle of a folder, which stays the same folder even if another takes its place."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield handle
@@ -57,16 +57,16 @@ def read_at(folder: int, name: str) -> bytes:
 
 
 def open_at(folder: int, name: str, *, of: str) -> io.FileIO:
-    """A file in an opened folder, or in one of its own; links are not followed.
+    """A file in an opened folder, or in a folder inside it; links are not followed.
 
     Args:
-        folder: The checkpoint's.
-        name: Of the file.
-        of: Name of the checkpoint, for errors.
+        folder: A handle of the checkpoint's folder.
+        name: The file's path in it.
+        of: The checkpoint's name, for errors.
 
     Raises:
-        FileNotFoundError: There is none.
-        DataLossError: CHECKPOINT_DAMAGED: something else is in its place.
+        FileNotFoundError: There is no such file.
+        DataLossError: CHECKPOINT_DAMAGED: it is not a regular file.
     """
     *parents, last = name.split("/")
     with contextlib.ExitStack() as stack:
@@ -74,7 +74,7 @@ def open_at(folder: int, name: str, *, of: str) -> io.FileIO:
             for part in parents:
                 folder = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
                 stack.callback(os.close, folder)
-            # Not to wait for whoever would write into a pipe.
+            # Non-blocking: opening a pipe would wait for a writer.
             found = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
         except FileNotFoundError:
             raise

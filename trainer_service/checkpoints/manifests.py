@@ -1,7 +1,7 @@
-"""Manifests of checkpoints, which anybody may have written who can write where they are kept.
+"""Manifests of checkpoints. They are untrusted: anybody who can write to the folder or the store may have written them.
 
-What `read` returns is safe to act on: its values are of the types the protocol has, and none of its names leads out of
-the checkpoint's folder. A damaged manifest is refused as a whole.
+What `read` returns is safe to act on: its values have the protocol's types, and none of its names leads out of the
+checkpoint's folder. A damaged manifest is refused as a whole.
 """
 
 import math
@@ -16,7 +16,7 @@ from trainer_service.folders import MANIFEST, MAX_MANIFEST_BYTES, Manifest, dama
 from trainer_service.paths import SAMPLER_WEIGHTS, CheckpointPath
 
 UPLOAD = "upload"
-"""Key of a stored manifest: the folder its files are in."""
+"""Key in a stored manifest: the name of the folder with its files."""
 
 _UPLOAD = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _LORA_FLAGS = ("train_mlp", "train_attn", "train_unembed")
@@ -27,10 +27,10 @@ def read(path: CheckpointPath, content: bytes) -> Manifest:
 
     Args:
         path: The checkpoint's.
-        content: Of its manifest's file.
+        content: The manifest file's.
 
     Raises:
-        DataLossError: CHECKPOINT_DAMAGED: it is not as it was written.
+        DataLossError: CHECKPOINT_DAMAGED: it is not a valid manifest of that checkpoint.
     """
     try:
         if len(content) > MAX_MANIFEST_BYTES:
@@ -49,7 +49,7 @@ def read(path: CheckpointPath, content: bytes) -> Manifest:
 
 
 def time_of(about: Mapping[str, Any], key: str) -> datetime | None:
-    """A time that a manifest says; None where it says none."""
+    """A time in a manifest; None if it has none."""
     value = about.get(key)
     return None if value is None else _time(value)
 
@@ -67,8 +67,8 @@ def _is_time(value: object) -> bool:
 
 
 def _is_base_of(base_path: str, path: CheckpointPath) -> bool:
-    """Whether a delta at `path` may say that it builds on what is at `base_path`: of another run it would be somebody
-    else's, and kept by it."""
+    """Whether a delta at `path` may build on `base_path`. A base of another run is refused: it may be somebody else's,
+    and the delta would keep it from being deleted."""
     try:
         base = CheckpointPath.parse(base_path)
     except GradwireError:
@@ -106,4 +106,4 @@ _SOUND: dict[str, Callable[[Any], bool]] = {
     "expires_at": _is_time,
     UPLOAD: lambda value: isinstance(value, str) and _UPLOAD.fullmatch(value) is not None,
 }
-"""What a value must be, by its key; one that is absent or null is always sound."""
+"""Checks of values, by key; an absent or null value is always sound."""

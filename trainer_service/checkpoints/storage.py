@@ -1,10 +1,10 @@
-"""Checkpoints in an object store, or any file system fsspec knows by a URL.
+"""Checkpoints in an object store, or any file system that fsspec supports.
 
 Below the URL's path:
 
     <run_id>/owner.json                        whose they are
     <run_id>/<kind>/<name>/manifest.json       written last; names the upload it belongs to
-    <run_id>/<kind>/<name>/<upload>/<file>     one folder an upload, so that replacing one never mixes two
+    <run_id>/<kind>/<name>/<upload>/<file>     one folder per upload, so that replacing one never mixes two
 
 Files stream through a few MiB of memory. Blocking: for threads, not for an event loop.
 """
@@ -58,7 +58,7 @@ class Storage:
         self._known: dict[str, tuple[object, Manifest | GradwireError]] = {}
 
     def manifests(self) -> dict[CheckpointPath, Manifest]:
-        """What is stored. Manifests seen before are read again only if they changed."""
+        """All stored manifests. Those read before are read again only if they changed."""
         with self._speaking("listed"):
             self._fs.invalidate_cache()
             found: dict[str, Any] = (
@@ -69,14 +69,14 @@ class Storage:
             inside = full.removeprefix(self._root).lstrip("/")
             if posixpath.basename(inside) != MANIFEST:
                 continue
-            # Something else may lie there, and a damaged manifest hides nothing but itself.
+            # Foreign files are skipped, and a damaged manifest hides only itself.
             with contextlib.suppress(GradwireError):
                 path = CheckpointPath.parse(f"{SCHEME}{posixpath.dirname(inside)}")
                 listed[path] = self._manifest(path, info)
         return listed
 
     def manifest(self, path: CheckpointPath) -> Manifest | None:
-        """What is stored at a path; None for nothing.
+        """The manifest stored at a path; None if there is none.
 
         Raises:
             DataLossError: CHECKPOINT_DAMAGED.
@@ -90,7 +90,7 @@ class Storage:
         return self._manifest(path, info)
 
     def owner(self, run_id: str) -> str | None:
-        """Whose a run's checkpoints are; None if nothing says so."""
+        """The owner of a run's checkpoints; None if none is recorded."""
         with self._speaking("read"):
             try:
                 with self._fs.open(f"{self._root}/{run_id}/{OWNER}", "rb") as file:
@@ -100,15 +100,15 @@ class Storage:
         return read_owner(content)
 
     def upload(self, path: CheckpointPath, folder: Path, manifest: Manifest, owner: str) -> str:
-        """Stores a folder, its manifest last; what was stored there before goes after that.
+        """Stores a folder, its manifest last, and then removes what was stored there before.
 
         Returns:
-            What the stored manifest says under UPLOAD.
+            The upload's name, which the stored manifest has under UPLOAD.
         """
         try:
             before = self.manifest(path)
         except DataLossError:
-            # It names no folder that could be trusted to be its own.
+            # The folder that a damaged manifest names cannot be trusted to be its own.
             before = None
         upload = uuid.uuid4().hex[:12]
         with self._speaking("stored"):
@@ -128,12 +128,12 @@ class Storage:
         return upload
 
     def replace_manifest(self, path: CheckpointPath, manifest: Manifest) -> None:
-        """Says something else about the same files."""
+        """Changes the manifest of the same files."""
         with self._speaking("changed"):
             self._fs.pipe_file(self._at(path, MANIFEST), manifest.to_json().encode())
 
     def download(self, path: CheckpointPath, manifest: Manifest, writer: FolderWriter) -> None:
-        """Writes the files of a checkpoint, comparing digests.
+        """Downloads the files of a checkpoint and verifies their digests.
 
         Raises:
             DataLossError: CHECKPOINT_DAMAGED.
@@ -144,13 +144,13 @@ class Storage:
                 for chunk in self.read(path, manifest, name):
                     file.write(chunk)
             if file.digest != entry.sha256:
-                raise damaged(path.name, name, f"has another content in {self.url} than was stored")
+                raise damaged(path.name, name, f"has changed in {self.url} since it was stored")
 
     def read(self, path: CheckpointPath, manifest: Manifest, name: str, offset: int = 0) -> Generator[bytes]:
-        """A file's bytes from an offset on, and no more of them than its manifest says.
+        """A file's bytes from an offset on, no more than its manifest says.
 
         Raises:
-            DataLossError: CHECKPOINT_DAMAGED: it is not there, or a link out of the checkpoint's folder.
+            DataLossError: CHECKPOINT_DAMAGED: it is missing, or a link out of the checkpoint's folder.
         """
         place = self._at(path, str(manifest.about.get(UPLOAD)), name)
         self._check_place(path, place, name)
@@ -174,7 +174,7 @@ class Storage:
         """Deletes a checkpoint, its manifest first.
 
         Raises:
-            DataLossError: CHECKPOINT_DAMAGED: there is a link to somewhere else in its place.
+            DataLossError: CHECKPOINT_DAMAGED: it is a link to somewhere else.
         """
         self._check_place(path, self._at(path, ""), "its folder")
         with self._speaking("deleted"):
@@ -194,7 +194,7 @@ class Storage:
         return known[1]
 
     def _read_manifest(self, path: CheckpointPath, info: dict[str, Any]) -> Manifest | GradwireError:
-        """A manifest, or what is wrong with it, which is so until it is changed."""
+        """A manifest, or what is wrong with it, which is remembered until the file changes."""
         try:
             if (info.get("size") or 0) > MAX_MANIFEST_BYTES:
                 raise damaged(path.name, MANIFEST, f"has {info['size']} bytes")
@@ -213,7 +213,7 @@ class Storage:
         return manifest
 
     def _check_place(self, path: CheckpointPath, place: str, name: str) -> None:
-        """Of a store that is a folder, where links may lie that lead out of a checkpoint's, and pipes."""
+        """Refuses links that lead out of a checkpoint's folder, and pipes, in a store that is a folder."""
         if not isinstance(self._fs, LocalFileSystem):
             return
         try:
@@ -223,11 +223,11 @@ class Storage:
         if not f"{real}/".startswith(os.path.realpath(self._root) + f"/{path.key}/"):
             raise damaged(path.name, name, "is a link that leads out of its folder")
         if os.path.exists(real) and not (os.path.isfile(real) or os.path.isdir(real)):
-            # A pipe, from which one would read for ever.
+            # A pipe could be read for ever.
             raise damaged(path.name, name, "is no file")
 
     def _forget(self, path: CheckpointPath, upload: object) -> None:
-        """Removes an upload that nothing names; what stays costs room and harms nothing."""
+        """Removes an upload that no manifest names. If that fails, it only costs room."""
         with contextlib.suppress(Exception):
             self._fs.rm(self._at(path, str(upload)), recursive=True)
 
@@ -236,7 +236,7 @@ class Storage:
 
     @contextlib.contextmanager
     def _speaking(self, what: str) -> Iterator[None]:
-        """Translates whatever the library behind the scheme raises; each has its own exceptions."""
+        """Translates the exceptions of the library behind the URL's scheme; each has its own."""
         try:
             yield
         except GradwireError:
@@ -248,7 +248,7 @@ class Storage:
 
 
 def read_owner(content: bytes) -> str | None:
-    """What write_owner wrote; None for something else."""
+    """The owner that write_owner wrote; None for anything else."""
     try:
         owner = parse_json(content)["owner"]
     except (ValueError, TypeError, KeyError):
@@ -262,6 +262,6 @@ def write_owner(owner: str) -> bytes:
 
 
 def _stamp(info: dict[str, Any]) -> object:
-    """Changes when a file does; None where the file system does not tell."""
+    """Changes when a file does; None if the file system does not tell."""
     told = [info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created", "updated") if info.get(key)]
     return (info.get("size"), *map(str, told)) if told else None

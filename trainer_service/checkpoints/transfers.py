@@ -1,4 +1,4 @@
-"""What goes to the store and comes from it, for an event loop: on threads of its own, one download a checkpoint."""
+"""Uploads to the store and downloads from it, for an event loop: on threads, one download per checkpoint."""
 
 import asyncio
 import contextvars
@@ -7,21 +7,22 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from trainer_service.checkpoints.catalog import Catalog, Checkpoint
+from trainer_service.checkpoints.catalog import Catalog
+from trainer_service.checkpoints.checkpoint import Checkpoint
 from trainer_service.checkpoints.storage import UPLOAD
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _THREADS = 8
-"""Minutes may pass on each, which nothing else must wait for: hence not those of asyncio.to_thread."""
+"""Not those of asyncio.to_thread: a transfer may take minutes, and nothing else must wait for it."""
 
 
 class Transfers:
     """The catalog's slow half.
 
     Args:
-        catalog: What it is about.
+        catalog: The catalog, whose calls block.
     """
 
     def __init__(self, catalog: Catalog) -> None:
@@ -36,7 +37,7 @@ class Transfers:
         return await self._on_a_thread(self.catalog.find, path, field=field, recent=recent)
 
     async def fetch(self, path: str, *, field: str = "path", recent: bool = False) -> None:
-        """Makes the checkpoint at a path, for the current caller, one that the worker can read.
+        """Makes the current caller's checkpoint at a path readable for the worker.
 
         Raises:
             As Catalog.find and Catalog.fetch.
@@ -50,7 +51,7 @@ class Transfers:
             task = asyncio.create_task(self._on_a_thread(self.catalog.fetch, found))
             self._under_way[key] = task
             task.add_done_callback(lambda done: self._fetched(key, done))
-        # Shielded: others may wait for it too, and may come back for it.
+        # Shielded: other callers may wait for the same download.
         await asyncio.shield(task)
 
     async def store(self, path: str) -> None:
@@ -62,13 +63,13 @@ class Transfers:
         await self._on_a_thread(self.catalog.sweep)
 
     def close(self) -> None:
-        """Begins nothing more."""
+        """Starts no more transfers."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _fetched(self, key: tuple[str, object], task: "asyncio.Task[None]") -> None:
         del self._under_way[key]
         if not task.cancelled():
-            task.exception()  # Told to those who wait, if anybody still does.
+            task.exception()  # Retrieved, since nobody may be waiting any more.
 
     async def _on_a_thread(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         inside = functools.partial(contextvars.copy_context().run, call, *args, **kwargs)

@@ -23,7 +23,7 @@ from gradwire.errors import GradwireError, error, to_status
 from gradwire.v1.trainer_service_pb2 import LossInfo, ModelInfo
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerHello, WorkerReady
 
-from trainer_service.config import EngineSettings, Limits
+from trainer_service.config import Limits
 from trainer_service.engine.ranks import LeaderGoneError, RankFailedError, Ranks
 from trainer_service.engine.worker.connection import TrainerConnection
 from trainer_service.engine.worker.heartbeat import start_heartbeat
@@ -31,7 +31,9 @@ from trainer_service.engine.worker.inbox import Inbox
 from trainer_service.engine.worker.progress import told_of_progress
 from trainer_service.executing import Executing, leave_reason
 from trainer_service.observability import configure_logging
+from trainer_service.options import add_options, read_options
 from trainer_service.processes import die_with_parent
+from trainer_service.worker_config import WorkerConfig
 
 if TYPE_CHECKING:
     from trainer_service.engine.engine import Engine
@@ -49,32 +51,31 @@ _ABANDON_S = 1.0
 
 def main() -> int:
     """Runs the worker. Returns the exit code."""
-    arguments = _parse()
+    socket, config = _parse()
     # Who started us decides when we end: a Ctrl-C in the user's terminal goes to the program at its front.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
-    configure_logging(as_json=arguments.log_json)
+    configure_logging(as_json=False)
     follows = os.environ.get("RANK", "0") != "0"
     try:
-        return _follow(arguments) if follows else _lead(arguments)
+        return _follow(socket, config) if follows else _lead(socket, config)
     except LeaderGoneError:
         logger.info("The first rank is gone.", extra={"fields": {"rank": os.environ["RANK"]}})
         return 1
     except Exception as exc:
         if isinstance(exc, RankFailedError):
-            leave_reason(arguments.socket, exc.failure)
+            leave_reason(socket, exc.failure)
         # Ranks that wait for this one notice that it is gone.
         logger.exception("A rank ended.", extra={"fields": {"rank": os.environ.get("RANK", "0")}})
         return 1
 
 
-def _lead(arguments: argparse.Namespace) -> int:
-    limits = Limits()
+def _lead(socket: str, config: WorkerConfig) -> int:
     try:
-        trainer = TrainerConnection(arguments.socket, max_message_bytes=limits.max_message_bytes)
+        trainer = TrainerConnection(socket, max_message_bytes=Limits().max_message_bytes)
     except OSError as exc:
-        logger.error(f"No trainer listens on {arguments.socket}: {exc}. Workers are started by the trainer.")
+        logger.error(f"No trainer listens on {socket}: {exc}. Workers are started by the trainer.")
         return 1
     trainer.send(
         WorkerEvent(
@@ -88,10 +89,10 @@ def _lead(arguments: argparse.Namespace) -> int:
     )
     threading.Thread(target=_abandon, args=(trainer,), name="stream-end", daemon=True).start()
     try:
-        ranks = _ranks(arguments, lambda text: trainer.send(WorkerEvent(loading=text)))
+        ranks = _ranks(config, lambda text: trainer.send(WorkerEvent(loading=text)))
         with _nothing_collected():
-            engine = _load(arguments, ranks, limits, trainer.send)
-            sampling = _sampling(engine, arguments.checkpoint_dir, trainer.send, trainer.send)
+            engine = _load(config, ranks, trainer.send)
+            sampling = _sampling(engine, config.checkpoint_dir, trainer.send, trainer.send)
     except Exception as exc:
         return _give_up(trainer, exc)
     trainer.send(_ready(engine, sampling))
@@ -99,28 +100,28 @@ def _lead(arguments: argparse.Namespace) -> int:
     logger.info("Ready.", extra={"fields": {"base_model": engine.model.base_model, "device": engine.model.device}})
     from trainer_service.engine.worker.device_loop import told_to_all
 
-    loop = _device_loop(arguments.socket, engine, sampling, trainer.send, told_to_all(trainer.commands, ranks))
+    loop = _device_loop(socket, engine, sampling, trainer.send, told_to_all(trainer.commands, ranks))
     loop.lead(trainer.send, trainer.ended.is_set)
     trainer.finish()
     logger.info("The trainer ended the stream.", extra={"fields": {"how": trainer.describe_end()}})
     return 0 if trainer.ended_cleanly() else 1
 
 
-def _follow(arguments: argparse.Namespace) -> int:
+def _follow(socket: str, config: WorkerConfig) -> int:
     outbox: list[WorkerEvent] = []
     try:
-        ranks = _ranks(arguments, _says_nothing)
+        ranks = _ranks(config, _says_nothing)
         with _nothing_collected():
-            engine = _load(arguments, ranks, Limits(), _says_nothing)
+            engine = _load(config, ranks, _says_nothing)
             # What its samples answer, the leader sends; what becomes of a snapshot, the leader knows.
-            sampling = _sampling(engine, arguments.checkpoint_dir, _says_nothing, outbox.append)
+            sampling = _sampling(engine, config.checkpoint_dir, _says_nothing, outbox.append)
     except GradwireError:
         # All ranks refuse it, and the leader tells the trainer why.
         time.sleep(_GOODBYE_S)
         return 1
     from trainer_service.engine.worker.device_loop import told_by_leader
 
-    loop = _device_loop(arguments.socket, engine, sampling, _says_nothing, told_by_leader(ranks), outbox)
+    loop = _device_loop(socket, engine, sampling, _says_nothing, told_by_leader(ranks), outbox)
     loop.follow()
     return 0
 
@@ -129,26 +130,19 @@ def _says_nothing(event: object) -> None:
     """Stands for the trainer on ranks that do not talk to it."""
 
 
-def _parse() -> argparse.Namespace:
+def _parse() -> tuple[str, WorkerConfig]:
+    """Path of the trainer's socket, and the settings."""
     parser = argparse.ArgumentParser(prog="python -m trainer_service.engine", description=__doc__)
     parser.add_argument("--socket", required=True, help="path of the trainer's unix socket")
-    parser.add_argument("--base-model", required=True, help="hub id or folder")
-    parser.add_argument("--served-model-name", default="", help="what callers are told it is called")
-    parser.add_argument("--checkpoint-dir", required=True, type=Path, help="where exports go")
-    parser.add_argument("--max-context-length", type=int, default=0, help="tokens; 0 takes the model's own limit")
-    parser.add_argument("--loss-module", default="", help="module with further losses")
-    EngineSettings.add_arguments(parser)
-    parser.add_argument(
-        "--collective-timeout-s", type=float, default=600.0, help="how long ranks wait for one another in an operation"
-    )
-    parser.add_argument("--log-json", action="store_true", help="one JSON object a log line")
-    return parser.parse_args()
+    add_options(parser, WorkerConfig)
+    arguments = parser.parse_args()
+    return arguments.socket, read_options(WorkerConfig, arguments)
 
 
-def _ranks(arguments: argparse.Namespace, say: Callable[[str], object]) -> Ranks:
+def _ranks(config: WorkerConfig, say: Callable[[str], object]) -> Ranks:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         say(f"waiting for {os.environ['WORLD_SIZE']} ranks to meet")
-    return Ranks.from_environment(timeout_s=arguments.collective_timeout_s)
+    return Ranks.from_environment(timeout_s=config.ranks.collective_timeout_s)
 
 
 @contextlib.contextmanager
@@ -163,13 +157,13 @@ def _nothing_collected() -> Iterator[None]:
         gc.enable()
 
 
-def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, send: Send) -> "Engine":
-    if arguments.loss_module:
+def _load(config: WorkerConfig, ranks: Ranks, send: Send) -> "Engine":
+    if config.loss_module:
         from trainer_service.engine.losses import LOSSES
         from trainer_service.engine.losses.module import load_losses
 
-        send(WorkerEvent(loading=f"importing {arguments.loss_module}"))
-        LOSSES.update(load_losses(arguments.loss_module, LOSSES))
+        send(WorkerEvent(loading=f"importing {config.loss_module}"))
+        LOSSES.update(load_losses(config.loss_module, LOSSES))
     send(WorkerEvent(loading="importing torch and transformers"))
     # Imported here, not at the top: these imports take seconds, and the trainer should hear from us before.
     import torch
@@ -182,21 +176,20 @@ def _load(arguments: argparse.Namespace, ranks: Ranks, limits: Limits, send: Sen
     torch.manual_seed(0)
     num_threads = set_num_threads(ranks.local_world_size)
     send(WorkerEvent(loading="looking for a device"))
-    settings = EngineSettings.from_arguments(arguments)
-    device = pick_device(ranks.local_rank, settings.compute_dtype, ranks.local_world_size)
-    loading = WorkerEvent(loading=f"loading {arguments.served_model_name or arguments.base_model} onto {device.name}")
+    device = pick_device(ranks.local_rank, config.engine.compute_dtype, ranks.local_world_size)
+    loading = WorkerEvent(loading=f"loading {config.served_model_name or config.base_model} onto {device.name}")
     send(loading)
-    logger.info("Loading.", extra={"fields": {"base_model": arguments.base_model, "num_threads": num_threads}})
+    logger.info("Loading.", extra={"fields": {"base_model": config.base_model, "num_threads": num_threads}})
     # A download or a large model may take hours, and the trainer gives up a worker that says nothing for minutes.
     with told_of_progress(lambda: send(loading)):
         return Engine(
-            arguments.base_model,
+            config.base_model,
             device=device,
-            checkpoint_dir=arguments.checkpoint_dir,
-            limits=limits,
-            settings=settings,
-            max_context_length=arguments.max_context_length,
-            served_model_name=arguments.served_model_name,
+            checkpoint_dir=config.checkpoint_dir,
+            limits=Limits(max_runs=config.max_runs),
+            settings=config.engine,
+            max_context_length=config.max_context_length,
+            served_model_name=config.served_model_name,
             ranks=ranks,
         )
 

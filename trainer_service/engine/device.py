@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from trainer_service.config import ComputeDtype
+from trainer_service.worker_config import ComputeDtype
 
 
 @dataclass(frozen=True)

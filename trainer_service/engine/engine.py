@@ -17,7 +17,7 @@ from gradwire.errors import error
 from gradwire.types import AdamParams
 from transformers import PreTrainedModel
 
-from trainer_service.config import EngineSettings, Limits
+from trainer_service.config import Limits
 from trainer_service.engine.adapter_offload import AdapterOffload
 from trainer_service.engine.base_models import BaseModels
 from trainer_service.engine.counters import Counters
@@ -34,6 +34,7 @@ from trainer_service.engine.ranks import Ranks
 from trainer_service.engine.run_state import HeldGraph, RunState
 from trainer_service.engine.storage.checkpoints import Checkpoints, Label, SavedCheckpoint
 from trainer_service.engine.storage.snapshots import restore_snapshot
+from trainer_service.worker_config import EngineSettings
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from trainer_service.config import EngineSettings
 from trainer_service.engine.device import Device
 from trainer_service.engine.models.runner import Traits
+from trainer_service.worker_config import EngineSettings
 
 _ACTIVATIONS = 0.5
 """Part of what parameters, gradients and optimizer leave; the rest is for further runs and passing needs."""

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from google.rpc.status_pb2 import Status
 from gradwire.errors import GradwireError, from_status, invalid_field, to_status
 
-from trainer_service.config import RANK_STORE_VARIABLE
+from trainer_service.worker_config import RANK_STORE_VARIABLE
 
 T = TypeVar("T")
 _ENDLESS = timedelta(days=3650)

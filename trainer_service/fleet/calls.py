@@ -1,4 +1,4 @@
-"""A command to the worker and its answer, as a future. For an answer that comes in parts, see Worker.submit."""
+"""A command to the worker, and its answer as a future. For answers that come in parts, see Worker.submit."""
 
 import asyncio
 
@@ -22,7 +22,7 @@ def send(worker: Worker, command: WorkerCommand, *, request: bytes = b"") -> "as
 
 
 def call(worker: Worker, command: WorkerCommand) -> "asyncio.Future[Reply]":
-    """Sends a command that is no operation, at once.
+    """Sends a command that is not an operation, at once.
 
     Returns:
         A future that raises Died, or the GradwireError that the worker answers with.

@@ -1,25 +1,25 @@
-"""Whether a worker that is ready still runs: it sends something every second, whatever it executes.
+"""Notices when a ready worker no longer runs: a running one sends something every second, whatever it executes.
 
-A process that is stopped (SIGSTOP, a frozen container, a debugger), or that hangs so that none of its threads runs,
-sends nothing, and neither ends nor closes its connection.
+A process that is stopped (SIGSTOP, a frozen container, a debugger), or that hangs in all of its threads, sends nothing,
+and neither ends nor closes its connection.
 """
 
 import asyncio
 from collections.abc import Callable
 
-from trainer_service.config import HEARTBEAT_INTERVAL_S
 from trainer_service.fleet.link import Link
+from trainer_service.worker_config import HEARTBEAT_INTERVAL_S
 
 _UNRESPONSIVE_S = 15.0
-"""Silence after which the trainer calls itself not ready: a machine that is merely busy holds a worker's thread up for
-a few seconds at most."""
+"""Silence after which the trainer reports itself as not ready: on a machine that is merely busy, a worker's thread is
+held up for a few seconds at most."""
 
 
 async def silence(link: Link, *, timeout_s: float, changed: Callable[[], object]) -> None:
     """Returns once a worker has sent nothing for timeout_s.
 
     Args:
-        link: Of a worker that is ready; `link.silent_s` and `link.responding` are kept.
+        link: That of a ready worker; `link.silent_s` and `link.responding` are kept up to date.
         timeout_s: 0 never returns.
         changed: Called whenever `link.responding` has changed.
     """
@@ -31,8 +31,8 @@ async def silence(link: Link, *, timeout_s: float, changed: Callable[[], object]
             await asyncio.wait_for(link.heard.wait(), HEARTBEAT_INTERVAL_S)
             link.silent_s = 0.0
         except TimeoutError:
-            # Counted by the look, not by the clock: while the trainer itself is stopped nobody listens, and a worker
-            # must not be killed for that.
+            # Counted in waits rather than by the clock: a worker must not be killed because the trainer itself was
+            # stopped and did not listen.
             link.silent_s += HEARTBEAT_INTERVAL_S
         if link.responding != (link.silent_s < unresponsive_s):
             link.responding = not link.responding

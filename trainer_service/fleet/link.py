@@ -27,8 +27,8 @@ class Link:
     """Commands to one worker process and its answers, matched by command_id.
 
     Args:
-        token: What the process must say to be taken for the worker.
-        status_message: What is going on until the worker says more.
+        token: The secret by which the process proves to be the worker.
+        status_message: The status until the worker reports one.
     """
 
     def __init__(self, token: str, status_message: str) -> None:
@@ -36,21 +36,21 @@ class Link:
         self.ready: WorkerReady | None = None
         self.status_message = status_message
         self.failure: GradwireError | None = None
-        """Why this worker can never work, where that is known."""
+        """Why this worker can never work, if that is known."""
         self.counters: dict[str, float] = {}
         self.attached = False
         self.spoke = asyncio.Event()
-        """Set whenever the worker has said something, other than that it runs."""
+        """Set whenever the worker has sent something other than a heartbeat."""
         self.heard = asyncio.Event()
-        """Set whenever anything at all has come from it."""
+        """Set whenever the worker has sent anything, heartbeats included."""
         self.responding = True
-        """Whether something came a short while ago; from when it is ready, see heartbeat.py."""
+        """Whether something came a short while ago; kept once the worker is ready, see heartbeat.py."""
         self.silent_s = 0.0
-        """For how long nothing has come, to the second."""
+        """How long nothing has come, to the second."""
         self.closed = asyncio.Event()
         """Set once the worker's stream has ended."""
         self.dismissed = asyncio.Event()
-        """Set to end the worker's stream, at which the worker ends too."""
+        """Set to end the worker's stream, which ends the worker too."""
         self.outgoing: asyncio.Queue[bytes] = asyncio.Queue()
         """Encoded commands."""
         self._pending: dict[int, Deliver] = {}
@@ -75,7 +75,7 @@ class Link:
         deliver(reply)
 
     def fail_pending(self, exc: GradwireError, *, executing: int = 0, because: GradwireError | None = None) -> None:
-        """Tells everybody who waits that no answer comes.
+        """Tells all callers that wait that no answer will come.
 
         Args:
             exc: Why.
@@ -89,7 +89,7 @@ class Link:
 
 
 def worker_service_handler(servicer: "WorkerServicer") -> grpc.GenericRpcHandler:
-    """The WorkerService over messages that are already encoded, or still are."""
+    """The WorkerService over encoded messages."""
     attach = grpc.stream_stream_rpc_method_handler(
         servicer.Attach, request_deserializer=_parse_event, response_serializer=_as_it_is
     )
@@ -112,7 +112,7 @@ class WorkerServicer:
     """Serves the worker that the supervisor started last.
 
     Args:
-        current: The link a worker may take, or None.
+        current: Gives the link that a worker may take, or None.
         on_ready: Called when a worker has loaded its model.
     """
 
@@ -126,12 +126,13 @@ class WorkerServicer:
         hello = first.event.hello if isinstance(first, Reply) else None
         link = self._current()
         if hello is None or link is None or link.attached or not _same(hello.token, link.token):
-            logger.warning("Turned away a caller on the worker's socket.")
+            logger.warning("Refused a caller on the worker's socket.")
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "Not a worker this trainer started.")
             return
         if hello.software_version != __version__:
             text = (
-                f"The worker is gradwire {hello.software_version}, but the trainer {__version__}; install one of them."
+                f"The worker is gradwire {hello.software_version}, but the trainer is {__version__}; install the same "
+                "version of both."
             )
             link.failure = error("TRAINER_JOB_FAILED", text)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
@@ -153,7 +154,7 @@ class WorkerServicer:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self, link: Link, context: grpc.aio.ServicerContext) -> None:
-        # grpc raises when the stream breaks; that it ended is all there is to know.
+        # grpc raises when the stream breaks; all that matters is that it ended.
         with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):
             while isinstance(reply := await context.read(), Reply):
                 self._receive(link, reply)

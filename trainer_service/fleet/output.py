@@ -1,4 +1,4 @@
-"""What a worker prints: into the trainer's log line by line, and the end of it kept to say what it died of."""
+"""What a worker prints: copied to the trainer's log line by line, and its end kept to explain the worker's death."""
 
 import asyncio
 import collections
@@ -13,17 +13,17 @@ worker_log = logging.getLogger("worker")
 _LAST_LINES = 20
 _MAX_LINE_CHARS = 4096
 _MAX_QUOTED_CHARS = 300
-"""An error's text travels in HTTP/2 headers, which hold a few KiB."""
+"""Bounded because an error's text travels in HTTP/2 headers, which hold a few KiB."""
 _DRAIN_TIMEOUT_S = 0.5
 _CHATTER = re.compile(r"^\S+ \S+ (DEBUG|INFO) ")
-"""Lines of our own log that say nothing of a death (observability._Lines)."""
+"""Lines of our own log that explain no death (observability._Lines)."""
 
 
 class WorkerOutput:
-    """A pipe that a worker prints into, read to its end. Made by `open`.
+    """A pipe that a worker prints to, read to its end. Made by `open`.
 
-    It is ours rather than asyncio's (stdout=PIPE), which offers no way to close it before its end: a process that
-    outlived the worker would keep it open.
+    It is not asyncio's (stdout=PIPE), which cannot be closed before its end: a process that outlives the worker would
+    keep it open.
     """
 
     def __init__(self, stream: asyncio.StreamReader, transport: asyncio.ReadTransport) -> None:
@@ -47,10 +47,10 @@ class WorkerOutput:
         return cls(stream, transport), writing
 
     def explain(self, exit_code: int | None, *, how: str = "lost its connection") -> str:
-        """What the process died of, in a sentence.
+        """Why the process died, in a sentence.
 
         Args:
-            exit_code: Of the process; None while it lives.
+            exit_code: The process's; None while it lives.
             how: What happened to it, if it lives.
         """
         if exit_code is not None:
@@ -59,11 +59,11 @@ class WorkerOutput:
         return f"The worker process {how}." + (f" Its last words: {last.strip()[:_MAX_QUOTED_CHARS]}" if last else "")
 
     async def drain(self) -> None:
-        """Returns once everything printed is read, or soon: somebody else may hold the pipe."""
+        """Returns once all output is read, or after a moment: another process may keep the pipe open."""
         await asyncio.wait({self._task}, timeout=_DRAIN_TIMEOUT_S)
 
     async def close(self) -> None:
-        """Reads no further."""
+        """Stops reading and closes the pipe."""
         await self.drain()
         self._transport.close()
         self._task.cancel()
@@ -71,7 +71,7 @@ class WorkerOutput:
             await self._task
 
     async def _read(self) -> None:
-        # By chunks: a line may be of any length (a progress bar has no end), and a pipe not read blocks the worker.
+        # In chunks: a line may have any length (a progress bar never ends one), and an unread pipe blocks the worker.
         rest = ""
         while chunk := await self._stream.read(65536):
             *lines, rest = re.split(r"[\r\n]", rest + chunk.decode(errors="replace"))

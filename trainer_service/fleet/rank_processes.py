@@ -13,9 +13,9 @@ import sys
 from asyncio.subprocess import STDOUT, Process
 from collections.abc import Mapping, Sequence
 
-from trainer_service.config import RANK_STORE_VARIABLE
 from trainer_service.fleet.output import WorkerOutput
 from trainer_service.processes import start_child, stop_child
+from trainer_service.worker_config import RANK_STORE_VARIABLE
 
 
 class RankProcesses:
@@ -45,7 +45,7 @@ class RankProcesses:
             local_world_size: How many.
 
         Raises:
-            OSError: One could not be started; those that could are gone.
+            OSError: One could not be started; the others were ended again.
         """
         processes: list[Process] = []
         outputs: list[WorkerOutput] = []
@@ -70,12 +70,12 @@ class RankProcesses:
         await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)
 
     async def explain(self, *, how: str = "lost its connection") -> str:
-        """What the worker died of, in a sentence.
+        """Why the worker died, in a sentence.
 
         Args:
             how: What happened to it, if all ranks live.
         """
-        # The others end because the first one did, so its words are the ones that say why.
+        # The others end because the first one did, so its output has the reason.
         rank = self._ended[0] if self._ended else 0
         if self._ended:
             await self._outputs[rank].drain()

@@ -1,4 +1,4 @@
-"""The one interface through which the trainer sees a worker; tests have a fake of it."""
+"""The one interface between the trainer and a worker; tests have a fake of it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ class Reply:
 
     event: WorkerEvent
     encoded_response: memoryview
-    """The event's `response` as the worker encoded it; empty where it has none."""
+    """The event's `response` as the worker encoded it; empty if it has none."""
 
 
 class Died(UnavailableError):
     """A command gets no answer: the worker died first, there is none, or the trainer stops.
 
     Args:
-        cause: Says which, in words for whoever asked.
+        cause: Says which, in words for the caller.
         executing: Whether the worker died while it executed this very command.
         because: Why this command cannot be executed, where the worker has left that; it need not be tried again.
     """
@@ -39,15 +39,15 @@ class Died(UnavailableError):
 
 
 Deliver = Callable[[Reply | Died], None]
-"""Gets the answer to a command, or why there is none. That is the last call; the tokens of a sample command come before
-it."""
+"""Gets the answer to a command, or why there is none. That call is the last; the tokens of a sample command come
+before it."""
 
 
 class Worker(Protocol):
-    """Executes commands in the order submitted, but for those of sampling, which overtake, and answers each exactly
-    once. On the event loop's thread.
+    """Executes commands in the order submitted, except those of sampling, which overtake, and answers each exactly
+    once. For the event loop's thread.
 
-    Answers come in that order too, but for snapshots, which are written while what is behind them executes, and for
+    Answers come in that order too, except those of snapshots, which are written while later commands execute, and of
     samples, which are generated between operations.
     """
 
@@ -58,8 +58,8 @@ class Worker(Protocol):
 
     @property
     def responding(self) -> bool:
-        """Whether anything came from it a short while ago. One that is ready and does not respond takes commands still,
-        and may go on where it stopped, or is replaced."""
+        """Whether anything came from it a short while ago. A ready worker that does not respond still takes commands,
+        and may resume where it stopped, or be replaced."""
         ...
 
     @property
@@ -69,7 +69,7 @@ class Worker(Protocol):
 
     @property
     def counters(self) -> Mapping[str, float]:
-        """What it counts, by Prometheus name."""
+        """Its counters, by Prometheus name."""
         ...
 
     def submit(self, command: WorkerCommand, deliver: Deliver, *, request: bytes = b"") -> None:
@@ -77,8 +77,8 @@ class Worker(Protocol):
 
         Args:
             command: What to do.
-            request: For an operation, an encoded TrainRequest to stand as `command.request`, which is then absent.
-            deliver: Gets Died where no answer comes: WORKER_DIED when the worker dies first, WORKER_NOT_READY when
+            request: For an operation, the encoded TrainRequest to send as `command.request`, which is then absent.
+            deliver: Gets the answer, or Died if none comes: WORKER_DIED if the worker dies first, WORKER_NOT_READY if
                 there is none.
         """
         ...
@@ -92,9 +92,9 @@ class Worker(Protocol):
         ...
 
     def on_death(self, callback: Callable[[GradwireError], object]) -> None:
-        """Calls back whenever a worker died, with the reason, before its pending commands are answered with it."""
+        """Calls back with the reason whenever a worker died, before its pending commands are answered with it."""
         ...
 
     def on_responding(self, callback: Callable[[], object]) -> None:
-        """Calls back whenever `responding` has changed, other than by a death."""
+        """Calls back whenever `responding` changes, except through a death."""
         ...

@@ -1,4 +1,4 @@
-"""The unix socket that workers dial, in a private folder of its own."""
+"""The unix socket that workers connect to, in a private folder of its own."""
 
 import contextlib
 import logging
@@ -16,15 +16,15 @@ logger = logging.getLogger(__name__)
 
 _FOLDER_PARENT = "/tmp"  # noqa: S108  (the folder itself is made by mkdtemp)
 _FOLDER_PREFIX = "gradwire-worker-"
-"""Of the folder in /tmp with the worker's socket; behind it, the trainer's process id and when it started."""
+"""Name of the socket's folder in /tmp; followed by the trainer's process id and start time."""
 
 
 class WorkerSocket:
-    """Serves workers.
+    """The server that workers connect to.
 
     Args:
-        handler: Of the WorkerService.
-        max_message_bytes: Limit of one operation.
+        handler: The WorkerService.
+        max_message_bytes: Limit on one operation.
     """
 
     def __init__(self, handler: grpc.GenericRpcHandler, *, max_message_bytes: int) -> None:
@@ -36,12 +36,12 @@ class WorkerSocket:
 
     @property
     def path(self) -> str:
-        """Where workers dial."""
+        """Where workers connect."""
         return f"{self.folder}/worker.sock"
 
     async def open(self) -> None:
-        """Listens, unless it does already; anew, in another folder, where the folder or the socket is gone: whoever
-        cleans /tmp may take them.
+        """Listens, unless it does already. If the folder or the socket is gone, as after a cleaning of /tmp, it listens
+        again in another folder.
 
         Raises:
             OSError: No folder can be made.
@@ -54,9 +54,9 @@ class WorkerSocket:
             await self.close()
         own = process_key(os.getpid()) or ProcessKey(os.getpid(), 0)
         _remove_left_behind()
-        # Short, because a socket's path may have 107 bytes; private, because who opens it commands the worker.
+        # Short, because a socket's path is limited to 107 bytes; private, because whoever opens it commands the worker.
         self.folder = tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{own.pid}-{own.started}-", dir=_FOLDER_PARENT)
-        # Twice the limit of one message: an operation travels inside a command, and a little larger.
+        # Twice the limit of one message: an operation travels inside a command, which is a little larger.
         largest = 2 * self._max_message_bytes
         options = [("grpc.max_receive_message_length", largest), ("grpc.max_send_message_length", largest)]
         server = grpc.aio.server(options=options)
@@ -70,7 +70,7 @@ class WorkerSocket:
         self._server = server
 
     async def close(self) -> None:
-        """Listens no longer and removes the folder."""
+        """Stops listening and removes the folder."""
         server, self._server = self._server, None
         if server is not None:
             await server.stop(grace=0)

@@ -45,8 +45,8 @@ def check_key(gateway: Gateway, caller: Caller) -> None:
     Raises:
         Refusal: 401.
     """
-    api_keys = gateway.settings.api_keys
-    if api_keys is not None and api_keys.required and api_keys.find(caller.key) is None:
+    api_keys = gateway.api_keys
+    if api_keys.required and api_keys.find(caller.key) is None:
         what = "is not one this gateway knows" if caller.key else "is missing"
         raise Refusal(401, f"The API key {what}; send it as X-API-Key, or as a Bearer token.", reason="INVALID_API_KEY")
 

@@ -4,12 +4,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 from gradwire.errors import GradwireError
 
 from trainer_service.access import ApiKeys
+from trainer_service.config import GatewayConfig
 from trainer_service.gateway.answers import Answers
 from trainer_service.gateway.models import Models
 from trainer_service.gateway.outcomes import Refusal
@@ -29,42 +28,28 @@ _KEEP_SAMPLES_S = 1800.0
 """How long a sample's answer may still be fetched."""
 
 
-@dataclass(frozen=True)
-class GatewaySettings:
-    """Settings of a gateway."""
-
-    data_dir: Path
-    """Where its file is."""
-    session_grace_s: float = 120.0
-    """How long a client may be silent before its session ends, and its runs are deleted."""
-    max_in_flight_samples: int = 512
-    """Sample calls at once; the trainer's own limit is for all its clients together."""
-    max_num_samples: int = 128
-    """Samples of one call."""
-    api_keys: ApiKeys | None = None
-    """Keys that open the gateway itself, before the trainer is asked about them; None leaves it to the trainer."""
-
-
 class Gateway:
     """All there is behind the HTTP.
 
     Args:
-        settings: Its settings.
+        config: Its settings.
         trainers: What it stands before.
 
     Raises:
         SettingsError: Another gateway uses the folder.
     """
 
-    def __init__(self, settings: GatewaySettings, trainers: Trainers) -> None:
-        self.settings = settings
+    def __init__(self, config: GatewayConfig, trainers: Trainers) -> None:
+        self.config = config
+        self.api_keys = ApiKeys(config.api_keys, config.api_key_file)
+        """Keys that open the gateway itself; where there are none, the trainer alone decides."""
         self.trainers = trainers
         self.tokenizers = Tokenizers()
         self.stopping = asyncio.Event()
-        self._store = Store(settings.data_dir / "gateway.sqlite")
+        self._store = Store(config.data_dir / "gateway" / "gateway.sqlite")
         self._answers = Answers()
-        self.sessions = Sessions(self._store, grace_s=settings.session_grace_s)
-        self.queue = SampleQueue(max_in_flight=settings.max_in_flight_samples, max_num_samples=settings.max_num_samples)
+        self.sessions = Sessions(self._store, grace_s=config.session_grace_s)
+        self.queue = SampleQueue(max_in_flight=config.max_in_flight_samples, max_num_samples=config.max_num_samples)
         self.samplers = Samplers(self._store, trainers, self._answers, self.queue)
         self.models = Models(self._store, trainers, self.sessions, self._answers, self.samplers.add_frozen_weights)
         self._ending: set[str] = set()
@@ -116,7 +101,7 @@ class Gateway:
         for session_id in self._store.uncleared():
             self._ending.add(session_id)
         while True:
-            await asyncio.sleep(min(_SWEEP_S, self.settings.session_grace_s / 4))
+            await asyncio.sleep(min(_SWEEP_S, self.config.session_grace_s / 4))
             try:
                 for session in self.sessions.silent():
                     logger.info("A session was silent.", extra={"fields": {"session_id": session.session_id}})

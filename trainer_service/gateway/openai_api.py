@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from trainer_service.gateway.bodies import read_fields
 from trainer_service.gateway.gateway import Gateway
 from trainer_service.gateway.openai_requests import (
-    Asked,
+    CompletionRequest,
     chat_logprobs,
     completion_logprobs,
     read_chat,
@@ -90,7 +90,14 @@ class _Completion:
     """One request under way: samples of all its prompts, and how they are told."""
 
     def __init__(
-        self, trainer: Trainer, sampler: Sampler, tokenizer: ModelTokenizer, asked: Asked, key: str, *, chat: bool
+        self,
+        trainer: Trainer,
+        sampler: Sampler,
+        tokenizer: ModelTokenizer,
+        asked: CompletionRequest,
+        key: str,
+        *,
+        chat: bool,
     ) -> None:
         if len(asked.prompts) > _MAX_PROMPTS:
             raise Refusal(400, f"prompt has {len(asked.prompts)} prompts; one request takes {_MAX_PROMPTS}.")

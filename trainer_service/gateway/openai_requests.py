@@ -19,7 +19,7 @@ _USELESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "p
 
 
 @dataclass
-class Asked:
+class CompletionRequest:
     """What both kinds of request ask for.
 
     Attributes:
@@ -45,7 +45,7 @@ class Asked:
     prompts: list[list[int]] = field(default_factory=list)
 
 
-def read_completion(fields: Fields) -> tuple[Asked, Any]:
+def read_completion(fields: Fields) -> tuple[CompletionRequest, Any]:
     """A completion, and its prompt as it was given.
 
     Raises:
@@ -78,7 +78,7 @@ def read_prompts(prompt: Any, tokenizer: ModelTokenizer) -> list[list[int]]:
     raise Refusal(400, "prompt is none of a text, texts, token ids and lists of token ids.")
 
 
-def read_chat(fields: Fields) -> tuple[Asked, list[dict[str, Any]]]:
+def read_chat(fields: Fields) -> tuple[CompletionRequest, list[dict[str, Any]]]:
     """A chat completion, and its messages with their parts joined.
 
     Raises:
@@ -130,7 +130,7 @@ def _message(found: Any, where: str) -> dict[str, Any]:
     return message
 
 
-def _read(fields: Fields, *, logprobs: bool, top_logprobs: int, max_tokens: int | None) -> Asked:
+def _read(fields: Fields, *, logprobs: bool, top_logprobs: int, max_tokens: int | None) -> CompletionRequest:
     given = fields.optional_integer("max_tokens", low=0, high=_MAX_UINT32)
     stop = fields.value("stop")
     stop = [stop] if isinstance(stop, str) else stop or []
@@ -151,7 +151,7 @@ def _read(fields: Fields, *, logprobs: bool, top_logprobs: int, max_tokens: int 
     options.ignore("include_obfuscation")
     options.finish()
     fields.ignore(*_USELESS)
-    return Asked(
+    return CompletionRequest(
         model=fields.text("model"),
         num_samples=fields.integer("n", 1, low=1, high=_MAX_UINT32),
         params=params,
@@ -163,7 +163,7 @@ def _read(fields: Fields, *, logprobs: bool, top_logprobs: int, max_tokens: int 
     )
 
 
-def sampling_params(asked: Asked, tokenizer: ModelTokenizer) -> SamplingParams:
+def sampling_params(asked: CompletionRequest, tokenizer: ModelTokenizer) -> SamplingParams:
     """How tokens are chosen. A stop of one's own does not keep the model from ending its text itself."""
     params = SamplingParams()
     params.CopyFrom(asked.params)

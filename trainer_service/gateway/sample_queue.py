@@ -12,7 +12,7 @@ from gradwire.errors import GradwireError, from_rpc_error
 from gradwire.v1.sampling_service_pb2 import PromptLogprobs, SampleRequest
 
 from trainer_service.gateway.outcomes import Outcome
-from trainer_service.gateway.sample_requests import Sample, add_samples, sample_outcome
+from trainer_service.gateway.sample_requests import CollectedSample, add_samples, sample_outcome
 from trainer_service.gateway.trainers import Trainer, is_passing, metadata
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _MAX_DELAY_S = 1.0
 
 
 @dataclass(eq=False)
-class Asked:
+class _QueuedRequest:
     """One request's part of a Sample call."""
 
     request: SampleRequest
@@ -36,7 +36,7 @@ class _Group:
 
     trainer: Trainer
     key: str = field(repr=False)
-    asked: list[Asked] = field(default_factory=list)
+    asked: list[_QueuedRequest] = field(default_factory=list)
     due: bool = False
     """Whether it has waited for others long enough."""
 
@@ -53,14 +53,14 @@ class SampleQueue:
         self.max_in_flight = max_in_flight
         self.max_num_samples = max_num_samples
         self._groups: OrderedDict[bytes, _Group] = OrderedDict()
-        self._calls: dict[asyncio.Task[None], list[Asked]] = {}
+        self._calls: dict[asyncio.Task[None], list[_QueuedRequest]] = {}
         self._numbers = itertools.count()
         self.merged = 0
         """Requests that went along with another one's call."""
 
     def add(self, request: SampleRequest, trainer: Trainer, key: str) -> asyncio.Future[Outcome]:
         """Puts a request in the line; its future is never failed, but cancelled when the request is given up."""
-        asked = Asked(request, asyncio.get_running_loop().create_future())
+        asked = _QueuedRequest(request, asyncio.get_running_loop().create_future())
         name = self._name(request, trainer, key)
         group = self._groups.get(name)
         if group is None:
@@ -102,7 +102,7 @@ class SampleQueue:
             if not group.asked and group.due:
                 del self._groups[name]
 
-    def _cut(self, group: _Group) -> list[Asked]:
+    def _cut(self, group: _Group) -> list[_QueuedRequest]:
         """As many of a group as one call takes; at least one, whose size is then the trainer's to judge."""
         total, count = 0, 0
         for asked in group.asked:
@@ -122,7 +122,7 @@ class SampleQueue:
                     one.future.set_result(Outcome.failure(RuntimeError()))
         self._start()
 
-    async def _call(self, trainer: Trainer, key: str, asked: list[Asked]) -> None:
+    async def _call(self, trainer: Trainer, key: str, asked: list[_QueuedRequest]) -> None:
         request = SampleRequest()
         request.CopyFrom(asked[0].request)
         request.num_samples = sum(one.request.num_samples for one in asked)
@@ -158,19 +158,21 @@ class SampleQueue:
         await asyncio.gather(*calls, return_exceptions=True)
 
 
-def _give_up(task: asyncio.Task[None], asked: list[Asked]) -> None:
+def _give_up(task: asyncio.Task[None], asked: list[_QueuedRequest]) -> None:
     """Nobody waits for a call any more."""
     if all(one.future.cancelled() for one in asked):
         task.cancel()
 
 
-async def _sample(trainer: Trainer, key: str, request: SampleRequest) -> tuple[list[Sample], PromptLogprobs | None]:
+async def _sample(
+    trainer: Trainer, key: str, request: SampleRequest
+) -> tuple[list[CollectedSample], PromptLogprobs | None]:
     """One Sample call.
 
     Raises:
         GradwireError: What it ended with.
     """
-    samples = [Sample() for _ in range(request.num_samples)]
+    samples = [CollectedSample() for _ in range(request.num_samples)]
     prompt = None
     call = trainer.sampling.Sample(request, metadata=metadata(key))
     try:

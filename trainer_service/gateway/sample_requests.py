@@ -138,7 +138,7 @@ def read_stop(stop: Any) -> Stop:
 
 
 @dataclass
-class Sample:
+class CollectedSample:
     """One sample as it comes in."""
 
     tokens: list[int] = field(default_factory=list)
@@ -148,7 +148,7 @@ class Sample:
     topk_logprobs: list[float] = field(default_factory=list)
 
 
-def add_samples(samples: Sequence[Sample], response: SampleResponse) -> None:
+def add_samples(samples: Sequence[CollectedSample], response: SampleResponse) -> None:
     """The next tokens."""
     for part in response.samples:
         sample = samples[part.sample]
@@ -159,7 +159,9 @@ def add_samples(samples: Sequence[Sample], response: SampleResponse) -> None:
         sample.stop_reason = part.stop_reason or sample.stop_reason
 
 
-def sample_outcome(samples: Sequence[Sample], prompt: PromptLogprobs | None, request: SampleRequest) -> Outcome:
+def sample_outcome(
+    samples: Sequence[CollectedSample], prompt: PromptLogprobs | None, request: SampleRequest
+) -> Outcome:
     """What an asample gets."""
     message = wire.SampleResponse()
     for sample in samples:

@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer_service.config import SettingsError
+from trainer_service.options import SettingsError
 
 _VERSION = 1
 _SCHEMA = """

@@ -5,16 +5,15 @@ own.
 """
 
 import asyncio
-import ipaddress
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import grpc
 import grpc.aio
+from gradwire._wire.channels import open_channel, parse_base_url
 from gradwire._wire.version import PROTOCOL_VERSION
 from gradwire.errors import GradwireError, from_rpc_error
 from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
@@ -22,8 +21,8 @@ from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 from gradwire.v1.trainer_service_pb2 import GetServerInfoRequest, GetServerInfoResponse
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 
-from trainer_service.config import SettingsError
 from trainer_service.gateway.outcomes import Refusal
+from trainer_service.options import SettingsError
 
 CALL_TIMEOUT_S = 120.0
 _AWAY_S = 60.0
@@ -51,23 +50,12 @@ class Trainer:
 
     def __init__(self, url: str, *, ca_file: Path | None = None) -> None:
         self.url = url
-        target, secure, local = _target(url)
-        options = [
-            ("grpc.max_receive_message_length", -1),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.keepalive_time_ms", 20_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
-            ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 1_000),
-            ("grpc.use_local_subchannel_pool", 1),
-            # A proxy would look for "this machine" on its own.
-            ("grpc.enable_http_proxy", 0 if local else 1),
-        ]
-        if secure:
-            roots = None if ca_file is None else ca_file.read_bytes()
-            self.channel = grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(roots), options)
-        else:
-            self.channel = grpc.aio.insecure_channel(target, options)
+        try:
+            target, secure = parse_base_url(url, what="--trainer")
+        except ValueError as exc:
+            raise SettingsError(str(exc)) from exc
+        roots = None if ca_file is None else ca_file.read_bytes()
+        self.channel = open_channel(target, grpc.ssl_channel_credentials(roots) if secure else None)
         # grpc's stubs are made for synchronous channels, as far as their types say.
         self.runs: Any = TrainerServiceStub(self.channel)
         self.checkpoints: Any = CheckpointServiceStub(self.channel)
@@ -105,7 +93,7 @@ def metadata(key: str) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
-class ServedModel:
+class TrainerModel:
     """A model that can be named, and where it is."""
 
     trainer: Trainer
@@ -140,7 +128,7 @@ class Trainers:
                 return trainer
         raise Refusal(404, f"This was begun on trainer {url}, which this gateway does not stand before any more.")
 
-    async def served(self, key: str) -> list[ServedModel]:
+    async def served(self, key: str) -> list[TrainerModel]:
         """Every model by every name, as the caller may see them.
 
         Raises:
@@ -150,7 +138,7 @@ class Trainers:
             *(trainer.call(trainer.runs.GetServerInfo, GetServerInfoRequest(), key) for trainer in self.all),
             return_exceptions=True,
         )
-        found: list[ServedModel] = []
+        found: list[TrainerModel] = []
         for trainer, answer in zip(self.all, answers, strict=True):
             if isinstance(answer, BaseException):
                 if len(self.all) == 1 or not isinstance(answer, GradwireError) or not is_passing(answer):
@@ -158,7 +146,7 @@ class Trainers:
                 continue
             for model in answer.models:
                 names = dict.fromkeys([*self._names(model.base_model), *model.aliases])
-                found += [ServedModel(trainer, name, model.base_model, answer) for name in names]
+                found += [TrainerModel(trainer, name, model.base_model, answer) for name in names]
         return found
 
     def name_of(self, base_model: str) -> str:
@@ -169,7 +157,7 @@ class Trainers:
         aliases = [name for name, of in self._aliases.items() if of in ("", base_model)]
         return [*aliases, base_model]
 
-    async def find(self, base_model: str, key: str) -> ServedModel:
+    async def find(self, base_model: str, key: str) -> TrainerModel:
         """The model of a name; "" is the only one there is.
 
         Raises:
@@ -187,25 +175,3 @@ class Trainers:
     async def close(self) -> None:
         """Ends all channels."""
         await asyncio.gather(*(trainer.channel.close() for trainer in self.all))
-
-
-def _target(url: str) -> tuple[str, bool, bool]:
-    """(gRPC target, whether it speaks TLS, whether it is this machine)."""
-    if url.startswith("unix:"):
-        return url, False, True
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else None)
-    except ValueError:
-        port = None
-    if parts.scheme not in ("http", "https") or not parts.hostname or port is None:
-        raise SettingsError(f'--trainer {url!r} is no trainer\'s URL; use "http://host:port" or "https://host".')
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{host}:{port}", parts.scheme == "https", _is_loopback(parts.hostname)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

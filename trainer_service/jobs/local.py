@@ -27,7 +27,8 @@ from gradwire.v1 import trainer_service_pb2
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from trainer_service.config import JobsConfig, split_address
+from trainer_service.addresses import split_address
+from trainer_service.config import JobsConfig
 from trainer_service.jobs.records import JobFolder, JobRecord, left_behind
 from trainer_service.jobs.trainer_job import TrainerJob, TrainerJobSpec, TrainerJobState
 from trainer_service.jobs.trainer_tls import TrainerTls

@@ -20,7 +20,7 @@ from trainer_service.page.views import Health, Rates, encode, operations_view, p
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
 from trainer_service.runs.run_metrics import Points, RunMetrics
-from trainer_service.runs.sampling import Sampling
+from trainer_service.runs.sampling import SampleRequests
 from trainer_service.runs.sequence import Entry
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,9 @@ class Feed:
         sessions: Ends the streams of keys that were revoked.
     """
 
-    def __init__(self, runs: Runs, metrics: RunMetrics, sampling: Sampling, health: Health, sessions: Sessions) -> None:
+    def __init__(
+        self, runs: Runs, metrics: RunMetrics, sampling: SampleRequests, health: Health, sessions: Sessions
+    ) -> None:
         self._runs = runs
         self._metrics = metrics
         self._sampling = sampling

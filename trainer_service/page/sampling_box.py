@@ -14,7 +14,7 @@ from trainer_service.page.views import encode
 from trainer_service.request_limits import check_limits
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
-from trainer_service.runs.sampling import Sampling
+from trainer_service.runs.sampling import SampleRequests
 
 _MAX_TOKENS = 4096
 _STOP_REASONS = {
@@ -32,7 +32,7 @@ class SamplingBox:
         limits: The most there may be.
     """
 
-    def __init__(self, runs: Runs, sampling: Sampling, limits: Limits) -> None:
+    def __init__(self, runs: Runs, sampling: SampleRequests, limits: Limits) -> None:
         self._runs = runs
         self._sampling = sampling
         self._limits = limits

@@ -1,18 +1,13 @@
 """Serves the page, on the trainer's own event loop: what it shows lives there, and it waits for nothing."""
 
-import asyncio
-import contextlib
 import logging
-import socket
-import ssl
-from collections.abc import Generator
-
-import uvicorn
 
 from trainer_service.access import ApiKeys
+from trainer_service.addresses import listens_on_loopback
 from trainer_service.checkpoints.catalog import Catalog
-from trainer_service.config import PAGE_CONNECTIONS, Limits, ServerTls, listens_on_loopback, split_address
+from trainer_service.config import PAGE_CONNECTIONS, Limits, ServerTls
 from trainer_service.fleet.worker import Worker
+from trainer_service.http_server import HttpServer
 from trainer_service.page.feed import Feed
 from trainer_service.page.guard import Guard
 from trainer_service.page.routes import Routes
@@ -21,7 +16,7 @@ from trainer_service.page.sessions import Sessions
 from trainer_service.page.views import Health
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run_metrics import RunMetrics
-from trainer_service.runs.sampling import Sampling
+from trainer_service.runs.sampling import SampleRequests
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +43,14 @@ class PageServer:
         limits: Limits,
         runs: Runs,
         metrics: RunMetrics,
-        sampling: Sampling,
+        sampling: SampleRequests,
         catalog: Catalog,
         worker: Worker,
     ) -> None:
-        self._listen = listen
-        self._tls = tls
-        self._socket = _bound(listen)
-        host, port = self._socket.getsockname()[:2]
-        sessions = Sessions(api_keys, port=port, secure=tls is not None)
+        self._server = HttpServer(listen, tls=tls)
+        self.url = self._server.url
+        """Where it is."""
+        sessions = Sessions(api_keys, port=self._server.port, secure=tls is not None)
         self.feed = Feed(runs, metrics, sampling, Health(worker), sessions)
         """What pages are told as it happens."""
         routes = Routes(
@@ -68,71 +62,16 @@ class PageServer:
             # A prompt may be written with six bytes a character.
             max_body_bytes=6 * limits.max_prompt_text_bytes + 4096,
         )
-        self._server = _Server(_config(Guard(routes.app(), sessions), tls))
-        self._serving: asyncio.Task[None] | None = None
-        bracketed = f"[{host}]" if ":" in host else host
-        self.url = f"http{'s' if tls else ''}://{bracketed}:{port}/"
-        """Where it is."""
+        self._app = Guard(routes.app(), sessions)
         if tls is None and api_keys.required and not listens_on_loopback(listen):
             logger.warning("The page's keys cross the network in plaintext; give --tls-cert-file, or put TLS in front.")
 
     async def start(self) -> None:
         """Serves."""
-        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]), name="page")
-        while not self._server.started and not self._serving.done():  # noqa: ASYNC110  (uvicorn has no event for it)
-            await asyncio.sleep(0.005)
+        await self._server.start(self._app, stop_grace_s=_STOP_GRACE_S, max_connections=PAGE_CONNECTIONS)
         logger.info("The page is served.", extra={"fields": {"url": self.url}})
 
     async def stop(self) -> None:
         """Ends every page's connection."""
         self.feed.close()
-        self._server.should_exit = True
-        if self._serving is not None:
-            await self._serving
-        self._socket.close()
-
-
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None]:
-        """Signals are the trainer's."""
-        yield
-
-
-def _config(app: Guard, tls: ServerTls | None) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=PAGE_CONNECTIONS,
-        timeout_keep_alive=20,
-        timeout_graceful_shutdown=_STOP_GRACE_S,
-        ssl_certfile=None if tls is None else str(tls.cert_file),
-        ssl_keyfile=None if tls is None else str(tls.key_file),
-        ssl_ca_certs=None if tls is None or tls.client_ca_file is None else str(tls.client_ca_file),
-        ssl_cert_reqs=ssl.CERT_NONE if tls is None or tls.client_ca_file is None else ssl.CERT_REQUIRED,
-    )
-
-
-def _bound(listen: str) -> socket.socket:
-    """A socket at an address.
-
-    Raises:
-        OSError: It cannot be had.
-    """
-    host, port = split_address(listen)
-    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((host, port))
-        made.set_inheritable(False)
-    except OSError as exc:
-        made.close()
-        raise OSError(f"cannot serve the page on {listen}: {exc.strerror or exc}") from exc
-    return made
+        await self._server.stop()

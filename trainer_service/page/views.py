@@ -13,7 +13,7 @@ from gradwire._wire.version import __version__
 from gradwire.errors import GradwireError
 
 from trainer_service.access import Caller
-from trainer_service.checkpoints.catalog import Checkpoint
+from trainer_service.checkpoints.checkpoint import Checkpoint
 from trainer_service.fleet.worker import Worker
 from trainer_service.runs.journal_metrics import Measured
 from trainer_service.runs.run import Run

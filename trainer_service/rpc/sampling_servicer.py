@@ -9,7 +9,7 @@ from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceServicer
 
 from trainer_service.rpc.trainer_servicer import refuse_while_draining
-from trainer_service.runs.sampling import Sampling
+from trainer_service.runs.sampling import SampleRequests
 
 
 class SamplingServicer(SamplingServiceServicer):
@@ -21,7 +21,7 @@ class SamplingServicer(SamplingServiceServicer):
         draining: Set when the trainer shuts down.
     """
 
-    def __init__(self, sampling: Sampling, *, base_model: str, draining: asyncio.Event) -> None:
+    def __init__(self, sampling: SampleRequests, *, base_model: str, draining: asyncio.Event) -> None:
         self._sampling = sampling
         self._base_model = base_model
         self._draining = draining

@@ -11,7 +11,7 @@ class Attachment:
     def __init__(self, client_id: str) -> None:
         self.client_id = client_id
         self.taken: asyncio.Future[GradwireError] = asyncio.get_running_loop().create_future()
-        """Done, with the reason, when the client no longer holds the run."""
+        """Resolves with the reason when the client no longer holds the run."""
 
     def take(self, reason: GradwireError) -> None:
         """Ends the hold."""

@@ -1,4 +1,4 @@
-"""Room on the worker: how many runs it holds, which of them come back first, and which make room for others."""
+"""Room on the worker: how many runs it holds, which are restored first, and which make room for others."""
 
 import asyncio
 import contextlib
@@ -14,31 +14,36 @@ from trainer_service.runs.run import Run
 logger = logging.getLogger(__name__)
 
 _TURN_S = 1.0
-"""How often it is looked who may go and who may come."""
+"""How often runs are checked for unloading and restoring."""
 _PAUSE_S = 1.0
-"""How long nothing of a run must be under way before it makes room for one that waits."""
+"""How long a run must have been quiet before it makes room for one that waits."""
 
 
 class Capacity:
     """Room for runs on one worker.
 
     Args:
-        worker: Holds them.
-        runs: All there are, by run_id.
+        worker: Holds the runs.
+        runs: All runs, by run_id.
         max_runs: The most it holds.
-        idle_lease_s: How long a run that nobody holds and nobody calls stays; 0: for good.
+        max_runs_per_key: The most one owner may have, on the worker or not; 0 for no limit.
+        idle_lease_s: How long a run that nobody holds and nobody calls stays loaded; 0 for ever.
     """
 
-    def __init__(self, worker: Worker, runs: Mapping[str, Run], *, max_runs: int, idle_lease_s: float) -> None:
+    def __init__(
+        self, worker: Worker, runs: Mapping[str, Run], *, max_runs: int, max_runs_per_key: int, idle_lease_s: float
+    ) -> None:
         self._worker = worker
         self._runs = runs
         self._max_runs = max_runs
+        self._max_runs_per_key = max_runs_per_key
         self._idle_lease_s = idle_lease_s
-        self._being_made = 0
+        self._being_made: list[str | None] = []
+        """The owners of runs that are being made."""
 
     def full(self) -> GradwireError | None:
-        """Why there is no room for one run more, if there is none."""
-        active = self._being_made + sum(run.placement.on_worker for run in self._runs.values())
+        """Why there is no room for another run; None if there is."""
+        active = len(self._being_made) + sum(run.placement.on_worker for run in self._runs.values())
         if active < self._max_runs:
             return None
         return error(
@@ -50,42 +55,57 @@ class Capacity:
         )
 
     @contextlib.asynccontextmanager
-    async def one_more(self) -> AsyncGenerator[None]:
-        """Room for one run more, while it is being made.
+    async def one_more(self, *, owner: str | None) -> AsyncGenerator[None]:
+        """Reserves room for another run while it is being made.
+
+        Args:
+            owner: Whose run it will be; None for the copy that a replay makes.
 
         Raises:
             GradwireError: LIMIT_EXCEEDED, WORKER_NOT_READY.
         """
-        if (full := self.full()) is not None:
-            raise full
+        refusal = self._too_many(owner) if owner is not None else None
+        if (refusal := refusal or self.full()) is not None:
+            raise refusal
         if self._worker.ready is None:
             text = f"The worker is not ready: {self._worker.status_message}."
             raise error("WORKER_NOT_READY", text, retry_after_s=0.5)
         # Counted at once, so that runs made at the same time count against each other.
-        self._being_made += 1
+        self._being_made.append(owner)
         try:
             yield
         finally:
-            self._being_made -= 1
+            self._being_made.remove(owner)
+
+    def _too_many(self, owner: str) -> GradwireError | None:
+        own = self._being_made.count(owner) + sum(not run.lost and run.owner == owner for run in self._runs.values())
+        if not self._max_runs_per_key or own < self._max_runs_per_key:
+            return None
+        return error(
+            "LIMIT_EXCEEDED",
+            f"This API key has {own} runs and may have at most {self._max_runs_per_key}; delete one with DeleteRun.",
+            limit=self._max_runs_per_key,
+            got=own + 1,
+        )
 
     def bring_back(self) -> None:
-        """A worker is ready: has the runs that are wanted restored, those first that had a place and have work."""
+        """A worker is ready: restores the wanted runs, first those that had a place and have work."""
         wanted = [run for run in self._runs.values() if run.placement.waiting or run.attachment is not None]
         for run in sorted(wanted, key=lambda run: (not run.placement.has_place, not run.placement.waiting)):
             run.placement.wake()
 
     def let_in(self, *, made_room: bool = True) -> None:
-        """Restores the runs that wait for room, as many as there is room for, those first that wait longest.
+        """Restores as many waiting runs as there is room for, those that have waited longest first.
 
         Args:
-            made_room: Whether a run has gone, which may have left memory for another.
+            made_room: Whether a run was unloaded, which may have freed memory for another.
         """
         for run in self._waiting():
             if self.full() is None and (made_room or time.monotonic() >= run.placement.not_before_s):
                 run.placement.wake()
 
     async def keep(self) -> None:
-        """Until cancelled: unloads the runs that nobody uses, and for a run that waits one that pauses."""
+        """Unloads unused runs, and quiet runs for those that wait; until cancelled."""
         lease_s = self._idle_lease_s
         while True:
             await asyncio.sleep(min(_TURN_S, lease_s / 4) if lease_s > 0 else _TURN_S)
@@ -102,7 +122,7 @@ class Capacity:
         return sorted(waiting, key=lambda run: run.used_s)
 
     async def _make_room(self) -> None:
-        """Unloads the run unused longest, attached or not, of which nothing is under way."""
+        """Unloads the least recently used run, attached or not, that has nothing under way."""
         paused_s = time.monotonic() - _PAUSE_S
         paused = [run for run in self._runs.values() if run.used_s < paused_s and not run.unanswered]
         for run in sorted(paused, key=lambda run: run.used_s):
@@ -115,6 +135,6 @@ class Capacity:
         try:
             return await run.placement.unload(keep_place=keep_place)
         except Exception:
-            # One run's fault must not keep all others where they are.
+            # One run's failure must not stop the unloading of others.
             logger.exception("Unloading a run failed.", extra={"fields": {"run_id": run.run_id}})
             return False

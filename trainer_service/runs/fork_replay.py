@@ -1,4 +1,4 @@
-"""What keeping the log is good for: a run as it was after any step, and proof that the log leads where it led."""
+"""Forks and replays from the journal: a run's state after any step, and proof that replaying gives the same answers."""
 
 import asyncio
 import contextlib
@@ -20,16 +20,16 @@ from trainer_service.runs.snapshots import snapshot_folder
 
 _AHEAD = 32
 _MAX_STEP = (1 << 63) - 1
-"""What the journal's database can be asked for."""
+"""The largest step that can be looked up in the journal's database."""
 _NOT_COMPARED = {"forward_passes:sum"}
-"""Metrics that tell of memory, not of the run: a graph that had to be let go is computed again."""
+"""Metrics that depend on memory, not on the run: a graph that was dropped is computed again."""
 _ALWAYS_SKIPPED = ("save_state", "save_weights_for_sampler")
-"""Not executed again: they would write where the first time wrote."""
+"""Not executed again: they would overwrite what was saved the first time."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first answer that did not come out as it did.
+    """The first answer that differs from the recorded one.
 
     Attributes:
         seq_id: The operation.
@@ -51,10 +51,10 @@ class Replayed:
     """What a replay found.
 
     Attributes:
-        after_seq_id: It began behind this operation; 0 at the base model.
+        after_seq_id: It began after this operation; 0 for the base model.
         compared: Operations whose answers were compared.
         not_compared: Operations that failed, or that only save.
-        difference: None where everything came out as it did.
+        difference: None if all answers were the same.
     """
 
     after_seq_id: int
@@ -64,12 +64,12 @@ class Replayed:
 
 
 def seq_id_of_step(folder: Path, step: int, *, forked_at_step: int | None) -> int:
-    """The operation behind which a run's state was that of a step: the last, where several made or loaded that step.
+    """The operation after which a run was at a step: the last one, if several made or loaded that step.
 
     Args:
         folder: The run's.
         step: Optimizer steps applied.
-        forked_at_step: Where the run began, for one that began as another's state; None for the base model.
+        forked_at_step: The step that a forked run began at; None for a run made from the base model.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD: the journal does not have that step; the message says which it has.
@@ -77,11 +77,11 @@ def seq_id_of_step(folder: Path, step: int, *, forked_at_step: int | None) -> in
     found = 0 if step == (forked_at_step or 0) else None
     with contextlib.closing(journal.connect(folder)) as db:
         if step <= _MAX_STEP:
-            # A step made or loaded again is meant rather than the one it replaced.
+            # If a step was made or loaded again, that one is meant.
             found = journal.seq_id_of_step(db, step) or found
         many, first, last = journal.steps(db)
     if found is None:
-        # Loading leaps.
+        # Steps may be missing between: loading a state can skip some.
         kept = f"{first} to {last}" if many == last - first + 1 else f"some of {first} to {last}"
         kept = kept if many else "none"
         text = f"is {step}, which the run's journal does not have; it has optimizer steps {kept}."
@@ -99,19 +99,19 @@ async def fork(
     run_id: str,
     folder: Path,
 ) -> None:
-    """Makes a run with the state of another behind one of its operations, and writes that state down.
+    """Makes a run with another run's state after one of its operations, and writes its first snapshot.
 
     Args:
-        worker: Makes it; the source need not be there, and is left alone if it is.
-        source_run_id: The run forked.
-        source: Where its state comes from.
-        request: What made it.
+        worker: Makes it; it need not hold the source run, which stays as it is.
+        source_run_id: The run that is forked.
+        source: What its state is recovered from.
+        request: Created it.
         seq_id: The operation.
         run_id: The new run.
         folder: The new run's.
 
     Raises:
-        GradwireError: As recovery.restore. Whoever calls deletes from the worker what was made.
+        GradwireError: As recovery.restore. The caller then deletes the new run from the worker.
     """
     await restore(worker, source_run_id, request, source, up_to=seq_id, as_run=run_id)
     first = WorkerSnapshotRun(folder=str(snapshot_folder(folder, 0)))
@@ -121,15 +121,15 @@ async def fork(
 async def replay(
     worker: Worker, *, run_id: str, source: Source, request: CreateRunRequest, up_to: int, as_run: str
 ) -> Replayed:
-    """Executes a run's operations again, aside, from as far back as there is a state, and compares every answer.
+    """Executes a run's operations again on a copy, from the oldest state there is, and compares every answer.
 
     Args:
-        worker: Executes them; the run itself is left alone.
+        worker: Executes them; the run itself is not touched.
         run_id: The run.
-        source: Where its state comes from.
-        request: What made it.
-        up_to: Last operation, whose outcome is in the journal.
-        as_run: Name to hold the copy under.
+        source: What its state is recovered from.
+        request: Created it.
+        up_to: Last operation; its outcome is in the journal.
+        as_run: The copy's run_id.
 
     Raises:
         GradwireError: As recovery.restore.
@@ -167,7 +167,7 @@ async def _compare(worker: Worker, folder: Path, after: int, *, up_to: int, as_r
         not_compared += skipped or bool(row.reason)
         if skipped:
             continue
-        # What failed is not executed; whatever else it is, it is, if it changed nothing too.
+        # What failed is not executed; all else is, even what changed nothing.
         again = replay_of(as_run, row) if row.reason else (WorkerCommand(run_id=as_run), row.request)
         if again is not None:
             command, encoded = again
@@ -182,7 +182,7 @@ async def _compare(worker: Worker, folder: Path, after: int, *, up_to: int, as_r
 
 
 def _digest(response: TrainResponse) -> str:
-    """Of what an operation answered, without its times."""
+    """The digest of an operation's answer, without its times."""
     kind = response.WhichOneof("result") or "error"
     answer = getattr(response, kind)
     for name in _NOT_COMPARED & set(getattr(answer, "metrics", ())):

@@ -1,13 +1,14 @@
-"""A run's journal: what it was asked, on disk before it is executed, and what came of it, after.
+"""A run's journal: every operation, on disk before it is executed, and its outcome, on disk before it is answered.
 
-One SQLite file a run, `journal.sqlite` in the run's folder, in WAL mode. Killing processes at any instant loses nothing
-that was committed, whatever `sync` is. Power loss and kernel crashes are another matter: with "full" every commit is on
-the platter before its operation is dispatched; with "normal" the file stays sound, but commits of the last moments may
-be missing from its end, so that the run comes back as it was some operations earlier, and its client is told so.
+One SQLite file per run, `journal.sqlite` in the run's folder, in WAL mode. Killing processes at any instant loses
+nothing that was committed, whatever `sync` is. Power loss and kernel crashes are another matter: with "full" every
+commit is on the disk before its operation is dispatched; with "normal" the file stays sound, but commits of the last
+moments may be missing from its end, so that the run is recovered as it was some operations earlier, and its client is
+told so.
 
 Tables: `run` (name, value), what the run is; `operations`, by seq_id, as they came; `outcomes`, by seq_id, the encoded
-answer, and of it the error's reason, the metrics as JSON and the run's step, for the run's curves and for whoever reads
-the file with sqlite3; `past_metrics`, by seq_id, what of that is left of operations that were let go.
+answer, and of it the error's reason, the metrics as JSON and the run's step, for the run's curves and for people who
+read the file with sqlite3; `past_metrics`, by seq_id, what is kept of pruned operations.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from trainer_service.runs.operation import Operation
 FILE_NAME = "journal.sqlite"
 _RESERVE = "reserve"
 _RESERVE_BYTES = 4 * 1024 * 1024
-"""Some dozens of commits."""
+"""Room for some dozens of commits."""
 CHECKPOINT_PAGES = 512
 """Pages of the log after which SQLite copies it into the file."""
 _FORMAT = "1"
@@ -47,22 +48,22 @@ CREATE TABLE outcomes (
 );
 """
 _BUSY_TIMEOUT_S = 30.0
-"""How long a reader's moment may hold up the writer; no reader of ours takes this long."""
+"""How long a reader may hold up the writer; no reader of ours takes this long."""
 _CHUNK_BYTES = 16 * 1024 * 1024
 _CHUNK_ROWS = 256
 
 
 NO_DEATHS = -1
-"""What Row.attempts says of an operation that a trainer left to the next when it was stopped."""
+"""Row.attempts of an operation that a trainer left to the next when it was stopped."""
 
 
 class DamagedJournal(Exception):
-    """A file that is no journal of ours, or no longer; the message says which and why."""
+    """The file is not a journal, or is damaged; the message says why."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a run is, for as long as it is."""
+    """What describes a run for its whole life."""
 
     run_id: str
     owner: str
@@ -88,12 +89,12 @@ class Row:
     kind: str
     digest: bytes
     attempts: int
-    """Times it was sent to a worker after a death that may have been its doing, the first time included. 0: it is not
-    known whether it was sent; NO_DEATHS: no death can have been its doing."""
+    """Times it was sent to a worker after a death that it may have caused, including the first time. 0: it is not known
+    whether it was sent; NO_DEATHS: it cannot have caused a death."""
     request: bytes
-    """Encoded TrainRequest; empty for one that was refused for want of room, unless it is a cancel, which is small."""
+    """Encoded TrainRequest; empty if there was no room for it, unless it is a cancel, which is small."""
     reason: str | None
-    """Of the error it failed with; "" where it succeeded, None while it has no outcome."""
+    """Reason of the error it failed with; "" if it succeeded, None while it has no outcome."""
     answer: bytes
     """Encoded TrainResponse; empty while it has no outcome."""
 
@@ -115,12 +116,12 @@ class RunFolder:
             raise
 
     def move(self, path: Path) -> None:
-        """Renames it; it stays held."""
+        """Renames the folder, which stays held."""
         self.path.rename(path)
         self.path = path
 
     def close(self) -> None:
-        """Lets another process have it."""
+        """Releases the folder for another process."""
         os.close(self._lock)
 
 
@@ -129,8 +130,8 @@ def connect(folder: Path, *, sync: Sync = "normal", create: bool = False) -> sql
 
     Args:
         folder: The run's.
-        sync: See above.
-        create: Make it where there is none.
+        sync: See the module's docstring.
+        create: Make one if there is none.
 
     Raises:
         FileNotFoundError: There is none.
@@ -174,7 +175,7 @@ def create(folder: Path, record: Record, *, sync: Sync = "normal") -> None:
 
 
 def make_reserve(folder: Path) -> bool:
-    """Takes room on the disk that answers are written in once it is full. Whether there was enough."""
+    """Reserves room for answers, for when the disk is full. Returns whether there was enough."""
     try:
         with (folder / _RESERVE).open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
@@ -185,18 +186,18 @@ def make_reserve(folder: Path) -> bool:
 
 
 def has_reserve(folder: Path) -> bool:
-    """Whether that room is kept."""
+    """Whether that room is reserved."""
     return (folder / _RESERVE).exists()
 
 
 def has_room(folder: Path, size_bytes: int) -> bool:
-    """Whether an operation of that size leaves the room of a reserve."""
-    # What is written goes to the log first and is copied from there.
+    """Whether an operation of that size leaves room for a reserve."""
+    # Twice: it is written to the log first and copied from there.
     return shutil.disk_usage(folder).free >= _RESERVE_BYTES + 2 * size_bytes
 
 
 def spend_reserve(folder: Path) -> bool:
-    """Gives that room back. Whether there was any."""
+    """Gives the reserved room back. Returns whether there was any."""
     try:
         (folder / _RESERVE).unlink()
     except OSError:
@@ -208,7 +209,7 @@ def read_record(db: sqlite3.Connection) -> Record:
     """What the run is.
 
     Raises:
-        DamagedJournal: It cannot be told.
+        DamagedJournal: It cannot be read.
     """
     try:
         values = dict(db.execute("SELECT name, value FROM run"))
@@ -220,14 +221,14 @@ def read_record(db: sqlite3.Connection) -> Record:
 
 
 def seq_ids(db: sqlite3.Connection) -> tuple[int, int, int]:
-    """(oldest operation kept, last operation, first one without outcome); an empty journal is (1, 0, 1)."""
+    """(oldest operation kept, last operation, first one without an outcome); (1, 0, 1) for an empty journal."""
     # Two queries: one for both reads the whole table.
     oldest, last = db.execute(
         "SELECT (SELECT min(seq_id) FROM operations), (SELECT max(seq_id) FROM operations)"
     ).fetchone()
     if last is None:
         return 1, 0, 1
-    # Any number may have been refused at once, behind one that is still to be done. What succeeded came in its turn.
+    # Any number may have been refused at once after one that is still undone, but successes come in order.
     succeeded = db.execute("SELECT seq_id FROM outcomes WHERE reason = '' ORDER BY seq_id DESC LIMIT 1").fetchone()
     undone = db.execute(
         "SELECT seq_id FROM operations o WHERE seq_id > ? "
@@ -238,7 +239,7 @@ def seq_ids(db: sqlite3.Connection) -> tuple[int, int, int]:
 
 
 def read(db: sqlite3.Connection, after: int, *, up_to: int | None = None) -> list[Row]:
-    """The next operations behind `after`, in order: some, not all; none at the end.
+    """The next chunk of operations after `after`, in order; empty at the end.
 
     Args:
         db: The journal.
@@ -261,10 +262,10 @@ def read(db: sqlite3.Connection, after: int, *, up_to: int | None = None) -> lis
 
 
 def read_all(folder: Path, after: int, *, up_to: int | None = None) -> Iterator[list[Row]]:
-    """As `read`, to the end, with a connection of its own each time.
+    """Every chunk that `read` gives, to the end, each with a connection of its own.
 
     Raises:
-        FailedPreconditionError: RUN_LOST: some have been let go.
+        FailedPreconditionError: RUN_LOST: some operations were pruned.
     """
     while True:
         with contextlib.closing(connect(folder)) as db:
@@ -284,31 +285,31 @@ def read_all(folder: Path, after: int, *, up_to: int | None = None) -> Iterator[
 
 
 _STEPS = "FROM operations JOIN outcomes USING (seq_id) WHERE kind IN ('optim_step', 'load_state') AND reason = ''"
-"""Operations behind which a run is at their outcome's step."""
+"""Operations after which a run is at their outcome's step."""
 
 
 def seq_id_of_step(db: sqlite3.Connection, step: int) -> int | None:
-    """The last operation that made the run's step `step`, or loaded it; None if there is none in the journal."""
+    """The last operation that made or loaded the step `step`; None if the journal has none."""
     return db.execute(f"SELECT max(seq_id) {_STEPS} AND step = ?", (step,)).fetchone()[0]
 
 
 def steps(db: sqlite3.Connection) -> tuple[int, int, int]:
-    """(how many, first, last) of the optimizer steps that operations in the journal made or loaded; zeros for none."""
+    """(count, first, last) of the optimizer steps that the journal's operations made or loaded; zeros for none."""
     many, first, last = db.execute(f"SELECT count(DISTINCT step), min(step), max(step) {_STEPS}").fetchone()
     return many, first or 0, last or 0
 
 
 def insert_operation(db: sqlite3.Connection, operation: Operation, digest: bytes, *, received_s: float) -> None:
-    """Writes an operation down as it came."""
+    """Writes down an operation as it was received."""
     values = (operation.seq_id, operation.kind, digest, received_s, operation.encoded)
     db.execute("INSERT INTO operations (seq_id, kind, digest, received_s, request) VALUES (?, ?, ?, ?, ?)", values)
 
 
 def insert_refused(db: sqlite3.Connection, operation: Operation, digest: bytes, response: TrainResponse) -> None:
-    """Writes down an operation that was refused for want of room, without its content, so that its number is taken."""
+    """Writes down an operation that there was no room for, without its content, so that its seq_id is used."""
     seq_id, kind = operation.seq_id, operation.kind
     values = (seq_id, kind, digest, time.time(), operation.encoded if kind == "cancel" else b"")
-    # A commit that failed may be found whole in the log when the file is opened again; what was answered counts.
+    # A failed commit may turn out whole in the log when the file is opened again; what was answered counts.
     db.execute(
         "INSERT OR REPLACE INTO operations (seq_id, kind, digest, received_s, request) VALUES (?, ?, ?, ?, ?)", values
     )
@@ -324,7 +325,7 @@ def insert_outcome(
     step: int,
     reported: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
-    """Writes down what came of an operation, and among its metrics those that its caller `reported`."""
+    """Writes down an operation's outcome; its metrics include those that its caller `reported`."""
     kind = response.WhichOneof("result") or "error"
     reason = from_status(response.error).reason if kind == "error" else ""
     metrics = {**getattr(getattr(response, kind), "metrics", {}), **reported}
@@ -341,12 +342,12 @@ def set_attempts(db: sqlite3.Connection, seq_id: int, attempts: int) -> None:
 
 
 def prune(db: sqlite3.Connection, retention: Retention, *, snapshot_seq_id: int) -> None:
-    """Lets the oldest operations go.
+    """Deletes the oldest operations that need not be kept.
 
     Args:
         db: The journal.
         retention: What is kept.
-        snapshot_seq_id: Last operation contained in the oldest snapshot that recovery may have to start from.
+        snapshot_seq_id: Last operation in the oldest snapshot that recovery may have to start from.
     """
     if retention.keep_everything:
         return
@@ -371,7 +372,7 @@ def prune(db: sqlite3.Connection, retention: Retention, *, snapshot_seq_id: int)
             if size_bytes > retention.keep_bytes:
                 cuts.append(seq_id)
                 break
-    # The last operation stays, since the next one's number is told from it.
+    # The last operation stays, since the next seq_id follows from it.
     cut = min(max(cuts), snapshot_seq_id, last - 1)
     journal_metrics.keep(db, up_to=cut)
     db.execute("DELETE FROM operations WHERE seq_id <= ?", (cut,))

@@ -1,6 +1,6 @@
-"""What a journal says of operations that curves are made of; kept when the operations themselves are let go.
+"""What curves need to know of a journal's operations; kept when the operations themselves are pruned.
 
-Of an operation that is a few hundred bytes. Requests and answers, which may be megabytes, are not read for it.
+It is a few hundred bytes per operation, read without the requests and answers, which may be megabytes.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of an operation that was answered."""
+    """What is known of an answered operation."""
 
     seq_id: int
     kind: str
@@ -20,10 +20,10 @@ class Measured:
     reason: str
     """Of the error it failed with; "" where it succeeded."""
     step: int
-    """Optimizer steps applied to the run behind it."""
+    """Optimizer steps applied to the run after it."""
     metrics: dict[str, float]
     optim_step: bytes
-    """Of an optim_step: the encoded TrainRequest; empty for anything else."""
+    """The encoded TrainRequest of an optim_step; empty for anything else."""
 
 
 _MAKE_PAST = """
@@ -32,7 +32,7 @@ CREATE TABLE IF NOT EXISTS past_metrics (
     step INTEGER NOT NULL, metrics TEXT NOT NULL, optim_step BLOB NOT NULL
 )
 """
-"""Made with the first operations that are let go; a journal that has them all has none."""
+"""The table is made when operations are first pruned; a journal that has all of them has no such table."""
 _KEEP = """
 INSERT OR REPLACE INTO past_metrics
 SELECT o.seq_id, kind, received_s, reason, step, metrics, CASE kind WHEN 'optim_step' THEN request ELSE x'' END
@@ -46,15 +46,15 @@ FROM operations o LEFT JOIN outcomes USING (seq_id) WHERE o.seq_id > ? ORDER BY 
 
 
 def keep(db: sqlite3.Connection, *, up_to: int) -> None:
-    """Keeps what the operations up to a seq_id measured; they are about to go."""
+    """Keeps what the operations up to a seq_id measured, before they are pruned."""
     db.execute(_MAKE_PAST)
     db.execute(_KEEP, (up_to,))
 
 
 def read(db: sqlite3.Connection, after: int, *, limit: int) -> list[Measured]:
-    """What the next operations behind `after` measured, in order, up to the first without outcome."""
+    """What the next operations after `after` measured, in order, up to the first without an outcome."""
     rows: list[Any] = []
-    # Of one moment: between two queries operations may move from one table to the other.
+    # In one transaction: between two queries operations may move from one table to the other.
     db.execute("BEGIN")
     try:
         if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'past_metrics'").fetchone():

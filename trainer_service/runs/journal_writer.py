@@ -1,7 +1,7 @@
 """Group commit: one thread writes the journals of all runs, and operations that arrive together share a commit.
 
-The event loop never waits for a disk. While the thread commits, what arrives queues up and becomes the next commit; an
-idle journal therefore writes at once, and a busy one writes rarely, without a timer.
+The event loop never waits for a disk. What arrives while the thread commits becomes the next commit; an idle journal
+therefore writes at once, and a busy one writes rarely, without a timer.
 """
 
 import asyncio
@@ -27,29 +27,29 @@ logger = logging.getLogger(__name__)
 
 Write = Callable[[sqlite3.Connection], object]
 Written = Callable[[GradwireError | None], object]
-"""Gets None once it is on disk, or STORAGE_FAILED."""
+"""Gets None once the write is on disk, or STORAGE_FAILED."""
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Entry:
     journal: "Journal"
     write: Write
     written: Written
     append: bool = False
-    """An operation, which must not be written when one before it was not."""
+    """It is an operation, which must not be written if one before it was not."""
     resume: bool = False
-    """The first operation after those that failed."""
+    """It is the first operation after those that failed."""
     size_bytes: int = 0
-    """Of an operation."""
+    """Size of an operation."""
     keep: bool = False
-    """Small, and not given up: while there is no room it waits, and is written before whatever is written next."""
+    """It is small and must not be lost: without room it waits, and is written before anything else."""
 
 
 class JournalWriter:
-    """The thread. Made, and closed, on the event loop that its callbacks run on."""
+    """The writing thread. Made and closed on the event loop that its callbacks run on."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.commits = 0
@@ -57,37 +57,37 @@ class JournalWriter:
         self.commit_s = 0.0
         """Time spent writing them."""
 
-    def submit(self, job: _Job) -> None:
-        """Queues a job; jobs of one journal are written, and called back, in order."""
+    def submit(self, entry: _Entry) -> None:
+        """Queues an entry; entries of one journal are written, and called back, in order."""
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
-            # A daemon: what is not written when the process ends was not acknowledged to anybody.
+            # A daemon: nothing that is unwritten when the process ends was acknowledged.
             self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
             self._thread.start()
-        self._jobs.put(job)
+        self._entries.put(entry)
 
     async def close(self) -> None:
-        """Ends the thread after what is queued."""
+        """Ends the thread once the queue is written."""
         if self._thread is not None:
-            self._jobs.put(None)
+            self._entries.put(None)
             await asyncio.to_thread(self._thread.join)
             self._thread = None
 
     def _run(self) -> None:
         open_ = True
         while open_:
-            jobs = [self._jobs.get()]
-            while not self._jobs.empty():
-                jobs.append(self._jobs.get())
-            open_ = None not in jobs
-            by_journal: dict[Journal, list[_Job]] = {}
-            for job in jobs:
-                if job is not None:
-                    by_journal.setdefault(job.journal, []).append(job)
+            entries = [self._entries.get()]
+            while not self._entries.empty():
+                entries.append(self._entries.get())
+            open_ = None not in entries
+            by_journal: dict[Journal, list[_Entry]] = {}
+            for entry in entries:
+                if entry is not None:
+                    by_journal.setdefault(entry.journal, []).append(entry)
             done: list[tuple[Written, GradwireError | None]] = []
-            for each, its_jobs in by_journal.items():
+            for each, its_entries in by_journal.items():
                 start = time.perf_counter()
-                done += zip((job.written for job in its_jobs), each.commit(its_jobs), strict=True)
+                done += zip((entry.written for entry in its_entries), each.commit(its_entries), strict=True)
                 self.commits += 1
                 self.commit_s += time.perf_counter() - start
             assert self._loop is not None
@@ -103,11 +103,11 @@ def _call_back(done: list[tuple[Written, GradwireError | None]]) -> None:
 
 
 class Journal:
-    """The writing end of one run's journal. On the event loop but for `commit`.
+    """The writing end of one run's journal. For the event loop, except `commit`.
 
     Args:
         folder: The run's.
-        writer: Writes it.
+        writer: The thread that writes it.
         sync: See journal.py.
         retention: What `prune` keeps.
     """
@@ -131,9 +131,9 @@ class Journal:
         """Writes an operation down.
 
         Args:
-            operation: It.
+            operation: The next one of the run.
             digest: Its digest.
-            written: Gets STORAGE_FAILED when it is not on disk. Every operation behind it that was handed in before
+            written: Gets STORAGE_FAILED if it could not be written. Every later operation that was appended before
                 this call is then refused too, so that the journal never has a gap.
         """
         received_s = time.time()
@@ -155,12 +155,12 @@ class Journal:
             written(failure)
 
         size_bytes = len(operation.encoded)
-        self._writer.submit(_Job(self, insert, done, append=True, resume=resume, size_bytes=size_bytes))
+        self._writer.submit(_Entry(self, insert, done, append=True, resume=resume, size_bytes=size_bytes))
 
     def owe(self, write: Write, written: Callable[[], object]) -> None:
-        """Something small that must not be missing, written in the room kept for it. If even that is gone it waits,
-        and is written before whatever is written next. `written` is called in either case."""
-        self._writer.submit(_Job(self, write, lambda failure: written(), keep=True))
+        """Writes something small that must not be lost, if need be into the reserved room. If even that is gone it
+        waits, and is written before anything else. `written` is called in either case."""
+        self._writer.submit(_Entry(self, write, lambda failure: written(), keep=True))
 
     def record(
         self,
@@ -172,8 +172,8 @@ class Journal:
         written: Callable[[], object],
         reported: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """Writes an outcome down. On a disk that is full it is kept, and written with what comes next; only if the
-        trainer dies before is the operation executed once more by its replay."""
+        """Writes an outcome down. With a full disk it is kept and written with the next write; if the trainer dies
+        before that, a replay executes the operation once more."""
 
         def insert(db: sqlite3.Connection) -> None:
             journal.insert_outcome(db, seq_id, response, answer, step=step, reported=reported)
@@ -181,8 +181,8 @@ class Journal:
         self.owe(insert, written)
 
     def write(self, write: Write, written: Written = lambda failure: None) -> None:
-        """Writes anything else, in its turn."""
-        self._writer.submit(_Job(self, write, written))
+        """Writes anything else, in order."""
+        self._writer.submit(_Entry(self, write, written))
 
     def set_attempts(self, seq_id: int, attempts: int) -> None:
         """Remembers how often an operation was tried."""
@@ -190,12 +190,12 @@ class Journal:
 
     @property
     def being_read(self) -> bool:
-        """Whether nothing may be let go now."""
+        """Whether somebody reads it, so that nothing may be pruned."""
         return self._readers > 0
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Keeps what is there, and the snapshots with it, while the block lasts; the next snapshot then prunes."""
+        """Keeps the journal's content and the snapshots during the block; the next snapshot prunes again."""
         self._readers += 1
         try:
             yield
@@ -203,12 +203,12 @@ class Journal:
             self._readers -= 1
 
     def prune(self, *, snapshot_seq_id: int) -> None:
-        """Lets go of what neither recovery nor `retention` needs."""
+        """Deletes what neither recovery nor `retention` needs."""
         if not self.being_read:
             self.write(lambda db: journal.prune(db, self.retention, snapshot_seq_id=snapshot_seq_id))
 
     async def flush(self) -> None:
-        """Returns once everything handed in is on disk, or has failed."""
+        """Returns once everything submitted is on disk, or has failed."""
         await self._call(lambda db: None)
 
     async def close(self) -> None:
@@ -227,27 +227,27 @@ class Journal:
         self.write(write, done)
         await future
 
-    def commit(self, jobs: list[_Job]) -> list[GradwireError | None]:
-        """On the writer's thread: writes jobs in one transaction. Returns the failure of each, or None."""
+    def commit(self, entries: list[_Entry]) -> list[GradwireError | None]:
+        """On the writer's thread: writes entries in one transaction. Returns the failure of each, or None."""
         try:
-            return self._transaction(jobs)
+            return self._transaction(entries)
         except (sqlite3.Error, OSError) as exc:
             self._give_back(exc)
-            if len(jobs) > 1:
+            if len(entries) > 1:
                 # One by one: where a large operation has no room, a small outcome may.
-                return [failure for job in jobs for failure in self.commit([job])]
-            [job] = jobs
+                return [failure for entry in entries for failure in self.commit([entry])]
+            [entry] = entries
             if journal.spend_reserve(self.folder):
                 self._spend(True)
-                if not job.append:
-                    return self.commit(jobs)
+                if not entry.append:
+                    return self.commit(entries)
             logger.error("Writing a journal failed.", extra={"fields": {"folder": self.folder, "error": exc}})
-            self._blocked = self._blocked or job.append
-            if job.keep:
-                self._owed.append(job.write)
+            self._blocked = self._blocked or entry.append
+            if entry.keep:
+                self._owed.append(entry.write)
             return [error("STORAGE_FAILED", str(exc))]
 
-    def _transaction(self, jobs: list[_Job]) -> list[GradwireError | None]:
+    def _transaction(self, entries: list[_Entry]) -> list[GradwireError | None]:
         results: list[GradwireError | None] = []
         blocked = self._blocked
         self._check_in_place()
@@ -258,26 +258,28 @@ class Journal:
         self._db.execute("BEGIN IMMEDIATE")
         for write in self._owed:
             write(self._db)
-        for job in jobs:
-            blocked = blocked and not job.resume
-            if job.append and not blocked and self._reserve_spent:
-                # The room that the reserve gave is for answers; one operation could take it all.
-                blocked = not journal.has_room(self.folder, job.size_bytes)
-            if blocked and job.append:
+        for entry in entries:
+            blocked = blocked and not entry.resume
+            if entry.append and not blocked and self._reserve_spent:
+                # The reserve is for answers; one operation could take all of it.
+                blocked = not journal.has_room(self.folder, entry.size_bytes)
+            if blocked and entry.append:
                 results.append(error("STORAGE_FAILED", "the disk is full"))
                 continue
-            job.write(self._db)
+            entry.write(self._db)
             results.append(None)
         self._db.execute("COMMIT")
         self._owed.clear()
         self._blocked = blocked
-        if self._reserve_spent and any(job.append and not refused for job, refused in zip(jobs, results, strict=True)):
+        if self._reserve_spent and any(
+            entry.append and not refused for entry, refused in zip(entries, results, strict=True)
+        ):
             # There is room again.
             self._spend(not journal.make_reserve(self.folder))
         return results
 
     def _check_in_place(self) -> None:
-        """Raises OSError once the file was removed, moved or replaced: what is written to it goes nowhere then."""
+        """Raises OSError if the file was removed, moved or replaced: writes to it would be lost."""
         try:
             file_id = journal.file_id(self.folder)
             if self._file_id not in (None, file_id):
@@ -290,20 +292,20 @@ class Journal:
     def _spend(self, spent: bool) -> None:
         self._reserve_spent = spent
         if self._db is not None:
-            # Copying the log into the file takes room too, which is then for what is owed.
+            # Copying the log into the file takes room too, which is now kept for answers.
             self._db.execute(f"PRAGMA wal_autocheckpoint = {0 if spent else journal.CHECKPOINT_PAGES}")
 
     def _give_back(self, exc: sqlite3.Error | OSError) -> None:
-        """After a failure: undoes what was written of a transaction."""
+        """Undoes a transaction that failed."""
         if self._db is not None and getattr(exc, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
             try:
-                # Not closed: that would move the log into the file, and take the room that is left.
+                # Not closed: that would copy the log into the file, and take the room that is left.
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 return
             except sqlite3.Error:
                 logger.debug("Rolling back failed.", exc_info=True)
-        # Opened afresh next time: after an I/O error a connection may hold on to what is not on disk.
+        # Opened anew next time: after an I/O error a connection may believe in pages that are not on disk.
         self._disconnect()
 
     def _disconnect(self) -> None:
@@ -320,11 +322,11 @@ def _refused(seq_id: int, why: str, *, gone: bool) -> GradwireError:
         return error(
             "STORAGE_FAILED",
             f"Operation {seq_id} was refused and had no effect: the run's journal is no longer in its place under the "
-            "trainer's --data-dir. Put the folder back and go on with the next call, or load a checkpoint into a new "
-            "run.",
+            "trainer's --data-dir. Put the folder back and continue with the next call, or load a checkpoint into a "
+            "new run.",
         )
     return error(
         "STORAGE_FAILED",
         f"Operation {seq_id} was refused and had no effect: the trainer could not write it to its journal ({why}). "
-        "Make room on the disk that holds the trainer's --data-dir and go on with the next call; the run lost nothing.",
+        "Make room on the disk that holds the trainer's --data-dir, then continue: the run lost nothing.",
     )

@@ -1,4 +1,4 @@
-"""One operation as it came, and what tells it from another. Pure."""
+"""One operation as it was received, and the digest that tells it from another. Pure."""
 
 import functools
 from dataclasses import dataclass
@@ -17,27 +17,27 @@ class Operation:
     """An operation to be executed."""
 
     request: TrainRequest
-    """With its seq_id."""
+    """The request, with its seq_id."""
     encoded: bytes
     """The same, as the client encoded it."""
     memory_bytes: int = 0
-    """About what both take up; 0 where somebody else counts it."""
+    """About the memory that both take; 0 if it is counted elsewhere."""
     refusal: GradwireError | None = None
-    """Why it is not executed, where that was known before it took its place."""
+    """Why it is not executed, if that was known before it got its place in the order."""
 
     @classmethod
     def made(cls, request: TrainRequest) -> "Operation":
-        """An operation that did not come encoded."""
+        """An operation made from a message rather than received."""
         return cls(request, request.SerializeToString(deterministic=True))
 
     @classmethod
     def refused(cls, kind: str, content: Any, refusal: GradwireError, *, seq_id: int = 0) -> "Operation":
-        """What stands for an operation of which there is too much to be kept, digested or executed.
+        """A stand-in for an operation that is too large to be kept, digested or executed.
 
         Args:
             kind: Its kind.
-            content: Its message, of which flags and numbers remain.
-            refusal: What it fails with in its turn; a repeat is told by failing with the same.
+            content: Its message; only flags and numbers are kept.
+            refusal: What it fails with in its turn; a repeat is recognized by failing with the same.
             seq_id: Its place in the run's order.
         """
         request = TrainRequest(seq_id=seq_id)
@@ -61,9 +61,9 @@ class Operation:
     def digest(self) -> bytes:
         """Tells operations apart: over kind and content, not over how or by which call they were sent.
 
-        Large content is hashed as it was encoded (XXH3, which keeps up with memory; it is no secret that it keeps: who
-        owns the run could only mislead himself); what a repeat may encode in another order, the entries of maps, is
-        put in order first.
+        Large content is hashed as it was encoded, with XXH3, which is as fast as memory. It need not resist attacks:
+        the run's owner could only mislead themselves. The entries of maps, which a repeat may encode in another order,
+        are sorted first.
         """
         kind = self.kind
         content: Any = getattr(self.request, kind)
@@ -77,26 +77,26 @@ class Operation:
                 _hash_fields(hashed, large, type(content))
                 return hashed.digest()
         except ValueError:
-            # Unknown fields of a kind we cannot step over; protobuf can.
+            # Unknown fields of a wire type that we cannot skip; protobuf can.
             hashed = xxhash.xxh3_128(kind.encode() + b"\0")
         hashed.update(content.SerializeToString(deterministic=True))
         return hashed.digest()
 
 
 def _large_content(encoded: bytes, kind: str, content: Any) -> memoryview | None:
-    """The operation's own bytes, if it is of the forms in which programs send tensors."""
+    """The operation's own bytes, if it has one of the forms in which programs send tensors."""
     batched = "batch" in content.DESCRIPTOR.fields_by_name and content.HasField("batch")
     if kind != "backward" and not batched:
         return None
     number = TrainRequest.DESCRIPTOR.fields_by_name[kind].number
     found = [inner for field, _, inner in fields(memoryview(encoded)) if field == number]
-    # Several are one message in pieces, which nobody sends.
+    # Several occurrences would be one message in pieces, which nobody sends.
     return found[0] if len(found) == 1 else None
 
 
 @functools.cache
 def _maps_and_batch(message: type[Message]) -> tuple[frozenset[int], int]:
-    """Numbers of a message's map fields, and of its `batch`, 0 where it has none."""
+    """Numbers of a message's map fields, and of its `batch`; 0 if it has none."""
     found = message.DESCRIPTOR.fields
     maps = (field.number for field in found if field.message_type and field.message_type.GetOptions().map_entry)
     batch = message.DESCRIPTOR.fields_by_name.get("batch")

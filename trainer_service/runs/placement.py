@@ -1,7 +1,7 @@
-"""A run on the worker: what was sent and not done yet, how it comes back after a death, and when it makes room.
+"""A run on the worker: which operations are under way, how it is restored after a death, and when it makes room.
 
-The worker may die at any point. What it held is then restored from a snapshot and the journal (recovery.py), what it
-had not done is sent again in order, and whoever waits for an answer waits a little longer.
+The worker may die at any point. The run is then restored from a snapshot and the journal (recovery.py), unfinished
+operations are sent again in order, and callers wait a little longer for their answers.
 """
 
 import asyncio
@@ -30,17 +30,17 @@ from trainer_service.runs.snapshots import Snapshotter, list_snapshots
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 3
-"""Deaths of the worker under one operation after which it is given up; under a run's replay, the run."""
+"""Deaths of the worker during one operation after which the operation is given up; during a run's replay, the run."""
 _MAX_DISK_FAILURES = 3
-"""Failures to read a run's files, with room on their disk, after which the run is lost; without room it waits."""
+"""Failures to read a run's files after which the run is lost. With a full disk it waits instead."""
 _DISK_RETRY_S = 1.0
-"""Between two attempts."""
+"""Time between two attempts."""
 _MEMORY_RETRY_S = 10.0
-"""After which a worker that had no memory for a run is asked again, if nothing happens before."""
+"""Time after which a worker that had no memory for a run is asked again, unless room is made earlier."""
 
 
 class Owner(Protocol):
-    """Who is told what came of operations."""
+    """Receives the outcomes of operations."""
 
     def done(self, entry: Entry, response: TrainResponse, encoded: bytes) -> None:
         """The worker executed it.
@@ -53,7 +53,7 @@ class Owner(Protocol):
         ...
 
     def failed(self, entry: Entry, failure: GradwireError) -> None:
-        """It will not be executed. What the failure does to the run is seen to."""
+        """It will not be executed. The placement takes care of the failure's effect on the run."""
         ...
 
 
@@ -63,10 +63,10 @@ class Placement:
     Args:
         record: The run.
         journal: Its journal.
-        worker: Executes.
+        worker: Executes its operations.
         owner: Gets the answers.
         snapshots: When they are due.
-        full: Says why the worker has no room for one run more, if it has none.
+        full: Says why the worker has no room for another run; None if it has.
         live: Whether the worker holds the run already.
         last_seq_id: Last operation in the journal.
     """
@@ -93,12 +93,12 @@ class Placement:
         self.live = live
         """Whether the worker holds the run, so that operations can be sent."""
         self.has_place = True
-        """Whether operations wait for room on the worker where there is none. They are refused once the run has left
-        the worker because nobody used it, until it is back."""
+        """Whether operations wait when the worker has no room. Those of a run that was unloaded because nobody used it
+        are refused instead, until it is back."""
         self.lost: GradwireError | None = None
-        """Why the run cannot be had back."""
+        """Why the run cannot be recovered."""
         self.not_before_s = 0.0
-        """When it is time to ask a worker again that had no memory for the run, by time.monotonic."""
+        """When to ask a worker again that had no memory for the run, by time.monotonic."""
         self._undone: dict[int, Entry] = {}  # In order.
         self._last_seq_id = last_seq_id
         self._snapshotter = Snapshotter(record.run_id, journal, worker, snapshots)
@@ -109,7 +109,7 @@ class Placement:
 
     @property
     def on_worker(self) -> bool:
-        """Whether the run takes room on the worker, or is about to."""
+        """Whether the run occupies the worker, or is about to."""
         return self.live or self._restoring is not None
 
     @property
@@ -124,21 +124,21 @@ class Placement:
 
     @property
     def waits_for_room(self) -> bool:
-        """Whether operations wait, and nothing is done about it."""
+        """Whether operations wait and the run is not being restored for them."""
         unfailed = any(entry.failure is None for entry in self._undone.values())
         return unfailed and not self.live and self._restoring is None and self._worker.ready is not None
 
     @property
     def last_done_seq_id(self) -> int:
-        """Last operation before those still to be done."""
+        """Last operation before the unfinished ones."""
         return next(iter(self._undone), self._last_seq_id + 1) - 1
 
     def take_up(self, entry: Entry) -> None:
-        """An operation that an earlier trainer wrote to the journal, in order, before anything is sent."""
+        """Takes over an operation that an earlier trainer wrote to the journal; in order, before anything is sent."""
         self._undone[entry.seq_id] = entry
 
     def send(self, entry: Entry) -> None:
-        """An operation that is on disk, in order: sends it, or has the run restored for it."""
+        """Sends an operation that is on disk, or has the run restored for it. Called in order."""
         self._undone[entry.seq_id] = entry
         self._last_seq_id = entry.seq_id
         if self.live:
@@ -147,7 +147,7 @@ class Placement:
             self.wake()
 
     def wake(self) -> None:
-        """Brings the run back onto the worker, if it is not there, and a worker is."""
+        """Restores the run onto the worker, if there is one and it does not hold the run."""
         if self.lost is not None:
             self._give_up(self.lost)
         elif not (self.live or self._closed or self._restoring is not None or self._worker.ready is None):
@@ -159,24 +159,24 @@ class Placement:
             task.add_done_callback(self._restored)
 
     def worker_died(self) -> None:
-        """What the worker held is gone."""
+        """Notes that what the worker held is gone."""
         self.live = False
         self._epoch += 1
         self._snapshotter.worker_died()
 
     def drop_graphs(self) -> None:
-        """Lets the run's held graphs go."""
+        """Drops the graphs that the worker keeps for the run."""
         if self.live:
             self._worker.submit(WorkerCommand(run_id=self._run_id, drop_graphs=WorkerDropGraphs()), lambda _: None)
 
     async def unload(self, *, keep_place: bool = False) -> bool:
-        """Takes the run from the worker, leaving its state on disk.
+        """Takes the run off the worker; its state stays on disk.
 
         Args:
             keep_place: See has_place.
 
         Returns:
-            Whether it went; one that is in use stays.
+            Whether it was unloaded; a run in use stays.
         """
         if not (self.live and self.idle):
             return False
@@ -184,7 +184,7 @@ class Placement:
         newest = next(iter(list_snapshots(self._journal.folder)), None)
         at_its_beginning = seq_id == 0 and not self._record.parent_run_id
         if not at_its_beginning and (newest is None or newest.seq_id != seq_id):
-            # Not awaited itself: it is cancelled when the run is deleted meanwhile.
+            # Waited for, not awaited: the task is cancelled if the run is deleted meanwhile.
             await asyncio.wait({self._snapshotter.take(seq_id)})
             newest = next(iter(list_snapshots(self._journal.folder)), None)
             if newest is None or newest.seq_id != seq_id:
@@ -197,7 +197,7 @@ class Placement:
         return True
 
     async def let_go(self) -> None:
-        """The trainer stops, and its worker has: the run stays on disk as it is."""
+        """Releases the run when trainer and worker stop; it stays on disk as it is."""
         self._closed = True
         if self._restoring is not None:
             self._restoring.cancel()
@@ -205,12 +205,12 @@ class Placement:
         self._snapshotter.cancel()
         first = next((entry for entry in self._undone.values() if entry.failure is None), None)
         if first is not None:
-            # Otherwise the next trainer takes this end for a death that was the operation's doing.
+            # Otherwise the next trainer would blame the operation for this stop, as for a death.
             self._journal.set_attempts(first.seq_id, first.attempts or NO_DEATHS)
         await self._journal.close()
 
     async def close(self, gone: GradwireError) -> None:
-        """The run is deleted; whatever waits fails with `gone`, but for what the worker has already begun."""
+        """Ends a deleted run: what waits fails with `gone`, except what the worker has already begun."""
         self._closed = True
         self._snapshotter.cancel()
         known = self.live or self._restoring is not None
@@ -220,7 +220,7 @@ class Placement:
         if self._restoring is not None:
             self._restoring.cancel()
         if known:
-            # Where the worker dies instead, the run's memory is free all the same.
+            # If the worker dies instead, the run's memory is free as well.
             with contextlib.suppress(Died):
                 await call(self._worker, WorkerCommand(run_id=self._run_id, delete_run=WorkerDeleteRun()))
         self._give_up(gone)
@@ -241,7 +241,7 @@ class Placement:
 
     def _delivered(self, entry: Entry, outcome: Reply | Died) -> None:
         if isinstance(outcome, Died):
-            # It stays undone. Held against it is only a death during its own execution.
+            # It stays undone. Only a death during its own execution counts against it.
             if not outcome.executing:
                 entry.attempts -= 1
             elif outcome.because is not None:
@@ -263,7 +263,7 @@ class Placement:
         self._worker.submit(sent, delivered)
 
     def _fail(self, entry: Entry, failure: GradwireError) -> None:
-        """Answers an operation without executing it; what that does to the run is still to be sent."""
+        """Answers an operation without executing it; the failure's effect on the run is still to be sent."""
         if entry.failure is None:
             entry.failure = failure
             self._owner.failed(entry, failure)
@@ -283,7 +283,7 @@ class Placement:
             )
 
     def _take_off(self) -> None:
-        """Has the worker let go of the run, or of the half of it that it holds; it will be back."""
+        """Has the worker unload the run, or the half of it that it holds."""
         self._worker.submit(WorkerCommand(run_id=self._run_id, delete_run=WorkerDeleteRun(unload=True)), lambda _: None)
 
     async def _restore(self) -> None:
@@ -294,21 +294,21 @@ class Placement:
             except GradwireError:
                 raise
             except (sqlite3.Error, OSError) as exc:
-                # There may be room again since it failed.
+                # Only failures with room on the disk count: room may be made.
                 self._disk_failures += not has_no_room(self._journal.folder)
                 if self._disk_failures >= _MAX_DISK_FAILURES:
                     raise
                 fields = {"run_id": self._run_id, "why": exc}
-                logger.error("A run waits for the disk to be restored.", extra={"fields": fields})
+                logger.error("A run cannot be restored until its disk can be read.", extra={"fields": fields})
             self._take_off()
             await asyncio.sleep(_DISK_RETRY_S)
 
     async def _try_restore(self) -> None:
         epoch = self._epoch
-        # So that the journal has the outcome of everything that is not undone, and its callbacks were called.
+        # So that the journal has every outcome that came, and their callbacks were called.
         await self._journal.flush()
         up_to = self.last_done_seq_id
-        # No worker holds the run, so what is half written among its snapshots was left by one that died.
+        # No worker holds the run, so a half-written snapshot was left by one that died.
         await asyncio.to_thread(settle, self._journal.folder / "snapshots")
         source = await asyncio.to_thread(find_source, self._journal.folder, forked=bool(self._record.parent_run_id))
         restored = await restore(self._worker, self._run_id, self._request, source, up_to=up_to)
@@ -326,14 +326,14 @@ class Placement:
         logger.info("Run restored.", extra={"fields": fields})
 
     async def _judge_first(self) -> None:
-        """Gives up the operation next in turn if the worker died under it too often, and else counts this try."""
+        """Gives up the next operation if the worker died too often while executing it; else counts this attempt."""
         for entry in list(self._undone.values()):
             if entry.failure is not None:
                 continue
             if entry.attempts >= MAX_DEATHS:
                 self._fail(entry, _poisoned(entry, self._run_id))
                 continue
-            # On disk before it is tried, since it may take the trainer along.
+            # On disk before it is tried, since it may kill the trainer too.
             self._journal.set_attempts(entry.seq_id, entry.attempts + 1)
             await self._journal.flush()
             return
@@ -361,7 +361,7 @@ class Placement:
             exc = error("RUN_LOST", f"the worker died {MAX_DEATHS} times while it replayed {self._run_id}'s journal.")
         if not isinstance(exc, GradwireError):
             logger.error("Restoring a run failed.", extra={"fields": {"run_id": self._run_id}}, exc_info=exc)
-        text = f"{self._run_id} is lost: {exc} A restart of the trainer tries again; else create a new run."
+        text = f"{self._run_id} is lost: {exc} Restart the trainer to try again, or create a new run."
         self.lost = error("RUN_LOST", text, run_id=self._run_id)
         logger.error("Run lost.", extra={"fields": {"run_id": self._run_id, "why": str(exc)}})
         self._give_up(self.lost)
@@ -371,8 +371,8 @@ def _poisoned(entry: Entry, run_id: str) -> GradwireError:
     return error(
         "OPERATION_POISONED",
         f"Operation {entry.seq_id} ({entry.kind}) of {run_id} was given up: the worker died {entry.attempts} times "
-        "while it executed it. The run is as it was before this call, and goes on; the trainer's log says what each "
-        "death was of. Send less at once, or other data.",
+        "while executing it. The run is as it was before this call, and continues; the trainer's log has the cause of "
+        "each death. Send less at once, or other data.",
         seq_id=entry.seq_id,
         deaths=entry.attempts,
     )

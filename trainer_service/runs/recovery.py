@@ -1,7 +1,7 @@
-"""Brings a run back onto a worker: the newest snapshot that is whole, then the journal behind it.
+"""Restores a run onto a worker: the newest whole snapshot, then the journal after it.
 
-What is executed again has its outcome already, and its answer is thrown away; what failed is not executed, but what its
-failure did is done again, since a failure such as memory that ran out need not come twice.
+Operations that succeeded are executed again and their answers discarded. Operations that failed are not executed: only
+their failure's effect is repeated, since a failure such as running out of memory need not happen twice.
 """
 
 import asyncio
@@ -26,18 +26,18 @@ from trainer_service.runs.snapshots import Snapshot, list_snapshots
 logger = logging.getLogger(__name__)
 
 NO_ROOM = ("LIMIT_EXCEEDED", "DEVICE_OUT_OF_MEMORY")
-"""Reasons that say that the worker has no room; it may have some in a moment."""
+"""Reasons that mean that the worker has no room now, and may have some soon."""
 
 _AHEAD = 32
-"""Operations replayed and not yet answered: enough to keep the device busy, few enough to bound memory."""
+"""Replayed operations in flight: enough to keep the device busy, few enough to bound memory."""
 
 _UNCHANGED_BY = {"forward", "save_weights_for_sampler", "save_state"}
-"""Kinds that leave a run as it was; a forward that keeps its graph is the exception."""
+"""Kinds that do not change a run; a forward that keeps its graph is the exception."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a run's state comes from.
+    """What a run's state is recovered from.
 
     Attributes:
         folder: Holds the journal.
@@ -51,11 +51,11 @@ class Source:
 
 
 def find_source(folder: Path, *, forked: bool) -> Source:
-    """What a run's folder has to start from.
+    """What a run's folder has to recover it from.
 
     Args:
         folder: The run's.
-        forked: Whether it began as another run's state rather than as the base model.
+        forked: Whether it started from another run's state rather than from the base model.
     """
     with contextlib.closing(journal.connect(folder)) as db:
         oldest, _, _ = journal.seq_ids(db)
@@ -64,22 +64,22 @@ def find_source(folder: Path, *, forked: bool) -> Source:
 
 @dataclass(frozen=True)
 class Restored:
-    """How a run came back."""
+    """How a run was restored."""
 
     snapshot_seq_id: int
     """Last operation in the snapshot; 0 for the base model."""
     replayed: int
-    """Operations behind it."""
+    """Operations replayed after it."""
     load_s: float
     """Time to load the snapshot or the base model."""
     replay_s: float
     loaded: bool
-    """Whether a load_state was among them, whose checkpoint may be gone the next time."""
+    """Whether one of them was a load_state, whose checkpoint may be gone the next time."""
 
 
 def fail_command(run_id: str, request: TrainRequest, *, seq_id: int, kind: str, reason: str) -> WorkerCommand | None:
-    """The command that does what an operation's failure did; None if it did nothing."""
-    # A cancel that could not be written down must not let a step go through without the loss it was of.
+    """The command that repeats the effect of an operation's failure; None if it had none."""
+    # A cancel that could not be recorded must not let a step through without the loss it stood for.
     taints = kind == "cancel" and request.cancel.taint
     if kind not in ("forward_backward", "backward", "optim_step") and not taints:
         return None
@@ -90,7 +90,7 @@ def fail_command(run_id: str, request: TrainRequest, *, seq_id: int, kind: str, 
 
 
 def replay_of(run_id: str, row: Row) -> tuple[WorkerCommand, bytes] | None:
-    """The command, and encoded request, that does again what an operation with an outcome did; None if nothing."""
+    """The command and encoded request that repeat the effect of a finished operation; None if it had none."""
     if row.reason:
         failed = fail_command(
             run_id, TrainRequest.FromString(row.request), seq_id=row.seq_id, kind=row.kind, reason=row.reason
@@ -109,17 +109,17 @@ async def restore(
     """Makes the worker hold a run as it was after operation `up_to`.
 
     Args:
-        worker: Which does not hold it.
+        worker: Does not hold it yet.
         run_id: The run.
-        request: What made it.
-        source: Where its state comes from.
+        request: Created it.
+        source: What its state is recovered from.
         up_to: A seq_id; 0 for a run without operations.
-        as_run: Under which name; "" under its own.
+        as_run: The run_id the worker holds it under; "" for its own.
 
     Raises:
-        Died: There is no worker any more.
-        GradwireError: RUN_LOST: there is nothing to start from. One of NO_ROOM: the worker may hold half of the run.
-            Whatever else the worker answers with.
+        Died: The worker died.
+        GradwireError: RUN_LOST: there is nothing to recover it from. One of NO_ROOM: the worker may hold half of the
+            run. Any other error that the worker answers with.
     """
     as_run = as_run or run_id
     start_s = time.monotonic()
@@ -143,7 +143,7 @@ async def restore(
 
 
 async def rows(folder: Path, after: int, *, up_to: int) -> AsyncIterator[Row]:
-    """The journal's operations behind `after` up to and with `up_to`, read on another thread."""
+    """The journal's operations after `after`, up to and including `up_to`, read on another thread."""
     chunks = journal.read_all(folder, after, up_to=up_to)
     while chunk := await asyncio.to_thread(next, chunks, None):
         for row in chunk:
@@ -151,10 +151,10 @@ async def rows(folder: Path, after: int, *, up_to: int) -> AsyncIterator[Row]:
 
 
 async def load(worker: Worker, run_id: str, request: CreateRunRequest, source: Source, *, up_to: int) -> int:
-    """Makes the run from the newest snapshot that can be loaded, or from the base model. Returns where it stands."""
+    """Makes the run from the newest snapshot that loads, or from the base model. Returns the seq_id it is at."""
     failures: list[str] = []
     for snapshot in source.snapshots:
-        # A snapshot may be newer than the last outcome that reached the journal; that operation is executed again.
+        # A snapshot may be newer than the last outcome in the journal; that operation is executed again.
         if snapshot.seq_id > up_to:
             continue
         made = WorkerCreateRun(request=request, snapshot_folder=str(snapshot.folder))
@@ -182,7 +182,7 @@ async def load(worker: Worker, run_id: str, request: CreateRunRequest, source: S
 
 
 def _check(outcome: Reply | Died, run_id: str) -> None:
-    """Raises where no answer came, and where what succeeded once fails now: the state would be another one."""
+    """Raises if no answer came, or if an operation that succeeded once fails now: the state would differ."""
     if isinstance(outcome, Died):
         raise outcome
     event = outcome.event

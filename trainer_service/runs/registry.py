@@ -1,21 +1,18 @@
-"""All runs of a trainer, those of the trainer before it included."""
+"""All runs of a trainer, including those left by the trainer before it."""
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from gradwire.errors import GradwireError, error, invalid_field
+from gradwire.errors import GradwireError, error
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, ForkRunRequest
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerDeleteRun
 
 from trainer_service.access import current_caller
-from trainer_service.adapter_folders import adapter_folder, adapter_rank, is_checkpoint
-from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Durability, Limits
 from trainer_service.fleet.calls import call
@@ -28,7 +25,9 @@ from trainer_service.runs.journal import Record
 from trainer_service.runs.journal_writer import JournalWriter
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.recovery import Source, find_source
+from trainer_service.runs.request_ids import RequestIds
 from trainer_service.runs.run import Observe, Run, RunSettings
+from trainer_service.runs.starting_adapter import find_starting_adapter
 from trainer_service.runs.store import RunStore, StoredRun
 from trainer_service.served_model import ServedModel
 from trainer_service.user_metadata import check_user_metadata
@@ -36,24 +35,23 @@ from trainer_service.user_metadata import check_user_metadata
 logger = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 2.0
-"""How long what is under way, such as a run being deleted, may take when the trainer stops."""
+"""How long background work, such as deleting a run, may still take when the trainer stops."""
 
 
 class Runs:
-    """Makes, finds and forgets runs. Those of other keys are as if they were not there, unless an admin asks.
+    """Makes, finds and forgets runs. Runs of other keys are invisible, except to an admin.
 
     Args:
-        worker: Executes them.
-        base_model: The one model they start from.
-        limits: The most there may be.
-        runs_dir: A folder a run: journal and snapshots. Several trainers may share it.
+        worker: Executes their operations.
+        base_model: The one model they all start from.
+        limits: How many there may be.
+        transfers: The checkpoints that runs load and start from.
+        runs_dir: A folder for each run: its journal and snapshots. Several trainers may share it.
+        adapter_dir: Adapters that runs may start from, beside those saved here.
         data_dir: What limits.max_disk_bytes counts; None counts nothing.
-        adapter_dir: Where adapters lie that runs may start from, beside those saved here; None takes "adapters" in
-            data_dir.
         detach_grace_s: See RunSettings.
         observe: See RunSettings.
         durability: How runs are kept.
-        transfers: From where runs load and start; None is from data_dir alone.
     """
 
     def __init__(
@@ -62,19 +60,17 @@ class Runs:
         *,
         base_model: ServedModel,
         limits: Limits,
+        transfers: Transfers,
         runs_dir: Path,
+        adapter_dir: Path,
         detach_grace_s: float,
         observe: Observe,
         data_dir: Path | None = None,
-        adapter_dir: Path | None = None,
         durability: Durability | None = None,
-        transfers: Transfers | None = None,
     ) -> None:
         self._data_dir = data_dir
-        root = data_dir or runs_dir.parent
-        self._transfers = transfers or Transfers(Catalog(root / "checkpoints"))
-        self._catalog = self._transfers.catalog
-        self._adapter_roots = {"checkpoint_dir": self._catalog.root, "adapter_dir": adapter_dir or root / "adapters"}
+        self._transfers = transfers
+        self._adapter_dir = adapter_dir
         self._worker = worker
         self._base_model = base_model
         self._limits = limits
@@ -85,7 +81,11 @@ class Runs:
         """Their folders."""
         self._runs: dict[str, Run] = {}
         self._capacity = Capacity(
-            worker, self._runs, max_runs=limits.max_runs, idle_lease_s=self._durability.idle_lease_s
+            worker,
+            self._runs,
+            max_runs=limits.max_runs,
+            max_runs_per_key=limits.max_runs_per_key,
+            idle_lease_s=self._durability.idle_lease_s,
         )
         self._settings = RunSettings(
             worker=worker,
@@ -98,8 +98,7 @@ class Runs:
             refuse=self._refuse,
             snapshots=self._durability.snapshots,
         )
-        self._being_made: list[str] = []  # Their owners.
-        self._by_request_id: dict[tuple[str, str], asyncio.Future[Run]] = {}
+        self._request_ids = RequestIds(lambda run: self._background(self._delete(run)))
         self._tasks: set[asyncio.Task[object]] = set()
         self._capacity_keeper: asyncio.Task[None] | None = None
         worker.on_ready(self._capacity.bring_back)
@@ -109,25 +108,25 @@ class Runs:
         return len(self._runs)
 
     def start(self) -> None:
-        """Takes up the runs an earlier trainer left, and unloads idle ones from now on."""
+        """Takes over the runs an earlier trainer left, and unloads idle ones from now on."""
         start_s = time.monotonic()
         self.store.clear()
         for found in self.store.open_all(lambda record: self._base_model.is_source(record.base_model)):
             self._take_up(found)
         if self._runs:
             fields = {"runs": len(self._runs), "took_s": round(time.monotonic() - start_s, 3)}
-            logger.info("Took up runs.", extra={"fields": fields | {"operations": self.unanswered}})
+            logger.info("Runs taken over.", extra={"fields": fields | {"operations": self.unanswered}})
         if self._worker.ready is not None:
             self._capacity.bring_back()
         self._capacity_keeper = asyncio.get_running_loop().create_task(self._capacity.keep())
 
     def suspend(self) -> None:
-        """Nothing more will be executed here: whoever waits is sent away, to come back to the next trainer."""
+        """Executes nothing more: callers that wait are sent away and retry at the next trainer."""
         for run in self._runs.values():
             run.suspend()
 
     async def stop(self) -> None:
-        """Writes what is left to write and lets go of every run, for another trainer to take up."""
+        """Writes what is left to write and releases every run, for another trainer to take over."""
         if self._capacity_keeper is not None:
             self._capacity_keeper.cancel()
         if self._tasks:
@@ -139,11 +138,11 @@ class Runs:
         """The run, for the current caller.
 
         Raises:
-            GradwireError: RUN_NOT_FOUND, whether there is none or it is somebody else's.
+            GradwireError: RUN_NOT_FOUND, whether it does not exist or belongs to somebody else.
         """
         run = self._runs.get(run_id)
         if run is None or not current_caller.get().may_see(run.owner):
-            raise error("RUN_NOT_FOUND", f"There is no run {run_id!r}; ListRuns lists those there are.", run_id=run_id)
+            raise error("RUN_NOT_FOUND", f"There is no run {run_id!r}; ListRuns lists yours.", run_id=run_id)
         return run
 
     def list(self) -> list[Run]:
@@ -152,7 +151,7 @@ class Runs:
         return [run for run in reversed(self._runs.values()) if caller.may_see(run.owner)]
 
     def everybodys(self) -> "list[Run]":
-        """All runs, whoever asks, newest first."""
+        """All runs of all owners, newest first."""
         return [*reversed(self._runs.values())]
 
     @property
@@ -161,37 +160,39 @@ class Runs:
         return sum(run.unanswered for run in self._runs.values())
 
     async def quiet(self) -> None:
-        """Returns once every operation received has been answered."""
+        """Returns once every received operation has been answered."""
         for run in list(self._runs.values()):
             await run.quiet()
 
     async def create(self, request: CreateRunRequest) -> Run:
-        """A new run, or the one that the same request_id made.
+        """A new run, or the one made earlier under the same request_id.
 
         Raises:
             GradwireError: BASE_MODEL_MISMATCH, INVALID_FIELD, CHECKPOINT_NOT_FOUND, LIMIT_EXCEEDED, STORAGE_FAILED,
-                WORKER_NOT_READY, or the worker's own.
+                WORKER_NOT_READY, or an error of the worker's.
         """
         self._check(request)
-        return await self._once(request.request_id, self._create(request))
+        return await self._request_ids.once(current_caller.get().owner, request.request_id, self._create(request))
 
     async def fork(self, request: ForkRunRequest) -> Run:
-        """A new run that begins as another was after one of its steps, or the one that the same request_id made.
+        """A new run that starts from another run's state after one of its steps, or the one made earlier under the same
+        request_id.
 
         Raises:
             GradwireError: RUN_NOT_FOUND, LIMIT_EXCEEDED, STORAGE_FAILED, WORKER_NOT_READY, WORKER_DIED. INVALID_FIELD:
-                the journal does not reach to that step. RUN_LOST: it no longer reaches back far enough.
+                the journal does not have that step. RUN_LOST: it no longer reaches back far enough.
         """
-        return await self._once(request.request_id, self._fork(self.get(request.run_id), request))
+        making = self._fork(self.get(request.run_id), request)
+        return await self._request_ids.once(current_caller.get().owner, request.request_id, making)
 
     async def replay(self, run_id: str) -> Replayed:
-        """Executes a run's journal again, aside, and compares the answers.
+        """Executes a run's journal again, on a copy, and compares the answers.
 
         Raises:
             GradwireError: RUN_NOT_FOUND, LIMIT_EXCEEDED, WORKER_NOT_READY, WORKER_DIED, RUN_LOST.
         """
         run = self.get(run_id)
-        async with run.settled() as up_to, self._capacity.one_more():
+        async with run.settled() as up_to, self._capacity.one_more(owner=None):
             return await fork_replay.replay(
                 self._worker,
                 run_id=run_id,
@@ -211,9 +212,7 @@ class Runs:
 
     async def _delete(self, run: Run) -> None:
         del self._runs[run.run_id]
-        for key, made in list(self._by_request_id.items()):
-            if made.done() and not made.cancelled() and made.exception() is None and made.result() is run:
-                del self._by_request_id[key]
+        self._request_ids.forget(run)
         await run.delete()
         self._capacity.let_in()
         await self.store.remove(run.run_id)
@@ -227,35 +226,6 @@ class Runs:
     def _check(self, request: CreateRunRequest) -> None:
         self.check_base_model(request.base_model)
         check_user_metadata(request.user_metadata)
-
-    async def _once(self, request_id: str, making: Coroutine[Any, Any, Run]) -> Run:
-        """What `making` makes, or made under the same request_id of the same owner."""
-        if not request_id:
-            task = asyncio.create_task(making)
-            try:
-                return await asyncio.shield(task)
-            except asyncio.CancelledError:
-                # Nobody will ever hear of it.
-                task.add_done_callback(self._delete_unheard_of)
-                raise
-        key = (current_caller.get().owner, request_id)
-        future = self._by_request_id.get(key)
-        if future is None:
-            future = self._by_request_id[key] = asyncio.create_task(making)
-            future.add_done_callback(lambda done: self._forget_failure(key, done))
-        else:
-            making.close()
-        # Shielded: a caller that goes away must not undo what its repeat will ask for.
-        return await asyncio.shield(future)
-
-    def _delete_unheard_of(self, made: "asyncio.Task[Run]") -> None:
-        if not made.cancelled() and made.exception() is None:
-            self._background(self._delete(made.result()))
-
-    def _forget_failure(self, key: tuple[str, str], done: "asyncio.Future[Run]") -> None:
-        """A call that failed may be tried again under its request_id."""
-        if done.cancelled() or done.exception() is not None:
-            self._by_request_id.pop(key, None)
 
     async def _create(self, request: CreateRunRequest) -> Run:
         owner = current_caller.get().owner
@@ -271,7 +241,7 @@ class Runs:
             create_request=request.SerializeToString(),
         )
         live = True
-        async with self._one_more(owner):
+        async with self._capacity.one_more(owner=owner):
             await self.store.write_down(record, adapter)
             try:
                 await self.store.publish(record.run_id)
@@ -281,13 +251,13 @@ class Runs:
                 if exc.reason != "WORKER_DIED":
                     await self.store.remove(record.run_id)
                     raise
-                # It is on disk, so the next worker can make it.
+                # The run is on disk, so the next worker can make it.
                 live = False
         return self._add(record, live=live)
 
     async def _fork(self, parent: Run, request: ForkRunRequest) -> Run:
         owner = current_caller.get().owner
-        # Asked before the journal is waited for: a step made meanwhile might not be in it yet.
+        # Read before waiting for the journal: a step made meanwhile might not be in it yet.
         step = request.step if request.HasField("step") else parent.step
         forked_at_step = parent.record.parent_step if parent.record.parent_run_id else None
         made = CreateRunRequest()
@@ -296,9 +266,9 @@ class Runs:
         run_id = f"run-{secrets.token_hex(6)}"
         adapter: Path | None = None
         if made.adapter_path:
-            # Its parent may be deleted.
+            # A copy of its own: its parent may be deleted.
             adapter, made.adapter_path = Path(made.adapter_path), str(self.store.adapter_folder(run_id))
-        async with parent.settled(), self._one_more(owner):
+        async with parent.settled(), self._capacity.one_more(owner=owner):
             find = fork_replay.seq_id_of_step
             seq_id = await asyncio.to_thread(find, parent.folder, step, forked_at_step=forked_at_step)
             record = Record(
@@ -323,7 +293,7 @@ class Runs:
                     run_id=run_id,
                     folder=folder,
                 )
-                # Without its first snapshot it would be lost from birth.
+                # Published only now: without its first snapshot the run could never be restored.
                 await self.store.publish(run_id)
             except BaseException:
                 self._worker.submit(WorkerCommand(run_id=run_id, delete_run=WorkerDeleteRun()), lambda _: None)
@@ -340,41 +310,12 @@ class Runs:
     async def _source(self, run: Run) -> Source:
         return await asyncio.to_thread(find_source, run.folder, forked=bool(run.record.parent_run_id))
 
-    @contextlib.asynccontextmanager
-    async def _one_more(self, owner: str) -> AsyncGenerator[None]:
-        """Room for one run more, on the worker and for its owner, while it is being made."""
-        own = self._being_made.count(owner) + sum(not run.lost and run.owner == owner for run in self._runs.values())
-        if self._limits.max_runs_per_key and own >= self._limits.max_runs_per_key:
-            raise error(
-                "LIMIT_EXCEEDED",
-                f"This API key has {own} runs and may have at most {self._limits.max_runs_per_key}; "
-                "delete one with DeleteRun.",
-                limit=self._limits.max_runs_per_key,
-                got=own + 1,
-            )
-        async with self._capacity.one_more():
-            # Counted at once, so that runs made at the same time count against each other.
-            self._being_made.append(owner)
-            try:
-                yield
-            finally:
-                self._being_made.remove(owner)
-
     async def _with_adapter(self, run_id: str, request: CreateRunRequest) -> tuple[Path, CreateRunRequest]:
-        """(where the adapter is that the run starts from, the request with where the run will have its own copy)."""
-        if is_checkpoint(request.adapter_path):
-            await self._transfers.fetch(request.adapter_path, field="adapter_path")
-        folder = adapter_folder(request.adapter_path, **self._adapter_roots)
+        """(folder of the adapter the run starts from, the request with where the run will have its own copy)."""
+        folder, rank = await find_starting_adapter(request, transfers=self._transfers, adapter_dir=self._adapter_dir)
         changed = CreateRunRequest()
         changed.CopyFrom(request)
-        changed.lora_rank = adapter_rank(folder, request.adapter_path)
-        if request.lora_rank not in (0, changed.lora_rank):
-            raise invalid_field(
-                "lora_rank",
-                f"is {request.lora_rank}, but the adapter at {request.adapter_path} has rank {changed.lora_rank}; "
-                "leave it out.",
-            )
-        changed.adapter_path = str(self.store.adapter_folder(run_id))
+        changed.lora_rank, changed.adapter_path = rank, str(self.store.adapter_folder(run_id))
         return folder, changed
 
     # ── taking up ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -385,10 +326,7 @@ class Runs:
         run = Run(record, journal, self._settings, next_seq_id=found.next_seq_id)
         run.take_up(found.undone)
         self._runs[record.run_id] = run
-        if run.create_request.request_id:
-            made: asyncio.Future[Run] = asyncio.get_running_loop().create_future()
-            made.set_result(run)
-            self._by_request_id[record.owner, run.create_request.request_id] = made
+        self._request_ids.remember(record.owner, run)
 
     # ── the worker ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -397,7 +335,7 @@ class Runs:
             run.placement.worker_died()
 
     def _refuse(self, operation: Operation) -> GradwireError | None:
-        """Why an operation may not run now, for the current caller, if it may not."""
+        """Why the current caller's operation may not run now; None if it may."""
         if operation.kind == "load_state":
             return self._refuse_load(operation.request.load_state.path)
         if self._data_dir is None or not self._limits.max_disk_bytes or not operation.kind.startswith("save_"):
@@ -406,8 +344,8 @@ class Runs:
 
     def _refuse_load(self, path: str) -> GradwireError | None:
         try:
-            # The store was asked before the operation was taken in, on a thread.
-            self._catalog.find(path, recent=True)
+            # A thread asked the store before the operation was accepted.
+            self._transfers.catalog.find(path, recent=True)
         except GradwireError as exc:
             return exc
         return None
@@ -420,4 +358,4 @@ class Runs:
     def _background_done(self, task: "asyncio.Task[object]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
-            logger.error("A task failed.", exc_info=exc)
+            logger.error("A background task failed.", exc_info=exc)

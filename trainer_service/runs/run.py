@@ -1,7 +1,7 @@
 """One run: its order, its journal, and the client that holds it.
 
-An operation gets its place, is written to the journal, is sent to the worker (placement.py), and is answered once its
-outcome is in the journal too.
+An operation gets its place in the order, is written to the journal, is sent to the worker (placement.py), and is
+answered once its outcome is in the journal too.
 """
 
 import asyncio
@@ -31,10 +31,10 @@ from trainer_service.runs.sequence import Answered, Entry, Sequence, conflict, e
 from trainer_service.served_model import ServedModel
 
 Observe = Callable[[str, TrainResponse], object]
-"""Gets kind and answer of every operation, for metrics."""
+"""Gets the kind and the answer of every operation, for metrics."""
 
 MAX_UNANSWERED_BYTES = 512 * 1024 * 1024
-"""Memory that a run's operations may take up until they are answered; no more are read from their client beyond it."""
+"""Memory that a run's unanswered operations may take; beyond it no more are read from the client."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,26 @@ class RunSettings:
     observe: Observe
     base_model: ServedModel
     detach_grace_s: float
-    """How long graphs are kept after the client has gone."""
+    """How long graphs are kept after the client has left."""
     max_in_flight: int
     """Operations a client may have in flight; see Sequence."""
     full: Callable[[], GradwireError | None]
-    """Says why the worker has no room for one run more, if it has none."""
+    """Says why the worker has no room for another run; None if it has."""
     background: Callable[[Coroutine[Any, Any, object]], object]
-    """Runs what nobody waits for."""
+    """Runs a coroutine that nobody waits for."""
     refuse: Callable[[Operation], GradwireError | None] = lambda operation: None
-    """Says why an operation may not run now, for the current caller; None when it may."""
+    """Says why the current caller's operation may not run now; None if it may."""
     snapshots: SnapshotPolicy = field(default_factory=SnapshotPolicy)
 
 
 class Run:
-    """Takes operations in order, has them executed, brings their answers back.
+    """Takes operations in order, has them executed, returns their answers.
 
     Args:
-        record: What it is.
-        journal: Where it is written down.
+        record: What describes it on disk.
+        journal: Where its operations are written.
         settings: What all runs share.
-        next_seq_id: Number of its next new operation.
+        next_seq_id: seq_id of its next new operation.
         live: Whether the worker holds it.
     """
 
@@ -78,7 +78,7 @@ class Run:
         self.step = record.step
         self.attachment: Attachment | None = None
         self.used_s = time.monotonic()
-        """When it was last asked or answered anything, by time.monotonic."""
+        """When it last received or answered anything, by time.monotonic."""
         self._journal = journal
         self._settings = settings
         self._answered = asyncio.Event()  # Set at every answer; whoever waits for room clears it.
@@ -106,7 +106,7 @@ class Run:
 
     @property
     def next_seq_id(self) -> int:
-        """The number of the next new operation."""
+        """seq_id of the next new operation."""
         return self._sequence.next_seq_id
 
     @property
@@ -121,7 +121,7 @@ class Run:
 
     @property
     def lost(self) -> bool:
-        """Whether its state is gone."""
+        """Whether its state cannot be recovered."""
         return self.placement.lost is not None
 
     @property
@@ -132,13 +132,13 @@ class Run:
     # ── operations ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def submit(self, operation: Operation, answered: Answered) -> None:
-        """Takes an operation in.
+        """Accepts an operation.
 
         Raises:
             GradwireError: The operation has no place in the order; see Sequence.receive.
         """
         self.used_s = time.monotonic()
-        # Whoever sends an operation, again perhaps, has no answer to it, whatever the message says.
+        # A client that sends an operation, or repeats it, has no answer to it yet, whatever the message says.
         self._sequence.acknowledge(min(operation.request.acked_seq_id, operation.seq_id - 1))
         try:
             entry = self._sequence.receive(operation, answered)
@@ -153,7 +153,7 @@ class Run:
             self._journal.append(operation, entry.digest, lambda failure: self._journalled(entry, failure))
 
     def take_up(self, rows: list[Row]) -> None:
-        """Operations that an earlier trainer received and whose worker had not done them, in order.
+        """Takes over operations that an earlier trainer received and that were not executed, in order.
 
         Args:
             rows: The first has no outcome.
@@ -167,19 +167,19 @@ class Run:
             if row.reason is None:
                 self._sequence.take_up(entry)
             else:
-                # Refused at once, so it has its answer; what its failure does is still to be done in its turn.
+                # It was refused at once, so it has its answer; the failure's effect on the run is still to come.
                 entry.failure = error(row.reason, "as answered before")
             if row is rows[0] and row.attempts == 0:
-                # The one being executed, for all we know, when whoever held the run died.
+                # For all we know, this one was executing when the earlier worker died.
                 entry.attempts = 1
             self.placement.take_up(entry)
 
     def acknowledge(self, acked_seq_id: int) -> None:
-        """Lets go of answers the client has."""
+        """Releases the answers that the client has."""
         self._sequence.acknowledge(acked_seq_id)
 
     async def execute(self, operation: Operation) -> TrainResponse:
-        """One operation and its answer. The operation goes on if the caller stops waiting.
+        """Executes one operation and returns its answer. It continues if the caller stops waiting.
 
         Raises:
             GradwireError: As submit.
@@ -193,12 +193,12 @@ class Run:
             self._executing.discard(future)
 
     async def answer_of(self, seq_id: int, *, timeout_s: float) -> bytes | None:
-        """The answer to an operation that was received, an encoded TrainResponse; None where none came in time.
+        """The answer to a received operation, an encoded TrainResponse; None if none came in time.
 
         Raises:
             OutOfRangeError: SEQ_ID_GAP: it was not received.
             AbortedError: ANSWER_RELEASED: the journal no longer has it.
-            UnavailableError: DRAINING: the next trainer will have it.
+            UnavailableError: DRAINING: ask the next trainer.
             FailedPreconditionError: STORAGE_FAILED: the journal cannot be read.
         """
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -228,8 +228,8 @@ class Run:
             self._executing.discard(future)
 
     async def room(self, limit: int) -> None:
-        """Returns once fewer than `limit` operations wait for their answer, and at most MAX_UNANSWERED_BYTES of them,
-        or none will be answered here."""
+        """Returns once fewer than `limit` operations, of at most MAX_UNANSWERED_BYTES, wait for their answer; or once
+        the run is suspended."""
         waiting = self._sequence
         while not self._suspended and (waiting.unanswered >= limit or waiting.unanswered_bytes > MAX_UNANSWERED_BYTES):
             self._answered.clear()
@@ -240,7 +240,7 @@ class Run:
         await self.room(1)
 
     def suspend(self) -> None:
-        """No operation will be answered any more: they stay in the journal, for the next trainer."""
+        """Answers nothing more: unanswered operations stay in the journal for the next trainer."""
         self._suspended = True
         self._answered.set()
         for future in self._executing:
@@ -256,7 +256,7 @@ class Run:
             entry.failure = failure
             response = error_response(entry.seq_id, failure)
             operation, digest = entry.operation, entry.digest
-            # Answered once its number is taken on disk, if there is any room at all.
+            # Answered once its seq_id is recorded on disk, if there is any room at all.
             self._journal.owe(
                 lambda db: journal_file.insert_refused(db, operation, digest, response),
                 lambda: self._answer(entry, response),
@@ -268,9 +268,9 @@ class Run:
     def done(self, entry: Entry, response: TrainResponse, encoded: bytes) -> None:
         """The worker executed an operation."""
         total_ms = (time.perf_counter() - entry.received_s) * 1000
-        # What neither the wait in the worker nor the device took was the way there and back, and the journal.
+        # The rest of the time went to the way there and back, and to the journal.
         response.transfer_ms = max(0.0, total_ms - response.queue_ms - response.execute_ms)
-        # Of a field that comes twice the last counts, so what the trainer adds goes behind what the worker said.
+        # Of a repeated scalar field the last one counts, so the trainer appends its own values.
         encoded += TrainResponse(seq_id=entry.seq_id, transfer_ms=response.transfer_ms).SerializeToString()
         result = response.WhichOneof("result")
         if result in ("optim_step", "load_state"):
@@ -278,12 +278,12 @@ class Run:
         self._record(entry, response, encoded)
 
     def failed(self, entry: Entry, failure: GradwireError) -> None:
-        """An operation will not be executed."""
+        """Answers an operation that will not be executed."""
         response = error_response(entry.seq_id, failure)
         self._record(entry, response, response.SerializeToString())
 
     def _record(self, entry: Entry, response: TrainResponse, encoded: bytes) -> None:
-        """Answers an operation once what came of it is on disk."""
+        """Answers an operation once its outcome is on disk."""
         if self._deleted is not None:
             self._answer(entry, response, encoded)
             return
@@ -301,8 +301,7 @@ class Run:
         self._answered.set()
 
     async def _answer_from_journal(self, operation: Operation, answered: Answered, released: GradwireError) -> None:
-        """A repeat whose answer is no longer in memory gets it from the disk, if it is still there."""
-
+        """Answers a repeat from the journal, if its answer is no longer in memory but still on disk."""
         exc = released
         try:
             row = await self._row(operation.seq_id)
@@ -316,7 +315,7 @@ class Run:
         answered(error_response(operation.seq_id, exc).SerializeToString())
 
     async def _row(self, seq_id: int) -> Row | None:
-        """An operation as the journal has it; None where it has it no longer.
+        """An operation as the journal has it; None if it is no longer there.
 
         Raises:
             FailedPreconditionError: STORAGE_FAILED: it cannot be read.
@@ -338,7 +337,7 @@ class Run:
     # ── the client ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def attach(self, client_id: str) -> Attachment:
-        """Takes hold of the run; who held it before is told. A run that was unloaded comes back for it."""
+        """Attaches a client; the one attached before is told so. An unloaded run is restored."""
         if self.attachment is not None:
             text = f"Another client attached to {self.run_id}; this stream is over."
             self.attachment.take(error("ATTACH_SUPERSEDED", text, run_id=self.run_id))
@@ -349,7 +348,7 @@ class Run:
         return self.attachment
 
     def detach(self, attachment: Attachment) -> None:
-        """The client's stream ended; if none comes back in time, what it alone could use goes."""
+        """The client's stream ended. Unless one attaches in time, the graphs that only it could use are dropped."""
         if self.attachment is not attachment:
             return
         self.attachment = None
@@ -359,10 +358,10 @@ class Run:
 
     @asynccontextmanager
     async def settled(self) -> AsyncGenerator[int]:
-        """What was answered so far, up to the operation given, is on disk and stays there while the block lasts.
+        """Yields the seq_id up to which everything is answered and on disk, and keeps it there during the block.
 
         Raises:
-            GradwireError: RUN_NOT_FOUND: what the block read was deleted meanwhile.
+            GradwireError: RUN_NOT_FOUND: the run was deleted while the block read it.
         """
         with self._journal.kept():
             up_to = self.placement.last_done_seq_id
@@ -375,7 +374,7 @@ class Run:
                 raise self._deleted from exc
 
     async def delete(self) -> None:
-        """Ends the run: its client's stream, its operations, its memory and what it has on disk."""
+        """Ends the run: its client's stream, its operations and its memory."""
         self._stop_drop_timer()
         gone = error("RUN_NOT_FOUND", f"{self.run_id} was deleted.", run_id=self.run_id)
         if self.attachment is not None:
@@ -386,7 +385,7 @@ class Run:
         await self._journal.close()
 
     def describe(self) -> RunMessage:
-        """The run as the protocol tells it."""
+        """The run as a protocol message."""
         message = RunMessage(
             run_id=self.run_id,
             base_model=self._settings.base_model.told(self.record.base_model),
@@ -408,5 +407,5 @@ class Run:
 
 
 def _left_to_the_next_trainer() -> GradwireError:
-    text = "The trainer shut down before this was done. It is in the run's journal: the next trainer does it."
+    text = "The trainer shut down before this was done. It is in the run's journal, and the next trainer does it."
     return error("DRAINING", text, retry_after_s=5.0)

@@ -1,7 +1,7 @@
-"""A run's curves: one point an optimizer step, from what its journal says of every operation.
+"""A run's curves: one point per optimizer step, from what its journal says of every operation.
 
-Journals are read on a thread, a piece at a time and each piece once; what was read is kept for the runs looked at last.
-A piece is some hundred rows of a few hundred bytes: neither requests nor answers are read, whatever their size.
+Journals are read on a thread, in chunks, each of them once; the points of the runs viewed last are kept in memory. A
+chunk is some hundred rows of a few hundred bytes: requests and answers, which may be large, are not read.
 """
 
 import asyncio
@@ -25,35 +25,35 @@ from trainer_service.runs.journal_metrics import Measured
 from trainer_service.runs.run import Run
 
 MAX_NAMES = 256
-"""Of one run's metrics; a loss may make up others at every step."""
+"""Distinct metrics of one run; a custom loss may invent new names at every step."""
 MAX_VALUES = 2_000_000
-"""Of one answer: 16 MB."""
+"""Values in one answer: 16 MB."""
 _ROWS = 500
-"""Read at once."""
+"""Rows in a chunk."""
 _MAX_READERS = 2
-"""Journals read at once: the threads are there for others too."""
+"""Journals read at once: others need the threads too."""
 _MAX_RUNS = 32
-"""Whose points are kept in memory, those looked at last: 100,000 steps of 20 metrics take 16 MB."""
+"""Runs whose points are kept in memory, those viewed last: 100,000 steps of 20 metrics take 16 MB."""
 _RECENT = 60
-"""Operations of a run that are kept one by one."""
+"""Latest operations of a run that are kept individually."""
 _DEFAULT_LEARNING_RATE = 1e-4
 _TRAINING = ("forward", "forward_backward", "backward", "optim_step")
 _CLEARING = ("zero_grad", "load_state")
 EVALUATION = "forward/"
-"""Before the names of what a forward with a loss found."""
+"""Prefix for the metrics of a forward with a loss."""
 
 
 @dataclass(frozen=True)
 class Points:
-    """Some of a run's points; all lists are as long as there are points."""
+    """Some of a run's points; each list has one value per point."""
 
     seq_ids: list[int]
     steps: list[int]
     times_s: list[float]
     series: dict[str, list[float]]
-    """By metric; NaN where a point does not have it."""
+    """By metric; NaN where a point lacks it."""
     more: bool
-    """Whether there are others behind them."""
+    """Whether more points follow."""
     names_left_out: int
     recent: list[Measured]
     """The run's last operations that were answered, in order."""
@@ -61,7 +61,7 @@ class Points:
 
 @dataclass
 class RunCurves:
-    """The points of one run, as far as its journal was read. Not for several threads at once, see `lock`."""
+    """The points of one run, as far as its journal was read. For one thread at a time, see `lock`."""
 
     folder: Path
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -73,10 +73,10 @@ class RunCurves:
     recent: deque[Measured] = field(default_factory=lambda: deque(maxlen=_RECENT))
     _read_seq_id: int = 0
     _since_step: list[Measured] = field(default_factory=list)
-    """Operations that the next optim_step will count."""
+    """Operations that count towards the next optim_step's point."""
 
     def read_on(self) -> None:
-        """Reads what was answered since.
+        """Reads what was answered since the last call.
 
         Raises:
             OSError, sqlite3.Error: The journal cannot be read.
@@ -88,11 +88,11 @@ class RunCurves:
                 self._read_seq_id = rows[-1].seq_id
 
     def select(self, names: Iterable[str], *, since_step: int, after_seq_id: int) -> Points:
-        """The points asked for; of very many the first."""
+        """The requested points; the first of them if there are too many."""
         wanted = set(names)
         series = {name: values for name, values in self.series.items() if not wanted or name in wanted}
         most = MAX_VALUES // (3 + len(series))
-        # Looked up rather than searched: a page asks every second for what is behind the last of a hundred thousand.
+        # Bisected: a page asks every second for what follows the last of a hundred thousand points.
         first = bisect.bisect_right(self.seq_ids, after_seq_id)
         places: Sequence[int] = range(first, len(self.seq_ids))
         if since_step:
@@ -113,7 +113,7 @@ class RunCurves:
         if row.kind == "optim_step" and not row.reason:
             self._add_point(row, self._since_step)
         if row.kind in (*_CLEARING, "optim_step"):
-            # A step that was refused cleared the gradients too, so what led to them counts no more.
+            # A refused step cleared the gradients too, so the passes before it no longer count.
             if not row.reason or row.kind == "optim_step":
                 self._since_step = []
         elif row.kind in _TRAINING and not row.reason:
@@ -122,7 +122,7 @@ class RunCurves:
     def _add_point(self, step: Measured, passes: list[Measured]) -> None:
         trained = [row.metrics for row in passes if not _evaluates(row)]
         evaluated = [row.metrics for row in passes if _evaluates(row)]
-        # The step itself counts the same tokens once more, for what it is divided by.
+        # The step reports the same tokens again, as its divisor.
         counted_again = ("num_loss_tokens:sum", "num_sequences:sum")
         own = {name: value for name, value in step.metrics.items() if not trained or name not in counted_again}
         values = {
@@ -147,7 +147,7 @@ class RunCurves:
 
 
 class RunMetrics:
-    """Curves of all runs, for whoever may see them."""
+    """The curves of all runs."""
 
     def __init__(self) -> None:
         self._curves: OrderedDict[str, RunCurves] = OrderedDict()
@@ -156,13 +156,13 @@ class RunMetrics:
     async def points(
         self, run: Run, *, names: Iterable[str] = (), since_step: int = 0, after_seq_id: int = 0
     ) -> Points:
-        """What a run measured, up to its last answered operation.
+        """A run's points, up to its last answered operation.
 
         Args:
-            run: It.
-            names: Only these metrics; none means all.
+            run: One that the caller may see.
+            names: Only these metrics; empty means all.
             since_step: Only points of this optimizer step and later ones.
-            after_seq_id: Only points behind this operation.
+            after_seq_id: Only points after this operation.
 
         Raises:
             GradwireError: STORAGE_FAILED: the journal cannot be read.
@@ -182,7 +182,7 @@ class RunMetrics:
                 return await asyncio.to_thread(read)
 
         try:
-            # Whoever asks may go away; what the thread does is not to be begun by another meanwhile.
+            # Shielded: if the caller leaves, nobody else may start reading before the thread is done.
             return await asyncio.shield(asyncio.create_task(alone()))
         except (OSError, sqlite3.Error) as exc:
             self._curves.pop(run.run_id, None)
@@ -191,12 +191,12 @@ class RunMetrics:
 
 
 def _evaluates(row: Measured) -> bool:
-    """Whether it is a forward with a loss: nothing trains on it."""
+    """Whether it is a forward with a loss, which evaluates and does not train."""
     return row.kind == "forward" and "loss:sum" in row.metrics
 
 
 def _combined(parts: Sequence[Mapping[str, float]], *, prefix: str = "") -> dict[str, float]:
-    """As combine_metrics, but that names without a reduction, which a user's loss gave, are averaged."""
+    """As combine_metrics, but names without a reduction, which come from a custom loss, are averaged."""
     found = combine_metrics(parts)
     for name in found:
         if ":" not in name:

@@ -1,4 +1,4 @@
-"""Sample requests on their way through the trainer: whose sampler, how many at once, and back again if given up."""
+"""Sample requests on their way through the trainer: whose sampler, how many at once, what is cancelled."""
 
 import asyncio
 import uuid
@@ -26,14 +26,14 @@ from trainer_service.request_limits import check_lease_ms, prompt_too_long
 from trainer_service.runs.registry import Runs
 
 
-class Sampling:
-    """Sends requests to the worker and brings tokens back, for the current caller.
+class SampleRequests:
+    """Sends the current caller's requests to the worker and returns the tokens.
 
     Args:
-        runs: Whose run a sampler is of.
-        worker: Generates.
-        transfers: From where saved samplers are; those that are only in the store are fetched first.
-        limits: The most there may be.
+        runs: The runs that frozen weights belong to.
+        worker: Generates the tokens.
+        transfers: Saved samplers; those that are only in the store are fetched first.
+        limits: How many requests there may be.
     """
 
     def __init__(self, runs: Runs, worker: Worker, transfers: Transfers, limits: Limits) -> None:
@@ -42,16 +42,16 @@ class Sampling:
         self._transfers = transfers
         self._limits = limits
         self._under_way: dict[str, str] = {}
-        """Owners of the requests that came and that the worker is not done with, those given up included."""
+        """Owners, by sample_id, of the requests that the worker is not done with, cancelled ones included."""
 
     def __len__(self) -> int:
         return len(self._under_way)
 
     async def sample(self, request: pb.SampleRequest) -> AsyncGenerator[pb.SampleResponse]:
-        """Tokens as they come. Leaving it early gives the request up.
+        """Tokens as they come. Leaving the iteration early cancels the request.
 
         Raises:
-            GradwireError: The sampler is not the caller's, LIMIT_EXCEEDED, or the worker's own.
+            GradwireError: The sampler is not the caller's, LIMIT_EXCEEDED, or an error of the worker's.
         """
         owner = current_caller.get().owner
         self._refuse_too_many(owner)
@@ -87,7 +87,7 @@ class Sampling:
                 self._worker.submit(command, lambda _: None)
 
     async def open(self, sampler: pb.Sampler, *, lease_ms: int) -> None:
-        """Loads a sampler; frozen weights stay for lease_ms at least.
+        """Loads a sampler; frozen weights stay for at least lease_ms.
 
         Raises:
             GradwireError: As sample.
@@ -97,7 +97,7 @@ class Sampling:
         await call(self._worker, WorkerCommand(open_sampler=WorkerOpenSampler(sampler=sampler, lease_ms=lease_ms)))
 
     async def close(self, sampler: pb.Sampler) -> None:
-        """Frees frozen weights; anything else is passed over.
+        """Frees frozen weights; other samplers are left alone.
 
         Raises:
             GradwireError: As sample.
@@ -106,7 +106,7 @@ class Sampling:
         await call(self._worker, WorkerCommand(close_sampler=WorkerCloseSampler(sampler=sampler)))
 
     def _refuse_too_many(self, owner: str) -> None:
-        """Bounds the requests under way, but so that nobody's keep all of another's out."""
+        """Bounds the requests under way, so that no owner keeps all others out."""
         limit, own = self._limits.max_sample_requests, Counter(self._under_way.values())
         if len(self) < limit or own[owner] < limit // len({*own, owner}) // 2:
             return
@@ -120,13 +120,13 @@ class Sampling:
         )
 
     def _check_prompt(self, request: pb.SampleRequest) -> None:
-        """Refuses a prompt that the model's context does not hold before it takes the worker's time."""
+        """Refuses a prompt that is too long for the model before it costs the worker time."""
         ready, got = self._worker.ready, len(request.prompt.tokens)
         if ready is not None and got > ready.model.max_context_length:
             raise prompt_too_long(got, ready.model.max_context_length)
 
     async def _check(self, sampler: pb.Sampler, *, fetch: bool = True, recent: bool = False) -> None:
-        """Whether the current caller may use a sampler. The worker can read it from then on, unless `fetch` is off."""
+        """Checks that the current caller may use a sampler, and fetches it for the worker unless `fetch` is off."""
         if sampler.WhichOneof("source") != "model_path":
             self._runs.check_base_model(sampler.base_model)
             return
@@ -140,7 +140,7 @@ class Sampling:
 
 
 def _is_sampled(outcome: Reply | GradwireError) -> TypeGuard[Reply]:
-    """Whether more will come."""
+    """Whether the outcome is tokens, so that more will come."""
     return not isinstance(outcome, GradwireError) and outcome.event.HasField("sampled")
 
 

@@ -1,7 +1,7 @@
 """The order of one run's operations. Pure: no clock, no network, no worker.
 
-`seq_id` is order, reply address and idempotency key at once. The next number is taken; a number skipped is a gap; a
-number seen before is a repeat, which gets the first answer if it is the same operation and is refused if it is another.
+`seq_id` is order, reply address and idempotency key at once. The next number is accepted; a number further ahead is a
+gap; a number seen before is a repeat, which gets the first answer if the operation is the same and is refused if not.
 """
 
 from collections import OrderedDict
@@ -17,8 +17,8 @@ Answered = Callable[[bytes], object]
 """Gets an answer: an encoded TrainResponse."""
 
 MAX_RETAINED_ANSWERS = 4096
-"""Answers kept for a client that does not acknowledge, such as one typing by hand; older ones are let go first. No
-operation waits for acknowledgements, since those come behind it on the same stream."""
+"""Answers kept for a client that does not acknowledge, such as one typing by hand; the oldest are released first. No
+operation waits for acknowledgements, since they come after it on the same stream."""
 MAX_RETAINED_BYTES = 256 * 1024 * 1024
 """Bytes of such answers."""
 
@@ -30,31 +30,31 @@ class Entry:
     seq_id: int
     digest: bytes
     operation: Operation
-    """What to execute; its request is empty where it was refused for want of room to write it down."""
+    """What to execute; its request is empty if there was no room to write it down."""
     kind: str
     waiters: list[Answered] = field(default_factory=list)
     failure: GradwireError | None = None
-    """What it failed with without being executed; what such a failure does to the run is still to be done."""
+    """What it failed with without being executed; the failure's effect on the run is still to come."""
     attempts: int = 0
-    """Times it was sent to a worker and not given back by it, this one included."""
+    """Times it was sent to a worker, not counting those that a death during another operation undid."""
     received_s: float = 0.0
     """When it came, by time.perf_counter."""
 
 
 class Sequence:
-    """Numbers taken, answers kept.
+    """Which seq_ids were used, and the answers kept for repeats.
 
     Args:
-        min_retained_answers: The latest answers are kept until acknowledged whatever their size. A client that keeps
-            to this many operations in flight therefore never loses an answer with its connection.
-        next_seq_id: Number of the next new operation.
+        min_retained_answers: So many of the latest answers are kept until acknowledged, whatever their size. A client
+            with at most this many operations in flight therefore never loses an answer with its connection.
+        next_seq_id: seq_id of the next new operation.
     """
 
     def __init__(self, *, min_retained_answers: int, next_seq_id: int = 1) -> None:
         self._min_retained_answers = min_retained_answers
         self._waiting: dict[int, Entry] = {}
         self._waiting_bytes = 0
-        # (digest, answer) in the order of answers. What was asked is let go: it may be megabytes.
+        # (digest, answer) in the order of answers. Requests are not kept: they may be megabytes.
         self._retained: OrderedDict[int, tuple[bytes, bytes]] = OrderedDict()
         self._retained_bytes = 0
         self.next_seq_id = next_seq_id
@@ -66,19 +66,19 @@ class Sequence:
 
     @property
     def waiting(self) -> list[Entry]:
-        """They, in order."""
+        """Operations that wait for their answer, in order."""
         return list(self._waiting.values())
 
     @property
     def unanswered_bytes(self) -> int:
-        """Memory that they take up."""
+        """Memory that they take."""
         return self._waiting_bytes
 
     def receive(self, operation: Operation, answered: Answered) -> Entry | None:
-        """Takes an operation in.
+        """Accepts an operation.
 
         Args:
-            operation: With its seq_id.
+            operation: Has its seq_id.
             answered: Gets the answer; at once, if it is already there.
 
         Returns:
@@ -105,7 +105,7 @@ class Sequence:
         if digest is None:
             raise error(
                 "ANSWER_RELEASED",
-                f"seq_id {seq_id} was executed, and its answer let go after it was acknowledged or too many waited. "
+                f"seq_id {seq_id} was executed; its answer was acknowledged, or dropped because too many waited. "
                 f"The next operation of this run is {self.next_seq_id}.",
                 expected=self.next_seq_id,
                 got=seq_id,
@@ -119,14 +119,14 @@ class Sequence:
         return None
 
     def wait_for(self, seq_id: int, answered: Answered) -> Callable[[], object] | None:
-        """Waits for the answer to an operation that was received.
+        """Waits for the answer to a received operation.
 
         Args:
             seq_id: Its number.
             answered: Gets the answer; at once, if it is already there.
 
         Returns:
-            What ends the waiting; None where the answer was let go.
+            A function that ends the waiting; None if the answer was released.
 
         Raises:
             OutOfRangeError: SEQ_ID_GAP: no operation has that number yet.
@@ -144,7 +144,7 @@ class Sequence:
         return lambda: None
 
     def take_up(self, entry: Entry) -> None:
-        """Waits for an operation's answer; one received by an earlier trainer is taken up so."""
+        """Waits for an operation's answer; also used for one that an earlier trainer received."""
         self._waiting[entry.seq_id] = entry
         self._waiting_bytes += entry.operation.memory_bytes
 
@@ -164,7 +164,7 @@ class Sequence:
             answered(answer)
 
     def acknowledge(self, acked_seq_id: int) -> None:
-        """Lets go of the answers up to acked_seq_id."""
+        """Releases the answers up to acked_seq_id."""
         while self._retained and next(iter(self._retained)) <= acked_seq_id:
             self._release()
 
@@ -174,7 +174,7 @@ class Sequence:
 
 
 def conflict(seq_id: int, next_seq_id: int) -> GradwireError:
-    """A number that came again with another operation."""
+    """The error for a seq_id that was used for another operation."""
     return error(
         "SEQ_ID_CONFLICT",
         f"seq_id {seq_id} was used before for another operation: another client works on this run. "

@@ -1,4 +1,4 @@
-"""Snapshots of a run: where they are, when one is due, who has it taken, which are kept. The worker writes them."""
+"""Snapshots of a run: where they are, when one is due, how it is ordered, which are kept. The worker writes them."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from trainer_service.runs.journal_writer import Journal
 logger = logging.getLogger(__name__)
 
 KEPT = 2
-"""The newest, and the one before in case the newest turns out damaged."""
+"""The newest, and the one before it in case the newest turns out to be damaged."""
 _MANIFEST = "manifest.json"
 
 
@@ -28,7 +28,7 @@ class Snapshot:
     """A snapshot that was written whole."""
 
     seq_id: int
-    """Last operation it contains; 0 for where a forked run begins."""
+    """Last operation it contains; 0 for the state that a forked run starts from."""
     folder: Path
 
 
@@ -42,11 +42,11 @@ class SnapshotClock:
         self._overdue = False
 
     def operation(self, kind: str) -> bool:
-        """An operation was sent to the worker. Whether a snapshot is due right behind it."""
+        """An operation was sent to the worker. Returns whether a snapshot is due right after it."""
         waited_s = time.monotonic() - self._last_s
         interval_s = self._policy.interval_s
         if kind != "optim_step":
-            # After a step there are no gradients and no graphs to keep. Where steps are very far apart, never mind.
+            # Best after a step, when there are no gradients and no graphs to keep; unless steps are far apart.
             return interval_s > 0 and waited_s >= 3 * interval_s
         if self._overdue:
             return True
@@ -55,21 +55,21 @@ class SnapshotClock:
         return by_steps or (interval_s > 0 and waited_s >= interval_s)
 
     def taken(self) -> None:
-        """One is being taken."""
+        """A snapshot is being taken."""
         self._steps, self._last_s, self._overdue = 0, time.monotonic(), False
 
     def failed(self) -> None:
-        """It was not: tried again behind the next step."""
+        """Taking it failed; it is tried again after the next step."""
         self._overdue = True
 
 
 def snapshot_folder(run_folder: Path, seq_id: int) -> Path:
-    """Where the snapshot behind an operation goes."""
+    """Where the snapshot after an operation goes."""
     return run_folder / "snapshots" / f"{seq_id:012d}"
 
 
 def list_snapshots(run_folder: Path) -> list[Snapshot]:
-    """Those written whole, newest first. Their digests are checked when they are loaded."""
+    """The snapshots that were written whole, newest first. Digests are checked on loading."""
     found: list[Snapshot] = []
     with contextlib.suppress(FileNotFoundError):
         for folder in (run_folder / "snapshots").iterdir():
@@ -79,11 +79,11 @@ def list_snapshots(run_folder: Path) -> list[Snapshot]:
 
 
 def prune_snapshots(run_folder: Path, *, verified_seq_id: int, keep_everything: bool) -> int:
-    """Deletes what a newer snapshot replaces, and what was never finished.
+    """Deletes snapshots that newer ones replace, and those that were never finished.
 
     Args:
         run_folder: The run's.
-        verified_seq_id: Of a snapshot that was just written and read back.
+        verified_seq_id: That of a snapshot that was just written and read back.
         keep_everything: Keep whole ones, however old.
 
     Returns:
@@ -93,21 +93,21 @@ def prune_snapshots(run_folder: Path, *, verified_seq_id: int, keep_everything: 
     kept = whole if keep_everything else whole[:KEPT]
     names = {snapshot.folder.name for snapshot in kept}
     for folder in (run_folder / "snapshots").iterdir():
-        # One with a higher number is being written now.
+        # A snapshot with a higher seq_id is being written now.
         number = folder.name.lstrip(".").partition(".")[0]
         if folder.name not in names and not (number.isdigit() and int(number) > verified_seq_id):
             shutil.rmtree(folder, ignore_errors=True)
-    # With one alone there is nothing to fall back on but what was before it.
+    # A single snapshot has nothing to fall back on but the journal from its beginning.
     return kept[-1].seq_id if len(kept) >= KEPT else 0
 
 
 class Snapshotter:
-    """Sends the worker's snapshot command in its place in the run's order, one at a time.
+    """Sends the worker's snapshot commands, one at a time, each in its place in the run's order.
 
     Args:
         run_id: The run.
         journal: Its journal.
-        worker: Holds it.
+        worker: Holds the run.
         policy: When snapshots are due.
     """
 
@@ -122,11 +122,11 @@ class Snapshotter:
 
     @property
     def busy(self) -> bool:
-        """Whether one is being taken."""
+        """Whether a snapshot is being taken."""
         return self._task is not None
 
     def sent(self, kind: str, seq_id: int) -> None:
-        """An operation was sent to the worker: has a snapshot taken right behind it, if one is due."""
+        """An operation was sent to the worker: takes a snapshot right after it, if one is due."""
         self._sent_seq_id = seq_id
         if kind == "load_state":
             # What was loaded may be overwritten or deleted before it is needed again.
@@ -135,13 +135,13 @@ class Snapshotter:
             self.take(seq_id)
 
     def take_soon(self, seq_id: int) -> None:
-        """Has one taken behind the operation sent last, now or as soon as the one under way is done."""
+        """Takes one after the last operation sent, now or as soon as the one under way is done."""
         self._sent_seq_id = self._loaded_seq_id = seq_id
         if not self.busy:
             self.take(seq_id)
 
     def take(self, seq_id: int) -> "asyncio.Task[bool]":
-        """Has one taken, behind the operation sent last. The task tells whether it was."""
+        """Takes one after the last operation sent. The task returns whether it succeeded."""
         assert self._task is None
         self._clock.taken()
         # Sent now, not when the task first runs: the next operation may come before that.
@@ -152,7 +152,7 @@ class Snapshotter:
         return self._task
 
     def worker_died(self) -> None:
-        """The worker no longer holds the run; whoever restores it sees to what it had loaded."""
+        """Forgets what the dead worker had loaded; restoring takes care of it."""
         self._loaded_seq_id = 0
 
     def cancel(self) -> None:
@@ -183,8 +183,8 @@ class Snapshotter:
         else:
             self._clock.failed()
             if not isinstance(failure, Died):
-                logger.warning("No snapshot; the one before stays.", extra={"fields": fields | {"why": failure}})
+                logger.warning("Snapshot failed; the one before stays.", extra={"fields": fields | {"why": failure}})
         if self._loaded_seq_id > seq_id:
-            # It came meanwhile.
+            # A load_state came meanwhile.
             self.take(self._sent_seq_id)
         return failure is None

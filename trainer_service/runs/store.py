@@ -1,7 +1,7 @@
-"""Runs on disk: a folder each, with journal, snapshots and a lock; those an earlier trainer left included.
+"""Runs on disk: a folder each, with journal, snapshots and a lock; including those an earlier trainer left.
 
-A run's folder is there whole or not at all: it is made aside and renamed into its place, and renamed away before it is
-removed. What a trainer that was killed left aside, the next one clears.
+A run's folder exists whole or not at all: it is made under another name and renamed into place, and renamed away before
+it is removed. What a killed trainer left half made, the next one clears.
 """
 
 import asyncio
@@ -32,13 +32,13 @@ _ADAPTER = "adapter"
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run to be taken up.
+    """A run to be taken over.
 
     Attributes:
-        folder: Its folder, now this process's.
-        record: What it is.
-        next_seq_id: Number of its next new operation.
-        undone: Its operations from the first without outcome on.
+        folder: Its folder, held by this process.
+        record: What describes it.
+        next_seq_id: seq_id of its next new operation.
+        undone: Its operations, beginning with the first that has no outcome.
     """
 
     folder: RunFolder
@@ -48,12 +48,12 @@ class StoredRun:
 
 
 class RunStore:
-    """The folders of a trainer's runs. Several trainers may share one; a run's folder is one trainer's.
+    """The folders of a trainer's runs. Several trainers may share runs_dir; each run's folder belongs to one of them.
 
     Args:
-        runs_dir: Where they are.
-        writer: Writes their journals.
-        durability: How they are kept.
+        runs_dir: Holds the folders.
+        writer: Writes the journals.
+        durability: How runs are kept.
     """
 
     def __init__(self, runs_dir: Path, writer: JournalWriter, durability: Durability) -> None:
@@ -67,12 +67,12 @@ class RunStore:
         return self._runs_dir / run_id
 
     def adapter_folder(self, run_id: str) -> Path:
-        """Where a run has a copy of the adapter it started from: what its caller named may change or go, and a run is
-        restored from what it was."""
+        """Where a run keeps its copy of the adapter it started from: the original may change or disappear, and the run
+        is restored from the copy."""
         return (self.folder(run_id) / _ADAPTER).absolute()
 
     def journal(self, run_id: str) -> Journal:
-        """A run's journal, to be written."""
+        """The writing end of a run's journal."""
         durability = self._durability
         return Journal(self.folder(run_id), self._writer, sync=durability.sync, retention=durability.retention)
 
@@ -80,7 +80,7 @@ class RunStore:
         """Makes a run's folder and journal, with a copy of the adapter it starts from.
 
         Returns:
-            Where the folder is until it is published; the next trainer removes one that was not.
+            Where the folder is until it is published; the next trainer removes one that never was.
 
         Raises:
             FailedPreconditionError: STORAGE_FAILED.
@@ -90,7 +90,7 @@ class RunStore:
         def make() -> RunFolder:
             self._runs_dir.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as undo:
-                # Before it is locked, a trainer that starts would clear it.
+                # Alone, since a trainer that starts would clear the folder before it is locked.
                 with alone(self._runs_dir):
                     path.mkdir()
                     undo.callback(shutil.rmtree, path, ignore_errors=True)
@@ -107,7 +107,7 @@ class RunStore:
         return path
 
     async def publish(self, run_id: str) -> None:
-        """A run that was written down is made: its folder takes its place.
+        """Moves the folder of a run that was written down, and is made, into its place.
 
         Raises:
             FailedPreconditionError: STORAGE_FAILED.
@@ -133,9 +133,9 @@ class RunStore:
         await asyncio.to_thread(remove)
 
     def clear(self) -> None:
-        """Removes what trainers that were killed left of runs half made or half removed."""
+        """Removes what killed trainers left of half-made or half-removed runs."""
         for left in [*self._runs_dir.glob(f"{_NEW}*"), *self._runs_dir.glob(f"{_TRASH}*")]:
-            # Another trainer has it in hand, or it is gone meanwhile.
+            # It is in use by another trainer, or gone meanwhile.
             with contextlib.suppress(OSError):
                 with alone(self._runs_dir):
                     folder = RunFolder(left)
@@ -143,7 +143,7 @@ class RunStore:
                 folder.close()
 
     def open_all(self, wanted: Callable[[Record], bool]) -> list[StoredRun]:
-        """Takes hold of the runs there are, oldest first, but for those others hold and those not wanted.
+        """Takes hold of the wanted runs that no other trainer holds, oldest first.
 
         Raises:
             OSError: The disk is so full that a run's journal cannot be opened.
@@ -159,7 +159,7 @@ class RunStore:
         return sorted(found, key=lambda run: run.record.created_s)
 
     async def close(self) -> None:
-        """Writes what is left to write, and lets go of every folder."""
+        """Writes what is left to write, and releases every folder."""
         await self._writer.close()
         for held in self._held.values():
             held.close()
@@ -182,7 +182,7 @@ def stored_run_folders(runs_dir: Path) -> list[Path]:
 
 
 def open_stored_run(path: Path) -> StoredRun | None:
-    """A run; None where another trainer holds it, or where it cannot be read, which is told and left as it is.
+    """A run; None if another trainer holds it, or if it cannot be read, which is logged and left as it is.
 
     Raises:
         OSError: The disk is so full that it cannot be opened.
@@ -198,16 +198,16 @@ def open_stored_run(path: Path) -> StoredRun | None:
         try:
             stored = _read_stored_run(folder)
         except (sqlite3.Error, OSError):
-            # Opening a journal may take a little room, which may have been there a moment too late.
+            # Opening a journal takes a little room; the reserve is there for that.
             if has_no_room(path):
                 journal.spend_reserve(path)
             stored = _read_stored_run(folder)
     except (DamagedJournal, sqlite3.Error, OSError) as exc:
         folder.close()
         if has_no_room(path) and not isinstance(exc, DamagedJournal):
-            # Not passed over: its client would take it for gone.
+            # Not skipped: its client would believe that the run is gone.
             raise OSError(
-                f"{path} cannot be opened, since its disk is full ({exc}); make room and start again"
+                f"{path} cannot be opened because its disk is full ({exc}); make room and start again"
             ) from exc
         logger.error("A run's journal is damaged; it is left as it is.", extra={"fields": {"folder": path, "why": exc}})
         return None

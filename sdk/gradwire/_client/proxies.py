@@ -4,25 +4,11 @@ import ipaddress
 import os
 from urllib.parse import urlsplit
 
+from gradwire._wire.channels import host_of, reaches_this_machine
+
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 """Those that gRPC reads, in its order; it knows them in lower case only."""
 _NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy")
-
-
-def reaches_this_machine(target: str) -> bool:
-    """Whether a gRPC target is on this machine: a unix socket, "localhost", a loopback or the wildcard address."""
-    if target.startswith("unix:"):
-        return True
-    host = _host(target)
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        # A dot at its end says of a name that it is whole.
-        name = host.removesuffix(".")
-        return name == "localhost" or name.endswith(".localhost")
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    address = mapped or address
-    return address.is_loopback or address.is_unspecified
 
 
 def proxy_used(target: str) -> str:
@@ -31,7 +17,7 @@ def proxy_used(target: str) -> str:
     if reaches_this_machine(target):
         return ""
     variable = next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
-    host = _host(target)
+    host = host_of(target)
     if variable is None or _bypassed(host):
         return ""
     value = os.environ[variable]
@@ -56,7 +42,3 @@ def _takes_out(entry: str, host: str) -> bool:
         return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
     except ValueError:
         return False
-
-
-def _host(target: str) -> str:
-    return target.rpartition(":")[0].strip("[]").lower()

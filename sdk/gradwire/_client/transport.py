@@ -1,4 +1,4 @@
-"""Channels to a trainer or a control plane."""
+"""Connections to a trainer or a control plane."""
 
 import asyncio
 import multiprocessing.context
@@ -7,14 +7,14 @@ import random
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import grpc
 import grpc.aio
 
 from gradwire._client.loop import LOOP
-from gradwire._client.proxies import proxy_used, reaches_this_machine
+from gradwire._client.proxies import proxy_used
 from gradwire._client.tls import ClientTls
+from gradwire._wire.channels import open_channel, parse_base_url
 from gradwire._wire.version import PROTOCOL_VERSION
 from gradwire.errors import GradwireError, from_rpc_error
 
@@ -41,39 +41,6 @@ class Closable(Protocol):
     def close(self) -> None:
         """Closes it, on the loop's thread."""
         ...
-
-
-def parse_base_url(base_url: str) -> tuple[str, bool]:
-    """(gRPC target, whether to use TLS) of a base_url.
-
-    "https://host" is TLS on port 443 unless it names one; "http://host:port" and "host:port" are plaintext;
-    "unix:/path" is a socket.
-
-    Raises:
-        ValueError: No host, no port where one is needed, or another scheme.
-    """
-    if base_url.startswith("unix:"):
-        return base_url, False
-    try:
-        parts = urlsplit(base_url if "://" in base_url else f"http://{base_url}")
-    except ValueError as exc:
-        raise ValueError(f'base_url {base_url!r} is no URL: {exc}; use "http://host:port".') from None
-    if parts.scheme not in ("http", "https"):
-        raise ValueError(
-            f'base_url {base_url!r} has scheme "{parts.scheme}"; use "http://host:port" or "https://host".'
-        )
-    try:
-        port = parts.port
-    except ValueError:
-        raise ValueError(f"base_url {base_url!r} has a port that is none; ports are 0 to 65535.") from None
-    if port is None and parts.scheme == "https":
-        port = 443
-    if not parts.hostname or port is None:
-        raise ValueError(
-            f'base_url {base_url!r} names no {"port" if parts.hostname else "host"}; use "http://host:port".'
-        )
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{host}:{port}", parts.scheme == "https"
 
 
 class Connection:
@@ -121,30 +88,7 @@ class Connection:
     def channel(self) -> grpc.aio.Channel:
         """The channel; on the loop's thread only."""
         if self._channel is None:
-            options = [
-                # The server says its own limit and the SDK keeps to it; grpc's client-side 4 MiB would come first.
-                ("grpc.max_receive_message_length", -1),
-                ("grpc.max_send_message_length", -1),
-                # A peer that vanished without a word is noticed within half a minute.
-                ("grpc.keepalive_time_ms", 20_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1_000),
-                # Two clients in one process get a connection each, so that one's bulk does not delay the other.
-                ("grpc.use_local_subchannel_pool", 1),
-                # A proxy would look for "this machine" on its own.
-                ("grpc.enable_http_proxy", 0 if reaches_this_machine(self._target) else 1),
-                # A megabyte and more in few system calls: grpc's defaults are made for small messages.
-                ("grpc.http2.max_frame_size", 1 << 22),
-                ("grpc.http2.lookahead_bytes", 1 << 24),
-                ("grpc.http2.write_buffer_size", 1 << 22),
-                ("grpc.experimental.tcp_read_chunk_size", 1 << 18),
-                ("grpc.experimental.tcp_max_read_chunk_size", 1 << 22),
-            ]
-            if self._credentials is not None:
-                self._channel = grpc.aio.secure_channel(self._target, self._credentials, options)
-            else:
-                self._channel = grpc.aio.insecure_channel(self._target, options)
+            self._channel = open_channel(self._target, self._credentials)
         return self._channel
 
     async def call_async(self, stub: Callable[[Any], Any], method: str, request: Any, timeout_s: float) -> Any:

@@ -7,8 +7,9 @@ from pathlib import Path
 from prometheus_client import generate_latest
 
 from trainer_service.engine.counters import Counters
-from trainer_service.fleet.supervisor import WorkerSettings, WorkerSupervisor
+from trainer_service.fleet.supervisor import WorkerSupervisor
 from trainer_service.observability import Metrics
+from trainer_service.worker_config import WorkerConfig
 
 DASHBOARD = Path(__file__).parents[3] / "deploy" / "grafana" / "gradwire.json"
 
@@ -16,8 +17,8 @@ DASHBOARD = Path(__file__).parents[3] / "deploy" / "grafana" / "gradwire.json"
 async def exported() -> set[str]:
     """Names that a trainer's --metrics-port has."""
     metrics = Metrics()
-    settings = WorkerSettings("model", Path("checkpoints"), 0, 0)
-    counted = {**WorkerSupervisor(settings).counters, **Counters().as_metrics()}
+    config = WorkerConfig(base_model="model", checkpoint_dir=Path("checkpoints"), max_runs=1)
+    counted = {**WorkerSupervisor(config).counters, **Counters().as_metrics()}
     metrics.add_worker_counters(lambda: counted)
     metrics.calls.labels("m", "OK").inc()
     metrics.operations.labels("forward", "ok").inc()

@@ -15,11 +15,12 @@ from gradwire.types import AdamParams
 
 from tests.engines import CPU, CROSS_ENTROPY, make_batch
 from tests.loras import ALL, BODY
-from trainer_service.config import EngineSettings, Limits
+from trainer_service.config import Limits
 from trainer_service.engine import adapter_offload
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.sampling.samplers import frozen_copy
+from trainer_service.worker_config import EngineSettings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),

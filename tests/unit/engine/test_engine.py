@@ -21,8 +21,9 @@ from gradwire.errors import (
 from gradwire.types import AdamParams
 
 from tests.engines import BATCH, CROSS_ENTROPY, RUN, forward_backward, make_batch, make_engine
-from trainer_service.config import EngineSettings, Limits
+from trainer_service.config import Limits
 from trainer_service.engine.engine import Engine, ForwardResult
+from trainer_service.worker_config import EngineSettings
 
 STEP = AdamParams(learning_rate=1e-2)
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import errno
 import logging
 import os
@@ -28,12 +27,11 @@ from trainer_service.engine import __main__ as worker_main
 from trainer_service.fleet import heartbeat
 from trainer_service.fleet import supervisor as supervisor_module
 from trainer_service.fleet.rank_processes import RankProcesses
-from trainer_service.fleet.supervisor import WorkerSettings, WorkerSupervisor
+from trainer_service.fleet.supervisor import WorkerSupervisor
 from trainer_service.fleet.worker import Died
+from trainer_service.worker_config import EngineSettings, WorkerConfig, WorkerTimeouts
 
-SETTINGS = WorkerSettings(
-    base_model="fake", checkpoint_dir=Path("unused"), max_context_length=0, max_message_bytes=1 << 20
-)
+CONFIG = WorkerConfig(base_model="fake", checkpoint_dir=Path("unused"), max_runs=8)
 
 
 def behaves(*behaviours: str) -> Callable[[str], list[str]]:
@@ -48,8 +46,8 @@ def behaves(*behaviours: str) -> Callable[[str], list[str]]:
 
 
 @contextlib.asynccontextmanager
-async def supervised(command: Callable[[str], list[str]], **settings: Any) -> AsyncIterator[WorkerSupervisor]:
-    supervisor = WorkerSupervisor(dataclasses.replace(SETTINGS, **settings), command=command)
+async def supervised(command: Callable[[str], list[str]], **timeouts: float) -> AsyncIterator[WorkerSupervisor]:
+    supervisor = WorkerSupervisor(CONFIG, timeouts=WorkerTimeouts(**timeouts), command=command)
     await supervisor.start()
     try:
         yield supervisor
@@ -354,27 +352,15 @@ async def test_stop_ends_a_worker_that_has_not_said_hello():
     assert supervisor.ready is None
 
 
-def test_a_rank_is_the_engine_with_its_settings():
-    assert SETTINGS.command("/tmp/x/worker.sock") == [
-        *(sys.executable, "-m", "trainer_service.engine"),
-        *("--socket", "/tmp/x/worker.sock"),
-        "--base-model=fake",
-        "--checkpoint-dir=unused",
-        *("--max-context-length", "0"),
-        *("--compute-dtype", "auto"),
-        *("--max-pack-tokens", "0"),
-        *("--max-held-graph-bytes", "0"),
-        *("--max-device-adapter-bytes", "0"),
-        *("--activation-checkpointing", "auto"),
-    ]
-
-
 @pytest.mark.parametrize("text", ["-model", "--socket=x", "-", "a model", "ordinary/model"])
-def test_a_worker_is_told_its_model_and_folder_whatever_they_begin_with(
+async def test_a_worker_is_told_its_settings_whatever_they_begin_with(
     text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = dataclasses.replace(SETTINGS, base_model=text, checkpoint_dir=Path(text))
-    command = settings.command("/tmp/socket")
-    monkeypatch.setattr(sys, "argv", command[command.index("trainer_service.engine") :])
-    parsed = worker_main._parse()
-    assert (parsed.base_model, parsed.checkpoint_dir) == (text, Path(text))
+    engine = EngineSettings(compute_dtype="bfloat16", max_pack_tokens=7)
+    config = WorkerConfig(
+        base_model=text, checkpoint_dir=Path(text), max_runs=3, served_model_name=text, loss_module=text, engine=engine
+    )
+    command = WorkerSupervisor(config)._command("/tmp/socket")
+    assert command[:3] == [sys.executable, "-m", "trainer_service.engine"]
+    monkeypatch.setattr(sys, "argv", command[2:])
+    assert worker_main._parse() == ("/tmp/socket", config)

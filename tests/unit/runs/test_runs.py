@@ -17,6 +17,8 @@ from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest, TrainResponse
 
 from tests.fakes import FakeWorker
+from trainer_service.checkpoints.catalog import Catalog
+from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Limits
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
@@ -33,7 +35,14 @@ def make_runs(worker: FakeWorker, **settings: Any) -> Runs:
     settings = {"base_model": "fake", "limits": Limits(), "detach_grace_s": 60.0, **settings}
     settings["base_model"] = ServedModel(settings["base_model"])
     runs_dir = settings.pop("runs_dir", None) or Path(tempfile.mkdtemp(prefix="gradwire-test-"))
-    runs = Runs(worker, observe=lambda kind, response: None, runs_dir=runs_dir, **settings)
+    runs = Runs(
+        worker,
+        observe=lambda kind, response: None,
+        runs_dir=runs_dir,
+        adapter_dir=runs_dir.parent / "adapters",
+        transfers=Transfers(Catalog(runs_dir.parent / "checkpoints")),
+        **settings,
+    )
     runs.start()
     return runs
 

@@ -75,12 +75,12 @@ def test_a_repeat_with_other_content_is_refused(answered: bool):
         assert caught.value.reason == "SEQ_ID_CONFLICT"
 
 
-def test_an_acknowledged_answer_is_let_go_and_its_repeat_refused():
+def test_an_acknowledged_answer_is_released_and_its_repeat_refused():
     sequence = Sequence(min_retained_answers=1)
     for seq_id in (1, 2):
         sequence.answer(receive_new(sequence, step(seq_id)), b"answer")
     sequence.acknowledge(1)
-    with pytest.raises(AbortedError, match="let go") as caught:
+    with pytest.raises(AbortedError, match="acknowledged") as caught:
         sequence.receive(step(1), lambda _: None)
     assert caught.value.reason == "ANSWER_RELEASED"
     assert sequence.receive(step(2), lambda _: None) is None

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 from gradwire import ServiceClient, TrainerJobManager
-from gradwire._client.proxies import proxy_used, reaches_this_machine
+from gradwire._client.proxies import proxy_used
 from gradwire._client.transport import Connection
+from gradwire._wire.channels import reaches_this_machine
 from gradwire.errors import UnavailableError
 from gradwire.v1.trainer_service_pb2 import GetServerInfoRequest
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub

@@ -5,7 +5,8 @@ import time
 
 import pytest
 from gradwire._client.loop import LOOP
-from gradwire._client.transport import Connection, parse_base_url
+from gradwire._client.transport import Connection
+from gradwire._wire.channels import parse_base_url
 from gradwire.errors import UnavailableError
 from gradwire.v1.trainer_service_pb2 import GetServerInfoRequest
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub

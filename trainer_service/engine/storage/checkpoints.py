@@ -36,12 +36,12 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True)
 class Label:
-    """What the caller says about a checkpoint."""
+    """What the caller attaches to a checkpoint."""
 
     ttl_seconds: int | None = None
     """How long the checkpoint is kept; None for ever."""
     user_metadata: Mapping[str, str] = field(default_factory=dict)
-    """Texts of the caller's own, by name; see trainer_service/user_metadata.py."""
+    """The caller's own texts, by name; see trainer_service/user_metadata.py."""
 
 
 class Checkpoints:
@@ -49,7 +49,7 @@ class Checkpoints:
 
     Args:
         root: Folder that holds them, at `<run_id>/<kind>/<name>`; other trainers may share it.
-        model: What its runs start from.
+        model: The base model of its runs.
         source: Folder of that model.
         channel: To the other ranks, which make the same calls.
     """
@@ -67,7 +67,7 @@ class Checkpoints:
     def save_state(
         self, run: RunState, name: str, label: Label | None = None, *, overwrite: bool = False
     ) -> SavedCheckpoint:
-        """Parameters, optimizer and counters; what has been accumulated since the last step is left out.
+        """Saves parameters, optimizer and counters, without gradients accumulated since the last step.
 
         Raises:
             AlreadyExistsError: CHECKPOINT_EXISTS.
@@ -85,15 +85,15 @@ class Checkpoints:
     def load_state(self, run: RunState, path: str, *, with_optimizer: bool) -> int:
         """Loads a state, of this run or another, after reading all of it once to verify it.
 
-        Gradients and held graphs are dropped. Whatever can be refused is refused before the run is changed.
+        Gradients and held graphs are dropped. An error leaves the run unchanged.
 
         Returns:
             Optimizer steps in the state.
 
         Raises:
-            InvalidArgumentError: INVALID_FIELD: the path is none, or one of sampler weights.
+            InvalidArgumentError: INVALID_FIELD: it is not a path of a checkpoint.
             NotFoundError: CHECKPOINT_NOT_FOUND.
-            FailedPreconditionError: CHECKPOINT_MISMATCH: of another model.
+            FailedPreconditionError: CHECKPOINT_MISMATCH: it holds sampler weights, or is of another model.
             DataLossError: CHECKPOINT_DAMAGED.
         """
         place = CheckpointPath.parse(path)
@@ -121,22 +121,22 @@ class Checkpoints:
         overwrite: bool = False,
         dtype: str = "",
     ) -> SavedCheckpoint:
-        """The parameters as a Hugging Face folder, or an adapter as a peft folder.
+        """Saves the parameters as a Hugging Face folder, or an adapter as a peft folder.
 
         Args:
             run: The run to save.
             name: The checkpoint's.
-            label: What the caller says about it; None for nothing.
-            merged: Of a LoRA run: the model to write in place of its adapter.
-            delta: Only what changed since the run's newest base.
+            label: What the caller attaches to it; None for nothing.
+            merged: For a LoRA run, the merged model to write in place of its adapter.
+            delta: Save only what changed since the run's newest base.
             overwrite: Replace what is there.
-            dtype: What a Hugging Face folder's parameters are written in: "float32", as they train, or that of the base
-                model's files; "" is the latter, or of a delta its base's. An adapter is written in float32.
+            dtype: The dtype of a Hugging Face folder's parameters: "float32", as they train, or that of the base
+                model's files; "" is the latter, or for a delta its base's. An adapter is always written in float32.
 
         Raises:
             InvalidArgumentError: INVALID_FIELD: no such dtype, or one in which a parameter is infinite.
             AlreadyExistsError: CHECKPOINT_EXISTS.
-            FailedPreconditionError: STORAGE_FAILED. DELTA_BASE_UNUSABLE: there is no base, or not as it was saved.
+            FailedPreconditionError: STORAGE_FAILED. DELTA_BASE_UNUSABLE: there is no base, or it has changed.
         """
         place = CheckpointPath(run.run_id, SAMPLER_WEIGHTS, name)
         folder = place.folder(self._root)
@@ -170,7 +170,7 @@ class Checkpoints:
         """The dtype to write, given the one asked for ("" for none) and the only one possible ("" for any)."""
         allowed = [only] if only else ["float32", self._dtype]
         if asked and asked not in allowed:
-            why = "as what it builds on" if only else "as it trains, or as in the base model's files"
+            why = "that of its base" if only else "as it trains, or as in the base model's files"
             names = " or ".join(f'"{name}"' for name in dict.fromkeys(allowed))
             raise invalid_field("dtype", f'is "{asked[:200]}"; it must be {names}, {why}.')
         return asked or allowed[-1]
@@ -203,7 +203,7 @@ def _needed_bytes(run: RunState, merged: PreTrainedModel | None, dtype: torch.dt
 
 
 def _saved_before(folder: Path, about: dict[str, Any]) -> int | None:
-    """Size of the checkpoint that this very operation wrote before its worker died and it was sent again, if it did."""
+    """Size of the checkpoint, if this very operation already wrote it before its worker died and it was sent again."""
     if not about["seq_id"] or not folder.is_dir():
         return None
     try:

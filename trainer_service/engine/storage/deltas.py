@@ -1,4 +1,4 @@
-"""Saving sampler weights as a delta to the run's last base, and making them whole again to load them."""
+"""Saving sampler weights as a delta to the run's last base, and expanding them to load them."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ def save_delta(
 
     Raises:
         AlreadyExistsError: CHECKPOINT_EXISTS.
-        FailedPreconditionError: DELTA_BASE_UNUSABLE: the run has saved no base, or it is not as it was saved.
+        FailedPreconditionError: DELTA_BASE_UNUSABLE: the run has saved no base, or the base has changed.
             STORAGE_FAILED: nothing is left behind.
     """
     base, manifest = channel.alike(lambda: _newest_base(folder))
@@ -78,11 +78,11 @@ def dtype_of_base(folder: Path) -> str:
 
 @contextlib.contextmanager
 def whole_weights(folder: Path) -> Iterator[Path]:
-    """A folder that holds all of a checkpoint's weights, for as long as the block runs.
+    """A folder that holds all of a checkpoint's weights, during the block.
 
     Raises:
         DataLossError: CHECKPOINT_DAMAGED.
-        FailedPreconditionError: DELTA_BASE_UNUSABLE: the base of a delta is gone, or is another by now.
+        FailedPreconditionError: DELTA_BASE_UNUSABLE: the base of a delta is gone, or was replaced.
     """
     description = deltas.describe(folder)
     if description is None:
@@ -122,7 +122,7 @@ def _write_delta(base: Path, manifest: Manifest, full: Path, out: Path, base_pat
         raise deltas.unusable_base(out.name, f"{base.name} has other files, since it was saved in another form")
     sizes: dict[str, list[int]] = {}
     files: dict[str, dict[str, Any]] = {}
-    # Chunks first, since the header that comes before them says how long they are.
+    # Chunks are written aside first, since the header before them contains their lengths.
     with tempfile.TemporaryFile(dir=out) as chunks:
         for name in names:
             entry = manifest.files[name]

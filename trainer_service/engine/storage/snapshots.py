@@ -17,7 +17,7 @@ from trainer_service.folders import refuse_without_room
 logger = logging.getLogger(__name__)
 
 Written = Callable[[GradwireError | None], object]
-"""Called with None once a snapshot is written and was read back, or with the reason why there is none."""
+"""Called with None once a snapshot is written and read back, or with the reason why there is none."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class _UnwrittenSnapshot:
 
 
 class SnapshotWriter:
-    """Writes snapshots one after the other on a thread of its own, which starts with the first.
+    """Writes snapshots one at a time, on a thread that starts with the first.
+
 
     Args:
         ranks: Which write each snapshot together.
@@ -41,7 +42,7 @@ class SnapshotWriter:
         self._thread: threading.Thread | None = None
 
     def take(self, run: RunState, folder: Path, written: Written) -> None:
-        """Copies the run's state, with gradients accumulated, and returns; the rest goes on by itself.
+        """Copies the run's state, accumulated gradients included, and returns; the rest happens in the background.
 
         Args:
             run: Between two operations.
@@ -49,7 +50,7 @@ class SnapshotWriter:
             written: Called on the writing thread.
 
         Raises:
-            OperationCancelledError: CANCELLED: the run holds graphs, which no snapshot can.
+            OperationCancelledError: CANCELLED: the run holds graphs, which a snapshot cannot hold.
             FailedPreconditionError: STORAGE_FAILED: the disk has no room for it; nothing was copied.
         """
         if run.graphs:
@@ -76,7 +77,7 @@ class SnapshotWriter:
                     channel=self._ranks.files,
                     overwrite=True,
                 )
-                # It is read back now, since what it makes superfluous is deleted next.
+                # Read back now, since the snapshots it replaces are deleted next.
                 open_state(snapshot.folder, self._ranks.files)
             except GradwireError as exc:
                 snapshot.written(exc)
@@ -86,12 +87,12 @@ class SnapshotWriter:
                 snapshot.written(error("STORAGE_FAILED", text))
             else:
                 snapshot.written(None)
-            # It is as large as the run, and would otherwise stay until the next one comes.
+            # It is as large as the run, and would otherwise stay in memory until the next one.
             del snapshot
 
 
 def restore_snapshot(run: RunState, folder: Path, channel: Channel) -> None:
-    """Makes a run what it was when the snapshot was taken. Every rank calls this.
+    """Restores a run to its state when the snapshot was taken. Every rank calls this.
 
     Raises:
         GradwireError: The snapshot is damaged, or of another model.
@@ -100,7 +101,7 @@ def restore_snapshot(run: RunState, folder: Path, channel: Channel) -> None:
 
 
 def repeat_failure(run: RunState, *, seq_id: int, kind: str, reason: str, forward_seq_id: int) -> None:
-    """Repeats on a run what the failure of an operation did to it, or would have done.
+    """Repeats the effect that an operation's failure had on a run, or would have had.
 
     Args:
         run: The run of the operation.

@@ -11,7 +11,7 @@ A folder, whole or not at all, of safetensors and JSON and nothing else:
 Of several ranks each writes files of its own, such as parameters-00002-of-00004.safetensors, with its part of what is
 shared out; what is the same on all of them is in the first one's. Any number of ranks reads them: parts.py.
 
-Tensors stream: one is never held twice, and on the way from a device to the disk only a few MiB of it.
+Tensors stream: none is held twice, and only a few MiB of one at a time on the way from a device to the disk.
 """
 
 import json
@@ -37,21 +37,21 @@ from trainer_service.folders import FolderWriter, Manifest, damaged, read_manife
 _COUNTERS = "state.json"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _MAX_COUNT = (1 << 53) - 1
-"""Of steps, passes, tokens: what every reader of JSON holds exactly, with room to count on in 64 bits."""
+"""Largest count of steps, passes or tokens: exact in every JSON reader, with room to count on in 64 bits."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What a run needs to go on as if it had never stopped, as far as this rank writes it; held graphs are not part of
-    it.
+    """What a run needs to continue as if it had never stopped, as far as this rank writes it; held graphs are not part
+    of it.
 
-    Nor are torch's generators: no operation draws from them. Dropout is off, a new adapter and every sample have seeds
-    of their own.
+    Nor are torch's generators, since no operation draws from them: dropout is off, and new adapters and samples have
+    seeds of their own.
 
     Attributes:
         parameters: The parameters that train, by name.
-        optimizer: AdamW's, by "step.", "exp_avg." or "exp_avg_sq." and the parameter's name.
-        gradients: Accumulated ones by name.
+        optimizer: AdamW's state, by "step.", "exp_avg." or "exp_avg_sq." and the parameter's name.
+        gradients: Accumulated gradients, by parameter name.
         counters: Values for state.json.
     """
 
@@ -68,7 +68,7 @@ class State:
         )
 
     def copied(self) -> "State":
-        """A copy in the host's memory, which later operations do not touch: to be written while the run goes on."""
+        """A copy in host memory that later operations do not touch, to be written while the run continues."""
         groups = {
             name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in group.items()}
             for name, group in self._groups().items()
@@ -85,7 +85,7 @@ def capture(run: RunState, *, gradients: bool, channel: Channel = ALONE) -> Stat
 
     Args:
         run: The run, between two operations.
-        gradients: With what was accumulated, and the mark of a failed pass. Without, the state is that after a step.
+        gradients: Include accumulated gradients and the mark of a failed pass; if not, the state is as after a step.
         channel: To the other ranks, which each capture their part.
     """
     trained = run.trained_parameters()
@@ -118,7 +118,7 @@ def write_state(
     """Writes a state, whole or not at all; may run on any thread.
 
     Args:
-        state: This rank's: live (then nothing else may run meanwhile) or copied.
+        state: This rank's: live, so that nothing else may run meanwhile, or copied.
         folder: Where it goes.
         channel: To the other ranks, which write theirs; of the thread this runs on.
         about: What the manifest says beside the files; `architecture` and `lora_rank` are compared when it is loaded.
@@ -128,7 +128,7 @@ def write_state(
         Size of all files, bytes.
 
     Raises:
-        AlreadyExistsError: CHECKPOINT_EXISTS: the folder is there and overwrite is off.
+        AlreadyExistsError: CHECKPOINT_EXISTS: the folder exists and overwrite is off.
         FailedPreconditionError: STORAGE_FAILED: the disk is full or cannot be written; nothing is left behind.
     """
 
@@ -146,12 +146,12 @@ def write_state(
 
 @dataclass(frozen=True)
 class StateFiles:
-    """A state on disk whose digests were found right; made by `open_state`.
+    """A state on disk whose digests were verified; made by `open_state`.
 
     Attributes:
         folder: Where it is.
-        manifest: What it says of itself.
-        step: Optimizer steps applied.
+        manifest: Its manifest.
+        counters: The content of state.json.
         channel: To the other ranks, which read the same state.
     """
 
@@ -166,25 +166,25 @@ class StateFiles:
         return self.counters["step"]
 
     def restore(self, run: RunState, *, optimizer: bool, gradients: bool = False) -> None:
-        """Loads it into a run. Gradients and held graphs of the run go; without `optimizer`, AdamW starts afresh.
+        """Loads it into a run, whose gradients and held graphs are dropped; without `optimizer`, AdamW starts anew.
 
-        Whatever can be refused is refused before anything of the run is changed. Every rank reads its own part.
+        An error leaves the run unchanged. Every rank reads its own part.
 
         Args:
-            run: Of the same architecture, training the same parameters.
-            optimizer: With AdamW's state.
-            gradients: With accumulated gradients and the mark of a failed pass.
+            run: One of the same architecture that trains the same parameters.
+            optimizer: Load AdamW's state.
+            gradients: Load accumulated gradients and the mark of a failed pass.
 
         Raises:
-            FailedPreconditionError: CHECKPOINT_MISMATCH: it is not of such a run.
+            FailedPreconditionError: CHECKPOINT_MISMATCH: the run is another.
             DataLossError: CHECKPOINT_DAMAGED.
         """
         trained = run.trained_parameters()
         parameters, moments, accumulated = self.channel.alike(lambda: self._checked(trained))
         with torch.no_grad():
-            # What a device may have no room for comes first: a load that fails changes nothing. Moments the run has are
-            # written over where they are, since old ones beside new ones are two more floats a parameter. Gradients
-            # are only loaded into runs that have none yet.
+            # Allocations come first, so that a load that runs out of memory changes nothing. Moments that the run has
+            # are overwritten in place, since old and new ones together would take two more floats per parameter.
+            # Gradients are only loaded into runs that have none yet.
             places = {
                 name: _places(run, name, parameter, moments if optimizer else {}) for name, parameter in trained.items()
             }
@@ -293,7 +293,7 @@ class StateFiles:
 
 
 def open_state(folder: Path, channel: Channel = ALONE) -> StateFiles:
-    """A state on disk, after reading all of it and comparing every digest.
+    """A state on disk, after reading all of it and verifying every digest.
 
     Args:
         folder: Where it is.
@@ -335,7 +335,7 @@ def _is_count(value: object) -> bool:
 
 
 def _places(run: RunState, name: str, parameter: Parameter, stored: Mapping[str, Parts]) -> dict[str, Tensor]:
-    """Where a parameter's stored moments go: over the run's own, or into room made for them."""
+    """Where a parameter's stored moments go: over the run's own, or into new tensors."""
     own = run.optimizer.state_of(parameter)
     places: dict[str, Tensor] = {}
     for moment in _MOMENTS:

@@ -1,8 +1,8 @@
-"""From the trainer's commands to the engine's verbs and back: protos on one side, arrays on the other.
+"""From the trainer's commands to the engine's calls and back: protos on one side, arrays on the other.
 
-`prepare` decodes and checks a command and may run ahead on the thread that reads; `execute` runs on the device thread,
+`prepare` decodes and checks a command and may run ahead on another thread; `execute` runs on the device thread,
 strictly in order. A command that was refused while being prepared still takes its turn: its failure is delivered, and
-leaves its mark on the run, where it would have executed.
+marks the run, when it would have executed.
 """
 
 import logging
@@ -37,7 +37,7 @@ class Commands:
 
     Args:
         engine: Holds the runs.
-        send: Sends an answer that comes later, on another thread.
+        send: Sends an answer that comes later, from another thread.
         sampling: Samples beside the runs; None refuses to sample.
     """
 
@@ -48,7 +48,7 @@ class Commands:
         self._run_life = RunLife(engine, sampling, send)
 
     def prepare(self, command: WorkerCommand) -> Prepared:
-        """Decodes and checks a command. Never raises: what is wrong with it is raised in its turn."""
+        """Decodes and checks a command. Never raises: an error is raised when the command's turn comes."""
         received_s = time.monotonic()
         kind = command.WhichOneof("command")
         seq_id = command.request.seq_id if kind == "request" else None
@@ -60,10 +60,10 @@ class Commands:
         return Prepared(command.command_id, seq_id, what, work, received_s, answered_later=what in _ANSWERED_LATER)
 
     def execute(self, prepared: Prepared) -> WorkerEvent | None:
-        """Executes a command on the device. Returns the answer; None where that comes later, by itself.
+        """Executes a command on the device. Returns the answer; None if it is sent later.
 
         Raises:
-            Exception: The device is beyond use; the process must end.
+            Exception: The device cannot be used any more; the process must end.
         """
         counters = self._engine.counters
         started_s = time.monotonic()
@@ -79,7 +79,7 @@ class Commands:
             # Other ranks may be waiting for this one in the middle of it.
             if broken(exc) or self._engine.ranks.world_size > 1:
                 raise
-            text = f"{prepared.what} failed because of a fault in Gradwire itself; the worker's log has the details."
+            text = f"{prepared.what} failed because of a bug in Gradwire; the worker's log has the details."
             failure = error("INTERNAL", text)
         self._engine.ranks.check_alike(failure.reason if failure else "")
         execute_s = time.monotonic() - started_s
@@ -116,7 +116,7 @@ class Commands:
             return self._run_life.prepare(what, command)
         if what in sampling_commands.KINDS and self._sampling is not None:
             return sampling_commands.prepare_sampling(what, command, self._sampling)
-        raise error("PROTOCOL_VIOLATION", "The worker was sent a command that it does not know.")
+        raise error("PROTOCOL_VIOLATION", "The worker was sent an unknown command.")
 
     def _refused(self, run_id: str, seq_id: int | None, what: str, exc: Exception) -> Work:
         def work() -> None:

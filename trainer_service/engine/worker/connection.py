@@ -22,10 +22,10 @@ class TrainerConnection:
     """
 
     def __init__(self, socket_path: str, *, max_message_bytes: int) -> None:
-        # Connected to by hand first, since gRPC reports a trainer that was never there and one that went away alike.
+        # Connected by hand first: gRPC does not tell a trainer that was never there from one that left.
         with socket.socket(socket.AF_UNIX) as probe:
             probe.connect(socket_path)
-        # Twice the limit of one message: an operation travels inside a command, and a little larger.
+        # Twice the limit of one message: an operation travels inside a command, which is a little larger.
         largest = 2 * max_message_bytes
         options = [
             ("grpc.max_receive_message_length", largest),
@@ -38,7 +38,7 @@ class TrainerConnection:
         self.commands: Any = WorkerServiceStub(self._channel).Attach(iter(self._events.get, None))
         """Iterates over the commands; raises grpc.RpcError when the stream breaks off."""
         self.ended = threading.Event()
-        """Set as soon as the stream has ended, whatever else this process is doing."""
+        """Set as soon as the stream has ended, whatever this process is doing."""
         if not self.commands.add_callback(self.ended.set):
             self.ended.set()
 
@@ -51,8 +51,8 @@ class TrainerConnection:
         self._events.put(None)
 
     def ended_cleanly(self) -> bool:
-        """After the end: whether it is the trainer's end too, not its refusal of this worker."""
-        # How a trainer that goes away looks from here, whatever its reason.
+        """After the end: whether the trainer ended too, rather than refused this worker."""
+        # How a trainer that leaves looks from here, for whatever reason.
         gone = (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
         return self.commands.code() in gone
 

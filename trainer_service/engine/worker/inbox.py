@@ -1,9 +1,8 @@
 """Commands between the thread that reads them and the one that executes them. Light: no torch.
 
-Operations execute in the order they came. What belongs to sampling overtakes them: a request should join the batch, or
-leave it, between two operations rather than behind all that wait. Preparing a command (decoding a batch, tokenizing a
-prompt) may take long: each of the two lines has a thread for it, so that neither waits for the other, and nothing waits
-to be read.
+Operations execute in the order they came. Commands of sampling overtake them: a request should join the batch, or leave
+it, between two operations rather than after all that wait. Preparing a command (decoding a batch, tokenizing a prompt)
+may take long: each of the two lines has a thread for it, so that neither waits for the other, and reading never waits.
 """
 
 import threading
@@ -27,7 +26,7 @@ class _Line(Generic[C, P]):
         self.raw: deque[C] = deque()
         self.prepared: deque[P] = deque()
         self.ended = False
-        """Whether all there will ever be are prepared."""
+        """Whether all commands are prepared and no more will come."""
 
     @property
     def next_may_be_prepared(self) -> bool:
@@ -39,7 +38,7 @@ class Inbox(Generic[C, P]):
 
     Args:
         prepare: Decodes and checks a command; must not raise.
-        overtakes: Whether a command is of those that overtake.
+        overtakes: Whether a command overtakes operations.
     """
 
     def __init__(self, prepare: Callable[[C], P], overtakes: Callable[[C], bool]) -> None:
@@ -47,12 +46,12 @@ class Inbox(Generic[C, P]):
         self._overtakes = overtakes
         self._changed = threading.Condition()
         self._in_turn: _Line[C, P] = _Line(_AHEAD)
-        # Whoever reads bounds how many requests to sample are under way.
+        # The trainer bounds how many sample requests are under way.
         self._urgent: _Line[C, P] = _Line(None)
         self._ended = False
 
     def read(self, commands: Iterable[C]) -> None:
-        """Takes commands in until there are no more; on a thread of its own."""
+        """Reads commands until there are no more; on a thread of its own."""
         try:
             for command in commands:
                 line = self._urgent if self._overtakes(command) else self._in_turn
@@ -114,7 +113,7 @@ class Inbox(Generic[C, P]):
 
     @property
     def ended(self) -> bool:
-        """Whether all commands there will ever be have been taken."""
+        """Whether all commands have been taken and no more will come."""
         with self._changed:
             return self._all_prepared and not self._urgent.prepared and not self._in_turn.prepared
 

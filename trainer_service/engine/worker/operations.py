@@ -1,4 +1,4 @@
-"""The operations of a run: what a TrainRequest asks for, decoded and checked, and the answer it gets."""
+"""The operations of a run: a TrainRequest decoded and checked, and the answer it gets."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +36,7 @@ class RunOperations:
 
     Args:
         engine: Executes them.
-        sampling: Keeps the frozen weights that operations make; None where nothing is sampled.
+        sampling: Keeps the frozen weights that operations make; None if nothing is sampled.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling | None) -> None:
@@ -66,7 +66,7 @@ class RunOperations:
         return self._kinds[kind](run_id, request.seq_id, getattr(request, kind))
 
     def refused(self, run_id: str, seq_id: int, kind: str) -> None:
-        """Leaves the mark of an operation that was refused on its run, as if it had failed while it executed."""
+        """Marks the run of a refused operation as if it had failed while executing."""
         if kind in _GRADIENT_PASSES:
             self._engine.fail_pass(run_id, seq_id)
 

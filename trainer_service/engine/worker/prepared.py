@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from google.protobuf.message import Message
 
 Work = Callable[[], Message | None]
-"""Executes a command. Returns an operation's answer; None for a command that is no operation."""
+"""Executes a command. Returns an operation's answer; None for a command that is not an operation."""
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,10 @@ class Prepared:
 
     Attributes:
         command_id: Identifies the answer.
-        seq_id: The operation's; None for a command that is no operation.
+        seq_id: The operation's; None for a command that is not an operation.
         what: Name of the operation or command; for an operation also the field of TrainResponse that answers it.
-        work: Executes it, or raises what is wrong with it.
-        answered_later: Whether it goes on by itself once begun, and is answered when it is done.
+        work: Executes it, or raises the error found while preparing it.
+        answered_later: Whether it continues in the background once begun, and is answered when it is done.
         received_s: When it was received, by time.monotonic.
     """
 

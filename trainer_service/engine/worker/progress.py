@@ -1,4 +1,4 @@
-"""Tells slow from stuck: reports whenever this process has made progress. Light: no torch."""
+"""Tells slow from stuck: reports whenever this process makes progress. Light: no torch."""
 
 import contextlib
 import threading
@@ -9,16 +9,15 @@ from pathlib import Path
 _LOOK_S = 5.0
 _CPU_S = 0.1
 _IO_BYTES = 64 << 10
-"""What a look must find to count as progress. Between two looks an idle worker computes for 0.01 s (gRPC's threads) and
-reads and writes next to nothing; it is not added up over looks, since over minutes it would amount to something."""
+"""What counts as progress between two looks. In that time an idle worker computes for 0.01 s (gRPC's threads) and reads
+and writes next to nothing, which must not add up over many looks."""
 
 
 @contextlib.contextmanager
 def told_of_progress(tell: Callable[[], object]) -> Iterator[None]:
     """Calls `tell`, on a thread of its own, each time the process has computed, read or written some more.
 
-    Downloads, reads from a slow disk and conversions count; waiting for a driver or a file system that does not answer
-    does not.
+    Downloads, reads from a slow disk and conversions count; waiting for a driver or a file system that hangs does not.
     """
     over = threading.Event()
 
@@ -40,12 +39,12 @@ def told_of_progress(tell: Callable[[], object]) -> Iterator[None]:
 
 
 def _time_to_look(over: threading.Event) -> bool:
-    """Waits for the next look. False once there is none."""
+    """Waits for the next look. Returns False once it is over."""
     return not over.wait(_LOOK_S)
 
 
 def _io_bytes() -> int:
-    """What the process has read and written so far, memory maps included; 0 where there is no /proc to ask."""
+    """What the process has read and written so far, memory maps included; 0 if there is no /proc."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:

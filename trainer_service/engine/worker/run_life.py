@@ -19,9 +19,9 @@ class RunLife:
     """Prepares commands about whole runs for an engine.
 
     Args:
-        engine: Holds them.
-        sampling: Keeps samplers of them; None where nothing is sampled.
-        send: Sends what becomes of a snapshot, on another thread.
+        engine: Holds the runs.
+        sampling: Keeps their samplers; None if nothing is sampled.
+        send: Sends the outcome of a snapshot, from another thread.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling | None, send: Callable[[WorkerEvent], object]) -> None:
@@ -98,16 +98,16 @@ class RunLife:
 
 
 def lora_settings(request: CreateRunRequest) -> LoraSettings | None:
-    """What a request says of LoRA; None where all parameters train, or an adapter decides.
+    """The LoRA settings of a request; None if all parameters train, or an adapter decides.
 
     Raises:
-        InvalidArgumentError: INVALID_FIELD: it says something that would have no effect.
+        InvalidArgumentError: INVALID_FIELD: a setting would have no effect.
     """
     names = ("lora_alpha", "seed", "train_mlp", "train_attn", "train_unembed")
     given: dict[str, Any] = {name: getattr(request, name) for name in names if request.HasField(name)}
     if given and request.adapter_path:
         raise invalid_field(
-            next(iter(given)), "is set together with adapter_path; an adapter decides that itself. Leave it out."
+            next(iter(given)), "is set together with adapter_path, but the adapter decides it. Leave it out."
         )
     if given and not request.lora_rank:
         raise invalid_field(

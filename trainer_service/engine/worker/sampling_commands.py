@@ -12,7 +12,7 @@ def prepare_sampling(kind: str, command: WorkerCommand, sampling: Sampling) -> W
     """Decodes and checks a command of one of KINDS.
 
     Raises:
-        GradwireError: What is wrong with a request to sample.
+        GradwireError: The sample request is invalid.
     """
     match kind:
         case "sample":

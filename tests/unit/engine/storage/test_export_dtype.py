@@ -17,7 +17,7 @@ from tests.engines import RUN, forward_backward, make_engine
 from tests.loras import ALL, BODY, lora_engine, randomize
 from tests.tiny import make_tiny_llama
 from trainer_service.checkpoints import manifests
-from trainer_service.checkpoints.catalog import Checkpoint
+from trainer_service.checkpoints.checkpoint import Checkpoint
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.export import stored_dtype
 from trainer_service.engine.storage.deltas import whole_weights

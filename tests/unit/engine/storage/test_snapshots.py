@@ -143,7 +143,7 @@ def test_a_damaged_snapshot_is_refused_and_leaves_no_run_behind(driver: Driver, 
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
-    assert "has another content than was written" in driver.create(tmp_path / "snapshot").done.error.message
+    assert "has different content than was written" in driver.create(tmp_path / "snapshot").done.error.message
     driver.engine.create_run(RUN)
 
 

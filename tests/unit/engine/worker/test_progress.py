@@ -1,6 +1,5 @@
 """A worker that loads tells of progress while there is any, and only then."""
 
-import argparse
 import os
 import threading
 import time
@@ -11,11 +10,12 @@ from typing import Any
 import pytest
 from gradwire.v1.worker_service_pb2 import WorkerEvent
 
-from trainer_service.config import EngineSettings, Limits
+from trainer_service.config import Limits
 from trainer_service.engine import __main__ as worker
 from trainer_service.engine import engine
 from trainer_service.engine.ranks import Ranks
 from trainer_service.engine.worker import progress
+from trainer_service.worker_config import WorkerConfig
 
 DEADLINE_S = 60
 
@@ -117,14 +117,9 @@ def test_a_worker_says_what_it_begins_and_of_a_long_load_that_it_gets_on(
         return "engine"
 
     monkeypatch.setattr(engine, "Engine", load)
-    parser = argparse.ArgumentParser()
-    EngineSettings.add_arguments(parser)
-    arguments = parser.parse_args([])
-    vars(arguments).update(
-        base_model="m", served_model_name="", checkpoint_dir=tmp_path, loss_module="", max_context_length=0
-    )
+    config = WorkerConfig(base_model="m", checkpoint_dir=tmp_path, max_runs=8)
     trainer: Any = Trainer()
-    assert worker._load(arguments, Ranks.from_environment(), Limits(), trainer) == "engine"
+    assert worker._load(config, Ranks.from_environment(), Limits(), trainer) == "engine"
     assert said[:2] == ["importing torch and transformers", "looking for a device"]
     assert said[2].startswith("loading m onto ")
     assert said[3:] == [said[2]] * (len(said) - 3)

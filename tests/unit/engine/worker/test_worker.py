@@ -30,6 +30,8 @@ from gradwire.v1.worker_service_pb2_grpc import WorkerServiceServicer, add_Worke
 from tests.engines import BATCH, RUN, make_batch
 from tests.tiny import VOCAB_SIZE
 from trainer_service.executing import executing_command
+from trainer_service.options import command_line
+from trainer_service.worker_config import WorkerConfig
 
 START_S = 60
 ANSWER_S = 30
@@ -110,7 +112,9 @@ class RecordingTrainer(WorkerServiceServicer):
 def worker_command(socket: Path, model: Path, checkpoints: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "trainer_service.engine", "--socket", str(socket)),
-        *("--base-model", str(model), "--checkpoint-dir", str(checkpoints), "--max-context-length", "32"),
+        *command_line(
+            WorkerConfig(base_model=str(model), checkpoint_dir=checkpoints, max_runs=8, max_context_length=32)
+        ),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints in the local folder, as their manifests tell of them."""
+"""Manifests of the checkpoints in the local folder."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class LocalManifests:
-    """Manifests below a folder, each read again only if it changed.
+    """Manifests below a folder; each is read again only if it changed.
 
     Args:
         root: The folder; checkpoints are at `<run_id>/<kind>/<name>`.
@@ -26,7 +26,7 @@ class LocalManifests:
         self._known: dict[Path, tuple[object, Manifest | DataLossError]] = {}
 
     def paths(self) -> Iterator[CheckpointPath]:
-        """All there are, but for those being written, whose names begin with a dot."""
+        """All checkpoints, except those being written, whose names begin with a dot."""
         for kind in (STATE, SAMPLER_WEIGHTS):
             for file in self._root.glob(f"*/{kind}/*/{MANIFEST}"):
                 run_id, _, name, _ = file.relative_to(self._root).parts
@@ -34,13 +34,13 @@ class LocalManifests:
                     yield CheckpointPath.parse(str(CheckpointPath(run_id, kind, name)))
 
     def find(self, path: CheckpointPath) -> Manifest | None:
-        """The manifest of what is at a path; None where nothing is, or it is damaged."""
+        """The manifest of the checkpoint at a path; None if there is none, or it is damaged."""
         with contextlib.suppress(DataLossError):
             return self.read(path)
         return None
 
     def read(self, path: CheckpointPath) -> Manifest | None:
-        """The manifest of what is at a path; None where nothing is.
+        """The manifest of the checkpoint at a path; None if there is none.
 
         Raises:
             DataLossError: CHECKPOINT_DAMAGED.
@@ -63,7 +63,7 @@ class LocalManifests:
         return known[1]
 
     def forget(self, path: CheckpointPath) -> None:
-        """What is at a path is gone."""
+        """Forgets the manifest of a checkpoint that was removed."""
         self._known.pop(path.folder(self._root) / MANIFEST, None)
 
 
@@ -72,6 +72,6 @@ def _read(path: CheckpointPath, file: Path) -> Manifest | DataLossError:
         with file.open("rb") as opened:
             return manifests.read(path, opened.read(MAX_MANIFEST_BYTES + 1))
     except DataLossError as exc:
-        # Once: it is read again when it changes.
+        # Logged once: it is read again only when it changes.
         logger.warning("A manifest is damaged.", extra={"fields": {"file": str(file), "error": str(exc)}})
         return exc

@@ -1,0 +1,174 @@
+"""A gRPC server of ours as a whole: its port, TLS, what it takes from a peer, health, reflection, its end."""
+
+import logging
+
+import grpc
+import grpc.aio
+from gradwire._wire.version import __version__
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from trainer_service import descriptors
+from trainer_service.access import ApiKeys
+from trainer_service.addresses import join_address, listens_on_loopback, split_address
+from trainer_service.config import GrpcServerConfig, ServerTls
+from trainer_service.observability import Metrics
+from trainer_service.rpc.border import Border
+from trainer_service.rpc.request_limiter import RequestLimiter
+
+logger = logging.getLogger(__name__)
+
+_PROBES = 64
+"""Connections to the health port at once."""
+_WINDOW_BYTES = 1 << 17
+"""What a call may send before somebody reads it; while its message arrives, up to 1 MiB more: enough for 190 Mbit/s
+where an answer takes 50 ms. The larger windows that grpc's bandwidth probe opens made nothing faster on one machine,
+and whoever floods us with calls fills one for each."""
+_MAX_PENDING_CALLS = 1500
+"""Calls that have come and that the event loop has not got to, of all connections; gRPC refuses more."""
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class GrpcServer:
+    """Serves our services behind a border. Add servicers to `server`, then bind it, then start it.
+
+    Args:
+        config: Where it listens, and how.
+        api_keys: Keys that open it.
+        metrics: Counts its calls.
+        max_message_bytes: The largest message taken.
+        max_calls: Calls of one client that should be able to run at once.
+        reserved_descriptors: File descriptors kept for what is not a client's connection.
+        limiter: Looks at the fields of messages; None takes any.
+
+    Raises:
+        SettingsError: Too few files may be open.
+    """
+
+    def __init__(
+        self,
+        config: GrpcServerConfig,
+        *,
+        api_keys: ApiKeys,
+        metrics: Metrics,
+        max_message_bytes: int,
+        max_calls: int,
+        reserved_descriptors: int,
+        limiter: RequestLimiter | None = None,
+    ) -> None:
+        self._config = config
+        self._api_keys = api_keys
+        border = Border(api_keys=api_keys, metrics=metrics, max_message_bytes=max_message_bytes, limiter=limiter)
+        options = _options(
+            max_message_bytes=max_message_bytes,
+            max_connections=descriptors.max_connections(reserved=reserved_descriptors),
+            max_calls=max_calls,
+        )
+        self.server = grpc.aio.server(interceptors=[border], options=options)
+        """Servicers are added to it."""
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._health_server: grpc.aio.Server | None = None
+        self.address = ""
+        """host:port it listens on, once bound."""
+
+    def bind(self, *services: str, reflected: bool = True) -> None:
+        """Takes its ports, and adds health.
+
+        Args:
+            services: Full names of the services it has.
+            reflected: Describe them to whoever asks, such as grpcurl.
+
+        Raises:
+            OSError: An address cannot be used.
+        """
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        if reflected:
+            reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
+        self.address = _open_port(self.server, self._config.listen, self._config.tls)
+        if self._config.health_listen is not None:
+            # In plaintext and without a border: a cluster's probes speak no TLS and have no key.
+            options = _options(max_message_bytes=1024, max_connections=_PROBES, max_calls=1)
+            self._health_server = grpc.aio.server(options=options, maximum_concurrent_rpcs=2 * _PROBES)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
+            _open_port(self._health_server, self._config.health_listen, None)
+
+    async def start(self) -> None:
+        """Serves. Of health, "" is serving from now on."""
+        await self.set_serving("", True)
+        if self._health_server is not None:
+            await self._health_server.start()
+        await self.server.start()
+        keys_in_plaintext = self._config.tls is None and self._api_keys.required
+        if keys_in_plaintext and not listens_on_loopback(self._config.listen):
+            logger.warning("API keys cross the network in plaintext; give --tls-cert-file, or put TLS in front.")
+        logger.info("Listening.", extra={"fields": {"address": self.address, "version": __version__}})
+
+    async def set_serving(self, service: str, serving: bool) -> None:
+        """Answers health checks of a service; "" stands for the process."""
+        await self._health.set(service, _SERVING if serving else _NOT_SERVING)
+
+    async def stop_serving(self) -> None:
+        """Answers every health check with NOT_SERVING from now on; calls are still taken."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, *, grace_s: float) -> None:
+        """Takes no more calls; those under way have grace_s to end."""
+        await self.server.stop(grace=grace_s)
+        if self._health_server is not None:
+            await self._health_server.stop(grace=None)
+
+
+def _options(*, max_message_bytes: int, max_connections: int, max_calls: int) -> list[tuple[str, int]]:
+    """What a server takes from a peer before anybody looks at it, as gRPC's channel arguments."""
+    return [
+        *descriptors.connection_options(max_connections),
+        # Twice the limit, so that a message somewhat over it is refused in our words rather than grpc's.
+        ("grpc.max_receive_message_length", 2 * max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.so_reuseport", 0),
+        # Further calls of a connection wait at the client, which knows the limit.
+        ("grpc.max_concurrent_streams", max_calls + 128),
+        ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
+        # Nothing compressed: a few hundred kilobytes of gzip become hundreds of megabytes before anybody sees them.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+        ("grpc.per_message_decompression", 0),
+        # A megabyte and more in few system calls: grpc's defaults are made for small messages.
+        ("grpc.http2.max_frame_size", 1 << 22),
+        ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.write_buffer_size", 1 << 22),
+        ("grpc.experimental.tcp_read_chunk_size", 1 << 18),
+        ("grpc.experimental.tcp_max_read_chunk_size", 1 << 22),
+        # Clients ping to notice a dead server; grpc's default would cut them off for it.
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+    ]
+
+
+def _open_port(server: grpc.aio.Server, listen: str, tls: ServerTls | None) -> str:
+    """Has a server listen once it is started. Returns the host:port that was taken.
+
+    Raises:
+        OSError: The address cannot be used.
+    """
+    host, port = split_address(listen)
+    wanted = join_address(host, port)
+    try:
+        if tls is not None:
+            port = server.add_secure_port(wanted, _credentials(tls))
+        else:
+            port = server.add_insecure_port(wanted)
+    except RuntimeError as exc:
+        raise OSError(f"cannot listen on {listen}: {exc}") from exc
+    return join_address(host, port)
+
+
+def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
+    """What the server shows, and asks for."""
+    pair = (tls.key_file.read_bytes(), tls.cert_file.read_bytes())
+    roots = None if tls.client_ca_file is None else tls.client_ca_file.read_bytes()
+    return grpc.ssl_server_credentials([pair], root_certificates=roots, require_client_auth=roots is not None)

@@ -1,0 +1,105 @@
+"""What a worker is told: the trainer takes these options for it, and passes them on. Ground floor."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trainer_service.options import option, options_of
+
+RANK_STORE_VARIABLE = "GRADWIRE_RANK_STORE"
+"""Tells the worker's ranks the path of the file where they meet."""
+
+HEARTBEAT_INTERVAL_S = 1.0
+"""How often a ready worker says that it runs."""
+
+Checkpointing = Literal["auto", "on", "off"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Memory and precision. On the CPU, where device and host memory are the same, adapters always stay."""
+
+    compute_dtype: ComputeDtype = option(
+        "auto",
+        help="precision of matrix products; auto: float32 on the CPU, bfloat16 on CUDA. Parameters, gradients and "
+        "optimizer state are always float32",
+    )
+    max_pack_tokens: int = option(
+        0,
+        help="most tokens in one forward; 0 decides from memory. A longer sequence is a forward of its own",
+        at_least=0,
+    )
+    max_held_graph_bytes: int = option(
+        0,
+        help="most memory for the graphs of custom losses; beyond it the oldest are dropped, and computed again at "
+        "their backward; 0 decides from memory",
+        at_least=0,
+    )
+    max_device_adapter_bytes: int = option(
+        0,
+        help="most device memory for the adapters of LoRA runs, gradients and optimizer state included; beyond it "
+        "idle ones wait in host memory; 0 decides from memory",
+        at_least=0,
+    )
+    activation_checkpointing: Checkpointing = option(
+        "auto",
+        help="compute activations again in the backward instead of keeping them: less memory, more time; auto: for "
+        "forwards that would not fit otherwise",
+    )
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """How many processes the worker is, all on this machine."""
+
+    nproc_per_node: int = option(
+        1, help="worker processes (ranks) that share the model and every batch", at_least=1, metavar="RANKS"
+    )
+    collective_timeout_s: float = option(
+        600.0, help="ranks that wait for one of them for this long in an operation are all started again", at_least=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model that a trainer serves and its worker loads."""
+
+    base_model: str = option(help="hub id or folder of a Hugging Face causal LM", metavar="MODEL")
+    served_model_name: str = option(
+        "", help="name of the model that callers see, to hide its folder", default_is="--base-model", metavar="NAME"
+    )
+    max_context_length: int = option(0, help="longest sequence, in tokens; 0: the model's own limit", at_least=0)
+    loss_module: str = option(
+        "", help="Python module whose LOSSES are offered beside the built-in ones", metavar="MODULE"
+    )
+    engine: EngineSettings = options_of(EngineSettings, "memory and precision")
+    ranks: RankSettings = options_of(RankSettings, "ranks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig(ModelSettings):
+    """Settings of a worker, the command line of its process."""
+
+    checkpoint_dir: Path = option(help="folder of checkpoints, which trainer and worker share")
+    max_runs: int = option(help="runs held at once", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerTimeouts:
+    """How long the trainer waits for a silent worker."""
+
+    start_timeout_s: float = option(
+        300.0,
+        name="worker-start-timeout-s",
+        help="a worker that makes no progress for this long while it starts or loads its model is killed and started "
+        "again; 0: never",
+        at_least=0,
+    )
+    heartbeat_timeout_s: float = option(
+        60.0,
+        name="worker-heartbeat-timeout-s",
+        help="a ready worker that sends no heartbeat for this long (stopped or hanging; a busy one does send) is "
+        "killed and replaced, and its work is done again; 0: never",
+        at_least=0,
+    )
