@@ -115,8 +115,10 @@ class FakeWorker:
         for callback in self._ready_callbacks:
             callback()
 
-    def die(self, reason: str = "The worker process ended (signal SIGKILL).") -> None:
-        """The process is gone, with everything it was asked."""
+    def die(
+        self, reason: str = "The worker process ended (signal SIGKILL).", *, because: GradwireError | None = None
+    ) -> None:
+        """The process is gone, with everything it was asked; `because` is what it left to say of what it executed."""
         died = error("WORKER_DIED", reason)
         self.ready, self.status_message = None, reason
         self.steps.clear()
@@ -124,7 +126,8 @@ class FakeWorker:
             callback(died)
         executing = bool(self._commands)
         for number, deliver in enumerate(self._forget_pending()):
-            deliver(Died(died, executing=executing and not number))
+            first = executing and not number
+            deliver(Died(died, executing=first, because=because if first else None))
 
     async def stop(self) -> None:
         self.stopped, self.ready = True, None

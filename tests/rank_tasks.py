@@ -14,6 +14,7 @@ from gradwire.errors import GradwireError
 from gradwire.types import AdamParams
 
 from tests.engines import BATCH, CPU, RUN
+from trainer_service.engine.device import Device
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.losses import find_loss
 from trainer_service.engine.models.lora import LoraSettings
@@ -28,9 +29,9 @@ PARAMS = AdamParams(learning_rate=1e-2, grad_clip_norm=1.0)
 
 def make_engine(ranks: Ranks, folder: Path, checkpoint_dir: Path, *, lora: bool = False, **settings: Any) -> Engine:
     """An engine with one run, `RUN`."""
-    engine = Engine(
-        str(folder), device=CPU, checkpoint_dir=checkpoint_dir, settings=EngineSettings(**settings), ranks=ranks
-    )
+    asked = EngineSettings(**settings)
+    device = CPU if asked.compute_dtype != "bfloat16" else Device(torch.device("cpu"), "cpu", torch.bfloat16)
+    engine = Engine(str(folder), device=device, checkpoint_dir=checkpoint_dir, settings=asked, ranks=ranks)
     engine.create_run(RUN, lora=LoraSettings(rank=4, train_unembed=False) if lora else None)
     return engine
 

@@ -16,7 +16,7 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEven
 from gradwire.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 from trainer_service.engine.worker.heartbeat import start_heartbeat
-from trainer_service.executing import Executing
+from trainer_service.executing import Executing, leave_reason
 
 
 def main(socket: str, behaviour: str) -> None:
@@ -61,6 +61,9 @@ def main(socket: str, behaviour: str) -> None:
         executing.say(command.command_id)
         if behaviour == "hangs":
             time.sleep(600)
+        if behaviour == "leaves-a-reason":
+            leave_reason(socket, error("DEVICE_OUT_OF_MEMORY", "There is no memory left here.", device="fake"))
+            sys.exit("out of memory")
         if behaviour == "exits-at-first-command":
             sys.exit("out of luck")
         executing.say(0)

@@ -89,6 +89,12 @@ def test_samples_of_two_ranks_have_the_trainer_s_logprobs(lora_rank: int, servic
             assert sequence.logprobs is not None
             told = sampler.compute_logprobs(ModelInput.from_ints(tokens)).result(60)
             np.testing.assert_allclose(np.array(told[3:], dtype=float), sequence.logprobs, atol=1e-4)
+    # A checkpoint, which every rank loads whole, has the same numbers.
+    path = client.save_weights_for_sampler("weights").result(60).path
+    loaded = service.create_sampling_client(model_path=path)
+    tokens = ModelInput.from_ints([5, 6, 7, 8, 9])
+    told, wanted = (each.compute_logprobs(tokens).result(60)[1:] for each in (loaded, sampler))
+    np.testing.assert_allclose(np.array(told, dtype=float), np.array(wanted, dtype=float), atol=1e-5)
     # What was frozen stays as it was while the run trains on.
     first = answers[0].result(60).sequences[0].tokens
     client.forward_backward(data(30, 20, 40), "cross_entropy").result(60)
@@ -126,8 +132,9 @@ def test_a_rank_that_hangs_is_noticed_and_its_work_done_again(service: ServiceCl
     calm.delete_run()
 
 
+@pytest.mark.timeout(600)
 def test_loops_on_two_ranks_whose_ranks_are_killed_are_bit_identical(tiny_llama: Path, tmp_path: Path):
-    lora_ranks, seed, steps = (0, 4), 2, 14
+    lora_ranks, seed, steps = (0, 4), 2, 10
     with (
         Trainer(tiny_llama, tmp_path, "--nproc-per-node", "2", "--snapshot-steps", "5") as trainer,
         cut_proxy(trainer.address) as proxy,
@@ -144,7 +151,7 @@ def test_loops_on_two_ranks_whose_ranks_are_killed_are_bit_identical(tiny_llama:
             seed,
             ("worker", "trainer"),
             lambda: sum(loop.answered for loop in loops),
-            at_most=3,
+            at_most=2,
         )
         adversary.start()
         try:

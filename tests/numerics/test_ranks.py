@@ -108,6 +108,21 @@ def test_layers_of_ranks_are_computed_again_in_backward(two: RankPool, tiny_llam
     check_equal(two, tiny_llama, tmp_path, activation_checkpointing="on")
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_layers_gathered_in_bfloat16_compute_what_autocast_does(
+    lora: bool, two: RankPool, tiny_llama: Path, tmp_path: Path
+):
+    how = {"max_pack_tokens": 20, "compute_dtype": "bfloat16", "lora": lora}
+    one = rank_tasks.train(Ranks(), tiny_llama, tmp_path / "one", UNEVEN, **how)
+    many = two.run(rank_tasks.train, tiny_llama, tmp_path / "many", UNEVEN, **how)[1]
+    exact = rank_tasks.train(Ranks(), tiny_llama, tmp_path / "exact", UNEVEN, max_pack_tokens=20, lora=lora)
+    for got, wanted in zip(many["logprobs"], one["logprobs"], strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    # No further from float32 than one rank's are.
+    errors = [difference(each["gradients"], exact["gradients"], exact["gradients"]) for each in (many, one)]
+    assert 0 < errors[0] < 1.2 * errors[1] < 0.5
+
+
 def test_three_ranks_most_of_which_have_nothing_to_do(three: RankPool, tiny_llama: Path, tmp_path: Path):
     check_equal(three, tiny_llama, tmp_path)
 
