@@ -50,6 +50,8 @@ class FakeWorker:
     """What the next commands about no operation, by kind, answer with."""
     poison: set[tuple[str, int]] = field(default_factory=set)
     """Operations, by run id and seq_id, that it dies of."""
+    because: GradwireError | None = None
+    """What it then leaves to say."""
     checkpoint_dir: Path | None = None
     """Where saves go; front_end sets it."""
     stopped: bool = False
@@ -154,7 +156,7 @@ class FakeWorker:
                 continue  # Died meanwhile.
             command, deliver = self._commands[0]
             if (command.run_id, command.request.seq_id) in self.poison:
-                self.die()
+                self.die(because=self.because)
                 continue
             self._commands.popleft()
             kind = command.WhichOneof("command") or ""
