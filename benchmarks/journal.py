@@ -35,7 +35,7 @@ from trainer_service.config import Durability, Limits, Retention, SnapshotPolicy
 from trainer_service.runs.journal_writer import Journal, JournalWriter
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
-from trainer_service.runs.run import Run
+from trainer_service.runs.run import Observer, Run
 from trainer_service.runs.store import RunStore
 from trainer_service.served_model import ServedModel
 
@@ -108,7 +108,7 @@ async def sides(folder: Path) -> tuple[dict[str, Run], list[Runs]]:
             runs_dir=folder / name,
             adapter_dir=folder / "adapters",
             detach_grace_s=60,
-            observe=lambda kind, response: None,
+            observer=Observer(),
             durability=durability,
         )
         if name == "none":

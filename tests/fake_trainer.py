@@ -1,8 +1,8 @@
 """A trainer's outside without its inside, for tests of trainer jobs: `python -m tests.fake_trainer --base-model=…`.
 
 The base model's name says what it does: "quick" gets ready at once, "loading" never, "broken" ends with a sentence,
-"silent" ends without one, "deaf" does not hear SIGTERM, "dies" gets ready and ends a second later, "tells" ends with a
-sentence about a folder of the host.
+"silent" ends without one, "deaf" does not hear SIGTERM, "dies" gets ready and ends when it is asked to delete a run,
+"tells" ends with a sentence about a folder of the host.
 """
 
 import argparse
@@ -27,6 +27,13 @@ from trainer_service.startup_checks import read_api_keys
 
 class Servicer(TrainerServiceServicer):
     """Says what it is doing, to those who have the key."""
+
+    def __init__(self, behaviour: str) -> None:
+        self._behaviour = behaviour
+
+    def DeleteRun(self, request: pb.DeleteRunRequest, context: grpc.ServicerContext) -> pb.DeleteRunResponse:
+        assert self._behaviour == "dies"
+        os._exit(7)
 
     def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
@@ -62,7 +69,7 @@ def main() -> None:
     status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
     checks.set("gradwire.v1.TrainerService", status)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    add_TrainerServiceServicer_to_server(Servicer(), server)
+    add_TrainerServiceServicer_to_server(Servicer(args.base_model), server)
     if args.tls_cert_file is None:
         port = server.add_insecure_port("127.0.0.1:0")
     else:
@@ -70,9 +77,6 @@ def main() -> None:
         port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
     server.start()
     write_ready_file(args.ready_file, address=f"127.0.0.1:{port}", metrics_address="")
-    if args.base_model == "dies":
-        time.sleep(1)
-        os._exit(7)
 
     def end_with_stdin() -> None:
         while sys.stdin.read(1):

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from gradwire.v1.trainer_service_pb2 import (
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 
 from tests.fakes import FakeWorker
+from tests.waiting import DEADLINE_S, until
 from trainer_service.config import Limits, TrainerConfig
 from trainer_service.trainer import TrainerServer
 
@@ -56,6 +57,9 @@ class FrontEnd:
         stream = Stream(self.stub.Train(**arguments))
         await stream.send(attach=AttachRequest(run_id=run_id, client_id=client_id))
         stream.attached = (await stream.receive()).attached
+        run = self.server.runs._runs[run_id]
+        attachment = run.attachment
+        stream.left = lambda: run.attachment is not attachment
         return stream
 
     def operations(self) -> list[tuple[int, str]]:
@@ -69,12 +73,14 @@ class Stream:
     def __init__(self, call: grpc.aio.StreamStreamCall) -> None:
         self.call = call
         self.attached: Any = None
+        self.left: Callable[[], bool] | None = None
+        """Whether the server has noticed that it is closed; of a stream that holds a run."""
 
     async def send(self, seq_id: int = 0, acked_seq_id: int = 0, **operation: Any) -> None:
         """Writes one message; an operation may be given as {} for its empty message."""
         await self.call.write(TrainRequest(seq_id=seq_id, acked_seq_id=acked_seq_id, **operation))
 
-    async def receive(self, timeout_s: float = 5) -> TrainResponse:
+    async def receive(self, timeout_s: float = DEADLINE_S) -> TrainResponse:
         """Reads one answer."""
         response = await asyncio.wait_for(self.call.read(), timeout_s)
         assert isinstance(response, TrainResponse), f"the stream ended: {await self.call.details()}"
@@ -83,7 +89,7 @@ class Stream:
     async def ended(self) -> GradwireError:
         """Reads to the end; the error that ended the stream."""
         with contextlib.suppress(grpc.aio.AioRpcError):
-            while isinstance(await asyncio.wait_for(self.call.read(), 5), TrainResponse):
+            while isinstance(await asyncio.wait_for(self.call.read(), DEADLINE_S), TrainResponse):
                 pass
         call = self.call
         code = await call.code()
@@ -91,21 +97,22 @@ class Stream:
         return from_rpc_error(grpc.aio.AioRpcError(code, *metadata, await call.details(), None))
 
     async def close(self) -> None:
-        """Drops the connection as a vanished client would."""
+        """Drops the connection as a vanished client would; returns once the server has noticed."""
         self.call.cancel()
-        # Until the server has noticed.
-        await asyncio.sleep(0.05)
+        if self.left is not None:
+            await until(self.left)
 
 
 @contextlib.asynccontextmanager
 async def front_end(
-    *, worker: FakeWorker | None = None, limits: Limits | None = None, **settings: Any
+    *, worker: FakeWorker | None = None, limits: Limits | None = None, tracer: Any = None, **settings: Any
 ) -> AsyncIterator[FrontEnd]:
     """A trainer with a fake worker on a free port, drained at the end.
 
     Args:
         worker: Its worker; None makes one that is ready.
         limits: As in TrainerConfig.
+        tracer: As in TrainerServer.
         **settings: Of TrainerConfig.
     """
     worker = worker or FakeWorker()
@@ -115,7 +122,7 @@ async def front_end(
         **{"base_model": "fake", "listen": "127.0.0.1:0", "drain_timeout_s": 2.0, **settings}, limits=limits or Limits()
     )
     worker.checkpoint_dir = config.checkpoint_dir
-    server = TrainerServer(config, worker)
+    server = TrainerServer(config, worker, tracer)
     await server.start()
     if worker.ready is not None:
         worker.become_ready()

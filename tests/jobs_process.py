@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.trainer_process import descendants, wait_gone
+from tests.waiting import DEADLINE_S
 
 API_KEY = "key-of-the-tests"
+STOP_GRACE_S = 1.5
+"""How long a trainer may take to leave by itself."""
 
 
 @contextlib.contextmanager
@@ -42,7 +45,7 @@ def running_jobs(
             stderr=out,
         )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + DEADLINE_S
         while not ready_file.exists():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
@@ -51,7 +54,7 @@ def running_jobs(
     finally:
         below = descendants(process.pid)
         process.send_signal(signal.SIGTERM)
-        process.wait(40)
+        process.wait(DEADLINE_S)
         assert process.stdin is not None
         process.stdin.close()
         assert wait_gone(below) == [], log.read_text()
@@ -77,7 +80,7 @@ def main() -> int:
         exit_with_parent=True,
         **settings,
     )
-    jobs = LocalJobs(config, trainer_command=(sys.executable, "-m", "tests.fake_trainer"), stop_grace_s=1.5)
+    jobs = LocalJobs(config, trainer_command=(sys.executable, "-m", "tests.fake_trainer"), stop_grace_s=STOP_GRACE_S)
     return asyncio.run(serve_jobs(config, jobs))
 
 

@@ -1,6 +1,5 @@
 """A trainer's runs over a fake worker, and what most of their tests do with them."""
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,12 +9,13 @@ from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import TrainRequest
 
 from tests.fakes import FakeWorker
+from tests.waiting import until
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Durability, Limits, SnapshotPolicy
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
-from trainer_service.runs.run import Run
+from trainer_service.runs.run import Observer, Run
 from trainer_service.served_model import ServedModel
 
 EVERY_2_STEPS = Durability(snapshots=SnapshotPolicy(every_steps=2), idle_lease_s=0)
@@ -28,7 +28,7 @@ async def trainer(folder: Path, worker: FakeWorker, **settings: Any) -> AsyncIte
     settings["base_model"] = ServedModel(settings["base_model"])
     runs = Runs(
         worker,
-        observe=lambda kind, response: None,
+        observer=Observer(),
         runs_dir=folder,
         adapter_dir=folder.parent / "adapters",
         transfers=Transfers(Catalog(folder.parent / "checkpoints")),
@@ -52,9 +52,7 @@ def forward_backward(seq_id: int) -> Operation:
 
 async def settled(run: Run) -> None:
     """Returns once nothing of the run is under way."""
-    async with asyncio.timeout(5):
-        while not run.idle:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+    await until(lambda: run.idle)
 
 
 def operations(worker: FakeWorker) -> list[tuple[int, str]]:

@@ -29,6 +29,7 @@ GROUND = {
     "processes",
     "request_limits",
     "served_model",
+    "tracing",
     "startup_checks",
     "user_metadata",
     "worker_config",
@@ -218,7 +219,7 @@ def modules_after(code: str) -> set[str]:
 
 def test_import_gradwire_is_light():
     loaded = modules_after("import gradwire")
-    assert {name for name in loaded if within(name, TORCH | {"trainer_service"})} == set()
+    assert {name for name in loaded if within(name, TORCH | {"trainer_service", "opentelemetry"})} == set()
 
 
 @pytest.mark.parametrize(

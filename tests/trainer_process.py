@@ -13,6 +13,8 @@ from pathlib import Path
 
 from gradwire import ServiceClient
 
+from tests.waiting import DEADLINE_S
+
 
 @dataclass
 class TrainerProcess:
@@ -64,7 +66,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def wait_gone(pids: list[int], timeout_s: float = 15) -> list[int]:
+def wait_gone(pids: list[int], timeout_s: float = DEADLINE_S) -> list[int]:
     """Those of `pids` still alive after at most timeout_s; zombies count as gone."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -106,7 +108,7 @@ def running_trainer(
             command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
         )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + DEADLINE_S
         while not ready_file.exists():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
@@ -118,7 +120,7 @@ def running_trainer(
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         try:
-            code = process.wait(40)
+            code = process.wait(DEADLINE_S)
         except subprocess.TimeoutExpired:
             process.kill()
             raise AssertionError(f"The trainer did not stop on SIGTERM.\n{log.read_text()}") from None

@@ -56,10 +56,10 @@ def main(socket: str, behaviour: str) -> None:
         sys.stdout.flush()
     executing = Executing(socket)
     for number, command in enumerate(commands, start=1):
-        if behaviour == "hangs-in-sampling":
-            time.sleep(600)
-        executing.say(command.command_id)
-        if behaviour == "hangs":
+        if behaviour != "hangs-in-sampling":
+            executing.say(command.command_id)
+        if behaviour.startswith("hangs"):
+            outgoing.put(WorkerEvent(counters={"gradwire_worker_operations_total": 1}))
             time.sleep(600)
         if behaviour == "leaves-a-reason":
             leave_reason(socket, error("DEVICE_OUT_OF_MEMORY", "There is no memory left here.", device="fake"))

@@ -19,6 +19,7 @@ from trainer_service.startup_checks import (
     read_api_keys,
     read_umask,
 )
+from trainer_service.tracing import exporting
 
 if TYPE_CHECKING:
     from trainer_service.fleet.worker import Worker
@@ -89,7 +90,8 @@ async def _serve(arguments: argparse.Namespace) -> int:
         timeouts=config.worker_timeouts,
         max_message_bytes=config.limits.max_message_bytes,
     )
-    server = TrainerServer(config, worker)
+    traces = contextlib.ExitStack()
+    server = TrainerServer(config, worker, traces.enter_context(exporting(config.otlp_endpoint)))
     # Before anything is started, so that a signal in between is not lost.
     told = asyncio.create_task(told_to_stop(exit_with_parent=config.exit_with_parent))
     stop_metrics, metrics_address, page = None, "", None
@@ -115,6 +117,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
             await page.stop()
         if stop_metrics is not None:
             stop_metrics()
+        traces.close()
         told.cancel()
     if worker.gave_up.done():
         print(f"gradwire: {worker.gave_up.result()}", file=sys.stderr)

@@ -220,6 +220,12 @@ class TrainerConfig(GrpcServerConfig, ModelSettings):
         None, help="serve Prometheus metrics here; 0 takes a free port", metavar="PORT", at_least=0
     )
     metrics_host: str = option("127.0.0.1", help="address of the metrics", metavar="HOST")
+    otlp_endpoint: str | None = option(
+        None,
+        help="send traces of operations to a collector here, such as http://127.0.0.1:4317; without it to that of "
+        "OpenTelemetry's variables, if there is one",
+        metavar="URL",
+    )
     reflection: bool = option(True, help="do not describe the services to grpcurl")
     runs_dir: Path | None = option(
         None, help="journals and snapshots, a folder a run", default_is="runs in --data-dir", parse=folder

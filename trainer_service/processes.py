@@ -29,6 +29,16 @@ from pathlib import Path
 from typing import IO, Any
 
 _PR_SET_PDEATHSIG = 1
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def held_bytes() -> int:
+    """Memory that this process holds (its resident set); 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * _PAGE_BYTES
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:

@@ -92,6 +92,8 @@ LIMIT_OF: Mapping[str, str] = {
     "Stop.token_ids": "max_stop_token_ids",
     "Tensor.data": "max_message_bytes",
     "Tensor.shape": "max_tensor_dims",
+    "TrainRequest.traceparent": _NAME,
+    "TrainRequest.tracestate": _NAME,
     "ZeroGradRequest.run_id": _NAME,
 }
 """From message and field, without the package, to the limit of a string's bytes or of a repeated field's entries. Keys

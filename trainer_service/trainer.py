@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 from gradwire.v1 import checkpoint_service_pb2, sampling_service_pb2, trainer_service_pb2
 from gradwire.v1.checkpoint_service_pb2_grpc import add_CheckpointServiceServicer_to_server
@@ -25,10 +25,17 @@ from trainer_service.rpc.grpc_server import GrpcServer
 from trainer_service.rpc.request_limiter import RequestLimiter
 from trainer_service.rpc.sampling_servicer import SamplingServicer
 from trainer_service.rpc.trainer_servicer import TrainerServicer
+from trainer_service.runs.recovery import Restored
 from trainer_service.runs.registry import Runs
+from trainer_service.runs.run import Observer
 from trainer_service.runs.run_metrics import RunMetrics
 from trainer_service.runs.sampling import SampleRequests
+from trainer_service.runs.sequence import Entry
+from trainer_service.runs.traces import Traces
 from trainer_service.served_model import ServedModel
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +53,10 @@ class TrainerServer:
     Args:
         config: Its settings.
         worker: Executes operations.
+        tracer: Makes spans of calls and operations; None of none.
     """
 
-    def __init__(self, config: TrainerConfig, worker: Worker) -> None:
+    def __init__(self, config: TrainerConfig, worker: Worker, tracer: "Tracer | None" = None) -> None:
         self.config = config
         """Settings of the trainer."""
         self._worker = worker
@@ -70,7 +78,7 @@ class TrainerServer:
             durability=config.durability,
             limits=config.limits,
             detach_grace_s=config.detach_grace_s,
-            observe=self._observe,
+            observer=_Observer(self.metrics, tracer),
             transfers=self.transfers,
         )
         self.run_metrics = RunMetrics()
@@ -91,6 +99,7 @@ class TrainerServer:
             max_calls=config.limits.max_sample_requests,
             reserved_descriptors=_reserved_descriptors(config),
             limiter=RequestLimiter(config.limits),
+            tracer=tracer,
         )
         self._background: set[asyncio.Task[None]] = set()
 
@@ -167,14 +176,35 @@ class TrainerServer:
     async def _set_ready(self, ready: bool) -> None:
         await self._server.set_serving(SERVICE, ready)
 
-    def _observe(self, kind: str, response: TrainResponse) -> None:
+
+class _Observer(Observer):
+    """Counts and times operations, logs those that fail, and makes spans of them where there is a tracer."""
+
+    def __init__(self, metrics: Metrics, tracer: "Tracer | None") -> None:
+        self._metrics = metrics
+        self._traces = None if tracer is None else Traces(tracer)
+
+    def answered(self, run_id: str, entry: Entry, response: TrainResponse) -> None:
         failed = response.WhichOneof("result") == "error"
-        self.metrics.operations.labels(kind, "error" if failed else "ok").inc()
-        for part, histogram in self.metrics.operation_ms.items():
-            histogram.labels(kind).observe(getattr(response, f"{part}_ms"))
+        self._metrics.operations.labels(entry.kind, "error" if failed else "ok").inc()
+        for part, histogram in self._metrics.operation_ms.items():
+            histogram.labels(entry.kind).observe(getattr(response, f"{part}_ms"))
         if failed:
-            fields = {"kind": kind, "seq_id": response.seq_id, "error": response.error.message}
+            fields = {"kind": entry.kind, "seq_id": response.seq_id, "error": response.error.message}
             logger.info("Operation failed.", extra={"fields": fields})
+        self._trace(lambda traces: traces.answered(run_id, entry, response))
+
+    def restored(self, run_id: str, found: Restored, waiting: list[Entry]) -> None:
+        self._trace(lambda traces: traces.restored(run_id, found, waiting))
+
+    def _trace(self, tell: Callable[[Traces], object]) -> None:
+        if self._traces is None:
+            return
+        try:
+            tell(self._traces)
+        except Exception:
+            # Whatever a foreign package, and what is plugged into it, makes of a span: answers go out.
+            logger.exception("A span could not be made.")
 
 
 def _reserved_descriptors(config: TrainerConfig) -> int:

@@ -18,6 +18,7 @@ from gradwire._client.loop import LOOP
 from gradwire._client.ported_names import RefusesTinkerNames, refuse_given
 from gradwire._client.sampling_wire import STOP_REASONS, Gathered, sample_request
 from gradwire._client.tokenizer_client import load_tokenizer
+from gradwire._client.tracing import CallSpan, start_span
 from gradwire._client.transport import Connection, is_passing
 from gradwire.errors import GradwireError, OperationCancelledError
 from gradwire.futures import APIFuture
@@ -138,7 +139,8 @@ class SamplingClient(RefusesTinkerNames):
             target_prompt_logprobs=target_prompt_logprobs,
             prompt_logprobs_last_n=prompt_logprobs_last_n,
         )
-        return APIFuture(LOOP.submit(self._gather(request)), "sample", given_up_with_waiter=True)
+        span = start_span("sample", num_samples=num_samples)
+        return APIFuture(LOOP.submit(self._gather(request, span)), "sample", given_up_with_waiter=True)
 
     def stream(self, prompt: Any, num_samples: int = 1, sampling_params: Any = None) -> Iterator[SampledToken]:
         """Continues a prompt and yields tokens as they come; those of several samples take turns.
@@ -154,7 +156,7 @@ class SamplingClient(RefusesTinkerNames):
             GradwireError: What the call failed with, after the last token that arrived.
         """
         request = self._request(prompt, num_samples, sampling_params)
-        return self._iterate(request)
+        return self._iterate(request, start_span("stream", num_samples=num_samples))
 
     def compute_logprobs(self, prompt: Any, prompt_logprobs_last_n: int | None = None) -> APIFuture[list[float | None]]:
         """The logprob of every token of a prompt given those before it, natural log; None for the first.
@@ -171,8 +173,10 @@ class SamplingClient(RefusesTinkerNames):
             prompt_logprobs_last_n=prompt_logprobs_last_n,
         )
 
+        span = start_span("compute_logprobs")
+
         async def compute() -> list[float | None]:
-            return (await self._gather(request)).prompt_logprobs or [None]
+            return (await self._gather(request, span)).prompt_logprobs or [None]
 
         return APIFuture(LOOP.submit(compute()), "compute_logprobs", given_up_with_waiter=True)
 
@@ -242,8 +246,17 @@ class SamplingClient(RefusesTinkerNames):
             raise OperationCancelledError("This SamplingClient is closed; make a new one.", reason="CANCELLED")
         return sample_request(*arguments, **named)
 
-    async def _responses(self, request: pb.SampleRequest) -> AsyncGenerator[pb.SampleResponse]:
+    async def _responses(self, request: pb.SampleRequest, span: CallSpan) -> AsyncGenerator[pb.SampleResponse]:
         """The trainer's messages. Until the first one, the call is retried while the trainer is away or starting."""
+        metadata = [*self._connection.metadata, *span.headers.items()]
+        with span:
+            async with contextlib.aclosing(self._retried(request, metadata)) as responses:
+                async for response in responses:
+                    yield response
+
+    async def _retried(
+        self, request: pb.SampleRequest, metadata: list[tuple[str, str]]
+    ) -> AsyncGenerator[pb.SampleResponse]:
         source = await asyncio.wrap_future(self._source)
         request.sampler.CopyFrom(source.message())
         deadline = time.monotonic() + self._timeout_s
@@ -251,7 +264,7 @@ class SamplingClient(RefusesTinkerNames):
         while True:
             stub = SamplingServiceStub(self._connection.channel())
             left_s = max(0.01, deadline - time.monotonic())
-            call: Any = stub.Sample(request, metadata=self._connection.metadata, timeout=left_s)
+            call: Any = stub.Sample(request, metadata=metadata, timeout=left_s)
             try:
                 async for response in call:
                     begun = True
@@ -268,20 +281,20 @@ class SamplingClient(RefusesTinkerNames):
                 call.cancel()  # Where the caller left; a call that is over takes no notice.
             await asyncio.sleep(delay_s)
 
-    async def _gather(self, request: pb.SampleRequest) -> SampleResponse:
+    async def _gather(self, request: pb.SampleRequest, span: CallSpan) -> SampleResponse:
         gathered = Gathered(request)
-        async with contextlib.aclosing(self._responses(request)) as responses:
+        async with contextlib.aclosing(self._responses(request, span)) as responses:
             async for response in responses:
                 gathered.add(response)
         return gathered.response()
 
-    def _iterate(self, request: pb.SampleRequest) -> Iterator[SampledToken]:
+    def _iterate(self, request: pb.SampleRequest, span: CallSpan) -> Iterator[SampledToken]:
         arrived: queue.SimpleQueue[pb.SampleResponse | GradwireError | None] = queue.SimpleQueue()
 
         async def read() -> None:
             end: GradwireError | None = None
             try:
-                async with contextlib.aclosing(self._responses(request)) as responses:
+                async with contextlib.aclosing(self._responses(request, span)) as responses:
                     async for response in responses:
                         arrived.put(response)
             except GradwireError as exc:

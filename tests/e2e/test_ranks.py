@@ -70,7 +70,7 @@ def test_the_trainer_says_how_many_ranks_it_has(trainer: TrainerProcess, service
     (model,) = service.get_server_info().models
     assert model.world_size == 2
     assert model.architecture == "LlamaForCausalLM"
-    assert metric(trainer, "gradwire_worker_world_size") == 2
+    assert metric(trainer, "gradwire_worker_ranks") == 2
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

@@ -91,7 +91,7 @@ def test_a_quota_that_leaves_no_room_for_the_job_or_for_its_pod(world: World):
         world.cluster.delete("v1", "resourcequotas", "quota", world.namespace)
         quota(world, {"pods": "0"})
         said = refused(manager)
-        assert "Kubernetes does not make its pod" in said
+        assert "Kubernetes does not create its pod" in said
         assert "exceeded quota: quota" in said
         world.nothing_is_left()
 
@@ -136,7 +136,7 @@ def test_a_storage_class_that_there_is_not(world: World):
     world.change_template(change)
     with world.manager() as manager:
         said = refused(manager)
-    assert 'Its volume cannot be made: storageclass.storage.k8s.io "no-such-class" not found' in said
+    assert 'Its volume cannot be created: storageclass.storage.k8s.io "no-such-class" not found' in said
     world.nothing_is_left()
 
 
@@ -147,7 +147,7 @@ def test_an_image_that_never_comes(world: World, kubelet: FakeKubelet):
     world.change_template(change)
     with world.manager("--pending-timeout-s=1") as manager:
         said = refused(manager)
-    assert 'Given up after 1 s: its image "registry.example.org/none:1" does not come (ImagePullBackOff)' in said
+    assert 'Given up after 1 s: its image "registry.example.org/none:1" is not pulled yet (ImagePullBackOff)' in said
     world.nothing_is_left()
 
 

@@ -170,12 +170,12 @@ def test_curves_are_smoothed_scaled_zoomed_and_laid_over_one_another(trainer: Pa
     page.get_by_role("button", name="Last quarter").click()
     show_all.wait_for()
     page.get_by_label("Over", exact=True).select_option("time")
-    page.get_by_label("Lay another run over it").select_option(run_named(trainer, "longer").run_id)
+    page.get_by_label("Compare with another run").select_option(run_named(trainer, "longer").run_id)
     page.get_by_text("2 runs compared").wait_for()
     labels = page.get_by_label("Curve of reward").locator(".u-legend .u-label")
     labels.nth(2).wait_for()
     assert labels.all_inner_texts()[1:] == ["baseline", "longer"]
-    page.get_by_role("button", name="Take baseline away").click()
+    page.get_by_role("button", name="Remove baseline").click()
     page.get_by_role("heading", name="longer").wait_for()
 
 
@@ -230,21 +230,21 @@ def test_a_checkpoint_is_deleted_after_a_question_alone(trainer: PageTrainer, op
     button = page.get_by_role("button", name=f"Delete {path}")
     page.get_by_text(f"gradwire checkpoints download {path}").wait_for()
     button.click()
-    page.get_by_role("dialog").get_by_text("There is no way back.").wait_for()
+    page.get_by_role("dialog").get_by_text("This cannot be undone.").wait_for()
     page.get_by_role("button", name="Cancel").click()
     page.get_by_role("dialog").wait_for(state="detached")
     assert button.is_visible()
     trainer.front.server.catalog.find(path)
     button.click()
-    page.get_by_role("button", name="Delete for good").click()
+    page.get_by_role("button", name="Delete permanently").click()
     button.wait_for(state="detached")
     gone = f"gradwire://{run.run_id}/state/gone"
     page.get_by_label(f"How long {gone} is kept").select_option("3600")
-    page.get_by_text(re.compile("goes .*202")).wait_for()
+    page.get_by_text(re.compile("expires .*202")).wait_for()
     # What is refused is said, and changes nothing.
     trainer.call(trainer.front.server.catalog.delete, gone)
     page.get_by_role("button", name=f"Delete {gone}").click()
-    page.get_by_role("button", name="Delete for good").click()
+    page.get_by_role("button", name="Delete permanently").click()
     page.get_by_role("alert").get_by_text("There is no checkpoint").wait_for()
     assert [text for text in looked.errors if "404" not in text] == []
     looked.errors.clear()

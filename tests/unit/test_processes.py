@@ -1,17 +1,18 @@
 """Children that never outlive their parent."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.trainer_process import wait_gone
+from tests.waiting import DEADLINE_S, until, wait_until
 from trainer_service.processes import descendants, process_key, start_child, stop_child, write_ready_file
 
 SLEEP = f"{sys.executable} -c 'import time; time.sleep(600)'"
@@ -19,11 +20,17 @@ SLEEP = f"{sys.executable} -c 'import time; time.sleep(600)'"
 
 def read_pid(path: Path) -> int:
     """The number a child wrote there, once it has."""
-    deadline = time.monotonic() + 10
-    while not (path.exists() and path.read_text().endswith("\n")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: path.exists() and path.read_text().endswith("\n"))
     return int(path.read_text().split()[0])
+
+
+def open_files(pid: int) -> list[str]:
+    """What a process's descriptors are."""
+    found: list[str] = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # Closed meanwhile.
+            found.append(os.readlink(descriptor))
+    return found
 
 
 async def test_stop_child_asks_first():
@@ -31,7 +38,7 @@ async def test_stop_child_asks_first():
     child = await start_child(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
     assert child.stdout is not None
     await child.stdout.readline()
-    assert await stop_child(child, grace_s=5) == 7
+    assert await stop_child(child, grace_s=DEADLINE_S) == 7
     await child.stdout.read()
 
 
@@ -50,10 +57,9 @@ async def test_stop_child_takes_grandchildren_in_sessions_of_their_own_too(comma
     # bash dies of SIGTERM at once and leaves its child alone.
     child = await start_child("bash", "-c", f"{command} & echo $! > {file}; wait")
     grandchild = read_pid(file)
-    await asyncio.sleep(0.1)
-    assert grandchild in {key.pid for key in descendants(child.pid)}
+    await until(lambda: grandchild in {key.pid for key in descendants(child.pid)})
     await stop_child(child, grace_s=1)
-    assert wait_gone([grandchild], timeout_s=2) == []
+    assert wait_gone([grandchild]) == []
 
 
 WITHOUT_DESCRIPTORS = """
@@ -104,14 +110,12 @@ def test_parent_gone_at_the_end_of_stdin():
         watcher.wait(0.5)
     assert watcher.stdin is not None
     watcher.stdin.close()
-    assert watcher.wait(5) == 0
+    assert watcher.wait(DEADLINE_S) == 0
 
 
 def test_parent_gone_when_stdin_is_no_pipe_says_so_at_once_rather_than_fail():
-    assert (
-        subprocess.run([sys.executable, "-c", WATCHER], stdin=subprocess.DEVNULL, timeout=10, check=False).returncode
-        == 0
-    )
+    command = [sys.executable, "-c", WATCHER]
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, timeout=DEADLINE_S, check=False).returncode == 0
 
 
 def test_parent_gone_when_the_parent_is_killed_though_another_process_holds_the_pipe(tmp_path: Path):
@@ -127,11 +131,12 @@ time.sleep(600)
     parent = subprocess.Popen([sys.executable, "-c", parent_script])
     read_pid(tmp_path / "pids")
     watcher, holder = map(int, (tmp_path / "pids").read_text().split())
-    time.sleep(0.5)  # The watcher is watching.
+    # Its parent is the one it watches: one that has died before is nobody's.
+    wait_until(lambda: any("pidfd" in target for target in open_files(watcher)))
     parent.kill()
     parent.wait()
     try:
-        assert wait_gone([watcher], timeout_s=5) == []
+        assert wait_gone([watcher]) == []
     finally:
         os.kill(holder, signal.SIGKILL)
 

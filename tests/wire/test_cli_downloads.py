@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from io import BytesIO
@@ -16,6 +15,7 @@ from gradwire._wire import delta
 from tests.cli import command, gradwire, refusal
 from tests.cut_proxy import CutProxy, cut_proxy
 from tests.front_end import FrontEnd, front_end_on_a_thread
+from tests.waiting import wait_until
 from trainer_service.folders import whole_folder
 from trainer_service.paths import CheckpointPath
 
@@ -89,10 +89,7 @@ def names(folder: Path) -> set[str]:
 
 
 def until_one_message_is_in(part: Path) -> None:
-    deadline = time.monotonic() + 30
-    while not part.exists() or part.stat().st_size < MESSAGE:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: part.exists() and part.stat().st_size >= MESSAGE)
 
 
 def test_ctrl_c_leaves_a_part_from_which_the_same_command_goes_on(proxy: CutProxy, tmp_path: Path):
@@ -198,10 +195,7 @@ def test_ctrl_c_in_the_export_of_a_delta_leaves_nothing_that_looks_whole(
     folder = tmp_path / "exported"
     proxy.when_client_has = (HELD, proxy.hold)
     with command(proxy.base_url, "export", DELTA, folder) as stopped:
-        deadline = time.monotonic() + 30
-        while not (parts := list(folder.rglob(f".{WEIGHTS}.part"))) or parts[0].stat().st_size < MESSAGE:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: any(part.stat().st_size >= MESSAGE for part in folder.rglob(f".{WEIGHTS}.part")))
         stopped.interrupt()
         code, stdout, stderr = stopped.wait()
     assert (code, stdout, stderr.splitlines()[-1]) == (130, "", STOPPED)

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.fakes import FakeWorker
 from tests.front_end import FrontEnd, front_end
+from tests.waiting import DEADLINE_S
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -27,16 +28,21 @@ async def health(trainer: FrontEnd, service: str) -> int:
     return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
 
 
+async def becomes(trainer: FrontEnd, status: int) -> None:
+    """Returns once the trainer's readiness is that."""
+    async with asyncio.timeout(DEADLINE_S):
+        while await health(trainer, SERVICE) != status:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
 async def test_alive_at_once_and_ready_only_with_a_model():
     async with front_end(worker=FakeWorker(ready=None)) as trainer:
         assert await health(trainer, "") == SERVING
         assert await health(trainer, SERVICE) == NOT_SERVING
         trainer.worker.become_ready()
-        await asyncio.sleep(0.01)
-        assert await health(trainer, SERVICE) == SERVING
+        await becomes(trainer, SERVING)
         trainer.worker.die()
-        await asyncio.sleep(0.01)
-        assert await health(trainer, SERVICE) == NOT_SERVING
+        await becomes(trainer, NOT_SERVING)
         assert await health(trainer, "") == SERVING
 
 
@@ -45,14 +51,12 @@ async def test_not_ready_while_the_worker_does_not_respond():
         assert await health(trainer, SERVICE) == SERVING
         trainer.worker.status_message = "the worker has sent nothing for 15 s"
         trainer.worker.respond(False)
-        await asyncio.sleep(0.01)
-        assert await health(trainer, SERVICE) == NOT_SERVING
+        await becomes(trainer, NOT_SERVING)
         info = await trainer.stub.GetServerInfo(GetServerInfoRequest())
         assert (info.ready, info.status_message) == (False, "the worker has sent nothing for 15 s")
         assert [model.base_model for model in info.models] == ["fake"]
         trainer.worker.respond(True)
-        await asyncio.sleep(0.01)
-        assert await health(trainer, SERVICE) == SERVING
+        await becomes(trainer, SERVING)
         assert (await trainer.stub.GetServerInfo(GetServerInfoRequest())).ready
 
 
@@ -62,16 +66,16 @@ async def test_health_answers_while_the_device_is_busy():
         trainer.worker.gate.clear()
         await stream.send(1, forward_backward={})
         await trainer.worker.has_waiting(1)
-        assert await asyncio.wait_for(health(trainer, SERVICE), 1) == SERVING
+        assert await asyncio.wait_for(health(trainer, SERVICE), DEADLINE_S) == SERVING
 
 
 def grpcurl(*arguments: str) -> subprocess.CompletedProcess[str]:
     program = Path(sys.executable).parent / "grpcurl"
     return subprocess.run(
-        [str(program), "-plaintext", "-max-time", "10", *arguments],
+        [str(program), "-plaintext", "-max-time", "60", *arguments],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=90,
         check=False,
     )
 
@@ -106,8 +110,7 @@ async def test_drain_finishes_what_is_queued_refuses_what_is_new_and_ends_stream
             await stream.send(seq_id, optim_step={})
         await trainer.worker.has_waiting(3)
         draining = asyncio.create_task(trainer.server.drain())
-        await asyncio.sleep(0.02)
-        assert await health(trainer, SERVICE) == NOT_SERVING
+        await becomes(trainer, NOT_SERVING)
         assert await health(trainer, "") == SERVING
         info = await trainer.stub.GetServerInfo(GetServerInfoRequest())
         assert (info.ready, info.status_message) == (False, "shutting down")
@@ -155,9 +158,9 @@ async def test_drain_tells_a_unary_caller_that_its_operation_is_kept():
 
 
 async def test_drain_does_not_wait_for_a_client_that_is_merely_attached():
-    async with front_end(drain_timeout_s=30) as trainer:
+    async with front_end(drain_timeout_s=2 * DEADLINE_S) as trainer:
         stream = await trainer.attach(await trainer.create_run())
-        await asyncio.wait_for(trainer.server.drain(), 5)
+        await asyncio.wait_for(trainer.server.drain(), DEADLINE_S)
         assert (await stream.ended()).reason == "DRAINING"
 
 
@@ -171,7 +174,7 @@ async def test_however_often_a_trainer_is_stopped_no_operation_is_given_up_for_i
                 run_id = await trainer.create_run()
                 stream = await trainer.attach(run_id)
                 await stream.send(1, zero_grad={})
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(DEADLINE_S):
                 while not (worker.executed and worker.waiting):  # noqa: ASYNC110
                     await asyncio.sleep(0.005)
     async with front_end(data_dir=tmp_path) as trainer:

@@ -14,6 +14,7 @@ from gradwire import APIFuture, SamplingClient, SamplingParams, ServiceClient, d
 from gradwire.errors import OperationCancelledError
 
 from tests.front_end import FrontEnd, front_end_on_a_thread
+from tests.waiting import DEADLINE_S
 from trainer_service.config import Limits
 
 DATA = [datum_from_tokens_weights([1, 2, 3], [1.0] * 3)]
@@ -30,7 +31,7 @@ def connect(trainer: FrontEnd) -> ServiceClient:
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < deadline, what
         gc.collect()

@@ -173,7 +173,6 @@ async def test_every_answer_that_streams_ends_when_its_key_is_revoked(tmp_path: 
             await call.read()
         operators, bobs, downloads = calls
         replace_keys(file, *KEYS[:2])
-        await asyncio.sleep(0.3)
         for call in (operators, downloads):
             ended = await error_of(_to_its_end(call))
             assert (ended.reason, "revoked" in ended.message) == ("INVALID_API_KEY", True)

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
@@ -13,6 +12,7 @@ from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.datum_pb2 import ModelInput
 
 from tests.front_end import FrontEnd, front_end, front_end_on_a_thread
+from tests.waiting import wait_until
 from trainer_service.config import Limits
 
 KEYS = ("alice alice-key", "bob bob-key")
@@ -53,13 +53,6 @@ async def test_a_lease_of_more_than_ten_minutes_is_refused():
         assert refused.field_violations[0][0] == "lease_ms"
 
 
-def wait(condition: Callable[[], object]) -> None:
-    stop_s = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < stop_s, "it did not happen"
-        time.sleep(0.01)
-
-
 def test_a_coroutine_cancelled_while_it_awaits_a_sample_frees_its_place_as_cancelling_the_future_does():
     with front_end_on_a_thread() as trainer, ServiceClient(f"http://{trainer.address}", timeout_s=20) as service:
         sampler = service.create_sampling_client()
@@ -70,11 +63,11 @@ def test_a_coroutine_cancelled_while_it_awaits_a_sample_frees_its_place_as_cance
                     await sampler.sample([1, 2])
 
         asyncio.run(give_up())
-        wait(lambda: trainer.worker.sample_owners and not trainer.worker.sampling)
+        wait_until(lambda: trainer.worker.sample_owners and not trainer.worker.sampling)
         future = sampler.sample([1, 2])
-        wait(lambda: trainer.worker.sampling)
+        wait_until(lambda: trainer.worker.sampling)
         assert future.cancel()
-        wait(lambda: not trainer.worker.sampling)
+        wait_until(lambda: not trainer.worker.sampling)
 
 
 def test_the_lease_of_frozen_weights_is_renewed_while_their_client_is_there(monkeypatch: pytest.MonkeyPatch):
@@ -83,7 +76,7 @@ def test_the_lease_of_frozen_weights_is_renewed_while_their_client_is_there(monk
         client = service.create_training_client()
         sampler = client.save_weights_and_get_sampling_client()
         path = sampler.model_path
-        wait(lambda: trainer.worker.leases.count((path, 200)) >= 3)
+        wait_until(lambda: trainer.worker.leases.count((path, 200)) >= 3)
         sampler.close()
         count = len(trainer.worker.leases)
         time.sleep(0.3)

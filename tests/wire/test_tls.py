@@ -40,7 +40,7 @@ def test_a_client_that_trusts_the_root_trains_over_tls_and_the_key_is_still_aske
     with front_end_on_a_thread(tls=server_tls(pem), api_keys=("alice secret",)) as trainer:
         with ServiceClient(f"https://{trainer.address}", "secret", tls=client_tls(pem.ca)) as service:
             client = service.create_training_client()
-            client.zero_grad().result(10)
+            client.zero_grad().result(60)
         with pytest.raises(UnauthenticatedError):
             ask(trainer.address, tls=client_tls(pem.ca))
 

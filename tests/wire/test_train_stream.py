@@ -14,6 +14,7 @@ from gradwire.v1.trainer_service_pb2 import AttachRequest, GetRunRequest, TrainR
 
 from tests.fakes import FakeWorker
 from tests.front_end import Stream, front_end
+from tests.waiting import until
 from trainer_service.config import Limits
 
 
@@ -286,8 +287,7 @@ async def test_graphs_are_dropped_when_the_client_never_comes_back():
         run_id = await trainer.create_run()
         stream = await trainer.attach(run_id)
         await stream.close()
-        await asyncio.sleep(0.15)
-        assert trainer.worker.executed[-1] == (run_id, 0, "drop_graphs")
+        await until(lambda: trainer.worker.executed[-1] == (run_id, 0, "drop_graphs"))
 
 
 async def test_two_runs_go_on_beside_each_other():

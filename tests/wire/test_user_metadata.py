@@ -34,9 +34,9 @@ def test_a_runs_metadata_is_the_clients_and_its_own_and_stays_with_forks(service
     found = {run.run_id: run.user_metadata for run in service.list_runs()}
     assert found[client.run_id] == said
     assert service.training_client(client.run_id).get_info().user_metadata == said
-    assert service.create_rest_client().get_training_run(client.run_id).result(20).user_metadata == said
+    assert service.create_rest_client().get_training_run(client.run_id).result(60).user_metadata == said
     client.forward_backward([Datum([1, 2], {"target_tokens": [2, 3], "weights": [1.0, 1.0]})])
-    client.optim_step().result(20)
+    client.optim_step().result(60)
     forked = client.fork()
     assert forked.get_info().user_metadata == said
     for each in (client, forked):
@@ -53,8 +53,8 @@ def test_a_display_name_of_the_client_is_that_of_runs_without_one(trainer: Front
 
 def test_what_is_said_of_a_checkpoint_is_listed_everywhere(trainer: FrontEnd, service: ServiceClient):
     client = service.create_training_client()
-    state = client.save_state("s", 3600, False, {"step": "1", "note": "ä"}).result(20)
-    sampler = client.save_weights_for_sampler("w", 7200, {"step": "2"}).result(20)
+    state = client.save_state("s", 3600, False, {"step": "1", "note": "ä"}).result(60)
+    sampler = client.save_weights_for_sampler("w", 7200, {"step": "2"}).result(60)
     assert isinstance(state, SavedState)
     assert (state.path, str(state)) == (state, f"gradwire://{client.run_id}/state/s")
     found = {each.path: each for each in service.checkpoints.list(run_id=client.run_id)}
@@ -67,7 +67,7 @@ def test_what_is_said_of_a_checkpoint_is_listed_everywhere(trainer: FrontEnd, se
         assert service.checkpoints.set_ttl(path, None).user_metadata == found[path].user_metadata
     assert service.checkpoints.get(state).user_metadata == {"step": "1", "note": "ä"}
     rest = service.create_rest_client()
-    listed = rest.list_checkpoints(client.run_id).result(20).checkpoints
+    listed = rest.list_checkpoints(client.run_id).result(60).checkpoints
     assert {each.tinker_path: (each.checkpoint_id, each.checkpoint_type, each.user_metadata) for each in listed} == {
         state.path: ("state/s", "training", {"step": "1", "note": "ä"}),
         sampler.path: ("sampler_weights/w", "sampler", {"step": "2"}),
@@ -127,23 +127,23 @@ def test_more_than_may_be_said_of_a_run_is_refused(service: ServiceClient):
 def test_the_rest_client_lists_runs_and_checkpoints_in_parts_and_keeps_and_deletes_them(service: ServiceClient):
     rest = service.create_rest_client()
     clients = [service.create_training_client() for _ in range(3)]
-    paths = [client.save_state("s").result(20).path for client in clients]
-    runs = rest.list_training_runs(limit=2, offset=1).result(20)
+    paths = [client.save_state("s").result(60).path for client in clients]
+    runs = rest.list_training_runs(limit=2, offset=1).result(60)
     assert [run.training_run_id for run in runs.training_runs] == [clients[1].run_id, clients[0].run_id]
     assert (runs.cursor.offset, runs.cursor.limit, runs.cursor.total_count) == (1, 2, 3)
     assert [run.last_checkpoint and run.last_checkpoint.path for run in runs.training_runs] == [paths[1], paths[0]]
     assert [run.last_sampler_checkpoint for run in runs.training_runs] == [None, None]
-    everything = rest.list_user_checkpoints().result(20)
+    everything = rest.list_user_checkpoints().result(60)
     assert everything.cursor is not None
     assert everything.cursor.total_count == len(everything.checkpoints) >= 3
-    rest.set_checkpoint_ttl_from_tinker_path(paths[0], 60).result(20)
-    assert rest.list_checkpoints(clients[0].run_id).result(20).checkpoints[0].expires_at is not None
-    rest.delete_checkpoint(clients[0].run_id, "state/s").result(20)
-    assert rest.list_checkpoints(clients[0].run_id).result(20).checkpoints == []
+    rest.set_checkpoint_ttl_from_tinker_path(paths[0], 60).result(60)
+    assert rest.list_checkpoints(clients[0].run_id).result(60).checkpoints[0].expires_at is not None
+    rest.delete_checkpoint(clients[0].run_id, "state/s").result(60)
+    assert rest.list_checkpoints(clients[0].run_id).result(60).checkpoints == []
     with pytest.raises(NotFoundError):
-        rest.delete_checkpoint_from_tinker_path(paths[0]).result(20)
+        rest.delete_checkpoint_from_tinker_path(paths[0]).result(60)
     with pytest.raises(InvalidArgumentError, match="limit is -1; it must be a whole number"):
-        rest.list_user_checkpoints(-1).result(20)
+        rest.list_user_checkpoints(-1).result(60)
     with pytest.raises(InvalidArgumentError, match="tinker_path is 'tinker://a/weights/b'; it must"):
         rest.get_training_run_by_tinker_path("tinker://a/weights/b")
     for client in clients:

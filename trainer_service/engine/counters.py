@@ -28,10 +28,12 @@ class Counters:
     """Forwards computed again at their backward, since holding their graphs would have exceeded the budget."""
     runs: int = 0
     """Runs held now."""
+    memory_bytes: int = 0
+    """Memory in use, see Device.take_peak_bytes; of rank 0."""
+    memory_limit_bytes: int = 0
+    """Memory that its device has."""
     adapters_in_host_memory: int = 0
     """Adapters that wait in host memory for their run's next operation."""
-    world_size: int = 1
-    """Ranks that share the model."""
     busy_seconds_total: float = 0.0
     """Time spent executing operations."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from trainer_service.processes import held_bytes
 from trainer_service.worker_config import ComputeDtype
 
 
@@ -50,6 +51,15 @@ class Device:
         if self.torch_device.type == "cuda":
             return torch.cuda.get_device_properties(self.torch_device).total_memory
         return total_host_bytes() // self.num_sharing
+
+    def take_peak_bytes(self) -> int:
+        """Memory in use: of a GPU the most that tensors took since this was asked last, elsewhere what the process
+        holds now; 0 where the system does not say."""
+        if self.torch_device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.torch_device)
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
+            return peak
+        return held_bytes()
 
     def release_cached_memory(self) -> None:
         """Gives memory that torch keeps for later back to the device."""

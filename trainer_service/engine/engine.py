@@ -82,7 +82,7 @@ class Engine:
         self.ranks = ranks or Ranks()
         self.limits = limits or Limits()
         self.device = device
-        self.counters = Counters(world_size=self.ranks.world_size)
+        self.counters = Counters()
         self.folder = fetch(base_model)
         """Where the base model's files are."""
         self.source = ModelSource(base_model, self.folder, device, self.ranks)

@@ -138,6 +138,7 @@ class WorkerServicer:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
             return
         link.attached = True
+        link.counters["gradwire_worker_ranks"] = float(hello.world_size)
         link.spoke.set()
         logger.info("Worker attached.", extra={"fields": {"pid": hello.pid, "ranks": hello.world_size}})
         tasks = [

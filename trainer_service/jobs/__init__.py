@@ -1,1 +1,1 @@
-"""Trainer jobs: trainers started, watched and stopped for those who ask. Each trainer is a process of its own."""
+"""Trainer jobs: trainers that are started, watched and stopped on request. Each trainer is a process of its own."""

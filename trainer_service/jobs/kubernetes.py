@@ -1,6 +1,6 @@
-"""Trainer jobs in a cluster: a Service, a StatefulSet of one pod, and a Secret each.
+"""Trainer jobs in a cluster: each is a Service, a StatefulSet of one pod, and a Secret.
 
-They outlive the control plane: the next one finds them by their label. What becomes of them is watched, never polled.
+They outlive the control plane: the next one finds them by their label. Their state is watched, never polled.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ _LOG_LINES = 20
 _FIRST_LIST_S = 30.0
 _GONE_POLL_S = 0.5
 _GONE_MARGIN_S = 60.0
-"""Beyond the pod's own grace, until a deletion that does not end is told of."""
+"""How long beyond the pod's own grace period until an unfinished deletion is reported."""
 _GIVEN_TLS = "--tls-cert-file"
 
 T = TypeVar("T")
@@ -48,27 +48,27 @@ T = TypeVar("T")
 
 @dataclass
 class _Job:
-    """One trainer in the cluster and what is known about it."""
+    """One trainer in the cluster, and what is known about it."""
 
     record: JobRecord
     observed: Observed = field(default_factory=Observed)
     pending_since: float | None = None
-    """On time.monotonic's clock: since when it has waited for what may never come."""
+    """Since when it has waited for something that may never come, by time.monotonic."""
     log_tail: str = ""
     log_of: tuple[str, int] | None = None
-    """The end that the log's tail was read for: the pod's uid and how often it was started again."""
+    """The end for which the log's tail was read: the pod's uid and its number of restarts."""
 
 
 class KubernetesJobs:
     """TrainerJobs in one namespace of a cluster. All on one event loop.
 
     Args:
-        config: The control plane's.
-        settings: Of it, where trainers are made.
+        config: The control plane's settings.
+        settings: Its settings for trainers in a cluster.
         api: The cluster.
 
     Raises:
-        SettingsError: The template or the address is none.
+        SettingsError: The template or the address is invalid.
     """
 
     def __init__(self, config: JobsConfig, settings: KubernetesSettings, api: KubernetesApi) -> None:
@@ -96,10 +96,10 @@ class KubernetesJobs:
 
     @classmethod
     async def connect(cls, config: JobsConfig, settings: KubernetesSettings) -> "KubernetesJobs":
-        """In the cluster we run in, or the one KUBECONFIG names.
+        """Jobs in the cluster we run in, or the one that KUBECONFIG names.
 
         Raises:
-            SettingsError: There is none, or a setting is none.
+            SettingsError: There is no cluster, or a setting is invalid.
         """
         api = await KubernetesApi.connect(settings.namespace)
         try:
@@ -119,10 +119,10 @@ class KubernetesJobs:
                 record = JobRecord.of(service, self._address)
             except ValueError as exc:
                 fields = {"service": service["metadata"]["name"], "error": str(exc)}
-                logger.error("A Service is no trainer job's; it is left out.", extra={"fields": fields})
+                logger.error("A Service does not belong to a trainer job; ignored.", extra={"fields": fields})
                 continue
             self._jobs[record.name] = _Job(record)
-        # Before anybody asks, so that a job found again is told of as it stands.
+        # Before anyone asks, so that a job found again is reported in its current state.
         own = selector(self._settings)
         for kind, labels, watch in (
             ("Pod", own, self._watch_pods),
@@ -141,7 +141,7 @@ class KubernetesJobs:
                     f"The control plane cannot watch {kind}s in the namespace {self._api.namespace}; its log says why."
                 ) from None
         if self._jobs:
-            logger.info("Took up trainer jobs.", extra={"fields": {"jobs": len(self._jobs)}})
+            logger.info("Took over trainer jobs.", extra={"fields": {"jobs": len(self._jobs)}})
 
     async def create(self, spec: TrainerJobSpec, *, owner: str, request_id: str) -> TrainerJob:
         if self._stopped:
@@ -154,7 +154,7 @@ class KubernetesJobs:
         try:
             job = await self._make_the_rest(spec, service, made)
         except BaseException:
-            # What was refused is told, whatever becomes of removing the rest.
+            # The refusal is raised whether or not the rest can be removed.
             with contextlib.suppress(GradwireError):
                 await asyncio.shield(self._remove(name))
             self._jobs.pop(name, None)
@@ -193,7 +193,7 @@ class KubernetesJobs:
             return await self._api.create("Service", service)
         except ApiError as exc:
             if exc.status == 0:
-                # It may have been made before the connection broke; nobody would know its name.
+                # It may have been created before the connection broke; nobody would know its name.
                 label = f"{CREATION_LABEL}={service['metadata']['labels'][CREATION_LABEL]}"
                 with contextlib.suppress(ApiError):
                     for made in (await self._api.listing("Service", label))[0]:
@@ -201,17 +201,17 @@ class KubernetesJobs:
             raise
 
     async def _make_the_rest(self, spec: TrainerJobSpec, service: Object, made: bool) -> _Job:
-        """Makes what the job's Service owns, and has the Service lead to it."""
+        """Creates what the job's Service owns, and points the Service at its pod."""
         pair = None
         if made:
-            # Signing takes a millisecond; no thread is worth it.
+            # Signing takes a millisecond; not worth a thread.
             pair = make_certificate(self._hosts(service))
         patch = patch_of(service, ca_certificate=pair[0].decode() if pair else "")
         service = await self._asked(
             self._api.patch("Service", service["metadata"]["name"], patch), "finish the job's Service"
         )
         record = JobRecord.of(service, self._address)
-        # Before its pod can be, so that nothing that is told of it is missed.
+        # Before its pod can exist, so that no event about it is missed.
         job = self._jobs[record.name] = _Job(record)
         secret = secret_of(record, self._settings, api_keys=self._config.api_keys, tls_pair=pair)
         if secret is not None:
@@ -221,9 +221,9 @@ class KubernetesJobs:
         return job
 
     async def _remove(self, name: str) -> None:
-        """Deletes all of a job, and returns once its pod is gone."""
+        """Deletes everything of a job, and returns once its pod is gone."""
         what = "remove the job"
-        # First what owns the rest: should we get no further, the cluster removes what it owned.
+        # The owner first: if we get no further, the cluster removes what it owned.
         await self._asked(self._api.delete("Service", name), what)
         await self._asked(self._api.delete("StatefulSet", name, wait_for_dependents=True), what)
         await self._asked(self._api.delete("Secret", name), what)
@@ -245,7 +245,7 @@ class KubernetesJobs:
                     job_id=name,
                 )
             await asyncio.sleep(_GONE_POLL_S)
-        # Last, as the StatefulSet's controller would make it again.
+        # Last, since the StatefulSet's controller would create it again.
         await self._asked(self._api.delete("PersistentVolumeClaim", claim_name(name)), what)
 
     async def _watch_pods(self, changes: AsyncIterator[tuple[str, Object]], listed: asyncio.Event) -> None:
@@ -275,7 +275,7 @@ class KubernetesJobs:
             items = body["items"] if what == "LISTED" else [body]
             there = {item["metadata"]["name"] for item in items}
             if what == "LISTED":
-                # Those of before us too: a Service without one is what a creation cut short has left.
+                # Including older ones: a Service without a StatefulSet is left from an interrupted creation.
                 gone = (seen | set(self._jobs) if not listed.is_set() else seen) - there
                 listed.set()
             else:
@@ -305,7 +305,7 @@ class KubernetesJobs:
         return self._jobs.get(name)
 
     def _standing(self, job: _Job) -> Standing:
-        """How the job stands, having waited so long as it has."""
+        """The job's status, given how long it has waited."""
         now = standing(job.observed)
         if now.condition is not Condition.PENDING:
             job.pending_since = None
@@ -318,7 +318,7 @@ class KubernetesJobs:
         return Standing(Condition.REFUSED, f"Given up after {timeout_s:g} s: {now.message}")
 
     async def _read_log(self, job: _Job) -> None:
-        """Reads the last lines of a trainer that ended, once for each end."""
+        """Reads the last log lines of a trainer that ended, once for each end."""
         pod = job.observed.pod
         if pod is None or self._standing(job).condition is not Condition.ENDED:
             return
@@ -354,7 +354,7 @@ class KubernetesJobs:
         )
 
     def _address(self, service: Object) -> str:
-        """host:port at which clients reach a job's trainer."""
+        """host:port where clients reach a job's trainer."""
         node_port = next((one["nodePort"] for one in service["spec"].get("ports", []) if one.get("nodePort")), 0)
         return self._settings.address.format(
             name=service["metadata"]["name"],
@@ -364,15 +364,15 @@ class KubernetesJobs:
         )
 
     def _hosts(self, service: Object) -> Sequence[str]:
-        """What clients may call the trainer: where we say it is, its names in the cluster, and this machine when a port
-        is forwarded."""
+        """Names by which clients may reach the trainer: our address for it, its names in the cluster, and localhost for
+        forwarded ports."""
         name, namespace = service["metadata"]["name"], self._api.namespace
         host, _ = split_address(self._address(service))
         inside = [f"{name}.{namespace}.svc", f"{name}.{namespace}.svc.cluster.local", f"{name}.{namespace}", name]
         return [host, *inside, "localhost", "127.0.0.1"]
 
     async def _asked(self, call: Awaitable[T], what: str) -> T:
-        """The call's answer, or its refusal in words."""
+        """The call's answer, or its refusal as an error for the caller."""
         try:
             return await call
         except ApiError as exc:
@@ -380,13 +380,13 @@ class KubernetesJobs:
 
 
 def _watching_ended(task: asyncio.Task[None]) -> None:
-    """Watching goes on for ever; that it ended is a fault of ours, and jobs would stand still unnoticed."""
+    """Watching never ends by itself; if it does, that is a bug, and jobs would stand still unnoticed."""
     if not task.cancelled() and task.exception() is not None:
-        logger.critical("What becomes of jobs is not watched any more.", exc_info=task.exception())
+        logger.critical("Jobs are no longer watched.", exc_info=task.exception())
 
 
 def _in_words(exc: ApiError, what: str, namespace: str) -> GradwireError:
-    """What the API server refused, for whoever asked for the job."""
+    """A refusal by the API server, as an error for whoever asked for the job."""
     message = " ".join(exc.message.split())
     if exc.status == 0 or exc.status >= 500 or exc.status == 429:
         text = f"The cluster's API server does not answer, so the control plane cannot {what}: {message}"
@@ -398,7 +398,7 @@ def _in_words(exc: ApiError, what: str, namespace: str) -> GradwireError:
         text = f"The cluster does not know the control plane, which cannot {what}; its owner must give it a token."
     elif exc.status == 404:
         text = (
-            f"The control plane cannot {what}: {message}. Its owner finds whether the namespace {namespace} is there."
+            f"The control plane cannot {what}: {message}. Its owner can check whether the namespace {namespace} exists."
         )
     else:
         text = f"The cluster refused to {what}: {message}"
@@ -406,6 +406,6 @@ def _in_words(exc: ApiError, what: str, namespace: str) -> GradwireError:
 
 
 def _last_sentence(log_tail: str, otherwise: str) -> str:
-    """The trainer's own last sentence where it said one."""
+    """The trainer's own last message, if there is one."""
     said = [line.removeprefix("gradwire: ") for line in log_tail.splitlines() if line.startswith("gradwire: ")]
     return said[-1] if said else otherwise

@@ -1,6 +1,6 @@
-"""A cluster's API server as the jobs room calls it: plain JSON objects over the official client's connection.
+"""Calls to a cluster's API server: plain JSON objects over the official client's connection.
 
-Objects stay as the API server has them: the client's models refuse what newer and older servers send.
+Objects stay as the API server sends them: the client's models reject what newer and older servers send.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from trainer_service.options import SettingsError
 logger = logging.getLogger(__name__)
 
 Object = dict[str, Any]
-"""One of the cluster's, as JSON."""
+"""An object in the cluster, as JSON."""
 PLURALS = {
     "Service": ("/api/v1", "services"),
     "Secret": ("/api/v1", "secrets"),
@@ -32,17 +32,17 @@ PLURALS = {
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _CALL_TIMEOUT_S = 20.0
 _WATCH_S = 300
-"""After so long the API server ends a watch, and the next begins where it was."""
+"""After this long the API server ends a watch, and the next one continues from there."""
 _MAX_BACKOFF_S = 10.0
 
 
 class ApiError(Exception):
-    """What the API server answered in place of what was asked for.
+    """An error that the API server answered.
 
     Attributes:
-        status: Of HTTP; 0 where it did not answer.
-        reason: Its word for it, such as "Forbidden".
-        message: Its sentence.
+        status: HTTP status; 0 if it did not answer.
+        reason: Its word for the error, such as "Forbidden".
+        message: Its explanation.
     """
 
     def __init__(self, status: int, reason: str, message: str) -> None:
@@ -56,23 +56,23 @@ class KubernetesApi:
     """Calls in one namespace.
 
     Args:
-        configuration: Of the official client: where the API server is, and who we are.
-        namespace: All objects are in it.
+        configuration: The official client's: where the API server is, and who we are.
+        namespace: Where all objects are.
     """
 
     def __init__(self, configuration: client.Configuration, namespace: str) -> None:
         if urlsplit(configuration.host).hostname in ("127.0.0.1", "localhost", "::1"):
-            # A proxy would look for "this machine" on its own.
+            # A proxy would take "this machine" for its own.
             configuration.client_session_kwargs = {"trust_env": False}
         self._client = client.ApiClient(configuration)
         self.namespace = namespace
 
     @classmethod
     async def connect(cls, namespace: str) -> "KubernetesApi":
-        """As the pod's ServiceAccount, or outside of a cluster, as $KUBECONFIG's current context says.
+        """Calls as the pod's ServiceAccount or, outside a cluster, as the current context of $KUBECONFIG.
 
         Args:
-            namespace: "" takes the pod's, or the context's.
+            namespace: "" takes the one of the pod or the context.
 
         Raises:
             SettingsError: There is neither, or it cannot be used.
@@ -87,17 +87,17 @@ class KubernetesApi:
                 _, context = config.list_kube_config_contexts()
             except (ConfigException, OSError, ValueError) as exc:
                 raise SettingsError(
-                    f"--backend kubernetes: this is no pod with a ServiceAccount, and there is no kubeconfig: {exc}"
+                    f"--backend kubernetes: this is not a pod with a ServiceAccount, and there is no kubeconfig: {exc}"
                 ) from exc
             found = context.get("context", {}).get("namespace", "")
         return cls(configuration, namespace or found or "default")
 
     async def close(self) -> None:
-        """Lets go of its connections."""
+        """Closes its connections."""
         await self._client.close()
 
     async def create(self, kind: str, body: Object) -> Object:
-        """Makes an object; returns it as it was made.
+        """Creates an object; returns it as the server created it.
 
         Raises:
             ApiError: It was refused.
@@ -105,7 +105,7 @@ class KubernetesApi:
         return await self._json("POST", self._path(kind), body=body)
 
     async def patch(self, kind: str, name: str, body: Object) -> Object:
-        """Merges into an object; returns it as it then is.
+        """Merges a patch into an object; returns the result.
 
         Raises:
             ApiError: It was refused.
@@ -114,7 +114,7 @@ class KubernetesApi:
         return await self._json("PATCH", f"{self._path(kind)}/{quote(name, safe='')}", body=body, content_type=merge)
 
     async def listing(self, kind: str, selector: str) -> tuple[list[Object], str]:
-        """(objects, the version of the list) of those that bear the labels of `selector`.
+        """(objects that match the label selector, version of the list).
 
         Raises:
             ApiError: It was refused.
@@ -123,7 +123,7 @@ class KubernetesApi:
         return answer["items"], answer["metadata"]["resourceVersion"]
 
     async def delete(self, kind: str, name: str, *, wait_for_dependents: bool = False) -> None:
-        """Deletes an object; one that is not there is deleted already.
+        """Deletes an object; does nothing if it does not exist.
 
         Raises:
             ApiError: It was refused.
@@ -137,19 +137,19 @@ class KubernetesApi:
                 raise
 
     async def log_tail(self, pod: str, *, lines: int, previous: bool) -> str:
-        """The last lines of a pod's only container, or of the one before it; "" where there is none."""
+        """The last log lines of a pod's only container, or of its previous one; "" if there are none."""
         query = [("tailLines", str(lines)), ("limitBytes", "65536"), ("previous", str(previous).lower())]
         try:
             return (await self._call("GET", f"{self._path('Pod')}/{quote(pod, safe='')}/log", query=query)).decode(
                 errors="replace"
             )
         except ApiError:
-            # It never ran, its node is gone, or what it wrote was thrown away.
+            # It never ran, its node is gone, or its log was discarded.
             return ""
 
     async def follow(self, kind: str, selector: str) -> AsyncGenerator[tuple[str, Object], None]:
-        """What becomes of objects, for ever: ("LISTED", {"items": …}) first and whenever something may have been
-        missed, then ("ADDED" | "MODIFIED" | "DELETED", object). Connections that break are made again."""
+        """Watches objects without end: ("LISTED", {"items": …}) first and whenever something may have been missed, then
+        ("ADDED" | "MODIFIED" | "DELETED", object). Reconnects when a connection breaks."""
         backoff_s = 0.1
         while True:
             try:
@@ -160,18 +160,18 @@ class KubernetesApi:
                     ended = ""
                     async for what, body in self._watch(kind, selector, version):
                         if what == "ERROR":
-                            # Mostly 410: the version is too old for the server to know what came after.
+                            # Usually 410: the version is too old for the server to know what came after it.
                             ended = body.get("message", "")
                             break
                         version = body["metadata"]["resourceVersion"]
                         if what != "BOOKMARK":
                             yield what, body
                     if ended:
-                        logger.info("A watch begins anew.", extra={"fields": {"kind": kind, "reason": ended}})
+                        logger.info("A watch begins again.", extra={"fields": {"kind": kind, "reason": ended}})
                         break
             except (ApiError, aiohttp.ClientError, TimeoutError, ValueError) as exc:
                 fields = {"kind": kind, "error": str(exc)}
-                logger.warning("The API server cannot be watched for now.", extra={"fields": fields})
+                logger.warning("The API server cannot be watched at the moment.", extra={"fields": fields})
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
@@ -184,7 +184,7 @@ class KubernetesApi:
             async for line in response.response.content:
                 event = json.loads(line)
                 if not event.keys() >= {"type", "object"}:
-                    raise ValueError(f"a watch told {event.get('kind', 'something else')} in place of an event")
+                    raise ValueError(f"a watch sent {event.get('kind', 'something else')} instead of an event")
                 yield event["type"], event["object"]
         finally:
             response.response.close()

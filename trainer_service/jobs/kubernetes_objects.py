@@ -1,7 +1,7 @@
 """The objects of a trainer job in a cluster, made from the template that the Helm chart renders.
 
-A job is a Service. The Secret and the StatefulSet it owns go when it goes, whoever deletes it. What the control plane
-must know of a job stands on the Service, as labels and annotations, so that the next control plane finds it there.
+A job is a Service. It owns a Secret and a StatefulSet, which go when it is deleted, whoever deletes it. The Service's
+labels and annotations hold what the control plane must know about the job, so that the next control plane finds it.
 """
 
 import copy
@@ -22,7 +22,7 @@ Object = dict[str, Any]
 CONTROL_PLANE_LABEL = "gradwire.v1/control-plane"
 JOB_LABEL = "gradwire.v1/job"
 CREATION_LABEL = "gradwire.v1/creation"
-"""Of a Service, whose name only the API server's answer tells: finds it where the answer was lost."""
+"""Label of a Service, to find it if the API server's answer, which has its name, is lost."""
 LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _ANNOTATION = "gradwire.v1/"
 _TLS_FOLDER = "/etc/gradwire/job-tls"
@@ -36,7 +36,7 @@ class Template:
     """What jobs are made from.
 
     Attributes:
-        stateful_set: A StatefulSet of one pod with one container; names are filled in.
+        stateful_set: A StatefulSet of one pod with one container; the job fills in names.
         service: A Service with a port named "grpc".
     """
 
@@ -45,10 +45,10 @@ class Template:
 
     @staticmethod
     def read(settings: KubernetesSettings) -> "Template":
-        """The file's.
+        """Reads the template file.
 
         Raises:
-            SettingsError: It is no template.
+            SettingsError: It is not a template.
             OSError: It cannot be read.
         """
         where = f"--kubernetes-template {settings.template}"
@@ -58,30 +58,30 @@ class Template:
             template = Template(by_kind["StatefulSet"], by_kind["Service"])
             (container,) = template.stateful_set["spec"]["template"]["spec"]["containers"]
             container["args"] = list(container.get("args", []))
-            template.port  # noqa: B018  (looked for)
+            template.port  # noqa: B018  (must exist)
         except (yaml.YAMLError, KeyError, TypeError, ValueError, StopIteration) as exc:
             raise SettingsError(
                 f'{where} must hold a StatefulSet with one container, and a Service with a port "grpc": {exc!r}'
             ) from exc
         for arg in container["args"]:
             if arg.partition("=")[0] in _FORBIDDEN_ARGS:
-                raise SettingsError(f"{where} sets {arg}, which each job says for itself; take it out.")
+                raise SettingsError(f"{where} sets {arg}, which each job sets itself; remove it.")
         return template
 
     @property
     def port(self) -> int:
-        """That clients reach."""
+        """The port that clients connect to."""
         return next(one["port"] for one in self.service["spec"]["ports"] if one.get("name") == "grpc")
 
     @property
     def image(self) -> str:
-        """Of the trainer."""
+        """The trainer's container."""
         return self.stateful_set["spec"]["template"]["spec"]["containers"][0]["image"]
 
 
 @dataclass(frozen=True)
 class JobRecord:
-    """What a job's Service says of it."""
+    """What a job's Service says about it."""
 
     name: str
     uid: str
@@ -98,7 +98,7 @@ class JobRecord:
         """Reads a Service that `service_of` made.
 
         Raises:
-            ValueError: It says too little, or what cannot be.
+            ValueError: Something is missing or invalid.
         """
         metadata = service["metadata"]
         said = {
@@ -140,7 +140,7 @@ def service_of(
     request_id: str,
     tls: bool,
 ) -> Object:
-    """The Service to be made of a job; the API server gives it its name, and with it the job's."""
+    """The Service to create for a job; the API server chooses its name, which becomes the job's."""
     service = copy.deepcopy(template.service)
     metadata = service.setdefault("metadata", {})
     metadata.pop("name", None)
@@ -156,13 +156,13 @@ def service_of(
         "tls": str(tls).lower(),
     }
     metadata.setdefault("annotations", {}).update({_ANNOTATION + name: text for name, text in said.items()})
-    # Nobody's pods, until the name is known.
+    # Selects no pods until the name is known.
     service["spec"]["selector"] = {JOB_LABEL: "none"}
     return service
 
 
 def patch_of(service: Object, *, ca_certificate: str) -> Object:
-    """What is still to be said on a Service once its name is known: which pods are its own."""
+    """The patch for a Service once its name is known: which pods belong to it."""
     name = service["metadata"]["name"]
     patch: Object = {"metadata": {"labels": {JOB_LABEL: name}}, "spec": {"selector": {JOB_LABEL: name}}}
     if ca_certificate:
@@ -173,7 +173,7 @@ def patch_of(service: Object, *, ca_certificate: str) -> Object:
 def secret_of(
     record: JobRecord, settings: KubernetesSettings, *, api_keys: Sequence[str], tls_pair: tuple[bytes, bytes] | None
 ) -> Object | None:
-    """The Secret of a job: keys of the control plane's environment, a certificate made for it; None without either."""
+    """A job's Secret: keys from the control plane's environment and the job's certificate; None without either."""
     data: dict[str, str] = {}
     if api_keys:
         data["GRADWIRE_API_KEY"] = ",".join(api_keys)
@@ -190,11 +190,11 @@ def stateful_set_of(
     """The StatefulSet of a job.
 
     Args:
-        template: It is made from.
-        record: Whose it is.
-        settings: Of the control plane.
-        spec: The trainer wanted.
-        secret: That of the job, or None.
+        template: What it is made from.
+        record: The job.
+        settings: The control plane's.
+        spec: The trainer to run.
+        secret: The job's Secret, or None.
     """
     made = copy.deepcopy(template.stateful_set)
     labels = made.get("metadata", {}).get("labels", {})
@@ -209,7 +209,7 @@ def stateful_set_of(
     for claim in made["spec"].get("volumeClaimTemplates", []):
         claim["metadata"].setdefault("labels", {}).update(own)
     (container,) = pod["spec"]["containers"]
-    # The kubelet puts variables in place of $(NAME), keys among them; what somebody asks for names none.
+    # The kubelet substitutes $(NAME) with variables, including keys; a caller's text must not name any.
     container["args"].append(f"--base-model={spec.base_model.replace('$', '$$')}")
     if spec.max_context_length:
         container["args"].append(f"--max-context-length={spec.max_context_length}")
@@ -224,7 +224,7 @@ def stateful_set_of(
 
 
 def claim_name(record_name: str) -> str:
-    """Of the volume that the StatefulSet's controller makes for the job's only pod."""
+    """Name of the volume claim that the StatefulSet's controller creates for the job's only pod."""
     return f"{DATA_VOLUME}-{record_name}-0"
 
 

@@ -1,4 +1,4 @@
-"""What Kubernetes says of a job's pod, in a sentence for whoever waits for the trainer."""
+"""What Kubernetes says about a job's pod, as a sentence for whoever waits for the trainer."""
 
 import enum
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 Object = dict[str, Any]
 _MAX_CHARS = 500
 _REFUSALS = ("forbidden", "denied the request", "is invalid")
-"""In what a controller says of a pod that it may not make: asking again changes nothing."""
+"""Parts of what a controller says when it may not create a pod, and trying again is no use."""
 _IMAGE_NEVER_COMES = ("InvalidImageName", "ErrImageNeverPull")
 _IMAGE_WAITS = ("ErrImagePull", "ImagePullBackOff", "ImageInspectError", "RegistryUnavailable")
 _SIGNALS_FROM = 128
@@ -18,18 +18,18 @@ class Condition(enum.Enum):
 
     READY = "ready"
     WORKING = "working"
-    """It gets on: its image is pulled, its process started, its model loaded."""
+    """It makes progress: its image is pulled, its process started, its model loaded."""
     PENDING = "pending"
     """It waits for something that may never come: a node, a volume, an image, a Secret."""
     ENDED = "ended"
     """Its process ended by itself; the log says why."""
     REFUSED = "refused"
-    """It will not be, whatever time passes."""
+    """It will never start."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How a job stands, and what to tell of it."""
+    """How a job stands, and the message about it."""
 
     condition: Condition
     message: str
@@ -37,7 +37,7 @@ class Standing:
 
 @dataclass
 class Observed:
-    """What the API server last told of a job's objects."""
+    """The latest that the API server said about a job's objects."""
 
     pod: Object | None = None
     stateful_set_gone: bool = False
@@ -56,12 +56,12 @@ def standing(observed: Observed) -> Standing:
     status = pod.get("status", {})
     conditions = {one["type"]: one for one in status.get("conditions", [])}
     if pod["metadata"].get("deletionTimestamp"):
-        return Standing(Condition.WORKING, "its pod is leaving; the next one takes up where it was")
+        return Standing(Condition.WORKING, "its pod is shutting down; the next one continues from there")
     if conditions.get("Ready", {}).get("status") == "True":
         return Standing(Condition.READY, "ready")
     if status.get("phase") == "Failed":
         why = _sentence(status.get("message") or status.get("reason") or "it gave no reason")
-        return Standing(Condition.WORKING, f"its pod failed and is replaced: {why}")
+        return Standing(Condition.WORKING, f"its pod failed and is being replaced: {why}")
     scheduled = conditions.get("PodScheduled", {})
     if status.get("phase") != "Running" and scheduled.get("status") != "True":
         return _unscheduled(observed, scheduled)
@@ -73,9 +73,9 @@ def standing(observed: Observed) -> Standing:
 def _without_pod(observed: Observed) -> Standing:
     reason, message = observed.said.get("StatefulSet", ("", ""))
     if not reason.startswith("Failed"):
-        return Standing(Condition.PENDING, "waiting for Kubernetes to make its pod")
+        return Standing(Condition.PENDING, "waiting for Kubernetes to create its pod")
     refused = any(word in message for word in _REFUSALS)
-    text = f"Kubernetes does not make its pod: {_sentence(message)}"
+    text = f"Kubernetes does not create its pod: {_sentence(message)}"
     return Standing(Condition.REFUSED if refused else Condition.PENDING, text)
 
 
@@ -83,7 +83,7 @@ def _unscheduled(observed: Observed, scheduled: Object) -> Standing:
     claim_reason, claim_message = observed.said.get("PersistentVolumeClaim", ("", ""))
     if claim_reason == "ProvisioningFailed":
         lost = "storageclass" in claim_message and "not found" in claim_message
-        text = f"its volume cannot be made: {_sentence(claim_message)}"
+        text = f"its volume cannot be created: {_sentence(claim_message)}"
         return Standing(Condition.REFUSED, f"I{text[1:]}") if lost else Standing(Condition.PENDING, text)
     if scheduled.get("message"):
         return Standing(Condition.PENDING, f"waiting for a node: {_sentence(scheduled['message'])}")
@@ -100,10 +100,10 @@ def _container(observed: Observed, container: Object, pod: Object) -> Standing:
     if waiting is not None:
         reason, message = waiting.get("reason", ""), waiting.get("message", "")
         if reason in _IMAGE_NEVER_COMES:
-            return Standing(Condition.REFUSED, f'The image "{image}" cannot be had ({reason}): {_sentence(message)}')
+            return Standing(Condition.REFUSED, f'The image "{image}" cannot be pulled ({reason}): {_sentence(message)}')
         if reason in _IMAGE_WAITS:
             told = message or observed.said.get("Pod", ("", ""))[1]
-            return Standing(Condition.PENDING, f'its image "{image}" does not come ({reason}): {_sentence(told)}')
+            return Standing(Condition.PENDING, f'its image "{image}" is not pulled yet ({reason}): {_sentence(told)}')
         if ended is None and reason in ("ContainerCreating", "PodInitializing", ""):
             return Standing(Condition.PENDING, _pod_event(observed, "starting its container"))
         if ended is None:
@@ -112,18 +112,18 @@ def _container(observed: Observed, container: Object, pod: Object) -> Standing:
         how = _how_it_ended(ended)
         looping = waiting is not None and waiting.get("reason") == "CrashLoopBackOff"
         if observed.ever_ready and not looping:
-            return Standing(Condition.WORKING, f"the trainer ended with {how}; it is started again")
+            return Standing(Condition.WORKING, f"the trainer ended with {how}; it is being restarted")
         return Standing(Condition.ENDED, f"The trainer ended with {how}.")
     if ended is not None and not observed.ever_ready:
-        # Started again by the kubelet, to end the same way.
+        # The kubelet restarts it, and it ends the same way.
         return Standing(Condition.ENDED, f"The trainer ended with {_how_it_ended(ended)}.")
-    return Standing(Condition.WORKING, "loading the model" if not observed.ever_ready else "starting the worker again")
+    return Standing(Condition.WORKING, "loading the model" if not observed.ever_ready else "restarting the worker")
 
 
 def _how_it_ended(ended: Object) -> str:
     code, reason = ended.get("exitCode", 0), ended.get("reason", "")
     if reason == "OOMKilled":
-        return "signal 9: its memory limit was passed (OOMKilled)"
+        return "signal 9: it exceeded its memory limit (OOMKilled)"
     return f"signal {code - _SIGNALS_FROM}" if code > _SIGNALS_FROM else f"exit code {code}"
 
 
@@ -135,6 +135,6 @@ def _pod_event(observed: Observed, otherwise: str) -> str:
 
 
 def _sentence(text: str) -> str:
-    """What Kubernetes said, on one line and no longer than a person reads."""
+    """What Kubernetes said, on one line and short enough to read."""
     line = " ".join(text.split())
     return line if len(line) <= _MAX_CHARS else f"{line[:_MAX_CHARS]}…"

@@ -1,8 +1,8 @@
 """Trainer jobs as child processes on this machine.
 
-A trainer here never outlives the control plane: it is stopped when the control plane stops, and stops by itself when
-its stdin reaches EOF, which comes however the control plane dies. Its job does: the next control plane on the same data
-folder holds it as one that failed, for its owner to find and to delete.
+A trainer here never outlives the control plane, which stops it; if the control plane dies, the trainer's stdin reaches
+EOF and it stops by itself. The job does outlive it: the next control plane on the same data folder lists it as failed,
+for its owner to find and delete.
 """
 
 import asyncio
@@ -39,13 +39,13 @@ logger = logging.getLogger(__name__)
 TRAINER_COMMAND = (sys.executable, "-m", "trainer_service", "serve")
 _SERVICE = trainer_service_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name
 _DRAIN_TIMEOUT_S = 5.0
-"""For the operation that runs when a job is deleted; whoever deletes it no longer waits for the rest."""
+"""Time for the operation under way when a job is deleted; the rest is not waited for."""
 _LISTEN_POLL_S = 0.05
 _ROOT = Path(__file__).parents[2]
 _KEPT_LOGS = 100
-"""Of deleted jobs: an error that names a log is read after its job was deleted."""
+"""Logs of deleted jobs that are kept, since an error that names a log is often read after the job is deleted."""
 _CONTROL_PLANE_ENDED = (
-    "The control plane ended, and this trainer with it. What it saved as checkpoints is there; delete this job and "
+    "The control plane ended, and this trainer with it. Its checkpoints are still there; delete this job and "
     "start another."
 )
 _LOG_TAIL_LINES = 20
@@ -54,7 +54,7 @@ _LOG_TAIL_BYTES = 16_384
 
 @dataclass
 class _Job:
-    """One trainer process and what is known about it."""
+    """One trainer process, and what is known about it."""
 
     record: JobRecord
     held: JobFolder
@@ -106,8 +106,8 @@ class LocalJobs:
     """TrainerJobs on this machine. All on one event loop.
 
     Args:
-        config: The control plane's; trainers listen on the same host, and take the same keys.
-        trainer_command: Replaces the trainer's command line, for tests; the options follow it.
+        config: The control plane's settings; trainers listen on the same host and accept the same keys.
+        trainer_command: Replaces the trainer's command line, for tests; options are appended.
         stop_grace_s: From SIGTERM to SIGKILL: a trainer drains, then stops its worker.
     """
 
@@ -116,7 +116,7 @@ class LocalJobs:
     ) -> None:
         self._config = config
         self._guarded = bool(config.api_keys or config.api_key_file)
-        # A key of its own: those of the users it may know by their digest only.
+        # A key of its own: it may know the users' keys only by their digests.
         self._own_key = secrets.token_urlsafe(24)
         self._stop_grace_s = stop_grace_s
         self._trainer_command = tuple(trainer_command)
@@ -125,13 +125,13 @@ class LocalJobs:
 
     async def start(self) -> None:
         if self._config.embedded:
-            # Who started it begins with none, and takes none of another script's.
+            # An embedded control plane starts without jobs, and takes over none of another script's.
             return
         for held, record in await asyncio.to_thread(lambda: list(left_behind(self._jobs_dir))):
             job = _Job(record=record, held=held, state=TrainerJobState.FAILED, status_message=_CONTROL_PLANE_ENDED)
             self._jobs[job.job_id] = job
         if self._jobs:
-            logger.info("Took up trainer jobs.", extra={"fields": {"jobs": len(self._jobs)}})
+            logger.info("Took over trainer jobs.", extra={"fields": {"jobs": len(self._jobs)}})
 
     async def create(self, spec: TrainerJobSpec, *, owner: str, request_id: str) -> TrainerJob:
         _refuse_a_cluster(spec)
@@ -146,7 +146,7 @@ class LocalJobs:
         )
         job = await self._start(record)
         if self._stopped:
-            # Meanwhile; those who stop did not know of it.
+            # A shutdown began meanwhile and did not see this job.
             await self._stop(job)
         return job.describe()
 
@@ -167,7 +167,7 @@ class LocalJobs:
         if job.stopping is None:
             job.stopping = asyncio.create_task(self._stop(job))
         await asyncio.shield(job.stopping)
-        # The job's runs end with it; what they saved as checkpoints is elsewhere, and stays. So does its log, a while.
+        # The job's runs end with it; their checkpoints are elsewhere and stay, as does its log for a while.
         await asyncio.to_thread(_remove_all_but_the_log, job.held)
         if self._jobs.pop(job_id, None) is not None:
             job.held.release()
@@ -218,7 +218,7 @@ class LocalJobs:
         return None if given is None else TrainerTls(given.cert_file.resolve(), given.key_file.resolve())
 
     def _cwd(self, job: _Job) -> Path | None:
-        """Where a base_model that is a relative path is looked for."""
+        """The folder for a base_model that is a relative path."""
         if job.spec.any_folder and self._config.model_dir is None:
             return None
         folder = self._config.model_dir or self._config.data_dir / "models"
@@ -247,18 +247,18 @@ class LocalJobs:
     def _environment(self, job: _Job) -> dict[str, str]:
         env = {name: value for name, value in os.environ.items() if name != "GRADWIRE_API_KEY"}
         if self._cwd(job) is not None:
-            # Modules are found where they are for us, and never among the models.
+            # Modules come from where ours do, never from the folder of models.
             paths = [str(Path(path).absolute()) for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
             if _ROOT.name not in ("site-packages", "dist-packages"):
                 paths.append(str(_ROOT))
             env |= {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "PYTHONSAFEPATH": "1"}
         if self._guarded:
-            # Not on the command line, which everybody on the machine can read.
+            # Not on the command line, which anyone on the machine can read.
             env["GRADWIRE_API_KEY"] = ",".join([*self._config.api_keys, f"control-plane {self._own_key}"])
         return env
 
     async def _watch(self, job: _Job, process: Process) -> None:
-        """Keeps the job's state what its trainer's is, until the trainer ends."""
+        """Keeps the job's state up to date until its trainer ends."""
         job.follower = asyncio.create_task(self._follow(job))
         try:
             returncode = await process.wait()
@@ -276,9 +276,9 @@ class LocalJobs:
             await job.channel.close()
 
     async def _follow(self, job: _Job) -> None:
-        """Waits until the trainer listens, then is told of every change of its readiness."""
+        """Waits until the trainer listens, then follows its readiness."""
         ready_file = job.folder / "ready.json"
-        while not ready_file.exists():  # noqa: ASYNC110  (a file another process writes has no event)
+        while not ready_file.exists():  # noqa: ASYNC110  (there is no event for a file of another process)
             await asyncio.sleep(_LISTEN_POLL_S)
         address = json.loads(ready_file.read_text())["address"]
         host, port = split_address(address)
@@ -302,11 +302,11 @@ class LocalJobs:
         if state == job.state:
             return
         job.state = state
-        job.status_message = "ready" if ready else "starting the worker again"
+        job.status_message = "ready" if ready else "restarting the worker"
         logger.info("Trainer's state changed.", extra={"fields": {"job_id": job.job_id, "state": state.value}})
 
     async def _ask_status(self, job: _Job) -> None:
-        """Lets the trainer itself say what it is doing while it gets ready."""
+        """Asks the trainer what it is doing while it gets ready."""
         if job.state is not TrainerJobState.STARTING or job.channel is None:
             return
         metadata = [("authorization", f"Bearer {self._own_key}")] if self._guarded else []
@@ -318,10 +318,10 @@ class LocalJobs:
 
     async def _stop(self, job: _Job) -> None:
         if job.process is None:
-            # Of a control plane before this one, and ended with it.
+            # Left from an earlier control plane, with which it ended.
             return
         if job.follower is not None:
-            # The trainer waits a moment for calls under way, ours too.
+            # The trainer waits a moment for calls under way, including ours.
             job.follower.cancel()
         returncode = await stop_child(job.process, grace_s=self._stop_grace_s)
         if job.watcher is not None:
@@ -332,17 +332,17 @@ class LocalJobs:
 
 
 def _refuse_a_cluster(spec: TrainerJobSpec) -> None:
-    """Refuses what only a cluster has a choice of."""
+    """Refuses choices that only a cluster offers."""
     if spec.accelerator_type:
         raise invalid_field(
             "accelerator_type",
-            f'is "{spec.accelerator_type}", but this control plane starts trainers on its own machine, with what that '
-            "has; leave it empty.",
+            f'is "{spec.accelerator_type}", but this control plane starts trainers on its own machine and uses what '
+            "it has; leave it empty.",
         )
 
 
 def _not_started(record: JobRecord, exc: OSError) -> GradwireError:
-    # Which file it was is for the log alone.
+    # Only the log names the file.
     logger.error("A trainer could not be started.", extra={"fields": {"job_id": record.job_id, "error": str(exc)}})
     text = (
         f"The trainer's process could not be started on the control plane's host: {exc.strerror or 'no reason given'}."
@@ -362,7 +362,7 @@ def _remove_all_but_the_log(held: JobFolder) -> None:
 
 
 def _let_old_logs_go(jobs_dir: Path) -> None:
-    """Removes the folders of jobs deleted long ago, where there is nothing but a log any more."""
+    """Removes the folders of jobs deleted long ago, which contain only a log."""
     left = [path for path in jobs_dir.glob("job-*/trainer.log") if not (path.parent / "job.json").exists()]
     left.sort(key=lambda path: path.stat().st_mtime)
     for path in left[:-_KEPT_LOGS]:
@@ -370,7 +370,7 @@ def _let_old_logs_go(jobs_dir: Path) -> None:
 
 
 def _tail(log_path: Path) -> str:
-    """Last lines of a log; none where it is gone."""
+    """The last lines of a log; none if it is gone."""
     try:
         with log_path.open("rb") as log:
             log.seek(0, os.SEEK_END)
@@ -383,7 +383,7 @@ def _tail(log_path: Path) -> str:
 
 
 def _why_ended(log_tail: str, returncode: int) -> str:
-    """The trainer's own last sentence where it said one, else how its process ended."""
+    """The trainer's own last message if there is one, else how its process ended."""
     said = [line.removeprefix("gradwire: ") for line in log_tail.splitlines() if line.startswith("gradwire: ")]
     if said:
         return said[-1]

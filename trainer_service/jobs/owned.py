@@ -1,4 +1,4 @@
-"""Whose trainer jobs are whose, how many there may be, and which call has made which; above any place they run."""
+"""Who owns which trainer job, how many there may be, and which call created which; above any place they run."""
 
 import asyncio
 from collections import OrderedDict
@@ -9,18 +9,18 @@ from trainer_service.access import current_caller
 from trainer_service.jobs.trainer_job import TrainerJob, TrainerJobs, TrainerJobSpec
 
 _REMEMBERED_DELETIONS = 1000
-"""So many deleted jobs may be deleted again without an error."""
+"""How many deleted jobs are remembered, so that deleting them again is not an error."""
 _SHOWN_CHARS = 100
 
 
 class OwnedJobs:
-    """Trainer jobs as the current caller may see and make them. Somebody else's are as if they were not there, unless
-    an admin asks. All on one event loop.
+    """Trainer jobs that the current caller may see and create. For anyone but admins, jobs of others do not exist. All
+    on one event loop.
 
     Args:
         jobs: Where they run; it keeps each job's owner and request_id with the job, so that both outlive this process.
-        max_jobs: The most there may be, failed ones that nobody deleted included.
-        max_jobs_per_key: Of those, jobs of one API key; 0 for no limit of its own.
+        max_jobs: The most jobs, including failed ones that were not deleted.
+        max_jobs_per_key: The most jobs of one API key; 0 for no separate limit.
     """
 
     def __init__(self, jobs: TrainerJobs, *, max_jobs: int, max_jobs_per_key: int = 0) -> None:
@@ -30,11 +30,11 @@ class OwnedJobs:
         self._one_by_one = asyncio.Lock()
         self._creating: dict[tuple[str, str], asyncio.Task[TrainerJob]] = {}
         self._deleting: dict[str, asyncio.Task[None]] = {}
-        self._deleted: OrderedDict[str, str] = OrderedDict()  # Their owners.
+        self._deleted: OrderedDict[str, str] = OrderedDict()  # Owners of deleted jobs.
 
     async def create(self, spec: TrainerJobSpec, *, request_id: str = "") -> TrainerJob:
-        """Starts a trainer and returns before it is ready. The same request_id of the same owner gets the same job, and
-        a new one once that was deleted.
+        """Starts a trainer and returns before it is ready. The same request_id of the same owner gets the same job, or
+        a new one if that was deleted.
 
         Raises:
             GradwireError: LIMIT_EXCEEDED, DRAINING, TRAINER_JOB_FAILED.
@@ -46,17 +46,17 @@ class OwnedJobs:
             if request_id:
                 self._creating[key] = creating
                 creating.add_done_callback(lambda done: self._created(key, done))
-        # A client that leaves while its trainer starts may come back with the same request_id.
+        # A client that disconnects while its trainer starts may repeat the call with the same request_id.
         return await asyncio.shield(creating)
 
     async def get(self, job_id: str) -> TrainerJob:
         """The job as it stands.
 
         Raises:
-            GradwireError: TRAINER_JOB_NOT_FOUND, whether there is none or it is somebody else's.
+            GradwireError: TRAINER_JOB_NOT_FOUND: there is none, or it belongs to someone else.
         """
         await self._find(job_id)
-        # Only now, as asking the trainer takes time, which would tell that there is one.
+        # Only now: asking the trainer takes time, which would reveal that the job exists.
         return await self._jobs.get(job_id)
 
     async def list(self) -> list[TrainerJob]:
@@ -65,10 +65,10 @@ class OwnedJobs:
         return [job for job in await self._jobs.list() if caller.may_see(job.owner)]
 
     async def delete(self, job_id: str) -> None:
-        """Stops the trainer and forgets the job; returns once its processes are gone. Twice is not an error.
+        """Stops the trainer and forgets the job; returns once its processes are gone. Deleting twice is not an error.
 
         Raises:
-            GradwireError: TRAINER_JOB_NOT_FOUND, as get.
+            GradwireError: TRAINER_JOB_NOT_FOUND, like get.
         """
         owner = self._deleted.get(job_id)
         if owner is not None and current_caller.get().may_see(owner):
@@ -81,10 +81,10 @@ class OwnedJobs:
         await asyncio.shield(deleting)
 
     def _created(self, key: tuple[str, str], done: "asyncio.Task[TrainerJob]") -> None:
-        """From here on the job itself says which call made it."""
+        """From here on, the job itself records which call created it."""
         del self._creating[key]
         if not done.cancelled():
-            # Looked at, in case nobody waits any more.
+            # Retrieved, in case nobody waits any more.
             done.exception()
 
     async def _create(self, spec: TrainerJobSpec, owner: str, request_id: str) -> TrainerJob:
@@ -115,9 +115,9 @@ class OwnedJobs:
 
 
 def not_found(job_id: str) -> GradwireError:
-    """TRAINER_JOB_NOT_FOUND, in the same words whether there is none or it is somebody else's."""
+    """TRAINER_JOB_NOT_FOUND, in the same words whether there is none or it belongs to someone else."""
     shown = job_id if len(job_id) <= _SHOWN_CHARS and job_id.isprintable() else f"{job_id[:_SHOWN_CHARS]!r}…"
-    text = f'There is no trainer job "{shown}"; it was deleted, or another control plane holds it.'
+    text = f'There is no trainer job "{shown}"; it was deleted, or belongs to another control plane.'
     return error("TRAINER_JOB_NOT_FOUND", text, job_id=shown)
 
 

@@ -1,4 +1,4 @@
-"""How the control plane's trainers prove who they are: with its own certificate, or one made for the job."""
+"""The certificates of the control plane's trainers: its own, or one made for the job."""
 
 import contextlib
 import os
@@ -22,14 +22,14 @@ class TrainerTls:
     cert_file: Path
     key_file: Path
     certificate: str = ""
-    """PEM for the job's owner to trust; "" where it comes from a root that clients know."""
+    """PEM for the job's owner to trust; "" if a root that clients know has signed it."""
 
     @staticmethod
     def make(folder: Path, host: str) -> "TrainerTls":
-        """A new one, kept in the job's folder.
+        """A new pair, kept in the job's folder.
 
         Args:
-            folder: It.
+            folder: The job's folder.
             host: What the trainer listens on.
 
         Raises:
@@ -44,22 +44,22 @@ class TrainerTls:
 
     @property
     def arguments(self) -> list[str]:
-        """Of `gradwire serve`."""
+        """Options for `gradwire serve`."""
         return ["--tls-cert-file", str(self.cert_file), "--tls-key-file", str(self.key_file)]
 
     def channel(self, address: str, options: Sequence[tuple[str, str | int]]) -> grpc.aio.Channel:
-        """A channel that trusts this very certificate, by whatever name the trainer is reached here."""
+        """A channel that trusts exactly this certificate, by whatever name we reach the trainer."""
         pem = self.cert_file.read_bytes()
         override = ("grpc.ssl_target_name_override", first_name(pem))
         return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(pem), [*options, override])
 
 
 def _names_of(host: str) -> list[str]:
-    """What clients may call a server by that listens on `host`."""
+    """Names by which clients may reach a server that listens on `host`."""
     if host not in _WILDCARDS:
         return [host]
     names = [socket.gethostname(), socket.getfqdn()]
-    # A host without a name in any table is called by its address, which only its callers know.
+    # A host whose name does not resolve is reached by an address that only its clients know.
     with contextlib.suppress(OSError):
         names += [str(one[4][0]) for one in socket.getaddrinfo(names[0], None)]
     return [*names, "localhost", "127.0.0.1", "::1"]

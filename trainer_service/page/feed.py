@@ -1,8 +1,8 @@
-"""What pages are told as it happens: server-sent events, made once a second for all that are open.
+"""Live updates for pages: server-sent events, made once a second for all open pages.
 
-What changed is looked for once, and encoded once for all pages that may see it; a page costs one write. Where none is
-open nothing is done. A page that does not keep up is let go, and asks again from where it was, as one does whose laptop
-slept: every event of points says, as its id, which of each run's points the page has now.
+Changes are found once, and encoded once for all pages that may see them; a further page costs one write, and without
+pages nothing is done. A page that does not keep up is disconnected and continues from where it was, like one whose
+laptop slept: the id of each event with points says which points of each run the page now has.
 """
 
 import asyncio
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
 _IDLE_TICKS = 15
-"""Without news after which a page is told that the trainer is there."""
+"""After this long without news, a page is told that the trainer is still there."""
 MAX_PAGES = 256
 MAX_RUNS = 16
-"""Curves of so many runs lie over one another on one page."""
+"""The most runs whose curves one page compares."""
 _MAX_UNREAD = 16
-"""Seconds of events that a page may be behind."""
+"""How many seconds of events a page may be behind."""
 _CURSOR = re.compile(r"([^=,]+)=(\d{1,19})")
 
 
@@ -43,16 +43,16 @@ def read_cursors(text: str) -> dict[str, int]:
 
 @dataclass(eq=False)
 class _Page:
-    """One that is open."""
+    """An open page."""
 
     caller: Caller
     cursors: dict[str, int]
-    """Of each run it follows: its last point."""
+    """The last point it has of each run it follows."""
     events: asyncio.Queue[bytes | None] = field(default_factory=lambda: asyncio.Queue(_MAX_UNREAD))
     greeted: bool = False
-    """Whether it has been told how everything is, so that changes are enough."""
+    """Whether it has the full state, so that changes are enough."""
     told: dict[str, object] = field(default_factory=dict)
-    """Of each run it follows: the version of its operations that it knows."""
+    """The version of operations it has of each run it follows."""
     idle_ticks: int = 0
     unsent: list[bytes] = field(default_factory=list)
 
@@ -62,12 +62,12 @@ class _Page:
         return self.caller.admin, "" if self.caller.admin else self.caller.owner
 
     def tell(self, event: bytes) -> None:
-        """Adds to what is sent next."""
+        """Adds an event to what is sent next."""
         self.unsent.append(event)
         self.idle_ticks = 0
 
     def send(self) -> None:
-        """Sends what it was told, in one piece: it is the pieces that cost, not the bytes."""
+        """Sends its events in one write: writes cost, not bytes."""
         if self.unsent and self.events.full():
             self.end()
         elif self.unsent:
@@ -83,7 +83,7 @@ class _Page:
 
 @dataclass
 class _Group:
-    """What pages that see the same know."""
+    """What pages that see the same have been told."""
 
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     health: dict[str, Any] = field(default_factory=dict)
@@ -93,11 +93,11 @@ class Feed:
     """All pages that are open.
 
     Args:
-        runs: What they look at.
-        metrics: Their curves.
-        sampling: Counted.
-        health: How the trainer is.
-        sessions: Ends the streams of keys that were revoked.
+        runs: The runs they show.
+        metrics: The runs' curves.
+        sampling: Requests to count.
+        health: State of the trainer.
+        sessions: Tells which keys are still valid; the streams of others end.
     """
 
     def __init__(
@@ -119,19 +119,19 @@ class Feed:
         return len(self._pages)
 
     def open(self, run_ids: list[str], after: str) -> AsyncGenerator[bytes]:
-        """The events of a page of the current caller, from now on.
+        """Events for a page of the current caller, from now on.
 
         Args:
-            run_ids: Runs whose curves and operations it shows; of one that is not there, nothing is told.
+            run_ids: Runs whose curves and operations it shows; those that do not exist are ignored.
             after: Which of their points it has, see read_cursors.
 
         Raises:
             ResourceExhaustedError: LIMIT_EXCEEDED: too many runs, or pages.
         """
         if len(run_ids) > MAX_RUNS:
-            raise error("LIMIT_EXCEEDED", f"A page shows at most {MAX_RUNS} runs over one another.", limit=MAX_RUNS)
+            raise error("LIMIT_EXCEEDED", f"A page compares at most {MAX_RUNS} runs.", limit=MAX_RUNS)
         if len(self._pages) >= MAX_PAGES:
-            text = f"{MAX_PAGES} pages are open, and this trainer serves no more at once; close one."
+            text = f"{MAX_PAGES} pages are open, the most that this trainer serves at once; close one."
             raise error("LIMIT_EXCEEDED", text, limit=MAX_PAGES)
         known = read_cursors(after)
         page = _Page(current_caller.get(), {run_id: known.get(run_id, 0) for run_id in run_ids})
@@ -142,7 +142,7 @@ class Feed:
         if self._ticking is None or self._ticking.done():
             self._ticking = asyncio.create_task(self._tick_on(), name="page-feed")
         try:
-            # So that a page knows it is connected, and how long to wait when it is not.
+            # Tells the page that it is connected, and how long to wait before it reconnects.
             yield b"retry: 2000\n\n"
             await self._tell((page,))
             while not self._closed and (event := await page.events.get()) is not None:
@@ -151,17 +151,17 @@ class Feed:
             self._pages.discard(page)
 
     def close(self) -> None:
-        """Ends every page's stream, and those that would come."""
+        """Ends every page's stream, and accepts no more."""
         self._closed = True
         self.disconnect_all()
 
     def disconnect_all(self) -> None:
-        """Ends every page's stream; a page that is there still opens another."""
+        """Ends every page's stream; a page that is still open starts another."""
         for page in self._pages:
             page.end()
 
     async def _tick_on(self) -> None:
-        """Tells pages, as long as there are any."""
+        """Sends updates as long as there are pages."""
         while self._pages:
             await asyncio.sleep(INTERVAL_S)
             for page in [page for page in self._pages if not self._sessions.opens(page.caller)]:
@@ -169,12 +169,12 @@ class Feed:
             try:
                 await self._tell(tuple(self._pages))
             except Exception:
-                # Whatever is wrong with one look, the next may find it well.
-                logger.exception("The pages could not be told.")
+                # Whatever failed this time may work the next.
+                logger.exception("The pages could not be updated.")
         self._groups.clear()
 
     async def _tell(self, pages: tuple[_Page, ...]) -> None:
-        # A page that is told by two at once would get points twice.
+        # Two updates at once would send points twice.
         async with self._telling:
             await self._tell_all(pages)
 
@@ -189,7 +189,7 @@ class Feed:
             page.send()
 
     def _tell_state(self, pages: tuple[_Page, ...]) -> None:
-        """Runs and health: all of it to a page that is new, what changed to the others."""
+        """Sends runs and health: everything to new pages, changes to the others."""
         by_group: dict[tuple[bool, str], list[_Page]] = {}
         for page in pages:
             by_group.setdefault(page.group, []).append(page)
@@ -210,7 +210,7 @@ class Feed:
                     page.tell(everything)
                     page.greeted = True
             if len(pages) == 1 and new:
-                continue  # One that just came; the others are told at the next tick.
+                continue  # Only the new page; the others are updated at the next tick.
             changed = [run for run_id, run in runs.items() if known.runs.get(run_id) != run]
             gone = [run_id for run_id in known.runs if run_id not in runs]
             if changed or gone or health != known.health:
@@ -224,7 +224,7 @@ class Feed:
             known.runs, known.health = runs, health
 
     async def _tell_runs(self, pages: tuple[_Page, ...]) -> None:
-        """Points and operations of the runs that pages follow."""
+        """Sends points and operations of the runs that pages follow."""
         executing = self._executing()
         made: dict[tuple[str, int], tuple[int, bytes]] = {}
         operations: dict[str, bytes] = {}
@@ -234,7 +234,7 @@ class Feed:
                 try:
                     run = self._runs.get(run_id)
                 except GradwireError:
-                    continue  # Deleted, or never there; the list of runs tells.
+                    continue  # Deleted, or never existed; the list of runs shows that.
                 finally:
                     current_caller.reset(token)
                 version = run.next_seq_id, run.unanswered, run.step
@@ -256,7 +256,7 @@ class Feed:
     async def _look(
         self, run: Run, cursor: int, executing: Entry | None, operations: dict[str, bytes]
     ) -> tuple[int, bytes]:
-        """(the last point behind a cursor, an event of the points in between); fills in the run's operations."""
+        """(last point, event with the points after a cursor); also fills in the run's operations."""
         pieces: list[bytes] = []
         while True:
             points = await self._metrics.points(run, after_seq_id=cursor)
@@ -269,7 +269,7 @@ class Feed:
         return cursor, b"".join(pieces)
 
     def _executing(self) -> Entry | None:
-        """The operation that the worker has in hand: they are executed in the order they came."""
+        """The operation that the worker executes; it executes them in the order they came."""
         waiting = [run.under_way[0] for run in self._runs.everybodys() if run.unanswered and run.placement.live]
         return min(waiting, key=lambda entry: entry.received_s, default=None)
 

@@ -1,9 +1,9 @@
-"""What every request to the page passes, and every answer carries.
+"""Checks on every request to the page, and headers of every answer.
 
-A page that listens on loopback can be reached by any website that its user visits, through the browser. So a request
-must come from the page itself: the host it names is one nobody can point elsewhere (or a cookie of that host comes
-along), what changes something carries a header that only the page's own scripts can set, and answers are read by no
-other site, framed by none, and run no script but ours.
+Through the browser, any website that a user visits can reach a page on loopback. So a request must come from the page
+itself: it names a host that nobody can point elsewhere (or has a cookie of that host), requests that change something
+have a header that only the page's own scripts can set, and no other site can read or frame answers, which run no
+scripts but ours.
 """
 
 import ipaddress
@@ -23,9 +23,10 @@ from trainer_service.page.sessions import Sessions
 logger = logging.getLogger(__name__)
 
 OPEN = ("/api/login", "/api/me")
-"""Told to whoever asks: that a key is wanted."""
+"""Paths that anyone may request: they say that a key is required."""
 HEADER = "x-gradwire-page"
-"""Of requests that change something. Another site's script could set it only if we said so, and we do not."""
+"""Header of requests that change something. Another site's script could set it only with our consent, which we do not
+give."""
 _SECURITY = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
@@ -38,14 +39,14 @@ _SECURITY = {
     "x-content-type-options": "nosniff",
 }
 _HTTP_STATUS = {3: 400, 5: 404, 6: 409, 7: 403, 8: 429, 9: 409, 14: 503, 16: 401}
-"""By gRPC code."""
+"""HTTP status by gRPC code."""
 
 
 class Guard:
-    """Stands before the page's routes.
+    """Guards the page's routes.
 
     Args:
-        app: They.
+        app: The routes.
         sessions: Who may pass.
     """
 
@@ -70,11 +71,11 @@ class Guard:
         await app(scope, receive, secured)
 
     def _not_ours(self, method: str, headers: Headers) -> JSONResponse | None:
-        """What is answered to a request that is not one of the page's own."""
+        """The refusal of a request that does not come from the page itself; None if it does."""
         host = headers.get("host", "")
         if not self._sessions.required and not _cannot_be_pointed_here(host):
-            # Some site's own name, made to lead here: without a cookie to tell its scripts from ours, it is refused.
-            text = f"This page does not answer as {host!r}; open it by its IP address, or as localhost."
+            # A site may point its own name here: without a cookie its scripts could pass for ours, so it is refused.
+            text = f"This page is not available as {host!r}; open it by its IP address, or as localhost."
             return answer_error(403, "WRONG_HOST", text)
         origin = headers.get("origin")
         foreign = origin is not None and origin.partition("://")[2] != host
@@ -84,7 +85,7 @@ class Guard:
         return None
 
     def _let_in(self, path: str, headers: Headers) -> JSONResponse | None:
-        """Makes whoever asks the current caller; else what is answered to a stranger."""
+        """Sets the current caller; returns the refusal of a stranger."""
         if not path.startswith("/api/"):
             return None
         caller = self._sessions.caller(headers.get("cookie", ""))
@@ -96,7 +97,7 @@ class Guard:
 
 
 def answer_error(status: int, reason: str, message: str) -> JSONResponse:
-    """An error as the page's scripts read it."""
+    """An error for the page's scripts."""
     return JSONResponse({"error": {"reason": reason, "message": message}}, status)
 
 
@@ -107,13 +108,13 @@ async def on_refusal(request: Request, exc: Exception) -> JSONResponse:
 
 
 async def on_fault(request: Request, exc: Exception) -> JSONResponse:
-    """Anything else: a fault of ours, which the log has."""
+    """Any other exception, which is a bug and is logged."""
     logger.error("A request of the page failed.", exc_info=exc, extra={"fields": {"path": request.url.path}})
-    return answer_error(500, "INTERNAL", "A fault inside the trainer; its log has the details.")
+    return answer_error(500, "INTERNAL", "Internal error in the trainer; its log has the details.")
 
 
 def _cannot_be_pointed_here(host: str) -> bool:
-    """Whether a Host header is an address, or the name of this machine that resolvers know by themselves."""
+    """Whether a Host header is an IP address or localhost."""
     name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
     try:
         ipaddress.ip_address(name.strip("[]"))
@@ -126,7 +127,7 @@ async def read_json(request: Request, *, max_bytes: int) -> dict[str, Any]:
     """The body of a request.
 
     Raises:
-        InvalidArgumentError: It is no JSON object.
+        InvalidArgumentError: It is not a JSON object.
         ResourceExhaustedError: LIMIT_EXCEEDED: it is too large.
     """
     body = b""
@@ -137,7 +138,7 @@ async def read_json(request: Request, *, max_bytes: int) -> dict[str, Any]:
     try:
         found = parse_json(body)
     except ValueError as exc:
-        raise error("INVALID_FIELD", f"The request is no JSON: {exc}.") from None
+        raise error("INVALID_FIELD", f"The request is not JSON: {exc}.") from None
     if not isinstance(found, dict):
         raise error("INVALID_FIELD", "The request must be a JSON object.")
     return found

@@ -1,4 +1,4 @@
-"""The page's addresses: its own files, what it asks for, and what it may change."""
+"""The page's routes: its files, what it requests, and what it may change."""
 
 import asyncio
 import hashlib
@@ -32,19 +32,19 @@ _TYPES = {
 _MAX_SMALL_BYTES = 16 * 1024
 _WRONG_KEY_DELAY_S = 0.5
 _MAX_TRIES = 16
-"""Wrong keys that are being answered at once."""
+"""Simultaneous answers to wrong keys."""
 
 
 class Routes:
-    """Answers requests that the guard let pass.
+    """Answers requests that passed the guard.
 
     Args:
         sessions: Keys and cookies.
-        feed: What pages are told as it happens.
-        runs: The trainer's.
+        feed: Live updates.
+        runs: The trainer's runs.
         catalog: Its checkpoints.
-        box: Samples.
-        max_body_bytes: Of a request with a prompt.
+        box: Samples for the page.
+        max_body_bytes: The largest request with a prompt.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Routes:
         asked = await read_json(request, max_bytes=_MAX_SMALL_BYTES)
         ttl_seconds = asked.get("ttl_seconds")
         if ttl_seconds is not None and (isinstance(ttl_seconds, bool) or not isinstance(ttl_seconds, int)):
-            raise invalid_field("ttl_seconds", "must be a whole number of seconds, or null for ever.")
+            raise invalid_field("ttl_seconds", "must be a whole number of seconds, or null for forever.")
         check_ttl_seconds(ttl_seconds)
         found = await asyncio.to_thread(self._catalog.set_ttl, _path(asked), ttl_seconds)
         return JSONResponse(checkpoint_view(found, current_caller.get()))
@@ -158,7 +158,7 @@ class Routes:
     async def _holders(self, request: Request) -> Response:
         """Who holds what: runs, operations under way, bytes of journals and of checkpoints, by owner."""
         if not current_caller.get().admin:
-            return answer_error(403, "NOT_ADMIN", "Who holds what is told to admins.")
+            return answer_error(403, "NOT_ADMIN", "Only admins may see who holds what.")
         runs = self._runs.everybodys()
 
         def look() -> list[dict[str, Any]]:
@@ -194,7 +194,7 @@ def _is_ascii(key: str) -> bool:
 
 
 def _read_files() -> dict[str, tuple[bytes, str, str]]:
-    """The page's own files, by name: (content, type, ETag). No other file can be asked for."""
+    """The page's own files, by name: (content, type, ETag). No others can be requested."""
     found: dict[str, tuple[bytes, str, str]] = {}
     folders = [("", files("trainer_service.page") / "static")]
     while folders:

@@ -1,4 +1,4 @@
-"""A prompt goes in, tokens come out as they are sampled, a JSON object a line."""
+"""A prompt goes in; tokens come out as they are sampled, one JSON object per line."""
 
 import contextlib
 from collections.abc import AsyncGenerator
@@ -27,9 +27,9 @@ class SamplingBox:
     """Samples for the page.
 
     Args:
-        runs: Of which one as it is now may be sampled from.
-        sampling: Samples.
-        limits: The most there may be.
+        runs: Runs to sample from in their current state.
+        sampling: Carries out requests.
+        limits: The most a request may ask for.
     """
 
     def __init__(self, runs: Runs, sampling: SampleRequests, limits: Limits) -> None:
@@ -38,13 +38,13 @@ class SamplingBox:
         self._limits = limits
 
     async def sample(self, asked: dict[str, Any]) -> AsyncGenerator[bytes]:
-        """Lines of {"text", "logprobs"}, at the end {"stop_reason"}, or {"error"} where it fails on the way.
+        """Lines of {"text", "logprobs"}, at the end {"stop_reason"}, or {"error"} if it fails on the way.
 
         Args:
             asked: prompt, a text; source, "base", a run's id, or a checkpoint's path; max_tokens; temperature; seed.
 
         Raises:
-            GradwireError: What is asked cannot be.
+            GradwireError: The request is not possible.
         """
         request = sampling_messages.SampleRequest(
             prompt_text=_text(asked, "prompt"),
@@ -61,7 +61,7 @@ class SamplingBox:
             request.sampler.model_path = await self._freeze(source)
         check_limits(request, self._limits)
         responses = self._sampling.sample(request)
-        # Refusals come before the first token, and are then an answer of their own rather than a line of this one.
+        # A refusal comes before the first token, and so becomes the whole answer rather than a line of it.
         first = await anext(responses, None)
         return self._lines(first, responses)
 
@@ -70,7 +70,7 @@ class SamplingBox:
         first: sampling_messages.SampleResponse | None,
         responses: AsyncGenerator[sampling_messages.SampleResponse],
     ) -> AsyncGenerator[bytes]:
-        # Closed at once when the page goes away: that frees the request's place.
+        # Closed as soon as the page goes away: that frees the request's place.
         async with contextlib.aclosing(responses):
             try:
                 response = first
@@ -89,7 +89,7 @@ class SamplingBox:
         if run.attachment is not None:
             raise error(
                 "RUN_ATTACHED",
-                f"A client is attached to {run_id}, and freezing its weights from elsewhere would cut into its order. "
+                f"A client is attached to {run_id}, and freezing its weights from elsewhere would break its order. "
                 "Sample one of its checkpoints, or wait until the client leaves.",
                 run_id=run_id,
             )

@@ -1,4 +1,4 @@
-"""Serves the page, on the trainer's own event loop: what it shows lives there, and it waits for nothing."""
+"""Serves the page, on the trainer's event loop: what it shows lives there, and serving never blocks."""
 
 import logging
 
@@ -28,9 +28,9 @@ class PageServer:
 
     Args:
         listen: host:port; port 0 takes a free one.
-        api_keys: Keys that open it.
-        tls: How it proves who it is, as the trainer does; None serves plaintext.
-        limits: The most there may be.
+        api_keys: The keys it accepts.
+        tls: Certificates, as for the trainer; None serves plaintext.
+        limits: The most a request may ask for.
         runs, metrics, sampling, catalog, worker: What it shows.
     """
 
@@ -52,14 +52,14 @@ class PageServer:
         """Where it is."""
         sessions = Sessions(api_keys, port=self._server.port, secure=tls is not None)
         self.feed = Feed(runs, metrics, sampling, Health(worker), sessions)
-        """What pages are told as it happens."""
+        """Live updates for open pages."""
         routes = Routes(
             sessions=sessions,
             feed=self.feed,
             runs=runs,
             catalog=catalog,
             box=SamplingBox(runs, sampling, limits),
-            # A prompt may be written with six bytes a character.
+            # JSON may take six bytes for a character of a prompt.
             max_body_bytes=6 * limits.max_prompt_text_bytes + 4096,
         )
         self._app = Guard(routes.app(), sessions)

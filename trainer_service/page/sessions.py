@@ -1,7 +1,7 @@
-"""Who looks at the page: a key is asked for once, and from then on a cookie stands for it.
+"""Sessions of the page: it asks for a key once, and from then on a cookie stands for the key.
 
-The cookie holds a random token, not the key; only its digest is kept here. It opens as long as its key does, and goes
-with the trainer.
+The cookie holds a random token, not the key; only its digest is kept here. It is valid as long as its key, and until
+the trainer ends.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from trainer_service.access import ANYBODY, ApiKeys, Caller
 
 _MAX_AGE_S = 30 * 24 * 3600
 _MAX_SESSIONS = 1024
-"""At once; the one unused longest makes room."""
+"""Simultaneous sessions; a further one replaces the one unused for longest."""
 
 
 class Sessions:
@@ -22,7 +22,7 @@ class Sessions:
 
     Args:
         api_keys: The trainer's keys.
-        port: The page's: pages of several trainers on one host must not take each other's cookie for their own.
+        port: The page's, so that pages of several trainers on one host do not share a cookie.
         secure: Whether the page is served over TLS.
     """
 
@@ -34,11 +34,11 @@ class Sessions:
 
     @property
     def required(self) -> bool:
-        """Whether the page asks for a key at all."""
+        """Whether the page requires a key."""
         return self._api_keys.required
 
     def open(self, key: str) -> tuple[Caller, str] | None:
-        """(whose key it is, the Set-Cookie header of a new session); None for nobody's key."""
+        """(the key's owner, the Set-Cookie header of a new session); None for a wrong key."""
         caller = self._api_keys.find(key)
         if caller is None:
             return None
@@ -54,7 +54,7 @@ class Sessions:
         return self._header("", 0)
 
     def caller(self, cookies: str) -> Caller | None:
-        """Who sends a Cookie header; None for nobody we know."""
+        """Whose session a Cookie header names; None if unknown."""
         if not self._api_keys.required:
             return ANYBODY
         digest = _digest(self._token(cookies))
@@ -68,7 +68,7 @@ class Sessions:
         return caller
 
     def opens(self, caller: Caller) -> bool:
-        """Whether a caller's key is one of the keys still."""
+        """Whether a caller's key is still valid."""
         return self._api_keys.still_opens(caller)
 
     def _token(self, cookies: str) -> str:

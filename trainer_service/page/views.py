@@ -1,8 +1,7 @@
-"""What the page is told, as JSON. Numbers that JSON has no word for are null."""
+"""What the page shows, as JSON. Numbers that JSON cannot express are null."""
 
 import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from gradwire.errors import GradwireError
 from trainer_service.access import Caller
 from trainer_service.checkpoints.checkpoint import Checkpoint
 from trainer_service.fleet.worker import Worker
+from trainer_service.processes import held_bytes
 from trainer_service.runs.journal_metrics import Measured
 from trainer_service.runs.run import Run
 from trainer_service.runs.run_metrics import Points
@@ -22,25 +22,25 @@ from trainer_service.runs.sequence import Entry
 from trainer_service.user_metadata import read_user_metadata
 
 MAX_POINTS = 4000
-"""Of a curve, for one page: a screen has not so many columns. Of more, each n-th is told."""
+"""The most points of one curve: more than a screen has columns. Of a longer curve, every n-th point is sent."""
 _RATE_WINDOW_S = 30.0
 _MAX_DEATHS = 20
 _MAX_UNDER_WAY = 64
 
 
 def encode(found: Any) -> bytes:
-    """JSON, in ASCII, with nothing in it that ends a line."""
+    """JSON in ASCII, without line breaks."""
     return json.dumps(found, separators=(",", ":"), allow_nan=False).encode()
 
 
 @dataclass
 class Rates:
-    """Steps a second of every run, over the last half minute, from looking at them."""
+    """Steps per second of every run over the last half minute, from periodic observations."""
 
     _seen: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)
 
     def look(self, runs: Iterable[Run]) -> None:
-        """Notes where runs are."""
+        """Observes the runs' steps."""
         now = time.monotonic()
         seen: dict[str, deque[tuple[float, int]]] = {}
         for run in runs:
@@ -51,7 +51,7 @@ class Rates:
         self._seen = seen
 
     def of(self, run_id: str) -> float | None:
-        """Of one run; None where it was looked at once."""
+        """The rate of one run; None if it was observed only once."""
         points = self._seen.get(run_id, ())
         if len(points) < 2 or points[-1][0] <= points[0][0]:
             return None
@@ -60,7 +60,7 @@ class Rates:
 
 
 def run_view(run: Run, caller: Caller, rates: Rates) -> dict[str, Any]:
-    """A run, for a list. Owners are told to admins."""
+    """A run, for a list. Only admins see owners."""
     found: dict[str, Any] = {
         "run_id": run.run_id,
         "name": run.create_request.display_name,
@@ -81,7 +81,7 @@ def run_view(run: Run, caller: Caller, rates: Rates) -> dict[str, Any]:
 
 
 def points_view(run_id: str, points: Points) -> dict[str, Any]:
-    """A run's points, thinned out where there are very many; the last is always there."""
+    """A run's points, thinned out if there are very many; the last one is always included."""
     every = -(-len(points.steps) // MAX_POINTS) or 1
 
     def thin(values: Sequence[Any]) -> Sequence[Any]:
@@ -99,8 +99,8 @@ def points_view(run_id: str, points: Points) -> dict[str, Any]:
 
 
 def operations_view(run: Run, recent: list[Measured], *, executing: Entry | None) -> dict[str, Any]:
-    """A run's operations: those under way, and how long each part of the last ones took. `executing` is the one, of
-    whichever run, that the worker has in hand."""
+    """A run's operations: those under way, and how long each part of the last ones took. `executing` is the one that
+    the worker executes, of whichever run."""
     now = time.perf_counter()
     return {
         "run_id": run.run_id,
@@ -148,10 +148,10 @@ def checkpoint_view(found: Checkpoint, caller: Caller) -> dict[str, Any]:
 
 
 class Health:
-    """How worker and trainer are, and why the worker was started again.
+    """State of worker and trainer, and why the worker was restarted.
 
     Args:
-        worker: It.
+        worker: The worker.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -164,7 +164,7 @@ class Health:
         self._deaths.appendleft({"time_s": time.time(), "why": reason.message})
 
     def view(self, caller: Caller, **more: Any) -> dict[str, Any]:
-        """For the page. Why a worker died may tell of the host, and is told to admins."""
+        """State for the page. Why a worker died may reveal something about the host, so only admins see it."""
         worker, ready = self._worker, self._worker.ready
         model = ready.model if ready is not None else None
         deaths = [death if caller.admin else {**death, "why": ""} for death in self._deaths]
@@ -174,7 +174,7 @@ class Health:
             "status": worker.status_message if caller.admin or ready is not None else "The worker is not ready.",
             "version": __version__,
             "started_s": self._started_s,
-            "memory_bytes": _memory_bytes() >> 20 << 20,
+            "memory_bytes": held_bytes() >> 20 << 20,
             "model": None
             if model is None
             else {
@@ -186,7 +186,6 @@ class Health:
                 "max_context_length": model.max_context_length,
                 "batching": model.batching,
                 "sampling": model.sampling,
-                "world_size": model.world_size,
             },
             "counters": {
                 name: float(f"{value:.6g}") for name, value in worker.counters.items() if math.isfinite(value)
@@ -198,15 +197,3 @@ class Health:
 
 def _number(value: float) -> float | None:
     return float(f"{value:.7g}") if math.isfinite(value) else None
-
-
-def _memory_bytes() -> int:
-    """What this process holds; 0 where the system does not say."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * _PAGE_BYTES
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

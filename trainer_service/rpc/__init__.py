@@ -1,1 +1,1 @@
-"""The gRPC border: decode, delegate, encode."""
+"""The gRPC border: decodes, delegates, encodes."""

@@ -1,4 +1,4 @@
-"""What every call passes: key, protocol version, request id, error translation, log and metrics."""
+"""What every call passes through: key, protocol version, request id, error translation, log and metrics."""
 
 import asyncio
 import contextlib
@@ -6,9 +6,9 @@ import inspect
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import grpc
@@ -23,11 +23,15 @@ from trainer_service.config import MIN_PROTOCOL_VERSION
 from trainer_service.observability import Metrics, request_id
 from trainer_service.rpc.messages import Malformed, Messages, Received, memory_bytes
 from trainer_service.rpc.request_limiter import RequestLimiter
+from trainer_service.tracing import traced_call
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 logger = logging.getLogger(__name__)
 
 _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
-"""Probes have no key, and health says nothing worth one."""
+"""Probes have no key, and health reveals nothing worth protecting."""
 
 _QUIET_METHODS = {
     "/grpc.health.v1.Health/Check",
@@ -37,34 +41,44 @@ _QUIET_METHODS = {
     ),
     *(f"/gradwire.v1.TrainerJobService/{name}" for name in ("GetTrainerJob", "ListTrainerJobs")),
 }
-"""Asked again and again by those who wait; logged only when they fail."""
+"""Polled by clients that wait; logged only when they fail."""
+_UNTRACED_METHODS = {*_QUIET_METHODS, "/gradwire.v1.TrainerService/Train"}
+"""Train carries a run's operations for hours: each has a span of its own."""
 _MAX_STATUS_BYTES = 1500
-"""A status travels in HTTP/2 headers, twice (as text and as details); peers take 8 KiB of them."""
+"""A status travels in HTTP/2 headers, twice (as text and as details); peers accept 8 KiB of headers."""
 _PLAIN = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
-"""What takes one byte in a header; of everything else each byte takes three."""
+"""Characters that take one byte in a header; each byte of any other takes three."""
 _MAX_CALL_ID_CHARS = 64
 REVOCATION_POLL_S = 1.0
-"""How long a stream may outlive its key."""
+"""How long a stream can outlive its key."""
 
 
 class Border(grpc.aio.ServerInterceptor):
     """Wraps every handler of a server.
 
     Args:
-        api_keys: Keys that open the server.
+        api_keys: The keys it accepts.
         metrics: Counts calls.
-        max_message_bytes: Largest message taken; a larger one is refused saying so.
-        limiter: Looks at the fields of messages; None takes any.
+        max_message_bytes: The largest message it accepts; the error for a larger one names the limit.
+        limiter: Checks the fields of messages; None accepts any.
+        tracer: Makes a span of each call; None of none.
     """
 
     def __init__(
-        self, *, api_keys: ApiKeys, metrics: Metrics, max_message_bytes: int, limiter: RequestLimiter | None = None
+        self,
+        *,
+        api_keys: ApiKeys,
+        metrics: Metrics,
+        max_message_bytes: int,
+        limiter: RequestLimiter | None = None,
+        tracer: "Tracer | None" = None,
     ) -> None:
         self._api_keys = api_keys
         self._metrics = metrics
+        self._tracer = tracer
         self._messages = Messages(max_message_bytes=max_message_bytes, limiter=limiter)
         self._streams: dict[asyncio.Timeout, Caller] = {}
-        """Answers that stream, each by what ends it, and whose key opened it."""
+        """Streamed answers under way: what ends each, and whose key opened it."""
         self._watch: asyncio.Task[None] | None = None
 
     async def intercept_service(
@@ -80,15 +94,16 @@ class Border(grpc.aio.ServerInterceptor):
         metadata = dict(handler_call_details.invocation_metadata or ())
         call_id = str(metadata.get("gradwire-request-id", ""))[:_MAX_CALL_ID_CHARS] or uuid.uuid4().hex[:16]
         try:
-            call = _Call(method, call_id, self._caller(method, metadata))
+            call = _Call(method, call_id, self._caller(method, metadata), metadata)
             _check_protocol_version(method, metadata)
         except GradwireError as exc:
             return self._refusing(_Call(method, call_id, ANYBODY), exc)
         return self._passed(handler, call)
 
     def _refusing(self, call: "_Call", refusal: GradwireError) -> grpc.RpcMethodHandler:
-        """A handler that reads nothing. It may stand for one of any kind: one of streams is asked before anything is
-        read of the call. What it costs is all that a flood of strangers costs, so everything goes in one batch."""
+        """A handler that reads nothing. It can replace a handler of any kind, since a handler of streams runs before
+        anything of the call is read. A flood of strangers costs no more than this, so it sends everything in one
+        batch."""
 
         async def refused(_: Any, context: grpc.aio.ServicerContext) -> None:
             async with self._passing(call, context):
@@ -98,8 +113,8 @@ class Border(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(refused)
 
     def _passed(self, handler: Any, call: "_Call") -> grpc.RpcMethodHandler:
-        """A handler with everything around it. A message that comes alone is read here too, not by grpc, which would
-        read it before it asks."""
+        """A handler with everything around it. It also reads the only message of a unary request: grpc would read that
+        before it calls the handler."""
         behaviour = getattr(handler, _KINDS[handler.request_streaming, handler.response_streaming])
         message_type: type[Message] = handler.request_deserializer.__self__
 
@@ -111,13 +126,13 @@ class Border(grpc.aio.ServerInterceptor):
             return self._messages.only_one(context, message_type, call.caller.owner, call.method)
 
         async def unary(messages: Any, context: grpc.aio.ServicerContext) -> Any:
-            async with self._passing(call, context):
+            async with self._passing(call, context), self._traced(call):
                 await context.send_initial_metadata(call.metadata)
                 async with requests(messages, context) as request:
                     return await behaviour(request, context)
 
         async def streamed(messages: Any, context: grpc.aio.ServicerContext) -> None:
-            async with self._passing(call, context), self._while_key_opens(call.caller):
+            async with self._passing(call, context), self._while_key_opens(call.caller), self._traced(call):
                 await context.send_initial_metadata(call.metadata)
                 await respond(messages, context)
 
@@ -126,7 +141,7 @@ class Border(grpc.aio.ServerInterceptor):
                 if not inspect.isasyncgenfunction(behaviour):
                     await behaviour(request, context)
                     return
-                # Written here rather than yielded to grpc, whose waiting for the client nothing here could end.
+                # Written here rather than yielded to grpc: nothing here could end its wait for the client.
                 async with contextlib.aclosing(behaviour(request, context)) as responses:
                     async for response in responses:
                         await context.write(response)
@@ -147,7 +162,7 @@ class Border(grpc.aio.ServerInterceptor):
 
     @contextlib.asynccontextmanager
     async def _passing(self, call: "_Call", context: grpc.aio.ServicerContext) -> AsyncGenerator[None]:
-        """What happens around a call: turns its exception into a status, counts and logs it."""
+        """Turns a call's exception into a status, and counts and logs the call."""
         request_id.set(call.call_id)
         current_caller.set(call.caller)
         start = time.perf_counter()
@@ -161,16 +176,16 @@ class Border(grpc.aio.ServerInterceptor):
             code = "ABORTED"
             raise
         except grpc.aio.InternalError as exc:
-            # The connection broke while it answered; to grpc anything but a cancellation is worth a traceback.
+            # The connection broke during the answer. grpc logs a traceback for anything but a cancellation.
             code = "ABORTED"
             raise asyncio.CancelledError from exc
         except Exception:
             code = "INTERNAL"
             logger.exception("A call failed.", extra={"fields": {"method": call.method}})
-            text = f"A fault inside the trainer; its log has the details under request id {call.call_id}."
+            text = f"Internal error in the trainer; its log has the details under request id {call.call_id}."
             await _abort(context, error("INTERNAL", text, request_id=call.call_id))
         except asyncio.CancelledError:
-            # The client went away, which is its right.
+            # The client went away, as it may.
             code = "CANCELLED"
             raise
         finally:
@@ -183,11 +198,16 @@ class Border(grpc.aio.ServerInterceptor):
             logger.log(level, "Call.", extra={"fields": fields})
 
     @contextlib.asynccontextmanager
+    async def _traced(self, call: "_Call") -> AsyncGenerator[None]:
+        with traced_call(None if call.method in _UNTRACED_METHODS else self._tracer, call.method, call.sent):
+            yield
+
+    @contextlib.asynccontextmanager
     async def _while_key_opens(self, caller: Caller) -> AsyncGenerator[None]:
-        """Ends what it surrounds soon after the key it came with was revoked.
+        """Ends the body soon after the caller's key is revoked.
 
         Raises:
-            UnauthenticatedError: INVALID_API_KEY: it was.
+            UnauthenticatedError: INVALID_API_KEY: the key was revoked.
         """
         if caller is ANYBODY:
             yield
@@ -205,10 +225,10 @@ class Border(grpc.aio.ServerInterceptor):
         except TimeoutError:
             if not end.expired():
                 raise
-            raise error("INVALID_API_KEY", "The API key this stream came with was revoked.") from None
+            raise error("INVALID_API_KEY", "The API key of this stream was revoked.") from None
 
     async def _end_revoked(self) -> None:
-        """Looks at the keys of all streams, as long as there are any: the file they are in has no event."""
+        """Checks the keys of all streams as long as there are any: a changed key file sends no event."""
         while self._streams:
             await asyncio.sleep(REVOCATION_POLL_S)
             for end, caller in list(self._streams.items()):
@@ -220,7 +240,7 @@ class Border(grpc.aio.ServerInterceptor):
         """Who calls.
 
         Raises:
-            UnauthenticatedError: INVALID_API_KEY: nobody may without a key of ours.
+            UnauthenticatedError: INVALID_API_KEY: the call needs a key and has none that we know.
         """
         if not self._api_keys.required:
             return ANYBODY
@@ -242,15 +262,17 @@ class _Call:
     method: str
     call_id: str
     caller: Caller
+    sent: Mapping[str, Any] = field(default_factory=dict)
+    """Metadata of a caller that was let in."""
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What its answer tells beside the answer."""
+        """Metadata sent with the answer."""
         return (("gradwire-request-id", self.call_id),)
 
 
 def _check_protocol_version(method: str, metadata: dict[str, Any]) -> None:
-    """Refuses a client whose messages mean something else.
+    """Refuses a client of a protocol version that we do not support.
 
     Raises:
         FailedPreconditionError: PROTOCOL_VERSION_UNSUPPORTED.
@@ -259,7 +281,7 @@ def _check_protocol_version(method: str, metadata: dict[str, Any]) -> None:
     if version is not None and version not in _SPOKEN and not method.startswith(_OPEN_SERVICES):
         raise error(
             "PROTOCOL_VERSION_UNSUPPORTED",
-            f"The client speaks protocol version {version}, but this server {' or '.join(sorted(_SPOKEN))}. "
+            f"The client speaks protocol version {version}, but this server speaks {' or '.join(sorted(_SPOKEN))}. "
             "Install the same gradwire on both sides.",
             client=version,
             server=PROTOCOL_VERSION,
@@ -273,14 +295,14 @@ _KINDS = {
     (True, False): "stream_unary",
     (True, True): "stream_stream",
 }
-"""The attribute that a handler's function is in, by whether requests and responses stream."""
+"""The attribute that holds a handler's function, by whether requests and responses stream."""
 
 
 async def _unwrapped(messages: AsyncIterator[Any]) -> AsyncGenerator[Any]:
-    """The messages of a stream, for who reads nothing but them.
+    """The messages of a stream, without their encodings.
 
     Raises:
-        GradwireError: One could not be read.
+        GradwireError: A message could not be read.
     """
     async for message in messages:
         if isinstance(message, Malformed):
@@ -289,7 +311,7 @@ async def _unwrapped(messages: AsyncIterator[Any]) -> AsyncGenerator[Any]:
 
 
 def _unless_encoded(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
-    """Lets a handler answer with a message or with its encoding."""
+    """Lets a handler return either a message or an encoded one."""
     return lambda answer: answer if isinstance(answer, bytes) else serialize(answer)
 
 
@@ -303,12 +325,12 @@ async def _abort(context: grpc.aio.ServicerContext, exc: GradwireError) -> None:
     try:
         await context.abort(status.code, status.details, trailing)
     except grpc.aio.InternalError as broken:
-        # The call is over already, as after a message that grpc itself refused; nobody is there to be told.
+        # The call is already over, for example after a message that grpc itself refused: nobody listens.
         raise asyncio.CancelledError from broken
 
 
 def _cut(text: str) -> str:
-    """As much of a text as a status may have."""
+    """As much of a text as fits into a status."""
     left = _MAX_STATUS_BYTES
     for place, character in enumerate(text):
         left -= len(quote(character, safe=_PLAIN, errors="replace"))

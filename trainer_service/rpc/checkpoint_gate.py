@@ -1,7 +1,7 @@
-"""What operations that save or load pass on their way in and out: owners are written down, stores are asked.
+"""What operations that save or load pass through on their way in and out: records owners, asks stores.
 
-It stands where calls come in, so that an answer is what the client gets: the run itself, its order and its journal know
-only the local folder.
+It stands at the border, so the answers it changes are those that clients get. The run itself, its order and its journal
+know only the local folder.
 """
 
 import asyncio
@@ -17,26 +17,26 @@ from trainer_service.runs.run import Run
 from trainer_service.runs.sequence import error_response
 
 _SAVES = {"save_state": STATE, "save_weights_for_sampler": SAMPLER_WEIGHTS}
-"""Operation to the kind of checkpoint it makes."""
+"""Operation to the kind of checkpoint it creates."""
 
 
 class CheckpointGate:
-    """The way of saves and loads.
+    """The gate for saves and loads.
 
     Args:
-        transfers: To and from where checkpoints are.
+        transfers: Moves checkpoints to and from the store.
     """
 
     def __init__(self, transfers: Transfers) -> None:
         self._transfers = transfers
         self._catalog = transfers.catalog
         self._asked: dict[tuple[str, int], asyncio.Task[bytes]] = {}
-        """Saves being stored that somebody asks about, by run and seq_id."""
+        """Saves being stored that a client has asked about, by run and seq_id."""
 
     async def before(self, run: Run, operation: Operation) -> None:
-        """Before an operation takes its place; whoever calls must not overtake it meanwhile.
+        """To be awaited before an operation takes its place; the caller must let no later operation overtake it.
 
-        What fails here is left for the operation itself to find, and to say in its answer.
+        A failure here is not raised: the operation finds it itself and reports it in its answer.
         """
         with contextlib.suppress(GradwireError, OSError):
             if operation.kind in _SAVES:
@@ -49,11 +49,11 @@ class CheckpointGate:
                 await self._transfers.fetch(operation.request.load_state.path)
 
     def stores(self, operation: Operation) -> bool:
-        """Whether the answer to an operation must go through `after`."""
+        """Whether the answer to an operation must pass through `after`."""
         return self._catalog.storage is not None and operation.kind in _SAVES and not _freezes(operation)
 
     async def after(self, answer: bytes) -> bytes:
-        """The answer to give to a save: as it was once the checkpoint is in the store, or why it is not."""
+        """The answer to a save: unchanged once the checkpoint is in the store, or why it is not there."""
         response = TrainResponse.FromString(answer)
         path = _saved_path(response)
         if not path:
@@ -61,13 +61,13 @@ class CheckpointGate:
         try:
             await self._transfers.store(path)
         except GradwireError as exc:
-            exc.message += " The checkpoint is on the trainer's disk, and is stored as soon as that can be done."
+            exc.message += " The checkpoint is on the trainer's disk and is stored as soon as possible."
             return error_response(response.seq_id, exc).SerializeToString()
         return answer
 
     async def after_within(self, run: Run, answer: bytes, timeout_s: float) -> bytes | None:
-        """As `after`, of any operation; None where the store takes longer. It is stored once however often that is
-        asked."""
+        """Like `after`, for any operation; None if the store takes longer. However often this is called, the checkpoint
+        is stored once."""
         response = TrainResponse.FromString(answer)
         if self._catalog.storage is None or not _saved_path(response):
             return answer
@@ -81,12 +81,12 @@ class CheckpointGate:
 
 
 def _saved_path(response: TrainResponse) -> str:
-    """Where an operation saved a checkpoint; "" where it did not."""
+    """Where an operation saved a checkpoint; "" if it did not."""
     kind = response.WhichOneof("result")
     path = getattr(response, kind).path if kind in _SAVES else ""
     return "" if f"/{FROZEN_WEIGHTS}/" in path else path
 
 
 def _freezes(operation: Operation) -> bool:
-    """Whether it saves nothing, but freezes parameters in the worker's memory."""
+    """Whether it saves nothing but freezes parameters in the worker's memory."""
     return operation.kind == "save_weights_for_sampler" and operation.request.save_weights_for_sampler.ephemeral

@@ -1,4 +1,4 @@
-"""CheckpointService: translates and delegates. Whatever touches a disk or a store does so on a thread."""
+"""CheckpointService: translates and delegates. Disks and stores are accessed on threads."""
 
 import asyncio
 import contextlib
@@ -29,8 +29,8 @@ class CheckpointServicer(CheckpointServiceServicer):
     """Serves a trainer's checkpoints to those who may see them.
 
     Args:
-        catalog: They.
-        base_model: What the trainer serves.
+        catalog: The checkpoints.
+        base_model: The model that the trainer serves.
     """
 
     def __init__(self, catalog: Catalog, base_model: ServedModel) -> None:
@@ -38,7 +38,7 @@ class CheckpointServicer(CheckpointServiceServicer):
         self._base_model = base_model
 
     async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Any) -> pb.ListCheckpointsResponse:
-        # A kind of a newer client's is one nothing here is of.
+        # A newer client may name a kind that no checkpoint here has.
         kind = _KINDS.get(request.kind, "unknown")
         found = await asyncio.to_thread(self._catalog.list, run_id=request.run_id, kind=kind)
         return pb.ListCheckpointsResponse(checkpoints=[_message(checkpoint, self._base_model) for checkpoint in found])
@@ -72,13 +72,13 @@ class CheckpointServicer(CheckpointServiceServicer):
                     yield pb.DownloadCheckpointResponse(offset=offset, data=data)
                     offset += len(data)
         finally:
-            # Refused while a thread still reads the last piece; then it closes with its last reference.
+            # It cannot close while a thread still reads the last piece; then it closes with its last reference.
             with contextlib.suppress(ValueError):
                 pieces.close()
 
 
 def _message(checkpoint: Checkpoint, model: ServedModel, *, files: bool = False) -> messages.Checkpoint:
-    """A checkpoint as the protocol tells it."""
+    """A checkpoint as a message."""
     path, manifest = checkpoint.path, checkpoint.manifest
     about = manifest.about
     made = messages.Checkpoint(

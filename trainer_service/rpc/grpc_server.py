@@ -1,6 +1,7 @@
-"""A gRPC server of ours as a whole: its port, TLS, what it takes from a peer, health, reflection, its end."""
+"""One of our gRPC servers: its port, TLS, limits on peers, health, reflection and shutdown."""
 
 import logging
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
@@ -16,34 +17,38 @@ from trainer_service.observability import Metrics
 from trainer_service.rpc.border import Border
 from trainer_service.rpc.request_limiter import RequestLimiter
 
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
+
 logger = logging.getLogger(__name__)
 
 _PROBES = 64
-"""Connections to the health port at once."""
+"""Simultaneous connections to the health port."""
 _WINDOW_BYTES = 1 << 17
-"""What a call may send before somebody reads it; while its message arrives, up to 1 MiB more: enough for 190 Mbit/s
-where an answer takes 50 ms. The larger windows that grpc's bandwidth probe opens made nothing faster on one machine,
-and whoever floods us with calls fills one for each."""
+"""How much a call may send before we read it, and up to 1 MiB more while its message arrives: enough for 190 Mbit/s at
+a round trip of 50 ms. The larger windows that grpc's bandwidth probe opens made nothing faster on one machine, and a
+flood of calls fills one window for each call."""
 _MAX_PENDING_CALLS = 1500
-"""Calls that have come and that the event loop has not got to, of all connections; gRPC refuses more."""
+"""Calls that wait for the event loop, over all connections; gRPC refuses more."""
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class GrpcServer:
-    """Serves our services behind a border. Add servicers to `server`, then bind it, then start it.
+    """Serves our services behind a border. Add servicers to `server`, bind it, then start it.
 
     Args:
-        config: Where it listens, and how.
-        api_keys: Keys that open it.
+        config: Where and how it listens.
+        api_keys: The keys it accepts.
         metrics: Counts its calls.
-        max_message_bytes: The largest message taken.
-        max_calls: Calls of one client that should be able to run at once.
-        reserved_descriptors: File descriptors kept for what is not a client's connection.
-        limiter: Looks at the fields of messages; None takes any.
+        max_message_bytes: The largest message it accepts.
+        max_calls: How many calls one client must be able to run at once.
+        reserved_descriptors: File descriptors kept for anything but client connections.
+        limiter: Checks the fields of messages; None accepts any.
+        tracer: Makes a span of each call; None of none.
 
     Raises:
-        SettingsError: Too few files may be open.
+        SettingsError: The limit on open files is too low.
     """
 
     def __init__(
@@ -56,28 +61,31 @@ class GrpcServer:
         max_calls: int,
         reserved_descriptors: int,
         limiter: RequestLimiter | None = None,
+        tracer: "Tracer | None" = None,
     ) -> None:
         self._config = config
         self._api_keys = api_keys
-        border = Border(api_keys=api_keys, metrics=metrics, max_message_bytes=max_message_bytes, limiter=limiter)
+        border = Border(
+            api_keys=api_keys, metrics=metrics, max_message_bytes=max_message_bytes, limiter=limiter, tracer=tracer
+        )
         options = _options(
             max_message_bytes=max_message_bytes,
             max_connections=descriptors.max_connections(reserved=reserved_descriptors),
             max_calls=max_calls,
         )
         self.server = grpc.aio.server(interceptors=[border], options=options)
-        """Servicers are added to it."""
+        """What servicers are added to."""
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._health_server: grpc.aio.Server | None = None
         self.address = ""
         """host:port it listens on, once bound."""
 
     def bind(self, *services: str, reflected: bool = True) -> None:
-        """Takes its ports, and adds health.
+        """Binds its ports, and adds the health service.
 
         Args:
-            services: Full names of the services it has.
-            reflected: Describe them to whoever asks, such as grpcurl.
+            services: Full names of its services.
+            reflected: Whether clients such as grpcurl can list and describe them.
 
         Raises:
             OSError: An address cannot be used.
@@ -87,14 +95,14 @@ class GrpcServer:
             reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
         self.address = _open_port(self.server, self._config.listen, self._config.tls)
         if self._config.health_listen is not None:
-            # In plaintext and without a border: a cluster's probes speak no TLS and have no key.
+            # In plaintext and without a border: a cluster's probes neither speak TLS nor have a key.
             options = _options(max_message_bytes=1024, max_connections=_PROBES, max_calls=1)
             self._health_server = grpc.aio.server(options=options, maximum_concurrent_rpcs=2 * _PROBES)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
             _open_port(self._health_server, self._config.health_listen, None)
 
     async def start(self) -> None:
-        """Serves. Of health, "" is serving from now on."""
+        """Serves. Health reports SERVING for "" from now on."""
         await self.set_serving("", True)
         if self._health_server is not None:
             await self._health_server.start()
@@ -105,25 +113,25 @@ class GrpcServer:
         logger.info("Listening.", extra={"fields": {"address": self.address, "version": __version__}})
 
     async def set_serving(self, service: str, serving: bool) -> None:
-        """Answers health checks of a service; "" stands for the process."""
+        """Sets what health checks of a service answer; "" stands for the process."""
         await self._health.set(service, _SERVING if serving else _NOT_SERVING)
 
     async def stop_serving(self) -> None:
-        """Answers every health check with NOT_SERVING from now on; calls are still taken."""
+        """Answers every health check with NOT_SERVING from now on; it still accepts calls."""
         await self._health.enter_graceful_shutdown()
 
     async def stop(self, *, grace_s: float) -> None:
-        """Takes no more calls; those under way have grace_s to end."""
+        """Accepts no more calls; those under way have grace_s to end."""
         await self.server.stop(grace=grace_s)
         if self._health_server is not None:
             await self._health_server.stop(grace=None)
 
 
 def _options(*, max_message_bytes: int, max_connections: int, max_calls: int) -> list[tuple[str, int]]:
-    """What a server takes from a peer before anybody looks at it, as gRPC's channel arguments."""
+    """How much a server accepts from a peer before anything checks it, as gRPC channel arguments."""
     return [
         *descriptors.connection_options(max_connections),
-        # Twice the limit, so that a message somewhat over it is refused in our words rather than grpc's.
+        # Twice the limit, so that a message slightly over it gets our error rather than grpc's.
         ("grpc.max_receive_message_length", 2 * max_message_bytes),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),
@@ -131,17 +139,17 @@ def _options(*, max_message_bytes: int, max_connections: int, max_calls: int) ->
         ("grpc.max_concurrent_streams", max_calls + 128),
         ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
-        # Nothing compressed: a few hundred kilobytes of gzip become hundreds of megabytes before anybody sees them.
+        # No compression: a few hundred kilobytes of gzip become hundreds of megabytes before anything checks them.
         ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.per_message_decompression", 0),
-        # A megabyte and more in few system calls: grpc's defaults are made for small messages.
+        # A megabyte or more in a few system calls: grpc's defaults suit small messages.
         ("grpc.http2.max_frame_size", 1 << 22),
         ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.write_buffer_size", 1 << 22),
         ("grpc.experimental.tcp_read_chunk_size", 1 << 18),
         ("grpc.experimental.tcp_max_read_chunk_size", 1 << 22),
-        # Clients ping to notice a dead server; grpc's default would cut them off for it.
+        # Clients ping to notice a dead server; by default grpc would disconnect them for it.
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_time_ms", 20_000),
@@ -150,7 +158,7 @@ def _options(*, max_message_bytes: int, max_connections: int, max_calls: int) ->
 
 
 def _open_port(server: grpc.aio.Server, listen: str, tls: ServerTls | None) -> str:
-    """Has a server listen once it is started. Returns the host:port that was taken.
+    """Adds a port that the server listens on once it is started. Returns its host:port.
 
     Raises:
         OSError: The address cannot be used.
@@ -168,7 +176,7 @@ def _open_port(server: grpc.aio.Server, listen: str, tls: ServerTls | None) -> s
 
 
 def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
-    """What the server shows, and asks for."""
+    """The certificates the server shows, and those it asks for."""
     pair = (tls.key_file.read_bytes(), tls.cert_file.read_bytes())
     roots = None if tls.client_ca_file is None else tls.client_ca_file.read_bytes()
     return grpc.ssl_server_credentials([pair], root_certificates=roots, require_client_auth=roots is not None)

@@ -1,8 +1,8 @@
 """Messages of calls: read once their call has passed the border, and no more of them than the process can hold.
 
-From the moment somebody reads, gRPC buffers a message up to the length that its sender declares, whatever limit is
-set; before that, it takes no more than a stream's window. So nothing is read of a call that is refused, and what
-callers without a key may send is watched while it arrives.
+Once we read, gRPC buffers a message up to the length that its sender declares, whatever the limit; before that, it
+accepts no more than a stream's window. So we read nothing of a call that is refused, and watch what callers without a
+key send while it arrives.
 """
 
 import asyncio
@@ -23,31 +23,31 @@ from gradwire.errors import GradwireError, error
 from trainer_service.rpc.request_limiter import RequestLimiter
 
 MAX_TYPED_BYTES = 4 << 20
-"""Most of a message that may be anything but the `data` of tensors. A field takes up to twenty times its encoding once
-it is parsed, and parsing stops the event loop, some 50 ms a megabyte."""
+"""How much of a message may be anything but the `data` of tensors. Once parsed, a field takes up to twenty times the
+size of its encoding, and parsing blocks the event loop, for some 50 ms per megabyte."""
 _TYPED_GROWTH = 16
-"""How much such bytes grow by when parsed, about."""
+"""About how much such bytes grow when parsed."""
 _MAX_FIELDS = 1 << 17
-"""Fields looked at to tell that; each takes a microsecond."""
+"""Fields inspected to find out; each takes a microsecond."""
 _SMALL_FIELD_BYTES = 4096
-"""A field this small is not looked into: all of it counts."""
+"""A field this small is not inspected: all of it counts."""
 MAX_HELD_BYTES = 1 << 30
-"""Memory that messages of one key may take while their calls are served; small ones are not counted."""
+"""Memory that messages of one key may hold while their calls are served; small messages do not count."""
 _SMALL_MESSAGE_BYTES = 64 << 10
 
 KEYLESS_CALLS = 256
-"""Calls without a key, of one method, that are under way at once."""
+"""Simultaneous calls of one method without a key."""
 KEYLESS_CALLS_PER_HOST = 64
-"""Those of one host, so that it cannot keep others' probes out."""
+"""The same for one host, so that it cannot block the probes of others."""
 KEYLESS_READ_S = 5.0
 """How long such a message may take to arrive."""
 KEYLESS_GROWTH_BYTES = 64 << 20
-"""How much the process may grow meanwhile."""
+"""How much the process may grow in the meantime."""
 _WATCH_INTERVAL_S = 0.02
 
 
 class Malformed:
-    """Stands for a message that could not be read, so that the call ends with a sentence instead of a traceback."""
+    """Stands for a message that could not be read, so that the call ends with our error instead of a traceback."""
 
     def __init__(self, exc: GradwireError) -> None:
         self.exc = exc
@@ -55,34 +55,34 @@ class Malformed:
 
 @dataclass(frozen=True)
 class Received:
-    """A message of a stream, with its encoding, so that it can be handed on without encoding it again."""
+    """A message of a stream and its encoding, so that it can be passed on without encoding it again."""
 
     message: Any
     encoded: bytes
     memory_bytes: int
-    """About what both take up."""
+    """About how much memory both take."""
 
 
 class Messages:
     """Reads the messages of a server's calls.
 
     Args:
-        max_message_bytes: The largest one taken.
-        limiter: Looks at their fields; None takes any.
+        max_message_bytes: The largest one it accepts.
+        limiter: Checks their fields; None accepts any.
     """
 
     def __init__(self, *, max_message_bytes: int, limiter: RequestLimiter | None) -> None:
         self._max_message_bytes = max_message_bytes
         self._limiter = limiter
         self._held_bytes: Counter[str] = Counter()
-        """Memory that messages of calls being served take, by owner."""
+        """Memory held by messages of the calls being served, by owner."""
         self._keyless = _Keyless()
 
     @contextlib.asynccontextmanager
     async def only_one(
         self, context: grpc.aio.ServicerContext, kind: type[Message], owner: str, method: str
     ) -> AsyncGenerator[Message]:
-        """The message of a call that takes one; it counts for its owner as long as the call is served.
+        """The only message of a call; it counts for its owner while the call is served.
 
         Raises:
             GradwireError: LIMIT_EXCEEDED, PROTOCOL_VIOLATION.
@@ -91,7 +91,7 @@ class Messages:
         held_bytes = 0 if len(data) <= _SMALL_MESSAGE_BYTES else memory_bytes(data, kind)
         if held_bytes and self._held_bytes[owner] + held_bytes > MAX_HELD_BYTES:
             text = (
-                f"Calls of this API key that are being served hold {self._held_bytes[owner]} bytes, and with this one "
+                f"Calls of this API key that are being served hold {self._held_bytes[owner]} bytes, and this one needs "
                 f"{held_bytes} more; together they may hold {MAX_HELD_BYTES}. Wait for answers, or send operations "
                 "through the Train stream."
             )
@@ -109,7 +109,7 @@ class Messages:
     async def only_one_without_key(
         self, context: grpc.aio.ServicerContext, kind: type[Message], method: str
     ) -> AsyncGenerator[Message]:
-        """As only_one, of a call that came without a key; it counts among those of its method and host.
+        """Like only_one, for a call without a key; the call counts for its method and host.
 
         Raises:
             GradwireError: LIMIT_EXCEEDED, PROTOCOL_VIOLATION.
@@ -121,11 +121,11 @@ class Messages:
         """A message.
 
         Raises:
-            ResourceExhaustedError: LIMIT_EXCEEDED: it is too large, or too much of it is no tensor.
-            InvalidArgumentError: PROTOCOL_VIOLATION: it is of another type, or of none.
+            ResourceExhaustedError: LIMIT_EXCEEDED: it is too large, or too much of it is not tensors.
+            InvalidArgumentError: PROTOCOL_VIOLATION: it is not a message of this type.
         """
         if len(data) > self._max_message_bytes:
-            text = f"The message has {len(data)} bytes, but at most {self._max_message_bytes} are taken."
+            text = f"The message has {len(data)} bytes, but at most {self._max_message_bytes} are allowed."
             raise error("LIMIT_EXCEEDED", text, limit=self._max_message_bytes, got=len(data))
         try:
             if self._limiter is not None:
@@ -133,11 +133,11 @@ class Messages:
             typed = 0 if len(data) <= MAX_TYPED_BYTES else typed_bytes(data, kind)
             message = kind.FromString(data) if typed <= MAX_TYPED_BYTES else None
         except (DecodeError, ValueError, IndexError):
-            text = f"The message ({len(data)} bytes) cannot be read; it is not of the type this call takes."
+            text = f"The message ({len(data)} bytes) cannot be parsed; it is not of the type that this call takes."
             raise error("PROTOCOL_VIOLATION", text) from None
         if message is None:
             text = (
-                f"Of the message ({len(data)} bytes) more than {MAX_TYPED_BYTES} are something other than the `data` "
+                f"More than {MAX_TYPED_BYTES} of the message's {len(data)} bytes are something other than the `data` "
                 "of tensors, or it has too many fields. Send tensors as bytes, in `batch`, or send less at a time."
             )
             raise error("LIMIT_EXCEEDED", text, limit=MAX_TYPED_BYTES)
@@ -145,32 +145,32 @@ class Messages:
 
 
 class _Keyless:
-    """Calls of which nobody knows whose they are."""
+    """Calls whose caller is unknown."""
 
     def __init__(self) -> None:
         self._calls: Counter[tuple[str, str]] = Counter()
-        """By method and host; "" stands for all hosts."""
+        """Calls under way, by method and host; "" stands for all hosts."""
         self._arriving: set[asyncio.Timeout] = set()
         self._watch: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
     def call(self, method: str, peer: str) -> Iterator[None]:
-        """Counts one; `peer` is as gRPC tells it, "ipv4:192.0.2.1:50000"."""
+        """Counts a call; `peer` is as gRPC spells it, "ipv4:192.0.2.1:50000"."""
         counted = {(method, peer.rpartition(":")[0]): KEYLESS_CALLS_PER_HOST, (method, ""): KEYLESS_CALLS}
         for count, limit in counted.items():
             if self._calls[count] >= limit:
-                text = f"{limit} of these calls without an API key are under way, as many as may be; send a key."
+                text = f"{limit} of these calls without an API key are under way, and no more are allowed; send a key."
                 raise error("LIMIT_EXCEEDED", text, limit=limit, retry_after_s=1.0)
         self._calls.update(counted.keys())
         try:
             yield
         finally:
             self._calls.subtract(counted.keys())
-            # Counts of 0 go, for there are many hosts.
+            # Counts of 0 are removed, since there are many hosts.
             self._calls = +self._calls
 
     async def read(self, context: grpc.aio.ServicerContext) -> bytes:
-        """A message, unless it takes long or the process grows while it arrives."""
+        """A message, unless it takes too long or the process grows while it arrives."""
         try:
             async with asyncio.timeout(KEYLESS_READ_S) as end:
                 self._arriving.add(end)
@@ -187,12 +187,12 @@ class _Keyless:
         return data
 
     async def _watch_memory(self) -> None:
-        """Gives up all such messages once the process has grown: gRPC tells nobody how much of one has come."""
+        """Gives up all such messages once the process has grown: gRPC does not say how much of one has arrived."""
         before = _resident_bytes()
         while self._arriving:
             await asyncio.sleep(_WATCH_INTERVAL_S)
             now = _resident_bytes()
-            # What shrank made room that is not theirs to fill.
+            # Memory freed elsewhere is not for them to fill.
             before = min(before, now)
             if now > before + KEYLESS_GROWTH_BYTES:
                 for end in self._arriving:
@@ -201,23 +201,23 @@ class _Keyless:
 
 def _too_large_without_key() -> GradwireError:
     text = (
-        f"The message is larger than {_SMALL_MESSAGE_BYTES} bytes, or did not arrive within {KEYLESS_READ_S:g} s; "
-        "without an API key no other is taken."
+        f"The message is larger than {_SMALL_MESSAGE_BYTES} bytes or did not arrive within {KEYLESS_READ_S:g} s; "
+        "without an API key, that is not allowed."
     )
     return error("LIMIT_EXCEEDED", text, limit=_SMALL_MESSAGE_BYTES)
 
 
 def _message(data: Any) -> bytes:
     if not isinstance(data, bytes):
-        raise error("PROTOCOL_VIOLATION", "The call ended without a message; it takes one.")
+        raise error("PROTOCOL_VIOLATION", "The call ended without a message; it needs one.")
     return data
 
 
 def typed_bytes(data: bytes, kind: type[Message]) -> int:
-    """How much of an encoded message is something other than `bytes` fields; looks no further than MAX_TYPED_BYTES.
+    """How much of an encoded message is something other than `bytes` fields; stops counting beyond MAX_TYPED_BYTES.
 
     Raises:
-        ValueError, IndexError: It is no message.
+        ValueError, IndexError: It is not a message.
     """
     found = looked_at = 0
     left: list[tuple[memoryview, Any]] = [(memoryview(data), kind.DESCRIPTOR)]
@@ -241,14 +241,14 @@ def typed_bytes(data: bytes, kind: type[Message]) -> int:
 
 
 def memory_bytes(data: bytes, kind: type[Message]) -> int:
-    """About what a message takes up, with its encoding, once it is parsed."""
+    """About how much memory a message and its encoding take once it is parsed."""
     try:
         typed = len(data) if len(data) <= _SMALL_MESSAGE_BYTES else typed_bytes(data, kind)
     except (ValueError, IndexError):
-        typed = 0  # It will be refused.
+        typed = 0  # It is refused later.
     return 2 * len(data) + _TYPED_GROWTH * min(typed, len(data), MAX_TYPED_BYTES)
 
 
 def _resident_bytes() -> int:
-    """Memory this process holds now."""
+    """Memory that this process holds now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

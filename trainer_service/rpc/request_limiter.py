@@ -1,4 +1,4 @@
-"""Refuses messages with more fields, or more in some field, than is taken, before they are parsed or handled."""
+"""Refuses messages with too many fields, or too much in one, before they are parsed or handled."""
 
 from typing import Any
 
@@ -14,18 +14,18 @@ _REQUESTS: dict[str, Any] = {
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 }
-"""Type of each call's requests."""
+"""Request type of each call."""
 
 _OPERATIONS = frozenset(
     f"/gradwire.v1.TrainerService/{field.message_type.name.removesuffix('Request')}"
     for field in trainer_service_pb2.TrainRequest.DESCRIPTOR.oneofs_by_name["operation"].fields
     if field.message_type is not None
 )
-"""Operations of runs: a refused one takes its place in the run's order all the same, so the run refuses it."""
+"""Operations of runs: even a refused one takes its place in the run's order, so the run refuses it."""
 
 
 class RequestLimiter:
-    """What a trainer's requests are held against.
+    """Checks a trainer's requests.
 
     Args:
         limits: The most a client may send.
@@ -35,7 +35,7 @@ class RequestLimiter:
         self._limits = limits
 
     def check_encoded(self, data: bytes, descriptor: Any) -> None:
-        """Counts the fields of a message that is not parsed yet.
+        """Counts the fields of a message before it is parsed.
 
         Raises:
             ResourceExhaustedError: LIMIT_EXCEEDED.
@@ -44,7 +44,7 @@ class RequestLimiter:
             check_num_fields(data, descriptor, self._limits)
 
     def check(self, method: str, request: Message) -> None:
-        """Looks at every field of a call's only message, unless a run is to look at it.
+        """Checks every field of a call's only message, unless its run does that.
 
         Raises:
             ResourceExhaustedError: LIMIT_EXCEEDED.

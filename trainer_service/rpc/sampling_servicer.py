@@ -16,8 +16,8 @@ class SamplingServicer(SamplingServiceServicer):
     """Serves the samplers of one trainer.
 
     Args:
-        sampling: Its requests.
-        base_model: What it serves, as callers are told.
+        sampling: Carries out requests.
+        base_model: Name of the model it serves, as callers see it.
         draining: Set when the trainer shuts down.
     """
 
@@ -28,7 +28,7 @@ class SamplingServicer(SamplingServiceServicer):
 
     async def Sample(self, request: pb.SampleRequest, context: Any) -> AsyncGenerator[pb.SampleResponse]:
         refuse_while_draining(self._draining)
-        # Closed at once when the client goes away, not when the garbage is collected: that frees the request's place.
+        # Closed as soon as the client goes away, not when garbage is collected: that frees the request's place.
         async with contextlib.aclosing(self._sampling.sample(request)) as responses:
             async for response in responses:
                 yield response

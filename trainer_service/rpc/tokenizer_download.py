@@ -1,4 +1,4 @@
-"""The base model's tokenizer, file by file, for clients that have neither its folder nor a hub."""
+"""The base model's tokenizer, file by file, for clients that can reach neither its folder nor a hub."""
 
 import asyncio
 import hashlib
@@ -21,18 +21,18 @@ _PIECE_BYTES = 1 << 20
 
 
 class TokenizerDownload:
-    """Hands out the tokenizer in a model's folder. Whatever touches the disk does so on a thread."""
+    """Hands out the tokenizer in a model's folder. The disk is accessed on threads."""
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[object, TokenizerFile]] = {}
-        """Files by path, each with what tells that it changed."""
+        """Files by path, each with what shows that it changed."""
 
     async def files(self, folder: Path) -> list[TokenizerFile]:
-        """What the tokenizer in a model's folder is loaded from.
+        """The files that the tokenizer in a model's folder is loaded from.
 
         Raises:
             NotFoundError: TOKENIZER_NOT_FOUND.
-            ResourceExhaustedError: LIMIT_EXCEEDED: a tokenizer larger than is handed out.
+            ResourceExhaustedError: LIMIT_EXCEEDED: the tokenizer is too large to be sent.
         """
         return await asyncio.to_thread(self._list, folder)
 
@@ -40,14 +40,14 @@ class TokenizerDownload:
         """One file's bytes, in pieces of 1 MiB.
 
         Raises:
-            InvalidArgumentError: INVALID_FIELD: there is no such file, or it is none of a tokenizer's.
+            InvalidArgumentError: INVALID_FIELD: there is no such file, or it does not belong to a tokenizer.
             As files.
         """
         listed = {file.name: file for file in await self.files(folder)}
         if name not in listed:
             shown = repr(name[:200])
             raise invalid_field("file", f"is {shown}; it must be one of {', '.join(listed)}.")
-        # No more than was listed: what changed since is found out by its digest.
+        # No more than was listed: the client finds a later change by the digest.
         left = listed[name].size_bytes
         with await asyncio.to_thread((folder / name).open, "rb") as opened:
             while left and (data := await asyncio.to_thread(opened.read, min(left, _PIECE_BYTES))):
@@ -63,7 +63,7 @@ class TokenizerDownload:
         if not set(names) - {MODEL_CONFIG}:
             raise error(
                 "TOKENIZER_NOT_FOUND",
-                "The base model's folder on the trainer has no tokenizer. Load the one you mean with transformers' "
+                "The base model's folder on the trainer has no tokenizer. Load the one you need with transformers' "
                 "AutoTokenizer, or put its files into that folder.",
             )
         sizes = [(folder / name).stat().st_size for name in names]
@@ -73,12 +73,12 @@ class TokenizerDownload:
             ("bytes in all files", MAX_TOTAL_BYTES, sum(sizes)),
         ):
             if got > limit:
-                text = f"The base model's tokenizer has {got} {what}; at most {limit} are handed out."
+                text = f"The base model's tokenizer has {got} {what}; at most {limit} are sent."
                 raise error("LIMIT_EXCEEDED", text, limit=limit, got=got)
         return [self._look(folder, name) for name in names]
 
     def _look(self, folder: Path, name: str) -> TokenizerFile:
-        """One file; read only if it is not as it was."""
+        """One file; read only if it has changed."""
         path = folder / name
         with path.open("rb") as opened:
             stat = path.stat()

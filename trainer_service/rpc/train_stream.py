@@ -21,22 +21,22 @@ from trainer_service.runs.sequence import error_response
 logger = logging.getLogger(__name__)
 
 MAX_UNWRITTEN_BYTES = 256 * 1024 * 1024
-"""Bytes of answers held for one client that does not read them."""
+"""Bytes of answers held for a client that does not read them."""
 
 
 class TrainStream:
     """Serves one stream that has attached to a run.
 
-    It reads no further while the run has max_in_flight_operations unanswered, or too many bytes of them, or while this
-    client has that many answers, or MAX_UNWRITTEN_BYTES of them, still to take: then the client is slowed down, and
-    nothing fails.
+    It stops reading while the run has max_in_flight_operations unanswered, or too many bytes of them, or while the
+    client has not yet read that many answers, or MAX_UNWRITTEN_BYTES of them. That slows the client down; nothing
+    fails.
 
     Args:
         run: The run.
         context: The call.
-        limits: The most a client may send; its max_in_flight_operations are those above.
+        limits: The most a client may send, and max_in_flight_operations.
         draining: Set when the trainer shuts down.
-        gate: The way of saves and loads.
+        gate: The gate for saves and loads.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class TrainStream:
         self._written = asyncio.Event()
 
     async def serve(self, client_id: str) -> None:
-        """Until the client leaves, another takes the run, or the trainer drains.
+        """Returns once the client leaves, another takes the run, or the trainer drains.
 
         Raises:
             GradwireError: What the stream ends with, unless the client ended it.
@@ -88,17 +88,17 @@ class TrainStream:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self, attachment: Attachment) -> None:
-        """Takes operations in, no faster than they are answered."""
+        """Receives operations, no faster than they are answered."""
         while True:
             received: Any = await self._context.read()
             if isinstance(received, Malformed):
                 raise received.exc
             if not isinstance(received, Received):
-                # The client sends no more; it may still be waiting for answers.
+                # The client sends no more, but may still wait for answers.
                 await self._quiet()
                 return
             if self._draining.is_set() or attachment.taken.done():
-                # Not ours to take in any more; what ends the stream is under way.
+                # No longer ours to receive: the stream is about to end.
                 await asyncio.Event().wait()
             operation = self._operation(received)
             await self._gate.before(self._run, operation)
@@ -112,8 +112,11 @@ class TrainStream:
         operation = Operation(received.message, received.encoded, received.memory_bytes)
         if not operation.kind:
             return operation
-        content = getattr(operation.request, operation.kind)
-        if (refusal := find_excess(content, self._limits)) is None:
+        request = operation.request
+        content = getattr(request, operation.kind)
+        trace = TrainRequest(traceparent=request.traceparent, tracestate=request.tracestate)
+        refusal = find_excess(content, self._limits) or find_excess(trace, self._limits)
+        if refusal is None:
             return operation
         return Operation.refused(operation.kind, content, refusal, seq_id=operation.seq_id)
 
@@ -125,13 +128,13 @@ class TrainStream:
             self._run.acknowledge(request.acked_seq_id)
             return
         if kind == "attach":
-            raise error("PROTOCOL_VIOLATION", "attach came again; it is the first message of a stream, and only that.")
+            raise error("PROTOCOL_VIOLATION", "attach came again; only the first message of a stream is attach.")
         if not request.seq_id:
             raise error("PROTOCOL_VIOLATION", f"The {kind} message has no seq_id; operations count from 1.")
         try:
             self._run.submit(operation, self._put_when_stored if self._gate.stores(operation) else self._put)
         except GradwireError as exc:
-            # The part fails, not the pipe.
+            # The operation fails, not the stream.
             self._put(error_response(request.seq_id, exc).SerializeToString())
 
     def _put(self, answer: bytes) -> None:

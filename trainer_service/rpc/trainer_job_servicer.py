@@ -24,9 +24,9 @@ class TrainerJobServicer(TrainerJobServiceServicer):
     """Serves trainer jobs.
 
     Args:
-        jobs: They.
+        jobs: The jobs.
         embedded: See JobsConfig.
-        own_hosts: Each trainer has a machine of its own, of which its owner may know everything.
+        own_hosts: Whether each trainer has a host of its own, about which its owner may know everything.
     """
 
     def __init__(self, jobs: OwnedJobs, *, embedded: bool = False, own_hosts: bool = False) -> None:
@@ -51,7 +51,7 @@ class TrainerJobServicer(TrainerJobServiceServicer):
 
     @property
     def _knows_host(self) -> bool:
-        """Whether the current caller may know of the control plane's host: which folders there are, what logs say."""
+        """Whether the current caller may know about the control plane's host: its folders, and what logs say."""
         return self._embedded or current_caller.get().admin
 
     def _message(self, job: TrainerJob) -> pb.TrainerJob:
@@ -59,26 +59,26 @@ class TrainerJobServicer(TrainerJobServiceServicer):
 
 
 def without_host(job: TrainerJob) -> TrainerJob:
-    """A job less what it tells of the control plane's host."""
+    """A job without what it says about the control plane's host."""
     message = job.status_message
     if _HOST_PATH.search(_URL.sub("", message)):
         failed = job.state is TrainerJobState.FAILED
         message = (
-            f"It {'ended' if failed else 'is starting'}; what it says names folders of the host. Whoever runs the "
+            f"It {'ended' if failed else 'is starting'}; its message names folders of the host. Whoever runs the "
             f"control plane finds it in the log of {job.job_id}."
         )
     return dataclasses.replace(job, status_message=message, log_tail="", log_path="")
 
 
 def read_spec(request: pb.CreateTrainerJobRequest, *, any_folder: bool) -> TrainerJobSpec:
-    """The trainer wanted.
+    """The trainer that a request asks for.
 
     Args:
-        request: What was asked.
+        request: The request.
         any_folder: Whether base_model may be any folder of the control plane's host.
 
     Raises:
-        GradwireError: INVALID_FIELD names what cannot be.
+        GradwireError: INVALID_FIELD names what is not possible.
     """
     if not request.base_model.strip():
         raise invalid_field("base_model", "is empty; it must be a hub id or a folder on the control plane's host.")
@@ -108,7 +108,7 @@ def read_spec(request: pb.CreateTrainerJobRequest, *, any_folder: bool) -> Train
         raise invalid_field(
             "accelerator_count",
             f"is {request.accelerator_count}; a trainer's worker is one process on one accelerator, so it must be 1, "
-            "or 0 for what the control plane's trainers have.",
+            "or 0 for what the control plane gives its trainers.",
         )
     if request.node_count > 1:
         raise invalid_field(
@@ -127,7 +127,7 @@ def read_spec(request: pb.CreateTrainerJobRequest, *, any_folder: bool) -> Train
 
 
 def _refuse_other_folders(base_model: str) -> None:
-    """Refuses paths out of the folder of models, in the same words whether there is something or not."""
+    """Refuses paths outside the folder of models, in the same words whether they exist or not."""
     path = PurePosixPath(base_model)
     if path.is_absolute() or base_model.startswith("~") or ".." in path.parts:
         raise _other_folder()
@@ -136,13 +136,13 @@ def _refuse_other_folders(base_model: str) -> None:
 def _other_folder() -> GradwireError:
     return invalid_field(
         "base_model",
-        "is a folder of the control plane's host, which an admin's key alone may name. It must be a hub id, or a path "
+        "is a folder of the control plane's host, which only an admin's key may name. It must be a hub id, or a path "
         "relative to the control plane's --model-dir.",
     )
 
 
 def trainer_job_message(job: TrainerJob) -> pb.TrainerJob:
-    """The job as it travels."""
+    """The job as a message."""
     encoded = pb.TrainerJob(
         job_id=job.job_id,
         job_name=job.job_name,

@@ -26,9 +26,10 @@ from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
 from trainer_service.runs.run_metrics import RunMetrics
 from trainer_service.served_model import ServedModel
+from trainer_service.tracing import trace_headers
 
 MAX_ANSWER_WAIT_MS = 60_000
-"""The longest that GetAnswer waits; a call that waits longer is one that a proxy between cuts."""
+"""The longest that GetAnswer waits; a proxy in between would cut a longer call."""
 
 
 class TrainerServicer(TrainerServiceServicer):
@@ -39,8 +40,8 @@ class TrainerServicer(TrainerServiceServicer):
         worker: Its worker.
         limits: The most a client may send.
         draining: Set when the trainer shuts down.
-        gate: The way of saves and loads.
-        base_model: What it serves.
+        gate: The gate for saves and loads.
+        base_model: The model it serves.
         metrics: The runs' curves.
     """
 
@@ -156,7 +157,7 @@ class TrainerServicer(TrainerServiceServicer):
         if ready is None:
             text = f"The model is not loaded yet: {self._status_message()}."
             raise error("WORKER_NOT_READY", text, retry_after_s=0.5)
-        assert ready.model_folder, "a worker that does not say where its model lies"
+        assert ready.model_folder, "a worker that does not say where its model is"
         return Path(ready.model_folder)
 
     async def Train(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:
@@ -177,7 +178,7 @@ class TrainerServicer(TrainerServiceServicer):
     async def GetAnswer(self, request: pb.GetAnswerRequest, context: Any) -> pb.GetAnswerResponse:
         run = self._runs.get(request.run_id)
         if not request.seq_id:
-            raise invalid_field("seq_id", "is absent; say which operation's answer to get, from 1.")
+            raise invalid_field("seq_id", "is absent; give the number of an operation, from 1.")
         if request.timeout_ms > MAX_ANSWER_WAIT_MS:
             what = f"is {request.timeout_ms}; it must be 0 to {MAX_ANSWER_WAIT_MS}. Ask again while it is pending."
             raise invalid_field("timeout_ms", what, limit=MAX_ANSWER_WAIT_MS, got=request.timeout_ms)
@@ -229,14 +230,15 @@ class TrainerServicer(TrainerServiceServicer):
         refusal = find_excess(request, self._limits)
         if refusal is None:
             await self._gate.before(run, Operation.made(pb.TrainRequest(**{kind: request})))
-        # Much may have happened while it waited.
+        # A client may have attached, or a drain begun, while it waited.
         self._refuse_to_cut_in(run)
         seq_id = request.seq_id if request.HasField("seq_id") else run.next_seq_id
-        # Both said by the call itself; without them a repeat is the same operation however it is sent.
+        # The call itself says both; without them a repeat is the same operation however it is sent.
         request.ClearField("run_id")
         request.ClearField("seq_id")
         if refusal is None:
-            operation = Operation.made(pb.TrainRequest(seq_id=seq_id, **{kind: request}))
+            fields: dict[str, Any] = {kind: request, **trace_headers.get()}
+            operation = Operation.made(pb.TrainRequest(seq_id=seq_id, **fields))
         else:
             operation = Operation.refused(kind, request, refusal, seq_id=seq_id)
         response = await run.execute(operation)
@@ -253,7 +255,7 @@ class TrainerServicer(TrainerServiceServicer):
         refuse_while_draining(self._draining)
         if run.attachment is not None:
             text = (
-                f"A client is attached to {run.run_id}, and an operation from elsewhere would cut into its order. Wait "
+                f"A client is attached to {run.run_id}, and an operation from elsewhere would break its order. Wait "
                 "until it leaves, or create a run of your own."
             )
             raise error("RUN_ATTACHED", text, run_id=run.run_id)
@@ -263,7 +265,7 @@ _TIMES = ("queue", "execute", "transfer")
 
 
 def refuse_while_draining(draining: asyncio.Event) -> None:
-    """Takes no new work once the trainer shuts down.
+    """Refuses new work once the trainer shuts down.
 
     Raises:
         UnavailableError: DRAINING.

@@ -23,7 +23,7 @@ from trainer_service.folders import settle
 from trainer_service.runs.disk import has_no_room
 from trainer_service.runs.journal import NO_DEATHS, Record
 from trainer_service.runs.journal_writer import Journal
-from trainer_service.runs.recovery import NO_ROOM, fail_command, find_source, restore
+from trainer_service.runs.recovery import NO_ROOM, Restored, fail_command, find_source, restore
 from trainer_service.runs.sequence import Entry
 from trainer_service.runs.snapshots import Snapshotter, list_snapshots
 
@@ -54,6 +54,10 @@ class Owner(Protocol):
 
     def failed(self, entry: Entry, failure: GradwireError) -> None:
         """It will not be executed. The placement takes care of the failure's effect on the run."""
+        ...
+
+    def restored(self, found: Restored, waiting: list[Entry]) -> None:
+        """The run is back on the worker; `waiting` are operations that go on with it."""
         ...
 
 
@@ -242,11 +246,14 @@ class Placement:
     def _delivered(self, entry: Entry, outcome: Reply | Died) -> None:
         if isinstance(outcome, Died):
             # It stays undone. Only a death during its own execution counts against it.
-            if not outcome.executing:
+            if outcome.executing:
+                entry.deaths_s.append(time.perf_counter())
+            else:
                 entry.attempts -= 1
             elif outcome.because is not None:
                 self._fail(entry, outcome.because)
         elif self._undone.pop(entry.seq_id, None) is not None:
+            entry.memory_bytes = outcome.event.counters.get("gradwire_worker_memory_bytes", 0.0)
             self._owner.done(entry, outcome.event.response, bytes(outcome.encoded_response))
 
     def _send_failure(self, entry: Entry, failure: GradwireError) -> None:
@@ -319,7 +326,9 @@ class Placement:
         self.live = self.has_place = True
         if restored.loaded:
             self._snapshotter.take_soon(up_to)
-        for entry in list(self._undone.values()):
+        waiting = list(self._undone.values())
+        self._owner.restored(restored, waiting)
+        for entry in waiting:
             self._send(entry)
         fields = {"run_id": self._run_id, "snapshot": restored.snapshot_seq_id, "replayed": restored.replayed}
         fields |= {"load_s": round(restored.load_s, 3), "replay_s": round(restored.replay_s, 3)}

@@ -26,7 +26,7 @@ from trainer_service.runs.journal_writer import JournalWriter
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.recovery import Source, find_source
 from trainer_service.runs.request_ids import RequestIds
-from trainer_service.runs.run import Observe, Run, RunSettings
+from trainer_service.runs.run import Observer, Run, RunSettings
 from trainer_service.runs.starting_adapter import find_starting_adapter
 from trainer_service.runs.store import RunStore, StoredRun
 from trainer_service.served_model import ServedModel
@@ -50,7 +50,7 @@ class Runs:
         adapter_dir: Adapters that runs may start from, beside those saved here.
         data_dir: What limits.max_disk_bytes counts; None counts nothing.
         detach_grace_s: See RunSettings.
-        observe: See RunSettings.
+        observer: See RunSettings.
         durability: How runs are kept.
     """
 
@@ -64,7 +64,7 @@ class Runs:
         runs_dir: Path,
         adapter_dir: Path,
         detach_grace_s: float,
-        observe: Observe,
+        observer: Observer,
         data_dir: Path | None = None,
         durability: Durability | None = None,
     ) -> None:
@@ -89,7 +89,7 @@ class Runs:
         )
         self._settings = RunSettings(
             worker=worker,
-            observe=observe,
+            observer=observer,
             base_model=base_model,
             detach_grace_s=detach_grace_s,
             max_in_flight=limits.max_in_flight_operations,

@@ -27,11 +27,20 @@ from trainer_service.runs.journal import Record, Row
 from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.placement import Placement
+from trainer_service.runs.recovery import Restored
 from trainer_service.runs.sequence import Answered, Entry, Sequence, conflict, error_response
 from trainer_service.served_model import ServedModel
 
-Observe = Callable[[str, TrainResponse], object]
-"""Gets the kind and the answer of every operation, for metrics."""
+
+class Observer:
+    """Is told what happens to runs, for metrics and traces. This one takes no notice."""
+
+    def answered(self, run_id: str, entry: Entry, response: TrainResponse) -> None:
+        """An operation got its answer."""
+
+    def restored(self, run_id: str, found: Restored, waiting: list[Entry]) -> None:
+        """A run is back on the worker; `waiting` are operations that go on with it."""
+
 
 MAX_UNANSWERED_BYTES = 512 * 1024 * 1024
 """Memory that a run's unanswered operations may take; beyond it no more are read from the client."""
@@ -42,7 +51,7 @@ class RunSettings:
     """What all runs of a trainer share."""
 
     worker: Worker
-    observe: Observe
+    observer: Observer
     base_model: ServedModel
     detach_grace_s: float
     """How long graphs are kept after the client has left."""
@@ -163,7 +172,7 @@ class Run:
             entry = Entry(
                 row.seq_id, row.digest, Operation(request, row.request), row.kind, attempts=max(0, row.attempts)
             )
-            entry.received_s = time.perf_counter()
+            entry.received_s, entry.taken_up = time.perf_counter(), True
             if row.reason is None:
                 self._sequence.take_up(entry)
             else:
@@ -249,6 +258,7 @@ class Run:
 
     def _journalled(self, entry: Entry, failure: GradwireError | None) -> None:
         """The operation is on disk, or could not be written."""
+        entry.journalled_s = time.perf_counter()
         if self._deleted is not None:
             self._answer(entry, error_response(entry.seq_id, self._deleted))
             return
@@ -267,7 +277,8 @@ class Run:
 
     def done(self, entry: Entry, response: TrainResponse, encoded: bytes) -> None:
         """The worker executed an operation."""
-        total_ms = (time.perf_counter() - entry.received_s) * 1000
+        entry.done_s = time.perf_counter()
+        total_ms = (entry.done_s - entry.received_s) * 1000
         # The rest of the time went to the way there and back, and to the journal.
         response.transfer_ms = max(0.0, total_ms - response.queue_ms - response.execute_ms)
         # Of a repeated scalar field the last one counts, so the trainer appends its own values.
@@ -282,6 +293,10 @@ class Run:
         response = error_response(entry.seq_id, failure)
         self._record(entry, response, response.SerializeToString())
 
+    def restored(self, found: Restored, waiting: list[Entry]) -> None:
+        """It is back on the worker."""
+        self._settings.observer.restored(self.run_id, found, waiting)
+
     def _record(self, entry: Entry, response: TrainResponse, encoded: bytes) -> None:
         """Answers an operation once its outcome is on disk."""
         if self._deleted is not None:
@@ -292,11 +307,13 @@ class Run:
             self._answer(entry, response, encoded)
 
         reported = dict(entry.operation.request.backward.metrics) if entry.kind == "backward" else {}
+        if entry.memory_bytes:
+            reported["memory_bytes:max"] = entry.memory_bytes
         self._journal.record(entry.seq_id, response, encoded, step=self.step, written=written, reported=reported)
 
     def _answer(self, entry: Entry, response: TrainResponse, encoded: bytes = b"") -> None:
         self.used_s = time.monotonic()
-        self._settings.observe(entry.kind, response)
+        self._settings.observer.answered(self.run_id, entry, response)
         self._sequence.answer(entry, encoded or response.SerializeToString())
         self._answered.set()
 

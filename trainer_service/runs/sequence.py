@@ -7,6 +7,7 @@ gap; a number seen before is a repeat, which gets the first answer if the operat
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from gradwire.errors import GradwireError, error, to_status
 from gradwire.v1.trainer_service_pb2 import TrainResponse
@@ -38,7 +39,19 @@ class Entry:
     attempts: int = 0
     """Times it was sent to a worker, not counting those that a death during another operation undid."""
     received_s: float = 0.0
-    """When it came, by time.perf_counter."""
+    """When it came, by time.perf_counter, as all times here."""
+    journalled_s: float = 0.0
+    """When it was on disk; 0 before, and where an earlier trainer wrote it down."""
+    done_s: float = 0.0
+    """When the worker had executed it; 0 before, and where none did."""
+    memory_bytes: float = 0.0
+    """What the worker took for it, as it said; 0 where it did not."""
+    taken_up: bool = False
+    """Whether an earlier trainer received it."""
+    deaths_s: list[float] = field(default_factory=list)
+    """When workers died while they executed it."""
+    restorations: list[Any] = field(default_factory=list)
+    """Span contexts of those its run needed meanwhile; see traces.py."""
 
 
 class Sequence:

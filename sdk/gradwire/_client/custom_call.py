@@ -13,6 +13,7 @@ from gradwire._client.loop import LOOP
 from gradwire._client.order import Call, OutgoingOperation
 from gradwire._client.requests import backward_content, batch_content
 from gradwire._client.stream import RunStream
+from gradwire._client.tracing import start_span
 from gradwire._wire.codec import Batch
 from gradwire.futures import APIFuture
 from gradwire.types import ForwardBackwardOutput
@@ -31,8 +32,10 @@ class CustomCall:
         self._data = data
         self._fn = fn
         self._row_counts = [piece.num_tokens for piece in pieces]
-        self._result = Gather(len(pieces), self._output)
-        forwards = Gather(len(pieces), lambda responses: responses)
+        self._span = start_span("forward_backward_custom", run_id=stream.run_id, messages=len(pieces))
+        self._result = Gather(len(pieces), self._output, self._span)
+        # The same call's: its span ends with the result.
+        forwards = Gather(len(pieces), lambda responses: responses, self._span.part())
         forwards.future.add_done_callback(self._forwarded)
         settings = ops.ForwardRequest(keep_graph=True)
         self._forwards = [forwards.operation(batch_content("forward", settings, piece)) for piece in pieces]
@@ -58,9 +61,10 @@ class CustomCall:
         try:
             self._forward_output = output = answers.forward_output(responses)
             outputs = output.loss_fn_outputs
-            gradients_T, self._loss, self._metrics = run_custom_loss(
-                self._fn, self._data, outputs.arrays["logprobs"], outputs.cu_seqlens
-            )
+            with self._span.inside("custom_loss"):
+                gradients_T, self._loss, self._metrics = run_custom_loss(
+                    self._fn, self._data, outputs.arrays["logprobs"], outputs.cu_seqlens
+                )
         except BaseException as exc:  # Whatever the user's function raised belongs to the future.
             LOOP.call_soon(self._give_up, exc)
             return

@@ -10,6 +10,7 @@ from gradwire._client.gather import Gather
 from gradwire._client.loop import LOOP
 from gradwire._client.order import Call
 from gradwire._client.stream import RunStream
+from gradwire._client.tracing import start_span
 from gradwire._wire.codec import Batch, batch_from_data, split
 from gradwire._wire.wire_format import Parts
 from gradwire.errors import error
@@ -61,7 +62,8 @@ class RunCalls:
         inside_loss = self.losses.current()
         if not overtakes_losses:
             self._refuse_inside_loss(name)
-        gather = Gather(len(requests), combine)
+        span = start_span(name, run_id=self.stream.run_id, messages=len(requests))
+        gather = Gather(len(requests), combine, span)
         operations = [gather.operation(request) for request in requests]
         if inside_loss:
             LOOP.call_soon(self.stream.overtake, operations)

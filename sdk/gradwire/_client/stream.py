@@ -64,7 +64,7 @@ class RunStream:
 
     def __init__(self, connection: Connection, run_id: str, limits: Limits, reconnect_timeout_s: float) -> None:
         self._connection = connection
-        self._run_id = run_id
+        self.run_id = run_id
         self._limits = limits
         self._reconnect_timeout_s = reconnect_timeout_s
         self._client_id = uuid.uuid4().hex
@@ -133,7 +133,7 @@ class RunStream:
             self._fail_waiting(self._over)
         elif self._task is None:
             self._connection.streams.add(self)
-            self._task = LOOP.start(self._run_once(), name=f"gradwire-{self._run_id}")
+            self._task = LOOP.start(self._run_once(), name=f"gradwire-{self.run_id}")
         else:
             self._wake.set()
 
@@ -153,7 +153,7 @@ class RunStream:
             except _StreamLost as lost:
                 if not self._in_flight and self._order.idle():
                     # Nobody waits for anything; the next call reattaches.
-                    logger.debug("%s: connection lost while idle (%s).", self._run_id, lost.error)
+                    logger.debug("%s: connection lost while idle (%s).", self.run_id, lost.error)
                     self._task = None
                     return
                 if self._attached:
@@ -163,14 +163,14 @@ class RunStream:
                     lost_at = now
                     logger.warning(
                         "%s: connection lost (%s) Trying again for %g s.",
-                        self._run_id,
+                        self.run_id,
                         lost.error,
                         self._reconnect_timeout_s,
                     )
                 if now - lost_at > self._reconnect_timeout_s:
                     self._end(
                         UnavailableError(
-                            f"{self._run_id}: gave up after {self._reconnect_timeout_s:g} s without a connection to "
+                            f"{self.run_id}: gave up after {self._reconnect_timeout_s:g} s without a connection to "
                             f"{self._connection.base_url}. Last error: {lost.error}",
                             reason=lost.error.reason,
                             metadata=lost.error.metadata,
@@ -189,7 +189,7 @@ class RunStream:
         call = self._train()(metadata=self._connection.metadata)
         tasks: list[asyncio.Task[None]] = []
         try:
-            attach = AttachRequest(run_id=self._run_id, client_id=self._client_id)
+            attach = AttachRequest(run_id=self.run_id, client_id=self._client_id)
             await call.write(TrainRequest(attach=attach).SerializeToString())
             first = await call.read()
             if not isinstance(first, TrainResponse):
@@ -203,8 +203,8 @@ class RunStream:
                 exc = task.exception()
                 # grpc raises these two from a read or write on a call that has ended; its status says why.
                 if exc is not None and not isinstance(exc, grpc.aio.AioRpcError | asyncio.InvalidStateError):
-                    logger.exception("%s: the client's stream failed.", self._run_id, exc_info=exc)
-                    raise InternalError(f"{self._run_id}: the client's own stream failed: {exc!r}.", reason="INTERNAL")
+                    logger.exception("%s: the client's stream failed.", self.run_id, exc_info=exc)
+                    raise InternalError(f"{self.run_id}: the client's own stream failed: {exc!r}.", reason="INTERNAL")
             raise await self._ended(call)
         except grpc.aio.AioRpcError as exc:
             raise self._classify(self._connection.explain(exc, "Train")) from None
@@ -225,7 +225,7 @@ class RunStream:
         if lost := [seq_id for seq_id in answered if seq_id not in self._refused]:
             raise error(
                 "RUN_LOST",
-                f"{self._run_id}: the trainer expects operation {expected}, but answered up to {max(lost)} before: "
+                f"{self.run_id}: the trainer expects operation {expected}, but answered up to {max(lost)} before: "
                 "it lost part of the run. Create a new run.",
                 expected=expected,
             )

@@ -5,7 +5,8 @@ import multiprocessing.context
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import grpc
@@ -14,6 +15,7 @@ import grpc.aio
 from gradwire._client.loop import LOOP
 from gradwire._client.proxies import proxy_used
 from gradwire._client.tls import ClientTls
+from gradwire._client.tracing import start_span
 from gradwire._wire.channels import open_channel, parse_base_url
 from gradwire._wire.version import PROTOCOL_VERSION
 from gradwire.errors import GradwireError, from_rpc_error
@@ -91,7 +93,15 @@ class Connection:
             self._channel = open_channel(self._target, self._credentials)
         return self._channel
 
-    async def call_async(self, stub: Callable[[Any], Any], method: str, request: Any, timeout_s: float) -> Any:
+    async def call_async(
+        self,
+        stub: Callable[[Any], Any],
+        method: str,
+        request: Any,
+        timeout_s: float,
+        *,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> Any:
         """One unary call, on the loop's thread; tried again with back-off while the server is away or starting.
 
         Args:
@@ -99,6 +109,7 @@ class Connection:
             method: Name of the call.
             request: Its request message. The call must be safe to repeat.
             timeout_s: For all tries together.
+            headers: Metadata beside the connection's.
 
         Raises:
             GradwireError: The server's error, or UnavailableError: the time is up, nobody has listened for
@@ -107,10 +118,11 @@ class Connection:
         deadline = time.monotonic() + timeout_s
         connect_deadline = time.monotonic() + min(timeout_s, self._connect_timeout_s)
         delay_s = 0.1
+        metadata = [*self.metadata, *headers.items()]
         while True:
             remaining_s = max(0.01, deadline - time.monotonic())
             try:
-                return await getattr(stub(self.channel()), method)(request, metadata=self.metadata, timeout=remaining_s)
+                return await getattr(stub(self.channel()), method)(request, metadata=metadata, timeout=remaining_s)
             except grpc.aio.AioRpcError as exc:
                 error = self.explain(exc, method, timeout_s)
                 if not is_passing(error) or _settled(exc):
@@ -134,7 +146,8 @@ class Connection:
 
     def call(self, stub: Callable[[Any], Any], method: str, request: Any, *, timeout_s: float) -> Any:
         """One unary call from any thread but the loop's; see call_async."""
-        return LOOP.run(self.call_async(stub, method, request, timeout_s), timeout_s + 5)
+        with start_span(method) as span:
+            return LOOP.run(self.call_async(stub, method, request, timeout_s, headers=span.headers), timeout_s + 5)
 
     def explain(self, exc: grpc.aio.AioRpcError, what: str, timeout_s: float | None = None) -> GradwireError:
         """The exception of a failed call, in a sentence where the error came from grpc rather than the server."""

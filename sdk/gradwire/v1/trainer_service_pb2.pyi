@@ -325,7 +325,7 @@ class AttachResponse(_message.Message):
     def __init__(self, next_seq_id: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class TrainRequest(_message.Message):
-    __slots__ = ("seq_id", "acked_seq_id", "attach", "forward", "forward_backward", "backward", "optim_step", "zero_grad", "cancel", "save_weights_for_sampler", "save_state", "load_state")
+    __slots__ = ("seq_id", "acked_seq_id", "attach", "forward", "forward_backward", "backward", "optim_step", "zero_grad", "cancel", "save_weights_for_sampler", "save_state", "load_state", "traceparent", "tracestate")
     SEQ_ID_FIELD_NUMBER: _ClassVar[int]
     ACKED_SEQ_ID_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
@@ -338,6 +338,8 @@ class TrainRequest(_message.Message):
     SAVE_WEIGHTS_FOR_SAMPLER_FIELD_NUMBER: _ClassVar[int]
     SAVE_STATE_FIELD_NUMBER: _ClassVar[int]
     LOAD_STATE_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     seq_id: int
     acked_seq_id: int
     attach: AttachRequest
@@ -350,7 +352,9 @@ class TrainRequest(_message.Message):
     save_weights_for_sampler: _operation_pb2.SaveWeightsForSamplerRequest
     save_state: _operation_pb2.SaveStateRequest
     load_state: _operation_pb2.LoadStateRequest
-    def __init__(self, seq_id: _Optional[int] = ..., acked_seq_id: _Optional[int] = ..., attach: _Optional[_Union[AttachRequest, _Mapping]] = ..., forward: _Optional[_Union[_operation_pb2.ForwardRequest, _Mapping]] = ..., forward_backward: _Optional[_Union[_operation_pb2.ForwardBackwardRequest, _Mapping]] = ..., backward: _Optional[_Union[_operation_pb2.BackwardRequest, _Mapping]] = ..., optim_step: _Optional[_Union[_operation_pb2.OptimStepRequest, _Mapping]] = ..., zero_grad: _Optional[_Union[_operation_pb2.ZeroGradRequest, _Mapping]] = ..., cancel: _Optional[_Union[_operation_pb2.CancelRequest, _Mapping]] = ..., save_weights_for_sampler: _Optional[_Union[_operation_pb2.SaveWeightsForSamplerRequest, _Mapping]] = ..., save_state: _Optional[_Union[_operation_pb2.SaveStateRequest, _Mapping]] = ..., load_state: _Optional[_Union[_operation_pb2.LoadStateRequest, _Mapping]] = ...) -> None: ...
+    traceparent: str
+    tracestate: str
+    def __init__(self, seq_id: _Optional[int] = ..., acked_seq_id: _Optional[int] = ..., attach: _Optional[_Union[AttachRequest, _Mapping]] = ..., forward: _Optional[_Union[_operation_pb2.ForwardRequest, _Mapping]] = ..., forward_backward: _Optional[_Union[_operation_pb2.ForwardBackwardRequest, _Mapping]] = ..., backward: _Optional[_Union[_operation_pb2.BackwardRequest, _Mapping]] = ..., optim_step: _Optional[_Union[_operation_pb2.OptimStepRequest, _Mapping]] = ..., zero_grad: _Optional[_Union[_operation_pb2.ZeroGradRequest, _Mapping]] = ..., cancel: _Optional[_Union[_operation_pb2.CancelRequest, _Mapping]] = ..., save_weights_for_sampler: _Optional[_Union[_operation_pb2.SaveWeightsForSamplerRequest, _Mapping]] = ..., save_state: _Optional[_Union[_operation_pb2.SaveStateRequest, _Mapping]] = ..., load_state: _Optional[_Union[_operation_pb2.LoadStateRequest, _Mapping]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
 
 class TrainResponse(_message.Message):
     __slots__ = ("seq_id", "queue_ms", "execute_ms", "transfer_ms", "error", "attached", "forward", "forward_backward", "backward", "optim_step", "zero_grad", "cancel", "save_weights_for_sampler", "save_state", "load_state")

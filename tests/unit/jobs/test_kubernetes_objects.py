@@ -52,7 +52,7 @@ def test_a_file_that_is_no_template_is_refused(tmp_path: Path, objects: list[Any
 
 
 def test_a_template_says_nothing_that_a_job_says(tmp_path: Path):
-    with pytest.raises(SettingsError, match="sets --base-model=x, which each job says for itself"):
+    with pytest.raises(SettingsError, match="sets --base-model=x, which each job sets itself"):
         Template.read(settings(tmp_path, stateful_set(args=["serve", "--base-model=x"]), SERVICE))
 
 

@@ -44,19 +44,19 @@ AGAIN = pod("Running", SCHEDULED, container={"state": {"running": {}}, "lastStat
 @pytest.mark.parametrize(
     ("observed", "condition", "message"),
     [
-        (Observed(), PENDING, "waiting for Kubernetes to make its pod"),
+        (Observed(), PENDING, "waiting for Kubernetes to create its pod"),
         (Observed(stateful_set_gone=True), REFUSED, "Its StatefulSet was deleted in the cluster."),
         (
             Observed(said={"StatefulSet": ("FailedCreate", "pods is forbidden: exceeded quota: q")}),
             REFUSED,
-            "Kubernetes does not make its pod: pods is forbidden: exceeded quota: q",
+            "Kubernetes does not create its pod: pods is forbidden: exceeded quota: q",
         ),
         (
             Observed(said={"StatefulSet": ("FailedCreate", "the server is busy")}),
             PENDING,
-            "Kubernetes does not make its pod: the server is busy",
+            "Kubernetes does not create its pod: the server is busy",
         ),
-        (Observed(said={"StatefulSet": ("SuccessfulCreate", "created")}), PENDING, "waiting for Kubernetes to make"),
+        (Observed(said={"StatefulSet": ("SuccessfulCreate", "created")}), PENDING, "waiting for Kubernetes to create"),
         (Observed(pod()), PENDING, "waiting for a node"),
         (
             Observed(pod("Pending", UNSCHEDULABLE)),
@@ -66,12 +66,12 @@ AGAIN = pod("Running", SCHEDULED, container={"state": {"running": {}}, "lastStat
         (
             Observed(pod(), said={"PersistentVolumeClaim": ("ProvisioningFailed", LOST_CLASS)}),
             REFUSED,
-            f"Its volume cannot be made: {LOST_CLASS}",
+            f"Its volume cannot be created: {LOST_CLASS}",
         ),
         (
             Observed(pod(), said={"PersistentVolumeClaim": ("ProvisioningFailed", "the store is full")}),
             PENDING,
-            "its volume cannot be made: the store is full",
+            "its volume cannot be created: the store is full",
         ),
         (
             Observed(pod(), said={"PersistentVolumeClaim": ("FailedBinding", "no persistent volumes available")}),
@@ -93,12 +93,12 @@ AGAIN = pod("Running", SCHEDULED, container={"state": {"running": {}}, "lastStat
         (
             Observed(waiting("ErrImagePull", "not\nfound")),
             PENDING,
-            'its image "gradwire:1" does not come (ErrImagePull): not found',
+            'its image "gradwire:1" is not pulled yet (ErrImagePull): not found',
         ),
         (
             Observed(waiting("InvalidImageName", "x")),
             REFUSED,
-            'The image "gradwire:1" cannot be had (InvalidImageName): x',
+            'The image "gradwire:1" cannot be pulled (InvalidImageName): x',
         ),
         (
             Observed(waiting("CreateContainerConfigError", 'secret "keys" not found')),
@@ -106,19 +106,19 @@ AGAIN = pod("Running", SCHEDULED, container={"state": {"running": {}}, "lastStat
             'its container does not start (CreateContainerConfigError): secret "keys" not found',
         ),
         (Observed(RUNNING), WORKING, "loading the model"),
-        (Observed(RUNNING, ever_ready=True), WORKING, "starting the worker again"),
+        (Observed(RUNNING, ever_ready=True), WORKING, "restarting the worker"),
         (Observed(pod("Running", SCHEDULED, IS_READY)), READY, "ready"),
-        (Observed(LEAVING, ever_ready=True), WORKING, "its pod is leaving; the next one takes up where it was"),
+        (Observed(LEAVING, ever_ready=True), WORKING, "its pod is shutting down; the next one continues from there"),
         (Observed(CRASHED), ENDED, "The trainer ended with exit code 2."),
-        (Observed(CRASHED, ever_ready=True), WORKING, "the trainer ended with exit code 2; it is started again"),
+        (Observed(CRASHED, ever_ready=True), WORKING, "the trainer ended with exit code 2; it is being restarted"),
         (Observed(LOOPING, ever_ready=True), ENDED, "The trainer ended with signal 11."),
-        (Observed(KILLED), ENDED, "The trainer ended with signal 9: its memory limit was passed (OOMKilled)."),
+        (Observed(KILLED), ENDED, "The trainer ended with signal 9: it exceeded its memory limit (OOMKilled)."),
         (Observed(AGAIN), ENDED, "The trainer ended with exit code 1."),
-        (Observed(AGAIN, ever_ready=True), WORKING, "starting the worker again"),
+        (Observed(AGAIN, ever_ready=True), WORKING, "restarting the worker"),
         (
             Observed(pod("Failed", message="The node was low on resource: memory.")),
             WORKING,
-            "its pod failed and is replaced: The node was low on resource: memory.",
+            "its pod failed and is being replaced: The node was low on resource: memory.",
         ),
     ],
 )

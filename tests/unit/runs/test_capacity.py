@@ -9,13 +9,11 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainResponse
 
 from tests.fakes import FakeWorker
 from tests.runs import step, trainer
+from tests.waiting import DEADLINE_S, until
 from trainer_service.config import Durability, Limits
 from trainer_service.runs import capacity, placement
 from trainer_service.runs.run import Run
 from trainer_service.runs.snapshots import Snapshot
-
-DEADLINE_S = 60
-"""For what happens at once on an idle machine; a full one takes its time."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +34,7 @@ async def steps(answers: "list[asyncio.Task[TrainResponse]]") -> list[int]:
 
 
 async def unloaded(run: Run) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while run.placement.live:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+    await until(lambda: not run.placement.live)
 
 
 async def test_after_a_death_the_runs_that_were_there_come_back_and_one_that_was_not_is_refused(tmp_path: Path):
@@ -94,9 +90,7 @@ async def test_what_waits_for_room_goes_on_once_a_run_is_deleted(tmp_path: Path)
         worker.gate.clear()
         [under_way] = begin(busy, 2)
         answers = begin(waiting, 1)
-        async with asyncio.timeout(DEADLINE_S):
-            while not waiting.placement.waits_for_room:  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
+        await until(lambda: waiting.placement.waits_for_room)
         assert not waiting.placement.on_worker
         deleting = asyncio.create_task(runs.delete(busy.run_id))
         await asyncio.sleep(0.05)

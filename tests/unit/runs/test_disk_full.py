@@ -16,6 +16,7 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest, Trai
 from tests.fakes import FakeWorker
 from tests.full_disk import NoMount, SmallDisk, nothing_can_be_written, small_disk
 from tests.runs import forward_backward, operations, settled, step, trainer
+from tests.waiting import DEADLINE_S
 from trainer_service.config import Retention
 from trainer_service.runs import journal as journal_file
 from trainer_service.runs import placement
@@ -189,7 +190,7 @@ async def test_a_run_that_cannot_be_restored_on_a_full_disk_waits_for_room(
         await asyncio.sleep(0.2)
         assert not run.lost
         full = False
-        assert (await asyncio.wait_for(answer, 5)).optim_step.step == 2
+        assert (await asyncio.wait_for(answer, DEADLINE_S)).optim_step.step == 2
 
 
 def test_an_outcome_that_had_no_room_is_on_disk_before_any_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -76,11 +76,11 @@ def test_a_client_whose_answers_went_with_the_power_is_told(tmp_path: Path):
             data = [datum_from_tokens_weights([1, 2, 3, 4], [1.0] * 4)]
             for _ in range(STEPS):
                 client.forward_backward(data)
-                client.optim_step().result(10)
+                client.optim_step().result(60)
             shutil.copytree(tmp_path / "data" / "runs" / client.run_id, tmp_path / "disk")
         half = (tmp_path / "disk" / "journal.sqlite-wal").stat().st_size // 2
         after_power_loss(tmp_path / "disk", client.run_id, tmp_path / "left" / "runs", half, b"")
         with front_end_on_a_thread(data_dir=tmp_path / "left", listen=first.address):
             with pytest.raises(GradwireError, match="it lost part of the run") as told:
-                client.optim_step().result(20)
+                client.optim_step().result(60)
             assert told.value.reason == "RUN_LOST"

@@ -13,6 +13,7 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest
 
 from tests.fakes import FakeWorker
 from tests.runs import EVERY_2_STEPS, forward_backward, operations, settled, step, trainer
+from tests.waiting import DEADLINE_S, until
 from trainer_service.config import Durability, Limits, Retention, SnapshotPolicy
 from trainer_service.runs import journal as journal_file
 from trainer_service.runs import placement
@@ -30,7 +31,7 @@ async def test_what_was_journalled_is_answered_by_the_next_trainer(tmp_path: Pat
         first.gate.clear()
         for seq_id in (2, 3):
             run.submit(step(seq_id), lambda _: None)
-        await asyncio.wait_for(first.has_waiting(2), 5)
+        await asyncio.wait_for(first.has_waiting(2), DEADLINE_S)
         created_at = run.describe().created_at
     second = FakeWorker()
     async with trainer(tmp_path, second) as runs:
@@ -156,7 +157,7 @@ async def test_the_third_death_under_one_operation_fails_it_and_the_run_goes_on(
         answers = [asyncio.create_task(run.execute(operation)) for operation in (forward_backward(2), step(3))]
         innocent = asyncio.create_task(other.execute(step(1)))
         deaths = 0
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while not answers[0].done():
                 await asyncio.sleep(0.005)
                 if worker.ready is None:
@@ -196,7 +197,7 @@ async def test_deaths_are_counted_across_trainers(tmp_path: Path):
         async with trainer(tmp_path, worker) as runs:
             answer = asyncio.create_task(runs.get(run_id).execute(forward_backward(1)))
             worker.become_ready()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(DEADLINE_S):
                 while worker.ready is not None and not answer.done():  # noqa: ASYNC110
                     await asyncio.sleep(0.005)
             assert answer.done() == (death == 4)
@@ -210,9 +211,7 @@ async def test_an_idle_run_is_unloaded_and_comes_back_for_the_next_operation(tmp
     async with trainer(tmp_path, worker, limits=Limits(max_runs=1), durability=Durability(idle_lease_s=0.05)) as runs:
         run = await runs.create(CreateRunRequest())
         await run.execute(step(1))
-        async with asyncio.timeout(5):
-            while run.placement.live:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await until(lambda: not run.placement.live)
         assert [snapshot.seq_id for snapshot in list_snapshots(run.folder)] == [1]
         other = await runs.create(CreateRunRequest())
         assert other.placement.live
@@ -284,11 +283,11 @@ async def test_a_snapshot_under_way_prunes_no_journal_of_a_run_that_is_deleted(
         worker.gate.clear()
         run.submit(step(2), lambda answer: None)
         # The step and the snapshot behind it, and then the deletion.
-        await asyncio.wait_for(worker.has_waiting(2), 5)
+        await asyncio.wait_for(worker.has_waiting(2), DEADLINE_S)
         deleting = asyncio.create_task(runs.delete(run.run_id))
-        await asyncio.wait_for(worker.has_waiting(3), 5)
+        await asyncio.wait_for(worker.has_waiting(3), DEADLINE_S)
         worker.gate.set()
-        await asyncio.wait_for(deleting, 5)
+        await asyncio.wait_for(deleting, DEADLINE_S)
         await asyncio.sleep(0.1)
         assert not run.folder.exists()
     assert pruned == []
@@ -314,9 +313,8 @@ async def test_a_replay_that_cannot_be_read_begins_again_and_is_given_up_the_thi
         monkeypatch.setattr(placement, "_DISK_RETRY_S", 0.01)
         worker.die()
         worker.become_ready()
-        answer = await asyncio.wait_for(run.execute(step(2)), 5)
+        answer = await asyncio.wait_for(run.execute(step(2)), DEADLINE_S)
         await run._journal.flush()
         assert (answer.optim_step.step, run.lost) == ((0, True) if lost else (2, False))
         # What it held of it is gone with it.
-        await asyncio.sleep(0.05)
-        assert (run.run_id in worker.steps) == (not lost)
+        await until(lambda: (run.run_id in worker.steps) == (not lost))

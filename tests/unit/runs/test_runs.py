@@ -17,12 +17,13 @@ from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest, TrainResponse
 
 from tests.fakes import FakeWorker
+from tests.waiting import DEADLINE_S, until
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Limits
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
-from trainer_service.runs.run import Run
+from trainer_service.runs.run import Observer, Run
 from trainer_service.served_model import ServedModel
 
 
@@ -37,7 +38,7 @@ def make_runs(worker: FakeWorker, **settings: Any) -> Runs:
     runs_dir = settings.pop("runs_dir", None) or Path(tempfile.mkdtemp(prefix="gradwire-test-"))
     runs = Runs(
         worker,
-        observe=lambda kind, response: None,
+        observer=Observer(),
         runs_dir=runs_dir,
         adapter_dir=runs_dir.parent / "adapters",
         transfers=Transfers(Catalog(runs_dir.parent / "checkpoints")),
@@ -71,7 +72,7 @@ async def test_operations_go_ahead_to_the_worker_so_that_the_device_never_waits(
     worker.gate.clear()
     for seq_id in (1, 2, 3):
         run.submit(zero_grad(seq_id), lambda _: None)
-    await asyncio.wait_for(worker.has_waiting(3), 5)
+    await asyncio.wait_for(worker.has_waiting(3), DEADLINE_S)
 
 
 async def test_a_repeat_while_the_first_executes_executes_once():
@@ -126,9 +127,7 @@ async def test_a_create_given_up_by_its_caller_leaves_no_run_behind(tmp_path: Pa
     runs = make_runs(worker, runs_dir=runs_dir)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(runs.create(CreateRunRequest()), 0.001)
-    async with asyncio.timeout(5):
-        while [kind for _, _, kind in worker.executed] != ["create_run", "delete_run"]:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: [kind for _, _, kind in worker.executed] == ["create_run", "delete_run"])
     await runs.stop()
     assert list(runs_dir.iterdir()) == []
 
@@ -185,8 +184,7 @@ async def test_graphs_go_when_the_client_stays_away_and_stay_when_it_comes_back(
     await asyncio.sleep(0.1)
     assert [kind for _, _, kind in worker.executed] == ["create_run"]
     run.detach(again)
-    await asyncio.sleep(0.1)
-    assert [kind for _, _, kind in worker.executed] == ["create_run", "drop_graphs"]
+    await until(lambda: [kind for _, _, kind in worker.executed] == ["create_run", "drop_graphs"])
 
 
 async def test_a_newer_attach_takes_the_run_from_the_older():

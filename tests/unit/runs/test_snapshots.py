@@ -10,6 +10,7 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest
 
 from tests.fakes import FakeWorker
 from tests.runs import EVERY_2_STEPS, a_worker, load, operations, settled, step, trainer
+from tests.waiting import DEADLINE_S, until
 from trainer_service.paths import STATE, CheckpointPath
 from trainer_service.runs import snapshots as snapshots_module
 from trainer_service.runs.run import Run
@@ -26,16 +27,14 @@ def snapshots(run: Run) -> list[int]:
 
 async def snapshot_of(run: Run, seq_id: int) -> None:
     """Returns once there is one that contains an operation."""
-    async with asyncio.timeout(5):
-        while max(snapshots(run), default=0) < seq_id or not run.placement.idle:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+    await until(lambda: max(snapshots(run), default=0) >= seq_id and run.placement.idle)
 
 
 async def comes_back_without_what_it_loaded(run: Run, worker: FakeWorker, folder: Path) -> None:
     shutil.rmtree(SAVED.folder(folder / "checkpoints"))
     worker.die()
     worker.become_ready()
-    answer = await asyncio.wait_for(run.execute(step(run.next_seq_id)), 5)
+    answer = await asyncio.wait_for(run.execute(step(run.next_seq_id)), DEADLINE_S)
     assert answer.optim_step.step > 1000
 
 
@@ -52,7 +51,7 @@ async def test_one_due_while_another_is_under_way_follows_it_at_once(
         worker.command_failures["snapshot_run"] = list(failures)
         for operation in (step(2), load(3, path)):
             run.submit(operation, lambda answer: None)
-        await asyncio.wait_for(worker.has_waiting(3), 5)
+        await asyncio.wait_for(worker.has_waiting(3), DEADLINE_S)
         worker.gate.set()
         await snapshot_of(run, 3)
         assert snapshots(run) == left
@@ -93,7 +92,7 @@ async def test_none_is_taken_of_a_run_that_is_being_restored(tmp_path: Path, mon
 
     def prune(folder: Path, *, verified_seq_id: int, keep_everything: bool) -> int:
         if verified_seq_id == 2:
-            asyncio.run_coroutine_threadsafe(clearing.wait(), loop).result(5)
+            asyncio.run_coroutine_threadsafe(clearing.wait(), loop).result(DEADLINE_S)
         return prune_snapshots(folder, verified_seq_id=verified_seq_id, keep_everything=keep_everything)
 
     monkeypatch.setattr(snapshots_module, "prune_snapshots", prune)
@@ -108,7 +107,7 @@ async def test_none_is_taken_of_a_run_that_is_being_restored(tmp_path: Path, mon
         worker.gate.clear()
         run.attach("client")
         worker.become_ready()
-        await asyncio.wait_for(worker.has_waiting(1), 5)
+        await asyncio.wait_for(worker.has_waiting(1), DEADLINE_S)
         clearing.set()
         await asyncio.sleep(0.05)
         worker.gate.set()

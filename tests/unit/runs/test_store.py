@@ -10,6 +10,7 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, ForkRunRequest
 
 from tests.fakes import FakeWorker
 from tests.runs import step, trainer
+from tests.waiting import DEADLINE_S
 from trainer_service.runs import store
 from trainer_service.runs.journal import RunFolder
 
@@ -27,7 +28,7 @@ async def test_a_fork_whose_trainer_was_killed_meanwhile_is_made_anew_by_its_rep
         request.run_id = run.run_id
         worker.gate.clear()
         forking = asyncio.create_task(runs.fork(request))
-        await asyncio.wait_for(worker.has_waiting(1), 5)
+        await asyncio.wait_for(worker.has_waiting(1), DEADLINE_S)
         shutil.copytree(tmp_path / "runs", tmp_path / "killed")
         worker.gate.set()
         assert (tmp_path / "runs" / (await forking).run_id).is_dir()
@@ -46,7 +47,7 @@ async def test_a_fork_that_fails_leaves_nothing_behind(tmp_path: Path):
         await run.execute(step(1))
         worker.gate.clear()
         forking = asyncio.create_task(runs.fork(ForkRunRequest(run_id=run.run_id)))
-        await asyncio.wait_for(worker.has_waiting(1), 5)
+        await asyncio.wait_for(worker.has_waiting(1), DEADLINE_S)
         worker.die()
         worker.gate.set()
         with pytest.raises(ConnectionError):

@@ -54,6 +54,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.sent: list[str] = []
+        self.run_id = "r"
 
     def submit(self, call: Call) -> None:
         self.sent.append("in line")

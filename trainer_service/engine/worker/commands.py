@@ -43,6 +43,7 @@ class Commands:
 
     def __init__(self, engine: Engine, send: Callable[[WorkerEvent], object], sampling: Sampling | None = None) -> None:
         self._engine = engine
+        engine.counters.memory_limit_bytes = engine.device.total_bytes()
         self._sampling = sampling
         self._operations = RunOperations(engine, sampling)
         self._run_life = RunLife(engine, sampling, send)
@@ -84,6 +85,7 @@ class Commands:
         self._engine.ranks.check_alike(failure.reason if failure else "")
         execute_s = time.monotonic() - started_s
         counters.busy_seconds_total += execute_s
+        counters.memory_bytes = self._engine.device.take_peak_bytes()
         event = WorkerEvent(command_id=prepared.command_id)
         if prepared.seq_id is None:
             event.done.CopyFrom(WorkerDone(error=to_status(failure) if failure else None))

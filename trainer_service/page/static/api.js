@@ -8,7 +8,7 @@ export class ApiError extends Error {
     }
 }
 
-/** The answer to a request, as it comes. What changes something is a POST, with the header that says it is ours. */
+/** The answer to a request, unread. Requests that change something are POSTs, with the header that proves they are ours. */
 export async function request(path, body) {
     const settings = { credentials: "same-origin", cache: "no-store" };
     if (body !== undefined) {
@@ -32,7 +32,7 @@ export async function request(path, body) {
     return response;
 }
 
-/** The same, read as JSON. */
+/** The same, parsed as JSON. */
 export async function call(path, body) {
     return (await request(path, body)).json();
 }

@@ -1,4 +1,4 @@
-// The page: which view is shown, and who looks.
+// The page: which view is shown, and to whom.
 
 import { call } from "./api.js";
 import { h, setText } from "./dom.js";
@@ -100,7 +100,7 @@ try {
             "div",
             { class: "empty" },
             h("p", { class: "empty-title" }, error.message),
-            h("p", {}, "Reload the page once it runs."),
+            h("p", {}, "Reload the page once it is running."),
         ),
     );
 }

@@ -1,10 +1,10 @@
-// One metric's curve, of one run or several over one another.
+// One metric's curves, of one run or several.
 
 import uPlot from "./vendor/uPlot.esm.js";
 import { h, setText } from "./dom.js";
-import { number, tick } from "./format.js";
+import { number, size, tick } from "./format.js";
 
-// Told apart by those who see few colours too, on light and on dark ground.
+// Distinguishable with colour blindness too, on light and dark backgrounds.
 const COLOURS = {
     light: ["#0f766e", "#b45309", "#4338ca", "#be185d", "#4d7c0f", "#0369a1", "#7e22ce", "#b91c1c"],
     dark: ["#2dd4bf", "#fbbf24", "#a5b4fc", "#f472b6", "#a3e635", "#38bdf8", "#d8b4fe", "#fca5a5"],
@@ -17,7 +17,7 @@ export function colour(place) {
     return palette[place % palette.length];
 }
 
-/** Exponential moving average, corrected for its beginning; what is missing stays so. */
+/** Exponential moving average with bias correction; missing values stay missing. */
 export function smooth(values, weight) {
     if (!weight) return values;
     let average = 0;
@@ -41,6 +41,9 @@ export class Chart {
     constructor(name, settings) {
         this.name = name;
         this.settings = settings;
+        const bytes = /_bytes(:|$)/.test(name);
+        this.told = bytes ? size : number;
+        this.ticked = bytes ? size : tick;
         this.plot = null;
         this.key = "";
         this.value = h("span", { class: "chart-value" });
@@ -49,7 +52,7 @@ export class Chart {
         this.element = h(
             "section",
             { class: "card chart", "aria-label": `Curve of ${name}` },
-            h("h3", {}, h("span", { class: "chart-name" }, name), this.value),
+            h("h2", {}, h("span", { class: "chart-name" }, name), this.value),
             this.box,
             this.summary,
         );
@@ -71,7 +74,7 @@ export class Chart {
         const smoothing = this.settings.smoothing;
         const drawn = [];
         for (const table of tables) {
-            // A logarithm has no place for what is not above zero.
+            // Values not above zero have no logarithm.
             const values = this.settings.log ? table.values.map((v) => (v > 0 ? v : null)) : table.values;
             drawn.push({ ...table, values: smooth(values, smoothing), width: 2 });
             if (smoothing) drawn.push({ ...table, values, width: 1, faint: true });
@@ -92,10 +95,10 @@ export class Chart {
             this.#scale();
         }
         const last = tables.map(({ values }) => values.findLast((value) => value !== null));
-        setText(this.value, last.length === 1 ? number(last[0]) : "");
+        setText(this.value, last.length === 1 ? this.told(last[0]) : "");
         setText(
             this.summary,
-            tables.map(({ label }, place) => `${label}: last value ${number(last[place]) || "none"}.`).join(" "),
+            tables.map(({ label }, place) => `${label}: last value ${this.told(last[place]) || "none"}.`).join(" "),
         );
     }
 
@@ -154,7 +157,7 @@ export class Chart {
                         ? undefined
                         : (_, ticks) => ticks.map((value) => (Number.isInteger(value) ? tick(value) : "")),
                 },
-                { ...axis, size: 62, values: (_, ticks) => ticks.map((value) => (value === null ? "" : tick(value))) },
+                { ...axis, size: this.ticked === size ? 76 : 62, values: (_, ticks) => ticks.map((value) => (value === null ? "" : this.ticked(value))) },
             ],
             series: [
                 { label: time ? "time" : "step" },
@@ -164,7 +167,7 @@ export class Chart {
                     width,
                     spanGaps: true,
                     points: { show: drawn[0].xs.length < 30 && !faint, size: 5 },
-                    value: (_, value) => (value === null ? "–" : number(value)),
+                    value: (_, value) => (value === null ? "–" : this.told(value)),
                     class: faint ? "faint" : undefined,
                 })),
             ],

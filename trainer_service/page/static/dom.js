@@ -1,6 +1,6 @@
-// Elements from plain values. Every text goes in as text: nothing here, or anywhere on the page, parses HTML.
+// Elements from plain values. All text is inserted as text: nothing on the page parses HTML.
 
-/** An element. `on…` properties are listeners, others attributes; null and false are left out. */
+/** An element. `on…` properties are listeners, others are attributes; null and false are omitted. */
 export function h(tag, properties = {}, ...children) {
     const made = document.createElement(tag);
     for (const [name, value] of Object.entries(properties)) {
@@ -13,13 +13,13 @@ export function h(tag, properties = {}, ...children) {
     return made;
 }
 
-/** Puts a text into an element, if it is another one: what stays is not selected away under a reader's hand. */
+/** Sets an element's text if it differs: text that stays keeps a reader's selection. */
 export function setText(element, text) {
     const shown = String(text);
     if (element.textContent !== shown) element.textContent = shown;
 }
 
-/** Makes an element's children those of a list, by key, keeping the elements that stay. */
+/** Updates an element's children to match a list, by key, and keeps the elements that stay. */
 export function reconcile(parent, items, key, make, update) {
     const known = parent.known ?? (parent.known = new Map());
     const kept = new Set();
@@ -44,7 +44,7 @@ export function reconcile(parent, items, key, make, update) {
     }
 }
 
-/** What stands where there is nothing yet: what it is, and what to do next. */
+/** Shown where there is nothing yet: what is missing, and what to do next. */
 export function empty(title, ...next) {
     return h(
         "div",
@@ -54,7 +54,7 @@ export function empty(title, ...next) {
     );
 }
 
-/** A command to be copied. */
+/** A command to copy. */
 export function command(text) {
     const button = h("button", { type: "button", class: "small", "aria-label": `Copy ${text}` }, "Copy");
     button.addEventListener("click", async () => {
@@ -62,7 +62,7 @@ export function command(text) {
             await navigator.clipboard.writeText(text);
             button.textContent = "Copied";
         } catch {
-            // Where there is no clipboard, over plain HTTP, the text is selected instead.
+            // Without a clipboard, as over plain HTTP, the text is selected instead.
             getSelection().selectAllChildren(button.previousSibling);
             button.textContent = "Selected";
         }
@@ -71,7 +71,7 @@ export function command(text) {
     return h("span", { class: "command" }, h("code", {}, text), button);
 }
 
-/** Asks before something is done for good. Resolves to whether it is to be done. */
+/** Asks before something that cannot be undone. Resolves to whether to do it. */
 export function ask(title, text, action) {
     return new Promise((resolve) => {
         const answer = (value) => () => {

@@ -1,9 +1,9 @@
-// What the trainer tells as it happens. One stream of events; what it said is kept, so that after a break, a sleep or a
-// change of page only what is new is asked for.
+// Live updates from the trainer: one stream of events. What it sent is kept, so that after an interruption, a sleep or a
+// change of page only what is new is requested.
 
 import { call } from "./api.js";
 
-const HIDDEN_MS = 15_000; // A page nobody sees costs the trainer nothing, and leaves its connection to others.
+const HIDDEN_MS = 15_000; // A page that nobody sees costs the trainer nothing and leaves its connection to others.
 const RETRY_MS = [1000, 2000, 5000, 10_000];
 
 export class Live extends EventTarget {
@@ -13,7 +13,7 @@ export class Live extends EventTarget {
         this.health = null;
         this.curves = new Map(); // By run: { seqIds, steps, times, series: Map, every, leftOut }.
         this.operations = new Map();
-        this.known = false; // Whether the trainer has said how everything is.
+        this.known = false; // Whether the trainer has sent its full state.
         this.followed = [];
         this.source = null;
         this.failures = 0;
@@ -22,7 +22,7 @@ export class Live extends EventTarget {
         document.addEventListener("visibilitychange", () => this.#visibility());
     }
 
-    /** Begins, or goes on with other runs. */
+    /** Starts, or continues with other runs. */
     follow(runIds) {
         const same = runIds.length === this.followed.length && runIds.every((id, place) => id === this.followed[place]);
         this.wanted = true;
@@ -54,7 +54,7 @@ export class Live extends EventTarget {
         });
         source.addEventListener("error", () => {
             this.#tell("link", false);
-            // The browser's own retry would ask from where this stream began; ours asks from what is here by now.
+            // The browser's own retry would start where this stream began; ours starts from what has arrived.
             this.#close();
             this.#again();
         });

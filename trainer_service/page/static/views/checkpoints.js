@@ -23,7 +23,7 @@ export class CheckpointsView {
         this.list = h("ul", { class: "list" });
         this.none = h("div");
         this.summary = h("p", { class: "muted", role: "status" }, "Loading…");
-        const again = h("button", { type: "button", onclick: () => this.#load() }, "Look again");
+        const again = h("button", { type: "button", onclick: () => this.#load() }, "Refresh");
         main.append(
             h("div", { class: "row" }, h("h1", {}, "Checkpoints"), h("span", { class: "spring" }), again),
             this.problem,
@@ -47,7 +47,7 @@ export class CheckpointsView {
                     : [
                           empty(
                               "Nothing is saved yet.",
-                              "Save where training can go on from, or what is sampled from:",
+                              "Save a state to resume training from, or weights to sample from:",
                               h(
                                   "pre",
                                   {},
@@ -92,8 +92,8 @@ export class CheckpointsView {
             "Delete…",
         );
         remove.addEventListener("click", async () => {
-            const text = `${found.path} (${format.size(found.size_bytes)}) is deleted for good. There is no way back.`;
-            if (await ask("Delete this checkpoint?", text, "Delete for good")) {
+            const text = `${found.path} (${format.size(found.size_bytes)}) will be deleted permanently. This cannot be undone.`;
+            if (await ask("Delete this checkpoint?", text, "Delete permanently")) {
                 await this.#try(async () => {
                     await call("/api/checkpoints/delete", { path: found.path });
                     await this.#load();
@@ -156,5 +156,5 @@ export class CheckpointsView {
 }
 
 function expiry(found) {
-    return found.expires_s === null ? "kept for ever" : `goes ${format.date(found.expires_s)}`;
+    return found.expires_s === null ? "kept forever" : `expires ${format.date(found.expires_s)}`;
 }

@@ -1,4 +1,4 @@
-// How the trainer and its worker are, and who holds what.
+// State of the trainer and its worker, and who holds what.
 
 import { call } from "../api.js";
 import { h, setText } from "../dom.js";
@@ -6,6 +6,11 @@ import * as format from "../format.js";
 
 const HOLDERS_MS = 10_000;
 const OF_BYTES = /_bytes$/;
+
+/** Of the worker's device, rank 0's. */
+function memory({ gradwire_worker_memory_bytes: used, gradwire_worker_memory_limit_bytes: limit }) {
+    return used ? `${format.size(used)}${limit ? ` of ${format.size(limit)}` : ""}` : "";
+}
 
 export class HealthView {
     title = "Health";
@@ -79,6 +84,8 @@ export class HealthView {
                       ["Sampling", model.sampling],
                   ]
                 : []),
+            ["Ranks", format.number(counters.gradwire_worker_ranks ?? null)],
+            ["Memory", memory(counters)],
             ["Runs on the worker", format.number(counters.gradwire_worker_runs ?? null)],
             [
                 "Graphs held",
@@ -109,7 +116,7 @@ export class HealthView {
                                   "li",
                                   {},
                                   h("time", {}, format.date(time_s)),
-                                  h("p", {}, why || "Why is told to admins."),
+                                  h("p", {}, why || "Only admins see why."),
                               ),
                           ),
                       )

@@ -19,7 +19,7 @@ export class LoginView {
         const form = h(
             "form",
             { class: "card login" },
-            h("h1", {}, "This trainer asks for a key"),
+            h("h1", {}, "This trainer requires a key"),
             h(
                 "p",
                 {},

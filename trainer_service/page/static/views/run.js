@@ -1,4 +1,4 @@
-// One run, or several over one another: curves, and what the operations do.
+// One run, or several compared: curves and operations.
 
 import { Chart, colour } from "../chart.js";
 import { command, empty, h, reconcile, setText } from "../dom.js";
@@ -6,8 +6,8 @@ import * as format from "../format.js";
 import { stateOf } from "./runs.js";
 
 const FIRST = ["loss:sum", "loss per token", "grad_norm:mean", "learning_rate", "tokens per second"];
-// What the trainer counts, rather than what is trained for.
-const LAST = /^(queue_ms|execute_ms|transfer_ms|num_|forward_passes)/;
+// What the trainer measures, rather than what training is about.
+const LAST = /^(queue_ms|execute_ms|transfer_ms|memory_bytes|num_|forward_passes)/;
 const REDRAW_MS = 250;
 
 export class RunView {
@@ -22,7 +22,7 @@ export class RunView {
         this.heading = h("h1", {}, "Run");
         this.facts = h("div", { class: "facts" });
         this.chips = h("ul", { class: "chips", "aria-label": "Runs shown" });
-        this.add = h("select", { "aria-label": "Lay another run over it", onchange: () => this.#add() });
+        this.add = h("select", { "aria-label": "Compare with another run", onchange: () => this.#add() });
         const smoothing = h("input", {
             type: "range",
             min: "0",
@@ -48,7 +48,7 @@ export class RunView {
         const zoomIn = h("button", { type: "button", onclick: () => this.#latest() }, "Last quarter");
         this.first = h("div", { class: "charts" });
         this.rest = h("div", { class: "charts" });
-        this.more = h("details", { class: "more" }, h("summary", {}, "Counts and times"), this.rest);
+        this.more = h("details", { class: "more" }, h("summary", {}, "Counts, times and memory"), this.rest);
         this.more.addEventListener("toggle", () => this.#draw());
         this.none = h("div");
         this.note = h("p", { class: "muted" });
@@ -141,7 +141,7 @@ export class RunView {
                 empty(
                     "There is no such run.",
                     "It was deleted, or belongs to another key.",
-                    h("a", { href: "#/" }, "See the runs there are"),
+                    h("a", { href: "#/" }, "See all runs"),
                 ),
             );
         } else if (!this.content.hidden) this.missing.replaceChildren();
@@ -172,7 +172,7 @@ export class RunView {
         if (!told || runId !== this.runIds[0]) return;
         setText(
             this.nowNote,
-            told.under_way.length ? "" : "Nothing is under way. Operations of a client are listed here as they come.",
+            told.under_way.length ? "" : "Nothing is under way. Operations appear here as a client sends them.",
         );
         reconcile(
             this.now,
@@ -270,7 +270,7 @@ export class RunView {
             h("a", { href: `#/run/${encodeURIComponent(id)}` }, run?.name || id),
             h(
                 "button",
-                { type: "button", class: "small", "aria-label": `Take ${run?.name || id} away`, onclick: remove },
+                { type: "button", class: "small", "aria-label": `Remove ${run?.name || id}`, onclick: remove },
                 "×",
             ),
         );
@@ -353,7 +353,7 @@ export class RunView {
         setText(
             this.note,
             [
-                every > 1 ? `Of the earlier steps each ${every}th is drawn; gradwire metrics prints all.` : "",
+                every > 1 ? `Only every ${every}th of the earlier steps is drawn; gradwire metrics prints all.` : "",
                 leftOut ? `${leftOut} metrics beyond 256 are left out.` : "",
             ]
                 .join(" ")
@@ -375,7 +375,7 @@ export class RunView {
     }
 }
 
-/** Points that have a value, in rising order: a run that loaded a state comes to a step again, and the last time counts. */
+/** Points with a value, ascending: after loading a state a run reaches a step again, and the last time counts. */
 function table(xs, values) {
     const found = new Map();
     values.forEach((value, place) => {

@@ -1,4 +1,4 @@
-// All runs one may see.
+// All runs that the user may see.
 
 import { empty, h, reconcile, setText } from "../dom.js";
 import * as format from "../format.js";
@@ -91,13 +91,13 @@ export class RunsView {
             this.empty.append(
                 empty(
                     "There are no runs yet.",
-                    h("span", {}, "Make one from Python:"),
+                    h("span", {}, "Create one from Python:"),
                     h(
                         "pre",
                         {},
                         'import gradwire\nservice = gradwire.ServiceClient("http://<this host>:7777")\nclient = service.create_training_client()',
                     ),
-                    "It is listed here as soon as it is made.",
+                    "It appears here as soon as it is created.",
                 ),
             );
         } else if (shown.length === 0) {

@@ -1,4 +1,4 @@
-// A prompt in, tokens out as they are sampled, each in the colour of its logprob.
+// A prompt goes in; tokens come out as they are sampled, coloured by logprob.
 
 import { call, request } from "../api.js";
 import { h, setText } from "../dom.js";
@@ -70,7 +70,7 @@ export class SampleView {
                 " ",
             ]),
         );
-        this.empty = h("span", { class: "muted" }, "What is sampled appears here.");
+        this.empty = h("span", { class: "muted" }, "Sampled text appears here.");
         this.output.append(this.empty);
         main.append(
             h("h1", {}, "Sample"),
