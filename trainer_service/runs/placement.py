@@ -250,7 +250,7 @@ class Placement:
                 entry.deaths_s.append(time.perf_counter())
             else:
                 entry.attempts -= 1
-            elif outcome.because is not None:
+            if outcome.because is not None:
                 self._fail(entry, outcome.because)
         elif self._undone.pop(entry.seq_id, None) is not None:
             entry.memory_bytes = outcome.event.counters.get("gradwire_worker_memory_bytes", 0.0)
