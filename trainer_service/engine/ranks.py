@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 from google.rpc.status_pb2 import Status
-from gradwire.errors import GradwireError, from_status, invalid_field, to_status
+from gradwire.errors import GradwireError, error, from_status, invalid_field, to_status
 
 from trainer_service.worker_config import RANK_STORE_VARIABLE
 
@@ -188,6 +188,7 @@ class Ranks:
 
         Raises:
             InvalidArgumentError: INVALID_FIELD: more ranks than GPUs, where there are GPUs.
+            UnimplementedError: NOT_IMPLEMENTED: several ranks with a torch that lacks what they need.
         """
         place = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0)
         world_size, local_world_size = _from_environment("WORLD_SIZE", 1), _from_environment("LOCAL_WORLD_SIZE", 1)
@@ -195,7 +196,11 @@ class Ranks:
             return cls(*place, world_size, local_world_size)
         import torch
         from torch import distributed
+        from torch.distributed.fsdp import FSDPModule
 
+        if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+            text = f"{world_size} ranks need torch 2.13 or newer, and this is {torch.__version__}; upgrade it."
+            raise error("NOT_IMPLEMENTED", text)
         cuda = torch.cuda.is_available()
         if cuda and torch.cuda.device_count() < local_world_size:
             raise invalid_field(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from gradwire.errors import GradwireError, invalid_field
-from transformers import AutoModelForCausalLM, DistributedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trainer_service.engine.device import Device
 from trainer_service.engine.models.positions import context_length, forget_longest_sequence
@@ -95,7 +95,7 @@ def load_model(
             local_files_only=True,
             output_loading_info=True,
             **({} if config is None else {"config": config}),
-            **({} if world_size == 1 else {"distributed_config": DistributedConfig(fsdp_size=world_size)}),
+            **({} if world_size == 1 else {"distributed_config": _in_parts(world_size)}),
         )
     except (ValueError, OSError, KeyError, ImportError) as exc:
         raise _refused(base_model, f"cannot be loaded as a causal language model: {_first_line(exc)}") from exc
@@ -118,6 +118,13 @@ def load_model(
         parameter.requires_grad_(True)
     forget_longest_sequence(model)
     return model.to(device.torch_device) if world_size == 1 else model
+
+
+def _in_parts(world_size: int) -> Any:
+    # Only here, since transformers has it only lately.
+    from transformers import DistributedConfig
+
+    return DistributedConfig(fsdp_size=world_size)
 
 
 def describe(model: PreTrainedModel, *, base_model: str, device: Device, max_context_length: int) -> ModelDescription:
