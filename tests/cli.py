@@ -101,7 +101,7 @@ def command(base_url: str, *arguments: object, columns: int | None = None) -> It
     if columns is not None:
         master, stderr = pty.openpty()
         fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    with _sigint_heeded():
+    with sigint_heeded():
         process: subprocess.Popen[str] = subprocess.Popen(
             [sys.executable, "-m", "gradwire.cli", *map(str, arguments), "--base-url", base_url],
             env={**os.environ, "TERM": "xterm"},
@@ -120,8 +120,8 @@ def command(base_url: str, *arguments: object, columns: int | None = None) -> It
 
 
 @contextlib.contextmanager
-def _sigint_heeded() -> Iterator[None]:
-    """Tests that run in the background have SIGINT ignored, which processes they start would inherit."""
+def sigint_heeded() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where tests run in the background, for which a shell has it ignored."""
     before: Any = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield

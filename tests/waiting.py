@@ -14,14 +14,14 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.005)
 
 
-def wait_until(condition: Callable[[], object], what: object = None) -> None:
+def wait_until(condition: Callable[[], object], what: Callable[[], object] | None = None) -> None:
     """Returns once it holds; for threads.
 
     Args:
         condition: What must come to hold.
-        what: Told if it does not.
+        what: Says what there is instead, if it does not.
     """
     deadline_s = time.monotonic() + DEADLINE_S
     while not condition():
-        assert time.monotonic() < deadline_s, what() if callable(what) else what
+        assert time.monotonic() < deadline_s, what and what()
         time.sleep(0.02)

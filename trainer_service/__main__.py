@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add_options(serve, TrainerConfig)
     jobs = commands.add_parser("jobs", help="start and stop trainers, here or in a cluster")
     jobs.set_defaults(command=_jobs)
-    # What it picks is a group of settings, so it is none itself.
+    # It chooses a group of settings, so it is not a setting itself.
     jobs.add_argument(
         "--backend", choices=("local", "kubernetes"), default="local", help="where trainers run; default: %(default)s"
     )
@@ -147,7 +147,7 @@ def _gateway_beside(
 
 
 def _page(server: "TrainerServer", worker: "Worker", listen: str) -> "PageServer":
-    # Imported only where there is a page: its packages are an extra.
+    # Imported only for a page: its packages are an extra.
     from trainer_service.page.server import PageServer
 
     return PageServer(
@@ -164,7 +164,7 @@ def _page(server: "TrainerServer", worker: "Worker", listen: str) -> "PageServer
 
 
 def _check_storage_url(url: str) -> None:
-    """Refuses a URL of no known scheme, or one whose package is not installed."""
+    """Refuses a URL with an unknown scheme, or one whose package is not installed."""
     from trainer_service.checkpoints.storage import Storage
 
     try:
@@ -179,7 +179,7 @@ async def _jobs(arguments: argparse.Namespace) -> int:
 
     config = read_options(JobsConfig, arguments, api_keys=read_api_keys())
     check_server(config)
-    # Told now, rather than by the first trainer.
+    # Reported now rather than by the first trainer.
     _check_storage_url(config.storage_url)
     in_cluster = arguments.backend == "kubernetes"
     if in_cluster and config.kubernetes is None:
@@ -187,7 +187,7 @@ async def _jobs(arguments: argparse.Namespace) -> int:
             "--backend kubernetes needs --kubernetes-template: a StatefulSet and a Service, as the Helm chart has them."
         )
     if not in_cluster and config.kubernetes is not None:
-        raise SettingsError("--kubernetes-… and --pending-timeout-s are options of --backend kubernetes; give it too.")
+        raise SettingsError("--kubernetes-… and --pending-timeout-s are options of --backend kubernetes; add it.")
     if config.kubernetes is None:
         from trainer_service.jobs.local import LocalJobs
 
@@ -196,7 +196,7 @@ async def _jobs(arguments: argparse.Namespace) -> int:
         from trainer_service.jobs.kubernetes import KubernetesJobs
     except ImportError as exc:
         raise SettingsError(
-            f"--backend kubernetes needs what {exc.name} belongs to; run `pip install 'gradwire[kubernetes]'`."
+            f"--backend kubernetes needs the package of {exc.name}; run `pip install 'gradwire[kubernetes]'`."
         ) from exc
     return await serve_jobs(config, await KubernetesJobs.connect(config, config.kubernetes))
 

@@ -9,7 +9,7 @@ def split_address(address: str) -> tuple[str, int]:
     """(host, port) of "host:port" or "[v6]:port".
 
     Raises:
-        SettingsError: No host or no port in it.
+        SettingsError: It has no host or no port.
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
@@ -27,7 +27,7 @@ def listens_on_loopback(listen: str) -> bool:
     """Whether only this machine can reach an address.
 
     Raises:
-        SettingsError: It is no address.
+        SettingsError: It is not an address.
     """
     host, _ = split_address(listen)
     try:

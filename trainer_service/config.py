@@ -10,10 +10,11 @@ from trainer_service.options import folder, option, options_of
 from trainer_service.worker_config import ModelSettings, WorkerTimeouts
 
 MIN_PROTOCOL_VERSION = 1
-"""Oldest protocol version this trainer speaks; the newest is gradwire._wire.version.PROTOCOL_VERSION."""
+"""Oldest supported protocol version; the newest is gradwire._wire.version.PROTOCOL_VERSION."""
 
 PAGE_CONNECTIONS = 512
-"""Connections to the live page at once; one too many is answered 503. A page keeps one open, and asks over a second."""
+"""Simultaneous connections to the live page; beyond them it answers 503. A page keeps one open and uses a second for
+requests."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,15 @@ class Limits:
     max_message_bytes: int = 64 * 1024 * 1024
     """One message, either way."""
     target_message_bytes: int = 1024 * 1024
-    """Size the SDK splits batches at: larger protobuf messages move slower through gRPC, smaller ones cost overhead."""
+    """Size at which the SDK splits batches: gRPC moves larger messages more slowly, smaller ones add overhead."""
     max_in_flight_operations: int = 64
-    """Operations of one run sent and not yet answered; the trainer reads no further beyond it."""
+    """Operations of one run sent and not yet answered; beyond it the trainer stops reading."""
     max_runs: int = option(
         8,
         help="runs held at once; each full-parameter run has its own parameters, gradients and optimizer state",
         at_least=1,
     )
-    max_runs_per_key: int = option(0, help="runs of one API key, of those; 0: --max-runs alone", at_least=0)
+    max_runs_per_key: int = option(0, help="of those, runs of one API key; 0: only --max-runs counts", at_least=0)
     max_disk_bytes: int = option(0, help="size of --data-dir from which saves are refused; 0: no limit", at_least=0)
     max_datums: int = 65_536
     """Sequences in one operation."""
@@ -40,50 +41,50 @@ class Limits:
     max_num_samples: int = 128
     """Samples of one Sample request."""
     max_topk_logprobs: int = 128
-    """Likeliest tokens asked for at one place."""
+    """Most likely tokens requested at one position."""
     max_sample_requests: int = 1024
-    """Sample and ComputeLogprobs requests under way at once, of all clients together; where one owner's take them all,
-    another has half a share on top."""
+    """Simultaneous Sample and ComputeLogprobs requests of all clients together; beyond that, each owner may still have
+    half an equal share."""
     max_frozen_weights: int = 4
-    """Sets of frozen weights of one run; the one unused longest makes room, of those that nobody holds open."""
+    """Sets of frozen weights of one run; a further one replaces the one unused for longest that nobody holds open."""
     max_user_metadata_entries: int = user_metadata.MAX_ENTRIES
-    """Of one user_metadata."""
+    """Entries of one user_metadata."""
     max_user_metadata_bytes: int = user_metadata.MAX_BYTES
-    """Its keys and values together."""
+    """Size of its keys and values together."""
     max_message_fields: int = 65_536
-    """Fields of one message, nested ones included; counted before it is parsed, which takes the longer the more there
-    are. Data sent as `batch` have a dozen."""
+    """Fields of one message, including nested ones. Counted before parsing, whose time grows with them. Data sent as
+    `batch` have a dozen."""
     max_name_bytes: int = 4096
-    """One name, identifier or path: as much as a path of Linux has."""
+    """One name, identifier or path: the limit of a path on Linux."""
     max_loss_fn_inputs: int = 64
     """Per-token inputs of one datum."""
     max_loss_fn_config_keys: int = 64
     """Settings of a loss in one operation."""
     max_forward_seq_ids: int = 4096
-    """Graphs dropped by one cancel."""
+    """Graphs that one cancel drops."""
     max_typed_datums: int = 4096
-    """Sequences in one operation in the form a person types (`data`); each costs time of its own to look at."""
+    """Sequences in one operation in the form for typing by hand (`data`); each takes time to check."""
     max_typed_values: int = 4_194_304
-    """Elements of one tensor in the form a person types (`floats`, `ints`)."""
+    """Elements of one tensor in the form for typing by hand (`floats`, `ints`)."""
     max_tensor_dims: int = 64
-    """Dims of one tensor: as many as numpy has."""
+    """Dims of one tensor: as many as numpy allows."""
     max_prompt_text_bytes: int = 262_144
-    """One prompt as text: some 60,000 tokens, a fraction of a second of the tokenizer's time."""
+    """One prompt as text: some 60,000 tokens, which take the tokenizer a fraction of a second."""
     max_stop_token_ids: int = 1024
     """Stop tokens of one request."""
     max_stop_strings: int = 128
     """Stop strings of one request."""
     max_stop_string_bytes: int = 1024
-    """One of them."""
+    """Size of one stop string."""
     max_stop_bytes: int = 4096
-    """All of them together: what finds them takes a hundred times as much memory, for every request under way."""
+    """Size of all stop strings together: matching takes a hundred times as much memory, for every request under way."""
     max_metrics: int = 256
-    """Metrics of one backward, and names asked for at once."""
+    """Metrics of one backward, and names in one GetMetrics."""
 
 
 Sync = Literal["normal", "full"]
-"""When a committed journal is on the disk itself: "full" at every commit, "normal" a moment later. A killed process
-loses nothing either way; with "normal", a power cut or a kernel crash may lose a run's last moments."""
+"""When a commit to a journal reaches the disk itself: "full" at once, "normal" a moment later. A killed process loses
+nothing either way; with "normal", a power cut or a kernel crash may lose a run's last moments."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Retention:
     keep_everything: bool = option(
         False,
         help="delete nothing, first snapshots included: a run can be forked at any step and replayed from its "
-        "beginning, and its folder grows for ever",
+        "beginning, and its folder grows without bound",
     )
 
 
@@ -105,10 +106,10 @@ class SnapshotPolicy:
     """When snapshots are taken: after an optim_step, as soon as either is reached."""
 
     every_steps: int = option(
-        0, name="snapshot-steps", help="optimizer steps between snapshots; 0: time alone decides", at_least=0
+        0, name="snapshot-steps", help="optimizer steps between snapshots; 0: only time counts", at_least=0
     )
     interval_s: float = option(
-        300.0, name="snapshot-interval-s", help="time between snapshots; 0: steps alone decide", at_least=0
+        300.0, name="snapshot-interval-s", help="time between snapshots; 0: only steps count", at_least=0
     )
 
 
@@ -116,7 +117,7 @@ class SnapshotPolicy:
 class Durability:
     """How runs are kept."""
 
-    sync: Sync = option("normal", name="journal-sync", help="full: journals survive power loss too, but are slower")
+    sync: Sync = option("normal", name="journal-sync", help="full: journals also survive power loss, but are slower")
     retention: Retention = options_of(Retention)
     snapshots: SnapshotPolicy = options_of(SnapshotPolicy)
     idle_lease_s: float = option(
@@ -132,7 +133,7 @@ class ServerTls:
 
     cert_file: Path = option(
         name="tls-cert-file",
-        help="PEM; certificate of the server, then those between it and its root; with --tls-key-file: serve TLS",
+        help="PEM; certificate of the server, followed by intermediate ones; with --tls-key-file: serve TLS",
     )
     key_file: Path = option(name="tls-key-file", help="PEM; private key of the certificate")
     client_ca_file: Path | None = option(
@@ -144,7 +145,7 @@ class ServerTls:
 class LogSettings:
     """What a process logs, on stderr."""
 
-    log_json: bool = option(False, help="log one JSON object a line")
+    log_json: bool = option(False, help="log one JSON object per line")
     log_level: str = option(
         "INFO",
         help="lowest level that is logged",
@@ -164,22 +165,22 @@ class ServerConfig(LogSettings):
     listen: str
     data_dir: Path = option(
         lambda: Path.home() / ".gradwire",
-        help="folder of everything that is kept",
+        help="folder for all data",
         default_is="$GRADWIRE_HOME or ~/.gradwire",
         env="GRADWIRE_HOME",
         parse=folder,
     )
     api_keys: tuple[str, ...] = ()
-    """Entries of keys that open the server, see access.ApiKeys; without any, it is open to all who reach it."""
+    """Entries of the keys it accepts, see access.ApiKeys; without any, it serves everyone who can reach it."""
     api_key_file: Path | None = option(
         None,
-        help="API keys, one a line: `key`, `name key` or `name key admin`; read again when it changes; see "
+        help="API keys, one per line: `key`, `name key` or `name key admin`; read again when it changes; see "
         "docs/security.md",
     )
     allow_no_api_key: bool = option(False, help="listen beyond loopback without an API key")
     tls: ServerTls | None = options_of(ServerTls, "TLS", leave_out=("client_ca_file",), optional=True)
     ready_file: Path | None = option(None, help="gets the address as JSON once the server listens")
-    exit_with_parent: bool = option(False, help="stop when stdin reaches its end")
+    exit_with_parent: bool = option(False, help="stop at the end of stdin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,13 +189,13 @@ class GrpcServerConfig(ServerConfig):
 
     storage_url: str = option(
         "",
-        help="object store or file system that checkpoints are also kept in, such as s3://bucket/prefix",
+        help="object store or file system that also keeps checkpoints, such as s3://bucket/prefix",
         default_is="$GRADWIRE_STORAGE_URL, or --data-dir alone",
         env="GRADWIRE_STORAGE_URL",
         metavar="URL",
     )
     health_listen: str | None = option(
-        None, help="serve health here too, in plaintext and to everybody, for a cluster's probes", metavar="HOST:PORT"
+        None, help="also serve health here, in plaintext and to everyone, for a cluster's probes", metavar="HOST:PORT"
     )
 
 
@@ -210,7 +211,7 @@ class TrainerConfig(GrpcServerConfig, ModelSettings):
     gateway_listen: str | None = option(
         None,
         name="gateway",
-        help="serve clients of hosted services here too, as `gradwire gateway` does",
+        help="also serve clients of hosted services here, like `gradwire gateway`",
         metavar="HOST:PORT",
     )
     page_listen: str | None = option(
@@ -228,14 +229,14 @@ class TrainerConfig(GrpcServerConfig, ModelSettings):
     )
     reflection: bool = option(True, help="do not describe the services to grpcurl")
     runs_dir: Path | None = option(
-        None, help="journals and snapshots, a folder a run", default_is="runs in --data-dir", parse=folder
+        None, help="journals and snapshots, one folder per run", default_is="runs in --data-dir", parse=folder
     )
     adapter_dir: Path | None = option(
         None, help="PEFT adapters that LoRA runs may start from", default_is="adapters in --data-dir"
     )
-    drain_timeout_s: float = option(30.0, help="time that queued operations get after SIGTERM", at_least=0)
+    drain_timeout_s: float = option(30.0, help="time for queued operations after SIGTERM", at_least=0)
     detach_grace_s: float = option(
-        180.0, help="time that the graphs of custom losses are kept once their client is gone", at_least=0
+        180.0, help="time to keep the graphs of custom losses once their client is gone", at_least=0
     )
     worker_timeouts: WorkerTimeouts = options_of(WorkerTimeouts)
     durability: Durability = options_of(Durability, "durability")
@@ -248,17 +249,17 @@ class TrainerConfig(GrpcServerConfig, ModelSettings):
 
     @property
     def checkpoint_dir(self) -> Path:
-        """Folder that trainer and worker share."""
+        """Folder of checkpoints, which trainer and worker share."""
         return self.data_dir / "checkpoints"
 
 
 @dataclass(frozen=True)
 class KubernetesSettings:
-    """Where in a cluster trainer jobs run, and what they are made from."""
+    """Where in a cluster trainer jobs run, and their template."""
 
     template: Path = option(
         name="kubernetes-template",
-        help="YAML of the StatefulSet and Service that jobs are made from, as the Helm chart renders them",
+        help="YAML of the StatefulSet and Service that jobs are made from, as rendered by the Helm chart",
     )
     namespace: str = option(
         "",
@@ -270,7 +271,7 @@ class KubernetesSettings:
     name: str = option(
         "gradwire",
         name="kubernetes-name",
-        help="name of this control plane: a label of its jobs, by which it finds them again",
+        help="name of this control plane: a label by which it finds its jobs again",
         metavar="NAME",
     )
     address: str = option(
@@ -292,7 +293,7 @@ class KubernetesSettings:
         metavar="RESOURCE",
     )
     pending_timeout_s: float = option(
-        900.0, help="time that a pod may wait for a node, a volume or an image before its job fails", at_least=0
+        900.0, help="how long a pod may wait for a node, a volume or an image before its job fails", at_least=0
     )
 
 
@@ -308,16 +309,16 @@ class JobsConfig(GrpcServerConfig):
         default_is="models in --data-dir",
         parse=folder,
     )
-    max_jobs: int = option(8, help="trainer jobs at once, failed ones that nobody has deleted included", at_least=1)
-    max_jobs_per_key: int = option(0, help="jobs of one API key, of those; 0: --max-jobs alone", at_least=0)
+    max_jobs: int = option(8, help="simultaneous trainer jobs, including failed ones that were not deleted", at_least=1)
+    max_jobs_per_key: int = option(0, help="of those, jobs of one API key; 0: only --max-jobs counts", at_least=0)
     embedded: bool = option(
         False,
-        help="serve the program that started it alone: every caller is told what an admin is told and may name any "
+        help="serve only the program that started it: every caller sees what an admin sees and may name any "
         "folder, and jobs end with it",
     )
     make_certificates: bool = option(
         False,
-        help="make each job's trainer a certificate, which its owner gets, instead of using --tls-cert-file",
+        help="make a certificate for each job's trainer, and give it to the owner, instead of using --tls-cert-file",
     )
     kubernetes: KubernetesSettings | None = options_of(
         KubernetesSettings, "in a cluster (--backend kubernetes)", optional=True
@@ -337,18 +338,18 @@ class GatewayConfig(ServerConfig):
         default_is="http://127.0.0.1:7777",
         metavar="URL",
     )
-    trainer_ca_file: Path | None = option(None, help="PEM; roots of the certificates of https:// trainers")
+    trainer_ca_file: Path | None = option(None, help="PEM; root certificates of https:// trainers")
     served_model_names: tuple[str, ...] = option(
         (),
         name="served-model-name",
         also=("--alias",),
-        help="another name that clients may give a model, listed before its own; repeatable",
+        help="another name for a model, listed before its own; repeatable",
         metavar="NAME[=MODEL]",
     )
     session_grace_s: float = option(
         120.0, help="a client silent for this long is considered gone, and its runs are deleted", at_least=0
     )
     max_in_flight_samples: int = 512
-    """Sample calls at once; the trainer's own limit is for all its clients together."""
+    """Simultaneous Sample calls; the trainer's own limit is for all its clients together."""
     max_num_samples: int = 128
     """Samples of one call."""

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 SERVICE = trainer_job_service_pb2.DESCRIPTOR.services_by_name["TrainerJobService"].full_name
 _MAX_MESSAGE_BYTES = 1024 * 1024
 _MAX_CALLS = 1024
-"""Calls of one client at once."""
+"""Simultaneous calls of one client."""
 _RESERVED_DESCRIPTORS = 128
 """File descriptors for everything but clients: the control plane itself, its trainers' pipes and channels."""
 
@@ -33,7 +33,7 @@ async def serve_jobs(config: JobsConfig, jobs: TrainerJobs) -> int:
 
     Raises:
         OSError: An address cannot be used.
-        SettingsError: Too few files may be open.
+        SettingsError: The limit on open files is too low.
     """
     # Before anything is started, so that a signal in between is not lost.
     told = asyncio.create_task(told_to_stop(exit_with_parent=config.exit_with_parent))

@@ -1,5 +1,5 @@
-"""An HTTP server on this process's event loop: one socket, TLS where it is asked for, an end when we say so. Ground
-floor, for those who have uvicorn: it belongs to the extras `page` and `gateway`.
+"""An HTTP server on this process's event loop: one socket, optional TLS, and it stops only when we say so. Ground
+floor, but needs uvicorn, which belongs to the extras `page` and `gateway`.
 """
 
 import asyncio
@@ -21,11 +21,11 @@ _KEEP_ALIVE_S = 20
 
 
 class HttpServer:
-    """A socket that listens, and what serves it. The address is taken at once.
+    """A listening socket and its server. The address is bound at once.
 
     Args:
         listen: host:port; port 0 takes a free one.
-        tls: How it proves who it is; None serves plaintext.
+        tls: Its certificates; None serves plaintext.
 
     Raises:
         OSError: The address cannot be used.
@@ -40,7 +40,7 @@ class HttpServer:
         self.address = join_address(split_address(listen)[0], self.port)
         """host:port it listens on."""
         self.url = f"http{'s' if tls else ''}://{join_address(bound, self.port)}/"
-        """Its address as a browser takes it."""
+        """Its URL, for a browser."""
 
     async def start(self, app: Any, *, stop_grace_s: int, max_connections: int | None = None) -> None:
         """Serves an ASGI application.
@@ -48,7 +48,7 @@ class HttpServer:
         Args:
             app: The application.
             stop_grace_s: How long requests under way may take to end.
-            max_connections: Connections at once, one too many is answered 503; None for no limit.
+            max_connections: Simultaneous connections, beyond which it answers 503; None for no limit.
 
         Raises:
             OSError: A TLS file cannot be used.
@@ -80,7 +80,7 @@ class HttpServer:
             await asyncio.sleep(0.005)
 
     async def stop(self) -> None:
-        """Takes no more requests; those under way have stop_grace_s to end."""
+        """Accepts no more requests; those under way have stop_grace_s to end."""
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
             await self._serving
@@ -90,7 +90,7 @@ class HttpServer:
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
-        """Signals are ours."""
+        """We handle signals, not uvicorn."""
         yield
 
 
@@ -102,7 +102,7 @@ def listening_socket(listen: str) -> socket.socket:
     """
     host, port = split_address(listen)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol named, asyncio sends without delay; otherwise a body waits 40 ms behind its head.
+    # Only if the protocol is named does asyncio send without delay; otherwise a body is sent 40 ms after its headers.
     made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

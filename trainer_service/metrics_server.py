@@ -18,7 +18,7 @@ from trainer_service.addresses import split_address
 logger = logging.getLogger(__name__)
 
 _MAX_CONNECTIONS = 16
-"""At once, a thread each; one more replaces the oldest, which has had time for a scrape."""
+"""Simultaneous connections, each with a thread; a further one replaces the oldest, which has had time for a scrape."""
 _SILENCE_S = 10.0
 """How long a connection may be silent before it is closed."""
 
@@ -34,7 +34,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
     # Connections that wait to be accepted; with the library's five, a scrape may have to retry for seconds.
     request_queue_size = 128
-    # The end does not wait for connections: they may be anybody's.
+    # Shutdown does not wait for connections: anyone may hold one open.
     block_on_close = False
 
     def __init__(self, host: str, port: int) -> None:

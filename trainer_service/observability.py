@@ -26,8 +26,8 @@ _PLAIN = re.compile(r"""[^\s"'=\\]+""")
 
 
 def quoted(value: object) -> str:
-    """A field's value as a log line shows it: one word, or a JSON string, in which nothing can be taken for another
-    field, end the line or control a terminal; cut off after MAX_FIELD_CHARS."""
+    """A field's value for a log line: one word, or a JSON string that cannot pass for another field, end the line or
+    control a terminal; cut off after MAX_FIELD_CHARS."""
     text = _cut(str(value))
     if _PLAIN.fullmatch(text) and text.isprintable():
         return text
@@ -57,14 +57,14 @@ class _Lines(logging.Formatter):
         for name, value in _fields(record).items():
             line += f" {name}={quoted(value)}"
         if record.exc_info:
-            # The end names the exception.
+            # The end of a traceback names the exception.
             text = self.formatException(record.exc_info)[-_MAX_EXCEPTION_CHARS:]
             line += "".join(f"\n    {_on_one_line(part)}" for part in text.splitlines())
         return line
 
 
 class _Json(logging.Formatter):
-    """One JSON object a line, for machines."""
+    """One JSON object per line, for machines."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = _fields(record)

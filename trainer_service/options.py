@@ -8,8 +8,8 @@
     settings = read_options(Settings, parser.parse_args())
     command_line(settings)                                   # ["--max-runs=8"], for another process
 
-The type of a field decides how its option is read: int, float, str, Path, a Literal's choices, a flag for bool, an
-option that may be repeated for a tuple. Fields that are no `option` have no place on the command line.
+The type of a field decides how its option is read: int, float, str, Path, the choices of a Literal, a flag for bool, a
+repeatable option for a tuple. Fields that are not an `option` do not appear on the command line.
 """
 
 import argparse
@@ -62,18 +62,18 @@ def option(
     default_is: str = "",
     parse: Callable[[str], Any] | None = None,
 ) -> Any:
-    """A field of a dataclass that is an option of a command line.
+    """A field of a dataclass that is a command-line option.
 
     Args:
-        default: The field's default; a callable makes one. Without it the option must be given.
-        help: What it does, as --help prints it; the default follows by itself.
+        default: The field's default, or a callable that makes it. Without one, the option is required.
+        help: What it does, for --help; the default is appended.
         name: The option, without dashes; "" derives it from the field: max_runs is --max-runs.
         also: Further names of the option, with their dashes.
-        metavar: What --help calls the value; None goes by the type.
-        at_least: The smallest number taken; None takes any.
+        metavar: What --help calls the value; None depends on the type.
+        at_least: The smallest number allowed; None allows any.
         env: An environment variable that gives the default if it is set.
         default_is: What --help says the default is; "" takes it from the value.
-        parse: Reads the value from its text; None goes by the type.
+        parse: Reads the value from its text; None depends on the type.
     """
     meta = {_OPTION: _Option(help, name, also, metavar, at_least, env, default_is, parse)}
     if callable(default):
@@ -86,8 +86,8 @@ def options_of(settings: type[Any], title: str = "", *, leave_out: Collection[st
 
     Args:
         settings: The field's type, a dataclass.
-        title: A title of their own in --help; "" for none.
-        leave_out: Those of its fields that are no option here.
+        title: Title of the group in --help; "" for none.
+        leave_out: Fields that are not options here.
         optional: The field is None unless one of the options is given.
     """
     meta = {_GROUP: _Group(title, leave_out, optional)}
@@ -97,7 +97,7 @@ def options_of(settings: type[Any], title: str = "", *, leave_out: Collection[st
 
 
 def folder(text: str) -> Path:
-    """Reads a folder's path, which stays the same folder for processes that run elsewhere."""
+    """Reads a folder's path and makes it absolute, so that it means the same folder in other processes."""
     return Path(text).resolve()
 
 
@@ -107,15 +107,15 @@ def add_options(parser: "argparse._ActionsContainer", settings: type[Any]) -> No
 
 
 def read_options(settings: type[_Settings], arguments: argparse.Namespace, **given: Any) -> _Settings:
-    """The settings that a command line says.
+    """The settings on a command line.
 
     Args:
         settings: A dataclass whose options the command line has.
-        arguments: What was parsed.
-        **given: Fields that are not read from an option.
+        arguments: The parsed command line.
+        **given: Values of fields that are not options.
 
     Raises:
-        SettingsError: Of options that belong together, one is missing.
+        SettingsError: One of several options that belong together is missing.
     """
     hints = typing.get_type_hints(settings)
     for field in dataclasses.fields(settings):  # pyright: ignore[reportArgumentType]
@@ -134,9 +134,9 @@ def read_options(settings: type[_Settings], arguments: argparse.Namespace, **giv
 
 
 def command_line(settings: Any) -> list[str]:
-    """The same settings as options, for a process that reads them with `read_options`.
+    """The settings as options, for a process that reads them with `read_options`.
 
-    A value shares its argument with the option, since it may begin with a dash. None has no option.
+    Option and value are one argument, since a value may begin with a dash. None is left out.
     """
     parts: list[str] = []
     for field in dataclasses.fields(settings):
@@ -171,7 +171,7 @@ def _add_all(
 
 def _add(parser: "argparse._ActionsContainer", field: "dataclasses.Field[Any]", hint: Any, *, optional: bool) -> None:
     spec: _Option = field.metadata[_OPTION]
-    # What is not given is left to the dataclass.
+    # Options that are not given get the dataclass's default.
     how: dict[str, Any] = {"dest": _dest(field), "default": os.environ.get(spec.env or "") or argparse.SUPPRESS}
     kind = _without_none(hint)
     if kind is bool:
@@ -219,7 +219,7 @@ def _help(field: "dataclasses.Field[Any]") -> str:
         default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
     if default:
         text += f"; default: {default}"
-    # argparse would take it for the beginning of %(default)s.
+    # argparse would take it for the start of %(default)s.
     return text.replace("%", "%%")
 
 
@@ -247,6 +247,6 @@ def _reader(kind: Any, at_least: float | None) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"is {text}; it must be at least {at_least:g}")
         return value
 
-    # argparse says "invalid int value" by this name.
+    # argparse takes the word in "invalid int value" from this name.
     read.__name__ = kind.__name__
     return read

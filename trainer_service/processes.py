@@ -5,9 +5,9 @@
 * A child started with `start_child` has a pipe from its parent on stdin. The kernel closes it however the parent dies.
 * Our programs end when `parent_gone` returns: stdin is closed, or the parent process is gone. The latter also works
   when a forked sibling keeps the pipe open.
-* A rank, which may be computing for minutes, asks the kernel for SIGKILL at its parent's death (`die_with_parent`). The
-  kernel ties that to the *thread* that forked, so it is only for parents that start children on their main thread, as
-  the trainer does.
+* A rank may compute for minutes, so it asks the kernel for SIGKILL when its parent dies (`die_with_parent`). The kernel
+  means the *thread* that forked, so this only works for parents that start children on their main thread, as the
+  trainer does.
 * `stop_child` ends the whole tree below a child, including sessions of its grandchildren.
 
 Each child leads its own session, so that Ctrl-C reaches only the program the user started, which then stops its
@@ -42,8 +42,7 @@ def held_bytes() -> int:
 
 
 def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
-    """Asks the kernel to send `sig` to this process when the thread that started it ends. Does nothing on other
-    systems than Linux."""
+    """Asks the kernel to send `sig` to this process when the thread that started it ends. Only on Linux."""
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
@@ -94,7 +93,7 @@ async def stop_child(process: Process, *, grace_s: float) -> int:
             await asyncio.wait_for(process.wait(), grace_s)
     if process.returncode is None:
         below = descendants(process.pid) | below
-    # The leader may be gone while others of its session live.
+    # The leader may be gone while others of its session still run.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     kill_all(below)
@@ -137,12 +136,12 @@ def descendants(pid: int) -> set[ProcessKey]:
 
 
 def kill_all(processes: Iterable[ProcessKey]) -> None:
-    """Sends SIGKILL to each that still runs."""
+    """Sends SIGKILL to each process that still runs."""
     for key in processes:
         try:
             there = process_key(key.pid) == key
         except OSError:
-            # There is no descriptor to check with; it ran a moment ago.
+            # No descriptor is left to check with; it ran a moment ago.
             there = True
         if there:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -195,7 +194,7 @@ async def parent_gone() -> None:
         with contextlib.suppress(OSError):
             while os.read(0, 4096):
                 pass
-        with contextlib.suppress(RuntimeError):  # The loop is closed: this process is ending anyway.
+        with contextlib.suppress(RuntimeError):  # The loop is closed: this process is about to end.
             loop.call_soon_threadsafe(gone.set)
 
     # In a thread, since stdin may be something an event loop cannot watch, such as a file.

@@ -1,4 +1,4 @@
-"""What is read and checked before a server starts, so that a wrong setting ends with a sentence. Ground floor."""
+"""Checks before a server starts, so that a wrong setting ends with a clear message. Ground floor."""
 
 import importlib.util
 import os
@@ -11,11 +11,11 @@ from trainer_service.options import SettingsError
 
 
 def read_umask() -> int:
-    """GRADWIRE_UMASK, octal: what files and folders that are made are never allowed to be. By default nobody but their
-    owner reads them, for they hold what a model was trained on.
+    """GRADWIRE_UMASK, octal: permissions that new files and folders never get. By default only their owner can read
+    them, since they contain training data.
 
     Raises:
-        SettingsError: It is no octal number from 0 to 777.
+        SettingsError: It is not an octal number from 0 to 777.
     """
     given = os.environ.get("GRADWIRE_UMASK") or "077"
     if not re.fullmatch("0*[0-7]{1,3}", given):
@@ -30,7 +30,7 @@ def read_api_keys() -> tuple[str, ...]:
 
 
 def check_server(config: ServerConfig) -> bool:
-    """Checks what every server has: addresses, TLS files, keys, and who may reach it.
+    """Checks what every server has: addresses, TLS files, keys, and who can reach it.
 
     Returns:
         Whether callers need a key, or a client certificate.
@@ -63,13 +63,13 @@ def check_tls(tls: ServerTls) -> None:
 
 
 def check_exposure(listen: str, *, guarded: bool, allow_no_api_key: bool, option: str = "--listen") -> None:
-    """Refuses to serve everybody on other machines, unless that is what is asked for.
+    """Refuses to serve everyone on other machines, unless explicitly asked to.
 
     Args:
         listen: host:port.
         guarded: Whether callers need a key, or a client certificate.
-        allow_no_api_key: Serve them all the same.
-        option: The option that says where to listen.
+        allow_no_api_key: Serve them anyway.
+        option: The option with the address.
 
     Raises:
         SettingsError: Says what to do instead.
@@ -77,12 +77,12 @@ def check_exposure(listen: str, *, guarded: bool, allow_no_api_key: bool, option
     if not listens_on_loopback(listen) and not guarded and not allow_no_api_key:
         raise SettingsError(
             f"{option} {listen} is reachable from other machines, and there is no API key. Set GRADWIRE_API_KEY or "
-            "--api-key-file, or pass --allow-no-api-key if something in front of Gradwire checks who calls."
+            "--api-key-file, or pass --allow-no-api-key if something in front of Gradwire authenticates callers."
         )
 
 
 def check_gateway_beside(config: TrainerConfig) -> None:
-    """Refuses a gateway beside the trainer that could not reach it, or that would serve everybody.
+    """Refuses a gateway beside the trainer that could not reach it, or that would serve everyone.
 
     Raises:
         SettingsError: Says what to do instead.
@@ -98,14 +98,14 @@ def check_gateway_beside(config: TrainerConfig) -> None:
 
 
 def check_page(listen: str, *, guarded: bool) -> None:
-    """Refuses to show a page beyond this machine to whoever looks, or without the packages it takes.
+    """Refuses to show the page to everyone on other machines, or without the packages it needs.
 
     Args:
         listen: host:port.
-        guarded: Whether a key, or a client certificate, is asked for.
+        guarded: Whether a key, or a client certificate, is required.
 
     Raises:
-        SettingsError: Names the way out.
+        SettingsError: Says what to do instead.
     """
     if not listens_on_loopback(listen) and not guarded:
         raise SettingsError(
@@ -121,12 +121,13 @@ def check_page(listen: str, *, guarded: bool) -> None:
 
 
 def check_base_model(base_model: str) -> None:
-    """Refuses what is spelt as a folder and is none, seconds before a worker could.
+    """Refuses a path that is not a folder, seconds before a worker could.
 
     Raises:
-        SettingsError: Says so.
+        SettingsError: It is not a folder.
     """
     if base_model.startswith(("/", "./", "../", "~")) and not os.path.isdir(base_model):
         raise SettingsError(
-            f"--base-model {base_model} does not exist or is no folder; give a Hugging Face model folder or a hub id."
+            f"--base-model {base_model} does not exist or is not a folder; give the folder of a Hugging Face "
+            "model, or a hub id."
         )

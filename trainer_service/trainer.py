@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_SERVICE = checkpoint_service_pb2.DESCRIPTOR.services_by_name["CheckpointService"].full_name
 _SWEEP_INTERVAL_S = 30.0
-"""How long an expired checkpoint may stay on disk; nobody sees it meanwhile."""
+"""How long an expired checkpoint may stay on disk, where nobody sees it."""
 
 SERVICE = trainer_service_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name
 SAMPLING_SERVICE = sampling_service_pb2.DESCRIPTOR.services_by_name["SamplingService"].full_name
@@ -62,7 +62,7 @@ class TrainerServer:
         self._worker = worker
         self._draining = asyncio.Event()
         self.api_keys = ApiKeys(config.api_keys, config.api_key_file)
-        """Keys that open the trainer."""
+        """Keys that the trainer accepts."""
         storage = Storage(config.storage_url) if config.storage_url else None
         self.catalog = Catalog(config.checkpoint_dir, storage)
         self.transfers = Transfers(self.catalog)
@@ -109,7 +109,7 @@ class TrainerServer:
         return self._server.address
 
     async def start(self) -> None:
-        """Listens.
+        """Starts to listen.
 
         Raises:
             OSError: An address cannot be used.
@@ -147,7 +147,7 @@ class TrainerServer:
             logger.warning("Operations are left to the next trainer.", extra={"fields": fields})
         await self._worker.stop()
         self.runs.suspend()
-        # Streams end by themselves once quiet; the grace lets their last answers leave.
+        # Streams end by themselves once idle; the grace period lets their last answers leave.
         await self._server.stop(grace_s=2.0)
         await self.runs.stop()
         self.transfers.close()

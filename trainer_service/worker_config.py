@@ -1,4 +1,4 @@
-"""What a worker is told: the trainer takes these options for it, and passes them on. Ground floor."""
+"""Settings of a worker: options of the trainer that it passes on. Ground floor."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Literal
 from trainer_service.options import option, options_of
 
 RANK_STORE_VARIABLE = "GRADWIRE_RANK_STORE"
-"""Tells the worker's ranks the path of the file where they meet."""
+"""Environment variable with the path of the file where the worker's ranks meet."""
 
 HEARTBEAT_INTERVAL_S = 1.0
-"""How often a ready worker says that it runs."""
+"""How often a ready worker sends a heartbeat."""
 
 Checkpointing = Literal["auto", "on", "off"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
@@ -32,7 +32,7 @@ class EngineSettings:
     )
     max_held_graph_bytes: int = option(
         0,
-        help="most memory for the graphs of custom losses; beyond it the oldest are dropped, and computed again at "
+        help="most memory for the graphs of custom losses; beyond it the oldest are dropped, and recomputed for "
         "their backward; 0 decides from memory",
         at_least=0,
     )
@@ -44,7 +44,7 @@ class EngineSettings:
     )
     activation_checkpointing: Checkpointing = option(
         "auto",
-        help="compute activations again in the backward instead of keeping them: less memory, more time; auto: for "
+        help="recompute activations in the backward instead of keeping them: less memory, more time; auto: for "
         "forwards that would not fit otherwise",
     )
 

@@ -154,7 +154,7 @@ def test_an_image_that_never_comes(world: World, kubelet: FakeKubelet):
 def test_a_trainer_that_ends_is_told_of_in_its_own_last_words(world: World, kubelet: FakeKubelet):
     with world.manager() as manager:
         said = refused(manager, base_model="/no/such/folder")
-    assert "failed: --base-model /no/such/folder does not exist or is no folder" in said
+    assert "failed: --base-model /no/such/folder does not exist or is not a folder" in said
     assert "The last lines of its log:\ngradwire: --base-model" in said
     world.nothing_is_left()
 

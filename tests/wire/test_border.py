@@ -119,7 +119,7 @@ async def test_garbage_bytes_end_a_call_with_a_sentence_and_the_run_still_trains
         for method in ("CreateRun", "GetServerInfo", "ForwardBackward"):
             broken = await error_of(trainer.channel.unary_unary(METHOD + method)(garbage))
             assert broken.reason == "PROTOCOL_VIOLATION"
-            assert "cannot be read" in broken.message
+            assert "cannot be parsed" in broken.message
         await assert_still_trains(trainer, run_id)
 
 

@@ -30,6 +30,7 @@ from gradwire.v1.trainer_service_pb2 import DeleteRunRequest
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.cli import sigint_heeded
 from tests.frames import JOBS, Frames, send_frames
 from tests.jobs_process import API_KEY, STOP_GRACE_S, running_jobs
 from tests.trainer_process import descendants, wait_gone
@@ -176,10 +177,11 @@ def test_ctrl_c_while_waiting_deletes_the_job(manager: TrainerJobManager, monkey
         signal.raise_signal(signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        manager.create_and_wait(TrainerJobConfig("loading"), timeout_s=2 * DEADLINE_S)
-    thread.join()
+    with sigint_heeded():
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            manager.create_and_wait(TrainerJobConfig("loading"), timeout_s=DEADLINE_S)
+        thread.join()
     assert manager.list() == []
 
 

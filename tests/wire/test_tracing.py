@@ -23,6 +23,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanContext
 
 from trainer_service.tracing import tracer_of
 
@@ -54,7 +55,7 @@ class Traced:
 
     def children(self, parent: ReadableSpan) -> list[ReadableSpan]:
         """In the order they began."""
-        own = [span for span in self.spans() if span.parent and span.parent.span_id == parent.context.span_id]
+        own = [span for span in self.spans() if span.parent and span.parent.span_id == context(parent).span_id]
         return sorted(own, key=lambda span: span.start_time or 0)
 
 
@@ -78,6 +79,12 @@ def service(trainer: FrontEnd) -> Iterator[ServiceClient]:
         yield service
 
 
+def context(span: ReadableSpan) -> SpanContext:
+    """Where a span belongs."""
+    assert span.context is not None
+    return span.context
+
+
 def names(spans: list[ReadableSpan]) -> list[str]:
     return [span.name for span in spans]
 
@@ -98,7 +105,7 @@ def test_a_step_is_one_trace_from_the_callers_span_to_the_worker(traced: Traced,
         assert attributes(call)["gradwire.run_id"] == client.run_id
         [operation] = traced.children(call)
         assert operation.name == kind
-        assert operation.context.trace_id == step.get_span_context().trace_id
+        assert context(operation).trace_id == step.get_span_context().trace_id
         assert attributes(operation) == {
             "gradwire.run_id": client.run_id,
             "gradwire.seq_id": seq_id,
@@ -160,7 +167,7 @@ async def test_an_operation_typed_by_hand_takes_its_context_from_the_calls_metad
         served = traced.named("gradwire.v1.TrainerService/OptimStep")
         assert served.parent is not None
         assert (served.parent.trace_id, served.parent.span_id) == (TRACE_ID, SPAN_ID)
-        assert served.context.trace_state.get("vendor") == "1"
+        assert context(served).trace_state.get("vendor") == "1"
         [operation] = traced.children(served)
         assert (operation.name, names(traced.children(operation))) == ("optim_step", PARTS)
 
@@ -209,15 +216,15 @@ async def test_a_worker_that_dies_leaves_one_whole_trace_and_one_restoration_lin
         await until(lambda: len([span for span in traced.spans() if span.name == "optim_step"]) == 3)
         # Each once, whatever was executed again.
         *_, operation = [span for span in traced.spans() if span.name == "optim_step"]
-        assert operation.context.trace_id == TRACE_ID
+        assert context(operation).trace_id == TRACE_ID
         assert (attributes(operation)["gradwire.seq_id"], attributes(operation)["gradwire.attempts"]) == (3, 2)
         assert [event.name for event in operation.events] == ["worker died"]
         assert names(traced.children(operation)) == PARTS
         restore = traced.named("restore")
-        assert restore.context.trace_id != TRACE_ID
+        assert context(restore).trace_id != TRACE_ID
         assert attributes(restore)["gradwire.replayed"] == 2
         assert names(traced.children(restore)) == ["load", "replay"]
-        assert [link.context.span_id for link in operation.links] == [restore.context.span_id]
+        assert [link.context.span_id for link in operation.links] == [context(restore).span_id]
         assert [(link.context.trace_id, link.context.span_id) for link in restore.links] == [(TRACE_ID, SPAN_ID)]
 
 

@@ -1,7 +1,7 @@
-"""The worker process: `python -m trainer_service.engine`, started by the trainer, once a rank.
+"""The worker process: `python -m trainer_service.engine`, started by the trainer, once per rank.
 
-Rank 0 dials the trainer's unix socket, says hello, loads the model, and then executes commands one after the other. It
-ends, with exit code 0, when the trainer ends the stream. The other ranks do as it tells them (worker/device_loop.py).
+Rank 0 dials the trainer's unix socket, says hello, loads the model, and then executes commands one after another. It
+ends with exit code 0 when the trainer ends the stream. The other ranks do as it tells them (worker/device_loop.py).
 """
 
 import argparse
@@ -44,15 +44,15 @@ Send = Callable[[WorkerEvent], object]
 logger = logging.getLogger("trainer_service.engine")
 
 _GOODBYE_S = 5.0
-"""How long the trainer may take to end the stream after it was told that loading failed."""
+"""How long to wait for the trainer to end the stream after a failed load."""
 _ABANDON_S = 1.0
-"""How long an operation may go on after the stream has ended; nobody waits for it."""
+"""How long an operation may continue after the stream has ended, when nobody waits for it."""
 
 
 def main() -> int:
     """Runs the worker. Returns the exit code."""
     socket, config = _parse()
-    # Who started us decides when we end: a Ctrl-C in the user's terminal goes to the program at its front.
+    # Whoever started us decides when we end: a Ctrl-C in the user's terminal is for the program in the foreground.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
@@ -147,8 +147,8 @@ def _ranks(config: WorkerConfig, say: Callable[[str], object]) -> Ranks:
 
 @contextlib.contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """Importing and loading make a million objects that stay: looking for garbage among them took a tenth of the start,
-    and would take its time again and again while the worker trains."""
+    """Importing and loading create a million objects that stay. Searching them for garbage took a tenth of the start,
+    and would cost time again and again during training."""
     gc.disable()
     try:
         yield
@@ -165,7 +165,7 @@ def _load(config: WorkerConfig, ranks: Ranks, send: Send) -> "Engine":
         send(WorkerEvent(loading=f"importing {config.loss_module}"))
         LOSSES.update(load_losses(config.loss_module, LOSSES))
     send(WorkerEvent(loading="importing torch and transformers"))
-    # Imported here, not at the top: these imports take seconds, and the trainer should hear from us before.
+    # Imported here, not at the top: these imports take seconds, and the trainer should hear from us first.
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -180,7 +180,7 @@ def _load(config: WorkerConfig, ranks: Ranks, send: Send) -> "Engine":
     loading = WorkerEvent(loading=f"loading {config.served_model_name or config.base_model} onto {device.name}")
     send(loading)
     logger.info("Loading.", extra={"fields": {"base_model": config.base_model, "num_threads": num_threads}})
-    # A download or a large model may take hours, and the trainer gives up a worker that says nothing for minutes.
+    # A download or a large model may take hours, but the trainer gives up on a worker that is silent for minutes.
     with told_of_progress(lambda: send(loading)):
         return Engine(
             config.base_model,
@@ -284,7 +284,7 @@ def _device_loop(
 
 
 def _abandon(trainer: TrainerConnection) -> None:
-    """Ends the process even in the middle of an operation, once nobody is left to answer."""
+    """Ends the process, even during an operation, once nobody is left to answer."""
     trainer.ended.wait()
     threading.Event().wait(_ABANDON_S)
     logger.info("The trainer is gone.", extra={"fields": {"how": trainer.describe_end()}})
@@ -292,7 +292,7 @@ def _abandon(trainer: TrainerConnection) -> None:
 
 
 def _exit(code: int) -> None:
-    """Ends at once: nothing is left to do, and tearing down torch and gRPC by the book takes a second and can hang."""
+    """Exits at once: nothing is left to do, and an orderly teardown of torch and gRPC takes a second and can hang."""
     logging.shutdown()
     sys.stderr.flush()
     os._exit(code)

@@ -1,11 +1,11 @@
-"""Where adapters are: those in use on the device, those that wait in the host's memory once there are too many.
+"""Where adapters are: those in use on the device, and idle ones in host memory once there are too many.
 
-Every operation of a run first has `use` called. It brings the run's adapter back if it is away, and before that sends
-adapters away, the one unused longest first, until all that stay fit the budget. What is sent is what only the run
+Every operation of a run first calls `use`. It brings the run's adapter back if it is away, and before that sends
+adapters away, the one unused for longest first, until those that stay fit the budget. What moves is what only the run
 itself touches: AdamW's moments, accumulated gradients, and the parameters unless a sampler reads them. It comes back
 bit for bit.
 
-A parameter whose values are away is an empty tensor on the device, so that whoever forgot to ask for it fails.
+A parameter whose values are away is an empty tensor on the device, so that code that forgot to call `use` fails.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ _TENSORS_PER_PARAMETER = 4
 
 @dataclass(frozen=True)
 class _Waiting:
-    """What is in host memory of one parameter; None stands for what stayed on the device or does not exist."""
+    """What host memory holds of one parameter; None for what stayed on the device or does not exist."""
 
     values: Tensor | None
     grad: Tensor | None
@@ -48,11 +48,11 @@ class _Adapter:
 
 
 class AdapterOffload:
-    """Keeps the adapters on the device within a budget. Runs that train all parameters are left alone.
+    """Keeps the adapters on the device within a budget. Does not touch runs that train all parameters.
 
     Args:
-        max_device_bytes: The budget; the adapter in use may exceed it by itself. None keeps everything on the device.
-        counters: Count the adapters in host memory.
+        max_device_bytes: The budget, which the adapter in use alone may exceed. None keeps everything on the device.
+        counters: Counts the adapters in host memory.
     """
 
     def __init__(self, max_device_bytes: int | None, counters: Counters) -> None:
@@ -61,22 +61,22 @@ class AdapterOffload:
         self._adapters: dict[str, _Adapter] = {}  # The one unused for longest comes first.
 
     def use(self, run: RunState) -> None:
-        """Has all of a run's adapter on the device. It stays there at least until another run's turn.
+        """Brings all of a run's adapter to the device, where it stays at least until another run's turn.
 
         Raises:
-            torch.OutOfMemoryError: It does not fit. It waits on, and nothing of it is lost.
+            torch.OutOfMemoryError: It does not fit. It stays in host memory, and nothing is lost.
         """
         if run.adapter is None or self._max_device_bytes is None:
             return
         own = self._adapters.pop(run.run_id, None) or _Adapter(run, _full_bytes(run))
         others = list(self._adapters.values())
         if others:
-            # Only a run's own operations change what it holds, so one measure after its turn is enough.
+            # Only a run's own operations change what it holds, so measuring once after its turn is enough.
             others[-1].measure()
         self._adapters[run.run_id] = own
         held = own.full_bytes + sum(other.held_bytes for other in others)
         for other in others:
-            # A held graph has the parameters in it.
+            # A held graph refers to the parameters.
             if held > self._max_device_bytes and not other.waiting and not other.run.graphs:
                 held -= other.held_bytes
                 _send_away(other)
@@ -86,7 +86,7 @@ class AdapterOffload:
         self._count_waiting()
 
     def forget(self, run_id: str) -> None:
-        """Forgets a run that is deleted."""
+        """Forgets a deleted run."""
         self._adapters.pop(run_id, None)
         self._count_waiting()
 
@@ -118,7 +118,7 @@ def _bring_back(adapter: _Adapter) -> None:
     optimizer = adapter.run.optimizer
     while adapter.waiting:
         parameter, waiting = next(iter(adapter.waiting.items()))
-        # All of it is on the device before anything is changed: memory may run out in between.
+        # Everything is on the device before anything is changed, since memory may run out on the way.
         values, grad = (_on_device(tensor, parameter) for tensor in (waiting.values, waiting.grad))
         moments = {name: tensor.to(parameter.device, copy=True) for name, tensor in waiting.moments.items()}
         if values is not None:

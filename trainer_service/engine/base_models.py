@@ -1,4 +1,4 @@
-"""Makes runs: with parameters of their own, or with an adapter beside a base model that they share."""
+"""Creates runs: with parameters of their own, or with an adapter beside a base model that they share."""
 
 import weakref
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from trainer_service.engine.ranks import Ranks
 from trainer_service.engine.run_state import RunState
 
 _READERS = ""
-"""Stands for whoever reads the shared base model without being a run; it is then shared for good."""
+"""Stands for readers of the shared base model that are not runs; it then stays shared."""
 
 _Weak = Callable[[], PreTrainedModel | None]
 """A weak reference."""
@@ -27,17 +27,17 @@ def _nothing() -> None:
 
 
 class BaseModels:
-    """Makes the runs of one base model, and keeps as few copies of its parameters as it can.
+    """Creates the runs of one base model, and keeps as few copies of its parameters as possible.
 
     A copy is in one of five states. Of the first four there is at most one copy each:
 
-        unused      loaded, and nobody's
+        unused      loaded, and not used
         shared      frozen; adapters train beside it, and it is read
-        lent        loaded only to be read; it lives as long as its readers do
-        unchanged   a run's that trains all parameters, while they still equal the base model's; it is read too
-        changed     a run's that trains all parameters, from its first change on, or while another is lent or unchanged
+        lent        loaded only for reading; it lives as long as its readers
+        unchanged   of a run that trains all parameters, while they still equal the base model's; it is also read
+        changed     of a run that trains all parameters, from its first change on, or while another is lent or unchanged
 
-        event                           from → to                  where there is none
+        event                           from → to                  if there is none
         __init__                        → unused
         base_model                      nothing moves              → lent
         full                            unused → unchanged         → unchanged
@@ -48,9 +48,9 @@ class BaseModels:
 
     Args:
         base_model: Its name.
-        first: A loaded copy of it; the first run takes it.
-        load: Loads another.
-        forward: Makes one forward of a model, as training does.
+        first: A loaded copy, for the first run.
+        load: Loads another copy.
+        forward: Runs one forward of a model, as training does.
         ranks: Share the models.
     """
 
@@ -76,7 +76,7 @@ class BaseModels:
         self._hidden_size: int = first.config.get_text_config().hidden_size
 
     def base_model(self) -> PreTrainedModel:
-        """The base model, to be read: a copy that no run has changed, loaded anew where there is none."""
+        """The base model, for reading: a copy that no run has changed, loaded if there is none."""
         model = self._shared or self._unused or self._lent() or self._unchanged()
         if model is None:
             model = self._load()
@@ -85,7 +85,7 @@ class BaseModels:
         return model
 
     def adapted_model(self, folder: Path) -> PreTrainedModel:
-        """The base model with an adapter, to be read. Nothing of it will ever change.
+        """The base model with an adapter, for reading. It never changes.
 
         Raises:
             InvalidArgumentError: INVALID_FIELD: it is no LoRA of this model.
@@ -96,7 +96,7 @@ class BaseModels:
     def full(self, run_id: str) -> RunState:
         """A run whose parameters all train; it shares nothing."""
         if not self._sharing:
-            # This makes room for the run. Whoever still samples from that copy keeps it alive.
+            # This makes room for the run. Samplers that still use that copy keep it alive.
             self._shared = None
             if self._ranks.world_size > 1:
                 free_cycles()
@@ -109,7 +109,7 @@ class BaseModels:
         """A run that trains a new adapter.
 
         Raises:
-            InvalidArgumentError: INVALID_FIELD: a setting out of range, or nothing that would train.
+            InvalidArgumentError: INVALID_FIELD: a setting is out of range, or nothing would train.
         """
         lora.check_settings(settings, hidden_size=self._hidden_size)
         return self._share(
@@ -117,7 +117,7 @@ class BaseModels:
         )
 
     def from_adapter(self, run_id: str, folder: Path) -> RunState:
-        """A run that goes on training an adapter that is there.
+        """A run that continues to train an existing adapter.
 
         Raises:
             InvalidArgumentError: INVALID_FIELD: it is no LoRA of this model.
@@ -125,7 +125,7 @@ class BaseModels:
         return self._share(run_id, lambda base, targets: self._loaded(base, targets, folder))
 
     def will_change(self, run: RunState) -> None:
-        """The parameters of a run are about to change: its model is not the base model any more."""
+        """Says that a run's parameters are about to change: its model is no longer the base model."""
         if self._unchanged() is run.model:
             self._unchanged = _nothing
 
@@ -135,7 +135,7 @@ class BaseModels:
         return lora.merged(self._shared, run.model)
 
     def deleted(self, run_id: str) -> None:
-        """A run is gone. The base model stays for the next to share it, until a run that shares nothing needs room."""
+        """Says that a run is gone. The base model stays for the next, until a run that shares nothing needs room."""
         self._sharing.discard(run_id)
 
     def _share(self, run_id: str, make: Callable[[PreTrainedModel, Targets], PeftModel]) -> RunState:

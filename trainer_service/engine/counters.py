@@ -9,7 +9,7 @@ class Counters:
     """Totals since the worker started; those not ending in _total are gauges."""
 
     operations_total: int = 0
-    """Operations executed, failed ones included."""
+    """Operations executed, including failed ones."""
     failed_operations_total: int = 0
     forward_passes_total: int = 0
     """Forwards of the model, one for each microbatch."""
@@ -18,14 +18,14 @@ class Counters:
     tokens_total: int = 0
     """Tokens that went through a forward."""
     shared_tokens_total: int = 0
-    """Tokens that did not have to, since a sequence with the same beginning went through with them."""
+    """Tokens that did not have to, because they begin another sequence that went through."""
     optim_steps_total: int = 0
     held_graphs: int = 0
     """Graphs held for custom losses now."""
     held_graph_bytes: int = 0
     """Memory that these graphs hold."""
     recomputed_graphs_total: int = 0
-    """Forwards computed again at their backward, since holding their graphs would have exceeded the budget."""
+    """Forwards recomputed for their backward, because holding their graphs would have exceeded the budget."""
     runs: int = 0
     """Runs held now."""
     memory_bytes: int = 0
@@ -38,15 +38,15 @@ class Counters:
     """Time spent executing operations."""
 
     sample_requests_total: int = 0
-    """Sample requests answered, failed and cancelled ones included."""
+    """Sample requests answered, including failed and cancelled ones."""
     sample_requests: int = 0
     """Sample requests under way now."""
     prompt_tokens_total: int = 0
-    """Tokens of prompts taken in for sampling."""
+    """Prompt tokens processed for sampling."""
     shared_prompts_total: int = 0
-    """Requests that did not have to, since an equal prompt of the same owner had been."""
+    """Requests that did not process their prompt, because an equal prompt of the same owner already was."""
     requeued_samples_total: int = 0
-    """Requests put back to make room, which compute again what they had."""
+    """Requests put back to make room, which recompute what they had."""
     sampled_tokens_total: int = 0
     sampling_seconds_total: float = 0.0
     """Time spent sampling, on top of busy_seconds_total."""

@@ -43,10 +43,10 @@ class Device:
             torch.cuda.synchronize(self.torch_device)
 
     def total_bytes(self) -> int:
-        """Memory there is: the GPU's, or this rank's part of the machine's or control group's.
+        """Total memory: of the GPU, or this rank's share of this machine or its control group.
 
-        Not what is free now: what is decided by it (the shape of packs) must be the same after a restart, or the same
-        log would lead to other bits.
+        Not what is free now: what depends on it (the shape of packs) must be the same after a restart, or the same log
+        would give different bits.
         """
         if self.torch_device.type == "cuda":
             return torch.cuda.get_device_properties(self.torch_device).total_memory
@@ -62,13 +62,13 @@ class Device:
         return held_bytes()
 
     def release_cached_memory(self) -> None:
-        """Gives memory that torch keeps for later back to the device."""
+        """Returns memory that torch has cached to the device."""
         if self.torch_device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def pick_device(local_rank: int = 0, compute_dtype: ComputeDtype = "auto", local_world_size: int = 1) -> Device:
-    """CUDA where there is a GPU, otherwise the CPU; "auto" computes in bfloat16 on the one, in float32 on the other."""
+    """CUDA if there is a GPU, otherwise the CPU; "auto" computes in bfloat16 on CUDA and in float32 on the CPU."""
     asked = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[compute_dtype]
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
@@ -78,15 +78,15 @@ def pick_device(local_rank: int = 0, compute_dtype: ComputeDtype = "auto", local
 
 
 def set_num_threads(local_world_size: int = 1) -> int:
-    """Lets torch use every CPU this process may run on, shared out among the machine's ranks, unless OMP_NUM_THREADS
-    says how many. Returns their number."""
+    """Lets torch use this rank's share of the CPUs that this process may run on, unless OMP_NUM_THREADS sets a number.
+    Returns the number."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, num_available_cpus() // local_world_size))
     return torch.get_num_threads()
 
 
 def num_available_cpus() -> int:
-    """CPUs of the process's affinity mask, or fewer where its control group (a container's limit) grants fewer."""
+    """CPUs of the process's affinity mask, or fewer if its control group (a container's limit) allows fewer."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # No such file outside Linux's control groups, and "max" in place of a number where there is no limit.
     with contextlib.suppress(OSError, ValueError):
@@ -96,7 +96,7 @@ def num_available_cpus() -> int:
 
 
 def total_host_bytes() -> int:
-    """Memory of this machine, or less where its control group grants less."""
+    """Memory of this machine, or less if its control group allows less."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # No such file outside Linux's control groups, and "max" in place of a number where there is no limit.
     with contextlib.suppress(OSError, ValueError):
@@ -105,13 +105,13 @@ def total_host_bytes() -> int:
 
 
 def out_of_memory(exc: BaseException) -> bool:
-    """Whether an exception means that the device had no more memory to give."""
+    """Whether an exception means that the device is out of memory."""
     if isinstance(exc, torch.OutOfMemoryError | MemoryError):
         return True
-    # torch has no class of its own for a refused allocation on the CPU.
+    # torch has no separate class for a failed allocation on the CPU.
     return isinstance(exc, RuntimeError) and "DefaultCPUAllocator" in str(exc)
 
 
 def broken(exc: BaseException) -> bool:
-    """Whether an exception means that the device answers nothing any more until the process starts afresh."""
+    """Whether an exception means that the device is unusable until the process restarts."""
     return isinstance(exc, torch.AcceleratorError) and not out_of_memory(exc)

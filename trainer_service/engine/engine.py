@@ -1,6 +1,6 @@
 """The verbs of training over any number of runs of one base model. Plain arrays in, plain values out; no gRPC.
 
-One thread calls it. Arguments were checked (validation.py); what only a run's state can tell is checked here.
+One thread calls it. Arguments are already checked (validation.py), except for what depends on a run's state.
 Shape suffixes: T tokens of one batch or microbatch, V vocabulary, K targets a token (absent where targets are [T]).
 """
 
@@ -56,11 +56,11 @@ class Engine:
         base_model: Hub id or folder. Loaded here; the first run takes this copy.
         device: Where models are.
         checkpoint_dir: Where checkpoints go, in a folder for each run.
-        limits: max_runs is enforced here; the others are for whoever checks batches.
-        settings: What the trainer's owner decided about memory.
-        max_context_length: Longest sequence taken, tokens; 0 takes the model's own limit.
-        served_model_name: What it is called in what callers are told and given; "" for base_model.
-        ranks: Among which models and batches are shared out; each rank has an engine, and calls the same verbs.
+        limits: max_runs is enforced here; the others apply to batches, before they get here.
+        settings: Settings for memory and precision.
+        max_context_length: Longest sequence allowed, tokens; 0 means the model's own limit.
+        served_model_name: Name of the model in messages and files for callers; "" for base_model.
+        ranks: Share models and batches; each rank has an engine, and calls the same verbs.
 
     Raises:
         InvalidArgumentError: The model cannot be loaded.
@@ -89,7 +89,7 @@ class Engine:
         """Where its models come from."""
         example = self.source.example
         self.model = describe(example, base_model=name, device=device, max_context_length=max_context_length)
-        """What is trained, for GetServerInfo."""
+        """What the model is, for GetServerInfo."""
         self._checkpoints = Checkpoints(checkpoint_dir, self.model, self.folder, self.ranks.execution)
         settings = settings or EngineSettings()
         self.traits = self.source.find_traits(max_context_length=self.model.max_context_length)
@@ -97,7 +97,7 @@ class Engine:
         own_parameters = -(-self.model.num_parameters // self.ranks.world_size)
         plan = plan_memory(device, self.traits, settings, num_parameters=own_parameters)
         self.memory = MemoryPlan(**self.ranks.execution.tell(asdict(plan)))
-        """How memory is shared out, alike on all ranks."""
+        """How memory is divided, alike on all ranks."""
         vocab_size = example.config.get_text_config().vocab_size
         forwards = Forwards(device, self.traits, self.memory, settings.activation_checkpointing, vocab_size)
         self._passes = Passes(forwards, self.counters, self._held_graphs, self.ranks)
@@ -107,19 +107,19 @@ class Engine:
         self._runs: dict[str, RunState] = {}
         self._adapter_offload = AdapterOffload(self.memory.max_device_adapter_bytes, self.counters)
         self.before_change: Callable[[PreTrainedModel], object] = lambda model: None
-        """Called before the parameters of a model change, since somebody may be reading them."""
+        """Called before the parameters of a model change, since samplers may be reading them."""
 
     def base_model(self) -> PreTrainedModel:
-        """The base model, to be read: a copy that no run has changed, loaded anew where there is none; whole."""
+        """The base model, for reading: a copy that no run has changed, loaded if there is none; whole."""
         what = f"the base model's {self.model.num_parameters} parameters"
         return self._attempt(lambda: readable(self._base_models.base_model()), what=what)
 
     def adapted_model(self, folder: Path) -> PreTrainedModel:
-        """The base model with the adapter in a folder, to be read."""
+        """The base model with the adapter in a folder, for reading."""
         return self._attempt(lambda: readable(self._base_models.adapted_model(folder)), what="an adapter")
 
     def create_run(self, run_id: str, *, lora: LoraSettings | None = None, adapter: str = "") -> None:
-        """Makes a run with parameters of its own, equal to the base model's, or with an adapter beside a shared one.
+        """Creates a run with its own copy of the base model's parameters, or with an adapter beside a shared copy.
 
         Args:
             run_id: Name of the run.
@@ -128,12 +128,12 @@ class Engine:
 
         Raises:
             InvalidArgumentError: INVALID_FIELD: settings or an adapter that do not fit the model.
-            ResourceExhaustedError: LIMIT_EXCEEDED: as many runs as there may be.
+            ResourceExhaustedError: LIMIT_EXCEEDED: there are max_runs runs already.
         """
         if len(self._runs) >= self.limits.max_runs:
             raise error(
                 "LIMIT_EXCEEDED",
-                f"This trainer holds {len(self._runs)} runs, as many as it may hold; delete one first.",
+                f"This trainer holds {len(self._runs)} runs, its limit; delete one first.",
                 limit=self.limits.max_runs,
                 got=len(self._runs) + 1,
             )
@@ -149,10 +149,10 @@ class Engine:
         self._count_held()
 
     def restore_run(self, run_id: str, snapshot_folder: Path) -> None:
-        """Makes a run just created what a snapshot says; it is deleted where that fails.
+        """Restores a snapshot into a run just created; if that fails, the run is deleted.
 
         Raises:
-            GradwireError: The snapshot is damaged, or of another model.
+            GradwireError: The snapshot is damaged, or belongs to another model.
         """
         try:
             self._attempt(
@@ -164,7 +164,7 @@ class Engine:
             raise
 
     def delete_run(self, run_id: str) -> None:
-        """Frees a run's memory; its exports stay. A run that is not there is passed over."""
+        """Frees a run's memory; its exports stay. Does nothing if the run does not exist."""
         if self._runs.pop(run_id, None) is not None:
             self._base_models.deleted(run_id)
             self._adapter_offload.forget(run_id)
@@ -174,14 +174,14 @@ class Engine:
             self._count_held()
 
     def stage(self, batch: Batch, loss: Loss | None = None, config: Mapping[str, float] | None = None) -> Staged:
-        """What forward and forward_backward take. Does what can be done before their turn, on any thread.
+        """The argument of forward and forward_backward. Prepares what can be done before their turn, on any thread.
 
-        Where the device has no memory to spare, that is left for their turn: it will fit then, or be told so.
+        If the device has no memory to spare, the rest waits for their turn, and fits then or fails with an error.
 
         Args:
-            batch: Checked.
+            batch: The checked batch.
             loss: The loss to evaluate; None for none.
-            config: What the caller set of the loss's settings.
+            config: The loss settings that the caller gave.
         """
         staged = self._passes.stage(batch, loss, config)
         try:
@@ -192,7 +192,7 @@ class Engine:
         return staged
 
     def forward(self, run_id: str, seq_id: int, staged: Staged, *, keep_graph: bool = False) -> ForwardResult:
-        """Logprobs of the targets; with keep_graph held for one backward, with a loss that loss's metrics too."""
+        """Logprobs of the targets, and the metrics of the loss if any; keep_graph holds the graph for one backward."""
         assert not (keep_graph and staged.loss)
         run = self._run(run_id)
         work = lambda: self._passes.forward(run, seq_id, staged, keep_graph=keep_graph)  # noqa: E731
@@ -202,7 +202,7 @@ class Engine:
             self._count_held()
 
     def forward_backward(self, run_id: str, seq_id: int, staged: Staged) -> ForwardResult:
-        """A built-in loss, whose gradients are added to the run's. Whatever it raises taints the accumulation.
+        """Runs a built-in loss and adds its gradients to the run's. Any exception taints the accumulation.
 
         Raises:
             FailedPreconditionError: NON_FINITE: the loss is NaN or infinite.
@@ -239,11 +239,11 @@ class Engine:
     def optim_step(
         self, run_id: str, seq_id: int, params: AdamParams, normalization: Normalization = "none"
     ) -> OptimStepResult:
-        """Applies AdamW to the accumulated gradients and clears them. Held graphs go: their parameters changed.
+        """Applies AdamW to the accumulated gradients and clears them. Drops held graphs, whose parameters have changed.
 
         Raises:
-            FailedPreconditionError: PRIOR_OPERATION_FAILED, or NON_FINITE where gradients are, or the result would be:
-                gradients were cleared, parameters and optimizer state are as before. NO_GRADIENTS.
+            FailedPreconditionError: PRIOR_OPERATION_FAILED, or NON_FINITE if gradients are not finite or the result
+                would not be: gradients are cleared, parameters and optimizer state are as before. NO_GRADIENTS.
             DeviceOutOfMemoryError: The optimizer's state does not fit; gradients are as before.
         """
         run = self._run(run_id)
@@ -257,7 +257,7 @@ class Engine:
                 "optim_step has no gradients to apply: none were accumulated since the last optim_step or zero_grad. "
                 "Call forward_backward or forward_backward_custom first.",
             )
-        # Without a loss token all gradients are zero, whatever they are divided by.
+        # Without loss tokens all gradients are zero, whatever the divisor.
         divisor = max(1, accumulation.divisor(normalization))
         self._will_change(run)
         result = self._attempt(
@@ -278,7 +278,7 @@ class Engine:
         return OptimStepResult(step=run.step, metrics=metrics)
 
     def zero_grad(self, run_id: str) -> None:
-        """Clears gradients and the mark of a failed pass. Held graphs stay."""
+        """Clears gradients and the taint of a failed pass. Held graphs stay."""
         self._run(run_id).clear_gradients()
 
     def cancel(self, run_id: str, forward_seq_ids: list[int], *, taint: bool = False) -> int:
@@ -291,7 +291,7 @@ class Engine:
         return dropped
 
     def drop_graphs(self, run_id: str) -> None:
-        """Drops every graph of a run whose client is gone; a run that is not there is passed over."""
+        """Drops every graph of a run whose client is gone. Does nothing if the run does not exist."""
         if run_id in self._runs:
             self._runs[run_id].drop_graphs("was dropped because the client went away")
             self._count_held()
@@ -307,9 +307,9 @@ class Engine:
         overwrite: bool = False,
         dtype: str = "",
     ) -> SavedCheckpoint:
-        """Exports the parameters as a Hugging Face folder; those of a LoRA run, unless merged, as a peft folder.
+        """Exports the parameters as a Hugging Face folder, or those of a LoRA run, unless merged, as a PEFT folder.
 
-        `dtype` as in Checkpoints.save_weights_for_sampler.
+        For `dtype`, see Checkpoints.save_weights_for_sampler.
 
         Raises:
             AlreadyExistsError: CHECKPOINT_EXISTS.
@@ -350,7 +350,7 @@ class Engine:
         return step
 
     def live_model(self, run_id: str) -> PreTrainedModel:
-        """A run's own model, to be read until it changes; see before_change. A whole copy, where that is in parts."""
+        """A run's own model, for reading until it changes; see before_change. A whole copy, if that is in parts."""
         run = self._run(run_id)
         model = readable(run.model)
         run.being_read = model is run.model
@@ -365,7 +365,7 @@ class Engine:
         return self._run(run_id)
 
     def _try_forward(self, model: PreTrainedModel) -> None:
-        """A forward of two tokens, as training makes it."""
+        """A forward of two tokens, as in training."""
         batch = Batch(np.zeros(2, dtype=np.int32), np.array([0, 2]), {"target_tokens": np.zeros(2, dtype=np.int64)})
         for microbatch in self._passes.stage(batch).on_device().microbatches:
             microbatch.logprobs(model)
@@ -377,7 +377,7 @@ class Engine:
         run.being_read = False
 
     def _run(self, run_id: str, *, taints: int | None = None) -> RunState:
-        """A run, all of it on the device; `taints` is the pass that has failed if it does not fit."""
+        """A run, all of it on the device; if it does not fit, the pass `taints` has failed."""
         run = self._runs.get(run_id)
         if run is None:
             raise error("RUN_NOT_FOUND", f'The worker holds no run "{run_id}".', run_id=run_id)
@@ -386,7 +386,7 @@ class Engine:
         return run
 
     def _attempt(self, work: Callable[[], T], *, what: str, taints: tuple[RunState, int] | None = None) -> T:
-        """Runs `work`. What it raises taints the accumulation; a device out of memory becomes an error that says so."""
+        """Runs `work`. Any exception taints the accumulation; running out of device memory becomes a clear error."""
         try:
             result = work()
             self.device.synchronize()
@@ -398,7 +398,7 @@ class Engine:
             if not out_of_memory(exc):
                 raise
             logger.warning("Out of memory.", extra={"fields": {"what": what, "why": str(exc).partition("\n")[0]}})
-        # Out here the exception is gone, and with it the frames that held the failed work's tensors.
+        # Out here the exception is gone, and with it the frames that held tensors of the failed work.
         self.device.release_cached_memory()
         failure = error(
             "DEVICE_OUT_OF_MEMORY",

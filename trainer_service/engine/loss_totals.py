@@ -20,7 +20,7 @@ class LossTotals:
 
     Args:
         loss: The loss to evaluate.
-        config: The settings the caller has set; the others take their defaults.
+        config: The settings that the caller gave; the others take their defaults.
         channel: To the other ranks, which each evaluate it on their own microbatches.
     """
 
@@ -57,12 +57,12 @@ class LossTotals:
         values = [found["loss:sum"] for found in self._on_host()]
         if all(math.isfinite(value) for value in values):
             return
-        # Every loss may be finite and their sum infinite.
+        # Every loss may be finite but their sum infinite.
         everybodys = [tuple(found) for own in self._channel.gather(list(self._not_finite())) for found in own]
         datum, value = min(everybodys, default=(None, math.fsum(values)))
         where = "the whole batch" if datum is None else batch.datum_path(datum)
         text = (
-            f"{self._loss.name} of {where} is {value}. Nothing of this call is applied; look at that datum's loss "
+            f"{self._loss.name} of {where} is {value}. Nothing of this call is applied; check that datum's loss "
             "inputs, or at the learning rate of the steps before."
         )
         raise error("NON_FINITE", text, **({} if datum is None else {"datum": batch.first_datum_index + datum}))

@@ -1,4 +1,4 @@
-"""How much of the device's memory goes to what; decided once, when the model is loaded."""
+"""How the device's memory is divided; decided once, when the model is loaded."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from trainer_service.engine.models.runner import Traits
 from trainer_service.worker_config import EngineSettings
 
 _ACTIVATIONS = 0.5
-"""Part of what parameters, gradients and optimizer leave; the rest is for further runs and passing needs."""
+"""Fraction of what parameters, gradients and optimizer leave; the rest is for further runs and temporary needs."""
 _ADAPTERS = 0.25
-"""Part of the same for adapters, with their gradients and optimizer."""
+"""Fraction of the same for adapters, with their gradients and optimizer."""
 _ONE_PASS = 0.25
-"""Part of what activations get for the pass under way; the rest may be held by graphs of custom losses."""
+"""Fraction of the memory for activations that is for the pass under way; graphs of custom losses may hold the rest."""
 _MIN_PACK_TOKENS, _MAX_PACK_TOKENS = 256, 8192
 """Smaller packs leave cores idle, larger ones are no faster."""
 _MIN_ACTIVATION_BYTES = 256 << 20
@@ -44,10 +44,10 @@ def plan_memory(device: Device, traits: Traits, settings: EngineSettings, *, num
     """Budgets for a model, the same at every start on the same machine.
 
     Args:
-        device: Says how much memory there is.
-        traits: Say how much a token holds.
-        settings: What the trainer's owner has decided.
-        num_parameters: Parameters, their gradients and the optimizer's state come first.
+        device: Its total memory counts.
+        traits: Give the memory per token.
+        settings: Settings that replace what is decided here.
+        num_parameters: Number of parameters, whose gradients and optimizer state come first.
     """
     free = device.total_bytes() - _FLOATS_PER_PARAMETER * _FLOAT_BYTES * num_parameters
     activations = max(_MIN_ACTIVATION_BYTES, int(free * _ACTIVATIONS))
@@ -65,7 +65,7 @@ def plan_memory(device: Device, traits: Traits, settings: EngineSettings, *, num
 
 
 def held_bytes_per_token(traits: Traits, checkpointing: bool) -> int:
-    """What a forward's graph holds a token, bytes, logits apart."""
+    """Bytes that a forward's graph holds per token, without logits."""
     if checkpointing and traits.checkpointed_bytes_per_token:
         return traits.checkpointed_bytes_per_token
     return traits.held_bytes_per_token

@@ -1,6 +1,6 @@
 """A pack on the device, and how it goes through the model.
 
-Shape suffixes: T tokens of the pack, R rows of the batch it answers, K targets a row (absent where targets are [T]).
+Shape suffixes: T tokens of the pack, R rows of the batch it answers, K targets per row (absent if targets are [T]).
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Columns:
-    """A batch on the device, which took one copy for each column."""
+    """A batch on the device, copied there column by column."""
 
     tokens_T: Tensor
     targets_TK: Tensor
@@ -54,7 +54,7 @@ class Forwards:
     vocab_size: int
 
     def checkpoints(self, num_tokens: int) -> bool:
-        """Whether a forward of that many tokens leaves its activations to be computed again."""
+        """Whether a forward of that many tokens recomputes its activations in the backward."""
         if self.checkpointing != "auto":
             return self.checkpointing == "on"
         return num_tokens * self.traits.held_bytes_per_token > self.memory.pass_bytes
@@ -65,13 +65,13 @@ class Forwards:
         return fits and not self.checkpoints(num_tokens)
 
     def held_bytes(self, num_tokens: int) -> int:
-        """Memory that the graph of a forward over so many tokens holds."""
+        """Memory that the graph of a forward of that many tokens holds."""
         logits = self.vocab_size * _FLOAT_BYTES if self.keeps_logits(num_tokens) else 0
         return num_tokens * (held_bytes_per_token(self.traits, self.checkpoints(num_tokens)) + logits)
 
 
 class Microbatch:
-    """One pack, ready to be run.
+    """One pack, ready to run.
 
     Args:
         place: The rows of the batch it answers, and what other ranks run meanwhile.
@@ -100,7 +100,7 @@ class Microbatch:
         return self._forwards.held_bytes(self.round.longest)
 
     def logprobs(self, model: PreTrainedModel) -> Tensor:
-        """Logprobs of the rows' targets, float32, with a graph where grad is enabled."""
+        """Logprobs of the rows' targets, float32, with a graph if grad is enabled."""
         forwards, num_tokens = self._forwards, self.round.longest
         with forwards.device.autocast(), pack_in_use(self._attention):
             return runner.run(
@@ -133,7 +133,7 @@ def gather(pieces: list[tuple[Microbatch, Tensor]], like: Tensor, channel: Chann
 
     Args:
         pieces: This rank's microbatches, each with the values of its rows.
-        like: Anything shaped as the whole, on the device.
+        like: A tensor with the whole's shape, on the device.
         channel: To the other ranks, all of which call this.
     """
     whole = torch.zeros(like.shape, dtype=torch.float32, device=like.device)

@@ -1,6 +1,6 @@
 """AdamW with hyperparameters per step; normalisation and clipping share its pass over the gradients.
 
-A step is taken whole, with a result that is finite, or not at all.
+A step is applied as a whole, with a finite result, or not at all.
 """
 
 import math
@@ -23,8 +23,8 @@ class StepResult:
     Attributes:
         applied: False if the gradients or the result are NaN or infinite; then nothing was changed.
         grad_norm: Global L2 norm of the gradients after division, before clipping.
-        overflowing: Where finite gradients were not applied: a parameter that would have become NaN or infinite, itself
-            or a moment of it.
+        overflowing: If finite gradients were not applied, a parameter that would have become NaN or infinite, or one
+            of its moments.
     """
 
     applied: bool
@@ -33,7 +33,7 @@ class StepResult:
 
 
 class AdamW:
-    """torch.optim.AdamW, fused. Its state is float32 and is made at the first step.
+    """torch.optim.AdamW, fused. Its state is float32 and created at the first step.
 
     Args:
         parameters: What it trains: parts of a sharded model, or what is the same on every rank.
@@ -46,7 +46,7 @@ class AdamW:
         self._bounds = StepBounds()
 
     def step(self, params: AdamParams, *, divisor: float = 1.0) -> StepResult:
-        """Divides the gradients, clips them, and applies them. Gradients are used up, not cleared.
+        """Divides the gradients, clips them, and applies them. Leaves the gradients changed, not cleared.
 
         Args:
             params: Hyperparameters of this step.
@@ -65,10 +65,10 @@ class AdamW:
             eps=params.eps,
             weight_decay=params.weight_decay,
         )
-        # As torch.nn.utils.clip_grad_norm_, whose 1e-6 keeps a zero norm from dividing.
+        # Like torch.nn.utils.clip_grad_norm_, whose 1e-6 avoids a division by zero.
         shrink = min(1.0, params.grad_clip_norm / (grad_norm + 1e-6)) if params.grad_clip_norm > 0 else 1.0
         scale = divisor / shrink
-        # The fused kernel divides by grad_scale as it reads each gradient, which is how torch.amp unscales too.
+        # The fused kernel divides by grad_scale as it reads each gradient, as torch.amp does to unscale.
         self._optimizer.grad_scale = None if scale == 1.0 else _scalar(scale, grads[0])  # pyright: ignore[reportAttributeAccessIssue]
         if not self._bounds.admit(params, grad_norm * shrink, self._largest_anywhere):
             for parameter in trained:
@@ -83,7 +83,8 @@ class AdamW:
         return StepResult(applied=True, grad_norm=grad_norm)
 
     def state_of(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
-        """Its "step" (float32 scalar), "exp_avg" and "exp_avg_sq" (float32, shaped as it); empty before its first."""
+        """A parameter's "step" (float32 scalar), "exp_avg" and "exp_avg_sq" (float32, of its shape); empty before its
+        first step."""
         return self._optimizer.state.get(parameter, {})
 
     def load_state_of(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
@@ -96,12 +97,12 @@ class AdamW:
         self._optimizer.state.pop(parameter, None)
 
     def clear_state(self) -> None:
-        """Starts afresh. Must also be called when something else has changed the parameters."""
+        """Forgets all state. Must also be called when something else has changed the parameters."""
         self._bounds.forget()
         self._optimizer.state.clear()
 
     def _overflows(self, parameter: nn.Parameter) -> bool:
-        """Whether the step would make an element that is finite, or a moment, NaN or infinite; tried on a copy."""
+        """Whether the step would make a finite element, or a moment, NaN or infinite; tried on a copy."""
         before = part(parameter.detach())
         trial = nn.Parameter(before.clone())
         assert parameter.grad is not None
@@ -114,7 +115,7 @@ class AdamW:
             optimizer.state[trial] = {name: part(tensor).clone() for name, tensor in state.items()}
         optimizer.step()
         moments = [optimizer.state[trial][name] for name in ("exp_avg", "exp_avg_sq")]
-        # An infinite parameter may be intended: a bias that forbids a token.
+        # An infinite parameter may be intended, such as a bias that forbids a token.
         fine = [trial.detach().isfinite() | ~before.isfinite(), *(moment.isfinite() for moment in moments)]
         return not all(bool(each.all()) for each in fine)
 
@@ -126,7 +127,7 @@ class AdamW:
 
     @torch.no_grad()
     def _largest(self) -> Largest:
-        """What the bounds start from; NaN where a moment is one that no step of Adam makes."""
+        """What the bounds start from; NaN if a moment is one that no step of Adam produces."""
         trained = [p for p in self._optimizer.param_groups[0]["params"] if part(p).numel()]
         parameter = _max(map(_absolute_max, trained))
         if not math.isfinite(parameter):
@@ -139,7 +140,7 @@ class AdamW:
         return Largest(parameter, _max(_absolute_max(state["exp_avg"]) for state in states))
 
     def _drop_half_made_state(self) -> None:
-        """Memory may run out while state is made, before anything is updated; a later step then starts over."""
+        """Creates state before anything is updated: if memory runs out, a later step starts over."""
         for parameter, state in list(self._optimizer.state.items()):
             if not {"step", "exp_avg", "exp_avg_sq"} <= state.keys() or not state["step"].item():
                 del self._optimizer.state[parameter]

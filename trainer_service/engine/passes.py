@@ -1,6 +1,6 @@
-"""Forward and backward passes over a batch: planned ahead, run pack by pack, graphs held within a budget.
+"""Forward and backward passes over a batch: planned ahead, run pack by pack, with graphs held within a budget.
 
-Shape suffixes: T tokens of one batch, K targets a token (absent where targets are [T]), R rows of one microbatch.
+Shape suffixes: T tokens of one batch, K targets per token (absent if targets are [T]), R rows of one microbatch.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +29,7 @@ class ForwardResult:
     """The answer of a forward or forward_backward.
 
     Attributes:
-        logprobs_TK: Natural-log probabilities of the targets, float32, [T] or [T, K] as the targets.
+        logprobs_TK: Natural-log probabilities of the targets, float32, [T] or [T, K] like the targets.
         cu_seqlens: The batch's, int64 [N + 1].
         metrics: Metrics by `name:reduction`.
     """
@@ -45,7 +45,7 @@ class DeviceBatch:
 
     Attributes:
         columns: Its tokens, targets and loss inputs.
-        microbatches: Answer every row once.
+        microbatches: Together they answer every row once.
     """
 
     columns: Columns
@@ -53,12 +53,12 @@ class DeviceBatch:
 
 
 class Staged:
-    """What a pass is made of: a batch, its loss, and a place on the device, taken ahead of its turn or in it.
+    """What a pass needs: a batch, its loss, and a place on the device, taken before its turn or during it.
 
     Attributes:
-        batch: Checked.
+        batch: The checked batch.
         loss: The loss to evaluate; None for none.
-        config: What the caller set of the loss's settings.
+        config: The loss settings that the caller gave.
         place: Puts this rank's share on the device.
         channel: To the other ranks.
     """
@@ -81,21 +81,21 @@ class Staged:
         self._ahead = self._place()
 
     def on_device(self) -> DeviceBatch:
-        """The batch on the device, put there now unless it was ahead of its turn."""
+        """The batch on the device, put there now if it is not there yet."""
         return self._ahead or self._place()
 
     def totals(self) -> LossTotals | None:
-        """Adds its loss up; None where it has none."""
+        """Adds up its loss; None if it has none."""
         return LossTotals(self.loss, self.config, self._channel) if self.loss else None
 
 
 class Passes:
-    """Runs passes of any run's model. What a pass raises leaves gradients of half a batch: the caller taints the run.
+    """Runs passes of any run's model. One that raises may leave gradients of half a batch: the caller taints the run.
 
     Args:
         forwards: How microbatches go through a model.
-        counters: Count passes and tokens.
-        held_graphs: Returns all graphs that are held, of every run.
+        counters: Counts passes and tokens.
+        held_graphs: Returns all held graphs, of every run.
         ranks: Share every batch.
     """
 
@@ -108,11 +108,11 @@ class Passes:
         self._held_graphs = held_graphs
 
     def stage(self, batch: Batch, loss: Loss | None = None, config: Mapping[str, float] | None = None) -> Staged:
-        """A pass over a checked batch, with a loss or without. It has no place on the device yet."""
+        """A pass over a checked batch, with or without a loss, not on the device yet."""
         return Staged(batch, loss, config, lambda: self._place(batch, loss), self._ranks.execution)
 
     def forward(self, run: RunState, seq_id: int, staged: Staged, *, keep_graph: bool) -> ForwardResult:
-        """Logprobs, and the metrics of the loss where there is one; with keep_graph held for one backward."""
+        """Logprobs, and the metrics of the loss if there is one; keep_graph holds the graph for one backward."""
         placed, totals = staged.on_device(), staged.totals()
         pieces: list[tuple[Microbatch, Tensor]] = []
         held: list[HeldPiece] = []
@@ -131,7 +131,7 @@ class Passes:
         return result
 
     def forward_backward(self, run: RunState, staged: Staged) -> ForwardResult:
-        """A loss, and its gradients added to the run's.
+        """Runs a loss, and adds its gradients to the run's.
 
         Raises:
             FailedPreconditionError: NON_FINITE: the loss is NaN or infinite.
@@ -158,18 +158,18 @@ class Passes:
     def backward(
         self, run: RunState, *, forward_seq_id: int, gradients_TK: npt.NDArray[np.float32]
     ) -> dict[str, float]:
-        """Backward through a held graph, which is used up; its gradients are added to the run's. Returns metrics.
+        """Runs backward through a held graph, which it consumes, and adds gradients to the run's. Returns metrics.
 
         Raises:
             FailedPreconditionError: NO_HELD_GRAPH.
-            InvalidArgumentError: Gradients not shaped as the logprobs; the graph stays held.
+            InvalidArgumentError: The gradients do not have the logprobs' shape; the graph stays held.
         """
         check_gradients_shape(gradients_TK, run.peek_graph(forward_seq_id).shape, forward_seq_id)
         graph = run.take_graph(forward_seq_id)
         on_device_TK = self._copy(gradients_TK)
         recomputed = 0
         while graph.pieces:
-            # Taken out, so that each microbatch's graph is freed before the next one's backward.
+            # Removed, so that each microbatch's graph is freed before the next one's backward.
             piece = graph.pieces.pop(0)
             logprobs_RK = piece.logprobs_RK
             if logprobs_RK is None:
@@ -200,12 +200,12 @@ class Passes:
         return DeviceBatch(columns, tuple(Microbatch(place, columns, self._forwards) for place in own))
 
     def _copy(self, array: npt.NDArray[Any]) -> Tensor:
-        # A copy also on the CPU: arrays off the wire are read-only, which torch does not take, and a held graph must
-        # not see what its caller does to an array later.
+        # A copy even on the CPU: arrays off the wire are read-only, which torch does not accept, and a held graph must
+        # not see later changes by the caller.
         return torch.from_numpy(np.array(array)).to(self._forwards.device.torch_device)
 
     def _logprobs(self, run: RunState, microbatch: Microbatch) -> Tensor:
-        """Logprobs of one microbatch's targets, float32, with a graph where grad is enabled."""
+        """Logprobs of one microbatch's targets, float32, with a graph if grad is enabled."""
         logprobs_RK = microbatch.logprobs(run.model)
         self._counters.forward_passes_total += len(microbatch.round.packs)
         self._counters.tokens_total += microbatch.round.num_tokens
@@ -217,9 +217,9 @@ class Passes:
         self._counters.backward_passes_total += len(microbatch.round.packs)
 
     def _make_room(self, microbatch: Microbatch, own: list[HeldPiece]) -> bool:
-        """Lets the oldest graphs go until this one fits; whether it does. Those of the same forward stay.
+        """Drops the oldest graphs until this one fits, except those of the same forward. Returns whether it fits.
 
-        What was let go is computed again at its backward, as this one would be, and its backward may never come.
+        A dropped graph is recomputed for its backward, as this one would be, but its backward may never come.
         """
         budget = self._forwards.memory.max_held_graph_bytes
         budget -= sum(piece.held_bytes for piece in own) + microbatch.held_bytes

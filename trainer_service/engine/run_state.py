@@ -24,8 +24,8 @@ class HeldPiece:
     """One microbatch of a held graph.
 
     Attributes:
-        microbatch: What to run again where the graph is gone.
-        logprobs_RK: With their graph; None where that would have passed the budget.
+        microbatch: What to run again if the graph is gone.
+        logprobs_RK: With their graph; None if that would have exceeded the budget.
         age: Larger for younger pieces.
     """
 
@@ -41,12 +41,12 @@ class HeldPiece:
 
 @dataclass(frozen=True)
 class HeldGraph:
-    """What a forward kept for its backward.
+    """What a forward keeps for its backward.
 
     Attributes:
         pieces: One for each microbatch.
         shape: Shape of all logprobs together, [T] or [T, K].
-        num_sequences: Of the batch.
+        num_sequences: Number of sequences in the batch.
     """
 
     pieces: list[HeldPiece]
@@ -60,9 +60,9 @@ class Accumulation:
 
     Attributes:
         num_passes: Backward passes that succeeded.
-        num_loss_tokens: Targets with a weight, or a custom gradient, that is not zero.
+        num_loss_tokens: Targets whose weight, or custom gradient, is not zero.
         num_sequences: Sequences in those passes.
-        failed_seq_id: First operation that failed, or None. Once it is set, the gradients are never applied.
+        failed_seq_id: First operation that failed, or None. Once set, the gradients are never applied.
     """
 
     num_passes: int = 0
@@ -91,24 +91,24 @@ class RunState:
     trained: Mapping[str, Parameter]
     """The parameters that train, by name; tied ones once. They stay the same for as long as the run lives."""
     adapter: PeftModel | None = None
-    """Of a LoRA run: peft's view of `model`."""
+    """For a LoRA run: PEFT's view of `model`."""
     lora: LoraSettings | None = None
-    """Of a LoRA run: settings that make another adapter of the same layout; None where no settings do."""
+    """For a LoRA run: settings that create another adapter of the same layout; None if no settings do."""
     step: int = 0
     """Optimizer steps applied."""
     being_read: bool = False
-    """Whether somebody else may be reading its parameters where they are."""
+    """Whether samplers may be reading its parameters in place."""
     saving_seq_id: int = 0
     """The operation that is saving the run; its checkpoint records it."""
     accumulation: Accumulation = field(default_factory=Accumulation)
     graphs: dict[int, HeldGraph] = field(default_factory=dict)
-    """By the seq_id of their forward."""
+    """Held graphs by the seq_id of their forward."""
     _gone: OrderedDict[int, str] = field(default_factory=OrderedDict)
-    """Why a graph is no longer held, for the error that says so; only the latest reasons are kept."""
+    """Why graphs are no longer held, for error messages; only the latest reasons are kept."""
 
     @property
     def lora_rank(self) -> int:
-        """0 where all parameters train."""
+        """0 if all parameters train."""
         return 0 if self.adapter is None else adapter_rank(self.adapter)
 
     def trained_parameters(self) -> Mapping[str, Parameter]:
@@ -116,14 +116,14 @@ class RunState:
         return self.trained
 
     def clear_gradients(self) -> None:
-        """Forgets gradients and the mark of a failed pass."""
-        # None, not zeros, so that the next backward leaves its own buffer here instead of adding to one.
+        """Clears gradients and the taint of a failed pass."""
+        # None, not zeros, so that the next backward stores its buffer here instead of adding to one.
         for parameter in self.trained_parameters().values():
             parameter.grad = None
         self.accumulation = Accumulation()
 
     def taint(self, seq_id: int) -> None:
-        """Marks a pass as failed: nothing accumulated is applied until the gradients are cleared."""
+        """Records that a pass failed: nothing accumulated is applied until the gradients are cleared."""
         first = self.accumulation.failed_seq_id
         self.clear_gradients()
         self.accumulation.failed_seq_id = seq_id if first is None else first
@@ -146,7 +146,7 @@ class RunState:
             return error(
                 "NON_FINITE",
                 f"The accumulated gradients have norm {result.grad_norm}, so this optim_step was not applied. They "
-                "were cleared and the parameters are as before; look at the losses and gradients of the last passes.",
+                "were cleared and the parameters are as before; check the losses and gradients of the last passes.",
                 grad_norm=result.grad_norm,
             )
         named = self.trained_parameters().items()
@@ -165,7 +165,7 @@ class RunState:
         """The graph of a forward, which stays held.
 
         Raises:
-            FailedPreconditionError: NO_HELD_GRAPH, saying why there is none.
+            FailedPreconditionError: NO_HELD_GRAPH, with the reason.
         """
         graph = self.graphs.get(forward_seq_id)
         if graph is None:
@@ -179,7 +179,7 @@ class RunState:
         return graph
 
     def take_graph(self, forward_seq_id: int) -> HeldGraph:
-        """As peek_graph, but the graph is no longer held."""
+        """Like peek_graph, but the graph is no longer held."""
         graph = self.peek_graph(forward_seq_id)
         self._forget(forward_seq_id, "was used by an earlier backward; one forward serves one backward")
         return graph
@@ -189,7 +189,7 @@ class RunState:
 
         Args:
             why: Continues the sentence "…, whose graph".
-            forward_seq_ids: None for all; a forward without a held graph is passed over.
+            forward_seq_ids: None for all; forwards without a held graph are ignored.
         """
         held = self.graphs.keys() & set(self.graphs if forward_seq_ids is None else forward_seq_ids)
         for seq_id in sorted(held):

@@ -1,10 +1,10 @@
 """Safetensors files, written and read without holding a tensor twice.
 
-The format's own writer takes all tensors at once, on the host, in memory; its reader (0.8.0) keeps 64 bytes for ever of
-every tensor it gives out, which a worker that loads states for weeks notices.
+The format's own writer needs all tensors at once in host memory; its reader (0.8.0) leaks 64 bytes for every tensor it
+returns, which adds up in a worker that loads states for weeks.
 
 A file is the header's length (8 bytes, little-endian), the header (JSON: name → dtype, shape and where its bytes begin
-and end behind the header), and the tensors' bytes without a gap, row-major and little-endian.
+and end after the header), and the tensors' bytes without a gap, row-major and little-endian.
 """
 
 import json
@@ -85,11 +85,11 @@ def write_values(file: Sink, tensor: Tensor) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, by name, in the order of their bytes.
 
-    Nothing is read before it is looked at: they are views of one memory map, which ends with the last of them. Writing
-    to one changes neither the file nor another.
+    Nothing is read until it is used: they are views of one memory map, which is closed with the last of them. Writing
+    to one changes neither the file nor another tensor.
 
     Raises:
-        ValueError: It is no such file; the text goes on from "it".
+        ValueError: It is not such a file; the text continues the word "it".
         OSError: It cannot be read.
     """
     with path.open("rb") as file:
@@ -104,7 +104,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 raise ValueError(f"has {name!r} at byte {begin} and not at {end}, where the tensor before it ends")
             end = its_end
         if end != size_bytes - start:
-            raise ValueError(f"has {size_bytes - start} bytes behind its header, and tensors of {end}")
+            raise ValueError(f"has {size_bytes - start} bytes after its header, but tensors of {end}")
         # A memory map may not be empty, and the header never is.
         mapped = np.memmap(file, np.uint8, "c")
     return {
@@ -113,7 +113,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_header(file: Any) -> tuple[dict[str, Any], int]:
-    """What a file says of its tensors, and its size; it is left where they begin."""
+    """What a file says about its tensors, and its size; leaves the file at the first tensor."""
     size_bytes = file.seek(0, 2)
     file.seek(0)
     length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -137,19 +137,19 @@ def _read_entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int
         dtype, shape, (begin, end) = _BY_NAME[entry["dtype"]], entry["shape"], entry["data_offsets"]
         numbers = [*shape, begin, end]
     except (KeyError, TypeError, ValueError) as exc:
-        raise ValueError(f"says of {name!r} what cannot be read: {entry!r:.200}") from exc
+        raise ValueError(f"describes {name!r} in a way that cannot be read: {entry!r:.200}") from exc
     plausible = type(shape) is list and all(type(number) is int and number >= 0 for number in numbers)
-    # A dimension of zero does not excuse others that no machine can count to.
+    # A dimension of zero does not excuse others that are impossibly large.
     if not plausible or math.prod(side or 1 for side in shape) >= 1 << 63:
         raise ValueError(f"has {name!r} of shape {shape!r:.200} from byte {begin!r:.40} to {end!r:.40}")
     wanted = math.prod(shape) * dtype.itemsize
     if end - begin != wanted:
-        raise ValueError(f"has {end - begin} bytes for {name!r}, whose shape and dtype make {wanted}")
+        raise ValueError(f"has {end - begin} bytes for {name!r}, whose shape and dtype need {wanted}")
     return dtype, shape, begin, end
 
 
 def _tensor(raw: np.ndarray[Any, Any], dtype: torch.dtype, shape: list[int]) -> Tensor:
-    # Tensors may follow one another so that one begins where none of its dtype can; such a one is copied.
+    # Tensors may be laid out so that one is not aligned for its dtype; such a tensor is copied.
     aligned = raw if raw.ctypes.data % dtype.itemsize == 0 else raw.copy()
     return torch.from_numpy(aligned).view(dtype).reshape(shape)
 

@@ -1,7 +1,7 @@
-"""Refuses what an operation must not contain, naming the place as the caller wrote it. numpy only.
+"""Refuses invalid contents of operations, and names the place as the caller wrote it. numpy only.
 
-Runs ahead of the device, on the thread that reads commands. Forms (dtypes, equal lengths) were checked when the message
-was decoded (gradwire._wire.codec); here it is about contents.
+Runs ahead of the device, on the thread that reads commands. The form (dtypes, equal lengths) is checked when a message
+is decoded (gradwire._wire.codec); here it is about contents.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from trainer_service.engine.losses.loss import Loss
 def check_batch(
     batch: Batch, *, vocab_size: int, max_context_length: int, limits: Limits, loss: Loss | None = None
 ) -> None:
-    """Checks sequences, targets and, where a loss is evaluated, its inputs.
+    """Checks sequences, targets and, if a loss is evaluated, its inputs.
 
     Raises:
         InvalidArgumentError: SEQUENCE_TOO_LONG or INVALID_FIELD, with the datum's path.
@@ -32,7 +32,7 @@ def check_batch(
         number = int(np.argmax(lengths > max_context_length))
         raise invalid_field(
             f"{batch.datum_path(number)}.model_input",
-            f"has {lengths[number]} tokens, but this trainer takes at most {max_context_length} a sequence; shorten "
+            f"has {lengths[number]} tokens, but this trainer takes at most {max_context_length} per sequence; shorten "
             "it, or start a trainer with a larger max_context_length if the model can take it.",
             reason="SEQUENCE_TOO_LONG",
             limit=max_context_length,
@@ -53,7 +53,7 @@ def check_batch(
 
 
 def check_loss_config(loss: Loss, config: Mapping[str, float]) -> None:
-    """Refuses keys the loss does not know, values that are no number or contradict each other, and missing ones.
+    """Refuses keys that the loss does not know, values that are not numbers or contradict each other, and missing keys.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD, listing the known keys.
@@ -62,7 +62,7 @@ def check_loss_config(loss: Loss, config: Mapping[str, float]) -> None:
     for key, value in config.items():
         where = f'loss_fn_config["{key}"]'
         if key not in loss.config:
-            raise invalid_field(where, f"is no setting of {loss.name}; known: {known}.", known=known)
+            raise invalid_field(where, f"is not a setting of {loss.name}; known: {known}.", known=known)
         check_number(where, value)
     settings = loss.settings(config)
     for key in loss.config:
@@ -74,7 +74,7 @@ def check_loss_config(loss: Loss, config: Mapping[str, float]) -> None:
 
 
 def check_gradients(gradients: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Gradients of a custom loss; their shape is compared with the held graph's when their turn comes.
+    """Gradients of a custom loss; their shape is compared with the held graph's later, in their turn.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD: not float32, or NaN or infinite.
@@ -91,7 +91,7 @@ def check_gradients(gradients: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 
 def check_gradients_shape(gradients: npt.NDArray[Any], shape: Sequence[int], forward_seq_id: int) -> None:
-    """Gradients must be shaped as the logprobs they are gradients of.
+    """Refuses gradients that do not have the shape of their logprobs.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD.
@@ -137,13 +137,13 @@ def _check_loss_inputs(batch: Batch, loss: Loss, shape: tuple[int, ...]) -> None
     if len(shape) == 2 and not loss.soft_targets:
         raise invalid_field(
             batch.input_path(0, "target_tokens"),
-            f"has {_per_token(shape)}, but {loss.name} takes one target a token (shape [N]).",
+            f"has {_per_token(shape)}, but {loss.name} takes one target per token (shape [N]).",
         )
     for name in batch.loss_fn_inputs:
         if name not in known:
             raise invalid_field(
                 batch.input_path(0, name),
-                f"is no input of {loss.name}, which reads {', '.join(known)}; leave it out.",
+                f"is not an input of {loss.name}, which reads {', '.join(known)}; leave it out.",
             )
     for name in loss.inputs:
         values = batch.loss_fn_inputs.get(name)
@@ -165,7 +165,9 @@ def _with_default(key: str, default: float | None) -> str:
 
 
 def _per_token(shape: tuple[int, ...]) -> str:
-    return f"{shape[1]} values a token (shape [N, {shape[1]}])" if len(shape) == 2 else "one value a token (shape [N])"
+    if len(shape) == 2:
+        return f"{shape[1]} values per token (shape [N, {shape[1]}])"
+    return "one value per token (shape [N])"
 
 
 def _at(batch: Batch, bad: npt.NDArray[np.bool_], values: npt.NDArray[Any], name: str, why: str) -> GradwireError:

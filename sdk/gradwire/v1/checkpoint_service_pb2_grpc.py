@@ -83,7 +83,7 @@ class CheckpointServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteCheckpoint(self, request, context):
-        """Deletes a checkpoint for good. A base cannot be deleted while deltas build on it.
+        """Deletes a checkpoint permanently. A base cannot be deleted while deltas build on it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

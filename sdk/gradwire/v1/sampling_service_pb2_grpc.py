@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class SamplingServiceStub(object):
-    """Generates text from the base model, from a run's parameters, or from a saved checkpoint, beside the training. A sampler
+    """Generates text from the base model, from a run's parameters, or from a saved checkpoint, alongside training. A sampler
     is frozen: later optimizer steps do not change it. Logprobs are natural log, of the model's own distribution:
     temperature, top_k and top_p affect which tokens are chosen, not the logprobs reported.
     """
@@ -60,7 +60,7 @@ class SamplingServiceStub(object):
 
 
 class SamplingServiceServicer(object):
-    """Generates text from the base model, from a run's parameters, or from a saved checkpoint, beside the training. A sampler
+    """Generates text from the base model, from a run's parameters, or from a saved checkpoint, alongside training. A sampler
     is frozen: later optimizer steps do not change it. Logprobs are natural log, of the model's own distribution:
     temperature, top_k and top_p affect which tokens are chosen, not the logprobs reported.
     """
@@ -125,7 +125,7 @@ def add_SamplingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class SamplingService(object):
-    """Generates text from the base model, from a run's parameters, or from a saved checkpoint, beside the training. A sampler
+    """Generates text from the base model, from a run's parameters, or from a saved checkpoint, alongside training. A sampler
     is frozen: later optimizer steps do not change it. Logprobs are natural log, of the model's own distribution:
     temperature, top_k and top_p affect which tokens are chosen, not the logprobs reported.
     """

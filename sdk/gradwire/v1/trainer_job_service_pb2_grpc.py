@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class TrainerJobServiceStub(object):
-    """Provisions trainers. A key sees only the jobs it made; another owner's job is answered like one that does not exist.
+    """Provisions trainers. A key sees only the jobs it created; another owner's job is answered like one that does not exist.
     An admin's key sees all jobs.
     """
 
@@ -59,13 +59,13 @@ class TrainerJobServiceStub(object):
 
 
 class TrainerJobServiceServicer(object):
-    """Provisions trainers. A key sees only the jobs it made; another owner's job is answered like one that does not exist.
+    """Provisions trainers. A key sees only the jobs it created; another owner's job is answered like one that does not exist.
     An admin's key sees all jobs.
     """
 
     def CreateTrainerJob(self, request, context):
         """Starts a trainer; answers at once, before it is ready. LIMIT_EXCEEDED: the control plane, or the
-        key, already has as many jobs as it may.
+        key, already has as many jobs as allowed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,7 +125,7 @@ def add_TrainerJobServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TrainerJobService(object):
-    """Provisions trainers. A key sees only the jobs it made; another owner's job is answered like one that does not exist.
+    """Provisions trainers. A key sees only the jobs it created; another owner's job is answered like one that does not exist.
     An admin's key sees all jobs.
     """
 

@@ -177,7 +177,7 @@ class TrainerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetMetrics(self, request, context):
-        """Says what a run's operations measured, step by step.
+        """Returns what a run's operations measured, step by step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -219,15 +219,15 @@ class TrainerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Train(self, request_iterator, context):
-        """Carries a run's operations up and their answers down, matched by seq_id. The first message is attach, and no other is.
+        """Carries a run's operations up and their answers down, matched by seq_id. The first message, and only that, is attach.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAnswer(self, request, context):
-        """The answer to one operation of a run, whoever sent it and by whichever call, also when a trainer before this one gave
-        it. Waits a while for one that is still to come. Cuts into no order, and takes nothing from whoever is attached.
+        """Returns the answer to one operation of a run, whoever sent it and by whichever call, even if an earlier trainer gave it.
+        Can wait for an answer that is still to come. Does not affect the run's order or an attached client.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

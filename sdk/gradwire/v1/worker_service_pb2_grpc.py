@@ -47,8 +47,8 @@ class WorkerServiceServicer(object):
     """
 
     def Attach(self, request_iterator, context):
-        """The worker dials, says hello, and from then on receives commands and answers them in the order received.
-        The streams are named for what they carry: here the caller gets the commands, so Request and Response would mislead.
+        """The worker dials, says hello, and then receives commands and answers them in the order received.
+        The streams are named after what they carry: the caller gets the commands, so Request and Response would mislead.
         buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         """

@@ -143,7 +143,7 @@ def test_unknown_loss_lists_the_known_ones(name: str) -> None:
 
 
 def test_unknown_loss_setting_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match=r'loss_fn_config\["epsilon"\] is no setting of cross_entropy'):
+    with pytest.raises(InvalidArgumentError, match=r'loss_fn_config\["epsilon"\] is not a setting of cross_entropy'):
         check_loss_config(CROSS_ENTROPY, {"epsilon": 0.1})
 
 
@@ -198,7 +198,7 @@ def test_inputs_of_losses_over_ratios_are_checked() -> None:
         bad = np.ones(8, dtype=np.float32)
         bad[4] = np.nan
         assert rl_refusal(rl_batch(**{name: bad})).startswith(f'data[2].loss_fn_inputs["{name}"][0] is nan')
-    assert "is no input of ppo" in rl_refusal(rl_batch(), "ppo")
+    assert "is not an input of ppo" in rl_refusal(rl_batch(), "ppo")
 
 
 def test_gspo_refuses_a_mask_it_cannot_average_over() -> None:
@@ -225,8 +225,8 @@ def test_losses_over_ratios_take_one_target_a_token(name: str) -> None:
     targets = batch.loss_fn_inputs["target_tokens"]
     message = rl_refusal(Batch(batch.tokens_T, batch.cu_seqlens, {"target_tokens": targets, **inputs}), name)
     assert message == (
-        'data[0].loss_fn_inputs["target_tokens"] has 2 values a token (shape [N, 2]), '
-        f"but {name} takes one target a token (shape [N])."
+        'data[0].loss_fn_inputs["target_tokens"] has 2 values per token (shape [N, 2]), '
+        f"but {name} takes one target per token (shape [N])."
     )
 
 

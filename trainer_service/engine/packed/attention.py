@@ -1,8 +1,8 @@
 """Attention over a pack, behind the interface through which transformers' models call any attention function.
 
-Every architecture whose attention goes through that interface is served by one function here: it takes queries, keys
-and values of all tokens of a pack and lets each segment see its ancestors and itself, nothing else. `pack_in_use` says
-which pack that is, in the forward and again in the backward, where activation checkpointing runs forwards once more.
+One function here serves every architecture that uses this interface: it takes queries, keys and values of all tokens of
+a pack and lets each segment see only its ancestors and itself. `pack_in_use` sets the pack, in the forward and again in
+the backward, where activation checkpointing repeats forwards.
 
 Shape suffixes: H query heads, J key/value heads, T tokens of the pack, D head size, E value head size, G segments of a
 piece, L tokens of a segment, M tokens of its ancestors.
@@ -21,19 +21,19 @@ from transformers import AttentionInterface
 from trainer_service.engine.packed.packing import Pack, Piece
 
 ATTENTION = "gradwire_packed"
-"""What the function is called among transformers' attention implementations."""
+"""Name of the function among transformers' attention implementations."""
 
 UNDERSTOOD = frozenset(
     {"position_ids", "output_attentions", "use_cache", "cache_position", "output_hidden_states", "return_dict"}
 )
-"""Keyword arguments that models pass along and that change no score."""
+"""Keyword arguments that models pass and that do not affect scores."""
 _UNDERSTOOD_OF_PACKS = UNDERSTOOD | {"output_router_logits"}
 """Mixtures of experts pack as other models do."""
 
 
 @dataclass
 class PackAttention:
-    """A pack as attention needs it.
+    """A pack, as attention needs it.
 
     Attributes:
         pieces: The pieces of the pack.
@@ -56,7 +56,7 @@ class PackAttention:
         return not any(piece.ancestors for piece in self.pieces)
 
     def mask(self, piece: Piece, window: int | None, like: Tensor) -> Tensor | None:
-        """What is added to a piece's scores, [L, M + L]: 0 or −inf; None where plain causal attention says it all."""
+        """What is added to a piece's scores, [L, M + L]: 0 or −inf; None if plain causal attention is enough."""
         num_before = sum(self.pieces[number].length for number in piece.ancestors)
         if window is not None and num_before + piece.length <= window:
             window = None
@@ -81,7 +81,7 @@ _in_use: PackAttention | None = None
 
 @contextlib.contextmanager
 def pack_in_use(attention: PackAttention | None) -> Iterator[None]:
-    """Attention within is over this pack; None, over whatever the model itself is set to."""
+    """Makes attention in the body run over this pack; None leaves the model's own attention."""
     global _in_use
     before, _in_use = _in_use, attention
     try:
@@ -114,12 +114,12 @@ def packed_attention(
         value: [1, J, T, E].
         attention_mask: None: the pack says who sees whom.
         scaling: Multiplies scores; None for 1/√D.
-        dropout: 0, as everywhere in training here.
+        dropout: Must be 0, as always in training here.
         sliding_window: How many tokens a token sees, itself included; None for all.
         softcap: Scores s become softcap · tanh(s / softcap).
-        s_aux: Sinks, one score a head that takes probability and gives nothing, [H].
+        s_aux: Sinks, one score per head that takes probability but has no value, [H].
         is_causal: Must not be False.
-        kwargs: Nothing that changes scores.
+        kwargs: Must not affect scores.
 
     Returns:
         [1, T, H, E], and None for the weights.
@@ -158,15 +158,15 @@ AttentionInterface.register(ATTENTION, packed_attention)
 
 
 def check_understood(kwargs: Mapping[str, Any], understood: frozenset[str], *, plain: bool) -> None:
-    """Refuses what a model asks of its attention beyond what an attention function of ours does.
+    """Refuses what a model asks of attention beyond what our functions do.
 
     Args:
-        kwargs: Further arguments it was called with.
-        understood: Those that change nothing.
+        kwargs: Further arguments of the call.
+        understood: Those that may be ignored.
         plain: Whether the others ask for causal attention of one row and no more.
 
     Raises:
-        NotImplementedError: Naming them.
+        NotImplementedError: Names them.
     """
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in understood)
     if unknown or not plain:
@@ -201,7 +201,7 @@ def _attend(
     grouped = query_GHLD.shape[1] != key_GJND.shape[1]
     if not softcap and s_aux is None:
         if grouped and mask is not None:
-            # With a mask torch falls back to a slow kernel unless keys come repeated.
+            # With a mask, torch falls back to a slow kernel unless keys are repeated.
             num_heads = query_GHLD.shape[1]
             key_GJND, value_GJNE = repeated_heads(key_GJND, num_heads), repeated_heads(value_GJNE, num_heads)
             grouped = False
@@ -229,15 +229,15 @@ def _attend(
 
 
 def repeated_heads(tokens_GJND: Tensor, num_heads: int) -> Tensor:
-    """Each key/value head once for every query head that reads it, [G, H, N, D]."""
+    """Repeats each key/value head for every query head that reads it, [G, H, N, D]."""
     times = num_heads // tokens_GJND.shape[1]
     return tokens_GJND if times == 1 else tokens_GJND.repeat_interleave(times, dim=1)
 
 
 def _mask(length: int, num_before: int, window: int | None, like: Tensor) -> Tensor:
-    """[L, M + L]: a token sees its ancestors, itself and what is between, at most `window` tokens.
+    """[L, M + L]: a token sees its ancestors, itself and what is in between, at most `window` tokens.
 
-    In the dtype of `like`, so that it is cast once a pack and not once a layer; 0 and −inf are exact in any.
+    In the dtype of `like`, so that it is cast once per pack and not per layer; 0 and −inf are exact in any dtype.
     """
     place = torch.arange(num_before + length, device=like.device)
     distance = place[num_before:, None] - place
@@ -246,14 +246,14 @@ def _mask(length: int, num_before: int, window: int | None, like: Tensor) -> Ten
 
 
 def _varlen_serves(query: Tensor, key: Tensor, value: Tensor, softcap: float | None, s_aux: Tensor | None) -> bool:
-    """Whether torch's FlashAttention over variable lengths takes these."""
+    """Whether torch's FlashAttention over variable lengths supports these."""
     half = query.dtype in (torch.bfloat16, torch.float16)
     sizes = query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
     return varlen_enabled and query.is_cuda and half and sizes and not softcap and s_aux is None and key.is_cuda
 
 
 varlen_enabled = True
-"""Cleared where torch's kernel is missing or, tried on the device when the model is loaded, found wrong."""
+"""Cleared if torch's kernel is missing or gives wrong results when tried on the device at load."""
 
 
 def _varlen(

@@ -1,7 +1,7 @@
 """A pack cut into chunks of tokens, each with the rows it answers and their targets.
 
 Shape suffixes: T tokens of the pack, C tokens of a chunk, R rows (a row is answered by one token; with shared
-beginnings a token answers several), K targets a row, V vocabulary.
+beginnings a token answers several), K targets per row, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 _FEW = 0.9
-"""Below this part of tokens with a gradient, the others are left out of backward."""
+"""If fewer than this fraction of tokens have a gradient, backward skips the others."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens whose logits are made together, and the rows they answer.
+    """Tokens whose logits are computed together, and the rows they answer.
 
     Attributes:
         tokens: Where they are in the pack: a slice, or int64 numbers.
         rows: Where their rows are: a slice, or int64 numbers.
-        token_of_row: Which of the tokens answers each of the rows: int64, or slice(None) where each has one row.
+        token_of_row: Which of the tokens answers each of the rows: int64, or slice(None) if each has one row.
     """
 
     tokens: Any
@@ -42,7 +42,7 @@ class Chunk:
             values_CV.index_put_((self.token_of_row[:, None].expand_as(targets), targets), added, accumulate=True)
 
     def only(self, counts_C: Tensor) -> "Chunk":
-        """Those of its tokens that count, and their rows."""
+        """The chunk with only those tokens, and their rows."""
         kept_C = counts_C.nonzero()[:, 0]
         kept_T = kept_C + self.tokens.start
         if isinstance(self.token_of_row, slice):
@@ -58,7 +58,7 @@ class Rows:
 
     Attributes:
         num_tokens: T.
-        order_R: Rows sorted by their token; None where row r is token r.
+        order_R: Rows sorted by their token; None if row r is token r.
         token_R: Token of each row in that order.
         bounds: Where each token's rows begin in that order, [T + 1], on the host.
     """
@@ -78,22 +78,22 @@ class Rows:
         return cls(num_tokens, order_R, token_R, torch.searchsorted(token_R, tokens).tolist())
 
     def chunk(self, tokens: slice) -> Chunk:
-        """Of tokens side by side."""
+        """A chunk of adjacent tokens."""
         if self.order_R is None or self.token_R is None:
             return Chunk(tokens, tokens, slice(None))
         rows = slice(self.bounds[tokens.start], self.bounds[tokens.stop])
         return Chunk(tokens, self.order_R[rows], self.token_R[rows] - tokens.start)
 
     def chunks(self, chunk_tokens: int) -> Iterator[Chunk]:
-        """All tokens, at most so many at a time."""
+        """All tokens, at most that many at a time."""
         return (self.chunk(tokens) for tokens in self._slices(chunk_tokens))
 
     def chunks_with_gradient(self, grad_RK: Tensor, chunk_tokens: int) -> Iterator[Chunk]:
-        """As `chunks`, without tokens that have no gradient where those are worth leaving out."""
+        """Like `chunks`, but without tokens that have no gradient, if enough of them have none."""
         # A token counts if any of its targets has a gradient, even where they cancel.
         counts_T = self.sum_by_token((grad_RK != 0).any(-1).float()) > 0
         slices = list(self._slices(chunk_tokens))
-        # All at once: on CUDA each look at a number waits for the device.
+        # All at once: on CUDA, reading a number waits for the device.
         numbers_counted = torch.stack([counts_T[tokens].sum() for tokens in slices]).tolist()
         for tokens, num_counted in zip(slices, numbers_counted, strict=True):
             if not num_counted:

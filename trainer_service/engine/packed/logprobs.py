@@ -1,8 +1,8 @@
 """From hidden states to log-probabilities of targets, without all logits at once.
 
 The head (the last linear layer) is the widest of a model: logits of T tokens take T · V floats, hundreds of times their
-hidden states. They are computed a chunk of tokens at a time. Backward needs them again: they are kept where they fit,
-and overwritten by their own gradient, or else computed once more. Where the head is frozen backward needs none of it.
+hidden states. They are computed one chunk of tokens at a time. Backward needs them again: if they fit, they are kept
+and overwritten by their own gradient; otherwise they are recomputed. A frozen head does not need them in backward.
 
 Logits of a token with hidden state h, with what an adapter adds to the head, and its target k:
 
@@ -16,14 +16,14 @@ A token may have several targets, each with a gradient g_k from above. Since d l
     du = dz · slope, with slope = 1 − (z / softcap)², or 1
     dh = scale · Wᵀ·du,  dW = scale · du·hᵀ,  dbias = scale · du
 
-summed over tokens in the last two; the adapter's b and a get theirs as W does. Where the head is frozen only dh is
-asked for. Its terms are known in the forward, whatever gradient comes later:
+summed over tokens in the last two; the adapter's b and a get theirs like W. If the head is frozen, only dh is
+needed. Its terms are known in the forward, whatever gradient comes later:
 
     dh = scale · (Σ_k g_k · slope_k · W[k] − (Σ_k g_k) · Σ_v softmax(z)_v · slope_v · W[v])
 
 Everything after the matrix product is float32. Shape suffixes: T tokens of one pack, D hidden size, V vocabulary, C
-tokens of a chunk, R rows (a row is answered by one token; with shared beginnings a token answers several), K targets a
-row, L rank of what an adapter adds to the head.
+tokens of a chunk, R rows (a row is answered by one token; with shared beginnings a token answers several), K targets
+per row, L rank of what an adapter adds to the head.
 """
 
 from dataclasses import dataclass
@@ -35,11 +35,11 @@ from torch import Tensor
 from trainer_service.engine.packed.chunks import Chunk, Rows
 
 _CHUNK_ELEMENTS = 1 << 25
-"""Logits at a time: 128 MiB in float32. With smaller chunks the head's gradient is read and written too often."""
+"""Logits per chunk: 128 MiB in float32. Smaller chunks read and write the head's gradient too often."""
 _CPU_CHUNK_ELEMENTS = 1 << 23
-"""On a CPU, where logits are not overwritten in place: hardly slower, and what is needed beside them is smaller."""
+"""Logits per chunk on a CPU, where they are not overwritten in place: hardly slower, with smaller temporaries."""
 _FRUGAL_CHUNK_ELEMENTS = 1 << 21
-"""Where memory comes first, on a CPU."""
+"""Logits per chunk on a CPU if memory matters most."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class LowRank:
     Attributes:
         a: [L, D].
         b: [V, L].
-        scale: Of the product.
+        scale: Factor of the product.
     """
 
     a: Tensor
@@ -62,7 +62,7 @@ class Head:
     """The linear layer from hidden states to logits, and what the model does to logits after it.
 
     Attributes:
-        weight: [V, D]. Its gradient, where it has one, is added to `weight.grad` directly: no copy of that size.
+        weight: [V, D]. Its gradient, if it has one, is added to `weight.grad` directly, without a copy of that size.
         bias: [V] or None.
         scale: Logits are multiplied by this.
         softcap: Then a logit z becomes softcap · tanh(z / softcap); None leaves it.
@@ -92,13 +92,13 @@ def linear_logprobs(
         hidden_TD: Floating point.
         head: See Head.
         targets_RK: Token ids, int64, [R] or [R, K].
-        token_of_row_R: The token that answers each row, int64; None where row r is token r.
-        keep_logits: Keep all logits for the backward, T · V floats, in place of computing them again.
-        frugal: Take as little memory as can be, for some time more.
-        compute_dtype: Of the matrix products.
+        token_of_row_R: The token that answers each row, int64; None if row r is token r.
+        keep_logits: Keep all logits for the backward, T · V floats, instead of recomputing them.
+        frugal: Use as little memory as possible, at some cost in time.
+        compute_dtype: Dtype of the matrix products.
 
     Returns:
-        float32 with grad, shaped as the targets. Its graph serves one backward.
+        float32 with grad, of the targets' shape. Its graph allows one backward.
     """
     columns_RK = targets_RK if targets_RK.ndim == 2 else targets_RK[:, None]
     rows = Rows.of(token_of_row_R, len(hidden_TD))
@@ -125,12 +125,12 @@ def linear_logprobs(
 
 @dataclass(frozen=True)
 class _CastHead:
-    """A head in the dtype of the matrix products. Made anew in either direction: a copy is too large to keep between.
+    """A head in the dtype of the matrix products. Created anew in forward and backward: a copy is too large to keep.
 
     Attributes:
         head: Detached, in its own dtype.
         weight_VD: In the dtype of the products.
-        b_VL: In that dtype too; None without a low-rank part.
+        b_VL: Also in that dtype; None without a low-rank part.
     """
 
     head: Head
@@ -146,7 +146,7 @@ class _CastHead:
         return len(self.weight_VD)
 
     def chunk_tokens(self, elements: int) -> int:
-        """How many tokens have that many logits, at least one."""
+        """How many tokens have that many logits; at least one."""
         return max(1, elements // self.vocab_size)
 
     def logits(self, hidden_CD: Tensor, low_CL: Tensor | None = None, out_CV: Tensor | None = None) -> Tensor:
@@ -202,7 +202,7 @@ class _LinearLogprobs(torch.autograd.Function):
             ctx.save_for_backward(hidden_cast_TD, targets_RK, lse_T, low_TL, b_VL)
             ctx.logits_TV, ctx.rows, ctx.trained, ctx.head = logits_TV, rows, trained, head
             ctx.hidden_dtype, ctx.compute_dtype = hidden_TD.dtype, compute_dtype
-            # Kept logits are overwritten where they are, so that larger chunks take no more memory.
+            # Kept logits are overwritten in place, so larger chunks take no more memory.
             ctx.chunk_elements = _CHUNK_ELEMENTS if logits_TV is not None else chunk_elements
             return logprobs_RK
 
@@ -231,18 +231,18 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 class _Gradients:
-    """What backward gathers chunk by chunk; the head's own gradients are added where they belong.
+    """Gradients that backward gathers chunk by chunk; it adds the head's own to their parameters.
 
     Args:
-        trained: The head as it trains.
+        trained: The head, as it trains.
         cast: The same, as it computes.
         hidden_TD: The hidden states.
         low_TL: s · a·h of each token; None without a low-rank part.
 
     Attributes:
-        hidden_TD: Of the hidden states, float32.
-        low_TL: Of low_TL, in its dtype.
-        b_VL: Of the low-rank part's b, float32.
+        hidden_TD: Gradient of the hidden states, float32.
+        low_TL: Gradient of low_TL, in its dtype.
+        b_VL: Gradient of the low-rank part's b, float32.
     """
 
     def __init__(self, trained: Head, cast: _CastHead, hidden_TD: Tensor, low_TL: Tensor | None) -> None:
@@ -252,7 +252,7 @@ class _Gradients:
         self.b_VL = None if cast.b_VL is None else torch.zeros_like(cast.b_VL, dtype=torch.float32)
 
     def add(self, chunk: Chunk, gradient_CV: Tensor, hidden_CD: Tensor, low_CL: Tensor | None) -> None:
-        """Those of a chunk, given scale · du of its tokens, and what went into their logits."""
+        """Adds the gradients of a chunk, given scale · du of its tokens, and the inputs of their logits."""
         weight_VD, b_VL = self._cast.weight_VD, self._cast.b_VL
         weight, bias = self._trained.weight, self._trained.bias
         cast_CV = gradient_CV.to(weight_VD.dtype)
@@ -271,7 +271,7 @@ class _Gradients:
 
 
 class _FrozenLogprobs(torch.autograd.Function):
-    """The same for a frozen head: what dh needs is found in the forward."""
+    """The same for a frozen head: the forward computes what dh needs."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -292,7 +292,7 @@ class _FrozenLogprobs(torch.autograd.Function):
             chunk_tokens = cast.chunk_tokens(chunk_elements)
             scratch_CV = None
             if compute_dtype == torch.float32:
-                # Fresh memory costs a CPU as much as a pass over it, so all chunks' logits are made in the same place.
+                # On a CPU, fresh memory costs as much as a pass over it, so all chunks share one buffer for logits.
                 scratch_CV = torch.empty(min(chunk_tokens, rows.num_tokens), cast.vocab_size, **float32)
             for chunk in rows.chunks(chunk_tokens):
                 hidden_CD = hidden_cast_TD[chunk.tokens]
@@ -338,7 +338,7 @@ def _at(values_TL: Tensor | None, chunk: Chunk) -> Tensor | None:
 
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:
-    """A product of half-precision matrices in float32, accumulated so where the device can."""
+    """A product of half-precision matrices in float32, also accumulated in float32 if the device can."""
     return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else (left @ right).float()
 
 
@@ -348,7 +348,7 @@ def _slope(logits: Tensor, softcap: float) -> Tensor:
 
 
 def _add_grad(weight: Tensor, left: Tensor, right: Tensor) -> None:
-    """weight.grad += left @ right, without a buffer of that size where there is a gradient already."""
+    """weight.grad += left @ right, without a buffer of that size if there is a gradient already."""
     if left.dtype != torch.float32:
         product = _mm(left, right)
         weight.grad = product if weight.grad is None else weight.grad.add_(product)
@@ -359,7 +359,8 @@ def _add_grad(weight: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def target_logprobs(logits_TV: Tensor, targets_RK: Tensor, token_of_row_R: Tensor | None = None) -> Tensor:
-    """The same from logits, for models whose head does more than a Head says. Materialises logits and their gradient.
+    """The same from logits, for models whose head does more than a Head can describe. Materialises logits and their
+    gradient.
 
     Args:
         logits_TV: Floating point.

@@ -1,7 +1,7 @@
 """From a batch of sequences to packs: what one forward of the model sees. numpy only.
 
-A pack is tokens end to end, no padding. Sequences that begin alike share what they have in common: the pack is then a
-forest of segments, and a segment attends to its ancestors and to itself.
+A pack is tokens end to end, without padding. Sequences with a common beginning share it: the pack is then a forest of
+segments, and a segment attends to its ancestors and to itself.
 
 Shape suffixes: T tokens of one pack, R rows: tokens of the batch that the pack answers. A row's logprobs come from one
 token; a token that sequences share answers a row of each.
@@ -17,20 +17,20 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 
 MIN_SHARED_TOKENS = 16
-"""Shorter common beginnings are computed for each sequence by itself: attention over shared segments has a cost too."""
+"""Shorter common beginnings are computed for each sequence separately: attention over shared segments also costs."""
 MIN_SAVING = 1 / 16
-"""Part of their tokens that sequences must save together, or else they are packed unshared."""
+"""Fraction of their tokens that sequences must save together; otherwise they are packed unshared."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Equally long segments, side by side, that attend to the same ancestors.
+    """Adjacent segments of the same length that attend to the same ancestors.
 
     Attributes:
         start: First token in the pack.
-        count: How many segments; 1 where other pieces continue it.
+        count: How many segments; 1 if other pieces continue it.
         length: Tokens of each.
-        ancestors: Numbers of the pieces before it in its sequences, first to last; none for a sequence's beginning.
+        ancestors: Numbers of the pieces before it in its sequences, first to last; empty at a sequence's beginning.
     """
 
     start: int
@@ -49,7 +49,7 @@ class Pack:
     """One forward's share of a batch.
 
     Attributes:
-        token_rows_T: Row of the batch that each token is taken from.
+        token_rows_T: Row of the batch that each token comes from.
         positions_T: Position of each token in its sequence.
         pieces: Cover the tokens in order; ancestors come before those who continue them.
         sequences: Numbers of the sequences in the batch, in the order of `rows_R`.
@@ -73,13 +73,13 @@ class Pack:
 
     @property
     def num_shared_tokens(self) -> int:
-        """Rows beyond one for each token: what sharing saved."""
+        """Rows beyond one per token: what sharing saves."""
         return len(self.rows_R) - len(self.token_rows_T)
 
 
 @dataclass
 class _Segment:
-    """Tokens `depth` to `depth + length` of its members, the sequences that have them in common."""
+    """Tokens `depth` to `depth + length` of its members, the sequences that share them."""
 
     parent: int
     depth: int
@@ -101,9 +101,9 @@ def plan_packs(
     Args:
         tokens_T: Token ids of all sequences end to end.
         cu_seqlens: int64 [N + 1].
-        max_tokens: Most tokens of a pack; a sequence longer than that has a pack to itself.
+        max_tokens: Most tokens of a pack; a longer sequence has a pack to itself.
         share: Whether common beginnings are computed once.
-        min_shared_tokens: Shortest common beginning worth it; None for MIN_SHARED_TOKENS.
+        min_shared_tokens: Shortest common beginning worth sharing; None for MIN_SHARED_TOKENS.
     """
     min_shared = MIN_SHARED_TOKENS if min_shared_tokens is None else min_shared_tokens
     lengths = np.diff(cu_seqlens)
@@ -120,11 +120,11 @@ def plan_packs(
 def _families(
     tokens_T: npt.NDArray[np.int32], cu_seqlens: Ints, max_tokens: int, min_shared: int
 ) -> list[list[tuple[int, int]]] | None:
-    """Sequences that are computed together, each with the tokens it shares with the one before it in its family.
+    """Families of sequences that are computed together, each with the number of tokens it shares with the previous one.
 
-    None where nothing is shared.
+    None if nothing is shared.
     """
-    # Big-endian, so that bytes sort as token ids do, and sequences with a common beginning come to lie side by side.
+    # Big-endian, so that bytes sort like token ids, and sequences with a common beginning become adjacent.
     encoded = np.ascontiguousarray(tokens_T, dtype=">u4").tobytes()
     keys = [encoded[4 * start : 4 * stop] for start, stop in pairwise(cu_seqlens.tolist())]
     order = sorted(range(len(keys)), key=keys.__getitem__)
@@ -154,7 +154,7 @@ def _worth_sharing(family: list[tuple[int, int]], keys: Sequence[bytes]) -> bool
 
 
 def _common_tokens(one: bytes, other: bytes, min_shared: int) -> int:
-    """Length of the common beginning in tokens; 0 where it is shorter than min_shared."""
+    """Length of the common beginning in tokens; 0 if it is shorter than min_shared."""
     head = 4 * min_shared
     if len(one) < head or len(other) < head or one[:head] != other[:head]:
         return 0
@@ -188,7 +188,7 @@ def _build(families: Iterable[list[tuple[int, int]]], lengths: Ints, cu_seqlens:
     segments: list[_Segment] = []
     for family in families:
         _grow(segments, family, lengths)
-    # Pieces: segments without children that have the same parent and length lie side by side.
+    # Pieces: segments without children that have the same parent and length become adjacent.
     groups: dict[tuple[int, int, int], list[int]] = {}
     for number, segment in enumerate(segments):
         alone = number if segment.has_children else -1
@@ -199,7 +199,7 @@ def _build(families: Iterable[list[tuple[int, int]]], lengths: Ints, cu_seqlens:
     positions: list[Ints] = []
     token_start: dict[int, int] = {}
     start = 0
-    # A parent stands before its children in `segments`, but what is grouped with an earlier segment moves up: only
+    # A parent comes before its children in `segments`, but a segment grouped with an earlier one moves up: only
     # segments without children do, so the order holds.
     for (parent, length, _), numbers in groups.items():
         depth = segments[parent].depth + segments[parent].length if parent >= 0 else 0
@@ -230,9 +230,9 @@ def _grow(segments: list[_Segment], family: list[tuple[int, int]], lengths: Ints
     """Adds a family's tree of segments, parents before children.
 
     Args:
-        segments: The tree is appended to it.
-        family: Sequences in order, each with the tokens it shares with the one before it.
-        lengths: Of all sequences.
+        segments: What the tree is appended to.
+        family: Sequences in order, each with the number of tokens it shares with the previous one.
+        lengths: Lengths of all sequences.
     """
     todo = [(0, len(family), 0, -1)]
     while todo:
