@@ -10,7 +10,7 @@ import pytest
 
 from tests import rank_tasks
 from tests.engines import make_batch
-from tests.numerics.test_architectures import make_model
+from tests.numerics.architectures import make_model
 from tests.rank_pool import RankPool, rank_pool
 from trainer_service.engine.ranks import Ranks
 

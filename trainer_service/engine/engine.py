@@ -89,7 +89,7 @@ class Engine:
         """Where the base model's files are."""
         settings = settings or EngineSettings()
         self._base_dtype: BaseDtype = settings.base_dtype
-        check_base_dtype(self._base_dtype, device.torch_device)
+        check_base_dtype(self._base_dtype, device.torch_device, world_size=self.ranks.world_size)
         self.source = ModelSource(base_model, self.folder, device, self.ranks)
         """Where its models come from."""
         example = self.source.example
