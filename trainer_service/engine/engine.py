@@ -109,6 +109,8 @@ class Engine:
         first = self.source.load()
         self.lora_targets = find_targets(first, lambda: self._try_forward(first))
         """What LoRA runs can adapt."""
+        # What that forward gathered without gradients is not what a pass may train.
+        reshard(first)
         self._quantize(first)
         self._base_models = BaseModels(
             name, first=first, load=self._load_base, targets=self.lora_targets, ranks=self.ranks

@@ -76,15 +76,13 @@ def check_base_dtype(base_dtype: BaseDtype, device: torch.device, *, world_size:
         world_size: Ranks that share it.
 
     Raises:
-        InvalidArgumentError: INVALID_FIELD: bitsandbytes is not installed or does not work on this device, or the model lies in
-            parts on several ranks.
+        InvalidArgumentError: INVALID_FIELD: bitsandbytes is not installed or does not work on this device, or there are
+            several ranks.
     """
     if base_dtype == "float32":
         return
     if world_size > 1:
-        raise _refused(
-            base_dtype, f"one rank alone can have, and there are {world_size}; use float32 or --nproc-per-node 1."
-        )
+        raise _refused(base_dtype, f"is for one rank, and there are {world_size}; use float32 or --nproc-per-node 1.")
     try:
         _bitsandbytes()
     except Exception as exc:
