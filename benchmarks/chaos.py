@@ -1,12 +1,14 @@
 """Training loops under an adversary, each compared with the same loop undisturbed. Prints a table.
 
     python benchmarks/chaos.py [--trials 100] [--at-once 4] [--faults 5] [--kinds a,b] [--steps 40] [--seed 0]
+        [--nproc-per-node 1]
 
 One trainer on a tiny random model serves all trials, some at once. A trial is a fresh run (every fourth one LoRA) and a
-seeded loop (built-in and custom losses, accumulation, failing calls, saves, calls far ahead) while worker, trainer or
-both get SIGKILL, connections are cut and stalled and the disk gets full, at random instants, recoveries included. It
-counts as identical when every answer and, at the end, parameters and optimizer state, its own and a fork's, are those
-of the undisturbed loop, bit for bit. What a full disk refuses is called again, as a user would (tests/chaos.py, Loop).
+seeded loop (built-in and custom losses, accumulation, failing calls, saves, calls far ahead) while a rank of the
+worker, the trainer or both get SIGKILL, connections are cut and stalled and the disk gets full, at random instants,
+recoveries included. It counts as identical when every answer and, at the end, parameters and optimizer state, its own
+and a fork's, are those of the undisturbed loop, bit for bit. What a full disk refuses is called again, as a user would
+(tests/chaos.py, Loop).
 
 The disk that gets full is one of its own, in memory; without the right to mount one, run it as
 `unshare --user --map-root-user --mount python benchmarks/chaos.py`.
@@ -55,6 +57,7 @@ def main() -> int:
     parser.add_argument("--kinds", default=",".join(FAULTS), help="of faults; default: %(default)s")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps a trial")
     parser.add_argument("--seed", type=int, default=0, help="of the first trial")
+    parser.add_argument("--nproc-per-node", default="1", help="ranks of the worker; default: %(default)s")
     args = parser.parse_args()
     faults: collections.Counter[str] = collections.Counter()
     counts = Counts()
@@ -67,7 +70,11 @@ def main() -> int:
             small_disk(folder / "disk", DISK_BYTES) as disk,
             # Room for a fork.
             Trainer(
-                model, folder, "--snapshot-steps", "7", "--max-runs", str(args.at_once + 1), data_dir=disk.path / "data"
+                model,
+                folder,
+                *("--snapshot-steps", "7", "--max-runs", str(args.at_once + 1)),
+                *("--nproc-per-node", args.nproc_per_node),
+                data_dir=disk.path / "data",
             ) as trainer,
         ):
             for first in range(args.seed, args.seed + args.trials, args.at_once):

@@ -232,10 +232,10 @@ class Trainer:
         self.process.kill()
         self.process.wait(10)
 
-    def kill_worker(self) -> bool:
-        """SIGKILL to the worker's own process. Whether there was one."""
+    def kill_worker(self, rng: random.Random | None = None) -> bool:
+        """SIGKILL to the worker's processes, or to one of its ranks, drawn. Whether there was one."""
         pids = self.worker_pids()
-        for pid in pids:
+        for pid in pids if rng is None or not pids else [rng.choice(pids)]:
             os.kill(pid, signal.SIGKILL)
         return bool(pids)
 
@@ -323,12 +323,12 @@ class Adversary:
         self.done.append((time.time(), fault))
         if fault in ("trainer", "both"):
             if fault == "both" and rng.random() < 0.5:
-                self.trainer.kill_worker()
+                self.trainer.kill_worker(rng)
             self.trainer.kill()
             time.sleep(rng.uniform(0, 0.5))
             self.trainer.start()
         elif fault == "worker":
-            self.trainer.kill_worker()
+            self.trainer.kill_worker(rng)
         elif fault == "full disk":
             self._fill_disk(rng)
         elif fault == "cut":
@@ -355,7 +355,7 @@ def state_digests(data_dir: Path, client: TrainingClient, name: str) -> dict[str
     client.save_state(name, overwrite=True).result(ANSWER_S)
     manifest = data_dir / "checkpoints" / client.run_id / "state" / name / "manifest.json"
     files = json.loads(manifest.read_text())["files"]
-    return {name: files[name]["sha256"] for name in ("parameters.safetensors", "optimizer.safetensors")}
+    return {name: entry["sha256"] for name, entry in files.items() if name.startswith(("parameters", "optimizer"))}
 
 
 def forget(data_dir: Path, client: TrainingClient) -> None:

@@ -50,6 +50,8 @@ class FakeWorker:
     """What the next commands about no operation, by kind, answer with."""
     poison: set[tuple[str, int]] = field(default_factory=set)
     """Operations, by run id and seq_id, that it dies of."""
+    because: GradwireError | None = None
+    """What it then leaves to say."""
     checkpoint_dir: Path | None = None
     """Where saves go; front_end sets it."""
     stopped: bool = False
@@ -115,8 +117,10 @@ class FakeWorker:
         for callback in self._ready_callbacks:
             callback()
 
-    def die(self, reason: str = "The worker process ended (signal SIGKILL).") -> None:
-        """The process is gone, with everything it was asked."""
+    def die(
+        self, reason: str = "The worker process ended (signal SIGKILL).", *, because: GradwireError | None = None
+    ) -> None:
+        """The process is gone, with everything it was asked; `because` is what it left to say of what it executed."""
         died = error("WORKER_DIED", reason)
         self.ready, self.status_message = None, reason
         self.steps.clear()
@@ -124,7 +128,8 @@ class FakeWorker:
             callback(died)
         executing = bool(self._commands)
         for number, deliver in enumerate(self._forget_pending()):
-            deliver(Died(died, executing=executing and not number))
+            first = executing and not number
+            deliver(Died(died, executing=first, because=because if first else None))
 
     async def stop(self) -> None:
         self.stopped, self.ready = True, None
@@ -151,7 +156,7 @@ class FakeWorker:
                 continue  # Died meanwhile.
             command, deliver = self._commands[0]
             if (command.run_id, command.request.seq_id) in self.poison:
-                self.die()
+                self.die(because=self.because)
                 continue
             self._commands.popleft()
             kind = command.WhichOneof("command") or ""

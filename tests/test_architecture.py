@@ -58,6 +58,7 @@ ENGINE_FLOORS = (
     "spinning",
     "packed",
     "fused",
+    "parallel",
     "models",
     "memory",
     "loss_totals",

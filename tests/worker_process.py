@@ -16,7 +16,7 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEven
 from gradwire.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 from trainer_service.engine.worker.heartbeat import start_heartbeat
-from trainer_service.executing import Executing
+from trainer_service.executing import Executing, leave_reason
 from trainer_service.worker_config import SPARE_VARIABLE
 
 
@@ -64,6 +64,9 @@ def main(socket: str, behaviour: str) -> None:
         if behaviour.startswith("hangs"):
             outgoing.put(WorkerEvent(counters={"gradwire_worker_operations_total": 1}))
             time.sleep(600)
+        if behaviour == "leaves-a-reason":
+            leave_reason(socket, error("DEVICE_OUT_OF_MEMORY", "There is no memory left here.", device="fake"))
+            sys.exit("out of memory")
         if behaviour == "exits-at-first-command":
             sys.exit("out of luck")
         executing.say(0)

@@ -83,6 +83,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
             max_context_length=config.max_context_length,
             loss_module=config.loss_module,
             engine=config.engine,
+            ranks=config.ranks,
             checkpoint_dir=config.checkpoint_dir,
             max_runs=config.limits.max_runs,
         ),

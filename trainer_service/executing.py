@@ -8,6 +8,9 @@ import contextlib
 import os
 from pathlib import Path
 
+from google.rpc.status_pb2 import Status
+from gradwire.errors import GradwireError, from_status, to_status
+
 
 class Executing:
     """The worker's end.
@@ -34,5 +37,28 @@ def executing_command(socket: str) -> int:
         return 0
 
 
-def _beside(socket: str) -> Path:
-    return Path(socket).with_name("executing")
+def leave_reason(socket: str, failure: GradwireError) -> None:
+    """The worker's end: why what it executes cannot be, before this rank ends for it; the others end with it.
+
+    A rank that has failed alone cannot answer: the others wait for it in the middle of the same operation.
+    """
+    reason = _beside(socket, "reason")
+    aside = reason.with_name(f".reason-{os.getpid()}")
+    with contextlib.suppress(OSError):
+        aside.write_bytes(to_status(failure).SerializeToString())
+        aside.replace(reason)
+
+
+def take_reason(socket: str) -> GradwireError | None:
+    """The trainer's end: the reason that a rank has left, once; None where none has."""
+    reason = _beside(socket, "reason")
+    try:
+        encoded = reason.read_bytes()
+        reason.unlink()
+    except OSError:
+        return None
+    return from_status(Status.FromString(encoded))
+
+
+def _beside(socket: str, name: str = "executing") -> Path:
+    return Path(socket).with_name(name)

@@ -129,13 +129,14 @@ class FolderWriter:
         path: Where to write, for now.
         about: Goes into the manifest; entries may be added until the end.
         size_bytes: Size of all files, once the folder is whole.
+        digests: Of files that were digested as they were written, by whoever wrote them.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path = path
         self.about = dict(about)
         self.size_bytes = 0
-        self._digests: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[DigestedFile]:
@@ -145,7 +146,7 @@ class FolderWriter:
             yield file
         finally:
             file.close()
-            self._digests[name] = file.digest
+            self.digests[name] = file.digest
 
     def finish(self) -> None:
         """Digests the remaining files and syncs everything to disk, the manifest last."""
@@ -154,7 +155,7 @@ class FolderWriter:
             for name in names:
                 path = Path(root, name)
                 inside = path.relative_to(self.path).as_posix()
-                digest = self._digests.get(inside) or sha256_of(path)
+                digest = self.digests.get(inside) or sha256_of(path)
                 files[inside] = FileEntry(path.stat().st_size, digest)
                 sync(path)
             sync(Path(root))
@@ -202,7 +203,7 @@ def whole_folder(
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(exc, GradwireError):
             raise
-        raise _storage_failed(folder, str(exc)) from exc
+        raise storage_failed(folder, str(exc)) from exc
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -218,7 +219,7 @@ def refuse_without_room(folder: Path, needed_bytes: int) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _check_space(folder.parent, needed_bytes + SPARE_BYTES)
     except OSError as exc:
-        raise _storage_failed(folder, str(exc)) from exc
+        raise storage_failed(folder, str(exc)) from exc
 
 
 def settle(parent: Path) -> None:
@@ -355,7 +356,8 @@ def _swap_in(partial: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _storage_failed(folder: Path, why: str) -> GradwireError:
+def storage_failed(folder: Path, why: str) -> GradwireError:
+    """STORAGE_FAILED: a folder could not be written."""
     return error(
         "STORAGE_FAILED",
         f'The checkpoint "{folder.name}" could not be written to {folder.parent}: {why}. Nothing was left behind and '

@@ -58,6 +58,18 @@ class EngineSettings:
     )
 
 
+@dataclass(frozen=True)
+class RankSettings:
+    """How many processes the worker is, all on this machine."""
+
+    nproc_per_node: int = option(
+        1, help="worker processes (ranks) that share the model and every batch", at_least=1, metavar="RANKS"
+    )
+    collective_timeout_s: float = option(
+        600.0, help="ranks that wait for one of them for this long in an operation are all started again", at_least=1
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """The model that a trainer serves and its worker loads."""
@@ -71,6 +83,7 @@ class ModelSettings:
         "", help="Python module whose LOSSES are offered beside the built-in ones", metavar="MODULE"
     )
     engine: EngineSettings = options_of(EngineSettings, "memory and precision")
+    ranks: RankSettings = options_of(RankSettings, "ranks")
 
 
 @dataclass(frozen=True, kw_only=True)

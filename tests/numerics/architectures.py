@@ -232,17 +232,18 @@ _TEXT = ("Gemma3", "Llama4", "Qwen3_5", "Qwen3_5Moe")
 """Those whose configuration of the same name is of a model with more than text."""
 
 
-def make_model(folder: Path, architecture: str, *, turned: bool = False) -> Path:
+def make_model(folder: Path, architecture: str, *, turned: bool = False, **changes: Any) -> Path:
     """A tiny random model of the architecture, as a Hugging Face folder.
 
     Args:
         folder: Where its folder goes.
         architecture: As transformers calls it.
         turned: Whether it is the one of TURNED.
+        **changes: To its configuration.
     """
     table = TURNED if turned else {**PACKED, **PADDED}
     name = f"{architecture}TextConfig" if architecture in _TEXT else f"{architecture}Config"
-    config = getattr(transformers, name)(**{**COMMON, **table[architecture]})
+    config = getattr(transformers, name)(**{**COMMON, **table[architecture], **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config)

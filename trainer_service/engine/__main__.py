@@ -1,7 +1,7 @@
 """The worker process: `python -m trainer_service.engine`, started by the trainer, once per rank.
 
 Rank 0 dials the trainer's unix socket, says hello, loads the model, and then executes commands one after another. It
-ends with exit code 0 when the trainer ends the stream.
+ends with exit code 0 when the trainer ends the stream. The other ranks do as it tells them (worker/device_loop.py).
 """
 
 import argparse
@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,16 +22,16 @@ import grpc
 from gradwire._wire.version import __version__
 from gradwire.errors import GradwireError, error, to_status
 from gradwire.v1.trainer_service_pb2 import LossInfo, ModelInfo
-from gradwire.v1.worker_service_pb2 import LoraTargets, WorkerEvent, WorkerHello, WorkerReady
+from gradwire.v1.worker_service_pb2 import LoraTargets, WorkerCommand, WorkerEvent, WorkerHello, WorkerReady
 
 from trainer_service.adapter_folders import starred
 from trainer_service.config import Limits
-from trainer_service.engine.ranks import Ranks
+from trainer_service.engine.ranks import LeaderGoneError, RankFailedError, Ranks
 from trainer_service.engine.worker.connection import TrainerConnection
 from trainer_service.engine.worker.heartbeat import start_heartbeat
 from trainer_service.engine.worker.inbox import Inbox
 from trainer_service.engine.worker.progress import told_of_progress
-from trainer_service.executing import Executing
+from trainer_service.executing import Executing, leave_reason
 from trainer_service.observability import configure_logging
 from trainer_service.options import add_options, read_options
 from trainer_service.processes import die_with_parent
@@ -40,7 +40,9 @@ from trainer_service.worker_config import SPARE_VARIABLE, WorkerConfig
 if TYPE_CHECKING:
     from trainer_service.engine.engine import Engine
     from trainer_service.engine.sampling.service import Sampling
+    from trainer_service.engine.worker.device_loop import DeviceLoop
 
+Send = Callable[[WorkerEvent], object]
 logger = logging.getLogger("trainer_service.engine")
 
 _GOODBYE_S = 5.0
@@ -65,11 +67,25 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
     configure_logging(as_json=False)
-    limits = Limits(max_runs=config.max_runs)
     if os.environ.get(SPARE_VARIABLE) and not _wait_until_needed():
         return 0
+    follows = os.environ.get("RANK", "0") != "0"
     try:
-        trainer = TrainerConnection(socket, max_message_bytes=limits.max_message_bytes)
+        return _follow(socket, config) if follows else _lead(socket, config)
+    except LeaderGoneError:
+        logger.info("The first rank is gone.", extra={"fields": {"rank": os.environ["RANK"]}})
+        return 1
+    except Exception as exc:
+        if isinstance(exc, RankFailedError):
+            leave_reason(socket, exc.failure)
+        # Ranks that wait for this one notice that it is gone.
+        logger.exception("A rank ended.", extra={"fields": {"rank": os.environ.get("RANK", "0")}})
+        return 1
+
+
+def _lead(socket: str, config: WorkerConfig) -> int:
+    try:
+        trainer = TrainerConnection(socket, max_message_bytes=Limits().max_message_bytes)
     except OSError as exc:
         logger.error(f"No trainer listens on {socket}: {exc}. Workers are started by the trainer.")
         return 1
@@ -85,19 +101,45 @@ def main() -> int:
     )
     threading.Thread(target=_abandon, args=(trainer,), name="stream-end", daemon=True).start()
     try:
-        ranks = Ranks.from_environment()
+        ranks = _ranks(config, lambda text: trainer.send(WorkerEvent(loading=text)))
         with _nothing_collected():
-            engine = _load(config, ranks, limits, trainer)
-            sampling = _sampling(engine, config.checkpoint_dir, trainer)
+            engine = _load(config, ranks, trainer.send)
+            sampling = _sampling(engine, config.checkpoint_dir, trainer.send, trainer.send)
     except Exception as exc:
         return _give_up(trainer, exc)
     trainer.send(_ready(engine, sampling))
     start_heartbeat(trainer.send, trainer.ended)
     logger.info("Ready.", extra={"fields": {"base_model": engine.model.base_model, "device": engine.model.device}})
-    _serve(trainer, engine, sampling, ranks, Executing(socket))
+    from trainer_service.engine.worker.device_loop import told_to_all
+
+    loop = _device_loop(socket, engine, sampling, trainer.send, told_to_all(trainer.commands, ranks))
+    loop.lead(trainer.send, trainer.ended.is_set)
     trainer.finish()
     logger.info("The trainer ended the stream.", extra={"fields": {"how": trainer.describe_end()}})
     return 0 if trainer.ended_cleanly() else 1
+
+
+def _follow(socket: str, config: WorkerConfig) -> int:
+    outbox: list[WorkerEvent] = []
+    try:
+        ranks = _ranks(config, _says_nothing)
+        with _nothing_collected():
+            engine = _load(config, ranks, _says_nothing)
+            # What its samples answer, the leader sends; what becomes of a snapshot, the leader knows.
+            sampling = _sampling(engine, config.checkpoint_dir, _says_nothing, outbox.append)
+    except GradwireError:
+        # All ranks refuse it, and the leader tells the trainer why.
+        time.sleep(_GOODBYE_S)
+        return 1
+    from trainer_service.engine.worker.device_loop import told_by_leader
+
+    loop = _device_loop(socket, engine, sampling, _says_nothing, told_by_leader(ranks), outbox)
+    loop.follow()
+    return 0
+
+
+def _says_nothing(event: object) -> None:
+    """Stands for the trainer on ranks that do not talk to it."""
 
 
 def _parse() -> tuple[str, WorkerConfig]:
@@ -128,6 +170,12 @@ def _wait_until_needed() -> bool:
     return needed
 
 
+def _ranks(config: WorkerConfig, say: Callable[[str], object]) -> Ranks:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        say(f"waiting for {os.environ['WORLD_SIZE']} ranks to meet")
+    return Ranks.from_environment(timeout_s=config.ranks.collective_timeout_s)
+
+
 @contextlib.contextmanager
 def _nothing_collected() -> Iterator[None]:
     """Importing and loading create a million objects that stay. Searching them for garbage took a tenth of the start,
@@ -140,14 +188,14 @@ def _nothing_collected() -> Iterator[None]:
         gc.enable()
 
 
-def _load(config: WorkerConfig, ranks: Ranks, limits: Limits, trainer: TrainerConnection) -> "Engine":
+def _load(config: WorkerConfig, ranks: Ranks, send: Send) -> "Engine":
     if config.loss_module:
         from trainer_service.engine.losses import LOSSES
         from trainer_service.engine.losses.module import load_losses
 
-        trainer.send(WorkerEvent(loading=f"importing {config.loss_module}"))
+        send(WorkerEvent(loading=f"importing {config.loss_module}"))
         LOSSES.update(load_losses(config.loss_module, LOSSES))
-    trainer.send(WorkerEvent(loading="importing torch and transformers"))
+    send(WorkerEvent(loading="importing torch and transformers"))
     # Imported here, not at the top: these imports take seconds, and the trainer should hear from us first.
     import torch
     from transformers.utils import logging as transformers_logging
@@ -158,33 +206,34 @@ def _load(config: WorkerConfig, ranks: Ranks, limits: Limits, trainer: TrainerCo
 
     transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
-    num_threads = set_num_threads()
+    num_threads = set_num_threads(ranks.local_world_size)
     spin_when_alone()
-    trainer.send(WorkerEvent(loading="looking for a device"))
-    device = pick_device(ranks.local_rank, config.engine.compute_dtype)
+    send(WorkerEvent(loading="looking for a device"))
+    device = pick_device(ranks.local_rank, config.engine.compute_dtype, ranks.local_world_size)
     loading = WorkerEvent(loading=f"loading {config.served_model_name or config.base_model} onto {device.name}")
-    trainer.send(loading)
+    send(loading)
     logger.info("Loading.", extra={"fields": {"base_model": config.base_model, "num_threads": num_threads}})
     # A download or a large model may take hours, but the trainer gives up on a worker that is silent for minutes.
-    with told_of_progress(lambda: trainer.send(loading)):
+    with told_of_progress(lambda: send(loading)):
         return Engine(
             config.base_model,
             device=device,
             checkpoint_dir=config.checkpoint_dir,
-            limits=limits,
+            limits=Limits(max_runs=config.max_runs),
             settings=config.engine,
             max_context_length=config.max_context_length,
             served_model_name=config.served_model_name,
+            ranks=ranks,
         )
 
 
-def _sampling(engine: "Engine", checkpoint_dir: Path, trainer: TrainerConnection) -> "Sampling":
+def _sampling(engine: "Engine", checkpoint_dir: Path, send: Send, answer: Send) -> "Sampling":
     from trainer_service.engine.sampling.service import Sampling
 
     trying = WorkerEvent(loading="finding out how the model's samples can be decoded")
-    trainer.send(trying)
-    with told_of_progress(lambda: trainer.send(trying)):
-        return Sampling(engine, checkpoint_dir=checkpoint_dir, send=trainer.send)
+    send(trying)
+    with told_of_progress(lambda: send(trying)):
+        return Sampling(engine, checkpoint_dir=checkpoint_dir, send=answer)
 
 
 def _ready(engine: "Engine", sampling: "Sampling") -> WorkerEvent:
@@ -205,6 +254,7 @@ def _ready(engine: "Engine", sampling: "Sampling") -> WorkerEvent:
                 device=model.device,
                 batching=engine.traits.batching,
                 sampling=sampling.decoding.described,
+                world_size=engine.ranks.world_size,
             ),
             losses=[
                 LossInfo(
@@ -235,39 +285,37 @@ def _give_up(trainer: TrainerConnection, exc: Exception) -> int:
     return 1
 
 
-def _serve(
-    trainer: TrainerConnection, engine: "Engine", sampling: "Sampling", ranks: Ranks, executing: Executing
-) -> None:
-    """Executes commands until the stream ends: operations in order, each followed by as much time for sampling."""
+def _device_loop(
+    socket: str,
+    engine: "Engine",
+    sampling: "Sampling",
+    send: Send,
+    raw: Iterable[WorkerCommand],
+    outbox: list[WorkerEvent] | None = None,
+) -> "DeviceLoop":
+    """What executes commands on this rank, and the threads that read and prepare them."""
     from trainer_service.engine.worker.commands import Commands, overtakes
+    from trainer_service.engine.worker.device_loop import DeviceLoop
 
-    commands = Commands(engine, trainer.send, sampling)
+    commands = Commands(engine, send, sampling)
     inbox = Inbox(commands.prepare, overtakes)
 
     def read() -> None:
-        # A stream that breaks off has also ended; main() logs how.
-        with contextlib.suppress(grpc.RpcError):
-            inbox.read(trainer.commands)
+        # A stream that breaks off, or ranks that hear nothing more, have ended too; main() says how.
+        with contextlib.suppress(grpc.RpcError, RuntimeError):
+            inbox.read(raw)
 
     threading.Thread(target=read, name="commands", daemon=True).start()
     threading.Thread(target=inbox.prepare_operations, name="prepare-operations", daemon=True).start()
     threading.Thread(target=inbox.prepare_overtaking, name="prepare-sampling", daemon=True).start()
-    scheduler = sampling.scheduler
-    while not inbox.ended:
-        prepared, in_turn = inbox.take(wait=not scheduler.busy)
-        if trainer.ended.is_set():
-            continue
-        if prepared is None:
-            scheduler.run_for(0)
-            continue
-        started_s = time.monotonic()
-        executing.say(prepared.command_id)
-        event = commands.execute(ranks.broadcast(prepared))
-        executing.say(0)
-        if event is not None:
-            trainer.send(event)
-        if in_turn:
-            scheduler.run_for(time.monotonic() - started_s)
+    return DeviceLoop(
+        engine.ranks,
+        inbox=inbox,
+        commands=commands,
+        sampling=sampling,
+        executing=Executing(socket) if engine.ranks.leads else None,
+        outbox=[] if outbox is None else outbox,
+    )
 
 
 def _abandon(trainer: TrainerConnection) -> None:

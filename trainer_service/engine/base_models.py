@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -14,6 +15,8 @@ from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.models.lora_experts import adapted_weights
 from trainer_service.engine.models.lora_targets import Targets
 from trainer_service.engine.optim import AdamW
+from trainer_service.engine.parallel.sharding import free_cycles
+from trainer_service.engine.ranks import Ranks
 from trainer_service.engine.run_state import RunState
 
 _READERS = ""
@@ -49,9 +52,10 @@ class BaseModels:
 
     Args:
         base_model: Its name.
-        first: A loaded copy of it; the first run takes it.
-        load: Loads another.
+        first: A loaded copy, for the first run.
+        load: Loads another copy.
         targets: What of it an adapter can be put beside.
+        ranks: Share the models.
     """
 
     def __init__(
@@ -61,7 +65,9 @@ class BaseModels:
         first: PreTrainedModel,
         load: Callable[[], PreTrainedModel],
         targets: Targets,
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._base_model = base_model
         self._load = load
         self._unused: PreTrainedModel | None = first
@@ -77,7 +83,8 @@ class BaseModels:
         model = self._shared or self._unused or self._lent() or self._unchanged()
         if model is None:
             model = self._load()
-            self._lent = weakref.ref(model)
+            # Of a sharded one a copy is read, and when it goes itself is a matter of chance, on each rank another.
+            self._lent = weakref.ref(model) if self._ranks.world_size == 1 else _nothing
         return model
 
     def adapted_model(self, folder: Path) -> PreTrainedModel:
@@ -94,10 +101,12 @@ class BaseModels:
         if not self._sharing:
             # This makes room for the run. Samplers that still use that copy keep it alive.
             self._shared = None
+            if self._ranks.world_size > 1:
+                free_cycles()
         model, self._unused = self._unused or self._load(), None
         if self._lent() is None and self._unchanged() is None:
             self._unchanged = weakref.ref(model)
-        return RunState(run_id=run_id, model=model, optimizer=AdamW(model.parameters()))
+        return self._run(run_id, model)
 
     def lora(self, run_id: str, settings: LoraSettings) -> RunState:
         """A run that trains a new adapter.
@@ -145,19 +154,21 @@ class BaseModels:
             self.deleted(run_id)
             raise
         model = lora.inner(adapter)
-        optimizer = AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
-        settings = lora.settings_of(adapter, self._targets)
         adapted = {name for name, _ in adapted_weights(model)}
         left_out = {*self._targets.all, *self._targets.others} - adapted
-        return RunState(
-            run_id=run_id,
-            model=model,
-            optimizer=optimizer,
+        return self._run(
+            run_id,
+            model,
             adapter=adapter,
-            lora=settings,
+            lora=lora.settings_of(adapter, self._targets),
             adapted=tuple(starred(adapted)),
             left_out=tuple(starred(left_out)),
         )
+
+    def _run(self, run_id: str, model: PreTrainedModel, **of_adapter: Any) -> RunState:
+        # Looked up before anything runs: while parameters are gathered, others stand in their place.
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return RunState(run_id, model, AdamW(trained.values(), self._ranks), trained, **of_adapter)
 
     def _loaded(self, base: PreTrainedModel, folder: Path) -> PeftModel:
         return load_adapter(base, self._targets, folder, base_model=self._base_model)

@@ -1,6 +1,7 @@
 """What the worker counts, by Prometheus name."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 
 @dataclass
@@ -52,6 +53,25 @@ class Counters:
     sampling_seconds_total: float = 0.0
     """Time spent sampling, on top of busy_seconds_total."""
 
+    others: dict[int, Mapping[str, float]] = field(default_factory=dict)
+    """What other ranks said last of their sampling, by rank; all else every rank counts alike."""
+
     def as_metrics(self) -> dict[str, float]:
         """By full name, such as gradwire_worker_tokens_total."""
-        return {f"gradwire_worker_{item.name}": float(getattr(self, item.name)) for item in fields(self)}
+        own = {
+            f"gradwire_worker_{item.name}": getattr(self, item.name) for item in fields(self) if item.name != "others"
+        }
+        for counted in self.others.values():
+            for name in _DIVIDED:
+                own[name] += counted.get(name, 0.0)
+        return {name: float(value) for name, value in own.items()}
+
+
+_DIVIDED = [
+    f"gradwire_worker_{name}"
+    for name in (
+        *("sample_requests_total", "sample_requests", "prompt_tokens_total", "shared_prompts_total"),
+        *("requeued_samples_total", "sampled_tokens_total", "sampling_seconds_total"),
+    )
+]
+"""What each rank does a share of."""

@@ -23,11 +23,13 @@ class Device:
         torch_device: Where tensors are.
         name: For people: "cpu", or "cuda:0 (NVIDIA H200)".
         compute_dtype: Dtype of matrix products.
+        num_sharing: How many ranks have a part of it: all of this machine's where it is the CPU.
     """
 
     torch_device: torch.device
     name: str
     compute_dtype: torch.dtype
+    num_sharing: int = 1
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The autocast context that every forward runs in."""
@@ -41,11 +43,14 @@ class Device:
             torch.cuda.synchronize(self.torch_device)
 
     def total_bytes(self) -> int:
-        """Total memory: of the GPU, or of this machine or its control group. Not what is free now: what depends on it
-        (the shape of packs) must be the same after a restart, or the same log would give different bits."""
+        """Total memory: of the GPU, or this rank's share of this machine or its control group.
+
+        Not what is free now: what depends on it (the shape of packs) must be the same after a restart, or the same log
+        would give different bits.
+        """
         if self.torch_device.type == "cuda":
             return torch.cuda.get_device_properties(self.torch_device).total_memory
-        return total_host_bytes()
+        return total_host_bytes() // self.num_sharing
 
     def take_peak_bytes(self) -> int:
         """Memory in use: of a GPU the most that tensors took since this was asked last, elsewhere what the process
@@ -62,20 +67,21 @@ class Device:
             torch.cuda.empty_cache()
 
 
-def pick_device(local_rank: int = 0, compute_dtype: ComputeDtype = "auto") -> Device:
+def pick_device(local_rank: int = 0, compute_dtype: ComputeDtype = "auto", local_world_size: int = 1) -> Device:
     """CUDA if there is a GPU, otherwise the CPU; "auto" computes in bfloat16 on CUDA and in float32 on the CPU."""
     asked = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[compute_dtype]
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
         return Device(device, f"{device} ({torch.cuda.get_device_name(device)})", asked or torch.bfloat16)
-    return Device(torch.device("cpu"), "cpu", asked or torch.float32)
+    return Device(torch.device("cpu"), "cpu", asked or torch.float32, num_sharing=local_world_size)
 
 
-def set_num_threads() -> int:
-    """Lets torch use every CPU this process may run on, unless OMP_NUM_THREADS sets a number. Returns the number."""
+def set_num_threads(local_world_size: int = 1) -> int:
+    """Lets torch use this rank's share of the CPUs that this process may run on, unless OMP_NUM_THREADS sets a number.
+    Returns the number."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(num_available_cpus())
+        torch.set_num_threads(max(1, num_available_cpus() // local_world_size))
     return torch.get_num_threads()
 
 

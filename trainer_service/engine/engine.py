@@ -6,7 +6,7 @@ Shape suffixes: T tokens of one batch or microbatch, V vocabulary, K targets a t
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -23,15 +23,16 @@ from trainer_service.engine.base_models import BaseModels
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.losses.loss import Loss
-from trainer_service.engine.memory import plan_memory
+from trainer_service.engine.memory import MemoryPlan, plan_memory
 from trainer_service.engine.microbatch import Forwards
-from trainer_service.engine.models.load import describe, fetch, load_model
+from trainer_service.engine.models.load import describe, fetch
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.models.lora_targets import find_targets
-from trainer_service.engine.models.probe import find_traits
 from trainer_service.engine.models.quantized import check_base_dtype, quantize
-from trainer_service.engine.models.runner import prepare
+from trainer_service.engine.models.source import ModelSource
+from trainer_service.engine.parallel.sharding import free_cycles, readable, reshard
 from trainer_service.engine.passes import ForwardResult, Passes, Staged
+from trainer_service.engine.ranks import Ranks
 from trainer_service.engine.run_state import HeldGraph, RunState
 from trainer_service.engine.storage.checkpoints import Checkpoints, Label, SavedCheckpoint
 from trainer_service.engine.storage.snapshots import restore_snapshot
@@ -61,6 +62,7 @@ class Engine:
         settings: Settings for memory and precision.
         max_context_length: Longest sequence allowed, tokens; 0 means the model's own limit.
         served_model_name: Name of the model in messages and files for callers; "" for base_model.
+        ranks: Share models and batches; each rank has an engine, and calls the same verbs.
 
     Raises:
         InvalidArgumentError: The model cannot be loaded.
@@ -76,47 +78,56 @@ class Engine:
         settings: EngineSettings | None = None,
         max_context_length: int = 0,
         served_model_name: str = "",
+        ranks: Ranks | None = None,
     ) -> None:
         name = served_model_name or base_model
+        self.ranks = ranks or Ranks()
         self.limits = limits or Limits()
         self.device = device
         self.counters = Counters()
-        self._base_model = base_model
         self.folder = fetch(base_model)
         """Where the base model's files are."""
         settings = settings or EngineSettings()
         self._base_dtype: BaseDtype = settings.base_dtype
-        check_base_dtype(self._base_dtype, device.torch_device)
-        first = load_model(base_model, self.folder, device)
-        described = describe(first, base_model=name, device=device, max_context_length=max_context_length)
+        check_base_dtype(self._base_dtype, device.torch_device, world_size=self.ranks.world_size)
+        self.source = ModelSource(base_model, self.folder, device, self.ranks)
+        """Where its models come from."""
+        example = self.source.example
+        described = describe(example, base_model=name, device=device, max_context_length=max_context_length)
         self.model = replace(described, dtype=self._base_dtype)
         """What is trained, for GetServerInfo."""
-        self._checkpoints = Checkpoints(checkpoint_dir, self.model, self.folder)
-        self.traits = find_traits(first, device.torch_device, max_context_length=self.model.max_context_length)
+        self._checkpoints = Checkpoints(checkpoint_dir, self.model, self.folder, self.ranks.execution)
+        self.traits = self.source.find_traits(max_context_length=self.model.max_context_length)
         """What the architecture allows."""
-        self.memory = plan_memory(device, self.traits, settings, num_parameters=self.model.num_parameters)
-        """How memory is divided."""
-        vocab_size = first.config.get_text_config().vocab_size
+        own_parameters = -(-self.model.num_parameters // self.ranks.world_size)
+        plan = plan_memory(device, self.traits, settings, num_parameters=own_parameters)
+        self.memory = MemoryPlan(**self.ranks.execution.tell(asdict(plan)))
+        """How memory is divided, alike on all ranks."""
+        vocab_size = example.config.get_text_config().vocab_size
         forwards = Forwards(device, self.traits, self.memory, settings.activation_checkpointing, vocab_size)
-        self._passes = Passes(forwards, self.counters, self._held_graphs)
-        prepare(first, self.traits)
+        self._passes = Passes(forwards, self.counters, self._held_graphs, self.ranks)
+        first = self.source.load()
         self.lora_targets = find_targets(first, lambda: self._try_forward(first))
         """What LoRA runs can adapt."""
+        # What that forward gathered without gradients is not what a pass may train.
+        reshard(first)
         self._quantize(first)
-        self._base_models = BaseModels(name, first=first, load=self._load_base, targets=self.lora_targets)
+        self._base_models = BaseModels(
+            name, first=first, load=self._load_base, targets=self.lora_targets, ranks=self.ranks
+        )
         self._runs: dict[str, RunState] = {}
         self._adapter_offload = AdapterOffload(self.memory.max_device_adapter_bytes, self.counters)
         self.before_change: Callable[[PreTrainedModel], object] = lambda model: None
         """Called before the parameters of a model change, since samplers may be reading them."""
 
     def base_model(self) -> PreTrainedModel:
-        """The base model, for reading: a copy that no run has changed, loaded if there is none."""
+        """The base model, for reading: a copy that no run has changed, loaded if there is none; whole."""
         what = f"the base model's {self.model.num_parameters} parameters"
-        return self._attempt(self._base_models.base_model, what=what)
+        return self._attempt(lambda: readable(self._base_models.base_model()), what=what)
 
     def adapted_model(self, folder: Path) -> PreTrainedModel:
         """The base model with the adapter in a folder, for reading."""
-        return self._attempt(lambda: self._base_models.adapted_model(folder), what="an adapter")
+        return self._attempt(lambda: readable(self._base_models.adapted_model(folder)), what="an adapter")
 
     def create_run(self, run_id: str, *, lora: LoraSettings | None = None, adapter: str = "") -> None:
         """Creates a run with its own copy of the base model's parameters, or with an adapter beside a shared copy.
@@ -162,7 +173,8 @@ class Engine:
         """
         try:
             self._attempt(
-                lambda: restore_snapshot(self.run_state(run_id), snapshot_folder), what="the optimizer's state"
+                lambda: restore_snapshot(self.run_state(run_id), snapshot_folder, self.ranks.execution),
+                what="the optimizer's state",
             )
         except BaseException:
             self.delete_run(run_id)
@@ -173,6 +185,8 @@ class Engine:
         if self._runs.pop(run_id, None) is not None:
             self._base_models.deleted(run_id)
             self._adapter_offload.forget(run_id)
+            if self.ranks.world_size > 1:
+                free_cycles()
             self.device.release_cached_memory()
             self._count_held()
 
@@ -353,10 +367,11 @@ class Engine:
         return step
 
     def live_model(self, run_id: str) -> PreTrainedModel:
-        """A run's own model, for reading until it changes; see before_change."""
+        """A run's own model, for reading until it changes; see before_change. A whole copy, if that is in parts."""
         run = self._run(run_id)
-        run.being_read = True
-        return run.model
+        model = readable(run.model)
+        run.being_read = model is run.model
+        return model
 
     def run_state(self, run_id: str) -> RunState:
         """The state of a run, for the thread that calls the verbs.
@@ -367,8 +382,7 @@ class Engine:
         return self._run(run_id)
 
     def _load_base(self) -> PreTrainedModel:
-        model = load_model(self._base_model, self.folder, self.device)
-        prepare(model, self.traits)
+        model = self.source.load()
         self._quantize(model)
         return model
 
@@ -385,6 +399,7 @@ class Engine:
 
     def _will_change(self, run: RunState) -> None:
         self._base_models.will_change(run)
+        reshard(run.model)
         self.before_change(run.model)
         run.being_read = False
 
@@ -412,7 +427,7 @@ class Engine:
             logger.warning("Out of memory.", extra={"fields": {"what": what, "why": str(exc).partition("\n")[0]}})
         # Out here the exception is gone, and with it the frames that held tensors of the failed work.
         self.device.release_cached_memory()
-        raise error(
+        failure = error(
             "DEVICE_OUT_OF_MEMORY",
             f"{self.device.name} has no memory left for {what}, in forwards of at most {self.memory.max_pack_tokens} "
             f"tokens beside at most {self.memory.max_held_graph_bytes >> 20} MiB of held graphs. The run goes on. "
@@ -423,6 +438,7 @@ class Engine:
             max_pack_tokens=self.memory.max_pack_tokens,
             max_held_graph_bytes=self.memory.max_held_graph_bytes,
         )
+        raise self.ranks.alone_with(failure)
 
     def _held_graphs(self) -> list[HeldGraph]:
         return [graph for run in self._runs.values() for graph in run.graphs.values()]

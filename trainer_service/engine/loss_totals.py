@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainer_service.engine.losses.loss import Loss, LossInputs
 from trainer_service.engine.packed.packing import Pack
+from trainer_service.engine.ranks import Channel
 
 
 class LossTotals:
@@ -20,30 +21,32 @@ class LossTotals:
     Args:
         loss: The loss to evaluate.
         config: The settings that the caller gave; the others take their defaults.
+        channel: To the other ranks, which each evaluate it on their own microbatches.
     """
 
-    def __init__(self, loss: Loss, config: Mapping[str, float] | None) -> None:
+    def __init__(self, loss: Loss, config: Mapping[str, float] | None, channel: Channel) -> None:
         self._loss = loss
+        self._channel = channel
         self._settings = loss.settings(config)
-        self._found: list[dict[str, Tensor]] = []
+        self._found: list[tuple[int, dict[str, Tensor]]] = []
         self._seen: list[tuple[Pack, LossInputs]] = []
         self._numbers: list[dict[str, float]] | None = None
 
-    def add(self, pack: Pack, inputs: LossInputs) -> Tensor:
-        """Evaluates the loss on one microbatch; returns it with its graph."""
+    def add(self, number: int, pack: Pack, inputs: LossInputs) -> Tensor:
+        """Evaluates the loss on the microbatch of that number in the batch; returns it with its graph."""
         output = self._loss.fn(inputs, self._settings)
         self._numbers = None
         found = {**output.metrics, "loss:sum": output.loss, "num_loss_tokens:sum": output.num_loss_tokens}
-        self._found.append({name: value.detach() for name, value in found.items()})
+        self._found.append((number, {name: value.detach() for name, value in found.items()}))
         self._seen.append((pack, LossInputs(inputs.target_logprobs_TK.detach(), inputs.inputs, inputs.cu_seqlens)))
         return output.loss
 
     def metrics(self) -> dict[str, float]:
-        """Metrics over all microbatches, by `name:reduction`."""
+        """Metrics over all microbatches, by `name:reduction`. Every rank calls this."""
         return combine_metrics(self._on_host())
 
     def check_finite(self, batch: Batch) -> None:
-        """Refuses a loss that is NaN or infinite.
+        """Refuses a loss that is NaN or infinite. Every rank calls this.
 
         Args:
             batch: The batch of the operation; it names its datums.
@@ -55,7 +58,8 @@ class LossTotals:
         if all(math.isfinite(value) for value in values):
             return
         # Every loss may be finite but their sum infinite.
-        datum, value = min(self._not_finite(), default=(None, math.fsum(values)))
+        everybodys = [tuple(found) for own in self._channel.gather(list(self._not_finite())) for found in own]
+        datum, value = min(everybodys, default=(None, math.fsum(values)))
         where = "the whole batch" if datum is None else batch.datum_path(datum)
         text = (
             f"{self._loss.name} of {where} is {value}. Nothing of this call is applied; check that datum's loss "
@@ -66,9 +70,12 @@ class LossTotals:
     def _on_host(self) -> list[dict[str, float]]:
         if self._numbers is not None:
             return self._numbers
-        values = [value.double() for found in self._found for value in found.values()]
-        numbers = iter(torch.stack(values).tolist())
-        self._numbers = [{name: next(numbers) for name in found} for found in self._found]
+        values = [value.double() for _, found in self._found for value in found.values()]
+        numbers = iter(torch.stack(values).tolist() if values else ())
+        own = [(number, {name: next(numbers) for name in found}) for number, found in self._found]
+        everybodys = [found for each in self._channel.gather(own) for found in each]
+        # In the batch's order, so that sums do not depend on who evaluated what.
+        self._numbers = [found for _, found in sorted(everybodys, key=lambda one: one[0])]
         return self._numbers
 
     def _not_finite(self) -> Iterator[tuple[int, float]]:

@@ -19,7 +19,8 @@ from trainer_service.engine.memory import MemoryPlan, held_bytes_per_token
 from trainer_service.engine.models import runner
 from trainer_service.engine.models.runner import Traits
 from trainer_service.engine.packed.attention import PackAttention, pack_in_use
-from trainer_service.engine.packed.packing import Pack
+from trainer_service.engine.parallel.shares import Place
+from trainer_service.engine.ranks import Channel
 from trainer_service.worker_config import Checkpointing
 
 _FLOAT_BYTES = 4
@@ -73,13 +74,17 @@ class Microbatch:
     """One pack, ready to run.
 
     Args:
-        pack: The rows of the batch it answers.
+        place: The rows of the batch it answers, and what other ranks run meanwhile.
         columns: The batch.
         forwards: How it goes through a model.
     """
 
-    def __init__(self, pack: Pack, columns: Columns, forwards: Forwards) -> None:
-        self.pack = pack
+    def __init__(self, place: Place, columns: Columns, forwards: Forwards) -> None:
+        pack = self.pack = place.pack
+        self.number = place.number
+        """Of its pack in the batch; None for one that answers nothing."""
+        self.round = place.round
+        """What all ranks run meanwhile."""
         self._forwards = forwards
         self._attention = PackAttention.of(pack) if forwards.traits.packed else None
         self.rows_R = self._put(pack.rows_R)
@@ -91,12 +96,12 @@ class Microbatch:
 
     @property
     def held_bytes(self) -> int:
-        """Memory that its graph holds."""
-        return self._forwards.held_bytes(self.pack.num_tokens)
+        """Memory that its graph holds; where ranks differ, the most that one of theirs does."""
+        return self._forwards.held_bytes(self.round.longest)
 
     def logprobs(self, model: PreTrainedModel) -> Tensor:
         """Logprobs of the rows' targets, float32, with a graph if grad is enabled."""
-        forwards, num_tokens = self._forwards, self.pack.num_tokens
+        forwards, num_tokens = self._forwards, self.round.longest
         with forwards.device.autocast(), pack_in_use(self._attention):
             return runner.run(
                 model,
@@ -124,15 +129,17 @@ class Microbatch:
         return torch.from_numpy(array).to(self._forwards.device.torch_device, non_blocking=True)
 
 
-def gather(pieces: list[tuple[Microbatch, Tensor]], like: Tensor) -> npt.NDArray[np.float32]:
-    """Per-row values of all microbatches in the batch's order, on the host.
+def gather(pieces: list[tuple[Microbatch, Tensor]], like: Tensor, channel: Channel) -> npt.NDArray[np.float32]:
+    """Per-row values of all microbatches, of all ranks, in the batch's order, on the host.
 
     Args:
-        pieces: Microbatches, each with the values of its rows.
+        pieces: This rank's microbatches, each with the values of its rows.
         like: A tensor with the whole's shape, on the device.
+        channel: To the other ranks, all of which call this.
     """
-    whole = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    whole = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
     for microbatch, values in pieces:
         whole[microbatch.rows_R] = values.detach()
     found: npt.NDArray[Any] = whole.cpu().numpy()
+    channel.put_together(found)
     return found

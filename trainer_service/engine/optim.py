@@ -11,6 +11,8 @@ import torch
 from gradwire.types import AdamParams
 from torch import Tensor, nn
 
+from trainer_service.engine.parallel.sharding import part, sum_gradients, whole
+from trainer_service.engine.ranks import Ranks
 from trainer_service.engine.step_bounds import Largest, StepBounds
 
 
@@ -34,10 +36,12 @@ class AdamW:
     """torch.optim.AdamW, fused. Its state is float32 and created at the first step.
 
     Args:
-        parameters: What it trains.
+        parameters: What it trains: parts of a sharded model, or what is the same on every rank.
+        ranks: All of which take each step together.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Ranks()
         self._optimizer = torch.optim.AdamW(list(parameters), fused=True)
         self._bounds = StepBounds()
 
@@ -49,9 +53,10 @@ class AdamW:
             divisor: What the gradients are divided by first.
         """
         group = self._optimizer.param_groups[0]
+        sum_gradients(group["params"], self._ranks.world_size)
         trained: list[nn.Parameter] = [p for p in group["params"] if p.grad is not None]
         grads = [p.grad for p in trained if p.grad is not None]
-        grad_norm = float(torch.nn.utils.get_total_norm(grads)) / divisor
+        grad_norm = float(whole(torch.nn.utils.get_total_norm(grads))) / divisor
         if not math.isfinite(grad_norm):
             return StepResult(applied=False, grad_norm=grad_norm)
         group.update(
@@ -65,9 +70,9 @@ class AdamW:
         scale = divisor / shrink
         # The fused kernel divides by grad_scale as it reads each gradient, as torch.amp does to unscale.
         self._optimizer.grad_scale = None if scale == 1.0 else _scalar(scale, grads[0])  # pyright: ignore[reportAttributeAccessIssue]
-        if not self._bounds.admit(params, grad_norm * shrink, self._largest):
+        if not self._bounds.admit(params, grad_norm * shrink, self._largest_anywhere):
             for parameter in trained:
-                if self._overflows(parameter):
+                if any(self._ranks.execution.gather(self._overflows(parameter))):
                     return StepResult(applied=False, grad_norm=grad_norm, overflowing=parameter)
         try:
             self._optimizer.step()
@@ -98,32 +103,38 @@ class AdamW:
 
     def _overflows(self, parameter: nn.Parameter) -> bool:
         """Whether the step would make a finite element, or a moment, NaN or infinite; tried on a copy."""
-        before = parameter.detach()
+        before = part(parameter.detach())
         trial = nn.Parameter(before.clone())
         assert parameter.grad is not None
-        trial.grad = parameter.grad.clone()
+        trial.grad = part(parameter.grad).clone()
         group = self._optimizer.param_groups[0]
         optimizer = torch.optim.AdamW([trial], fused=True)
         optimizer.param_groups[0].update({name: value for name, value in group.items() if name != "params"})
         optimizer.grad_scale = self._optimizer.grad_scale  # pyright: ignore[reportAttributeAccessIssue]
         if state := self.state_of(parameter):
-            optimizer.state[trial] = {name: tensor.clone() for name, tensor in state.items()}
+            optimizer.state[trial] = {name: part(tensor).clone() for name, tensor in state.items()}
         optimizer.step()
         moments = [optimizer.state[trial][name] for name in ("exp_avg", "exp_avg_sq")]
         # An infinite parameter may be intended, such as a bias that forbids a token.
         fine = [trial.detach().isfinite() | ~before.isfinite(), *(moment.isfinite() for moment in moments)]
         return not all(bool(each.all()) for each in fine)
 
+    def _largest_anywhere(self) -> Largest:
+        """Over all ranks."""
+        own = self._largest()
+        found = torch.tensor(self._ranks.execution.gather([own.parameter, own.exp_avg]))
+        return Largest(*found.amax(0).tolist())
+
     @torch.no_grad()
     def _largest(self) -> Largest:
         """What the bounds start from; NaN if a moment is one that no step of Adam produces."""
-        trained = [p for p in self._optimizer.param_groups[0]["params"] if p.numel()]
+        trained = [p for p in self._optimizer.param_groups[0]["params"] if part(p).numel()]
         parameter = _max(map(_absolute_max, trained))
         if not math.isfinite(parameter):
-            parameter = _max(_absolute_max(p.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)) for p in trained)
+            parameter = _max(_absolute_max(part(p).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)) for p in trained)
         states = [state for p in trained if (state := self.state_of(p))]
         for state in states:
-            low, high = torch.aminmax(state["exp_avg_sq"])
+            low, high = torch.aminmax(part(state["exp_avg_sq"]))
             if not 0 <= low.item() <= high.item() < math.inf:
                 return Largest(parameter, math.nan)
         return Largest(parameter, _max(_absolute_max(state["exp_avg"]) for state in states))
@@ -137,7 +148,7 @@ class AdamW:
 
 def _absolute_max(tensor: Tensor) -> Tensor:
     """The largest absolute value; NaN if any is NaN."""
-    low, high = torch.aminmax(tensor)
+    low, high = torch.aminmax(part(tensor))
     return torch.maximum(-low, high)
 
 

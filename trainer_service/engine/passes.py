@@ -18,6 +18,8 @@ from trainer_service.engine.loss_totals import LossTotals
 from trainer_service.engine.losses.loss import Loss
 from trainer_service.engine.microbatch import Columns, Forwards, Microbatch, gather
 from trainer_service.engine.models.batching import plan
+from trainer_service.engine.parallel.shares import plan_shares
+from trainer_service.engine.ranks import Channel, Ranks
 from trainer_service.engine.run_state import HeldGraph, HeldPiece, RunState
 from trainer_service.engine.validation import check_gradients_shape
 
@@ -57,12 +59,20 @@ class Staged:
         batch: The checked batch.
         loss: The loss to evaluate; None for none.
         config: The loss settings that the caller gave.
+        place: Puts this rank's share on the device.
+        channel: To the other ranks.
     """
 
     def __init__(
-        self, batch: Batch, loss: Loss | None, config: Mapping[str, float] | None, place: Callable[[], DeviceBatch]
+        self,
+        batch: Batch,
+        loss: Loss | None,
+        config: Mapping[str, float] | None,
+        place: Callable[[], DeviceBatch],
+        channel: Channel,
     ) -> None:
         self.batch, self.loss, self.config = batch, loss, config
+        self._channel = channel
         self._place = place
         self._ahead: DeviceBatch | None = None
 
@@ -76,7 +86,7 @@ class Staged:
 
     def totals(self) -> LossTotals | None:
         """Adds up its loss; None if it has none."""
-        return LossTotals(self.loss, self.config) if self.loss else None
+        return LossTotals(self.loss, self.config, self._channel) if self.loss else None
 
 
 class Passes:
@@ -86,16 +96,20 @@ class Passes:
         forwards: How microbatches go through a model.
         counters: Counts passes and tokens.
         held_graphs: Returns all held graphs, of every run.
+        ranks: Share every batch.
     """
 
-    def __init__(self, forwards: Forwards, counters: Counters, held_graphs: Callable[[], Iterable[HeldGraph]]) -> None:
+    def __init__(
+        self, forwards: Forwards, counters: Counters, held_graphs: Callable[[], Iterable[HeldGraph]], ranks: Ranks
+    ) -> None:
+        self._ranks = ranks
         self._forwards = forwards
         self._counters = counters
         self._held_graphs = held_graphs
 
     def stage(self, batch: Batch, loss: Loss | None = None, config: Mapping[str, float] | None = None) -> Staged:
         """A pass over a checked batch, with or without a loss, not on the device yet."""
-        return Staged(batch, loss, config, lambda: self._place(batch, loss))
+        return Staged(batch, loss, config, lambda: self._place(batch, loss), self._ranks.execution)
 
     def forward(self, run: RunState, seq_id: int, staged: Staged, *, keep_graph: bool) -> ForwardResult:
         """Logprobs, and the metrics of the loss if there is one; keep_graph holds the graph for one backward."""
@@ -109,9 +123,9 @@ class Passes:
             pieces.append((microbatch, logprobs_RK.detach()))
             if keep_graph:
                 held.append(HeldPiece(microbatch, logprobs_RK if with_graph else None))
-            if totals is not None:
-                totals.add(microbatch.pack, microbatch.loss_inputs(logprobs_RK))
-        result = _result(staged.batch, placed.columns, pieces, totals.metrics() if totals else {})
+            if totals is not None and microbatch.number is not None:
+                totals.add(microbatch.number, microbatch.pack, microbatch.loss_inputs(logprobs_RK))
+        result = self._result(staged.batch, placed.columns, pieces, totals.metrics() if totals else {})
         if keep_graph:
             run.graphs[seq_id] = HeldGraph(held, result.logprobs_TK.shape, staged.batch.num_sequences)
         return result
@@ -128,9 +142,14 @@ class Passes:
         for microbatch in placed.microbatches:
             logprobs_RK = self._logprobs(run, microbatch)
             pieces.append((microbatch, logprobs_RK.detach()))
-            self._backward(microbatch, totals.add(microbatch.pack, microbatch.loss_inputs(logprobs_RK)))
+            if microbatch.number is None:
+                # Of no row: a gradient of zeros.
+                self._backward(microbatch, logprobs_RK.sum())
+                continue
+            loss = totals.add(microbatch.number, microbatch.pack, microbatch.loss_inputs(logprobs_RK))
+            self._backward(microbatch, loss)
         totals.check_finite(staged.batch)
-        result = _result(staged.batch, placed.columns, pieces, totals.metrics())
+        result = self._result(staged.batch, placed.columns, pieces, totals.metrics())
         run.accumulation.add(
             num_loss_tokens=int(result.metrics["num_loss_tokens:sum"]), num_sequences=staged.batch.num_sequences
         )
@@ -154,7 +173,7 @@ class Passes:
             piece = graph.pieces.pop(0)
             logprobs_RK = piece.logprobs_RK
             if logprobs_RK is None:
-                recomputed += 1
+                recomputed += len(piece.microbatch.round.packs)
                 logprobs_RK = self._logprobs(run, piece.microbatch)
             self._backward(piece.microbatch, logprobs_RK, on_device_TK[piece.microbatch.rows_R])
         self._counters.recomputed_graphs_total += recomputed
@@ -163,15 +182,20 @@ class Passes:
         return {"num_loss_tokens:sum": float(num_loss_tokens), "forward_passes:sum": float(recomputed)}
 
     def _place(self, batch: Batch, loss: Loss | None) -> DeviceBatch:
-        """Cuts a batch into microbatches and puts it on the device, with the inputs of its loss."""
-        forwards = self._forwards
-        packs = plan(batch.tokens_T, batch.cu_seqlens, forwards.traits, max_tokens=forwards.memory.max_pack_tokens)
+        """Cuts a batch into microbatches and puts this rank's on the device, with the inputs of its loss."""
+        traits = self._forwards.traits
+        shares = plan_shares(
+            lambda max_tokens: plan(batch.tokens_T, batch.cu_seqlens, traits, max_tokens=max_tokens),
+            max_tokens=self._forwards.memory.max_pack_tokens,
+            world_size=self._ranks.world_size,
+        )
         columns = Columns(
             tokens_T=self._copy(batch.tokens_T).long(),
             targets_TK=self._copy(batch.loss_fn_inputs["target_tokens"]),
             inputs={name: self._copy(batch.loss_fn_inputs[name]) for name in (loss.inputs if loss else ())},
         )
-        return DeviceBatch(columns, tuple(Microbatch(pack, columns, self._forwards) for pack in packs))
+        own = shares[self._ranks.rank]
+        return DeviceBatch(columns, tuple(Microbatch(place, columns, self._forwards) for place in own))
 
     def _copy(self, array: npt.NDArray[Any]) -> Tensor:
         # A copy even on the CPU: arrays off the wire are read-only, which torch does not accept, and a held graph must
@@ -181,15 +205,15 @@ class Passes:
     def _logprobs(self, run: RunState, microbatch: Microbatch) -> Tensor:
         """Logprobs of one microbatch's targets, float32, with a graph if grad is enabled."""
         logprobs_RK = microbatch.logprobs(run.model)
-        self._counters.forward_passes_total += 1
-        self._counters.tokens_total += microbatch.pack.num_tokens
-        self._counters.shared_tokens_total += microbatch.pack.num_shared_tokens
-        self._counters.padding_tokens_total += microbatch.pack.num_padding_tokens
+        self._counters.forward_passes_total += len(microbatch.round.packs)
+        self._counters.tokens_total += microbatch.round.num_tokens
+        self._counters.shared_tokens_total += microbatch.round.num_shared_tokens
+        self._counters.padding_tokens_total += microbatch.round.num_padding_tokens
         return logprobs_RK
 
     def _backward(self, microbatch: Microbatch, output: Tensor, gradient: Tensor | None = None) -> None:
         microbatch.backward(output, gradient)
-        self._counters.backward_passes_total += 1
+        self._counters.backward_passes_total += len(microbatch.round.packs)
 
     def _make_room(self, microbatch: Microbatch, own: list[HeldPiece]) -> bool:
         """Drops the oldest graphs until this one fits, except those of the same forward. Returns whether it fits.
@@ -209,14 +233,15 @@ class Passes:
             piece.logprobs_RK = None
         return True
 
-
-def _result(
-    batch: Batch, columns: Columns, pieces: list[tuple[Microbatch, Tensor]], metrics: Mapping[str, float]
-) -> ForwardResult:
-    counted = {
-        "num_tokens:sum": float(batch.num_tokens),
-        "num_sequences:sum": float(batch.num_sequences),
-        "num_shared_tokens:sum": float(sum(microbatch.pack.num_shared_tokens for microbatch, _ in pieces)),
-        "forward_passes:sum": float(len(pieces)),
-    }
-    return ForwardResult(gather(pieces, columns.targets_TK), batch.cu_seqlens, {**counted, **metrics})
+    def _result(
+        self, batch: Batch, columns: Columns, pieces: list[tuple[Microbatch, Tensor]], metrics: Mapping[str, float]
+    ) -> ForwardResult:
+        """What a pass has found, put together from all ranks."""
+        counted = {
+            "num_tokens:sum": float(batch.num_tokens),
+            "num_sequences:sum": float(batch.num_sequences),
+            "num_shared_tokens:sum": float(sum(microbatch.round.num_shared_tokens for microbatch, _ in pieces)),
+            "forward_passes:sum": float(sum(len(microbatch.round.packs) for microbatch, _ in pieces)),
+        }
+        logprobs_TK = gather(pieces, columns.targets_TK, self._ranks.execution)
+        return ForwardResult(logprobs_TK, batch.cu_seqlens, {**counted, **metrics})

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from gradwire.errors import GradwireError, error
@@ -88,6 +88,8 @@ class RunState:
     run_id: str
     model: PreTrainedModel
     optimizer: AdamW
+    trained: Mapping[str, Parameter]
+    """The parameters that train, by name; tied ones once. They stay the same for as long as the run lives."""
     adapter: PeftModel | None = None
     """For a LoRA run: PEFT's view of `model`."""
     lora: LoraSettings | None = None
@@ -105,8 +107,6 @@ class RunState:
     accumulation: Accumulation = field(default_factory=Accumulation)
     graphs: dict[int, HeldGraph] = field(default_factory=dict)
     """Held graphs by the seq_id of their forward."""
-    _trained: dict[str, Parameter] = field(default_factory=dict)
-    """Cached, since walking through all modules takes milliseconds."""
     _gone: OrderedDict[int, str] = field(default_factory=OrderedDict)
     """Why graphs are no longer held, for error messages; only the latest reasons are kept."""
 
@@ -115,12 +115,9 @@ class RunState:
         """0 if all parameters train."""
         return 0 if self.adapter is None else adapter_rank(self.adapter)
 
-    def trained_parameters(self) -> dict[str, Parameter]:
-        """The parameters that train, by name; tied ones once. They stay the same while the run lives."""
-        if not self._trained:
-            named = self.model.named_parameters()
-            self._trained = {name: parameter for name, parameter in named if parameter.requires_grad}
-        return self._trained
+    def trained_parameters(self) -> Mapping[str, Parameter]:
+        """`trained`."""
+        return self.trained
 
     def clear_gradients(self) -> None:
         """Clears gradients and the taint of a failed pass."""

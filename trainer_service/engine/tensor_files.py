@@ -52,7 +52,20 @@ class Sink(Protocol):
 
 def write_tensors(file: Sink, tensors: Mapping[str, Tensor]) -> None:
     """Writes a file. Tensors on a device come to the host a few MiB at a time."""
-    header: dict[str, Any] = {}
+    write_header(file, tensors)
+    for tensor in tensors.values():
+        write_values(file, tensor)
+
+
+def write_header(file: Sink, tensors: Mapping[str, Tensor], *, about: Mapping[str, str] | None = None) -> None:
+    """Writes what comes before the tensors' values, which `write_values` writes next, in this order.
+
+    Args:
+        file: Empty.
+        tensors: Have dtypes and shapes; only those are looked at.
+        about: Goes into the file's __metadata__.
+    """
+    header: dict[str, Any] = {} if about is None else {"__metadata__": dict(about)}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
@@ -61,9 +74,12 @@ def write_tensors(file: Sink, tensors: Mapping[str, Tensor]) -> None:
     # The format wants tensors to begin at a multiple of 8.
     encoded += b" " * (-len(encoded) % _LENGTH_BYTES)
     file.write(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
-    for tensor in tensors.values():
-        for chunk in _chunks(tensor.detach()):
-            file.write(chunk)
+
+
+def write_values(file: Sink, tensor: Tensor) -> None:
+    """Writes the next tensor's values, a few MiB at a time."""
+    for chunk in _chunks(tensor.detach()):
+        file.write(chunk)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

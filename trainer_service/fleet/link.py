@@ -74,16 +74,18 @@ class Link:
             return
         deliver(reply)
 
-    def fail_pending(self, exc: GradwireError, *, executing: int = 0) -> None:
+    def fail_pending(self, exc: GradwireError, *, executing: int = 0, because: GradwireError | None = None) -> None:
         """Tells all callers that wait that no answer will come.
 
         Args:
             exc: Why.
             executing: The command_id that the worker was executing; 0 for none.
+            because: Why that command cannot be executed, where the worker has left that.
         """
         pending, self._pending = self._pending, {}
         for command_id, deliver in pending.items():
-            deliver(Died(exc, executing=command_id == executing))
+            died_of_it = command_id == executing
+            deliver(Died(exc, executing=died_of_it, because=because if died_of_it else None))
 
 
 def worker_service_handler(servicer: "WorkerServicer") -> grpc.GenericRpcHandler:

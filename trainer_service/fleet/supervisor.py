@@ -13,7 +13,7 @@ from gradwire.errors import GradwireError, error
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerReady
 
 from trainer_service.config import Limits
-from trainer_service.executing import executing_command
+from trainer_service.executing import executing_command, take_reason
 from trainer_service.fleet import heartbeat
 from trainer_service.fleet.link import Link, WorkerServicer, worker_service_handler
 from trainer_service.fleet.rank_processes import RankProcesses
@@ -44,7 +44,6 @@ class WorkerSupervisor:
     Args:
         config: What every rank is told.
         timeouts: How long a silent worker is waited for.
-        local_world_size: Ranks on this machine.
         max_message_bytes: The largest message between trainer and worker.
         command: Replaces the command line of a rank, for tests; gets the socket's path.
     """
@@ -54,13 +53,11 @@ class WorkerSupervisor:
         config: WorkerConfig,
         *,
         timeouts: WorkerTimeouts | None = None,
-        local_world_size: int = 1,
         max_message_bytes: int = Limits.max_message_bytes,
         command: Callable[[str], list[str]] | None = None,
     ) -> None:
         self._config = config
         self._timeouts = timeouts or WorkerTimeouts()
-        self._local_world_size = local_world_size
         self._command = command or self._rank_command
         self._link: Link | None = None
         handler = worker_service_handler(WorkerServicer(lambda: self._link, self._became_ready))
@@ -209,7 +206,8 @@ class WorkerSupervisor:
             logger.error("Worker ended.", extra={"fields": {"reason": died.message}})
             for callback in self._death_callbacks:
                 callback(died)
-        link.fail_pending(died, executing=executing_command(self._socket.path))
+        path = self._socket.path
+        link.fail_pending(died, executing=executing_command(path), because=take_reason(path))
 
     def _rank_command(self, socket: str) -> list[str]:
         return [sys.executable, "-m", "trainer_service.engine", f"--socket={socket}", *command_line(self._config)]
@@ -236,7 +234,7 @@ class WorkerSupervisor:
             self._command(self._socket.path),
             env=env,
             folder=self._socket.folder,
-            local_world_size=self._local_world_size,
+            local_world_size=self._config.ranks.nproc_per_node,
         )
 
     async def _wait_for_end(self, link: Link, ranks: RankProcesses) -> str:

@@ -23,9 +23,10 @@ class Died(UnavailableError):
     Args:
         cause: Says which, in words for the caller.
         executing: Whether the worker died while it executed this very command.
+        because: Why this command cannot be executed, where the worker has left that; it need not be tried again.
     """
 
-    def __init__(self, cause: GradwireError, *, executing: bool = False) -> None:
+    def __init__(self, cause: GradwireError, *, executing: bool = False, because: GradwireError | None = None) -> None:
         super().__init__(
             cause.message,
             reason=cause.reason,
@@ -34,6 +35,7 @@ class Died(UnavailableError):
             code=cause.code,
         )
         self.executing = executing
+        self.because = because
 
 
 Deliver = Callable[[Reply | Died], None]

@@ -250,6 +250,8 @@ class Placement:
                 entry.deaths_s.append(time.perf_counter())
             else:
                 entry.attempts -= 1
+            if outcome.because is not None:
+                self._fail(entry, outcome.because)
         elif self._undone.pop(entry.seq_id, None) is not None:
             entry.memory_bytes = outcome.event.counters.get("gradwire_worker_memory_bytes", 0.0)
             self._owner.done(entry, outcome.event.response, bytes(outcome.encoded_response))
@@ -354,6 +356,8 @@ class Placement:
             if self.waiting and any(entry.failure is None for entry in self._undone.values()):
                 self.wake()
             return
+        if isinstance(exc, Died) and exc.because is not None:
+            exc = exc.because
         if isinstance(exc, GradwireError) and exc.reason in NO_ROOM:
             self.not_before_s = time.monotonic() + _MEMORY_RETRY_S
             self._no_room(exc)

@@ -161,7 +161,10 @@ def server_info(message: GetServerInfoResponse) -> ServerInfo:
     return _copied(
         ServerInfo,
         message,
-        models=tuple(_copied(ModelInfo, model, aliases=tuple(model.aliases)) for model in message.models),
+        models=tuple(
+            _copied(ModelInfo, model, aliases=tuple(model.aliases), world_size=model.world_size or 1)
+            for model in message.models
+        ),
         losses=tuple(
             _copied(
                 LossInfo,

@@ -28,6 +28,8 @@ class ModelInfo:
     """How samples are decoded, such as "together", or in which other way and why."""
     aliases: tuple[str, ...] = ()
     """Further names that it may be given."""
+    world_size: int = 1
+    """Ranks that its parameters and batches are shared out among."""
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,21 @@ async def test_a_death_is_held_against_the_command_that_was_executing_and_no_oth
         assert [died.executing for died in await asyncio.gather(*pending)] == executing
 
 
+async def test_the_reason_that_a_rank_leaves_is_of_the_command_it_died_of_and_of_no_other():
+    async with supervised(behaves("leaves-a-reason", "exits-at-first-command", "work")) as supervisor:
+        await ready(supervisor)
+        first, second = await asyncio.gather(submit(supervisor), submit(supervisor))
+        assert (first.executing, second.executing) == (True, False)
+        assert first.because.reason == "DEVICE_OUT_OF_MEMORY"
+        assert first.because.metadata == {"device": "fake"}
+        assert second.because is None
+        # It was said once, and the next death has another.
+        await ready(supervisor)
+        died = await submit(supervisor)
+        assert died.executing
+        assert died.because is None
+
+
 async def test_a_worker_that_exits_is_quoted():
     async with supervised(behaves("exits-at-first-command", "work")) as supervisor:
         await ready(supervisor)

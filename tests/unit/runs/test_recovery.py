@@ -172,6 +172,22 @@ async def test_the_third_death_under_one_operation_fails_it_and_the_run_goes_on(
         assert (await innocent).optim_step.step == 1
 
 
+async def test_a_death_whose_reason_is_known_fails_its_operation_at_once(tmp_path: Path):
+    worker = FakeWorker(because=error("DEVICE_OUT_OF_MEMORY", "There is no memory left for it."))
+    async with trainer(tmp_path, worker) as runs:
+        run = await runs.create(CreateRunRequest())
+        await run.execute(step(1))
+        worker.poison.add((run.run_id, 2))
+        answers = [asyncio.create_task(run.execute(operation)) for operation in (forward_backward(2), step(3))]
+        async with asyncio.timeout(5):
+            failed = from_status((await answers[0]).error)
+            assert worker.ready is None
+            worker.become_ready()
+            assert (await answers[1]).optim_step.step == 2
+        assert (failed.reason, failed.message) == ("DEVICE_OUT_OF_MEMORY", "There is no memory left for it.")
+        assert (2, "fail_operation") in operations(worker)
+
+
 async def test_deaths_are_counted_across_trainers(tmp_path: Path):
     async with trainer(tmp_path, FakeWorker()) as runs:
         run_id = (await runs.create(CreateRunRequest())).run_id

@@ -1,7 +1,6 @@
 """Adapters as folders that plain peft opens: adapter_config.json and adapter_model.safetensors."""
 
 import dataclasses
-from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from trainer_service.engine.models.lora_layer import ADAPTER
 from trainer_service.engine.models.lora_targets import Targets
 from trainer_service.engine.models.older_experts import stack_experts
 from trainer_service.engine.tensor_files import DTYPES, read_tensors
-from trainer_service.folders import whole_folder
 
 _FREE = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
@@ -35,19 +33,6 @@ _FREE = {
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LEAVES_BASE_ALONE = (True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights with which an adapter belongs to the base model as it is."""
-
-
-def save_adapter(model: PeftModel, folder: Path, *, about: Mapping[str, Any], overwrite: bool) -> int:
-    """Writes an adapter, whole or not at all. Returns the size of all files, bytes.
-
-    Raises:
-        AlreadyExistsError: CHECKPOINT_EXISTS: the folder is there and overwrite is off.
-        FailedPreconditionError: STORAGE_FAILED: the disk is full or cannot be written; nothing is left behind.
-    """
-    needed_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    with whole_folder(folder, about=about, overwrite=overwrite, needed_bytes=needed_bytes) as writer:
-        write_adapter(model, writer.path)
-    return writer.size_bytes
 
 
 def write_adapter(model: PeftModel, folder: Path) -> None:

@@ -5,7 +5,6 @@ import copy
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch
 from gradwire._wire.tokenizer_files import CHAT_TEMPLATE_FOLDER, TOKENIZER_FILES
 from gradwire.errors import invalid_field
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer_service.engine.models.streamed_export import write_sharded_model
+from trainer_service.engine.parallel.sharding import record_of
 from trainer_service.engine.tensor_files import read_tensors
-from trainer_service.folders import whole_folder
 
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes that parameters may be written in, by name."""
@@ -35,47 +35,32 @@ def stored_dtype(folder: Path) -> str:
     return next((name for name, dtype in EXPORT_DTYPES.items() if most and most[0][0] == dtype), "float32")
 
 
-def export(
-    model: PreTrainedModel,
-    *,
-    source: Path,
-    folder: Path,
-    about: Mapping[str, Any],
-    overwrite: bool,
-    dtype: torch.dtype = torch.float32,
-) -> int:
-    """Writes parameters, config and tokenizer, so that `from_pretrained(folder)` loads them.
+def write_model(
+    model: PreTrainedModel, source: Path, folder: Path | None, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Writes parameters, config and tokenizer, so that `from_pretrained(folder)` loads them. Every rank calls this.
 
     Args:
         model: The model to write.
         source: Folder the model was loaded from, for the tokenizer's files.
-        folder: Where the export goes, whole or not at all.
-        about: Goes into the manifest.
-        overwrite: Replace what is there.
+        folder: Where the files go; None on ranks that only help.
         dtype: Dtype of the parameters in the files. In float32, as they train, nothing is lost.
-
-    Returns:
-        Size of all files, bytes.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD: a parameter is infinite in that dtype.
-        AlreadyExistsError: CHECKPOINT_EXISTS: the folder is there and overwrite is off.
-        FailedPreconditionError: STORAGE_FAILED: the disk is full or cannot be written; nothing is left behind.
+        OSError: They cannot be written.
     """
-    needed_bytes = sum(p.numel() * dtype.itemsize for p in model.parameters())
-    with whole_folder(folder, about=about, overwrite=overwrite, needed_bytes=needed_bytes) as writer:
-        write_model(model, source, writer.path, dtype=dtype)
-    return writer.size_bytes
-
-
-def write_model(model: PreTrainedModel, source: Path, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the files of an export; see there. Raises OSError where that fails."""
-    try:
-        _in_dtype(model, dtype).save_pretrained(folder)
-    except SafetensorError as exc:
-        # What it makes of a failed write.
-        raise OSError(str(exc)) from exc
-    _copy_tokenizer(source, folder)
+    if record_of(model) is not None:
+        exact = _exact(model, dtype)
+        write_sharded_model(model, folder, dtype=dtype, cast=lambda name, tensor: _cast(name, tensor, dtype, exact))
+    elif folder is not None:
+        try:
+            _in_dtype(model, dtype).save_pretrained(folder)
+        except SafetensorError as exc:
+            # What it makes of a failed write.
+            raise OSError(str(exc)) from exc
+    if folder is not None:
+        _copy_tokenizer(source, folder)
 
 
 def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -85,22 +70,34 @@ def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """
     if dtype == torch.float32:
         return model
+    exact = _exact(model, dtype)
+    cast: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for name, parameter in model.named_parameters():
+        tensor = _cast(name, parameter.detach(), dtype, exact)
+        cast[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+    return copy.deepcopy(model, cast)
+
+
+def _exact(model: PreTrainedModel, dtype: torch.dtype) -> "re.Pattern[str] | None":
+    """Finds the names of parameters that stay in float32; None where none do."""
     kept = {*(model._keep_in_fp32_modules_strict or ())}
     if dtype == torch.float16:
         kept |= {*(model._keep_in_fp32_modules or ())}
-    exact = re.compile(rf"(?:^|\.)(?:{'|'.join(map(re.escape, sorted(kept)))})(?:\.|$)") if kept else None
-    cast: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for name, parameter in model.named_parameters():
-        if exact is not None and exact.search(name):
-            cast[id(parameter)] = parameter
-            continue
-        tensor = parameter.detach().to("cpu", dtype)
-        if not torch.isfinite(tensor).all() and torch.isfinite(parameter).all():
-            raise invalid_field(
-                "dtype", f'is "{str(dtype).removeprefix("torch.")}", in which {name} is infinite; pass "float32".'
-            )
-        cast[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
-    return copy.deepcopy(model, cast)
+    return re.compile(rf"(?:^|\.)(?:{'|'.join(map(re.escape, sorted(kept)))})(?:\.|$)") if kept else None
+
+
+def _cast(name: str, parameter: Tensor, dtype: torch.dtype, exact: "re.Pattern[str] | None") -> Tensor:
+    """A whole parameter as it is written, in the host's memory."""
+    if dtype == torch.float32 or (exact is not None and exact.search(name)):
+        return parameter
+    if parameter.is_meta:
+        return parameter.to(dtype)
+    tensor = parameter.to("cpu", dtype)
+    if not torch.isfinite(tensor).all() and torch.isfinite(parameter).all():
+        raise invalid_field(
+            "dtype", f'is "{str(dtype).removeprefix("torch.")}", in which {name} is infinite; pass "float32".'
+        )
+    return tensor
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

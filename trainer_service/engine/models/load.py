@@ -71,11 +71,20 @@ def fetch(base_model: str) -> Path:
         raise _refused(base_model, f"is no folder here, and the hub refused it: {_first_line(exc)}") from exc
 
 
-def load_model(base_model: str, folder: Path, device: Device) -> PreTrainedModel:
+def load_model(
+    base_model: str, folder: Path, device: Device, *, world_size: int = 1, config: Any = None
+) -> PreTrainedModel:
     """The model in float32 on the device: dropout off, every parameter that text reads trainable, no gradients yet.
 
     A model of more than text is loaded whole, as the class it was saved by: what it makes of images and sound does not
     train and is exported as it was.
+
+    Args:
+        base_model: What it is called in refusals.
+        folder: Where its files are.
+        device: Where it goes.
+        world_size: With more than one, each rank reads its part of every parameter (parallel/sharding.py).
+        config: In place of the folder's own; parameters it has no use for are left out.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD: not a causal language model, parameters missing, or files that cannot be
@@ -91,6 +100,8 @@ def load_model(base_model: str, folder: Path, device: Device) -> PreTrainedModel
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **({} if config is None else {"config": config}),
+            **({} if world_size == 1 else {"distributed_config": _in_parts(world_size)}),
         )
     except (ValueError, OSError, KeyError, ImportError) as exc:
         raise _refused(base_model, f"cannot be loaded as a causal language model: {_first_line(exc)}") from exc
@@ -113,7 +124,14 @@ def load_model(base_model: str, folder: Path, device: Device) -> PreTrainedModel
     for part in _text_parts(model):
         part.requires_grad_(True)
     forget_longest_sequence(model)
-    return model.to(device.torch_device)
+    return model.to(device.torch_device) if world_size == 1 else model
+
+
+def _in_parts(world_size: int) -> Any:
+    # Only here, since transformers has it only lately.
+    from transformers import DistributedConfig
+
+    return DistributedConfig(fsdp_size=world_size)
 
 
 def describe(model: PreTrainedModel, *, base_model: str, device: Device, max_context_length: int) -> ModelDescription:

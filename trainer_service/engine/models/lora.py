@@ -32,6 +32,7 @@ from trainer_service.engine.models.lora_layer import ADAPTER, FusedLoraLinear
 from trainer_service.engine.models.lora_targets import Targets
 from trainer_service.engine.models.quantized import make_whole
 from trainer_service.engine.packed.logprobs import LowRank
+from trainer_service.engine.parallel.sharding import record_of
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,8 @@ def wrap(
     # peft writes the folder that the model was loaded from, which may be inside a cache.
     found.base_model_name_or_path = base_model
     name_for_files(found, base, (name for name, _ in adapted_weights(inner(model))), targets.stacked)
+    if (sharded := record_of(base)) is not None:
+        sharded.fill(inner(model))
     # Dropout is off, as in every other model here.
     model.eval()
     return model
@@ -140,7 +143,9 @@ def layers_as_named(model: PreTrainedModel) -> Iterator[None]:
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model with modules of its own, and the same parameters and buffers."""
+    """A model with modules of its own, and the same parameters and buffers; of a sharded one hollow, to be filled."""
+    if (sharded := record_of(model)) is not None:
+        return sharded.hollow_copy()
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -153,7 +158,9 @@ def freeze(model: PreTrainedModel) -> None:
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose parameters never change: what trains is copied, and what does not is shared."""
+    """A copy whose parameters never change: what trains is copied, and what does not is shared. It is whole."""
+    if (sharded := record_of(model)) is not None:
+        return sharded.whole_copy(model)
     frozen = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
     made = copy.deepcopy(model, {id(tensor): tensor for tensor in frozen})
     freeze(made)
@@ -200,7 +207,7 @@ def merged(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
 
     peft's own merging adds in place, which here would be into the base model of every run.
     """
-    made = shared_copy(base)
+    made = frozen_copy(base)
     make_whole(made)
     for name, layer in adapted_weights(model):
         owner, parameter = (name, "weight") if not hasattr(layer, "parameter_name") else name.rsplit(".", 1)

@@ -67,14 +67,22 @@ class _Product(torch.autograd.Function):
         return (grad @ ctx.layer.weight.to(grad.dtype)).to(ctx.x_dtype), None
 
 
-def check_base_dtype(base_dtype: BaseDtype, device: torch.device) -> None:
+def check_base_dtype(base_dtype: BaseDtype, device: torch.device, *, world_size: int) -> None:
     """Refuses bits that cannot be had here.
 
+    Args:
+        base_dtype: What was asked for.
+        device: Where the model goes.
+        world_size: Ranks that share it.
+
     Raises:
-        InvalidArgumentError: INVALID_FIELD: bitsandbytes is not installed, or does not work on this device.
+        InvalidArgumentError: INVALID_FIELD: bitsandbytes is not installed or does not work on this device, or there are
+            several ranks.
     """
     if base_dtype == "float32":
         return
+    if world_size > 1:
+        raise _refused(base_dtype, f"is for one rank, and there are {world_size}; use float32 or --nproc-per-node 1.")
     try:
         _bitsandbytes()
     except Exception as exc:

@@ -24,6 +24,7 @@ from trainer_service.engine.models.lora import low_rank_of
 from trainer_service.engine.models.positions import Boundary
 from trainer_service.engine.packed.attention import ATTENTION
 from trainer_service.engine.packed.logprobs import Head, linear_logprobs, target_logprobs
+from trainer_service.engine.parallel.sharding import forward_of
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,13 @@ def prepare(model: PreTrainedModel, traits: Traits) -> None:
         layer._gradient_checkpointing_func = recompute
 
 
-def run(
+def run(model: PreTrainedModel, traits: Traits, **inputs: Any) -> Tensor:
+    """Logprobs of the rows' targets: see `forward`, which a sharded model runs as its own."""
+    sharded = forward_of(model)
+    return forward(model, traits, **inputs) if sharded is None else sharded(traits, **inputs)
+
+
+def forward(
     model: PreTrainedModel,
     traits: Traits,
     *,
@@ -143,7 +150,8 @@ def run(
         inputs["position_ids"] = positions_T[None]
     with checkpointed(model) if checkpointing else contextlib.nullcontext():
         if traits.head is None:
-            logits_TV = model(**inputs).logits.flatten(0, 1)
+            # Not through a call, which of a sharded model is what this runs in.
+            logits_TV = model.forward(**inputs).logits.flatten(0, 1)
             return target_logprobs(logits_TV, targets_RK, token_of_row_R)
         hidden_TD = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
     if num_rows > 1 and token_of_row_R is not None:

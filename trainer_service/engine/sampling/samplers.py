@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.models.lora import frozen_copy
+from trainer_service.engine.ranks import Channel
 from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.decoding import Decoding
 from trainer_service.paths import FROZEN_WEIGHTS, SAMPLER_WEIGHTS, SamplerPath
@@ -66,6 +67,7 @@ class Samplers:
         load: Loads a checkpoint's folder.
         max_frozen_weights: Of one run.
         in_use: Whether requests of a sampler are under way.
+        channel: To the other ranks, which hold the same samplers.
     """
 
     def __init__(
@@ -79,7 +81,9 @@ class Samplers:
         load: Callable[[Path], PreTrainedModel],
         max_frozen_weights: int,
         in_use: Callable[[Sampler], bool],
+        channel: Channel,
     ) -> None:
+        self._channel = channel
         self._in_use = in_use
         self._device = device
         self._decoding = decoding
@@ -130,6 +134,9 @@ class Samplers:
         own = [held for held in self._held.values() if _frozen_of(held.path, run_id)]
         now_s = time.monotonic()
         free = [held for held in own if held.leased_until_s <= now_s and not self._in_use(held)]
+        # A request is one rank's, and clocks differ: free is what all find so.
+        everywhere = set.intersection(*map(set, self._channel.gather([str(held.path) for held in free])))
+        free = [held for held in free if str(held.path) in everywhere]
         surplus = max(0, len(own) + 1 - self._max_frozen_weights)
         if len(free) < surplus:
             raise error(
@@ -182,16 +189,15 @@ class Samplers:
 
     def _checkpoint(self, path: SamplerPath, held: Sampler | None) -> Sampler:
         folder = self._checkpoint_dir / path.key
-        try:
-            version = folder.stat().st_ino, folder.stat().st_mtime_ns
-        except OSError:
+        version = self._channel.tell(_version(folder))
+        if version is None:
             if held is not None:
                 self._drop(held, "")
             raise error(
                 "SAMPLER_NOT_FOUND",
                 f"There is no checkpoint {path}; save_weights_for_sampler makes one.",
                 model_path=str(path),
-            ) from None
+            )
         if held is None or held.version != version:
             loaded = [one for one in self._held.values() if one.path is not None and one.path.kind == SAMPLER_WEIGHTS]
             for one in sorted(loaded, key=lambda one: one.last_used)[: max(0, len(loaded) + 1 - _MAX_LOADED)]:
@@ -213,6 +219,14 @@ class Samplers:
             del self._held[sampler.path]
         if sampler.path is not None and why:
             self._dropped[sampler.path] = why
+
+
+def _version(folder: Path) -> list[int] | None:
+    """Tells a checkpoint's folder from another under its name; None where there is none."""
+    try:
+        return [folder.stat().st_ino, folder.stat().st_mtime_ns]
+    except OSError:
+        return None
 
 
 def _frozen_of(path: SamplerPath | None, run_id: str) -> bool:

@@ -68,6 +68,11 @@ class Scheduler:
         """Whether there is anything to do."""
         return bool(self._admission)
 
+    @property
+    def num_requests(self) -> int:
+        """Under way."""
+        return len(self._admission)
+
     def uses(self, sampler: Sampler) -> bool:
         """Whether a request of it is under way."""
         return any(job.sampler is sampler for job in self._admission)

@@ -1,5 +1,6 @@
 """Sampling as the worker's commands see it: requests in, tokens out, samplers made and let go."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from trainer_service.adapter_folders import CONFIG as ADAPTER_CONFIG
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.load import load_model
+from trainer_service.engine.sampling.decoding import Decoding
 from trainer_service.engine.sampling.job import Job
 from trainer_service.engine.sampling.request import Request, read_request
 from trainer_service.engine.sampling.samplers import Samplers
@@ -37,15 +39,12 @@ class Sampling:
     def __init__(self, engine: Engine, *, checkpoint_dir: Path, send: Callable[[WorkerEvent], object]) -> None:
         self._engine = engine
         self._text: Text | None = None
-        base = engine.base_model()
+        self.takes_next = True
+        """Whether the next request is for this rank; every rank is told of each."""
+        base = engine.source.hollow or engine.base_model()
         self._eos_tokens = _eos_tokens(engine.folder, base)
         self._shapes = _shapes(base)
-        self.decoding = find_decoding(
-            base,
-            engine.device,
-            attention=engine.traits.attention,
-            max_context_length=engine.model.max_context_length,
-        )
+        self.decoding = _find_decoding(engine)
         """How samples are decoded, for GetServerInfo."""
         self.samplers = Samplers(
             engine.device,
@@ -56,6 +55,7 @@ class Sampling:
             load=self._load,
             max_frozen_weights=engine.limits.max_frozen_weights,
             in_use=lambda sampler: self.scheduler.uses(sampler),
+            channel=engine.ranks.execution,
         )
         engine.before_change = self.samplers.before_change
         self.scheduler = Scheduler(
@@ -82,13 +82,14 @@ class Sampling:
         )
 
     def start(self, command_id: int, command: WorkerSample, request: Request) -> None:
-        """Lets a request join; what is generated is sent as it comes.
+        """Lets a request join, if it is for this rank; what is generated is sent as it comes.
 
         Raises:
             GradwireError: Its sampler is not there.
         """
         sampler = self.samplers.find(command.request.sampler.model_path)
-        self.scheduler.start(Job(command_id, command.sample_id, request, sampler, command.owner))
+        if self.takes_next:
+            self.scheduler.start(Job(command_id, command.sample_id, request, sampler, command.owner))
 
     def open(self, model_path: str, *, lease_ms: int = 0) -> None:
         """Loads a sampler; frozen weights stay for lease_ms at least.
@@ -130,6 +131,21 @@ class Sampling:
             raise _mismatch(
                 folder, f"is of a {architecture}, and this trainer serves a {self._engine.model.architecture}"
             )
+
+
+def _find_decoding(engine: Engine) -> Decoding:
+    """How the engine's models are decoded; tried on a few layers where a model is not whole."""
+    whole = engine.source.hollow is None
+    model, num_layers = (engine.base_model(), 0) if whole else engine.source.sibling()
+    found = find_decoding(
+        model,
+        engine.device,
+        attention=engine.traits.attention,
+        max_context_length=engine.model.max_context_length,
+    )
+    if found.shape is None or whole:
+        return found
+    return dataclasses.replace(found, shape=dataclasses.replace(found.shape, num_layers=num_layers))
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:

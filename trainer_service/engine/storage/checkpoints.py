@@ -6,15 +6,18 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from gradwire.errors import GradwireError, error, invalid_field
 from transformers import PreTrainedModel
 
-from trainer_service.engine.models.adapter_files import save_adapter, write_adapter
-from trainer_service.engine.models.export import EXPORT_DTYPES, export, stored_dtype, write_model
+from trainer_service.engine.models.adapter_files import write_adapter
+from trainer_service.engine.models.export import EXPORT_DTYPES, stored_dtype, write_model
 from trainer_service.engine.models.load import ModelDescription
+from trainer_service.engine.ranks import Channel
 from trainer_service.engine.run_state import RunState
 from trainer_service.engine.storage.deltas import dtype_of_base, save_delta
 from trainer_service.engine.storage.state_files import capture, open_state, write_state
+from trainer_service.engine.storage.together import write_together
 from trainer_service.folders import read_manifest, settle
 from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath
 
@@ -48,14 +51,16 @@ class Checkpoints:
         root: Folder that holds them, at `<run_id>/<kind>/<name>`; other trainers may share it.
         model: The base model of its runs.
         source: Folder of that model.
+        channel: To the other ranks, which make the same calls.
     """
 
-    def __init__(self, root: Path, model: ModelDescription, source: Path) -> None:
+    def __init__(self, root: Path, model: ModelDescription, source: Path, channel: Channel) -> None:
+        self._channel = channel
         self._root = root
         self._model = model
         self._source = source
         self._dtype = stored_dtype(source)
-        for kind in (STATE, SAMPLER_WEIGHTS):
+        for kind in (STATE, SAMPLER_WEIGHTS) if channel.leads else ():
             for parent in root.glob(f"*/{kind}/"):
                 settle(parent)
 
@@ -71,9 +76,10 @@ class Checkpoints:
         place = CheckpointPath(run.run_id, STATE, name)
         folder = place.folder(self._root)
         about = self._about(run, place, label or Label())
-        if (size_bytes := _saved_before(folder, about)) is not None:
+        if (size_bytes := self._channel.tell(_saved_before(folder, about))) is not None:
             return _saved(place, folder, size_bytes)
-        size_bytes = write_state(capture(run, gradients=False), folder, about=about, overwrite=overwrite)
+        state = capture(run, gradients=False, channel=self._channel)
+        size_bytes = write_state(state, folder, about=about, channel=self._channel, overwrite=overwrite)
         return _saved(place, folder, size_bytes)
 
     def load_state(self, run: RunState, path: str, *, with_optimizer: bool) -> int:
@@ -98,9 +104,9 @@ class Checkpoints:
                 path=path,
             )
         folder = place.folder(self._root)
-        if not folder.is_dir():
+        if not self._channel.tell(folder.is_dir()):
             raise error("CHECKPOINT_NOT_FOUND", f"There is no checkpoint {path}.", path=path)
-        files = open_state(folder)
+        files = open_state(folder, self._channel)
         files.restore(run, optimizer=with_optimizer)
         return files.step
 
@@ -135,31 +141,28 @@ class Checkpoints:
         place = CheckpointPath(run.run_id, SAMPLER_WEIGHTS, name)
         folder = place.folder(self._root)
         adapter = run.adapter if merged is None else None
-        written = self._export_dtype(
-            dtype, "float32" if adapter is not None else dtype_of_base(folder) if delta else ""
-        )
+        only = self._channel.alike(lambda: "float32" if adapter is not None else dtype_of_base(folder) if delta else "")
+        written = self._export_dtype(dtype, only)
         about = {**self._about(run, place, label or Label()), "dtype": written}
-        if (size_bytes := _saved_before(folder, about)) is not None:
+        if (size_bytes := self._channel.tell(_saved_before(folder, about))) is not None:
             return _saved(place, folder, size_bytes)
+
+        def write(whole: Path | None) -> None:
+            if adapter is None:
+                write_model(merged or run.model, self._source, whole, dtype=EXPORT_DTYPES[written])
+            elif whole is not None:
+                write_adapter(adapter, whole)
+
         if delta:
-
-            def write(full: Path) -> None:
-                if adapter is not None:
-                    write_adapter(adapter, full)
-                else:
-                    write_model(merged or run.model, self._source, full, dtype=EXPORT_DTYPES[written])
-
-            size_bytes = save_delta(write, folder, about=about, overwrite=overwrite)
-        elif adapter is not None:
-            size_bytes = save_adapter(adapter, folder, about=about, overwrite=overwrite)
+            size_bytes = save_delta(write, folder, about=about, overwrite=overwrite, channel=self._channel)
         else:
-            size_bytes = export(
-                merged or run.model,
-                source=self._source,
-                folder=folder,
+            size_bytes = write_together(
+                self._channel,
+                lambda files: write(files.path if self._channel.leads else None),
+                folder,
                 about=about,
                 overwrite=overwrite,
-                dtype=EXPORT_DTYPES[written],
+                needed_bytes=_needed_bytes(run, merged, EXPORT_DTYPES[written]) if self._channel.leads else 0,
             )
         return _saved(place, folder, size_bytes)
 
@@ -199,6 +202,13 @@ def _layout(run: RunState) -> dict[str, Any] | None:
     settings = {name: getattr(run.lora, name) for name in _LAYOUT}
     # Manifests hold no lists; names of parameters hold no spaces.
     return {**settings, "adapted": " ".join(run.adapted), "left_out": " ".join(run.left_out)}
+
+
+def _needed_bytes(run: RunState, merged: PreTrainedModel | None, dtype: torch.dtype) -> int:
+    """What an export's parameters take."""
+    if run.adapter is not None and merged is None:
+        return sum(parameter.nbytes for parameter in run.trained_parameters().values())
+    return sum(parameter.numel() * dtype.itemsize for parameter in (merged or run.model).parameters())
 
 
 def _saved_before(folder: Path, about: dict[str, Any]) -> int | None:

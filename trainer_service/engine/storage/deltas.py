@@ -12,20 +12,25 @@ from gradwire._wire import delta as deltas
 from gradwire.errors import GradwireError, error
 
 from trainer_service.engine.models.export import EXPORT_DTYPES
-from trainer_service.folders import MANIFEST, Manifest, damaged, read_manifest, whole_folder
+from trainer_service.engine.ranks import Channel
+from trainer_service.engine.storage.together import write_together
+from trainer_service.folders import MANIFEST, FolderWriter, Manifest, damaged, read_manifest
 from trainer_service.paths import SAMPLER_WEIGHTS, CheckpointPath
 
 _COPY_BYTES = 8 << 20
 
 
-def save_delta(write: Callable[[Path], None], folder: Path, *, about: Mapping[str, Any], overwrite: bool) -> int:
+def save_delta(
+    write: Callable[[Path | None], None], folder: Path, *, about: Mapping[str, Any], overwrite: bool, channel: Channel
+) -> int:
     """Writes what changed since the newest base beside `folder`, whole or not at all.
 
     Args:
-        write: Writes all the weights into an empty folder, as a base has them.
+        write: Writes all the weights into an empty folder, as a base has them; None where another rank does.
         folder: Where the delta goes.
         about: Goes into the manifest, to which the base's path is added.
         overwrite: Replace what is there.
+        channel: To the other ranks, all of which call this.
 
     Returns:
         Size of all files, bytes.
@@ -35,20 +40,30 @@ def save_delta(write: Callable[[Path], None], folder: Path, *, about: Mapping[st
         FailedPreconditionError: DELTA_BASE_UNUSABLE: the run has saved no base, or the base has changed.
             STORAGE_FAILED: nothing is left behind.
     """
-    base, manifest = _newest_base(folder)
+    base, manifest = channel.alike(lambda: _newest_base(folder))
     base_path = str(CheckpointPath(about["run_id"], SAMPLER_WEIGHTS, base.name))
-    about = {**about, "checkpoint_type": "delta", "base_path": base_path}
-    needed_bytes = 2 * manifest.size_bytes
-    with whole_folder(folder, about=about, overwrite=overwrite, needed_bytes=needed_bytes) as writer:
-        full = writer.path / ".full"
+
+    def write_changes(files: FolderWriter) -> None:
+        if not channel.leads:
+            write(None)
+            return
+        full = files.path / ".full"
         full.mkdir()
         write(full)
-        _write_delta(base, manifest, full, writer.path, base_path)
+        _write_delta(base, manifest, full, files.path, base_path)
         for path in full.iterdir():
             if path.suffix != ".safetensors":
-                path.rename(writer.path / path.name)
+                path.rename(files.path / path.name)
         shutil.rmtree(full)
-    return writer.size_bytes
+
+    return write_together(
+        channel,
+        write_changes,
+        folder,
+        about={**about, "checkpoint_type": "delta", "base_path": base_path},
+        overwrite=overwrite,
+        needed_bytes=2 * manifest.size_bytes if channel.leads else 0,
+    )
 
 
 def dtype_of_base(folder: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gradwire.errors import GradwireError, error
 
+from trainer_service.engine.ranks import Channel, Ranks
 from trainer_service.engine.run_state import RunState
 from trainer_service.engine.storage.state_files import State, capture, open_state, write_state
 from trainer_service.folders import refuse_without_room
@@ -28,9 +29,15 @@ class _UnwrittenSnapshot:
 
 
 class SnapshotWriter:
-    """Writes snapshots one at a time, on a thread that starts with the first."""
+    """Writes snapshots one at a time, on a thread that starts with the first.
 
-    def __init__(self) -> None:
+
+    Args:
+        ranks: Which write each snapshot together.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
         self._unwritten: queue.SimpleQueue[_UnwrittenSnapshot] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -49,8 +56,10 @@ class SnapshotWriter:
         if run.graphs:
             text = f"No snapshot was taken of {run.run_id}: {len(run.graphs)} custom losses are under way."
             raise error("CANCELLED", text)
-        state = capture(run, gradients=True)
-        refuse_without_room(folder, state.size_bytes)
+        channel = self._ranks.execution
+        state = capture(run, gradients=True, channel=channel)
+        needed_bytes = sum(channel.gather(state.size_bytes))
+        channel.alike(lambda: refuse_without_room(folder, needed_bytes))
         snapshot = _UnwrittenSnapshot(state.copied(), folder, run.run_id, written)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
@@ -65,10 +74,11 @@ class SnapshotWriter:
                     snapshot.state,
                     snapshot.folder,
                     about={"run_id": snapshot.run_id, "kind": "snapshot"},
+                    channel=self._ranks.files,
                     overwrite=True,
                 )
                 # Read back now, since the snapshots it replaces are deleted next.
-                open_state(snapshot.folder)
+                open_state(snapshot.folder, self._ranks.files)
             except GradwireError as exc:
                 snapshot.written(exc)
             except Exception as exc:
@@ -81,13 +91,13 @@ class SnapshotWriter:
             del snapshot
 
 
-def restore_snapshot(run: RunState, folder: Path) -> None:
-    """Restores a run to its state when the snapshot was taken.
+def restore_snapshot(run: RunState, folder: Path, channel: Channel) -> None:
+    """Restores a run to its state when the snapshot was taken. Every rank calls this.
 
     Raises:
         GradwireError: The snapshot is damaged, or of another model.
     """
-    open_state(folder).restore(run, optimizer=True, gradients=True)
+    open_state(folder, channel).restore(run, optimizer=True, gradients=True)
 
 
 def repeat_failure(run: RunState, *, seq_id: int, kind: str, reason: str, forward_seq_id: int) -> None:

@@ -5,14 +5,17 @@ A folder, whole or not at all, of safetensors and JSON and nothing else:
     parameters.safetensors   what trains, by name
     optimizer.safetensors    "step.<name>", "exp_avg.<name>", "exp_avg_sq.<name>"; no file before the first step
     gradients.safetensors    accumulated gradients by name; no file when there are none
-    state.json               counters
+    state.json               counters, and how many ranks wrote it
     manifest.json            last: what it is, and size and digest of every file
+
+Of several ranks each writes files of its own, such as parameters-00002-of-00004.safetensors, with its part of what is
+shared out; what is the same on all of them is in the first one's. Any number of ranks reads them: parts.py.
 
 Tensors stream: none is held twice, and only a few MiB of one at a time on the way from a device to the disk.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,13 @@ from gradwire.errors import GradwireError, error
 from torch import Tensor
 from torch.nn import Parameter
 
+from trainer_service.engine.parallel.sharding import is_part, part, part_of
+from trainer_service.engine.ranks import ALONE, Channel
 from trainer_service.engine.run_state import Accumulation, RunState
+from trainer_service.engine.storage.parts import MAX_WORLD_SIZE, Parts, file_name
+from trainer_service.engine.storage.together import write_together
 from trainer_service.engine.tensor_files import DTYPES, read_tensors, write_tensors
-from trainer_service.folders import Manifest, damaged, read_manifest, verify, whole_folder
+from trainer_service.folders import FolderWriter, Manifest, damaged, read_manifest, verify
 
 _COUNTERS = "state.json"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -35,7 +42,8 @@ _MAX_COUNT = (1 << 53) - 1
 
 @dataclass(frozen=True)
 class State:
-    """What a run needs to continue as if it had never stopped; held graphs are not part of it.
+    """What a run needs to continue as if it had never stopped, as far as this rank writes it; held graphs are not part
+    of it.
 
     Nor are torch's generators, since no operation draws from them: dropout is off, and new adapters and samples have
     seeds of their own.
@@ -54,7 +62,7 @@ class State:
 
     @property
     def size_bytes(self) -> int:
-        """Size of all tensors."""
+        """Size of this rank's tensors."""
         return sum(
             tensor.numel() * tensor.element_size() for group in self._groups().values() for tensor in group.values()
         )
@@ -72,33 +80,47 @@ class State:
         return {name: getattr(self, name) for name in ("parameters", "optimizer", "gradients")}
 
 
-def capture(run: RunState, *, gradients: bool) -> State:
+def capture(run: RunState, *, gradients: bool, channel: Channel = ALONE) -> State:
     """A run's state: its live tensors, to be written or copied before the run's next operation.
 
     Args:
         run: The run, between two operations.
         gradients: Include accumulated gradients and the mark of a failed pass; if not, the state is as after a step.
+        channel: To the other ranks, which each capture their part.
     """
     trained = run.trained_parameters()
     accumulation = run.accumulation if gradients else Accumulation()
+    moments = {
+        f"{moment}.{name}": tensor
+        for name, parameter in trained.items()
+        for moment, tensor in run.optimizer.state_of(parameter).items()
+    }
+    counters: dict[str, Any] = {"step": run.step, "accumulation": vars(accumulation).copy()}
+    if channel.world_size > 1:
+        counters |= {"world_size": channel.world_size, "summands": not any(map(is_part, trained.values()))}
     return State(
-        parameters=trained,
-        optimizer={
-            f"{moment}.{name}": tensor
-            for name, parameter in trained.items()
-            for moment, tensor in run.optimizer.state_of(parameter).items()
-        },
-        gradients={name: p.grad for name, p in trained.items() if p.grad is not None} if gradients else {},
-        counters={"step": run.step, "accumulation": vars(accumulation).copy()},
+        parameters=_to_write(trained, channel),
+        optimizer=_to_write(moments, channel),
+        # Where parameters are the same on every rank, each rank's gradients are a summand until the next step.
+        gradients={name: part(p.grad) for name, p in trained.items() if p.grad is not None} if gradients else {},
+        counters=counters,
     )
 
 
-def write_state(state: State, folder: Path, *, about: Mapping[str, Any], overwrite: bool = False) -> int:
+def _to_write(tensors: Mapping[str, Tensor], channel: Channel) -> dict[str, Tensor]:
+    """What of these this rank writes."""
+    return {name: part(tensor.detach()) for name, tensor in tensors.items() if channel.leads or is_part(tensor)}
+
+
+def write_state(
+    state: State, folder: Path, *, about: Mapping[str, Any], channel: Channel = ALONE, overwrite: bool = False
+) -> int:
     """Writes a state, whole or not at all; may run on any thread.
 
     Args:
-        state: Live, so that nothing else may run meanwhile, or copied.
+        state: This rank's: live, so that nothing else may run meanwhile, or copied.
         folder: Where it goes.
+        channel: To the other ranks, which write theirs; of the thread this runs on.
         about: What the manifest says beside the files; `architecture` and `lora_rank` are compared when it is loaded.
         overwrite: Replace what is there.
 
@@ -109,14 +131,17 @@ def write_state(state: State, folder: Path, *, about: Mapping[str, Any], overwri
         AlreadyExistsError: CHECKPOINT_EXISTS: the folder exists and overwrite is off.
         FailedPreconditionError: STORAGE_FAILED: the disk is full or cannot be written; nothing is left behind.
     """
-    with whole_folder(folder, about=about, overwrite=overwrite, needed_bytes=state.size_bytes) as writer:
+
+    def write(files: FolderWriter) -> None:
         for name, tensors in state._groups().items():
             if tensors:
-                with writer.create(f"{name}.safetensors") as file:
+                with files.create(file_name(name, channel.rank, channel.world_size)) as file:
                     write_tensors(file, tensors)
-        with writer.create(_COUNTERS) as file:
-            file.write(json.dumps(state.counters, indent=2).encode())
-    return writer.size_bytes
+        if channel.leads:
+            with files.create(_COUNTERS) as file:
+                file.write(json.dumps(state.counters, indent=2).encode())
+
+    return write_together(channel, write, folder, about=about, overwrite=overwrite, needed_bytes=state.size_bytes)
 
 
 @dataclass(frozen=True)
@@ -127,11 +152,13 @@ class StateFiles:
         folder: Where it is.
         manifest: Its manifest.
         counters: The content of state.json.
+        channel: To the other ranks, which read the same state.
     """
 
     folder: Path
     manifest: Manifest
     counters: Mapping[str, Any] = field(repr=False)
+    channel: Channel
 
     @property
     def step(self) -> int:
@@ -141,7 +168,7 @@ class StateFiles:
     def restore(self, run: RunState, *, optimizer: bool, gradients: bool = False) -> None:
         """Loads it into a run, whose gradients and held graphs are dropped; without `optimizer`, AdamW starts anew.
 
-        An error leaves the run unchanged.
+        An error leaves the run unchanged. Every rank reads its own part.
 
         Args:
             run: One of the same architecture that trains the same parameters.
@@ -153,10 +180,7 @@ class StateFiles:
             DataLossError: CHECKPOINT_DAMAGED.
         """
         trained = run.trained_parameters()
-        parameters, moments, accumulated = (self._read(name) for name in ("parameters", "optimizer", "gradients"))
-        self._check_parameters(parameters, trained)
-        self._check_like_parameters("optimizer", moments, trained)
-        self._check_like_parameters("gradients", accumulated, trained)
+        parameters, moments, accumulated = self.channel.alike(lambda: self._checked(trained))
         with torch.no_grad():
             # Allocations come first, so that a load that runs out of memory changes nothing. Moments that the run has
             # are overwritten in place, since old and new ones together would take two more floats per parameter.
@@ -164,13 +188,11 @@ class StateFiles:
             places = {
                 name: _places(run, name, parameter, moments if optimizer else {}) for name, parameter in trained.items()
             }
-            made = {
-                name: tensor.to(trained[name].device, copy=True) for name, tensor in accumulated.items() if gradients
-            }
+            made = self._gradients(accumulated, trained) if gradients else {}
             for name, parameter in trained.items():
-                parameter.copy_(parameters[name])
+                part(parameter).copy_(parameters[name].like(parameter))
                 for moment, place in places[name].items():
-                    place.copy_(moments[f"{moment}.{name}"])
+                    part(place).copy_(moments[f"{moment}.{name}"].like(place))
         run.clear_gradients()
         run.drop_graphs("was dropped when a state was loaded")
         run.optimizer.clear_state()
@@ -182,19 +204,59 @@ class StateFiles:
         if gradients:
             run.accumulation = Accumulation(**self.counters["accumulation"])
 
-    def _read(self, name: str) -> dict[str, Tensor]:
-        """Tensors of a group, as views of its file; none if there is no file, because it would have been empty."""
-        file = f"{name}.safetensors"
-        if file not in self.manifest.files:
-            return {}
-        try:
-            return read_tensors(self.folder / file)
-        except OSError as exc:
-            raise damaged(self.folder.name, file, f"cannot be read: {exc}") from exc
-        except ValueError as exc:
-            raise damaged(self.folder.name, file, str(exc)) from exc
+    def _checked(self, trained: Mapping[str, Tensor]) -> tuple[Mapping[str, Parts], ...]:
+        """Parameters, moments and gradients, all of which fit."""
+        parameters, moments, accumulated = (self._read(name) for name in ("parameters", "optimizer", "gradients"))
+        self._check_parameters(parameters, trained)
+        self._check_like_parameters("optimizer", moments, trained)
+        self._check_like_parameters("gradients", accumulated, trained)
+        return parameters, moments, accumulated
 
-    def _check_parameters(self, tensors: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
+    def _read(self, name: str) -> dict[str, Parts]:
+        """Tensors of a group, as views of its files; none where there is none since it would have been empty."""
+        world_size = self.counters.get("world_size", 1)
+        found: dict[str, list[Tensor]] = {}
+        for rank in range(world_size):
+            file = file_name(name, rank, world_size)
+            if file not in self.manifest.files:
+                continue
+            try:
+                for key, tensor in read_tensors(self.folder / file).items():
+                    found.setdefault(key, []).append(tensor)
+            except OSError as exc:
+                raise damaged(self.folder.name, file, f"cannot be read: {exc}") from exc
+            except ValueError as exc:
+                raise damaged(self.folder.name, file, str(exc)) from exc
+        try:
+            return {key: Parts(tensors) for key, tensors in found.items()}
+        except ValueError as exc:
+            raise damaged(self.folder.name, f"{name}.safetensors", str(exc)) from exc
+
+    @property
+    def _summands(self) -> bool:
+        """Whether each rank's gradients are a summand, rather than a part."""
+        return bool(self.counters.get("summands", False))
+
+    def _gradients(self, stored: Mapping[str, Parts], trained: Mapping[str, Parameter]) -> dict[str, Tensor]:
+        """This rank's gradients, with room of their own."""
+        made: dict[str, Tensor] = {}
+        for name, parts in stored.items():
+            parameter = trained[name]
+            own = self._summand(parts.parts) if self._summands else parts.like(parameter)
+            if own is not None:
+                made[name] = part_of(own.to(part(parameter).device, copy=True), parameter)
+        return made
+
+    def _summand(self, summands: Sequence[Tensor]) -> Tensor | None:
+        """What this rank adds to gradients that are summed at the next step; None for nothing.
+
+        As many ranks as wrote them go on with theirs, so that sums come out alike; others leave all to the first.
+        """
+        if len(summands) == self.channel.world_size:
+            return summands[self.channel.rank]
+        return torch.stack([*summands]).sum(0) if self.channel.leads else None
+
+    def _check_parameters(self, tensors: Mapping[str, Parts], trained: Mapping[str, Tensor]) -> None:
         stored, wanted = set(tensors), set(trained)
         if missing := sorted(wanted - stored):
             raise self._mismatch(f"it lacks {len(missing)} of the parameters this run trains, for example {missing[0]}")
@@ -203,18 +265,20 @@ class StateFiles:
         for name, parameter in trained.items():
             self._check_tensor("parameters", name, tensors[name], parameter)
 
-    def _check_like_parameters(self, group: str, tensors: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
+    def _check_like_parameters(self, group: str, tensors: Mapping[str, Parts], trained: Mapping[str, Tensor]) -> None:
         for key, tensor in tensors.items():
             moment, _, name = key.partition(".") if group == "optimizer" else ("", "", key)
             if name not in trained or (group == "optimizer" and moment not in _MOMENTS):
                 raise damaged(self.folder.name, f"{group}.safetensors", f"has an unknown tensor {key!r}")
             like = torch.empty(()) if moment == "step" else trained[name]
-            self._check_tensor(group, key, tensor, like)
-            if moment == "step" and not 0 <= tensor.item() <= _MAX_COUNT:
-                raise damaged(self.folder.name, f"{group}.safetensors", f"has {tensor.item()} for {key!r}")
+            summands = group == "gradients" and self._summands
+            for stored in map(Parts, ([one] for one in tensor.parts)) if summands else [tensor]:
+                self._check_tensor(group, key, stored, like)
+            if moment == "step" and not 0 <= tensor.like(like).item() <= _MAX_COUNT:
+                raise damaged(self.folder.name, f"{group}.safetensors", f"has {tensor.like(like).item()} for {key!r}")
 
-    def _check_tensor(self, group: str, key: str, stored: Tensor, like: Tensor) -> None:
-        got, wanted = ((DTYPES[tensor.dtype], list(tensor.shape)) for tensor in (stored, like))
+    def _check_tensor(self, group: str, key: str, stored: Parts, like: Tensor) -> None:
+        got, wanted = (DTYPES[stored.dtype], stored.shape), (DTYPES[like.dtype], list(like.shape))
         if got != wanted:
             what = f"{key} of {group} is {got[0]} {got[1]}, and this run needs {wanted[0]} {wanted[1]}"
             raise self._mismatch(what)
@@ -228,15 +292,28 @@ class StateFiles:
         return error("CHECKPOINT_MISMATCH", text, name=self.folder.name, architecture=architecture)
 
 
-def open_state(folder: Path) -> StateFiles:
+def open_state(folder: Path, channel: Channel = ALONE) -> StateFiles:
     """A state on disk, after reading all of it and verifying every digest.
+
+    Args:
+        folder: Where it is.
+        channel: To the other ranks, which read a share of it each, and all call this.
 
     Raises:
         NotFoundError: CHECKPOINT_NOT_FOUND.
         DataLossError: CHECKPOINT_DAMAGED: a file is missing, cut short or changed.
     """
-    manifest = read_manifest(folder)
-    verify(folder, manifest)
+
+    def opened() -> StateFiles:
+        manifest = read_manifest(folder)
+        own = sorted(manifest.files)[channel.rank :: channel.world_size]
+        verify(folder, Manifest(manifest.about, {name: manifest.files[name] for name in own}))
+        return _opened(folder, manifest, channel)
+
+    return channel.alike(opened)
+
+
+def _opened(folder: Path, manifest: Manifest, channel: Channel) -> StateFiles:
     try:
         if _COUNTERS not in manifest.files:
             raise ValueError("the manifest does not name it")
@@ -245,20 +322,24 @@ def open_state(folder: Path) -> StateFiles:
         for name, value in {"step": counters["step"], **accumulation}.items():
             if not _is_count(value) and (name, value) != ("failed_seq_id", None):
                 raise ValueError(f"{name} is {value!r:.200}")
+        world_size = counters.get("world_size", 1)
+        if type(world_size) is not int or not 1 <= world_size <= MAX_WORLD_SIZE:
+            raise ValueError(f"world_size is {world_size!r:.200}")
     except (OSError, ValueError, TypeError, KeyError) as exc:
         raise damaged(folder.name, _COUNTERS, f"cannot be read: {exc}") from exc
-    return StateFiles(folder, manifest, counters)
+    return StateFiles(folder, manifest, counters, channel)
 
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value <= _MAX_COUNT
 
 
-def _places(run: RunState, name: str, parameter: Parameter, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _places(run: RunState, name: str, parameter: Parameter, stored: Mapping[str, Parts]) -> dict[str, Tensor]:
     """Where a parameter's stored moments go: over the run's own, or into new tensors."""
     own = run.optimizer.state_of(parameter)
-    return {
-        moment: own[moment] if moment in own else torch.empty_like(stored[key], device=parameter.device)
-        for moment in _MOMENTS
-        if (key := f"{moment}.{name}") in stored
-    }
+    places: dict[str, Tensor] = {}
+    for moment in _MOMENTS:
+        if f"{moment}.{name}" in stored:
+            like = torch.empty((), device=part(parameter).device) if moment == "step" else parameter.detach()
+            places[moment] = own[moment] if moment in own else torch.empty_like(like)
+    return places

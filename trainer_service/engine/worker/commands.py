@@ -7,7 +7,7 @@ marks the run, when it would have executed.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from google.protobuf.message import Message
 from gradwire.errors import GradwireError, error, to_status
@@ -77,10 +77,12 @@ class Commands:
             logger.info(f"Refused {prepared.what}.", extra={"fields": {"reason": exc.reason, "why": exc.message}})
         except Exception as exc:
             logger.exception(f"Failed in {prepared.what}.", extra={"fields": {"seq_id": prepared.seq_id}})
-            if broken(exc):
+            # Other ranks may be waiting for this one in the middle of it.
+            if broken(exc) or self._engine.ranks.world_size > 1:
                 raise
             text = f"{prepared.what} failed because of a bug in Gradwire; the worker's log has the details."
             failure = error("INTERNAL", text)
+        self._engine.ranks.check_alike(failure.reason if failure else "")
         execute_s = time.monotonic() - started_s
         counters.busy_seconds_total += execute_s
         counters.memory_bytes = self._engine.device.take_peak_bytes()
@@ -103,6 +105,11 @@ class Commands:
                 getattr(event.response, prepared.what).CopyFrom(answer)
         event.counters.update(counters.as_metrics())
         return None if prepared.answered_later and failure is None else event
+
+    def note_counters(self, rank: int, counters: Mapping[str, float]) -> None:
+        """What another rank has counted so far, as it says itself; kept for the next answer."""
+        if counters:
+            self._engine.counters.others[rank] = counters
 
     def _dispatch(self, what: str, command: WorkerCommand) -> Work:
         if command.HasField("request"):

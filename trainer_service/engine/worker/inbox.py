@@ -102,6 +102,15 @@ class Inbox(Generic[C, P]):
                 return prepared, True
             return None, False
 
+    def take_from(self, *, in_turn: bool) -> P:
+        """The next operation, or the next that overtakes, which is there or will come."""
+        line = self._in_turn if in_turn else self._urgent
+        with self._changed:
+            self._changed.wait_for(lambda: line.prepared or line.ended)
+            prepared = line.prepared.popleft()
+            self._changed.notify_all()
+            return prepared
+
     @property
     def ended(self) -> bool:
         """Whether all commands have been taken and no more will come."""

@@ -28,7 +28,7 @@ class RunLife:
         self._engine = engine
         self._sampling = sampling
         self._send = send
-        self._snapshots = SnapshotWriter()
+        self._snapshots = SnapshotWriter(engine.ranks)
         self._kinds: dict[str, Callable[[WorkerCommand], Work]] = {
             "create_run": self._create,
             "fail_operation": self._fail_operation,

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from gradwire.v1.worker_service_pb2 import WorkerEvent
 
-from trainer_service.config import Limits
 from trainer_service.engine import __main__ as worker
 from trainer_service.engine import engine
 from trainer_service.engine.ranks import Ranks
@@ -119,7 +118,7 @@ def test_a_worker_says_what_it_begins_and_of_a_long_load_that_it_gets_on(
     monkeypatch.setattr(engine, "Engine", load)
     config = WorkerConfig(base_model="m", checkpoint_dir=tmp_path, max_runs=8)
     trainer: Any = Trainer()
-    assert worker._load(config, Ranks.from_environment(), Limits(), trainer) == "engine"
+    assert worker._load(config, Ranks.from_environment(), trainer.send) == "engine"
     assert said[:2] == ["importing torch and transformers", "looking for a device"]
     assert said[2].startswith("loading m onto ")
     assert said[3:] == [said[2]] * (len(said) - 3)

@@ -292,16 +292,6 @@ def test_model_that_cannot_be_loaded_is_said_in_a_sentence(
     assert ends(process) == 1
 
 
-def test_more_than_one_rank_is_refused(trainer: RecordingTrainer, start_worker: StartWorker) -> None:
-    process = start_worker(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
-    assert trainer.event("hello", START_S).hello.world_size == 2
-    exc = from_status(trainer.event("failed", START_S).failed)
-    assert exc.reason == "NOT_IMPLEMENTED"
-    assert "2 ranks" in exc.message
-    trainer.commands.put(None)
-    assert ends(process) == 1
-
-
 def test_worker_that_the_trainer_turns_away_ends_with_an_error(socket: Path, start_worker: StartWorker) -> None:
     trainer = RecordingTrainer(socket, refuse=True)
     process = start_worker()

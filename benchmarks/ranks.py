@@ -1,0 +1,160 @@
+"""What two ranks of one thread each cost, beside one rank of two. Prints one table.
+
+    python benchmarks/ranks.py [--rounds 3] [--model FOLDER] [--tokens 1024]
+
+Trainers of both kinds run at the same time and take turns; a ratio is the median of the rounds' own. Bytes between the
+ranks are what the loopback interface carried in the step, on a machine where little else uses it.
+"""
+
+import argparse
+import contextlib
+import datetime
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+# Before torch is imported, and for the workers too.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from gradwire import Datum, ServiceClient, TrainingClient
+from service import built_in, make_data
+from side_by_side import Row, interleave, print_table
+
+from tests.chaos import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+WAIT_S = 300.0
+"""Bounds failure."""
+
+
+@dataclass
+class Side:
+    """A trainer with one run.
+
+    Attributes:
+        world_size: Its ranks.
+    """
+
+    world_size: int
+    trainer: Trainer
+    service: ServiceClient
+    client: TrainingClient
+
+    @classmethod
+    def start(cls, stack: contextlib.ExitStack, model: str, folder: Path, world_size: int) -> "Side":
+        """Ready, with a run that trains all parameters; two threads in all."""
+        folder.mkdir()
+        trainer = stack.enter_context(
+            Trainer(
+                Path(model),
+                folder,
+                *("--nproc-per-node", str(world_size), "--snapshot-interval-s", "0"),
+                threads=str(2 // world_size),
+            )
+        )
+        service = stack.enter_context(ServiceClient(f"http://{trainer.address}", reconnect_timeout_s=WAIT_S))
+        return cls(world_size, trainer, service, service.create_training_client())
+
+    def memory(self, what: str) -> float:
+        """MiB of a rank, the largest of them: VmHWM for the most since `forget_peak`, RssAnon for now."""
+        return max(_status(pid, what) for pid in self.trainer.worker_pids()) / 1024
+
+    def forget_peak(self) -> None:
+        """Lets VmHWM begin anew."""
+        for pid in self.trainer.worker_pids():
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=1024, help="of a step, in sequences of an eighth of them")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        one, two = (Side.start(stack, args.model, Path(name, str(size)), size) for size in (1, 2))
+        rows = measure(one, two, rounds=args.rounds, num_tokens=args.tokens)
+    day = datetime.datetime.now(datetime.UTC).date()
+    print(f"{day}, {os.cpu_count()} CPUs, {Path(args.model).name}, {args.tokens} tokens a step, {args.rounds} rounds\n")
+    print_table(("what", "2 ranks of 1 thread, 1 of 2", "ratio", "goal"), rows)
+
+
+def measure(one: Side, two: Side, *, rounds: int, num_tokens: int) -> list[Row]:
+    """All rows."""
+    info = one.service.get_server_info().models[0]
+    data = make_data(info.vocab_size, [num_tokens // 8] * 8)
+    sides = (two, one)
+    built_in(one.client, data)
+    built_in(two.client, data)
+    for side in sides:
+        side.forget_peak()
+    times = interleave(
+        {str(side.world_size): lambda side=side: built_in(side.client, data) for side in sides}, rounds=rounds
+    )
+    peaks = [side.memory("VmHWM") for side in sides]
+    resting = [side.memory("RssAnon") for side in sides]
+    before = _loopback_bytes()
+    built_in(two.client, data)
+    carried = _loopback_bytes() - before
+    # Layers are gathered for the forward and again for the backward, the root once, and gradients reduced once; in each
+    # of them a rank of two sends half of the whole. One round of packs.
+    theory = 3 * 4 * info.num_parameters
+    saving = interleave({str(side.world_size): lambda side=side: _save(side) for side in sides}, rounds=1, warmup=0)
+    loading = interleave({str(side.world_size): lambda side=side: _load(side) for side in sides}, rounds=1, warmup=0)
+    restarts = [_killed(side, data) for side in sides]
+    step = [statistics.median(times[str(side.world_size)]) for side in sides]
+    speed = statistics.median(o / t for o, t in zip(times["1"], times["2"], strict=True))
+    return [
+        Row("tokens/s", _both("{:.0f}", *(num_tokens / seconds for seconds in step)), f"{speed:.2f}", "≥ 0.9"),
+        Row("memory of a rank after a step, MiB", _both("{:.0f}", *resting), f"{resting[0] / resting[1]:.2f}", "≤ 0.6"),
+        Row("the most in a step, MiB", _both("{:.0f}", *peaks), f"{peaks[0] / peaks[1]:.2f}"),
+        Row(
+            "MB between the ranks a step, by theory",
+            f"{carried / 1e6:.0f}, {theory / 1e6:.0f}",
+            f"{carried / theory:.2f}",
+        ),
+        Row("save_state, s", _both("{:.1f}", *(saving[str(side.world_size)][0] for side in sides))),
+        Row("load_state_with_optimizer, s", _both("{:.1f}", *(loading[str(side.world_size)][0] for side in sides))),
+        Row("from SIGKILL of a rank to the next answer, s", _both("{:.1f}", *restarts)),
+    ]
+
+
+def _both(how: str, two: float, one: float) -> str:
+    return f"{how.format(two)}, {how.format(one)}"
+
+
+def _save(side: Side) -> None:
+    side.client.save_state("a", overwrite=True).result(WAIT_S)
+
+
+def _load(side: Side) -> None:
+    side.client.load_state_with_optimizer(f"gradwire://{side.client.run_id}/state/a").result(WAIT_S)
+
+
+def _killed(side: Side, data: list[Datum]) -> float:
+    os.kill(side.trainer.worker_pids()[-1], signal.SIGKILL)
+    start = time.perf_counter()
+    side.client.forward(data[:1]).result(WAIT_S)
+    return time.perf_counter() - start
+
+
+def _status(pid: int, what: str) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(f"{what}:")))
+
+
+def _loopback_bytes() -> int:
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    return int(next(line.split(":")[1].split()[0] for line in lines if line.strip().startswith("lo:")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Ranks compute what one rank does, on parts of the model and shares of the batch."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tests import rank_tasks
+from tests.engines import make_batch
+from tests.numerics.architectures import make_model
+from tests.rank_pool import RankPool, rank_pool
+from trainer_service.engine.ranks import Ranks
+
+Arrays = Mapping[str, npt.NDArray[np.float32]]
+
+UNEVEN = [make_batch(5, 9, 3), make_batch(7, seed=1), make_batch(*[6] * 9, 40, seed=2)]
+"""Several packs, a single one, so that a rank has nothing to do, and one long sequence among many short."""
+GRADIENTS = 1e-6
+"""Largest difference of a gradient, relative to its norm."""
+STEPS = 2e-5
+"""Largest difference of a parameter after three steps, relative to how far it went. Adam divides by what is nearly zero
+where gradients are, and with them their rounding errors."""
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    with rank_pool(2, tmp_path_factory.mktemp("two")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    with rank_pool(3, tmp_path_factory.mktemp("three")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes models' folders."""
+    return lambda name, **changes: make_model(tmp_path_factory.mktemp("model"), name, **changes)
+
+
+def difference(one: Arrays, other: Arrays, scale: Arrays) -> float:
+    """The largest of any tensor, relative to a tensor's norm."""
+    assert one.keys() == other.keys()
+    norm = np.linalg.norm
+    return max(float(norm(one[name] - other[name]) / (norm(scale[name]) or 1.0)) for name in one)
+
+
+def check_equal(pool: RankPool, folder: Path, tmp_path: Path, **how: Any) -> list[dict[str, Any]]:
+    """Three steps on all of a pool's ranks, compared with one rank's. What the ranks found."""
+    one = rank_tasks.train(Ranks(), folder, tmp_path / "one", UNEVEN, max_pack_tokens=20, **how)
+    found = pool.run(rank_tasks.train, folder, tmp_path / "many", UNEVEN, max_pack_tokens=20, **how)
+    assert not one["sharded"]
+    for many in found:
+        assert many["sharded"]
+        for got, wanted in zip(many["logprobs"], one["logprobs"], strict=True):
+            np.testing.assert_allclose(got, wanted, atol=1e-5)
+        assert difference(one["gradients"], many["gradients"], one["gradients"]) < GRADIENTS
+        moved = {name: one["after"][name] - one["before"][name] for name in one["after"]}
+        assert difference(one["after"], many["after"], moved) < STEPS
+        for got, wanted in zip(many["metrics"], one["metrics"], strict=True):
+            assert got.keys() == wanted.keys()
+            # How many packs there are is a matter of ranks.
+            same = [name for name in wanted if name != "forward_passes:sum"]
+            assert [got[name] for name in same] == pytest.approx([wanted[name] for name in same], rel=1e-5)
+    # Bit for bit the same on all of them, what is whole on each as well.
+    for many in found[1:]:
+        assert difference(many["after"], found[0]["after"], many["after"]) == 0
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Llama", {}),
+        ("Qwen3", {"tie_word_embeddings": True}),
+        # More rows than ranks divide evenly.
+        ("Qwen3", {"tie_word_embeddings": False, "vocab_size": 129}),
+        ("Gemma2", {}),
+        ("Qwen3Moe", {}),
+        # One at a time, as it cannot be packed.
+        ("Falcon", {}),
+    ],
+)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_two_ranks_train_as_one_does(
+    name: str, changes: dict[str, Any], lora: bool, two: RankPool, folder_of: Callable[..., Path], tmp_path: Path
+):
+    check_equal(two, folder_of(name, **changes), tmp_path, lora=lora)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_graphs_held_by_ranks_go_backward_in_any_order(lora: bool, two: RankPool, tiny_llama: Path, tmp_path: Path):
+    found = check_equal(two, tiny_llama, tmp_path, lora=lora, custom=True)
+    assert [many["recomputed"] for many in found] == [0, 0]
+
+
+def test_ranks_drop_and_recompute_the_same_graphs(two: RankPool, tiny_llama: Path, tmp_path: Path):
+    found = check_equal(two, tiny_llama, tmp_path, custom=True, max_held_graph_bytes=1)
+    assert found[0]["recomputed"] == found[1]["recomputed"] > 0
+
+
+def test_layers_of_ranks_are_computed_again_in_backward(two: RankPool, tiny_llama: Path, tmp_path: Path):
+    check_equal(two, tiny_llama, tmp_path, activation_checkpointing="on")
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_layers_gathered_in_bfloat16_compute_what_autocast_does(
+    lora: bool, two: RankPool, tiny_llama: Path, tmp_path: Path
+):
+    how = {"max_pack_tokens": 20, "compute_dtype": "bfloat16", "lora": lora}
+    one = rank_tasks.train(Ranks(), tiny_llama, tmp_path / "one", UNEVEN, **how)
+    many = two.run(rank_tasks.train, tiny_llama, tmp_path / "many", UNEVEN, **how)[1]
+    exact = rank_tasks.train(Ranks(), tiny_llama, tmp_path / "exact", UNEVEN, max_pack_tokens=20, lora=lora)
+    for got, wanted in zip(many["logprobs"], one["logprobs"], strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    # No further from float32 than one rank's are.
+    errors = [difference(each["gradients"], exact["gradients"], exact["gradients"]) for each in (many, one)]
+    assert 0 < errors[0] < 1.2 * errors[1] < 0.5
+
+
+def test_three_ranks_most_of_which_have_nothing_to_do(three: RankPool, tiny_llama: Path, tmp_path: Path):
+    check_equal(three, tiny_llama, tmp_path)
+
+
+def test_the_same_log_leads_ranks_to_the_same_bits(two: RankPool, tiny_llama: Path, tmp_path: Path):
+    first, again = (two.run(rank_tasks.train, tiny_llama, tmp_path / each, UNEVEN)[0] for each in ("a", "b"))
+    assert difference(first["after"], again["after"], first["after"]) == 0
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_what_two_ranks_saved_goes_on_at_any_number(
+    lora: bool, two: RankPool, three: RankPool, tiny_llama: Path, tmp_path: Path
+):
+    batch = make_batch(9, 7, 20, 5, 3)
+    saved, other = two.run(rank_tasks.save, tiny_llama, tmp_path, batch, lora=lora)
+    assert saved["sizes"] == other["sizes"]
+    arguments = (tiny_llama, tmp_path, batch, saved["path"])
+    alone = rank_tasks.go_on(Ranks(), *arguments, lora=lora)
+    as_before = two.run(rank_tasks.go_on, *arguments, lora=lora)
+    for found in (alone, *as_before, *three.run(rank_tasks.go_on, *arguments, lora=lora)):
+        assert found["step"] == 1
+        assert difference(found["loaded"], alone["loaded"], alone["loaded"]) == 0
+        assert difference(found["after"], saved["after"], saved["after"]) < 1e-6
+    assert [difference(each["after"], saved["after"], saved["after"]) for each in as_before] == [0, 0]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_snapshot_of_half_a_step_goes_on_at_any_number(
+    lora: bool, two: RankPool, three: RankPool, tiny_llama: Path, tmp_path: Path
+):
+    batch, where = make_batch(9, 7, 20, 5, 3), tmp_path / "snapshot"
+    wanted = two.run(rank_tasks.snapshot, tiny_llama, tmp_path, batch, where, lora=lora)[0]["after"]
+    arguments = (tiny_llama, tmp_path, batch, where)
+    got = [found["after"] for found in two.run(rank_tasks.restore, *arguments, lora=lora)]
+    assert [difference(each, wanted, wanted) for each in got] == [0, 0]
+    for found in (
+        rank_tasks.restore(Ranks(), *arguments, lora=lora),
+        *three.run(rank_tasks.restore, *arguments, lora=lora),
+    ):
+        assert difference(found["after"], wanted, wanted) < 1e-6
+
+
+def test_what_ranks_export_is_what_one_exports(two: RankPool, tiny_llama: Path, tmp_path: Path):
+    batch = make_batch(9, 7, 20, 5, 3)
+    path = two.run(rank_tasks.save, tiny_llama, tmp_path / "many", batch)[0]["path"]
+    # One rank with those very parameters.
+    rank_tasks.export(Ranks(), tiny_llama, tmp_path / "many", path, "weights-of-one")
+    exports = tmp_path / "many" / "run-1" / "sampler_weights"
+    for file in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+        if file == "model.safetensors":
+            one, many = (rank_tasks.read(exports / name / file) for name in ("weights-of-one", "weights"))
+            assert difference(one, many, one) == 0
+        else:
+            assert (exports / "weights" / file).read_text() == (exports / "weights-of-one" / file).read_text()
+
+
+def test_a_state_that_does_not_fit_is_refused_by_all_ranks(
+    two: RankPool, folder_of: Callable[..., Path], tmp_path: Path
+):
+    batch = make_batch(9, 7)
+    path = two.run(rank_tasks.save, folder_of("Llama"), tmp_path, batch)[0]["path"]
+    refusals = two.run(rank_tasks.refused, folder_of("Llama", intermediate_size=64), tmp_path, path)
+    assert [reason for reason, _ in refusals] == ["CHECKPOINT_MISMATCH"] * 2
+    assert refusals[0] == refusals[1]
+
+
+def test_a_loss_that_is_not_finite_names_its_datum_on_all_ranks(two: RankPool, tiny_llama: Path, tmp_path: Path):
+    batch = make_batch(5, 9, 3, 8)
+    batch.loss_fn_inputs["weights"][15] = np.inf
+    refusals = two.run(rank_tasks.not_finite, tiny_llama, tmp_path, batch)
+    assert refusals[0] == refusals[1]
+    reason, text = refusals[0]
+    assert reason == "NON_FINITE"
+    assert "data[2]" in text
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_deleted_run_s_parameters_are_gone_from_all_ranks(
+    lora: bool, two: RankPool, tiny_llama: Path, tmp_path: Path
+):
+    assert two.run(rank_tasks.delete, tiny_llama, tmp_path, lora=lora) == [0, 0]

@@ -1,0 +1,86 @@
+"""Ranks for tests: processes that have a process group, and run functions of tests.rank_tasks on demand."""
+
+import contextlib
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 240.0
+"""Bounds failure."""
+
+
+class RankPool:
+    """Ranks that are up.
+
+    Args:
+        connections: To each, by rank.
+    """
+
+    def __init__(self, connections: list[Connection]) -> None:
+        self._connections = connections
+
+    def run(self, task: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """What the task returns on each rank, which get the same arguments behind their Ranks."""
+        for connection in self._connections:
+            connection.send((task, args, kwargs))
+        results: list[Any] = []
+        for rank, connection in enumerate(self._connections):
+            assert connection.poll(TIMEOUT_S), f"rank {rank} does not answer"
+            result, failure = connection.recv()
+            assert not failure, f"rank {rank}: {failure}"
+            results.append(result)
+        return results
+
+
+@contextlib.contextmanager
+def rank_pool(world_size: int, folder: Path) -> Iterator[RankPool]:
+    """That many ranks; they meet in a folder."""
+    context = multiprocessing.get_context("forkserver")
+    # Imports take seconds; the ranks are forked from one process that has done them.
+    context.set_forkserver_preload(["tests.rank_tasks"])
+    connections: list[Connection] = []
+    processes: list[Any] = []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(rank, world_size, str(folder / "store"), theirs), daemon=True)
+        process.start()
+        theirs.close()
+        connections.append(ours)
+        processes.append(process)
+    try:
+        yield RankPool(connections)
+    finally:
+        for connection in connections:
+            connection.close()
+        for process in processes:
+            process.join(5)
+            process.kill()
+            process.join()
+
+
+def serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
+    """A rank: runs what comes until nobody is left to ask."""
+    from trainer_service.fleet.rank_processes import rank_environment
+    from trainer_service.worker_config import RANK_STORE_VARIABLE
+
+    os.environ |= rank_environment(rank, world_size, store)
+    assert os.environ[RANK_STORE_VARIABLE] == store
+    import torch
+
+    from trainer_service.engine.ranks import Ranks
+
+    torch.set_num_threads(1)
+    ranks = Ranks.from_environment(timeout_s=60)
+    with contextlib.suppress(EOFError):
+        while True:
+            task, args, kwargs = connection.recv()
+            try:
+                connection.send((task(ranks, *args, **kwargs), ""))
+            except Exception:
+                connection.send((None, traceback.format_exc()))
+    # gloo may abort in the interpreter's own end.
+    os._exit(0)

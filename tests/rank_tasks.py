@@ -1,0 +1,202 @@
+"""What ranks of tests.rank_pool run: each takes its Ranks first. On one rank they run in the test's own process."""
+
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gradwire._wire.codec import Batch
+from gradwire.errors import GradwireError
+from gradwire.types import AdamParams
+
+from tests.engines import BATCH, CPU, RUN
+from trainer_service.engine.device import Device
+from trainer_service.engine.engine import Engine
+from trainer_service.engine.losses import find_loss
+from trainer_service.engine.models.lora import LoraSettings
+from trainer_service.engine.parallel.sharding import record_of, reshard, whole
+from trainer_service.engine.ranks import Ranks
+from trainer_service.engine.storage.snapshots import SnapshotWriter
+from trainer_service.engine.tensor_files import read_tensors
+from trainer_service.worker_config import EngineSettings
+
+PARAMS = AdamParams(learning_rate=1e-2, grad_clip_norm=1.0)
+
+
+def make_engine(ranks: Ranks, folder: Path, checkpoint_dir: Path, *, lora: bool = False, **settings: Any) -> Engine:
+    """An engine with one run, `RUN`."""
+    asked = EngineSettings(**settings)
+    device = CPU if asked.compute_dtype != "bfloat16" else Device(torch.device("cpu"), "cpu", torch.bfloat16)
+    engine = Engine(str(folder), device=device, checkpoint_dir=checkpoint_dir, settings=asked, ranks=ranks)
+    engine.create_run(RUN, lora=LoraSettings(rank=4, train_unembed=False) if lora else None)
+    return engine
+
+
+def tensors(engine: Engine) -> dict[str, np.ndarray[Any, Any]]:
+    """The run's parameters that train, whole."""
+    run = engine.run_state(RUN)
+    reshard(run.model)
+    return {name: whole(p.detach()).numpy().copy() for name, p in run.trained_parameters().items()}
+
+
+def gradients(engine: Engine) -> dict[str, np.ndarray[Any, Any]]:
+    """The run's gradients, whole and summed over ranks."""
+    run, found = engine.run_state(RUN), {}
+    for name, parameter in run.trained_parameters().items():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        total = whole(grad).clone()
+        if run.lora_rank and engine.ranks.world_size > 1:
+            torch.distributed.all_reduce(total)
+        found[name] = total.numpy().copy()
+    return found
+
+
+def train(
+    ranks: Ranks,
+    folder: Path,
+    checkpoint_dir: Path,
+    batches: Sequence[Batch],
+    *,
+    lora: bool = False,
+    loss: str = "cross_entropy",
+    custom: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Three steps, each over all batches. Of the first the logprobs and gradients, of all metrics and parameters.
+
+    Custom losses are all held before their backwards, which go in another order.
+    """
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=lora, **settings)
+    found: dict[str, Any] = {"sharded": record_of(engine.run_state(RUN).model) is not None, "metrics": []}
+    found["before"] = tensors(engine)
+    seq_id = 0
+    for step in range(3):
+        logprobs: list[Any] = []
+        held: list[tuple[int, Batch]] = []
+        for batch in batches:
+            seq_id += 1
+            if custom:
+                result = engine.forward(RUN, seq_id, engine.stage(batch), keep_graph=True)
+                held.append((seq_id, batch))
+            else:
+                result = engine.forward_backward(RUN, seq_id, engine.stage(batch, find_loss(loss)))
+                found["metrics"].append(result.metrics)
+            logprobs.append(result.logprobs_TK)
+        for forward_seq_id, batch in reversed(held):
+            seq_id += 1
+            weights = -batch.loss_fn_inputs["weights"]
+            found["metrics"].append(
+                engine.backward(RUN, seq_id, forward_seq_id=forward_seq_id, gradients_TK=weights.astype(np.float32))
+            )
+        # An evaluation between backward and step.
+        engine.forward(RUN, seq_id + 1, engine.stage(batches[0]))
+        if step == 0:
+            found["logprobs"], found["gradients"] = logprobs, gradients(engine)
+        seq_id += 2
+        found["metrics"].append(engine.optim_step(RUN, seq_id, PARAMS).metrics)
+    found["after"] = tensors(engine)
+    found["recomputed"] = engine.counters.recomputed_graphs_total
+    return found
+
+
+def step(engine: Engine, seq_id: int, batch: Batch) -> None:
+    """One step with cross-entropy."""
+    engine.forward_backward(RUN, seq_id, engine.stage(batch, find_loss("cross_entropy")))
+    engine.optim_step(RUN, seq_id + 1, PARAMS)
+
+
+def save(ranks: Ranks, folder: Path, checkpoint_dir: Path, batch: Batch, *, lora: bool = False) -> dict[str, Any]:
+    """A step, a state, sampler weights, another step."""
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=lora)
+    # Leaves some parameters gathered.
+    engine.forward(RUN, 1, engine.stage(batch))
+    step(engine, 1, batch)
+    saved = engine.save_state(RUN, "state")
+    exported = engine.save_weights_for_sampler(RUN, "weights", dtype="float32")
+    delta = engine.save_weights_for_sampler(RUN, "delta", delta=True)
+    merged = engine.save_weights_for_sampler(RUN, "merged", merged=True) if lora else exported
+    found = {"path": saved.path, "sizes": [each.size_bytes for each in (saved, exported, delta, merged)]}
+    step(engine, 3, batch)
+    return {**found, "after": tensors(engine)}
+
+
+def go_on(
+    ranks: Ranks, folder: Path, checkpoint_dir: Path, batch: Batch, path: str, *, lora: bool = False
+) -> dict[str, Any]:
+    """Loads a state and takes the step after it."""
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=lora)
+    loaded = engine.load_state(RUN, path, with_optimizer=True)
+    found = {"step": loaded, "loaded": tensors(engine)}
+    step(engine, 1, batch)
+    return {**found, "after": tensors(engine)}
+
+
+def snapshot(
+    ranks: Ranks, folder: Path, checkpoint_dir: Path, batch: Batch, where: Path, *, lora: bool = False
+) -> dict[str, Any]:
+    """A snapshot with gradients of one pass, and after another pass a step."""
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=lora)
+    step(engine, 1, batch)
+    engine.forward_backward(RUN, 3, engine.stage(batch, find_loss("cross_entropy")))
+    written = threading.Event()
+    failures: list[Any] = []
+    SnapshotWriter(ranks).take(engine.run_state(RUN), where, lambda failure: (failures.append(failure), written.set()))
+    assert written.wait(60)
+    assert failures == [None]
+    step(engine, 4, batch)
+    return {"after": tensors(engine)}
+
+
+def restore(
+    ranks: Ranks, folder: Path, checkpoint_dir: Path, batch: Batch, where: Path, *, lora: bool = False
+) -> dict[str, Any]:
+    """What comes after the snapshot, from the snapshot."""
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=lora)
+    engine.restore_run(RUN, where)
+    step(engine, 4, batch)
+    return {"after": tensors(engine)}
+
+
+def export(ranks: Ranks, folder: Path, checkpoint_dir: Path, path: str, name: str) -> None:
+    """Sampler weights of a state."""
+    engine = make_engine(ranks, folder, checkpoint_dir)
+    engine.load_state(RUN, path, with_optimizer=False)
+    engine.save_weights_for_sampler(RUN, name, dtype="float32")
+
+
+def read(file: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """A safetensors file."""
+    return {name: tensor.numpy() for name, tensor in read_tensors(file).items()}
+
+
+def refused(ranks: Ranks, folder: Path, checkpoint_dir: Path, path: str) -> tuple[str, str]:
+    """Why a state cannot be loaded; training goes on all the same."""
+    engine = make_engine(ranks, folder, checkpoint_dir)
+    with pytest.raises(GradwireError) as refusal:
+        engine.load_state(RUN, path, with_optimizer=True)
+    step(engine, 1, BATCH)
+    return refusal.value.reason, refusal.value.message
+
+
+def not_finite(ranks: Ranks, folder: Path, checkpoint_dir: Path, batch: Batch) -> tuple[str, str]:
+    """Why a pass was refused; training goes on all the same."""
+    engine = make_engine(ranks, folder, checkpoint_dir, max_pack_tokens=9)
+    with pytest.raises(GradwireError) as refusal:
+        engine.forward_backward(RUN, 1, engine.stage(batch, find_loss("cross_entropy")))
+    engine.zero_grad(RUN)
+    step(engine, 2, BATCH)
+    return refusal.value.reason, refusal.value.message
+
+
+def delete(ranks: Ranks, folder: Path, checkpoint_dir: Path, *, lora: bool) -> int:
+    """How many of a deleted run's parameters are still there."""
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=lora)
+    step(engine, 1, BATCH)
+    alive = weakref.WeakSet(engine.run_state(RUN).trained_parameters().values())
+    assert alive
+    engine.delete_run(RUN)
+    return len(alive)

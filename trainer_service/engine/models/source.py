@@ -1,0 +1,123 @@
+"""Where a worker's models come from: read from the base model's folder, whole or in parts, ready to be run."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel
+
+from trainer_service.engine.device import Device
+from trainer_service.engine.models import runner
+from trainer_service.engine.models.load import load_model
+from trainer_service.engine.models.positions import Boundary
+from trainer_service.engine.models.probe import find_traits
+from trainer_service.engine.models.runner import HeadTraits, Traits, prepare
+from trainer_service.engine.packed import attention
+from trainer_service.engine.parallel.sharding import Sharded
+from trainer_service.engine.ranks import Ranks
+
+_FEWEST_LAYERS = 2
+
+
+class ModelSource:
+    """Reads one base model. Where there are several ranks all of them call the same methods at the same time.
+
+    Args:
+        base_model: What it is called in refusals.
+        folder: Where its files are.
+        device: Where models go.
+        ranks: Who shares the model.
+
+    Raises:
+        InvalidArgumentError: The model cannot be loaded.
+    """
+
+    def __init__(self, base_model: str, folder: Path, device: Device, ranks: Ranks) -> None:
+        self._base_model = base_model
+        self._folder = folder
+        self._device = device
+        self._ranks = ranks
+        self._first: PreTrainedModel | Sharded | None = self._read()
+        self.hollow = self._first.hollow if isinstance(self._first, Sharded) else None
+        """The model without what its parameters hold, where they are in parts; None where they are whole."""
+        self._traits: Traits | None = None
+
+    @property
+    def example(self) -> PreTrainedModel:
+        """A model to be described, which may be hollow. Where it is not, only before `load`."""
+        found = self.hollow or self._first
+        assert isinstance(found, PreTrainedModel)
+        return found
+
+    def find_traits(self, *, max_context_length: int) -> Traits:
+        """What the architecture allows. Called once, before `load`."""
+        device = self._device.torch_device
+        if not isinstance(self._first, Sharded):
+            assert self._first is not None
+            self._traits = find_traits(self._first, device, max_context_length=max_context_length)
+            return self._traits
+        sibling, num_layers = self.sibling()
+        scale = num_layers / int(sibling.config.get_text_config().num_hidden_layers)
+        traits = find_traits(sibling, device, max_context_length=max_context_length)
+        found = replace(
+            traits,
+            held_bytes_per_token=int(traits.held_bytes_per_token * scale),
+            checkpointed_bytes_per_token=int(traits.checkpointed_bytes_per_token * scale),
+        )
+        told = self._ranks.execution.tell({**asdict(found), "varlen": attention.varlen_enabled})
+        attention.varlen_enabled = told.pop("varlen")
+        head, turned = told.pop("head"), told.pop("boundaries")
+        self._traits = Traits(
+            **told,
+            head=None if head is None else HeadTraits(**head),
+            boundaries=tuple(Boundary(**one) for one in turned),
+        )
+        return self._traits
+
+    def load(self) -> PreTrainedModel:
+        """A model of its own, prepared; the one that was read first, or one read anew."""
+        assert self._traits is not None, "load before find_traits"
+        first, self._first = self._first or self._read(), None
+        if not isinstance(first, Sharded):
+            prepare(first, self._traits)
+            return first
+        prepare(first.hollow, self._traits)
+        return first.build()
+
+    def sibling(self) -> tuple[PreTrainedModel, int]:
+        """The model with its first few layers, whole on this rank, and how many there really are.
+
+        What it takes to try the architecture out: there is at least one layer of each kind.
+        """
+        config: Any = AutoConfig.from_pretrained(self._folder)
+        text = config.get_text_config()
+        total = int(text.num_hidden_layers)
+        kept = few_layers(text)
+        text.num_hidden_layers = kept
+        for name, kinds in vars(text).items():
+            if isinstance(kinds, list) and len(kinds) == total:
+                setattr(text, name, kinds[:kept])
+        model = load_model(self._base_model, self._folder, self._device, config=config)
+        return model, total
+
+    def _read(self) -> PreTrainedModel | Sharded:
+        loaded = load_model(self._base_model, self._folder, self._device, world_size=self._ranks.world_size)
+        if self._ranks.world_size == 1:
+            return loaded
+        return Sharded.of_loaded(loaded, device=self._device, forward=runner.forward)
+
+
+def few_layers(config: Any) -> int:
+    """How many of a model's first layers have one of each kind among them, two at least.
+
+    Args:
+        config: Of the text model.
+    """
+    total = int(config.num_hidden_layers)
+    kinds = [value for value in vars(config).values() if isinstance(value, list) and len(value) == total]
+    # DeepSeek's and its relatives' layers with experts come behind so many without.
+    dense = int(getattr(config, "first_k_dense_replace", 0) or 0)
+    kept = max(_FEWEST_LAYERS, dense + 1, int(getattr(config, "decoder_sparse_step", 1) or 1))
+    for each in kinds:
+        kept = max(kept, *(each.index(kind) + 1 for kind in each))
+    return min(kept, total)

@@ -1,0 +1,284 @@
+"""A model whose parameters lie in parts on all ranks: torch's FSDP2, set up so that it computes what one rank does.
+
+The model is made twice. transformers' loader reads each rank's part of every parameter, with its own conversion of
+names. What runs is built from those parts by `Sharded.fill`, on a hollow copy of the model: all modules, and parameters
+that have a shape and take no memory. So copies, which FSDP refuses to make, are hollow copies filled again: an
+adapter's model has the base model's parts, tensor for tensor, and whole copies get whole parameters.
+
+Gradients of a sharded model are summed over the ranks, as losses are, by each backward. Adapters are on every rank, and
+their gradients are summed once a step (`sum_gradients`).
+"""
+
+import copy
+import functools
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from gradwire.errors import error
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from trainer_service.engine.device import Device
+
+_RECORD = "_gradwire_sharded"
+_FORWARD = "gradwire_forward"
+Forward = Callable[..., Tensor]
+
+
+class Sharded:
+    """What a sharded model was made from.
+
+    Args:
+        hollow: The model, with parameters that take no memory.
+        parts: Of each of those parameters this rank's part, by identity.
+        device: Where parts are.
+        forward: What is run of the model, as a method; parameters are whole within.
+    """
+
+    def __init__(
+        self,
+        hollow: PreTrainedModel,
+        parts: Mapping[nn.Parameter, DTensor],
+        *,
+        device: Device,
+        forward: Forward,
+        wholes: "WeakValueDictionary[nn.Parameter, nn.Parameter] | None" = None,
+    ) -> None:
+        self.hollow = hollow
+        self._parts = parts
+        self._device = device
+        self._forward = forward
+        self._wholes = WeakValueDictionary[nn.Parameter, nn.Parameter]() if wholes is None else wholes
+        # What never changes is gathered once for all who read it.
+
+    @classmethod
+    def of_loaded(cls, loaded: PreTrainedModel, *, device: Device, forward: Forward) -> "Sharded":
+        """Of a model that transformers loaded in parts, whose parts it takes."""
+        found: dict[str, Any] = dict(loaded.named_parameters())
+        hollow = _hollow_like(loaded)
+        parts = {parameter: found[name].detach() for name, parameter in hollow.named_parameters()}
+        return cls(hollow, parts, device=device, forward=forward)
+
+    def build(self) -> PreTrainedModel:
+        """A model with these parts, all of whose parameters train."""
+        model = self.hollow_copy()
+        self.fill(model, train=True)
+        return model
+
+    def hollow_copy(self) -> PreTrainedModel:
+        """Modules of its own; the parameters are `hollow`'s."""
+        return _copy_with(self.hollow, {})
+
+    def fill(self, model: PreTrainedModel, *, train: bool = False) -> None:
+        """Puts this rank's parts into a hollow copy. Parameters it has beside them, an adapter's, are left alone.
+
+        Args:
+            model: Made by `hollow_copy`, its modules wrapped or not.
+            train: Whether the parts train. Parts that do belong to one model.
+        """
+        record = Sharded(
+            _copy_with(model, {}), self._parts, device=self._device, forward=self._forward, wholes=self._wholes
+        )
+        own = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+        # On "meta" FSDP makes no parts of its own.
+        on_meta = {parameter: nn.Parameter(parameter.to("meta"), requires_grad=train) for parameter in self._parts}
+        _replace(model, on_meta)
+        adapter = {parameter for parameter in own.values() if parameter not in self._parts}
+        mesh = next(iter(self._parts.values())).device_mesh
+        policy = MixedPrecisionPolicy()
+        if self._device.compute_dtype != torch.float32:
+            # Layers are gathered in the dtype they compute in, which halves the traffic; autocast would cast them. What
+            # the root holds, embedding, last norm and head, stays in float32: the head's gradient is.
+            policy = MixedPrecisionPolicy(
+                param_dtype=self._device.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        for layer in _layers(model):
+            if any(parameter not in adapter for parameter in layer.parameters()):
+                fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=adapter)
+        fully_shard(model, mesh=mesh, ignored_params=adapter, reshard_after_forward=False)
+        parts = {
+            parameter: nn.Parameter(_another(part), requires_grad=train) for parameter, part in self._parts.items()
+        }
+        filled = {name: parts[parameter] for name, parameter in own.items() if parameter in parts}
+        model.load_state_dict(filled, strict=False, assign=True)
+        for module in fsdp_modules(model):
+            # Losses are sums, so their gradients are summed. The factor alone is a reduction that gloo does not have,
+            # and that NCCL gets wrong in bfloat16 (pytorch#190745).
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+            # A rank without a target leaves parameters without a gradient, while the others reduce theirs.
+            module.set_reduce_scatter_unused_params(True)
+        vars(model)[_FORWARD] = functools.partial(_run, self._forward, model)
+        register_fsdp_forward_method(model, _FORWARD)
+        vars(model)[_RECORD] = record
+
+    def whole_copy(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A plain copy of a model filled from this record, with whole parameters that do not train, on every rank.
+
+        Adapters are copied with it. Every rank must call this.
+        """
+        reshard(model)
+        now: dict[str, Any] = dict(model.named_parameters())
+        made: dict[nn.Parameter, nn.Parameter] = {}
+        for name, parameter in self.hollow.named_parameters():
+            known = self._wholes.get(parameter)
+            if known is None:
+                known = nn.Parameter(whole(now[name].detach()).clone(), requires_grad=False)
+                if not now[name].requires_grad:
+                    self._wholes[parameter] = known
+            made[parameter] = known
+        return _copy_with(self.hollow, made)
+
+
+def record_of(model: nn.Module) -> Sharded | None:
+    """What a model was made from; None where it is whole."""
+    return vars(model).get(_RECORD)
+
+
+def forward_of(model: nn.Module) -> Forward | None:
+    """How a sharded model is run; None where it is whole."""
+    return vars(model).get(_FORWARD)
+
+
+def readable(model: PreTrainedModel) -> PreTrainedModel:
+    """The model where it is whole; of a sharded one a whole copy, which nothing changes. Every rank must call this."""
+    record = record_of(model)
+    return model if record is None else record.whole_copy(model)
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules whose parameters are gathered together."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of gathered parameters. Before any change: a forward leaves some gathered, and those do not notice it."""
+    if record_of(model) is not None:
+        for module in fsdp_modules(model):
+            module.reshard()
+
+
+def free_cycles() -> None:
+    """Frees models that were let go. What FSDP hangs on a model refers to it, so it does not go by itself."""
+    # The worker froze what it loaded (engine/__main__.py), the first model with it.
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every rank, each of which must call this; of one that is whole already, itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor: a view."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether this rank has only a part of it."""
+    return isinstance(tensor, DTensor)
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """The same tensor in parts, given this rank's, as `like` is in parts; as it is where that is whole."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return DTensor.from_local(
+        tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def first_row(tensor: DTensor) -> int:
+    """Where this rank's part begins in the whole: FSDP cuts the first dim into equal parts, the last ones shorter."""
+    mesh = tensor.device_mesh
+    return min(len(tensor), -(-len(tensor) // mesh.size()) * mesh.get_local_rank())
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
+    """Sums gradients of parameters that are whole on every rank, in one collective. Others were summed by backward."""
+    replicated = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    if world_size == 1 or not replicated:
+        return
+    # A rank that had nothing to do has no gradients.
+    flat = torch.cat(
+        [
+            torch.zeros_like(parameter).flatten() if parameter.grad is None else parameter.grad.flatten()
+            for parameter in replicated
+        ]
+    )
+    distributed.all_reduce(flat)
+    for parameter, summed in zip(replicated, flat.split([one.numel() for one in replicated]), strict=True):
+        parameter.grad = summed.view_as(parameter)
+
+
+def _run(forward: Forward, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Tensor:
+    # FSDP hangs its backward on what is returned, and warns where that is a view.
+    return forward(model, *args, **kwargs).clone()
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Layers, the outermost where some are within others."""
+    for child in model.children():
+        if isinstance(child, GradientCheckpointingLayer):
+            yield child
+        else:
+            yield from _layers(child)
+
+
+def _hollow_like(loaded: PreTrainedModel) -> PreTrainedModel:
+    plain = next(kind for kind in type(loaded).__mro__ if not issubclass(kind, FSDPModule))
+    config: Any = loaded.config
+    if hasattr(config, "distributed_config"):
+        # Of how it was loaded. It does not belong in what is exported.
+        del config.distributed_config
+    with torch.device("meta"):
+        hollow: Any = plain(config)  # pyright: ignore[reportCallIssue]
+    hollow.tie_weights()
+    shapes = {name: tuple(parameter.shape) for name, parameter in hollow.named_parameters()}
+    wanted = {name: tuple(parameter.shape) for name, parameter in loaded.named_parameters()}
+    if shapes != wanted:
+        name = next(iter({*shapes.items()} ^ {*wanted.items()}))[0]
+        raise error("NOT_IMPLEMENTED", f"{plain.__name__} cannot be put on many ranks: {name} comes out otherwise.")
+    device = next(part(parameter).device for parameter in loaded.parameters())
+    made = {
+        parameter: nn.Parameter(
+            torch.zeros((), dtype=torch.float32, device=device).expand(parameter.shape), requires_grad=False
+        )
+        for parameter in hollow.parameters()
+    }
+    _replace(hollow, made)
+    buffers = dict(loaded.named_buffers())
+    for name, _ in list(hollow.named_buffers()):
+        module, _, own = name.rpartition(".")
+        hollow.get_submodule(module)._buffers[own] = buffers[name]
+    for name in ("generation_config", "_weight_conversions", "name_or_path"):
+        if name in vars(loaded):
+            setattr(hollow, name, getattr(loaded, name))
+    return hollow.eval()
+
+
+def _copy_with(model: PreTrainedModel, parameters: Mapping[nn.Parameter, nn.Parameter]) -> PreTrainedModel:
+    """Modules of its own, buffers shared; these parameters in place of the model's, and the rest shared."""
+    tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, tensors | {id(old): new for old, new in parameters.items()})
+
+
+def _replace(model: nn.Module, parameters: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Puts parameters in the place of others, wherever they are, so that what was tied stays it."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter in parameters:
+                module._parameters[name] = parameters[parameter]
+
+
+def _another(tensor: DTensor) -> DTensor:
+    """Another object over the same part."""
+    return part_of(tensor.to_local(), tensor)  # pyright: ignore[reportReturnType]
