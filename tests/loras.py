@@ -1,13 +1,15 @@
 """LoRA runs in this process, and what plain peft makes of the same."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from gradwire.types import AdamParams
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from tests.engines import CPU
+from tests.engines import CPU, CROSS_ENTROPY, make_batch
 from tests.numerics.plain import load_plain
 from trainer_service.config import Limits
 from trainer_service.engine.engine import Engine
@@ -28,7 +30,7 @@ def lora_engine(folder: Path, checkpoint_dir: Path, **runs: LoraSettings) -> Eng
     return engine
 
 
-def adapter(engine: Engine, run_id: str) -> dict[str, nn.Parameter]:
+def adapter(engine: Engine, run_id: str) -> Mapping[str, nn.Parameter]:
     """What trains of a run, by peft's names."""
     return engine.run_state(run_id).trained_parameters()
 
@@ -70,3 +72,10 @@ def gradient(parameter: nn.Parameter) -> torch.Tensor:
     """Its gradient, which is there."""
     assert parameter.grad is not None
     return parameter.grad
+
+
+def train(engine: Engine, run_id: str, seeds: range) -> None:
+    """A pass and a step for each seed; operations are numbered by them."""
+    for seed in seeds:
+        engine.forward_backward(run_id, 2 * seed, engine.stage(make_batch(5, 9, seed=seed), CROSS_ENTROPY))
+        engine.optim_step(run_id, 2 * seed + 1, AdamParams(learning_rate=1e-2))

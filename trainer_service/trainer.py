@@ -25,13 +25,13 @@ from trainer_service.rpc.grpc_server import GrpcServer
 from trainer_service.rpc.request_limiter import RequestLimiter
 from trainer_service.rpc.sampling_servicer import SamplingServicer
 from trainer_service.rpc.trainer_servicer import TrainerServicer
+from trainer_service.runs.operation_spans import Traces
 from trainer_service.runs.recovery import Restored
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Observer
 from trainer_service.runs.run_metrics import RunMetrics
 from trainer_service.runs.sampling import SampleRequests
 from trainer_service.runs.sequence import Entry
-from trainer_service.runs.traces import Traces
 from trainer_service.served_model import ServedModel
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ class APIFuture(Generic[T]):
 
     `.result()` blocks, from any thread; `await` works on any event loop. The call is on its way whether or not anybody
     waits, and whether or not its client is still there; an unused future costs nothing. It always resolves: a
-    lost connection ends in UnavailableError once reconnecting is given up. In a forked child one that the parent waits
-    for raises FailedPreconditionError.
+    lost connection ends in UnavailableError once reconnecting is given up. In a forked child, a future that the
+    parent is waiting for raises FailedPreconditionError.
 
     Args:
         future: Gets the answer.

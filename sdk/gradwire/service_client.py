@@ -113,9 +113,9 @@ class ServiceClient(RefusesTinkerNames):
             lora_alpha: The adapter is scaled by lora_alpha / lora_rank; None is 32.
             seed: Seed of the adapter's first matrices; None is 0. The second ones are zero, so training starts from the
                 base model.
-            train_mlp: Adapt the feed-forward layers; None does.
-            train_attn: Adapt the attention layers; None does.
-            train_unembed: Adapt the head, the layer that makes logits; None does.
+            train_mlp: Adapt the feed-forward layers; None means True.
+            train_attn: Adapt the attention layers; None means True.
+            train_unembed: Adapt the head, the layer that makes logits; None means True.
             adapter_path: Starts from an adapter instead, with its own rank, alpha and layers: the path that
                 save_weights_for_sampler of a LoRA run returned, or a folder saved by peft below the trainer's
                 --adapter-dir.
@@ -356,8 +356,8 @@ class ServiceClient(RefusesTinkerNames):
     def metrics(
         self, run_id: str, names: Iterable[str] = (), *, since_step: int = 0, timeout_s: float | None = None
     ) -> RunMetrics:
-        """What a run's operations measured, one point an optimizer step, whole from its first: also of what other
-        scripts, or trainers before this one, did.
+        """What a run's operations measured, one point for each optimizer step from the first on, whichever script or
+        trainer made it.
 
         `metrics(run_id)["loss:sum"]` is a float64 array beside `.step`. What one step's operations said is combined as
         their names say (`name:sum` adds up, `name:mean` is weighted by loss tokens); metrics of a custom loss under

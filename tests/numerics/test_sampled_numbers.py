@@ -8,26 +8,13 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    FalconConfig,
-    Gemma2Config,
-    GPT2Config,
-    GPTNeoConfig,
-    GPTNeoXConfig,
-    Llama4TextConfig,
-    LlamaConfig,
-    MambaConfig,
-    MistralConfig,
-    Phi3Config,
     PhimoeConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen3Config,
 )
 
 from tests.numerics.bench import Bench, decoding_of, make_request, own_logprobs
 from tests.numerics.plain import FACTOR, ROUNDING
+from tests.numerics.sampled_models import BOUNDED, COMMON, CONFIGS, LONG_ROPE, VOCAB_SIZE, make_model
 from trainer_service.engine.device import Device
-from trainer_service.engine.models.positions import forget_longest_sequence
 from trainer_service.engine.sampling import scheduler as scheduler_module
 from trainer_service.engine.sampling import sequences as sequences_module
 from trainer_service.engine.sampling import trial as trial_module
@@ -35,103 +22,7 @@ from trainer_service.engine.sampling.decoding import Way
 from trainer_service.engine.sampling.picking import Choice
 from trainer_service.engine.sampling.request import Request
 
-VOCAB_SIZE = 96
-SIZES: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-COMMON: dict[str, Any] = SIZES | {"max_position_embeddings": 96, "initializer_range": 0.3}
-HEADS: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**COMMON, **HEADS),
-    "qwen3": Qwen3Config(**COMMON, **HEADS),
-    "gpt_neox": GPTNeoXConfig(**COMMON, intermediate_size=64),
-    "gpt2": GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=96, initializer_range=0.3),
-    "mistral, whose layers see 8 tokens": MistralConfig(**COMMON, **HEADS, sliding_window=8),
-    "gemma2, softcapped, one layer of 8 tokens": Gemma2Config(**COMMON, **HEADS, sliding_window=8),
-    "mamba, which has no keys": MambaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3
-    ),
-}
-LONG_ROPE: dict[str, Any] = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0, 1.1, 1.0, 1.2],
-    "long_factor": [4.0, 8.0, 2.0, 3.0],
-    "original_max_position_embeddings": 24,
-    "factor": 4.0,
-}
-LLAMA4: dict[str, Any] = {
-    **COMMON,
-    **HEADS,
-    "intermediate_size_mlp": 64,
-    "num_local_experts": 2,
-    "moe_layers": [1],
-    "no_rope_layers": [1, 0],
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-}
-TOGETHER = r"together"
-ALONE_ALL = r"one by one: it has attention that comes out otherwise, by .*"
-BOUNDED: dict[str, tuple[PretrainedConfig, str]] = {
-    "llama4, by chunks of 24": (
-        Llama4TextConfig(**LLAMA4, attention_chunk_size=24, attn_temperature_tuning=False),
-        TOGETHER,
-    ),
-    "llama4, whose scores grow with the place in a row": (
-        Llama4TextConfig(**LLAMA4, attention_chunk_size=24, floor_scale=20, attn_scale=0.5),
-        ALONE_ALL,
-    ),
-    "phi3, turned otherwise from 25 tokens on": (
-        Phi3Config(
-            **COMMON,
-            original_max_position_embeddings=24,
-            num_key_value_heads=2,
-            intermediate_size=64,
-            rope_parameters=LONG_ROPE,
-            pad_token_id=0,
-        ),
-        r"together; beyond 24 tokens one by one: .*",
-    ),
-    "llama, turned otherwise with every token from 25 on": (
-        LlamaConfig(
-            **COMMON | {"max_position_embeddings": 24},
-            **HEADS,
-            rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
-        ),
-        r"together; beyond 24 tokens every token computes all before it again: .*",
-    ),
-    "mistral, whose layers see 24 tokens": (MistralConfig(**COMMON, **HEADS, sliding_window=24), TOGETHER),
-    "gpt_neo, one layer of 24 tokens that nothing moves": (
-        GPTNeoConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=32,
-            num_layers=2,
-            num_heads=4,
-            attention_types=[[["global", "local"], 1]],
-            window_size=24,
-            max_position_embeddings=96,
-            initializer_range=0.3,
-            bos_token_id=0,
-            eos_token_id=1,
-        ),
-        r"one by one: it has attention that does not go through transformers' interface",
-    ),
-    "falcon with alibi": (
-        FalconConfig(**COMMON, alibi=True, new_decoder_architecture=False, bos_token_id=0, eos_token_id=1),
-        r"one by one: its forward in company fails .*",
-    ),
-}
 PROMPTS = ([5, 17, 3, 88, 41, 9, 60], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25], [2, 90])
-
-
-def make_model(name: str, seed: int = 0) -> PreTrainedModel:
-    config = CONFIGS[name] if name in CONFIGS else BOUNDED[name][0]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config).eval()
-    # As load_model does.
-    forget_longest_sequence(model)
-    model.generation_config.pad_token_id = 0
-    return model
 
 
 class Exact:

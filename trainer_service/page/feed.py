@@ -15,8 +15,8 @@ from typing import Any
 from gradwire.errors import GradwireError, error
 
 from trainer_service.access import Caller, current_caller
+from trainer_service.page.page_json import Health, Rates, encode, operations_view, points_view, run_view
 from trainer_service.page.sessions import Sessions
-from trainer_service.page.views import Health, Rates, encode, operations_view, points_view, run_view
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
 from trainer_service.runs.run_metrics import Points, RunMetrics

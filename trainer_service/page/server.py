@@ -10,10 +10,10 @@ from trainer_service.fleet.worker import Worker
 from trainer_service.http_server import HttpServer
 from trainer_service.page.feed import Feed
 from trainer_service.page.guard import Guard
+from trainer_service.page.page_json import Health
 from trainer_service.page.routes import Routes
 from trainer_service.page.sampling_box import SamplingBox
 from trainer_service.page.sessions import Sessions
-from trainer_service.page.views import Health
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run_metrics import RunMetrics
 from trainer_service.runs.sampling import SampleRequests

@@ -98,8 +98,9 @@ def _message(checkpoint: Checkpoint, model: ServedModel, *, files: bool = False)
     )
     if lora := about.get("lora"):
         flags = {name: lora[name] for name in ("train_mlp", "train_attn", "train_unembed")}
-        names = {name: (lora.get(name) or "").split() for name in ("adapted", "left_out")}
-        made.lora.CopyFrom(messages.LoraLayout(lora_alpha=lora["alpha"], **flags, **names))
+        made.lora.CopyFrom(messages.LoraLayout(lora_alpha=lora["alpha"], **flags))
+        made.lora.adapted.extend((lora.get("adapted") or "").split())
+        made.lora.left_out.extend((lora.get("left_out") or "").split())
     made.created_at.FromDatetime(checkpoint.created_at)
     if checkpoint.expires_at is not None:
         made.expires_at.FromDatetime(checkpoint.expires_at)

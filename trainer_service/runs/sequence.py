@@ -51,7 +51,7 @@ class Entry:
     deaths_s: list[float] = field(default_factory=list)
     """When workers died while they executed it."""
     restorations: list[Any] = field(default_factory=list)
-    """Span contexts of those its run needed meanwhile; see traces.py."""
+    """Span contexts of those its run needed meanwhile; see operation_spans.py."""
 
 
 class Sequence:

@@ -1,7 +1,7 @@
 """Whose parameters generate: the base model's, frozen weights', a checkpoint's.
 
-Frozen weights cost no copy when they are made: they are the run's own parameters until those are
-about to change, and takes its copy then. Where they never do, or it is not wanted any longer by then, none is made.
+Freezing weights copies nothing: a sampler reads the run's own parameters until they are about to change, and takes its
+copy then. If they never change, or the sampler is no longer wanted by then, no copy is made.
 """
 
 import itertools

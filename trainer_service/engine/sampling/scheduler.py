@@ -1,7 +1,7 @@
 """Which request goes on next, and by how much.
 
 A step is small: pieces of prompts, or one token of every sample, of one sampler. The worker runs steps between
-operations of runs (worker loop in engine/__main__.py), so neither waits long for the other. Requests join and leave the
+operations of runs (worker/device_loop.py), so neither waits long for the other. Requests join and leave the
 batch between steps; who may, admission.py says. Owners take turns with their prompts.
 """
 

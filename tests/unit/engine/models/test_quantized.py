@@ -51,7 +51,8 @@ def test_a_run_computes_what_plain_transformers_does_with_the_merged_model(
         wanted = torch.cat([plain_logprobs(merged, sequence) for sequence in SEQUENCES])
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
     # The bits are really gone.
-    kept: Any = engine.live_model("lora").get_submodule("model.layers.0.mlp.up_proj").get_base_layer()
+    adapted: Any = engine.live_model("lora").get_submodule("model.layers.0.mlp.up_proj")
+    kept = adapted.get_base_layer()
     plain: Any = load_plain(folder)
     before = dict(plain.named_parameters())["model.layers.0.mlp.up_proj.weight"]
     assert 1e-3 < relative_error(kept.weight, before) < {"int8": 0.03, "int4": 0.15}[base_dtype]
