@@ -57,7 +57,8 @@ def older(item: Any) -> Any:
     if item["kind"] in ("StatefulSet", "Deployment"):
         (container,) = item["spec"]["template"]["spec"]["containers"]
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-            container[probe]["tcpSocket"] = {"port": container[probe].pop("grpc")["port"]}
+            if "grpc" in container[probe]:
+                container[probe]["tcpSocket"] = {"port": container[probe].pop("grpc")["port"]}
     elif item["kind"] == "PodDisruptionBudget":
         item = {**item, "apiVersion": "policy/v1beta1"}
     return item
