@@ -1,16 +1,17 @@
 """LoRA runs in this process, and what plain peft makes of the same."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gradwire.types import AdamParams
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from tests.engines import CPU, CROSS_ENTROPY, make_batch
-from tests.numerics.plain import load_plain
+from tests.numerics.plain import PlainSequence, load_plain, to_batch
 from trainer_service.config import Limits
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.lora import LoraSettings
@@ -79,3 +80,19 @@ def train(engine: Engine, run_id: str, seeds: range) -> None:
     for seed in seeds:
         engine.forward_backward(run_id, 2 * seed, engine.stage(make_batch(5, 9, seed=seed), CROSS_ENTROPY))
         engine.optim_step(run_id, 2 * seed + 1, AdamParams(learning_rate=1e-2))
+
+
+def check_comes_back(engine: Engine, sequences: Sequence[PlainSequence]) -> np.ndarray:
+    """Saves run "lora", randomized, as an adapter, merged and as a state; starts "next" from the one and resumes
+    "resumed" from the last: both compute its bits and are laid out as it is. Returns its logprobs."""
+    randomize(engine, "lora")
+    wanted = engine.forward("lora", 1, engine.stage(to_batch(sequences))).logprobs_TK
+    adapter_folder = engine.save_weights_for_sampler("lora", "adapter").uri.removeprefix("file://")
+    engine.save_weights_for_sampler("lora", "merged", merged=True)
+    engine.create_run("next", adapter=adapter_folder)
+    engine.load_state("resumed", engine.save_state("lora", "half").path, with_optimizer=True)
+    for run_id in ("next", "resumed"):
+        np.testing.assert_array_equal(engine.forward(run_id, 1, engine.stage(to_batch(sequences))).logprobs_TK, wanted)
+        assert engine.run_state(run_id).lora == engine.run_state("lora").lora is not None
+        assert engine.run_state(run_id).adapted == engine.run_state("lora").adapted
+    return wanted

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.engines import CROSS_ENTROPY
-from tests.loras import ALL, adapter, gradient, lora_engine, randomize
+from tests.loras import ALL, adapter, check_comes_back, gradient, lora_engine, randomize
 from tests.numerics.bench import make_request
 from tests.numerics.plain import PlainSequence, cross_entropy_of, load_plain, random_sequences, relative_error, to_batch
 from tests.tiny import VOCAB_SIZE
@@ -87,16 +87,8 @@ def test_adapters_beside_experts_go_out_and_come_back_whole(
 ) -> None:
     folder = folder_of(architecture)
     engine = lora_engine(folder, tmp_path, lora=ALL, resumed=ALL)
-    randomize(engine, "lora")
-    wanted = engine.forward("lora", 1, engine.stage(to_batch(SEQUENCES))).logprobs_TK
-    engine.save_weights_for_sampler("lora", "adapter")
-    engine.save_weights_for_sampler("lora", "merged", merged=True)
+    wanted = check_comes_back(engine, SEQUENCES)
     saved = tmp_path / "lora" / "sampler_weights"
-    engine.create_run("next", adapter=str(saved / "adapter"))
-    engine.load_state("resumed", engine.save_state("lora", "half").path, with_optimizer=True)
-    for run_id in ("next", "resumed"):
-        np.testing.assert_array_equal(engine.forward(run_id, 1, engine.stage(to_batch(SEQUENCES))).logprobs_TK, wanted)
-        assert engine.run_state(run_id).lora == engine.run_state("lora").lora is not None
     merged: Any = load_plain(saved / "merged")
     with torch.no_grad():
         found = [

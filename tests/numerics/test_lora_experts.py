@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engines import CROSS_ENTROPY
-from tests.loras import ALL, adapter, lora_engine, randomize
+from tests.loras import ALL, adapter, check_comes_back, lora_engine, randomize
 from tests.numerics.plain import Reference, cross_entropy_of, load_plain, plain_logprobs, random_sequences, to_batch
 from tests.tiny import VOCAB_SIZE
 
@@ -113,17 +113,8 @@ def test_an_adapter_goes_out_and_comes_back_whole(
 ) -> None:
     folder = model_of(architecture)
     engine = lora_engine(folder, tmp_path, lora=ALL, resumed=ALL)
-    randomize(engine, "lora")
-    wanted = engine.forward("lora", 1, engine.stage(to_batch(SEQUENCES))).logprobs_TK
-    engine.save_weights_for_sampler("lora", "adapter")
-    engine.save_weights_for_sampler("lora", "merged", merged=True)
+    wanted = check_comes_back(engine, SEQUENCES)
     saved = tmp_path / "lora" / "sampler_weights"
-    engine.create_run("next", adapter=str(saved / "adapter"))
-    engine.load_state("resumed", engine.save_state("lora", "half").path, with_optimizer=True)
-    for run_id in ("next", "resumed"):
-        np.testing.assert_array_equal(engine.forward(run_id, 1, engine.stage(to_batch(SEQUENCES))).logprobs_TK, wanted)
-        assert engine.run_state(run_id).lora == engine.run_state("lora").lora is not None
-        assert engine.run_state(run_id).adapted == engine.run_state("lora").adapted
     merged = load_plain(saved / "merged")
     with torch.no_grad():
         found = torch.cat([plain_logprobs(merged, sequence) for sequence in SEQUENCES])
