@@ -15,7 +15,7 @@ from concurrent import futures
 from pathlib import Path
 
 import grpc
-from gradwire._wire.version import PROTOCOL_VERSION
+from gradwire._wire.protocol_version import PROTOCOL_VERSION
 from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer, add_TrainerServiceServicer_to_server
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc

@@ -13,13 +13,13 @@ SDK = ROOT / "sdk" / "gradwire"
 
 GROUND = {
     "access",
-    "addresses",
     "adapter_folders",
+    "addresses",
+    "atomic_folders",
     "certificates",
     "config",
     "descriptors",
     "executing",
-    "folders",
     "gateway_child",
     "http_server",
     "metrics_server",
@@ -52,7 +52,7 @@ DOORS = {
 ENGINE_FLOORS = (
     "counters",
     "device",
-    "ranks",
+    "collectives",
     "tensor_files",
     "losses",
     "spinning",

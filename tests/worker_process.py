@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 import grpc
-from gradwire._wire.version import __version__
+from gradwire._wire.protocol_version import __version__
 from gradwire.errors import error, to_status
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import ModelInfo, TrainResponse

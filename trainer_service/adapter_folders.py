@@ -13,7 +13,7 @@ from typing import Any
 from gradwire._wire.untrusted import parse_json
 from gradwire.errors import error, invalid_field
 
-from trainer_service.folders import sync
+from trainer_service.atomic_folders import sync
 from trainer_service.paths import SAMPLER_WEIGHTS, SCHEME, CheckpointPath
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -9,9 +9,6 @@ from trainer_service.addresses import join_address
 from trainer_service.options import folder, option, options_of
 from trainer_service.worker_config import ModelSettings, WorkerTimeouts
 
-MIN_PROTOCOL_VERSION = 1
-"""Oldest supported protocol version; the newest is gradwire._wire.version.PROTOCOL_VERSION."""
-
 PAGE_CONNECTIONS = 512
 """Simultaneous connections to the live page; beyond them it answers 503. A page keeps one open and uses a second for
 requests."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from gradwire._wire.version import __version__
+from gradwire._wire.protocol_version import __version__
 
 from trainer_service.options import SettingsError
 

@@ -33,7 +33,7 @@ from gradwire._client.ported_names import (
 )
 from gradwire._client.run_metrics import RunMetrics
 from gradwire._client.tls import ClientTls
-from gradwire._wire.version import __version__
+from gradwire._wire.protocol_version import __version__
 from gradwire.chats import datum_from_messages
 from gradwire.checkpoint_client import Checkpoint, CheckpointClient, CheckpointFile
 from gradwire.data import datum_from_tokens_weights

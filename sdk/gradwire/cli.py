@@ -28,8 +28,8 @@ from gradwire._client.terminal import (
 )
 from gradwire._client.tls import ClientTls
 from gradwire._client.transport import Connection
+from gradwire._wire.protocol_version import __version__
 from gradwire._wire.untrusted import stays_inside
-from gradwire._wire.version import __version__
 from gradwire.errors import GradwireError, UnavailableError
 from gradwire.v1 import checkpoint_pb2
 from gradwire.v1 import checkpoint_service_pb2 as checkpoints

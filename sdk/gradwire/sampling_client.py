@@ -16,10 +16,11 @@ import grpc.aio
 from gradwire._client.async_twins import awaited, off_thread
 from gradwire._client.loop import LOOP
 from gradwire._client.ported_names import RefusesTinkerNames, refuse_given
+from gradwire._client.retries import Backoff, is_passing
 from gradwire._client.sampling_wire import STOP_REASONS, Gathered, sample_request
 from gradwire._client.tokenizer_client import load_tokenizer
 from gradwire._client.tracing import CallSpan, start_span
-from gradwire._client.transport import Connection, is_passing
+from gradwire._client.transport import Connection
 from gradwire.errors import GradwireError, OperationCancelledError
 from gradwire.futures import APIFuture
 from gradwire.types import SampledToken, SampleResponse, SamplingParams
@@ -260,7 +261,7 @@ class SamplingClient(RefusesTinkerNames):
         source = await asyncio.wrap_future(self._source)
         request.sampler.CopyFrom(source.message())
         deadline = time.monotonic() + self._timeout_s
-        delay_s, begun = 0.1, False
+        backoff, begun = Backoff(), False
         while True:
             stub = SamplingServiceStub(self._connection.channel())
             left_s = max(0.01, deadline - time.monotonic())
@@ -274,7 +275,7 @@ class SamplingClient(RefusesTinkerNames):
                 failure = self._connection.explain(exc, "Sample", self._timeout_s)
                 if begun or not is_passing(failure):
                     raise failure from None
-                delay_s = failure.retry_after_s or min(2.0, delay_s * 2)
+                delay_s = backoff.next_s(failure.retry_after_s)
                 if time.monotonic() + delay_s >= deadline:
                     raise failure from None
             finally:

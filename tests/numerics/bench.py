@@ -10,7 +10,7 @@ from tests.engines import CPU
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device
 from trainer_service.engine.sampling.decoder import Decoder
-from trainer_service.engine.sampling.decoding import Decoding
+from trainer_service.engine.sampling.decoding_plan import DecodingPlan
 from trainer_service.engine.sampling.job import Job
 from trainer_service.engine.sampling.picking import Choice
 from trainer_service.engine.sampling.request import Request
@@ -36,7 +36,9 @@ def make_request(prompt: list[int], max_tokens: int = 12, **fields: Any) -> Requ
     return Request(prompt=prompt, max_tokens=max_tokens, **defaults | fields)
 
 
-def decoding_of(model: PreTrainedModel, device: Device = CPU, max_context_length: int = MAX_CONTEXT_LENGTH) -> Decoding:
+def decoding_of(
+    model: PreTrainedModel, device: Device = CPU, max_context_length: int = MAX_CONTEXT_LENGTH
+) -> DecodingPlan:
     attention = str(model.config._attn_implementation)
     return find_decoding(model, device, attention=attention, max_context_length=max_context_length)
 

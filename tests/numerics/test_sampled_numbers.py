@@ -18,7 +18,7 @@ from trainer_service.engine.device import Device
 from trainer_service.engine.sampling import scheduler as scheduler_module
 from trainer_service.engine.sampling import sequences as sequences_module
 from trainer_service.engine.sampling import trial as trial_module
-from trainer_service.engine.sampling.decoding import Way
+from trainer_service.engine.sampling.decoding_plan import Way
 from trainer_service.engine.sampling.picking import Choice
 from trainer_service.engine.sampling.request import Request
 

@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 import pytest
 from gradwire import ServiceClient
-from gradwire._client import trainer_info
+from gradwire._wire import protocol_version
 from gradwire.errors import FailedPreconditionError, error
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.tensor_pb2 import Tensor
@@ -256,7 +256,7 @@ def _read(url: str) -> str:
 
 
 def test_the_sdk_refuses_a_trainer_of_another_protocol_version_naming_both(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(trainer_info, "PROTOCOL_VERSION", 2)
+    monkeypatch.setattr(protocol_version, "PROTOCOL_VERSION", 2)
     with (
         front_end_on_a_thread() as trainer,
         ServiceClient(f"http://{trainer.address}") as service,

@@ -16,7 +16,7 @@ from tests.cli import command, gradwire, refusal
 from tests.cut_proxy import CutProxy, cut_proxy
 from tests.front_end import FrontEnd, front_end_on_a_thread
 from tests.waiting import wait_until
-from trainer_service.folders import whole_folder
+from trainer_service.atomic_folders import whole_folder
 from trainer_service.paths import CheckpointPath
 
 WEIGHTS = "model.safetensors"

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from trainer_service.access import current_caller
+from trainer_service.atomic_folders import Manifest
 from trainer_service.checkpoints import manifests
-from trainer_service.folders import Manifest
 from trainer_service.paths import CheckpointPath
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gradwire.errors import error, invalid_field
 
-from trainer_service.folders import Manifest, damaged
+from trainer_service.atomic_folders import Manifest, damaged
 
 _PIECE_BYTES = 4 << 20
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from gradwire._wire.untrusted import parse_json
 
+from trainer_service.atomic_folders import MANIFEST, Manifest, alone, whole_folder
 from trainer_service.checkpoints import manifests
 from trainer_service.checkpoints.checkpoint import Checkpoint
 from trainer_service.checkpoints.files import open_at, opened, read_at, replace
 from trainer_service.checkpoints.local_manifests import LocalManifests
 from trainer_service.checkpoints.manifests import UPLOAD
 from trainer_service.checkpoints.storage import OWNER, Storage, read_owner, write_owner
-from trainer_service.folders import MANIFEST, Manifest, alone, whole_folder
 from trainer_service.paths import CheckpointPath
 
 _INCOMING = ".incoming"

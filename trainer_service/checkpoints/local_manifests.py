@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gradwire.errors import DataLossError, GradwireError
 
+from trainer_service.atomic_folders import MANIFEST, MAX_MANIFEST_BYTES, Manifest
 from trainer_service.checkpoints import manifests
-from trainer_service.folders import MANIFEST, MAX_MANIFEST_BYTES, Manifest
 from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Any
 
 from gradwire.errors import GradwireError
 
-from trainer_service.folders import MANIFEST, MAX_MANIFEST_BYTES, Manifest, damaged
+from trainer_service.atomic_folders import MANIFEST, MAX_MANIFEST_BYTES, Manifest, damaged
 from trainer_service.paths import SAMPLER_WEIGHTS, CheckpointPath
 
 UPLOAD = "upload"

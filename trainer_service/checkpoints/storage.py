@@ -24,9 +24,9 @@ from fsspec.implementations.local import LocalFileSystem
 from gradwire._wire.untrusted import parse_json
 from gradwire.errors import DataLossError, GradwireError, error
 
+from trainer_service.atomic_folders import MANIFEST, MAX_MANIFEST_BYTES, FolderWriter, Manifest, damaged
 from trainer_service.checkpoints import manifests
 from trainer_service.checkpoints.manifests import UPLOAD
-from trainer_service.folders import MANIFEST, MAX_MANIFEST_BYTES, FolderWriter, Manifest, damaged
 from trainer_service.paths import SCHEME, CheckpointPath
 
 logger = logging.getLogger(__name__)

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
-from gradwire._wire.version import __version__
+from gradwire._wire.protocol_version import __version__
 from gradwire.errors import GradwireError, error, to_status
 from gradwire.v1.trainer_service_pb2 import LossInfo, ModelInfo
 from gradwire.v1.worker_service_pb2 import LoraTargets, WorkerCommand, WorkerEvent, WorkerHello, WorkerReady
 
 from trainer_service.adapter_folders import starred
 from trainer_service.config import Limits
-from trainer_service.engine.ranks import LeaderGoneError, RankFailedError, Ranks
+from trainer_service.engine.collectives import LeaderGoneError, RankFailedError, Ranks
 from trainer_service.engine.worker.connection import TrainerConnection
 from trainer_service.engine.worker.heartbeat import start_heartbeat
 from trainer_service.engine.worker.inbox import Inbox

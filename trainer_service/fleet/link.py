@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import grpc
 import grpc.aio
-from gradwire._wire.version import __version__
+from gradwire._wire.protocol_version import __version__
 from gradwire._wire.wire_format import embed, fields
 from gradwire.errors import GradwireError, error
 from gradwire.v1 import worker_service_pb2

@@ -8,8 +8,8 @@ from starlette.routing import BaseRoute
 from trainer_service.gateway import fireworks_api, openai_api, rest_api, sampling_api, training_api
 from trainer_service.gateway.endpoints import Handler, route, tinker_refusal
 from trainer_service.gateway.gateway import Gateway
-from trainer_service.gateway.operations import JSON_KINDS
 from trainer_service.gateway.outcomes import Refusal
+from trainer_service.gateway.request_translation import JSON_KINDS
 
 _TINKER: tuple[tuple[str, str, Handler], ...] = (
     # In order they are looked for: first what is asked for most.

@@ -4,7 +4,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from trainer_service.gateway import operations, training_api
+from trainer_service.gateway import request_translation, training_api
 from trainer_service.gateway.bodies import parse_fields, read_body, read_fields
 from trainer_service.gateway.endpoints import Handler
 from trainer_service.gateway.gateway import Gateway
@@ -113,12 +113,12 @@ async def create_session(gateway: Gateway, caller: Caller, request: Request) -> 
 
 async def forward(gateway: Gateway, caller: Caller, request: Request) -> Any:
     """A forward, as JSON."""
-    return await _json_pass(gateway, caller, request, operations.FORWARD_JSON)
+    return await _json_pass(gateway, caller, request, request_translation.FORWARD_JSON)
 
 
 async def forward_backward(gateway: Gateway, caller: Caller, request: Request) -> Any:
     """A forward and backward, as JSON."""
-    return await _json_pass(gateway, caller, request, operations.FORWARD_BACKWARD_JSON)
+    return await _json_pass(gateway, caller, request, request_translation.FORWARD_BACKWARD_JSON)
 
 
 async def _json_pass(gateway: Gateway, caller: Caller, request: Request, kind: str) -> Any:

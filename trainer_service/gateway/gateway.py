@@ -14,7 +14,7 @@ from trainer_service.gateway.jobs import Jobs
 from trainer_service.gateway.models import Models
 from trainer_service.gateway.outcomes import Refusal
 from trainer_service.gateway.sample_queue import SampleQueue
-from trainer_service.gateway.samplers import Samplers
+from trainer_service.gateway.sampling_sessions import SamplingSessions
 from trainer_service.gateway.sessions import Caller, Session, Sessions
 from trainer_service.gateway.store import Store
 from trainer_service.gateway.tokenizers import Tokenizers
@@ -53,8 +53,10 @@ class Gateway:
         self._answers = Answers()
         self.sessions = Sessions(self._store, grace_s=config.session_grace_s)
         self.queue = SampleQueue(max_in_flight=config.max_in_flight_samples, max_num_samples=config.max_num_samples)
-        self.samplers = Samplers(self._store, trainers, self._answers, self.queue)
-        self.models = Models(self._store, trainers, self.sessions, self._answers, self.samplers.add_frozen_weights)
+        self.sampling_sessions = SamplingSessions(self._store, trainers, self._answers, self.queue)
+        self.models = Models(
+            self._store, trainers, self.sessions, self._answers, self.sampling_sessions.add_frozen_weights
+        )
         self.jobs = Jobs(self._store)
         self._ending: set[str] = set()
         self._background: set[asyncio.Task[None]] = set()
@@ -79,7 +81,7 @@ class Gateway:
 
     def finish(self, session: Session, ended_by: dict[str, object]) -> None:
         """A session is over."""
-        self.samplers.end(session)
+        self.sampling_sessions.end(session)
         self.sessions.end(session, ended_by)
         self.clear(session)
 
@@ -136,7 +138,7 @@ class Gateway:
         await self.queue.close()
         with contextlib.suppress(GradwireError):
             await self.models.close()
-        self.samplers.flush()
+        self.sampling_sessions.flush()
         self.sessions.flush()
         await self.trainers.close()
         self._store.close()

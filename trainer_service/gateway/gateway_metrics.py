@@ -31,7 +31,9 @@ class _Counts(Collector):
         yield GaugeMetricFamily("gradwire_gateway_sessions", "Sessions that go on.", self._gateway.sessions.num_live)
         yield GaugeMetricFamily("gradwire_gateway_models", "Models held.", self._gateway.models.num_held)
         yield GaugeMetricFamily(
-            "gradwire_gateway_waiting_samples", "Sample requests unanswered.", self._gateway.samplers.num_waiting
+            "gradwire_gateway_waiting_samples",
+            "Sample requests unanswered.",
+            self._gateway.sampling_sessions.num_waiting,
         )
 
 

@@ -20,16 +20,16 @@ from gradwire.errors import GradwireError
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import GetAnswerRequest, TrainResponse
 
-from trainer_service.gateway import operations
+from trainer_service.gateway import request_translation
+from trainer_service.gateway.answer_translation import CUSTOM_PASSES, AnswerTranslation, result_of
 from trainer_service.gateway.answers import Answers
 from trainer_service.gateway.custom_passes import KeptForward, KeptForwards, digest_of
-from trainer_service.gateway.operations import Planned
 from trainer_service.gateway.outcomes import Outcome, Refusal
+from trainer_service.gateway.request_translation import Planned
 from trainer_service.gateway.run_stream import RunStream
 from trainer_service.gateway.store import OperationRow, Store
 from trainer_service.gateway.tensors import read_batch
 from trainer_service.gateway.trainers import Trainer
-from trainer_service.gateway.translations import CUSTOM_PASSES, Translations
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class ModelLine:
         self._custom_losses = custom_losses
         self._run_of = run_of
         self._key = key
-        self._translations = Translations(self.answer_of, open_sampler)
+        self._translation = AnswerTranslation(self.answer_of, open_sampler)
         self._kept = KeptForwards()
         self._waiting: dict[int, OperationRow | None] = {}
         """What is acknowledged and not sent, by number; what is large, or an earlier gateway took in, is in the store
@@ -212,9 +212,9 @@ class ModelLine:
         loaded: asyncio.Future[TrainResponse] = asyncio.get_running_loop().create_future()
         if expected == 1:
             self.stream.send("load_state", self._first, loaded.set_result)
-            operations.result_of(await loaded)
+            result_of(await loaded)
         else:
-            operations.result_of(await self.answer_of(1))
+            result_of(await self.answer_of(1))
 
     def _send(self, seq_id: int) -> None:
         row = self._waiting[seq_id] or self._store.operation(self.model_id, seq_id)
@@ -222,12 +222,14 @@ class ModelLine:
         body = row.body or b""
         batch = None
         try:
-            if row.kind in operations.PASSES:
-                request = operations.read_pass(row.kind, body)
+            if row.kind in request_translation.PASSES:
+                request = request_translation.read_pass(row.kind, body)
                 batch = read_batch(request)
-                planned = self._plan_pass(row.kind, request.forward_only, operations.plan_pass(request, batch), batch)
+                planned = self._plan_pass(
+                    row.kind, request.forward_only, request_translation.plan_pass(request, batch), batch
+                )
             else:
-                planned = operations.plan_json(row.kind, body, self._run_of)
+                planned = request_translation.plan_json(row.kind, body, self._run_of)
         except (GradwireError, Refusal) as exc:
             self._refuse(seq_id, row.kind, body, Outcome.failure(exc))
             return
@@ -237,7 +239,7 @@ class ModelLine:
         if plan["as"] == "kept_forward":
             assert batch is not None
             self._kept.keep(digest_of(batch), KeptForward(run_seq_id, self.stream.attaches))
-            self._translations.expect_forward(run_seq_id)
+            self._translation.expect_forward(run_seq_id)
         data = batch if plan["as"] in CUSTOM_PASSES else None
         self.stream.send(
             planned.kind, planned.content, lambda response: self._answer(seq_id, run_seq_id, plan, response, data)
@@ -249,7 +251,7 @@ class ModelLine:
         if ordinary.content.loss_fn != "cross_entropy" or inputs.keys() != {"target_tokens", "weights"}:
             return ordinary
         if forward_only:
-            if kind == operations.FORWARD_BACKWARD:
+            if kind == request_translation.FORWARD_BACKWARD:
                 return ordinary
             content = ops.ForwardRequest(batch=ordinary.content.batch, keep_graph=True)
             del content.batch.loss_fn_inputs["weights"]
@@ -258,7 +260,7 @@ class ModelLine:
         gradients = -inputs["weights"]
         if forward is None or not bool(np.isfinite(gradients).all()):
             # What is not finite, the trainer refuses in the words of the weights.
-            if kind == operations.FORWARD_BACKWARD:
+            if kind == request_translation.FORWARD_BACKWARD:
                 return ordinary
             self._custom_losses.at_two_forwards += 1
             return Planned(ordinary.kind, ordinary.content, {"as": "second_pass"})
@@ -268,12 +270,12 @@ class ModelLine:
 
     def _give_up_forwards(self, *, all_of_them: bool) -> None:
         if given_up := self._kept.give_up(all_of_them=all_of_them):
-            self._translations.forget_forwards(given_up)
+            self._translation.forget_forwards(given_up)
             self.stream.send("cancel", ops.CancelRequest(forward_seq_ids=given_up), lambda response: None)
 
     def _refuse(self, seq_id: int, kind: str, body: bytes, outcome: Outcome) -> None:
         """Its number is used up by something that does nothing, or those behind it would wait for ever."""
-        planned = operations.filler(kind, body)
+        planned = request_translation.filler(kind, body)
         self._store.operation_refused(self.model_id, seq_id, self.stream.next_seq_id, outcome.encode())
         self.stream.send(planned.kind, planned.content, lambda response: self._let_go(seq_id, {}))
         self._resolve(seq_id, outcome)
@@ -310,8 +312,8 @@ class ModelLine:
                 raise
             return Outcome.failure(exc)
         needs_data = row.plan["as"] in CUSTOM_PASSES and "loss" not in row.plan
-        batch = read_batch(operations.read_pass(row.kind, row.body or b"")) if needs_data else None
-        outcome = await self._translations.outcome(row.plan, response, batch)
+        batch = read_batch(request_translation.read_pass(row.kind, row.body or b"")) if needs_data else None
+        outcome = await self._translation.outcome(row.plan, response, batch)
         self._answers.keep(request_id_of(self.model_id, row.seq_id), outcome)
         return outcome
 
@@ -331,11 +333,11 @@ class ModelLine:
         self, seq_id: int, run_seq_id: int, plan: dict[str, Any], response: TrainResponse, batch: Batch | None
     ) -> None:
         """An answer came by the stream."""
-        self._translations.arrived(run_seq_id, response)
+        self._translation.arrived(run_seq_id, response)
 
         async def translate() -> None:
             try:
-                outcome = await self._translations.outcome(plan, response, batch)
+                outcome = await self._translation.outcome(plan, response, batch)
             except Exception as exc:
                 logger.exception("An answer cannot be translated.", extra={"fields": {"model_id": self.model_id}})
                 outcome = Outcome.failure(exc)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 
-from gradwire._wire.version import __version__
+from gradwire._wire.protocol_version import __version__
 
 from trainer_service.addresses import listens_on_loopback
 from trainer_service.config import GatewayConfig

@@ -13,13 +13,12 @@ import grpc.aio
 from gradwire.errors import GradwireError, error, from_rpc_error, from_status, to_status
 from gradwire.v1.trainer_service_pb2 import AttachRequest, TrainRequest, TrainResponse
 
-from trainer_service.gateway.trainers import Trainer, is_passing, metadata
+from trainer_service.gateway.retries import is_broken_stream
+from trainer_service.gateway.trainers import Trainer, metadata
 
 logger = logging.getLogger(__name__)
 
 _MAX_BACKOFF_S = 2.0
-_BROKEN = {grpc.StatusCode.INTERNAL.value[0], grpc.StatusCode.UNKNOWN.value[0], grpc.StatusCode.CANCELLED.value[0]}
-"""What grpc itself calls a connection that was cut; the trainer's own errors carry a reason."""
 
 Answered = Callable[[TrainResponse], object]
 """Gets an operation's answer, an error too."""
@@ -117,8 +116,7 @@ class RunStream:
             except Exception:
                 logger.exception("A run's stream failed.", extra={"fields": {"run_id": self._run_id}})
                 failed = error("INTERNAL", "The gateway failed at this; its log says more.")
-            broken = is_passing(failed) or (failed.code in _BROKEN and not failed.reason)
-            if not broken:
+            if not is_broken_stream(failed):
                 self._end(failed)
                 return
             delay_s = 0.05 if self.attaches > before else min(_MAX_BACKOFF_S, delay_s * 2)

@@ -12,8 +12,9 @@ from gradwire.errors import GradwireError, from_rpc_error
 from gradwire.v1.sampling_service_pb2 import PromptLogprobs, SampleRequest
 
 from trainer_service.gateway.outcomes import Outcome
+from trainer_service.gateway.retries import is_passing
 from trainer_service.gateway.sample_requests import CollectedSample, add_samples, sample_outcome
-from trainer_service.gateway.trainers import Trainer, is_passing, metadata
+from trainer_service.gateway.trainers import Trainer, metadata
 
 logger = logging.getLogger(__name__)
 

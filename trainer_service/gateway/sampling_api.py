@@ -25,7 +25,7 @@ async def create_sampling_session(gateway: Gateway, caller: Caller, request: Req
     fields.finish()
     if not base_model and not model_path:
         raise fields.wrong("base_model", "and model_path are both missing; one of them says what to sample from.")
-    sampler_id = await gateway.samplers.open(
+    sampler_id = await gateway.sampling_sessions.open(
         session, number, base_model=base_model, model_path=model_path, models=gateway.models
     )
     return {"type": "create_sampling_session", "sampling_session_id": sampler_id}
@@ -33,11 +33,11 @@ async def create_sampling_session(gateway: Gateway, caller: Caller, request: Req
 
 async def get_sampler(gateway: Gateway, caller: Caller, request: Request) -> Any:
     """What a sampler is."""
-    row = gateway.samplers.row(request.path_params["sampler_id"], caller)
+    row = gateway.sampling_sessions.row(request.path_params["sampler_id"], caller)
     return {
         "sampler_id": row["sampler_id"],
         "base_model": row["base_model"],
-        "model_path": gateway.samplers.tinker_path(row),
+        "model_path": gateway.sampling_sessions.tinker_path(row),
     }
 
 
@@ -55,12 +55,12 @@ async def retrieve_futures(gateway: Gateway, caller: Caller, request: Request) -
     asked_s = fields.optional_number("timeout")
     retrieved = [one for one in fields.items("retrieved_request_ids", []) if isinstance(one, str)]
     fields.finish()
-    row = gateway.samplers.row(sampler_id, caller)
+    row = gateway.sampling_sessions.row(sampler_id, caller)
     gateway.sessions.live(row["session_id"], caller)
-    gateway.samplers.forget(row, retrieved)
+    gateway.sampling_sessions.forget(row, retrieved)
     timeout_s = POLL_S if asked_s is None else min(max(0.0, asked_s), POLL_S)
     waiting = asyncio.ensure_future(
-        gateway.samplers.answered_since(row, clone, cursor, timeout_s=timeout_s, caller=caller)
+        gateway.sampling_sessions.answered_since(row, clone, cursor, timeout_s=timeout_s, caller=caller)
     )
     await asyncio.wait([waiting, gateway.stopped], return_when=asyncio.FIRST_COMPLETED)
     if not waiting.done():
@@ -74,7 +74,7 @@ async def asample(gateway: Gateway, caller: Caller, request: Request) -> Any:
     """Samples of one prompt."""
     fields = await read_fields(request)
     if fields.has("sampling_session_id"):
-        row = gateway.samplers.row(fields.text("sampling_session_id"), caller)
+        row = gateway.sampling_sessions.row(fields.text("sampling_session_id"), caller)
     else:
         raise fields.wrong("sampling_session_id", "is missing; create_sampling_session makes one.")
     gateway.sessions.live(row["session_id"], caller)
@@ -82,7 +82,7 @@ async def asample(gateway: Gateway, caller: Caller, request: Request) -> Any:
     fields.refuse("base_model", "The sampling session says it.")
     fields.refuse("model_path", "The sampling session says it.")
     fields.ignore("type")
-    asked = read_sample(fields, gateway.samplers.source(row))
-    request_id = gateway.samplers.submit(row, seq_id, asked, caller)
+    asked = read_sample(fields, gateway.sampling_sessions.source(row))
+    request_id = gateway.sampling_sessions.submit(row, seq_id, asked, caller)
     sequences = [f"{request_id}:{number}" for number in range(asked.num_samples)]
     return {"request_id": request_id, "sample_sequence_ids": sequences}

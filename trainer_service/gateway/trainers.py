@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from gradwire._wire.channels import open_channel, parse_base_url
-from gradwire._wire.version import PROTOCOL_VERSION
+from gradwire._wire.protocol_version import PROTOCOL_VERSION
 from gradwire.errors import GradwireError, from_rpc_error
 from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
@@ -22,18 +22,12 @@ from gradwire.v1.trainer_service_pb2 import GetServerInfoRequest, GetServerInfoR
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 
 from trainer_service.gateway.outcomes import Refusal
+from trainer_service.gateway.retries import is_passing
 from trainer_service.options import SettingsError
 
 CALL_TIMEOUT_S = 120.0
 _AWAY_S = 60.0
 """How long a trainer may be away, as one that restarts is, before a call that somebody waits for fails."""
-_PASSING = {"", "WORKER_NOT_READY", "DRAINING", "WORKER_DIED"}
-"""Reasons of an UNAVAILABLE that pass by themselves."""
-
-
-def is_passing(exc: GradwireError) -> bool:
-    """Whether the same call may go through a little later: the trainer is away or not ready."""
-    return exc.code == grpc.StatusCode.UNAVAILABLE.value[0] and exc.reason in _PASSING
 
 
 class Trainer:

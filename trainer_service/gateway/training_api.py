@@ -8,7 +8,7 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from trainer_service.gateway import operations
+from trainer_service.gateway import request_translation
 from trainer_service.gateway.bodies import Fields, parse_fields, read_body, read_fields
 from trainer_service.gateway.endpoints import POLL_S
 from trainer_service.gateway.gateway import Gateway
@@ -174,11 +174,11 @@ async def get_info(gateway: Gateway, caller: Caller, request: Request) -> Any:
 async def forward_backward(gateway: Gateway, caller: Caller, request: Request) -> Any:
     """A forward, or a forward and backward."""
     body = await read_body(request)
-    message = operations.parse_pass(body)
+    message = request_translation.parse_pass(body)
     method = request.headers.get(_SDK_METHOD)
     # An older SDK does not say which of its methods a request comes from.
     maybe_custom = method is None or ".forward_backward_custom" in method
-    kind = operations.CUSTOM if maybe_custom else operations.FORWARD_BACKWARD
+    kind = request_translation.CUSTOM if maybe_custom else request_translation.FORWARD_BACKWARD
     line = gateway.models.line(message.model_id, caller)
     return {"request_id": line.submit(message.seq_id, kind, body), "model_id": line.model_id}
 
@@ -218,7 +218,7 @@ async def _outcome(gateway: Gateway, caller: Caller, request_id: str) -> Outcome
     if kind == "sample":
         # Whoever waits for an answer is heard of.
         gateway.sessions.live(whose.partition(":")[0], caller)
-        return await gateway.samplers.outcome(request_id, caller)
+        return await gateway.sampling_sessions.outcome(request_id, caller)
     if number == "unload":
         return Outcome.result(type="unload_model", model_id=gateway.models.row(whose, caller)["model_id"])
     line = gateway.models.line(whose, caller)
@@ -228,7 +228,7 @@ async def _outcome(gateway: Gateway, caller: Caller, request_id: str) -> Outcome
 async def cancel_future(gateway: Gateway, caller: Caller, request: Request) -> Any:
     """Nobody waits for a sample any more."""
     fields = await read_fields(request)
-    gateway.samplers.cancel(fields.text("request_id"), caller)
+    gateway.sampling_sessions.cancel(fields.text("request_id"), caller)
     return {}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradwire._wire.version import __version__
+from gradwire._wire.protocol_version import __version__
 from gradwire.errors import GradwireError
 
 from trainer_service.access import Caller

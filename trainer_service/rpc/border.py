@@ -14,12 +14,11 @@ from urllib.parse import quote
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
-from gradwire._wire.version import PROTOCOL_VERSION
+from gradwire._wire.protocol_version import check_client
 from gradwire.errors import GradwireError, error, to_status
 from grpc_status import rpc_status
 
 from trainer_service.access import ANYBODY, ApiKeys, Caller, current_caller
-from trainer_service.config import MIN_PROTOCOL_VERSION
 from trainer_service.observability import Metrics, request_id
 from trainer_service.rpc.messages import Malformed, Messages, Received, memory_bytes
 from trainer_service.rpc.request_limiter import RequestLimiter
@@ -95,7 +94,8 @@ class Border(grpc.aio.ServerInterceptor):
         call_id = str(metadata.get("gradwire-request-id", ""))[:_MAX_CALL_ID_CHARS] or uuid.uuid4().hex[:16]
         try:
             call = _Call(method, call_id, self._caller(method, metadata), metadata)
-            _check_protocol_version(method, metadata)
+            if "gradwire-protocol-version" in metadata and not method.startswith(_OPEN_SERVICES):
+                check_client(str(metadata["gradwire-protocol-version"]))
         except GradwireError as exc:
             return self._refusing(_Call(method, call_id, ANYBODY), exc)
         return self._passed(handler, call)
@@ -271,24 +271,6 @@ class _Call:
         return (("gradwire-request-id", self.call_id),)
 
 
-def _check_protocol_version(method: str, metadata: dict[str, Any]) -> None:
-    """Refuses a client of a protocol version that we do not support.
-
-    Raises:
-        FailedPreconditionError: PROTOCOL_VERSION_UNSUPPORTED.
-    """
-    version = metadata.get("gradwire-protocol-version")
-    if version is not None and version not in _SPOKEN and not method.startswith(_OPEN_SERVICES):
-        raise error(
-            "PROTOCOL_VERSION_UNSUPPORTED",
-            f"The client speaks protocol version {version}, but this server speaks {' or '.join(sorted(_SPOKEN))}. "
-            "Install the same gradwire on both sides.",
-            client=version,
-            server=PROTOCOL_VERSION,
-        )
-
-
-_SPOKEN = {str(version) for version in range(MIN_PROTOCOL_VERSION, PROTOCOL_VERSION + 1)}
 _KINDS = {
     (False, False): "unary_unary",
     (False, True): "unary_stream",

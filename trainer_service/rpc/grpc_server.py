@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
-from gradwire._wire.version import __version__
+from gradwire._wire.protocol_version import __version__
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 

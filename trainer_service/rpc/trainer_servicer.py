@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
-from gradwire._wire.version import PROTOCOL_VERSION, __version__
+from gradwire._wire.protocol_version import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION, __version__
 from gradwire.errors import error, from_status, invalid_field
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1 import trainer_service_pb2 as pb
 from gradwire.v1.run_metrics_pb2 import GetMetricsRequest, GetMetricsResponse, MetricSeries
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer
 
-from trainer_service.config import MIN_PROTOCOL_VERSION, Limits
+from trainer_service.config import Limits
 from trainer_service.fleet.worker import Worker
 from trainer_service.request_limits import check_limits, check_name, find_excess
 from trainer_service.rpc.checkpoint_gate import CheckpointGate

@@ -16,10 +16,10 @@ from gradwire.errors import GradwireError, error
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainResponse
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDeleteRun, WorkerDropGraphs
 
+from trainer_service.atomic_folders import settle
 from trainer_service.config import SnapshotPolicy
 from trainer_service.fleet.calls import call
 from trainer_service.fleet.worker import Died, Reply, Worker
-from trainer_service.folders import settle
 from trainer_service.runs.disk import has_no_room
 from trainer_service.runs.journal import NO_DEATHS, Record
 from trainer_service.runs.journal_writer import Journal

@@ -16,8 +16,8 @@ from pathlib import Path
 from gradwire.errors import GradwireError, error
 
 from trainer_service.adapter_folders import copy_adapter
+from trainer_service.atomic_folders import alone, sync
 from trainer_service.config import Durability
-from trainer_service.folders import alone, sync
 from trainer_service.runs import journal
 from trainer_service.runs.disk import has_no_room
 from trainer_service.runs.journal import DamagedJournal, Record, Row, RunFolder

@@ -5,7 +5,6 @@ Everything here runs on the loop's thread.
 
 import asyncio
 import logging
-import random
 import time
 import uuid
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import grpc.aio
 
 from gradwire._client.loop import LOOP
 from gradwire._client.order import Call, CallOrder, OutgoingOperation
+from gradwire._client.retries import Backoff, is_broken_stream
 from gradwire._client.transport import Connection
 from gradwire.errors import (
     GradwireError,
@@ -36,9 +36,6 @@ _ACK_DELAY_S = 0.2
 """An answer that no later operation acknowledges in passing is acknowledged by a message of its own after this."""
 _WINDOW_BYTES = 64 * 1024 * 1024
 """Bytes sent and not answered; beyond it the SDK waits. Holds at least one message of the largest size."""
-_MAX_BACKOFF_S = 2.0
-_BROKEN_CODES = {grpc.StatusCode.INTERNAL.value[0], grpc.StatusCode.UNKNOWN.value[0]}
-"""What grpc itself calls a connection cut in the middle of a message; the trainer's own errors carry a reason."""
 _TRAIN = f"/{trainer_service_pb2.DESCRIPTOR.services_by_name['TrainerService'].full_name}/Train"
 _STATUS_TIMEOUT_S = 5.0
 """How long a broken stream's status may take to arrive."""
@@ -146,7 +143,7 @@ class RunStream:
     async def _run(self) -> None:
         """Keeps a stream up until the run is over for this client."""
         lost_at: float | None = None
-        backoff_s = 0.1
+        backoff = Backoff()
         while True:
             try:
                 await self._attach_and_serve()
@@ -157,7 +154,8 @@ class RunStream:
                     self._task = None
                     return
                 if self._attached:
-                    lost_at, backoff_s = None, 0.1
+                    lost_at = None
+                    backoff.reset()
                 now = time.monotonic()
                 if lost_at is None:
                     lost_at = now
@@ -177,8 +175,7 @@ class RunStream:
                         )
                     )
                     return
-                await asyncio.sleep(backoff_s * random.uniform(0.8, 1.2))  # noqa: S311  (jitter, not a secret)
-                backoff_s = min(_MAX_BACKOFF_S, backoff_s * 2)
+                await asyncio.sleep(backoff.next_s())
             except GradwireError as exc:
                 self._end(exc)
                 return
@@ -253,8 +250,7 @@ class RunStream:
 
     def _classify(self, exc: GradwireError) -> Exception:
         """Whether another connection may go on where this one broke."""
-        broke = isinstance(exc, UnavailableError) or (not exc.reason and exc.code in _BROKEN_CODES)
-        return _StreamLost(exc) if broke else exc
+        return _StreamLost(exc) if is_broken_stream(exc) else exc
 
     async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
         for operation in list(self._in_flight.values()):

@@ -17,7 +17,8 @@ from typing import Any
 import grpc.aio
 
 from gradwire._client.loop import LOOP
-from gradwire._client.transport import Connection, is_passing
+from gradwire._client.retries import is_passing
+from gradwire._client.transport import Connection
 from gradwire._wire.tokenizer_files import MAX_FILE_BYTES, MAX_FILES, MAX_TOTAL_BYTES, may_be_of_a_tokenizer
 from gradwire.errors import GradwireError, error
 from gradwire.v1.trainer_service_pb2 import (

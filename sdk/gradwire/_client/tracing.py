@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from gradwire._wire.version import __version__
+from gradwire._wire.protocol_version import __version__
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

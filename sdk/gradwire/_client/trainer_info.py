@@ -5,8 +5,8 @@ import time
 
 from gradwire._client import answers
 from gradwire._client.transport import Connection
-from gradwire._wire.version import PROTOCOL_VERSION, __version__
-from gradwire.errors import OperationTimeoutError, error
+from gradwire._wire.protocol_version import check_server
+from gradwire.errors import OperationTimeoutError
 from gradwire.types.server_info import ServerInfo
 from gradwire.v1.trainer_service_pb2 import GetServerInfoRequest
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
@@ -21,15 +21,8 @@ def get_server_info(connection: Connection, timeout_s: float) -> ServerInfo:
         FailedPreconditionError: PROTOCOL_VERSION_UNSUPPORTED: the trainer does not speak our version.
     """
     answer = connection.call(TrainerServiceStub, "GetServerInfo", GetServerInfoRequest(), timeout_s=timeout_s)
-    if not answer.min_protocol_version <= PROTOCOL_VERSION <= answer.max_protocol_version:
-        raise error(
-            "PROTOCOL_VERSION_UNSUPPORTED",
-            f"This SDK (gradwire {__version__}) speaks protocol version {PROTOCOL_VERSION}, but the trainer at "
-            f"{connection.base_url} (gradwire {answer.software_version}) speaks {answer.min_protocol_version} to "
-            f"{answer.max_protocol_version}. Install the same gradwire on both sides.",
-            client=PROTOCOL_VERSION,
-            server=answer.max_protocol_version,
-        )
+    trainer = f"the trainer at {connection.base_url} (gradwire {answer.software_version})"
+    check_server(answer.min_protocol_version, answer.max_protocol_version, trainer)
     return answers.server_info(answer)
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import multiprocessing.context
 import os
-import random
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -14,27 +13,12 @@ import grpc.aio
 
 from gradwire._client.loop import LOOP
 from gradwire._client.proxies import proxy_used
+from gradwire._client.retries import Backoff, is_passing, why_hopeless
 from gradwire._client.tls import ClientTls
 from gradwire._client.tracing import start_span
 from gradwire._wire.channels import open_channel, parse_base_url
-from gradwire._wire.version import PROTOCOL_VERSION
+from gradwire._wire.protocol_version import PROTOCOL_VERSION
 from gradwire.errors import GradwireError, from_rpc_error
-
-_RETRIED_REASONS = {"", "WORKER_NOT_READY"}
-"""Reasons of an UNAVAILABLE that pass by themselves; "" is grpc's own: nobody listens, or the connection broke."""
-_SETTLED = {
-    "CERTIFICATE_VERIFY_FAILED": "its certificate does not come from a root trusted here; name its root, ca_file or "
-    "GRADWIRE_TLS_CA_FILE",
-    "Hostname Verification Check failed": "its certificate is for another host name",
-    "WRONG_VERSION_NUMBER": "it does not speak TLS; use http://",
-    "HTTP proxy returned response code 4": "the proxy refuses to connect there",
-}
-"""What grpc says of connections that no waiting will make, and what that means."""
-
-
-def is_passing(error: GradwireError) -> bool:
-    """Whether a call that failed so may be tried again as it is: the server is away, or not ready yet."""
-    return error.code == grpc.StatusCode.UNAVAILABLE.value[0] and error.reason in _RETRIED_REASONS
 
 
 class Closable(Protocol):
@@ -117,7 +101,7 @@ class Connection:
         """
         deadline = time.monotonic() + timeout_s
         connect_deadline = time.monotonic() + min(timeout_s, self._connect_timeout_s)
-        delay_s = 0.1
+        backoff = Backoff()
         metadata = [*self.metadata, *headers.items()]
         while True:
             remaining_s = max(0.01, deadline - time.monotonic())
@@ -125,14 +109,14 @@ class Connection:
                 return await getattr(stub(self.channel()), method)(request, metadata=metadata, timeout=remaining_s)
             except grpc.aio.AioRpcError as exc:
                 error = self.explain(exc, method, timeout_s)
-                if not is_passing(error) or _settled(exc):
+                if not is_passing(error) or why_hopeless(exc):
                     raise error from None
-                delay_s = error.retry_after_s or min(2.0, delay_s * 2)
+                delay_s = backoff.next_s(error.retry_after_s)
                 if error.reason:
                     connect_deadline = deadline  # Somebody listens; now it is only a matter of being ready.
                 if time.monotonic() + delay_s >= min(deadline, connect_deadline):
                     raise error from None
-            await asyncio.sleep(delay_s * random.uniform(0.8, 1.2))  # noqa: S311  (jitter, not a secret)
+            await asyncio.sleep(delay_s)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A connection of its own in the process that unpickles it.
@@ -156,7 +140,7 @@ class Connection:
             return error
         if exc.code() is grpc.StatusCode.UNAVAILABLE:
             details = exc.details() or ""
-            why = _settled(exc)
+            why = why_hopeless(exc)
             if "failed to connect" in details and "Socket closed" in details:
                 # All that a server says that wants TLS, or a certificate.
                 why = f"it may want {'a client certificate' if self._tls else 'https://'}"
@@ -188,8 +172,3 @@ class Connection:
 def _connect_again(api_key: str | None, base_url: str, tls: ClientTls | None, connect_timeout_s: float) -> Connection:
     api_key = api_key or os.environ.get("GRADWIRE_API_KEY")
     return Connection(base_url, api_key, tls=tls, connect_timeout_s=connect_timeout_s)
-
-
-def _settled(exc: grpc.aio.AioRpcError) -> str:
-    """Why no retry will make the connection; "" where one may."""
-    return next((why for said, why in _SETTLED.items() if said in (exc.details() or "")), "")

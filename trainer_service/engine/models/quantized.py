@@ -37,15 +37,17 @@ class QuantizedLinear(nn.Linear):
         functional = _bitsandbytes()
         if self.base_dtype == "int8":
             return functional.int8_vectorwise_dequant(self.quantized, self.scales)
+        num_values = self.out_features * self.in_features
         state = functional.QuantState(
             absmax=self.scales,
-            shape=torch.Size((self.out_features, self.in_features)),
+            shape=torch.Size((len(self.scales), _BLOCK)),
             code=self.code,
             blocksize=_BLOCK,
             quant_type="nf4",
             dtype=torch.float32,
         )
-        return functional.dequantize_4bit(self.quantized, state)
+        blocks = functional.dequantize_4bit(self.quantized, state)
+        return blocks.reshape(-1)[:num_values].view(self.out_features, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
         """[…, I] → […, O]."""
@@ -120,7 +122,10 @@ def quantize(model: nn.Module, names: Iterable[str], base_dtype: BaseDtype) -> N
             # Its kernels take no other dtype.
             quantized, scales, _ = functional.int8_vectorwise_quant(weight_OI.to(torch.float16))
         else:
-            quantized, state = functional.quantize_4bit(weight_OI, blocksize=_BLOCK, quant_type="nf4")
+            # A block a row: with AVX-512, bitsandbytes 0.50 reads a weight wrongly whose rows are no whole blocks.
+            values = weight_OI.reshape(-1)
+            blocks = F.pad(values, (0, -len(values) % _BLOCK)).view(-1, _BLOCK)
+            quantized, state = functional.quantize_4bit(blocks, blocksize=_BLOCK, quant_type="nf4")
             scales, code = state.absmax, state.code
         del layer.weight
         layer.__class__ = QuantizedLinear

@@ -24,7 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 from trainer_service.engine.device import Device
 from trainer_service.engine.sampling.attention import ATTENTION, Part, Tokens, tokens_in_use
 from trainer_service.engine.sampling.cache import Block, CacheShape
-from trainer_service.engine.sampling.decoding import Decoding, Way
+from trainer_service.engine.sampling.decoding_plan import DecodingPlan, Way
 from trainer_service.engine.sampling.sequences import Sequences, shares_prompt
 from trainer_service.engine.sampling.slots import Group, Slot, Slots
 from trainer_service.engine.sampling.states import ROWS, StateRow, States, cache_over, states_of, write_back
@@ -42,7 +42,7 @@ class Decoder:
 
     model: PreTrainedModel
     device: Device
-    decoding: Decoding
+    decoding: DecodingPlan
     _configs: list[Any] = field(init=False)
     _arguments: frozenset[str] = field(init=False)
     _slots: Slots | None = field(init=False, default=None)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from trainer_service.engine.sampling.cache import Block, capacity
-from trainer_service.engine.sampling.decoding import Way
+from trainer_service.engine.sampling.decoding_plan import Way
 from trainer_service.engine.sampling.slots import Slot
 from trainer_service.engine.sampling.states import StateRow
 

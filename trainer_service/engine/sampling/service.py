@@ -11,9 +11,10 @@ from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerSample
 from transformers import GenerationConfig, PreTrainedModel
 
 from trainer_service.adapter_folders import CONFIG as ADAPTER_CONFIG
+from trainer_service.atomic_folders import read_manifest
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.load import load_model
-from trainer_service.engine.sampling.decoding import Decoding
+from trainer_service.engine.sampling.decoding_plan import DecodingPlan
 from trainer_service.engine.sampling.job import Job
 from trainer_service.engine.sampling.request import Request, read_request
 from trainer_service.engine.sampling.samplers import Samplers
@@ -21,7 +22,6 @@ from trainer_service.engine.sampling.scheduler import Scheduler
 from trainer_service.engine.sampling.text import Text
 from trainer_service.engine.sampling.trial import find_decoding
 from trainer_service.engine.storage.deltas import whole_weights
-from trainer_service.folders import read_manifest
 
 _CACHE_SHARE = 0.1
 """Part of the device's memory that caches may take."""
@@ -133,7 +133,7 @@ class Sampling:
             )
 
 
-def _find_decoding(engine: Engine) -> Decoding:
+def _find_decoding(engine: Engine) -> DecodingPlan:
     """How the engine's models are decoded; tried on a few layers where a model is not whole."""
     whole = engine.source.hollow is None
     model, num_layers = (engine.base_model(), 0) if whole else engine.source.sibling()

@@ -19,7 +19,7 @@ from trainer_service.engine.models.positions import BY_ROW, Boundary, boundaries
 from trainer_service.engine.models.runner import quiet_transformers
 from trainer_service.engine.sampling.cache import CacheShape
 from trainer_service.engine.sampling.decoder import Decoder
-from trainer_service.engine.sampling.decoding import Decoding, Way
+from trainer_service.engine.sampling.decoding_plan import DecodingPlan, Way
 from trainer_service.engine.sampling.sequences import Sequences
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ _MOST_IN_PLACE = 1024
 """Tokens at which a boundary that cannot be moved is still tried: beyond, loading a model would take too long."""
 
 
-def find_decoding(model: PreTrainedModel, device: Device, *, attention: str, max_context_length: int) -> Decoding:
+def find_decoding(model: PreTrainedModel, device: Device, *, attention: str, max_context_length: int) -> DecodingPlan:
     """Tries a model out. Leaves it as it was.
 
     Args:
@@ -60,20 +60,20 @@ class _Trial:
         self._device = device
         # Tried in float32 whatever will be computed in: then what differs is the model's doing, not rounding's.
         self._exact = dataclasses.replace(device, compute_dtype=torch.float32)
-        start = self._decoder(Decoding(Way.RECOMPUTED, Way.RECOMPUTED, attention, whole=True))
+        start = self._decoder(DecodingPlan(Way.RECOMPUTED, Way.RECOMPUTED, attention, whole=True))
         self._start = dataclasses.replace(
             start.decoding, cache_argument=next(filter(start.takes, _CACHE_ARGUMENTS), "")
         )
         self._shape: CacheShape | None = None
         self._vocab_size = int(model.config.get_text_config().vocab_size)
 
-    def run(self, passed: Sequence[Boundary]) -> Decoding:
+    def run(self, passed: Sequence[Boundary]) -> DecodingPlan:
         """How sequences are decoded, if the longest pass these boundaries."""
         movable, fixed = self._sorted_out(passed)
         near = self._near(movable)
         return near if near.near is Way.RECOMPUTED else self._far(near, movable, fixed)
 
-    def _near(self, movable: Sequence[Boundary]) -> Decoding:
+    def _near(self, movable: Sequence[Boundary]) -> DecodingPlan:
         """How short sequences are decoded, and all of them as far as is known by then."""
         why_near = ""
         for way, whole in itertools.product((Way.TOGETHER, Way.ALONE), (False, True)):
@@ -89,7 +89,7 @@ class _Trial:
             why_near = why_near or found
         return dataclasses.replace(self._start, why_near=why_near)
 
-    def _far(self, near: Decoding, movable: Sequence[Boundary], fixed: Sequence[Boundary]) -> Decoding:
+    def _far(self, near: DecodingPlan, movable: Sequence[Boundary], fixed: Sequence[Boundary]) -> DecodingPlan:
         """How sequences are decoded that pass boundaries, if short ones are decoded as in `near`."""
         found: list[tuple[int, Way, str]] = []
         for number, boundary in enumerate(movable):
@@ -137,17 +137,17 @@ class _Trial:
         )
         return relative_difference(long, short) > _NOTICED
 
-    def _goes_on(self, near: Decoding, at: int) -> str:
+    def _goes_on(self, near: DecodingPlan, at: int) -> str:
         """Why sequences longer than `at` are not decoded as shorter ones; "" where they are."""
         decoding = self._made(near.near, whole=near.whole)
         return self._works(lambda: self._try_beyond(decoding, at))
 
-    def _way_beyond(self, near: Decoding, at: int) -> Way:
+    def _way_beyond(self, near: DecodingPlan, at: int) -> Way:
         """The fastest way for sequences longer than `at`, computed again, whole, when they get there."""
         decoding = dataclasses.replace(self._made(near.near, whole=near.whole), far=Way.ALONE, boundary=at)
         return Way.RECOMPUTED if self._works(lambda: self._try_beyond(decoding, at)) else Way.ALONE
 
-    def _try_near(self, decoding: Decoding) -> None:
+    def _try_near(self, decoding: DecodingPlan) -> None:
         """Two samples of one prompt, and a third beside them; in a row together, behind a crowd."""
         decoder, tokens = self._decoder(decoding), [token % self._vocab_size for token in _NEAR]
         num_crowd = 2 * _MOVED_TO if decoding.near is Way.TOGETHER else 0
@@ -169,7 +169,7 @@ class _Trial:
         for row, whole in zip(got, wholes, strict=True):
             _compare(row, decoder.own_logits(whole)[-1])
 
-    def _try_beyond(self, decoding: Decoding, at: int) -> None:
+    def _try_beyond(self, decoding: DecodingPlan, at: int) -> None:
         """Two samples that pass a boundary as they grow, and one whose prompt lies beyond, side by side."""
         decoder, tokens = self._decoder(decoding), self._tokens(2 * at + 3)
         pair, single = Sequences(2), Sequences(1)
@@ -191,7 +191,7 @@ class _Trial:
         decoder.branch(sequences)
         return torch.cat(found)
 
-    def _made(self, way: Way, *, whole: bool) -> Decoding:
+    def _made(self, way: Way, *, whole: bool) -> DecodingPlan:
         """That way for all sequences, prompts taken in whole or in pieces; in float32.
 
         Raises:
@@ -204,7 +204,7 @@ class _Trial:
         shape = self._shape if way is Way.TOGETHER else None
         return dataclasses.replace(self._start, near=way, far=way, shape=shape, whole=whole)
 
-    def _served(self, decoding: Decoding) -> Decoding:
+    def _served(self, decoding: DecodingPlan) -> DecodingPlan:
         """The same in the dtype that is computed in."""
         if decoding.shape is None or self._device == self._exact:
             return decoding
@@ -221,7 +221,7 @@ class _Trial:
             return f"its forward in company fails ({type(exc).__name__}: {str(exc).partition(chr(10))[0]})"
         return ""
 
-    def _decoder(self, decoding: Decoding) -> Decoder:
+    def _decoder(self, decoding: DecodingPlan) -> Decoder:
         return Decoder(self._model, self._exact, decoding)
 
     def _tokens(self, count: int) -> list[int]:

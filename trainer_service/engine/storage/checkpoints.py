@@ -10,15 +10,15 @@ import torch
 from gradwire.errors import GradwireError, error, invalid_field
 from transformers import PreTrainedModel
 
+from trainer_service.atomic_folders import read_manifest, settle
+from trainer_service.engine.collectives import Channel
 from trainer_service.engine.models.adapter_files import write_adapter
 from trainer_service.engine.models.export import EXPORT_DTYPES, stored_dtype, write_model
 from trainer_service.engine.models.load import ModelDescription
-from trainer_service.engine.ranks import Channel
 from trainer_service.engine.run_state import RunState
 from trainer_service.engine.storage.deltas import dtype_of_base, save_delta
 from trainer_service.engine.storage.state_files import capture, open_state, write_state
 from trainer_service.engine.storage.together import write_together
-from trainer_service.folders import read_manifest, settle
 from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath
 
 _LAYOUT = ("alpha", "train_mlp", "train_attn", "train_unembed")

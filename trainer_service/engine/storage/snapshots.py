@@ -9,10 +9,10 @@ from pathlib import Path
 
 from gradwire.errors import GradwireError, error
 
-from trainer_service.engine.ranks import Channel, Ranks
+from trainer_service.atomic_folders import refuse_without_room
+from trainer_service.engine.collectives import Channel, Ranks
 from trainer_service.engine.run_state import RunState
 from trainer_service.engine.storage.state_files import State, capture, open_state, write_state
-from trainer_service.folders import refuse_without_room
 
 logger = logging.getLogger(__name__)
 

@@ -26,13 +26,13 @@ from gradwire.errors import GradwireError, error
 from torch import Tensor
 from torch.nn import Parameter
 
+from trainer_service.atomic_folders import FolderWriter, Manifest, damaged, read_manifest, verify
+from trainer_service.engine.collectives import ALONE, Channel
 from trainer_service.engine.parallel.sharding import is_part, part, part_of
-from trainer_service.engine.ranks import ALONE, Channel
 from trainer_service.engine.run_state import Accumulation, RunState
 from trainer_service.engine.storage.parts import MAX_WORLD_SIZE, Parts, file_name
 from trainer_service.engine.storage.together import write_together
 from trainer_service.engine.tensor_files import DTYPES, read_tensors, write_tensors
-from trainer_service.folders import FolderWriter, Manifest, damaged, read_manifest, verify
 
 _COUNTERS = "state.json"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")

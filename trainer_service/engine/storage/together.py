@@ -11,8 +11,8 @@ from typing import Any
 
 from gradwire.errors import GradwireError
 
-from trainer_service.engine.ranks import Channel
-from trainer_service.folders import FolderWriter, storage_failed, whole_folder
+from trainer_service.atomic_folders import FolderWriter, storage_failed, whole_folder
+from trainer_service.engine.collectives import Channel
 
 
 def write_together(

@@ -13,7 +13,7 @@ from typing import Any
 
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent
 
-from trainer_service.engine.ranks import LeaderGoneError, Ranks
+from trainer_service.engine.collectives import LeaderGoneError, Ranks
 from trainer_service.engine.sampling.service import Sampling
 from trainer_service.engine.worker.commands import Commands
 from trainer_service.engine.worker.inbox import Inbox

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.engines import CPU, RUN, forward_backward, make_batch, make_engine
 from tests.tiny import MAX_CONTEXT_LENGTH, VOCAB_SIZE, make_tiny_llama
-from trainer_service import folders
+from trainer_service import atomic_folders
 from trainer_service.engine.engine import Engine
 
 
@@ -199,11 +199,11 @@ def test_full_disk_leaves_nothing_behind_and_the_old_export_in_place(
     with monkeypatch.context() as patched:
         if at == "space":
             usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
-            patched.setattr(folders.shutil, "disk_usage", lambda _: usage)
+            patched.setattr(atomic_folders.shutil, "disk_usage", lambda _: usage)
         elif at == "write":
             patched.setattr(engine.live_model(RUN).config, "save_pretrained", full)
         else:
-            patched.setattr(folders.os, "fsync", full)
+            patched.setattr(atomic_folders.os, "fsync", full)
         with pytest.raises(FailedPreconditionError) as caught:
             engine.save_weights_for_sampler(RUN, "a", overwrite=True)
     assert caught.value.reason == "STORAGE_FAILED"

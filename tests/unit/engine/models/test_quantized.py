@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from gradwire.errors import InvalidArgumentError
+from torch import nn
 
 from tests.engines import BATCH, CPU, CROSS_ENTROPY
 from tests.loras import ALL, BODY, adapter, gradient, randomize
 from tests.numerics.plain import load_plain, plain_logprobs, random_sequences, relative_error, to_batch
 from tests.tiny import VOCAB_SIZE, make_tiny_llama
 from trainer_service.engine.engine import Engine
-from trainer_service.engine.models.quantized import QuantizedLinear
+from trainer_service.engine.models.quantized import QuantizedLinear, quantize
 from trainer_service.worker_config import BaseDtype, EngineSettings
 
 pytestmark = [
@@ -83,6 +84,14 @@ def test_gradients_are_those_of_the_same_base_made_whole(folder: Path, tmp_path:
         wanted = adapter(other, run_id)
         for name, parameter in adapter(engine, run_id).items():
             assert relative_error(gradient(parameter), gradient(wanted[name])) < 1e-5, name
+
+
+@pytest.mark.parametrize("shape_OI", [(64, 32), (48, 96), (10, 100), (3, 7)])
+def test_rows_that_are_no_whole_blocks_lose_no_more_than_others(shape_OI: tuple[int, int]) -> None:
+    layer = nn.Linear(shape_OI[1], shape_OI[0], bias=False).requires_grad_(False)
+    before = layer.weight.detach().clone()
+    quantize(layer, [""], "int4")
+    assert relative_error(layer.weight, before) < 0.15
 
 
 def test_runs_share_what_is_kept_and_all_parameters_never_train(folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer_service.folders import read_manifest, settle, verify
+from trainer_service.atomic_folders import read_manifest, settle, verify
 
 NUM_INSTANTS = 50
 SAVER = """

@@ -19,7 +19,7 @@ from gradwire.v1.worker_service_pb2 import (
 )
 
 from tests.engines import BATCH, RUN, forward_backward, make_batch, make_engine
-from trainer_service import folders
+from trainer_service import atomic_folders
 from trainer_service.config import SnapshotPolicy
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.storage.state_files import State
@@ -183,7 +183,9 @@ def test_a_snapshot_the_disk_has_no_room_for_is_refused_before_anything_is_copie
 ):
     copied: list[object] = []
     monkeypatch.setattr(State, "copied", copied.append)
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: DiskUsage(total=1 << 30, used=1 << 30, free=0))
+    monkeypatch.setattr(
+        atomic_folders.shutil, "disk_usage", lambda path: DiskUsage(total=1 << 30, used=1 << 30, free=0)
+    )
     assert "MiB are needed, and 0 MiB are free" in driver.snapshot(tmp_path / "snapshot").done.error.message
     assert copied == []
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engines import BATCH, RUN, forward_backward, make_batch, make_engine
 from tests.tiny import make_tiny_llama
-from trainer_service import folders
+from trainer_service import atomic_folders
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.run_state import RunState
@@ -329,13 +329,13 @@ def test_a_full_disk_leaves_nothing_and_what_was_there_stays(
     with monkeypatch.context() as patched:
         if at == "space":
             usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
-            patched.setattr(folders.shutil, "disk_usage", lambda _: usage)
+            patched.setattr(atomic_folders.shutil, "disk_usage", lambda _: usage)
         elif at == "write":
-            patched.setattr(folders.DigestedFile, "write", full)
+            patched.setattr(atomic_folders.DigestedFile, "write", full)
         elif at == "sync":
-            patched.setattr(folders.os, "fsync", full)
+            patched.setattr(atomic_folders.os, "fsync", full)
         else:
-            patched.setattr(folders, "_swap_in", full)
+            patched.setattr(atomic_folders, "_swap_in", full)
         for name in ("a", "b"):
             with pytest.raises(FailedPreconditionError) as caught:
                 write_state(capture(run_of(engine), gradients=True), folder / name, about=ABOUT, overwrite=True)
@@ -355,8 +355,8 @@ def test_a_taken_name_is_refused_without_overwrite_before_anything_is_written(en
 def test_writers_side_by_side_do_not_clear_each_others_work(engine: Engine, tmp_path: Path) -> None:
     """A snapshot is written in the background while another is begun."""
     state = capture(run_of(engine), gradients=True)
-    with folders.whole_folder(tmp_path / "s" / "a", about={}, overwrite=False) as writer:
+    with atomic_folders.whole_folder(tmp_path / "s" / "a", about={}, overwrite=False) as writer:
         (writer.path / "half").write_bytes(random.Random(0).randbytes(1000))
         write_state(state, tmp_path / "s" / "b", about=ABOUT)
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["a", "b"]
-    folders.verify(tmp_path / "s" / "a", folders.read_manifest(tmp_path / "s" / "a"))
+    atomic_folders.verify(tmp_path / "s" / "a", atomic_folders.read_manifest(tmp_path / "s" / "a"))

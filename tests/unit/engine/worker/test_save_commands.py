@@ -12,7 +12,7 @@ from gradwire.v1.trainer_service_pb2 import TrainRequest
 
 from tests.driver import Driver
 from tests.engines import RUN
-from trainer_service.folders import read_manifest
+from trainer_service.atomic_folders import read_manifest
 
 SAVES = {"save_state": "state", "save_weights_for_sampler": "sampler_weights"}
 """The kind of checkpoint that each operation makes."""

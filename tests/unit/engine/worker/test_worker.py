@@ -18,7 +18,7 @@ import grpc
 import numpy as np
 import pytest
 from gradwire._wire.codec import batch_message, decode_tensor, tensor_message
-from gradwire._wire.version import __version__
+from gradwire._wire.protocol_version import __version__
 from gradwire.errors import from_status
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.datum_pb2 import ModelInput

@@ -23,7 +23,7 @@ class Way(enum.IntEnum):
 
 
 @dataclass(frozen=True)
-class Decoding:
+class DecodingPlan:
     """Attributes:
     near: How sequences of at most `boundary` tokens are decoded.
     far: How longer ones are; one that passes the boundary is computed again, whole.

@@ -1,21 +1,17 @@
 """Between a model's operations on tinker's wire and a run's: what goes up, and what comes back."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from google.protobuf.message import DecodeError
 from gradwire._wire.codec import Batch, batch_message
-from gradwire.errors import error, from_status
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.checkpoint_pb2 import CHECKPOINT_TYPE_BASE, CHECKPOINT_TYPE_DELTA
-from gradwire.v1.trainer_service_pb2 import TrainResponse
 
 from trainer_service.gateway import paths
 from trainer_service.gateway.bodies import Fields, parse_fields
 from trainer_service.gateway.json_passes import read_json_pass
-from trainer_service.gateway.outcomes import PROTOBUF, Outcome, Refusal, unserved
-from trainer_service.gateway.tensors import output_message
+from trainer_service.gateway.outcomes import Refusal, unserved
 from trainer_service.gateway.wire import tinker_wire_pb2 as wire
 
 FORWARD_BACKWARD = "forward_backward"
@@ -228,22 +224,3 @@ def _forward_only(kind: str, body: bytes) -> bool:
         return parse_pass(body).forward_only
     except Refusal:
         return False
-
-
-def result_of(response: TrainResponse) -> Any:
-    """An answer's result.
-
-    Raises:
-        GradwireError: It is a failure.
-    """
-    kind = response.WhichOneof("result")
-    if kind == "error":
-        raise from_status(response.error)
-    if kind is None:
-        raise error("INTERNAL", "The trainer's answer is of a kind this gateway does not know.")
-    return getattr(response, kind)
-
-
-def output(result: Any, metrics: Mapping[str, float]) -> Outcome:
-    """A pass's answer as the client gets it."""
-    return Outcome(PROTOBUF, output_message(result, dict(metrics)).SerializeToString())

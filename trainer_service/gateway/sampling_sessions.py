@@ -22,7 +22,7 @@ _MAX_WAITING = 100_000
 """Requests acknowledged and not answered, of all callers."""
 
 
-class Samplers:
+class SamplingSessions:
     """All samplers.
 
     Args:

@@ -1,4 +1,4 @@
-"""The worker's ranks: who this process is among them, and how they talk beside the model's own collectives.
+"""How the worker's ranks talk beside the model's own collectives, and who this process is among them.
 
 Rank 0 leads. It alone talks to the trainer, and tells the others each command as it comes and whose turn it is
 (worker/device_loop.py). All execute the same commands in the same order; whatever depends on time, memory, disk or

@@ -1,24 +1,23 @@
-"""A run's answers as the client of a model gets them."""
+"""Translates a run's answers into what the client of its model expects."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from gradwire._wire.codec import Batch
-from gradwire.errors import GradwireError
+from gradwire.errors import GradwireError, error, from_status
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 
 from trainer_service.gateway import paths
 from trainer_service.gateway.custom_passes import surrogate_loss
-from trainer_service.gateway.operations import output, result_of
-from trainer_service.gateway.outcomes import Outcome, Refusal
-from trainer_service.gateway.tensors import read_logprobs
+from trainer_service.gateway.outcomes import PROTOBUF, Outcome, Refusal
+from trainer_service.gateway.tensors import output_message, read_logprobs
 
 CUSTOM_PASSES = ("kept_forward", "backward", "second_pass")
 """Plans of passes of a custom loss, whose loss is summed up here."""
 
 
-class Translations:
+class AnswerTranslation:
     """Answers of one model.
 
     Args:
@@ -63,10 +62,10 @@ class Translations:
             return Outcome.failure(exc)
 
     async def _pass(self, plan: dict[str, Any], result: Any, batch: Batch | None) -> Outcome:
-        return output(result, result.metrics)
+        return _output(result, result.metrics)
 
     async def _kept_forward(self, plan: dict[str, Any], result: Any, batch: Batch | None) -> Outcome:
-        return output(result, {**result.metrics, "loss:sum": _loss(plan, result, batch)})
+        return _output(result, {**result.metrics, "loss:sum": _loss(plan, result, batch)})
 
     async def _backward(self, plan: dict[str, Any], result: Any, batch: Batch | None) -> Outcome:
         number = plan["forward"]
@@ -75,11 +74,11 @@ class Translations:
         self.forget_forwards([number])
         # The forward's own numbers, but what this pass itself did: it went through the model backward alone.
         metrics = {**forward.metrics, **result.metrics, "loss:sum": _loss(plan, forward, batch)}
-        return output(forward, metrics)
+        return _output(forward, metrics)
 
     async def _second_pass(self, plan: dict[str, Any], result: Any, batch: Batch | None) -> Outcome:
         # As of one that was recognised: whether it was, is told by forward_passes alone.
-        return output(result, {**result.metrics, "loss:sum": _loss(plan, result, batch)})
+        return _output(result, {**result.metrics, "loss:sum": _loss(plan, result, batch)})
 
     async def _optim_step(self, plan: dict[str, Any], result: Any, batch: Batch | None) -> Outcome:
         return Outcome.result(type="optim_step", metrics=dict(result.metrics))
@@ -103,3 +102,22 @@ def _loss(plan: dict[str, Any], forward: Any, batch: Batch | None) -> float:
         assert batch is not None, "the data of a custom loss was let go before its loss was known"
         plan["loss"] = surrogate_loss(batch, read_logprobs(forward))
     return plan["loss"]
+
+
+def result_of(response: TrainResponse) -> Any:
+    """An answer's result.
+
+    Raises:
+        GradwireError: It is a failure.
+    """
+    kind = response.WhichOneof("result")
+    if kind == "error":
+        raise from_status(response.error)
+    if kind is None:
+        raise error("INTERNAL", "The trainer's answer is of a kind this gateway does not know.")
+    return getattr(response, kind)
+
+
+def _output(result: Any, metrics: Mapping[str, float]) -> Outcome:
+    """A pass's answer as the client gets it."""
+    return Outcome(PROTOBUF, output_message(result, dict(metrics)).SerializeToString())
