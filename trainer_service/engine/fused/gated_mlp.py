@@ -110,6 +110,8 @@ class _GatedHalves(torch.autograd.Function):
         gate, up = both.chunk(2, dim=-1)
         grad_both = torch.empty_like(both)
         grad_gate, grad_up = grad_both.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        torch.ops.aten.silu.out(gate, out=grad_up).mul_(grad)
+        torch.mul(grad, up, out=grad_gate)
+        # In the place of its own input: an operation on each element by itself.
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
         return grad_both
