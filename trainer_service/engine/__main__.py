@@ -159,6 +159,7 @@ def _wait_until_needed() -> bool:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         with _nothing_collected():
+            _import_peft()
             for name in _LIBRARIES:
                 importlib.import_module(name)
 
@@ -197,6 +198,7 @@ def _load(config: WorkerConfig, ranks: Ranks, send: Send) -> "Engine":
         LOSSES.update(load_losses(config.loss_module, LOSSES))
     send(WorkerEvent(loading="importing torch and transformers"))
     # Imported here, not at the top: these imports take seconds, and the trainer should hear from us first.
+    _import_peft()
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -225,6 +227,24 @@ def _load(config: WorkerConfig, ranks: Ranks, send: Send) -> "Engine":
             served_model_name=config.served_model_name,
             ranks=ranks,
         )
+
+
+def _import_peft() -> None:
+    """Imports peft without bitsandbytes, which is a quarter of all imports where it is installed.
+
+    peft imports it for layers of its own. models/quantized.py calls its functions itself, and imports it when it does.
+    """
+    held = sys.modules.get("bitsandbytes")
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    try:
+        found = importlib.import_module("peft.import_utils")
+        # Remembered by peft, which asks again for every layer that it adapts.
+        found.is_bnb_available()
+        found.is_bnb_4bit_available()
+    finally:
+        del sys.modules["bitsandbytes"]
+        if held is not None:
+            sys.modules["bitsandbytes"] = held
 
 
 def _sampling(engine: "Engine", checkpoint_dir: Path, send: Send, answer: Send) -> "Sampling":
