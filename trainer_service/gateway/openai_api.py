@@ -30,6 +30,7 @@ from trainer_service.gateway.outcomes import Refusal, refusal_of
 from trainer_service.gateway.sessions import Caller
 from trainer_service.gateway.tokenizers import GrowingText, ModelTokenizer
 from trainer_service.gateway.trainers import Trainer, metadata
+from trainer_service.tracing import trace_headers
 
 _MAX_PROMPTS = 128
 
@@ -126,7 +127,7 @@ class _Completion:
                 sampling_params=sampling_params(self.asked, self._tokenizer),
                 topk_sample_logprobs=self.asked.top_logprobs,
             )
-            call = self._trainer.sampling.Sample(request, metadata=metadata(self._key))
+            call = self._trainer.sampling.Sample(request, metadata=metadata(self._key, trace_headers.get()))
             try:
                 async for response in call:
                     for part in response.samples:
