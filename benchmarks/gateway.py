@@ -325,33 +325,52 @@ def nothing(folder: Path) -> Iterator[str]:
 
 
 async def serve_nothing(ready_file: Path) -> None:
-    """Answers tinker's SDK at once, with as many empty samples as it asked for."""
+    """Answers tinker's SDK at once with an empty sample, in as many requests as the gateway does."""
     empty = wire.SampleResponse(sequences=[wire.SampledSequence(stop_reason=wire.STOP_REASON_LENGTH, logprobs=b"")])
     sample = empty.SerializeToString()
-    answers: dict[str, Any] = {
-        "client/config": {"sample_max_concurrent_requests": 4096},
+    fixed: dict[str, Any] = {
+        "client/config": {"sample_use_retrieve_futures": True},
         "client/dynamic_config": {},
         "create_session": {"session_id": "s", "type": "create_session"},
         "create_sampling_session": {"sampling_session_id": "s:sample:0", "type": "create_sampling_session"},
-        "asample": {"request_id": "r", "sample_sequence_ids": ["r:0"]},
         "session_heartbeat": {"type": "session_heartbeat"},
     }
-    bodies = {path: json.dumps(answer).encode() for path, answer in answers.items()}
+    asked: list[str] = []
+    came = asyncio.Event()
+
+    async def answer_to(path: str, body: bytes) -> dict[str, Any]:
+        if path == "asample":
+            asked.append(f"r{len(asked)}")
+            came.set()
+            return {"request_id": asked[-1], "sample_sequence_ids": [f"{asked[-1]}:0"]}
+        if path == "retrieve_futures":
+            cursor = json.loads(body).get("prev_cursor", 0)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(json.loads(body).get("timeout", 20)):
+                    while cursor == len(asked):
+                        came.clear()
+                        await came.wait()
+                    # As the gateway: those that come together are told together.
+                    await asyncio.sleep(0.005)
+            told = [
+                {"state": "finished", "request_id": one, "response_payload_uncompressed_size": len(sample)}
+                for one in asked[cursor:]
+            ]
+            return {"completions": told, "cursor": len(asked)}
+        return fixed.get(path, {})
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
                 length = head.partition(b"content-length: ")[2].partition(b"\r\n")[0]
-                await reader.readexactly(int(length or b"0"))
+                body = await reader.readexactly(int(length or b"0"))
                 path = head.split(b" ", 2)[1].decode().partition("/api/v1/")[2]
-                body, kind = (
-                    (sample, "application/x-protobuf")
-                    if path == "retrieve_future"
-                    else (bodies.get(path, b"{}"), "application/json")
-                )
-                answer = f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
-                writer.write(answer.encode() + body)
+                kind, answer = "application/x-protobuf", sample
+                if path != "retrieve_future":
+                    kind, answer = "application/json", json.dumps(await answer_to(path, body)).encode()
+                head = f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-length: {len(answer)}\r\n\r\n"
+                writer.write(head.encode() + answer)
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=4096)
     host, port = server.sockets[0].getsockname()
