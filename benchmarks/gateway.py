@@ -1,6 +1,6 @@
 """What the gateway costs: a training step and 2,048 samples at once, by tinker's official SDK.
 
-    python benchmarks/gateway.py [--rounds 3] [--steps 40] [--samples 2048] [--max-tokens 256] [--quick]
+    python benchmarks/gateway.py [--rounds 3] [--steps 40] [--samples 2048] [--max-tokens 256] [--client-core] [--quick]
 
 A step is forward_backward and optim_step, sent one behind the other, on a tiny model, where nothing but the way there
 and back takes time. Its three sides: our own SDK on the trainer; tinker's SDK through the gateway; and the same
@@ -9,7 +9,8 @@ requests through the gateway as bytes made beforehand, which tells the gateway's
 Samples are asked for one by one, as tinker's cookbook does (128 prompts, 16 of each, 256 tokens, its rl_basic), and
 merged by hand into one request a prompt. `nothing` is a server that answers tinker's SDK at once: the least that the
 SDK's own work takes, whoever serves. All share the machine's cores, and a tiny model samples fast: on any real one the
-SDK's share is smaller.
+SDK's share is smaller. --client-core gives the clients one core, and trainer and gateway the others, as clients have
+that run on a machine of their own.
 """
 
 import argparse
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--rows", default="step,samples")
+    parser.add_argument("--client-core", action="store_true", help="a core for the clients alone")
     parser.add_argument("--quick", action="store_true", help="the figures mean nothing")
     parser.add_argument("--nothing", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -68,9 +70,15 @@ def main() -> None:
         for name in ("trainer", "gateway"):
             (folder / name).mkdir()
         model = roomy_llama(folder / "model")
+        cores = sorted(os.sched_getaffinity(0))
+        if args.client_core:
+            os.sched_setaffinity(0, cores[1:])
         trainer = stack.enter_context(running_trainer(model, folder / "trainer", "--log-level", "WARNING"))
         trainer.wait_ready()
         gateway = stack.enter_context(running_gateway(trainer.base_url, folder / "gateway", "--alias", "tiny"))
+        if args.client_core:
+            # Of this thread, and so of all that are begun from here on.
+            os.sched_setaffinity(0, cores[:1])
         native = stack.enter_context(gradwire.ServiceClient(trainer.base_url))
         service = stack.enter_context(tinker.ServiceClient(base_url=gateway.base_url, api_key=KEY))
         header = ("what", "measured", "figure", "goal")
@@ -273,7 +281,7 @@ def sample_rows(
         asked.one_by_one(sampler)
         spent[0] = cpu_s(pid) - before
 
-    with nothing(folder) as url, tinker.ServiceClient(base_url=url, api_key=KEY) as idle:
+    with nothing(folder, os.sched_getaffinity(pid)) as url, tinker.ServiceClient(base_url=url, api_key=KEY) as idle:
         answered_at_once = idle.create_sampling_client(base_model="tiny").result()
         found = interleave(
             {
@@ -310,10 +318,11 @@ def cpu_s(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def nothing(folder: Path) -> Iterator[str]:
-    """The URL of a server that does nothing, in a process of its own."""
+def nothing(folder: Path, cores: set[int]) -> Iterator[str]:
+    """The URL of a server that does nothing, in a process of its own, on these cores."""
     ready_file = folder / "nothing"
     process = subprocess.Popen([sys.executable, __file__, "--nothing", str(ready_file)])
+    os.sched_setaffinity(process.pid, cores)
     try:
         while not ready_file.exists():
             assert process.poll() is None
