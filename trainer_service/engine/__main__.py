@@ -25,15 +25,15 @@ from gradwire.v1.trainer_service_pb2 import LossInfo, ModelInfo
 from gradwire.v1.worker_service_pb2 import LoraTargets, WorkerCommand, WorkerEvent, WorkerHello, WorkerReady
 
 from trainer_service.adapter_folders import starred
+from trainer_service.command_lines import add_options, read_options
 from trainer_service.config import Limits
-from trainer_service.engine.collectives import LeaderGoneError, RankFailedError, Ranks
+from trainer_service.engine.rank_channels import LeaderGoneError, RankFailedError, Ranks
 from trainer_service.engine.worker.connection import TrainerConnection
 from trainer_service.engine.worker.heartbeat import start_heartbeat
 from trainer_service.engine.worker.inbox import Inbox
 from trainer_service.engine.worker.progress import told_of_progress
 from trainer_service.executing import Executing, leave_reason
 from trainer_service.observability import configure_logging
-from trainer_service.options import add_options, read_options
 from trainer_service.processes import die_with_parent
 from trainer_service.worker_config import SPARE_VARIABLE, WorkerConfig
 
