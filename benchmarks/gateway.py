@@ -34,6 +34,7 @@ os.environ["TINKER_TELEMETRY"] = "0"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import gradwire
+import httpx
 import numpy as np
 import tinker
 from tinker import types
@@ -274,12 +275,12 @@ def sample_rows(
     ours = native.create_sampling_client()
     Prompts(prompts[:2], 4).one_by_one(sampler)
     assert gateway.process is not None
-    pid, spent = gateway.process.pid, [0.0]
+    pid, spent, went_along = gateway.process.pid, [0.0], [0]
 
     def one_by_one() -> None:
-        before = cpu_s(pid)
+        before, merged = cpu_s(pid), num_merged(gateway)
         asked.one_by_one(sampler)
-        spent[0] = cpu_s(pid) - before
+        spent[0], went_along[0] = cpu_s(pid) - before, num_merged(gateway) - merged
 
     with nothing(folder, os.sched_getaffinity(pid)) as url, tinker.ServiceClient(base_url=url, api_key=KEY) as idle:
         answered_at_once = idle.create_sampling_client(base_model="tiny").result()
@@ -308,7 +309,15 @@ def sample_rows(
         ),
         Row("of that tinker's SDK alone, answered at once by nothing", ms(found["nothing"])),
         Row("processor time of the gateway, a sample", f"{spent[0] / args.samples * 1000:.2f} ms"),
+        Row("requests to the trainer, of so many at least", f"{args.samples - went_along[0]} / {count}"),
     ]
+
+
+def num_merged(gateway: GatewayProcess) -> int:
+    """Sample requests that went along with an equal one's."""
+    text = httpx.get(f"{gateway.base_url}/metrics", headers={"x-api-key": KEY}, trust_env=False).text
+    (line,) = [one for one in text.splitlines() if one.startswith("gradwire_gateway_merged_samples_total ")]
+    return int(float(line.split()[1]))
 
 
 def cpu_s(pid: int) -> float:
