@@ -101,7 +101,11 @@ class Job:
             return 0
         num_generated = request.max_tokens if in_the_end else min(request.max_tokens, self.num_generated + 1)
         num_tokens = num_cached_tokens(
-            request.num_samples, len(request.prompt), num_generated, num_alive=len(self.held)
+            request.num_samples,
+            len(request.prompt),
+            num_generated,
+            num_alive=len(self.held),
+            may_share=self.sampler.decoder.shares_prompts,
         )
         # What is remembered of the prompt stays until its samples have gone their own ways.
         num_states = len(self.held) + (not self.num_fed)
