@@ -139,7 +139,8 @@ class WorkerServicer:
             return
         link.attached = True
         link.counters |= {
-            f"gradwire_worker_{field.name}": float(getattr(hello.mesh, field.name)) for field in hello.mesh.DESCRIPTOR.fields
+            f"gradwire_worker_{field.name}": float(getattr(hello.mesh, field.name))
+            for field in hello.mesh.DESCRIPTOR.fields
         }
         link.spoke.set()
         logger.info("Worker attached.", extra={"fields": {"pid": hello.pid, "ranks": hello.mesh.world_size}})
