@@ -95,8 +95,8 @@ def two_machines(
             machine.process.wait()
 
 
-def disturbed(trainer: Trainer, faults: Sequence[Callable[[], object]]) -> Told:
-    """What loops answer, and have at the end, while one thing after the other happens between their answers."""
+def disturbed(trainer: Trainer, fault: Callable[[], object]) -> Told:
+    """What loops answer, and have at the end, with something that happens between their answers."""
     with (
         ServiceClient(f"http://{trainer.address}", reconnect_timeout_s=120) as service,
         ThreadPoolExecutor() as threads,
@@ -104,10 +104,8 @@ def disturbed(trainer: Trainer, faults: Sequence[Callable[[], object]]) -> Told:
         clients = [service.create_training_client(lora_rank=rank) for rank in LORA_RANKS]
         loops = [Loop(client, seed=SEED, steps=STEPS) for client in clients]
         running = [threads.submit(loop.run) for loop in loops]
-        for fault in faults:
-            before = sum(loop.answered for loop in loops)
-            wait_until(lambda before=before: sum(loop.answered for loop in loops) > before + 3, trainer.log.read_text)
-            fault()
+        wait_until(lambda: sum(loop.answered for loop in loops) > 3, trainer.log.read_text)
+        fault()
         told = [future.result(300) for future in running]
         digests = [state_digests(trainer.data_dir, client, "final") for client in clients]
         assert service.get_server_info().models[0].mesh == Mesh(world_size=2, local_world_size=1, nnodes=2, fsdp_size=2)
@@ -118,17 +116,16 @@ def disturbed(trainer: Trainer, faults: Sequence[Callable[[], object]]) -> Told:
 def test_two_machines_compute_what_two_ranks_do_whoever_of_them_dies(wanted: Told, tiny_llama: Path, tmp_path: Path):
     with two_machines(tiny_llama, tmp_path, "127.0.0.1") as (trainer, machine):
 
-        def kill_rank_elsewhere() -> None:
-            wait_until(machine.ranks)
+        def kill() -> None:
+            """The rank elsewhere; then the trainer, as the next ranks start."""
             os.kill(machine.ranks()[0], signal.SIGKILL)
             wait_until(lambda: "On node 1: The worker process ended (signal SIGKILL)" in trainer.log.read_text())
-
-        def kill_trainer() -> None:
+            wait_until(machine.ranks)
             trainer.kill()
             wait_until(lambda: not machine.ranks(), machine.log.read_text)
             trainer.start()
 
-        assert disturbed(trainer, [kill_rank_elsewhere, kill_trainer]) == wanted
+        assert disturbed(trainer, kill) == wanted
         assert machine.process.poll() is None
         trainer.stop()
         assert left_behind(trainer) == []
@@ -196,7 +193,7 @@ def test_a_cut_between_two_machines_is_noticed_and_got_over(wanted: Told, tiny_l
             wait_until(lambda: "A node is gone" in trainer.log.read_text(), trainer.log.read_text)
             link.mend()
 
-        assert disturbed(trainer, [cut]) == wanted
+        assert disturbed(trainer, cut) == wanted
         # To clients on loopback; to the other machine on the link; on no other interface.
         assert {address.rpartition(":")[0] for address in found} == {"127.0.0.1", link.address}
         assert "On node 1: the connection from " in trainer.log.read_text()
