@@ -104,7 +104,7 @@ BOUNDED: dict[str, tuple[PretrainedConfig, str]] = {
     ),
     "falcon with alibi": (
         FalconConfig(
-            **COMMON | {"max_position_embeddings": 128},
+            **dict[str, Any](COMMON | {"max_position_embeddings": 128}),
             alibi=True,
             new_decoder_architecture=False,
             bos_token_id=0,

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from tests.listening import listening
 from tests.trainer_process import descendants, wait_gone
-from trainer_service.fleet.rank_processes import RankProcesses
+from trainer_service.fleet.rank_processes import Place, RankProcesses
 
 
 async def started(*command: str, folder: Path, count: int) -> RankProcesses:
     return await RankProcesses.start(
-        [sys.executable, *command], env=dict(os.environ), folder=str(folder), local_world_size=count
+        [sys.executable, *command], env=dict(os.environ), folder=str(folder), place=Place(count)
     )
 
 

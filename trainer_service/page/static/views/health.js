@@ -84,7 +84,7 @@ export class HealthView {
                       ["Sampling", model.sampling],
                   ]
                 : []),
-            ["Ranks", format.number(counters.gradwire_worker_ranks ?? null)],
+            ["Ranks", format.number(counters.gradwire_worker_world_size ?? null)],
             ["Memory", memory(counters)],
             ["Runs on the worker", format.number(counters.gradwire_worker_runs ?? null)],
             [
