@@ -5,7 +5,7 @@ import socket
 
 import psutil
 
-from trainer_service.options import SettingsError
+from trainer_service.command_lines import SettingsError
 
 
 def interface_of(address: str) -> str:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from trainer_service.options import SettingsError
+from trainer_service.command_lines import SettingsError
 
 VARIABLE = "GRADWIRE_JOIN_TOKEN"
 _HEADER = "authorization"

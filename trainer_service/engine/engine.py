@@ -21,7 +21,6 @@ from trainer_service import model_folder
 from trainer_service.config import Limits
 from trainer_service.engine.adapter_offload import AdapterOffload
 from trainer_service.engine.base_models import BaseModels
-from trainer_service.engine.collectives import Ranks
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.losses.loss import Loss
@@ -34,6 +33,7 @@ from trainer_service.engine.models.quantized import check_base_dtype, quantize
 from trainer_service.engine.models.source import ModelSource
 from trainer_service.engine.parallel.sharding import free_cycles, readable, reshard
 from trainer_service.engine.passes import ForwardResult, Passes, Staged
+from trainer_service.engine.rank_channels import Ranks
 from trainer_service.engine.run_state import HeldGraph, RunState
 from trainer_service.engine.storage.checkpoints import Checkpoints, Label, SavedCheckpoint
 from trainer_service.engine.storage.snapshots import restore_snapshot

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trainer_service.engine.collectives import Channel
 from trainer_service.engine.device import Device
 from trainer_service.engine.losses.loss import LossInputs
 from trainer_service.engine.memory import MemoryPlan, held_bytes_per_token
@@ -21,6 +20,7 @@ from trainer_service.engine.models import runner
 from trainer_service.engine.models.runner import Traits
 from trainer_service.engine.packed.attention import PackAttention, pack_in_use
 from trainer_service.engine.parallel.shares import Place
+from trainer_service.engine.rank_channels import Channel
 from trainer_service.worker_config import Checkpointing
 
 _FLOAT_BYTES = 4

@@ -5,7 +5,7 @@ import os
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
 
-from trainer_service.options import SettingsError
+from trainer_service.command_lines import SettingsError
 from trainer_service.worker_config import BaseDtype, ProcessesPerNode
 
 _DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")

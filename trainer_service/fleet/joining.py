@@ -33,6 +33,7 @@ from gradwire.v1.node_service_pb2_grpc import NodeServiceStub, RankStoreServiceS
 
 from trainer_service import model_folder
 from trainer_service.addresses import split_address
+from trainer_service.command_lines import SettingsError
 from trainer_service.config import NodeConfig
 from trainer_service.executing import take_reason
 from trainer_service.fleet.gpus import count_gpus
@@ -42,7 +43,6 @@ from trainer_service.fleet.rank_store import rank_store_handler
 from trainer_service.fleet.worker_socket import WorkerSocket
 from trainer_service.interfaces import interface_of
 from trainer_service.join_token import as_metadata
-from trainer_service.options import SettingsError
 from trainer_service.processes import told_to_stop
 from trainer_service.worker_config import SPARE_VARIABLE
 

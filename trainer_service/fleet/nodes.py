@@ -28,11 +28,11 @@ from gradwire.v1.node_service_pb2_grpc import NodeServiceServicer, add_NodeServi
 from trainer_service import model_folder
 from trainer_service.addresses import join_address, split_address
 from trainer_service.config import NodeSettings, ServerTls
-from trainer_service.descriptors import connection_options
 from trainer_service.fleet.join_policy import JoinPolicy, RefusedError, unknown_caller
 from trainer_service.fleet.rank_store import RankStores, rank_store_handler
 from trainer_service.interfaces import interface_of, own_address
 from trainer_service.join_token import shows_token
+from trainer_service.open_files import connection_options
 from trainer_service.ports import open_port
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer_service.options import SettingsError
+from trainer_service.command_lines import SettingsError
 
 _VERSION = 2
 _CHECKPOINT_PAGES = 8192

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from trainer_service.command_lines import SettingsError, add_options, read_options
 from trainer_service.config import TrainerConfig
 from trainer_service.fleet.gpus import count_gpus, local_world_size
-from trainer_service.options import SettingsError, add_options, read_options
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from trainer_service.config import Limits
 from trainer_service.engine.sampling.picking import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, Choice
 from trainer_service.engine.sampling.stops import StopStrings
 from trainer_service.engine.sampling.text import Text
-from trainer_service.request_limits import check_limits, prompt_too_long
+from trainer_service.field_limits import check_limits, prompt_too_long
 
 
 @dataclass(frozen=True)
