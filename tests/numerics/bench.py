@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from trainer_service.engine.sampling.samplers import Sampler
 from trainer_service.engine.sampling.trial import find_decoding
 
 MAX_CONTEXT_LENGTH = 640
+_FOUND: WeakKeyDictionary[PreTrainedModel, dict[Device, DecodingPlan]] = WeakKeyDictionary()
 
 
 def make_request(prompt: list[int], max_tokens: int = 12, **fields: Any) -> Request:
@@ -52,7 +54,10 @@ class Bench:
 
     @classmethod
     def of(cls, model: PreTrainedModel, device: Device = CPU) -> "Bench":
-        sampler = Sampler(None, Decoder(model, device, decoding_of(model, device)))
+        # Each model is tried once.
+        decoding = _FOUND.setdefault(model, {}).get(device) or decoding_of(model, device)
+        _FOUND[model][device] = decoding
+        sampler = Sampler(None, Decoder(model, device, decoding))
         return cls(sampler, GenerationLoop(device, Counters(), lambda event: None, max_cache_bytes=1 << 30))
 
     def start(self, *requests: Request) -> list[Job]:

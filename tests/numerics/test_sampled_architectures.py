@@ -20,13 +20,13 @@ from trainer_service.engine.sampling.picking import Choice
 
 OTHERWISE: dict[str, str] = {
     **dict.fromkeys(("Jamba", "Mamba", "FalconMamba"), r"together, prompts one by one and whole: .*"),
-    **dict.fromkeys(("Falcon", "Mpt"), r"one by one: its forward in company fails .*"),
+    **dict.fromkeys(("Falcon", "Mpt"), r"together, a row each: its forward in company fails .*"),
     **dict.fromkeys(
         ("Bloom", "GPTJ", "GPTNeo", "CodeGen", "XGLM"),
-        r"one by one: it has attention that does not go through transformers' interface",
+        r"together, a row each: it has attention that does not go through transformers' interface",
     ),
-    **dict.fromkeys(("RecurrentGemma", "MiniMax", "Rwkv"), r"every token computes all before it again: .*"),
-    "Phi3, turned": r"together; beyond 16 tokens one by one: .*",
+    **dict.fromkeys(("RecurrentGemma", "MiniMax", "Rwkv"), r"together, every token computes all before it again: .*"),
+    "Phi3, turned": r"together; beyond 16 tokens together, a row each: .*",
     "Llama, turned": r"together; beyond 16 tokens every token computes all before it again: .*",
 }
 """What not all samples of are made together, and how it is told."""

@@ -211,7 +211,7 @@ def test_long_samples_have_the_logprobs_of_a_plain_forward_and_do_not_depend_on_
     model, exact = make_model(name), Exact(name)
     bench = Bench.of(model)
     rng = random.Random(0)
-    lengths = [(40, 30, 1), (120, 90, 2), (300, 100, 1), (480, 60, 2), (5, 130, 3)]
+    lengths = [(40, 30, 1), (120, 80, 2), (330, 60, 1), (500, 30, 2), (55, 80, 3)]
     requests = [
         make_request([rng.randrange(VOCAB_SIZE) for _ in range(prompt)], new, num_samples=count, seed=prompt)
         for prompt, new, count in lengths
@@ -226,7 +226,9 @@ def test_long_samples_have_the_logprobs_of_a_plain_forward_and_do_not_depend_on_
             exact.check(sample.logprobs, prompt + sample.tokens, rows, sample.tokens)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mamba, which has no keys"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt_neox", "mamba, which has no keys", "falcon with alibi", "rwkv, which takes no cache"]
+)
 def test_a_seeded_request_gets_the_same_tokens_and_logprobs_bit_for_bit_in_whatever_company(name: str):
     model = make_model(name)
     bench = Bench.of(model)
@@ -251,8 +253,17 @@ def test_a_seeded_request_gets_the_same_tokens_and_logprobs_bit_for_bit_in_whate
     assert len({tuple(sample.tokens) for sample in alone[0].samples}) == 3
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2, softcapped, one layer of 8 tokens"])
-@pytest.mark.parametrize("max_copied", [0, 4096])
+@pytest.mark.parametrize(
+    ("name", "max_copied"),
+    [
+        *(
+            (name, max_copied)
+            for name in ("llama", "gemma2, softcapped, one layer of 8 tokens")
+            for max_copied in (0, 4096)
+        ),
+        ("falcon with alibi", 0),
+    ],
+)
 def test_samples_put_back_for_want_of_room_are_the_same_bit_for_bit(
     name: str, max_copied: int, monkeypatch: pytest.MonkeyPatch
 ):
@@ -265,7 +276,7 @@ def test_samples_put_back_for_want_of_room_are_the_same_bit_for_bit(
     def asked() -> list[Request]:
         fields: dict[str, Any] = {"stop_tokens": frozenset({2}), "choice": Choice(temperature=5.0)}
         return [
-            make_request(list(prompt), 80, num_samples=1 + seed % 3, seed=seed, prompt_logprobs=True, **fields)
+            make_request(list(prompt), 60, num_samples=1 + seed % 3, seed=seed, prompt_logprobs=True, **fields)
             for seed, prompt in enumerate(prompts)
         ]
 

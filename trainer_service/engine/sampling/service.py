@@ -143,9 +143,12 @@ def _find_decoding(engine: Engine) -> DecodingPlan:
         attention=engine.traits.attention,
         max_context_length=engine.model.max_context_length,
     )
-    if found.shape is None or whole:
+    if whole:
         return found
-    return dataclasses.replace(found, shape=dataclasses.replace(found.shape, num_layers=num_layers))
+    shapes = {"shape": found.shape, "row_shape": found.row_shape}
+    return dataclasses.replace(
+        found, **{name: dataclasses.replace(one, num_layers=num_layers) for name, one in shapes.items() if one}
+    )
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
