@@ -139,12 +139,8 @@ class Engine:
             ResourceExhaustedError: LIMIT_EXCEEDED: there are max_runs runs already.
         """
         if len(self._runs) >= self.limits.max_runs:
-            raise error(
-                "LIMIT_EXCEEDED",
-                f"This trainer holds {len(self._runs)} runs, its limit; delete one first.",
-                limit=self.limits.max_runs,
-                got=len(self._runs) + 1,
-            )
+            text = f"This trainer holds {len(self._runs)} runs, its limit; delete one first."
+            raise error("LIMIT_EXCEEDED", text, limit=self.limits.max_runs, got=len(self._runs) + 1)
         assert run_id not in self._runs
         if self._base_dtype != "float32" and lora is None and not adapter:
             raise invalid_field(

@@ -26,7 +26,7 @@ from gradwire.v1.node_service_pb2 import (
 from gradwire.v1.node_service_pb2_grpc import NodeServiceServicer, add_NodeServiceServicer_to_server
 
 from trainer_service import model_folder
-from trainer_service.addresses import join_address, split_address
+from trainer_service.addresses import join_address, listens_on_loopback, split_address
 from trainer_service.config import NodeSettings, ServerTls
 from trainer_service.fleet.join_policy import JoinPolicy, RefusedError, unknown_caller
 from trainer_service.fleet.rank_store import RankStores, rank_store_handler
@@ -149,6 +149,8 @@ class Nodes(NodeServiceServicer):
         listens = open_port(server, address, self._tls)
         await server.start()
         self._server = server
+        if self._tls is None and not listens_on_loopback(address):
+            logger.warning("The join token crosses the network in plaintext; give --tls-cert-file.")
         logger.info("Waiting for nodes to join.", extra={"fields": {"address": listens, "interface": self.interface}})
 
     async def close(self) -> None:
