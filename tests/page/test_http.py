@@ -13,7 +13,7 @@ from gradwire.v1 import operation_pb2 as ops
 
 from tests.page.conftest import POST, PageTrainer, page_trainer
 from trainer_service.access import ApiKeys, Caller
-from trainer_service.options import SettingsError
+from trainer_service.command_lines import SettingsError
 from trainer_service.page import feed
 from trainer_service.page.feed import read_cursors
 from trainer_service.startup_checks import check_page

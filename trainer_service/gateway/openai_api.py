@@ -33,6 +33,8 @@ from trainer_service.gateway.trainers import Trainer, metadata
 from trainer_service.tracing import trace_headers
 
 _MAX_PROMPTS = 128
+_WHOLE_INTERVAL_MS = 1000
+"""Between messages of an answer that is not streamed."""
 
 
 def openai_refusal(refusal: Refusal) -> Response:
@@ -126,6 +128,7 @@ class _Completion:
                 num_samples=self.asked.num_samples,
                 sampling_params=sampling_params(self.asked, self._tokenizer),
                 topk_sample_logprobs=self.asked.top_logprobs,
+                message_interval_ms=0 if self.asked.stream else _WHOLE_INTERVAL_MS,
             )
             call = self._trainer.sampling.Sample(request, metadata=metadata(self._key, trace_headers.get()))
             try:

@@ -24,6 +24,8 @@ _LINGER_S, _MAX_LINGER_S = 0.01, 0.2
 """How long requests wait for an equal one behind the last, and in all; a client sends a group's requests one behind the
 other, and a busy one takes its time."""
 _MAX_DELAY_S = 1.0
+_MESSAGE_INTERVAL_MS = 1000
+"""Nobody reads along: an answer is told whole."""
 
 
 @dataclass(eq=False)
@@ -142,6 +144,7 @@ class SampleQueue:
         request = SampleRequest()
         request.CopyFrom(asked[0].request)
         request.num_samples = sum(one.request.num_samples for one in asked)
+        request.message_interval_ms = _MESSAGE_INTERVAL_MS
         delay_s = 0.05
         while True:
             try:

@@ -22,9 +22,9 @@ from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 from gradwire.v1.trainer_service_pb2 import GetServerInfoRequest, GetServerInfoResponse
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 
+from trainer_service.command_lines import SettingsError
 from trainer_service.gateway.outcomes import Refusal
 from trainer_service.gateway.retries import is_passing
-from trainer_service.options import SettingsError
 from trainer_service.tracing import trace_headers
 
 CALL_TIMEOUT_S = 120.0
