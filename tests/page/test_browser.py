@@ -266,7 +266,7 @@ def test_health_tells_of_a_worker_that_died_and_why(open_page: OpenPage):
 
 def test_health_tells_the_ranks_and_how_they_are_arranged(open_page: OpenPage):
     with page_trainer() as trainer:
-        trainer.worker.counters = {"gradwire_worker_ranks": 1.0}
+        trainer.worker.counters = {"gradwire_worker_world_size": 1.0}
         page = open_page(f"{trainer.url}#/health")
         fact = page.locator(".facts-list > div", has_text="Ranks").locator("dd")
         wait_text(fact, "1")
