@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import grpc
 from gradwire._wire.protocol_version import __version__
 from gradwire.errors import GradwireError, error, to_status
-from gradwire.v1.trainer_service_pb2 import LossInfo, ModelInfo
+from gradwire.v1.trainer_service_pb2 import LossInfo, Mesh, ModelInfo
 from gradwire.v1.worker_service_pb2 import LoraTargets, WorkerCommand, WorkerEvent, WorkerHello, WorkerReady
 
 from trainer_service.adapter_folders import starred
@@ -94,7 +94,7 @@ def _lead(socket: str, config: WorkerConfig) -> int:
             hello=WorkerHello(
                 token=os.environ.get("GRADWIRE_WORKER_TOKEN", ""),
                 pid=os.getpid(),
-                world_size=int(os.environ.get("WORLD_SIZE", "1")),
+                mesh=_mesh(),
                 software_version=__version__,
             )
         )
@@ -159,6 +159,7 @@ def _wait_until_needed() -> bool:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         with _nothing_collected():
+            _import_peft()
             for name in _LIBRARIES:
                 importlib.import_module(name)
 
@@ -168,6 +169,17 @@ def _wait_until_needed() -> bool:
     if needed:
         preparing.join()
     return needed
+
+
+def _mesh() -> Mesh:
+    """What this rank was told of the worker's processes: every parameter lies in parts on all of them."""
+    world_size, local_world_size = (int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    return Mesh(
+        world_size=world_size,
+        local_world_size=local_world_size,
+        nnodes=world_size // local_world_size,
+        fsdp_size=world_size,
+    )
 
 
 def _ranks(config: WorkerConfig, say: Callable[[str], object]) -> Ranks:
@@ -197,6 +209,7 @@ def _load(config: WorkerConfig, ranks: Ranks, send: Send) -> "Engine":
         LOSSES.update(load_losses(config.loss_module, LOSSES))
     send(WorkerEvent(loading="importing torch and transformers"))
     # Imported here, not at the top: these imports take seconds, and the trainer should hear from us first.
+    _import_peft()
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -227,6 +240,24 @@ def _load(config: WorkerConfig, ranks: Ranks, send: Send) -> "Engine":
         )
 
 
+def _import_peft() -> None:
+    """Imports peft without bitsandbytes, which is a quarter of all imports where it is installed.
+
+    peft imports it for layers of its own. models/quantized.py calls its functions itself, and imports it when it does.
+    """
+    held = sys.modules.get("bitsandbytes")
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    try:
+        found = importlib.import_module("peft.import_utils")
+        # Remembered by peft, which asks again for every layer that it adapts.
+        found.is_bnb_available()
+        found.is_bnb_4bit_available()
+    finally:
+        del sys.modules["bitsandbytes"]
+        if held is not None:
+            sys.modules["bitsandbytes"] = held
+
+
 def _sampling(engine: "Engine", checkpoint_dir: Path, send: Send, answer: Send) -> "Sampling":
     from trainer_service.engine.sampling.service import Sampling
 
@@ -254,7 +285,7 @@ def _ready(engine: "Engine", sampling: "Sampling") -> WorkerEvent:
                 device=model.device,
                 batching=engine.traits.batching,
                 sampling=sampling.decoding.described,
-                world_size=engine.ranks.world_size,
+                mesh=_mesh(),
             ),
             losses=[
                 LossInfo(

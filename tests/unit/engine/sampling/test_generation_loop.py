@@ -2,6 +2,7 @@
 
 import gc
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ class Worker:
         num_samples: int = 1,
         owner: str = "",
         logprobs: bool = False,
+        interval_ms: int = 0,
     ) -> int:
         """Begins a greedy request; returns its command_id."""
         self.last += 1
@@ -50,6 +52,7 @@ class Worker:
         sampler = pb.Sampler(model_path=path)
         request = pb.SampleRequest(sampling_params=params, sampler=sampler, num_samples=num_samples)
         request.include_prompt_logprobs = logprobs
+        request.message_interval_ms = interval_ms
         request.prompt.tokens.extend(prompt)
         command = WorkerSample(sample_id=str(self.last), request=request, owner=owner)
         self.sampling.start(self.last, command, self.sampling.read(request))
@@ -66,6 +69,10 @@ class Worker:
             if event.command_id == command_id:
                 found += [token for piece in event.sampled.samples if not piece.sample for token in piece.tokens]
         return found
+
+    def messages(self, command_id: int) -> list[pb.SampleResponse]:
+        """With tokens, in the order they were sent."""
+        return [event.sampled for event in self.events if event.command_id == command_id and event.sampled.samples]
 
     def failure(self, command_id: int) -> GradwireError | None:
         """What a request ended with."""
@@ -95,6 +102,18 @@ def test_a_request_that_comes_later_is_decoded_beside_those_under_way(worker: Wo
     worker.finish()
     assert len(worker.tokens(first)) == 30
     assert worker.engine.counters.sample_requests_total == 2
+
+
+def test_tokens_of_a_request_that_nobody_reads_along_come_together(worker: Worker):
+    whole = worker.start(max_tokens=30, num_samples=2, interval_ms=10_000)
+    read_along = worker.start(max_tokens=30, num_samples=2, interval_ms=1)
+    while worker.generation.busy:
+        worker.generation.step()
+        time.sleep(0.002)
+    assert worker.tokens(whole) == worker.tokens(read_along)
+    # The first tokens, at once, and the rest.
+    assert [len(message.samples[0].tokens) for message in worker.messages(whole)] == [1, 29]
+    assert len(worker.messages(read_along)) == 30
 
 
 def test_prompts_do_not_keep_those_who_decode_waiting_for_long(worker: Worker, monkeypatch: pytest.MonkeyPatch):
