@@ -51,6 +51,7 @@ DOORS = {
 """Room to the rooms it may import, beside its own and the ground floor."""
 ENGINE_FLOORS = (
     "counters",
+    "freed_memory",
     "device",
     "collectives",
     "tensor_files",

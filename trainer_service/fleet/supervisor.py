@@ -228,6 +228,8 @@ class WorkerSupervisor:
         # The worker needs no key, and cannot leak what it does not have.
         env.pop("GRADWIRE_API_KEY", None)
         _say_how_to_wait(env)
+        # glibc: memory in huge pages where the system has them for whoever asks (engine/freed_memory.py).
+        env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         kind = "a spare worker" if variables else "the worker"
         logger.info(f"Starting {kind}.", extra={"fields": {"base_model": self._config.base_model}})
         return await RankProcesses.start(
