@@ -1,6 +1,6 @@
 """What the gateway costs: a training step and 2,048 samples at once, by tinker's official SDK.
 
-    python benchmarks/gateway.py [--rounds 3] [--steps 40] [--samples 2048] [--max-tokens 256] [--quick]
+    python benchmarks/gateway.py [--rounds 3] [--steps 40] [--samples 2048] [--max-tokens 256] [--client-core] [--quick]
 
 A step is forward_backward and optim_step, sent one behind the other, on a tiny model, where nothing but the way there
 and back takes time. Its three sides: our own SDK on the trainer; tinker's SDK through the gateway; and the same
@@ -9,7 +9,8 @@ requests through the gateway as bytes made beforehand, which tells the gateway's
 Samples are asked for one by one, as tinker's cookbook does (128 prompts, 16 of each, 256 tokens, its rl_basic), and
 merged by hand into one request a prompt. `nothing` is a server that answers tinker's SDK at once: the least that the
 SDK's own work takes, whoever serves. All share the machine's cores, and a tiny model samples fast: on any real one the
-SDK's share is smaller.
+SDK's share is smaller. --client-core gives the clients one core, and trainer and gateway the others, as clients have
+that run on a machine of their own.
 """
 
 import argparse
@@ -33,6 +34,7 @@ os.environ["TINKER_TELEMETRY"] = "0"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import gradwire
+import httpx
 import numpy as np
 import tinker
 from tinker import types
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--rows", default="step,samples")
+    parser.add_argument("--client-core", action="store_true", help="a core for the clients alone")
     parser.add_argument("--quick", action="store_true", help="the figures mean nothing")
     parser.add_argument("--nothing", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -68,9 +71,15 @@ def main() -> None:
         for name in ("trainer", "gateway"):
             (folder / name).mkdir()
         model = roomy_llama(folder / "model")
+        cores = sorted(os.sched_getaffinity(0))
+        if args.client_core:
+            os.sched_setaffinity(0, cores[1:])
         trainer = stack.enter_context(running_trainer(model, folder / "trainer", "--log-level", "WARNING"))
         trainer.wait_ready()
         gateway = stack.enter_context(running_gateway(trainer.base_url, folder / "gateway", "--alias", "tiny"))
+        if args.client_core:
+            # Of this thread, and so of all that are begun from here on.
+            os.sched_setaffinity(0, cores[:1])
         native = stack.enter_context(gradwire.ServiceClient(trainer.base_url))
         service = stack.enter_context(tinker.ServiceClient(base_url=gateway.base_url, api_key=KEY))
         header = ("what", "measured", "figure", "goal")
@@ -266,14 +275,14 @@ def sample_rows(
     ours = native.create_sampling_client()
     Prompts(prompts[:2], 4).one_by_one(sampler)
     assert gateway.process is not None
-    pid, spent = gateway.process.pid, [0.0]
+    pid, spent, went_along = gateway.process.pid, [0.0], [0]
 
     def one_by_one() -> None:
-        before = cpu_s(pid)
+        before, merged = cpu_s(pid), num_merged(gateway)
         asked.one_by_one(sampler)
-        spent[0] = cpu_s(pid) - before
+        spent[0], went_along[0] = cpu_s(pid) - before, num_merged(gateway) - merged
 
-    with nothing(folder) as url, tinker.ServiceClient(base_url=url, api_key=KEY) as idle:
+    with nothing(folder, os.sched_getaffinity(pid)) as url, tinker.ServiceClient(base_url=url, api_key=KEY) as idle:
         answered_at_once = idle.create_sampling_client(base_model="tiny").result()
         found = interleave(
             {
@@ -300,7 +309,15 @@ def sample_rows(
         ),
         Row("of that tinker's SDK alone, answered at once by nothing", ms(found["nothing"])),
         Row("processor time of the gateway, a sample", f"{spent[0] / args.samples * 1000:.2f} ms"),
+        Row("requests to the trainer, of so many at least", f"{args.samples - went_along[0]} / {count}"),
     ]
+
+
+def num_merged(gateway: GatewayProcess) -> int:
+    """Sample requests that went along with an equal one's."""
+    text = httpx.get(f"{gateway.base_url}/metrics", headers={"x-api-key": KEY}, trust_env=False).text
+    (line,) = [one for one in text.splitlines() if one.startswith("gradwire_gateway_merged_samples_total ")]
+    return int(float(line.split()[1]))
 
 
 def cpu_s(pid: int) -> float:
@@ -310,10 +327,11 @@ def cpu_s(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def nothing(folder: Path) -> Iterator[str]:
-    """The URL of a server that does nothing, in a process of its own."""
+def nothing(folder: Path, cores: set[int]) -> Iterator[str]:
+    """The URL of a server that does nothing, in a process of its own, on these cores."""
     ready_file = folder / "nothing"
     process = subprocess.Popen([sys.executable, __file__, "--nothing", str(ready_file)])
+    os.sched_setaffinity(process.pid, cores)
     try:
         while not ready_file.exists():
             assert process.poll() is None
@@ -325,33 +343,52 @@ def nothing(folder: Path) -> Iterator[str]:
 
 
 async def serve_nothing(ready_file: Path) -> None:
-    """Answers tinker's SDK at once, with as many empty samples as it asked for."""
+    """Answers tinker's SDK at once with an empty sample, in as many requests as the gateway does."""
     empty = wire.SampleResponse(sequences=[wire.SampledSequence(stop_reason=wire.STOP_REASON_LENGTH, logprobs=b"")])
     sample = empty.SerializeToString()
-    answers: dict[str, Any] = {
-        "client/config": {"sample_max_concurrent_requests": 4096},
+    fixed: dict[str, Any] = {
+        "client/config": {"sample_use_retrieve_futures": True},
         "client/dynamic_config": {},
         "create_session": {"session_id": "s", "type": "create_session"},
         "create_sampling_session": {"sampling_session_id": "s:sample:0", "type": "create_sampling_session"},
-        "asample": {"request_id": "r", "sample_sequence_ids": ["r:0"]},
         "session_heartbeat": {"type": "session_heartbeat"},
     }
-    bodies = {path: json.dumps(answer).encode() for path, answer in answers.items()}
+    asked: list[str] = []
+    came = asyncio.Event()
+
+    async def answer_to(path: str, body: bytes) -> dict[str, Any]:
+        if path == "asample":
+            asked.append(f"r{len(asked)}")
+            came.set()
+            return {"request_id": asked[-1], "sample_sequence_ids": [f"{asked[-1]}:0"]}
+        if path == "retrieve_futures":
+            cursor = json.loads(body).get("prev_cursor", 0)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(json.loads(body).get("timeout", 20)):
+                    while cursor == len(asked):
+                        came.clear()
+                        await came.wait()
+                    # As the gateway: those that come together are told together.
+                    await asyncio.sleep(0.005)
+            told = [
+                {"state": "finished", "request_id": one, "response_payload_uncompressed_size": len(sample)}
+                for one in asked[cursor:]
+            ]
+            return {"completions": told, "cursor": len(asked)}
+        return fixed.get(path, {})
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
                 length = head.partition(b"content-length: ")[2].partition(b"\r\n")[0]
-                await reader.readexactly(int(length or b"0"))
+                body = await reader.readexactly(int(length or b"0"))
                 path = head.split(b" ", 2)[1].decode().partition("/api/v1/")[2]
-                body, kind = (
-                    (sample, "application/x-protobuf")
-                    if path == "retrieve_future"
-                    else (bodies.get(path, b"{}"), "application/json")
-                )
-                answer = f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
-                writer.write(answer.encode() + body)
+                kind, answer = "application/x-protobuf", sample
+                if path != "retrieve_future":
+                    kind, answer = "application/json", json.dumps(await answer_to(path, body)).encode()
+                head = f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-length: {len(answer)}\r\n\r\n"
+                writer.write(head.encode() + answer)
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=4096)
     host, port = server.sockets[0].getsockname()

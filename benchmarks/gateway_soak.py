@@ -1,9 +1,10 @@
 """Whether the gateway's memory and file stay flat over many sessions: a day's worth of short ones, as fast as they go.
 
-    python benchmarks/gateway_soak.py [--minutes 3] [--quick]
+    python benchmarks/gateway_soak.py [--minutes 6] [--quick]
 
 Each session makes a model, trains two steps, samples 32 times and finishes; every fourth vanishes instead, and ends
-once its client was silent for long enough. Memory is the gateway's resident set, taken from /proc.
+once its client was silent for long enough. Memory is the gateway's resident set, taken from /proc. The slope is that of
+a line through the measurements of the last two thirds: caches fill first.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -24,13 +26,14 @@ from tests.http_gateway import one_pass
 from tests.tiny import make_tiny_llama
 from tests.trainer_process import running_trainer
 
-_POINTS = 8
+_POINTS = 12
+_MEASURE_S = 1.0
 _AT_ONCE = 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--quick", action="store_true", help="a few seconds; the figures mean nothing")
     args = parser.parse_args()
     seconds = 4.0 if args.quick else args.minutes * 60
@@ -50,7 +53,8 @@ def main() -> None:
 async def soak(base_url: str, pid: int, folder: Path, seconds: float) -> None:
     """Runs sessions, and prints a line now and then."""
     done = 0
-    print("| sessions | resident | gateway.sqlite and its log |", "|---|---|---|", sep="\n")
+    measured: list[tuple[int, float, float]] = []
+    print("| minute | sessions | resident | gateway.sqlite and its log |", "|---|---|---|---|", sep="\n")
     async with httpx.AsyncClient(base_url=base_url, timeout=60, headers={"x-api-key": "tml-soak"}) as http:
 
         async def sessions() -> None:
@@ -59,15 +63,27 @@ async def soak(base_url: str, pid: int, folder: Path, seconds: float) -> None:
                 await session(http, finish=done % 4 != 3)
                 done += 1
 
+        async def measure() -> None:
+            while True:
+                await asyncio.sleep(min(_MEASURE_S, seconds / 40))
+                measured.append((done, time.monotonic() - start, resident_bytes(pid) / 2**20))
+
         start = time.monotonic()
         end = start + seconds
         running = [asyncio.create_task(sessions()) for _ in range(_AT_ONCE)]
+        measuring = asyncio.create_task(measure())
         for point in range(1, _POINTS + 1):
             await asyncio.sleep(max(0.0, start + seconds * point / _POINTS - time.monotonic()))
-            print(
-                f"| {done} | {resident_bytes(pid) / 2**20:.1f} MiB | {file_bytes(folder) / 2**20:.1f} MiB |", flush=True
-            )
+            minute, file_mib = seconds * point / _POINTS / 60, file_bytes(folder) / 2**20
+            print(f"| {minute:.1f} | {done} | {resident_bytes(pid) / 2**20:.1f} MiB | {file_mib:.1f} MiB |", flush=True)
         await asyncio.gather(*running)
+        measuring.cancel()
+    late = np.array(measured[len(measured) // 3 :])
+    by_session, by_second = (np.polyfit(late[:, place], late[:, 2], 1)[0] for place in range(2))
+    print(
+        f"slope over the last two thirds: {by_session * 1024:.2f} KiB a session, {by_second * 60:.3f} MiB a minute; "
+        f"{late[:, 2].min():.1f} to {late[:, 2].max():.1f} MiB"
+    )
 
 
 async def session(http: httpx.AsyncClient, *, finish: bool) -> None:

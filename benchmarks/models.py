@@ -2,6 +2,7 @@
 
     python benchmarks/models.py                   random parameters, about three minutes on two cores
     python benchmarks/models.py --rounds 5        medians over more rounds
+    python benchmarks/models.py --models hybrid   one of them: hybrid, experts or latent
     python benchmarks/models.py --quick           tiny models: that it runs, not how fast
 
 A ragged batch's forward_backward as the engine makes it, one sequence at a time, and in a plain Hugging Face loop that
@@ -59,10 +60,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="tiny models, and little to do")
+    names = [name.partition(" ")[0] for name in MODELS]
+    parser.add_argument("--models", nargs="+", choices=names, default=names, help="these alone")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     rows: list[Row] = []
-    for name in MODELS:
+    for name in [name for name in MODELS if name.partition(" ")[0] in arguments.models]:
         with tempfile.TemporaryDirectory() as scratch:
             folder = _make(name, Path(scratch) / "model", quick=arguments.quick)
             rows += _training(name, folder, arguments) + _sampling(name, folder, arguments)

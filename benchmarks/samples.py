@@ -1,29 +1,29 @@
-"""Samples as the worker makes them: requests through the scheduler, without gRPC."""
+"""Samples as the worker makes them: requests through the generation loop, without gRPC."""
 
 import time
 from collections.abc import Sequence
 
 from trainer_service.engine.counters import Counters
+from trainer_service.engine.sampling.generation_loop import GenerationLoop
 from trainer_service.engine.sampling.job import Job
 from trainer_service.engine.sampling.picking import Choice
 from trainer_service.engine.sampling.request import Request
 from trainer_service.engine.sampling.samplers import Sampler
-from trainer_service.engine.sampling.scheduler import Scheduler
 
 
 def generate(
     sampler: Sampler, prompts: Sequence[list[int]], *, num_samples: int, max_tokens: int, choice: Choice
 ) -> list[Job]:
     """All requests at once, to their end; each prompt's place is its seed."""
-    scheduler = _scheduler(sampler)
+    generation = _generation(sampler)
     jobs = [
         Job(0, "", _request(prompt, seed, num_samples, max_tokens, choice), sampler)
         for seed, prompt in enumerate(prompts)
     ]
     for job in jobs:
-        scheduler.start(job)
-    while scheduler.busy:
-        scheduler.step()
+        generation.start(job)
+    while generation.busy:
+        generation.step()
     return jobs
 
 
@@ -39,24 +39,24 @@ def first_token_s(
         num_samples: Of each of the other's.
         max_tokens: Of each of its samples; they are given up when the first token came.
     """
-    scheduler = _scheduler(sampler)
+    generation = _generation(sampler)
     for seed, other in enumerate(behind):
-        scheduler.start(Job(0, str(seed), _request(other, seed, num_samples, max_tokens, Choice()), sampler, "many"))
+        generation.start(Job(0, str(seed), _request(other, seed, num_samples, max_tokens, Choice()), sampler, "many"))
     for _ in range(12 if behind else 0):
-        scheduler.step()
+        generation.step()
     job = Job(0, "", _request(prompt, 0, 1, 2, Choice()), sampler, "one")
     started_s = time.monotonic()
-    scheduler.start(job)
+    generation.start(job)
     while not job.samples[0].tokens:
-        scheduler.step()
+        generation.step()
     waited_s = time.monotonic() - started_s
     for seed in range(len(behind)):
-        scheduler.cancel(str(seed))
+        generation.cancel(str(seed))
     return waited_s
 
 
-def _scheduler(sampler: Sampler) -> Scheduler:
-    return Scheduler(sampler.decoder.device, Counters(), lambda event: None, max_cache_bytes=4 << 30)
+def _generation(sampler: Sampler) -> GenerationLoop:
+    return GenerationLoop(sampler.decoder.device, Counters(), lambda event: None, max_cache_bytes=4 << 30)
 
 
 def _request(prompt: list[int], seed: int, num_samples: int, max_tokens: int, choice: Choice) -> Request:

@@ -5,7 +5,7 @@
     python benchmarks/sampling.py --quick        a tiny model: that it runs, not how fast
 
 Greedy on both sides, no end-of-sequence token, the same prompts of 16 to 96 tokens, the same parameters in the same
-dtype. Ours is what the worker runs: requests through the scheduler, logprobs included, without gRPC.
+dtype. Ours is what the worker runs: requests through the generation loop, logprobs included, without gRPC.
 """
 
 import argparse

@@ -20,9 +20,9 @@ from gradwire.v1.trainer_service_pb2 import (
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent, WorkerReady
 
 from trainer_service.atomic_folders import read_manifest, whole_folder
+from trainer_service.field_limits import check_ttl_seconds
 from trainer_service.fleet.worker import Deliver, Died, Reply
 from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath, check_checkpoint_name
-from trainer_service.request_limits import check_ttl_seconds
 from trainer_service.user_metadata import check_user_metadata
 
 READY = WorkerReady(

@@ -71,7 +71,7 @@ def serve(rank: int, world_size: int, store: str, connection: Connection) -> Non
     assert os.environ[RANK_STORE_VARIABLE] == store
     import torch
 
-    from trainer_service.engine.collectives import Ranks
+    from trainer_service.engine.rank_channels import Ranks
 
     torch.set_num_threads(1)
     ranks = Ranks.from_environment(timeout_s=60)

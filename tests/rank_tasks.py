@@ -14,12 +14,12 @@ from gradwire.errors import GradwireError
 from gradwire.types import AdamParams
 
 from tests.engines import BATCH, CPU, RUN
-from trainer_service.engine.collectives import Ranks
 from trainer_service.engine.device import Device
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.losses import find_loss
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.parallel.sharding import record_of, reshard, whole
+from trainer_service.engine.rank_channels import Ranks
 from trainer_service.engine.storage.snapshots import SnapshotWriter
 from trainer_service.engine.tensor_files import read_tensors
 from trainer_service.worker_config import EngineSettings

@@ -7,10 +7,10 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from trainer_service import descriptors
+from trainer_service import open_files
+from trainer_service.command_lines import SettingsError, add_options, read_options
 from trainer_service.config import GatewayConfig, JobsConfig, LogSettings, TrainerConfig
 from trainer_service.observability import configure_logging
-from trainer_service.options import SettingsError, add_options, read_options
 from trainer_service.startup_checks import (
     check_base_model,
     check_gateway_beside,
@@ -32,7 +32,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     log = read_options(LogSettings, arguments)
     configure_logging(as_json=log.log_json, level=log.log_level)
-    descriptors.raise_limit()
+    open_files.raise_limit()
     try:
         # Before anything is written. Child processes inherit it.
         os.umask(read_umask())

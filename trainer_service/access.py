@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer_service.options import SettingsError
+from trainer_service.command_lines import SettingsError
 
 logger = logging.getLogger(__name__)
 

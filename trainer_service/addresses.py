@@ -2,7 +2,7 @@
 
 import ipaddress
 
-from trainer_service.options import SettingsError
+from trainer_service.command_lines import SettingsError
 
 
 def split_address(address: str) -> tuple[str, int]:

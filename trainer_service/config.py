@@ -6,7 +6,7 @@ from typing import Literal
 
 from trainer_service import user_metadata
 from trainer_service.addresses import join_address
-from trainer_service.options import folder, option, options_of
+from trainer_service.command_lines import folder, option, options_of
 from trainer_service.worker_config import ModelSettings, WorkerTimeouts
 
 PAGE_CONNECTIONS = 512

@@ -6,8 +6,8 @@ import logging
 import sys
 from collections.abc import AsyncGenerator
 
+from trainer_service.command_lines import SettingsError, command_line
 from trainer_service.config import GatewayConfig
-from trainer_service.options import SettingsError, command_line
 from trainer_service.processes import start_child, stop_child
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from gradwire.errors import error
 
 from trainer_service.access import current_caller
-from trainer_service.options import SettingsError
+from trainer_service.command_lines import SettingsError
 
 _MAX_NAME_LENGTH = 256
 

@@ -6,8 +6,8 @@ import re
 
 from trainer_service.access import ApiKeys
 from trainer_service.addresses import listens_on_loopback, split_address
+from trainer_service.command_lines import SettingsError
 from trainer_service.config import GrpcServerConfig, ServerConfig, ServerTls, TrainerConfig
-from trainer_service.options import SettingsError
 
 
 def read_umask() -> int:

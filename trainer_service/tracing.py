@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradwire._wire.protocol_version import __version__
 
-from trainer_service.options import SettingsError
+from trainer_service.command_lines import SettingsError
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

@@ -22,7 +22,7 @@ from trainer_service.observability import Metrics
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.rpc.checkpoint_servicer import CheckpointServicer
 from trainer_service.rpc.grpc_server import GrpcServer
-from trainer_service.rpc.request_limiter import RequestLimiter
+from trainer_service.rpc.request_checks import RequestChecks
 from trainer_service.rpc.sampling_servicer import SamplingServicer
 from trainer_service.rpc.trainer_servicer import TrainerServicer
 from trainer_service.runs.operation_spans import Traces
@@ -98,7 +98,7 @@ class TrainerServer:
             max_message_bytes=config.limits.max_message_bytes,
             max_calls=config.limits.max_sample_requests,
             reserved_descriptors=_reserved_descriptors(config),
-            limiter=RequestLimiter(config.limits),
+            checks=RequestChecks(config.limits),
             tracer=tracer,
         )
         self._background: set[asyncio.Task[None]] = set()

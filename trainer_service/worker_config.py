@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer_service.options import option, options_of
+from trainer_service.command_lines import option, options_of
 
 RANK_STORE_VARIABLE = "GRADWIRE_RANK_STORE"
 """Environment variable with the path of the file where the worker's ranks meet."""

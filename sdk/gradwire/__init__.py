@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 # Before anything that imports grpc.
-from gradwire._client import forks as forks
+from gradwire._client import process_forks as process_forks
 
 # isort: split
 from gradwire import types

@@ -31,6 +31,8 @@ _CLOSE_TIMEOUT_S = 10.0
 LEASE_MS = 60_000
 """How long the trainer keeps frozen weights whose client fell silent from making room for others."""
 _RENEWALS_PER_LEASE = 4
+_GATHERED_INTERVAL_MS = 1000
+"""Between messages of a sample that nobody reads along."""
 
 RETRIES_ITSELF = "calls are tried again by themselves until they time out."
 NO_STABILITY_INFO = "there is no loss that reads it."
@@ -283,6 +285,7 @@ class SamplingClient(RefusesTinkerNames):
             await asyncio.sleep(delay_s)
 
     async def _gather(self, request: pb.SampleRequest, span: CallSpan) -> SampleResponse:
+        request.message_interval_ms = _GATHERED_INTERVAL_MS
         gathered = Gathered(request)
         async with contextlib.aclosing(self._responses(request, span)) as responses:
             async for response in responses:

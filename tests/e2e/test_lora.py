@@ -1,5 +1,6 @@
 """LoRA runs over the wire: made, saved, sampled from, started from, brought back after a death."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -75,6 +76,13 @@ def test_two_lora_runs_learn_side_by_side_and_are_what_they_say(service: Service
     assert not np.allclose(logprobs(one), logprobs(two))
     for client in (one, two):
         client.delete_run()
+
+
+def test_adapters_of_a_whole_base_do_without_bitsandbytes(trainer: TrainerProcess, service: ServiceClient):
+    """Its import is a quarter of a worker's start, wherever it is installed."""
+    assert importlib.util.find_spec("bitsandbytes") is not None
+    train(service.create_training_client(**SETTINGS), 1)
+    assert "bitsandbytes" not in Path(f"/proc/{trainer.worker_pid()}/maps").read_text()
 
 
 def test_a_saved_adapter_is_sampled_from_and_starts_another_run(service: ServiceClient):

@@ -160,7 +160,7 @@ def test_a_trainer_that_ends_is_told_of_in_its_own_last_words(world: World, kube
 
 
 def test_what_a_pod_waits_for_is_told_and_what_was_asked_for_is_mapped(world: World):
-    """The scheduler is this test."""
+    """The generation is this test."""
     config = TrainerJobConfig(
         "a-model", max_context_length=512, accelerator_type="NVIDIA-H200", accelerator_count=1, display_name="big"
     )

@@ -20,6 +20,7 @@ from tests.numerics.plain import (
 )
 from tests.tiny import VOCAB_SIZE
 from trainer_service.engine.engine import Engine
+from trainer_service.worker_config import EngineSettings
 
 WINDOW = 8
 """Sliding windows are shorter than the sequences, and than what sequences share."""
@@ -276,3 +277,9 @@ def check(engine: Engine, folder: Path, sequences: list[PlainSequence]) -> dict[
 
 def reference_of(folder: Path, sequences: list[PlainSequence], loss: PlainLoss) -> Reference:
     return Reference.of(lambda dtype: load_plain(folder, dtype=dtype), sequences, loss)
+
+
+def plan_anew(engine: Engine, settings: EngineSettings) -> None:
+    """Has an engine go on as one with these settings would: another need not be made. Gradients are cleared."""
+    engine._plan_passes(settings, VOCAB_SIZE, 0)
+    engine.zero_grad(RUN)

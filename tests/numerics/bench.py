@@ -1,7 +1,8 @@
-"""Requests through the scheduler to the end, in this process, and what plain transformers finds of the same tokens."""
+"""Requests through the generation loop to the end, here, and what plain transformers finds of the same tokens."""
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -11,14 +12,15 @@ from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device
 from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.decoding_plan import DecodingPlan
+from trainer_service.engine.sampling.generation_loop import GenerationLoop
 from trainer_service.engine.sampling.job import Job
 from trainer_service.engine.sampling.picking import Choice
 from trainer_service.engine.sampling.request import Request
 from trainer_service.engine.sampling.samplers import Sampler
-from trainer_service.engine.sampling.scheduler import Scheduler
 from trainer_service.engine.sampling.trial import find_decoding
 
 MAX_CONTEXT_LENGTH = 640
+_FOUND: WeakKeyDictionary[PreTrainedModel, dict[Device, DecodingPlan]] = WeakKeyDictionary()
 
 
 def make_request(prompt: list[int], max_tokens: int = 12, **fields: Any) -> Request:
@@ -45,27 +47,30 @@ def decoding_of(
 
 @dataclass
 class Bench:
-    """A scheduler over one model, and the jobs it was given."""
+    """A generation loop over one model, and the jobs it was given."""
 
     sampler: Sampler
-    scheduler: Scheduler
+    generation: GenerationLoop
 
     @classmethod
     def of(cls, model: PreTrainedModel, device: Device = CPU) -> "Bench":
-        sampler = Sampler(None, Decoder(model, device, decoding_of(model, device)))
-        return cls(sampler, Scheduler(device, Counters(), lambda event: None, max_cache_bytes=1 << 30))
+        # Each model is tried once.
+        decoding = _FOUND.setdefault(model, {}).get(device) or decoding_of(model, device)
+        _FOUND[model][device] = decoding
+        sampler = Sampler(None, Decoder(model, device, decoding))
+        return cls(sampler, GenerationLoop(device, Counters(), lambda event: None, max_cache_bytes=1 << 30))
 
     def start(self, *requests: Request) -> list[Job]:
         jobs = [Job(number, str(number), request, self.sampler) for number, request in enumerate(requests)]
         for job in jobs:
-            self.scheduler.start(job)
+            self.generation.start(job)
         return jobs
 
     def run(self, *requests: Request) -> list[Job]:
         """Runs requests side by side to their end."""
         jobs = self.start(*requests)
-        while self.scheduler.busy:
-            self.scheduler.step()
+        while self.generation.busy:
+            self.generation.step()
         return jobs
 
 

@@ -18,6 +18,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
+    RwkvConfig,
 )
 
 from trainer_service.engine.models.positions import forget_longest_sequence
@@ -46,7 +47,6 @@ LONG_ROPE: dict[str, Any] = {
     "factor": 4.0,
 }
 TOGETHER = r"together"
-ALONE_ALL = r"one by one: it has attention that comes out otherwise, by .*"
 LLAMA4: dict[str, Any] = {
     **COMMON,
     **HEADS,
@@ -65,7 +65,7 @@ BOUNDED: dict[str, tuple[PretrainedConfig, str]] = {
     ),
     "llama4, whose scores grow with the place in a row": (
         Llama4TextConfig(**LLAMA4, attention_chunk_size=24, floor_scale=20, attn_scale=0.5),
-        ALONE_ALL,
+        TOGETHER,
     ),
     "phi3, turned otherwise from 25 tokens on": (
         Phi3Config(
@@ -76,7 +76,7 @@ BOUNDED: dict[str, tuple[PretrainedConfig, str]] = {
             rope_parameters=LONG_ROPE,
             pad_token_id=0,
         ),
-        r"together; beyond 24 tokens one by one: .*",
+        r"together; beyond 24 tokens together, a row each: .*",
     ),
     "llama, turned otherwise with every token from 25 on": (
         LlamaConfig(
@@ -100,11 +100,21 @@ BOUNDED: dict[str, tuple[PretrainedConfig, str]] = {
             bos_token_id=0,
             eos_token_id=1,
         ),
-        r"one by one: it has attention that does not go through transformers' interface",
+        r"together, a row each: it has attention that does not go through transformers' interface",
     ),
     "falcon with alibi": (
-        FalconConfig(**COMMON, alibi=True, new_decoder_architecture=False, bos_token_id=0, eos_token_id=1),
-        r"one by one: its forward in company fails .*",
+        FalconConfig(
+            **COMMON | {"max_position_embeddings": 128},
+            alibi=True,
+            new_decoder_architecture=False,
+            bos_token_id=0,
+            eos_token_id=1,
+        ),
+        r"together, a row each: its forward in company fails .*",
+    ),
+    "rwkv, which takes no cache": (
+        RwkvConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
+        r"together, every token computes all before it again: it has no cache that its forward takes",
     ),
 }
 

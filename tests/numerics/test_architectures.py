@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from tests.engines import RUN, make_engine
-from tests.numerics.architectures import COMMON, PACKED, check, ragged, reference_of
+from tests.numerics.architectures import COMMON, PACKED, check, plan_anew, ragged, reference_of
 from tests.numerics.plain import cross_entropy_of, to_batch
 from tests.tiny import VOCAB_SIZE
 from trainer_service.engine.models.comparison import relative_difference
@@ -26,7 +26,7 @@ def share_short_beginnings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("architecture", PACKED)
-def test_packed_and_shared_equals_plain_transformers(
+def test_packed_and_shared_equals_plain_transformers_in_many_packs_with_soft_targets_and_checkpointing_too(
     folder_of: Callable[..., Path], architecture: str, tmp_path: Path
 ) -> None:
     folder = folder_of(architecture)
@@ -35,16 +35,8 @@ def test_packed_and_shared_equals_plain_transformers(
     metrics = check(engine, folder, ragged())
     assert metrics["forward_passes:sum"] == 1
     assert metrics["num_shared_tokens:sum"] >= 20
-
-
-@pytest.mark.parametrize("architecture", PACKED)
-def test_many_packs_soft_targets_and_checkpointing_equal_plain_transformers(
-    folder_of: Callable[..., Path], architecture: str, tmp_path: Path
-) -> None:
-    folder = folder_of(architecture)
-    settings = EngineSettings(max_pack_tokens=50, activation_checkpointing="on")
-    metrics = check(make_engine(folder, tmp_path, settings=settings), folder, ragged(k=3, seed=1))
-    assert metrics["forward_passes:sum"] > 1
+    plan_anew(engine, EngineSettings(max_pack_tokens=50, activation_checkpointing="on"))
+    assert check(engine, folder, ragged(k=3, seed=1))["forward_passes:sum"] > 1
 
 
 def test_a_head_that_rules_tokens_out_is_packed_and_sampled_like_any_other(tmp_path: Path) -> None:

@@ -112,9 +112,9 @@ def test_what_a_run_samples_has_the_logprobs_of_its_own_forward(
     prompts = [[5, 17, 3, 88], list(range(12))]
     jobs = [Job(number, "", make_request(prompt, 14), sampler) for number, prompt in enumerate(prompts)]
     for job in jobs:
-        sampling.scheduler.start(job)
-    while sampling.scheduler.busy:
-        sampling.scheduler.step()
+        sampling.generation.start(job)
+    while sampling.generation.busy:
+        sampling.generation.step()
     for job in jobs:
         (sample,) = job.samples
         tokens = np.array(job.request.prompt + sample.tokens)

@@ -12,7 +12,7 @@ from gradwire.errors import InvalidArgumentError
 from transformers import LlamaForCausalLM
 
 from tests.engines import RUN, make_engine
-from tests.numerics.architectures import PADDED, check, make_model, ragged, reference_of
+from tests.numerics.architectures import PADDED, check, make_model, plan_anew, ragged, reference_of
 from tests.numerics.plain import to_batch
 from trainer_service.worker_config import EngineSettings
 
@@ -42,16 +42,9 @@ def test_what_cannot_be_packed_goes_in_rows_and_equals_plain_transformers(
     assert metrics["forward_passes:sum"] < len(sequences) / 2
     assert metrics["num_shared_tokens:sum"] == 0
     assert engine.counters.padding_tokens_total > 0
-
-
-@pytest.mark.parametrize("architecture", PADDED)
-def test_custom_losses_computed_again_in_rows_equal_plain_transformers(
-    folder_of: Callable[..., Path], architecture: str, tmp_path: Path
-) -> None:
-    """Several forwards of soft targets, whose graph found no room; layers are computed again in their backward."""
-    folder, sequences = folder_of(architecture), ragged(k=2, seed=1)
-    settings = EngineSettings(max_pack_tokens=70, max_held_graph_bytes=1, activation_checkpointing="on")
-    engine = make_engine(folder, tmp_path, settings=settings)
+    # Soft targets in several forwards whose graph finds no room; layers are computed again in their backward.
+    plan_anew(engine, EngineSettings(max_pack_tokens=70, max_held_graph_bytes=1, activation_checkpointing="on"))
+    sequences = ragged(k=2, seed=1)
     batch = to_batch(sequences, with_weights=False)
     gradients = np.random.default_rng(3).normal(size=(batch.num_tokens, 2)).astype(np.float32)
 
@@ -59,9 +52,9 @@ def test_custom_losses_computed_again_in_rows_equal_plain_transformers(
         return (torch.cat(logprobs) * torch.tensor(gradients)).sum()
 
     wanted = reference_of(folder, sequences, loss)
-    found = engine.forward(RUN, 1, engine.stage(batch), keep_graph=True)
+    found = engine.forward(RUN, 2, engine.stage(batch), keep_graph=True)
     wanted.check_logprobs(found.logprobs_TK)
-    metrics = engine.backward(RUN, 2, forward_seq_id=1, gradients_TK=gradients)
+    metrics = engine.backward(RUN, 3, forward_seq_id=2, gradients_TK=gradients)
     assert metrics["forward_passes:sum"] == found.metrics["forward_passes:sum"] > 1
     wanted.check_gradients(engine.live_model(RUN).named_parameters())
 

@@ -12,7 +12,7 @@ from tests import rank_tasks
 from tests.engines import make_batch
 from tests.numerics.architectures import make_model
 from tests.rank_pool import RankPool, rank_pool
-from trainer_service.engine.collectives import Ranks
+from trainer_service.engine.rank_channels import Ranks
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 

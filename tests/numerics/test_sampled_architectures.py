@@ -14,19 +14,19 @@ from tests.numerics.architectures import PACKED, PADDED, TURNED
 from tests.numerics.bench import Bench, make_request, own_logprobs
 from tests.tiny import VOCAB_SIZE
 from trainer_service.engine.models.load import load_model
-from trainer_service.engine.sampling import scheduler as scheduler_module
+from trainer_service.engine.sampling import generation_loop as generation_loop_module
 from trainer_service.engine.sampling import sequences as sequences_module
 from trainer_service.engine.sampling.picking import Choice
 
 OTHERWISE: dict[str, str] = {
     **dict.fromkeys(("Jamba", "Mamba", "FalconMamba"), r"together, prompts one by one and whole: .*"),
-    **dict.fromkeys(("Falcon", "Mpt"), r"one by one: its forward in company fails .*"),
+    **dict.fromkeys(("Falcon", "Mpt"), r"together, a row each: its forward in company fails .*"),
     **dict.fromkeys(
         ("Bloom", "GPTJ", "GPTNeo", "CodeGen", "XGLM"),
-        r"one by one: it has attention that does not go through transformers' interface",
+        r"together, a row each: it has attention that does not go through transformers' interface",
     ),
-    **dict.fromkeys(("RecurrentGemma", "MiniMax", "Rwkv"), r"every token computes all before it again: .*"),
-    "Phi3, turned": r"together; beyond 16 tokens one by one: .*",
+    **dict.fromkeys(("RecurrentGemma", "MiniMax", "Rwkv"), r"together, every token computes all before it again: .*"),
+    "Phi3, turned": r"together; beyond 16 tokens together, a row each: .*",
     "Llama, turned": r"together; beyond 16 tokens every token computes all before it again: .*",
 }
 """What not all samples of are made together, and how it is told."""
@@ -48,7 +48,7 @@ def test_samples_are_those_of_the_forward_whatever_the_architecture(
     """Prompts of 1 to 40 tokens, in pieces; samples that end leave their place to others; some are greedy."""
     monkeypatch.setattr(sequences_module, "_MAX_COPIED", max_copied)
     # Prompts are cut into pieces, as long ones are.
-    monkeypatch.setattr(scheduler_module, "_CPU_PIECE", 6)
+    monkeypatch.setattr(generation_loop_module, "_CPU_PIECE", 6)
     name, _, turned = architecture.partition(", ")
     folder = folder_of(name, turned=True) if turned else folder_of(name)
     near = 5e-4 if architecture in STEPS_UNCLAMPED else 3e-5

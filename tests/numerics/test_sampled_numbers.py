@@ -15,7 +15,7 @@ from tests.numerics.bench import Bench, decoding_of, make_request, own_logprobs
 from tests.numerics.plain import FACTOR, ROUNDING
 from tests.numerics.sampled_models import BOUNDED, COMMON, CONFIGS, LONG_ROPE, VOCAB_SIZE, make_model
 from trainer_service.engine.device import Device
-from trainer_service.engine.sampling import scheduler as scheduler_module
+from trainer_service.engine.sampling import generation_loop as generation_loop_module
 from trainer_service.engine.sampling import sequences as sequences_module
 from trainer_service.engine.sampling import trial as trial_module
 from trainer_service.engine.sampling.decoding_plan import Way
@@ -63,7 +63,7 @@ def test_greedy_samples_are_those_of_transformers_generate_token_for_token(name:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logprobs_of_samples_and_prompts_are_those_of_a_plain_forward(name: str, monkeypatch: pytest.MonkeyPatch):
     # Prompts are cut into pieces, as long ones are.
-    monkeypatch.setattr(scheduler_module, "_CPU_PIECE", 6)
+    monkeypatch.setattr(generation_loop_module, "_CPU_PIECE", 6)
     bench, exact = Bench.of(make_model(name)), Exact(name)
     requests = [
         make_request(list(prompt), 9, num_samples=1 + number % 3, prompt_logprobs=True, topk=3)
@@ -86,7 +86,7 @@ def test_logprobs_of_samples_and_prompts_are_those_of_a_plain_forward(name: str,
 def test_what_else_is_asked_about_prompts_and_samples_is_what_a_plain_forward_finds(
     name: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(scheduler_module, "_CPU_PIECE", 6)
+    monkeypatch.setattr(generation_loop_module, "_CPU_PIECE", 6)
     model = make_model(name)
     prompt = list(PROMPTS[2])
     rows = torch.arange(len(prompt) - 1)
@@ -138,7 +138,7 @@ def test_past_every_boundary_samples_are_those_of_a_plain_forward_and_it_is_told
     name: str, max_copied: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Each token is the likeliest, and has the logprob, that a forward of all before it finds; so has the prompt."""
-    monkeypatch.setattr(scheduler_module, "_CPU_PIECE", 6)
+    monkeypatch.setattr(generation_loop_module, "_CPU_PIECE", 6)
     monkeypatch.setattr(sequences_module, "_MAX_COPIED", max_copied)
     model = make_model(name)
     bench = Bench.of(model)
@@ -211,7 +211,7 @@ def test_long_samples_have_the_logprobs_of_a_plain_forward_and_do_not_depend_on_
     model, exact = make_model(name), Exact(name)
     bench = Bench.of(model)
     rng = random.Random(0)
-    lengths = [(40, 30, 1), (120, 90, 2), (300, 100, 1), (480, 60, 2), (5, 130, 3)]
+    lengths = [(40, 30, 1), (120, 80, 2), (330, 60, 1), (500, 30, 2), (55, 80, 3)]
     requests = [
         make_request([rng.randrange(VOCAB_SIZE) for _ in range(prompt)], new, num_samples=count, seed=prompt)
         for prompt, new, count in lengths
@@ -226,7 +226,9 @@ def test_long_samples_have_the_logprobs_of_a_plain_forward_and_do_not_depend_on_
             exact.check(sample.logprobs, prompt + sample.tokens, rows, sample.tokens)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mamba, which has no keys"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt_neox", "mamba, which has no keys", "falcon with alibi", "rwkv, which takes no cache"]
+)
 def test_a_seeded_request_gets_the_same_tokens_and_logprobs_bit_for_bit_in_whatever_company(name: str):
     model = make_model(name)
     bench = Bench.of(model)
@@ -242,7 +244,7 @@ def test_a_seeded_request_gets_the_same_tokens_and_logprobs_bit_for_bit_in_whate
     crowd = [make_request([number, 3, 7] * (number % 5 + 1), 4 + number % 9, seed=number) for number in range(17)]
     early = bench.start(*crowd[:9])
     for _ in range(7):
-        bench.scheduler.step()
+        bench.generation.step()
     together = bench.run(*asked(), *crowd[9:])[:2]
     assert len(early) == 9
     for one, other in zip(alone, together, strict=True):
@@ -251,8 +253,17 @@ def test_a_seeded_request_gets_the_same_tokens_and_logprobs_bit_for_bit_in_whate
     assert len({tuple(sample.tokens) for sample in alone[0].samples}) == 3
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2, softcapped, one layer of 8 tokens"])
-@pytest.mark.parametrize("max_copied", [0, 4096])
+@pytest.mark.parametrize(
+    ("name", "max_copied"),
+    [
+        *(
+            (name, max_copied)
+            for name in ("llama", "gemma2, softcapped, one layer of 8 tokens")
+            for max_copied in (0, 4096)
+        ),
+        ("falcon with alibi", 0),
+    ],
+)
 def test_samples_put_back_for_want_of_room_are_the_same_bit_for_bit(
     name: str, max_copied: int, monkeypatch: pytest.MonkeyPatch
 ):
@@ -265,7 +276,7 @@ def test_samples_put_back_for_want_of_room_are_the_same_bit_for_bit(
     def asked() -> list[Request]:
         fields: dict[str, Any] = {"stop_tokens": frozenset({2}), "choice": Choice(temperature=5.0)}
         return [
-            make_request(list(prompt), 80, num_samples=1 + seed % 3, seed=seed, prompt_logprobs=True, **fields)
+            make_request(list(prompt), 60, num_samples=1 + seed % 3, seed=seed, prompt_logprobs=True, **fields)
             for seed, prompt in enumerate(prompts)
         ]
 
@@ -273,17 +284,17 @@ def test_samples_put_back_for_want_of_room_are_the_same_bit_for_bit(
     bench = Bench.of(model)
     without = bench.start(*asked())
     for _ in range(40):
-        bench.scheduler.step()
+        bench.generation.step()
     assert any(len(job.alive) < len(job.samples) for job in without)
     # Half of what they take now, then the little that one of them comes to need.
     for part in (2, 4):
-        admission = bench.scheduler._admission
+        admission = bench.generation._admission
         admission.max_cache_bytes = sum(job.cache_bytes(in_the_end=False) for job in admission.running) // part
         for _ in range(40):
-            bench.scheduler.step()
-    while bench.scheduler.busy:
-        bench.scheduler.step()
-    assert bench.scheduler._counters.requeued_samples_total >= 3
+            bench.generation.step()
+    while bench.generation.busy:
+        bench.generation.step()
+    assert bench.generation._counters.requeued_samples_total >= 3
     lengths = {len(sample.tokens) for job in without for sample in job.samples}
     assert len(lengths) > 3
     for one, other in zip(with_room, without, strict=True):
@@ -298,7 +309,7 @@ def test_equal_prompts_are_computed_once_and_their_samples_are_those_of_each_alo
     prompt = list(PROMPTS[2])
     alone = [Bench.of(model).run(make_request(prompt, 9, seed=seed, num_samples=2))[0] for seed in range(4)]
     bench = Bench.of(model)
-    counters = bench.scheduler._counters
+    counters = bench.generation._counters
     together = bench.run(*(make_request(prompt, 9, seed=seed, num_samples=2) for seed in range(3)))
     assert counters.prompt_tokens_total == len(prompt)
     # One that comes later, too.
@@ -339,7 +350,7 @@ def test_a_stop_token_ends_its_sample_alone_and_is_part_of_it():
 
 def test_a_prompt_of_several_samples_is_computed_once():
     bench = Bench.of(make_model("llama"))
-    counters = bench.scheduler._counters
+    counters = bench.generation._counters
     bench.run(make_request(list(PROMPTS[2]), 5, num_samples=8))
     assert counters.prompt_tokens_total == len(PROMPTS[2])
     assert counters.sampled_tokens_total == 8 * 5

@@ -2,8 +2,10 @@
 
 import http.client
 import json
+import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +13,12 @@ from gradwire.v1 import operation_pb2 as ops
 
 from tests.page.conftest import POST, PageTrainer, page_trainer
 from trainer_service.access import ApiKeys, Caller
-from trainer_service.options import SettingsError
+from trainer_service.command_lines import SettingsError
 from trainer_service.page import feed
 from trainer_service.page.feed import read_cursors
 from trainer_service.startup_checks import check_page
 
+STATIC = Path(feed.__file__).parent / "static"
 KEYS = ("alice a-key", "bob b-key", "ops o-key admin")
 
 
@@ -257,6 +260,17 @@ def test_only_the_pages_own_files_are_served(open_trainer: PageTrainer):
         assert ask(open_trainer, "GET", path)[0] == 404
     _, headers, _ = ask(open_trainer, "GET", "/static/app.js")
     assert ask(open_trainer, "GET", "/static/app.js", if_none_match=headers["etag"])[0] == 304
+
+
+def test_every_style_sheet_is_linked_as_one_after_those_of_others(open_trainer: PageTrainer):
+    _, _, body = ask(open_trainer, "GET", "/")
+    linked = re.findall(r'<link rel="stylesheet" href="/(static/[^"]+)"', body.decode())
+    theirs, *ours = linked
+    assert theirs == "static/vendor/uPlot.min.css"
+    assert set(ours) == {f"static/{path.name}" for path in STATIC.glob("*.css")}
+    for path in linked:
+        status, headers, _ = ask(open_trainer, "GET", f"/{path}")
+        assert (status, headers["content-type"]) == (200, "text/css; charset=utf-8")
 
 
 # ── bad input ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer_service.access import ANYBODY, ApiKeys, Caller
-from trainer_service.options import SettingsError
+from trainer_service.command_lines import SettingsError
 
 
 def hashed(key: str) -> str:

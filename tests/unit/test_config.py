@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from trainer_service.addresses import split_address
+from trainer_service.command_lines import SettingsError
 from trainer_service.config import Limits
-from trainer_service.options import SettingsError
 from trainer_service.startup_checks import check_exposure, read_api_keys, read_umask
 
 

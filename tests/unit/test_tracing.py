@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from trainer_service import tracing
-from trainer_service.options import SettingsError
+from trainer_service.command_lines import SettingsError
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,9 @@ from gradwire.errors import error
 
 from tests.fakes import FakeWorker
 from tests.front_end import front_end
-from tests.http_gateway import http_gateway
+from tests.http_gateway import HttpGateway, http_gateway, one_pass
+from trainer_service.gateway.sessions import Caller
+from trainer_service.gateway.wire import tinker_wire_pb2 as wire
 
 
 @pytest.mark.parametrize("order", [(2, 3, 4, 1), (1, 2, 3, 4), (4, 3, 2, 1)])
@@ -59,6 +61,18 @@ async def test_a_refused_operation_uses_its_number_up(tmp_path: Path):
         assert (await gateway.result(behind["request_id"])).json()["type"] == "optim_step"
         kinds = [kind for _, kind in trainer.operations()]
         assert kinds == ["cancel"] * 4 + ["optim_step"]
+
+
+async def test_a_pass_over_what_is_no_text_is_refused(tmp_path: Path):
+    async with front_end() as trainer, http_gateway(trainer.address, tmp_path) as gateway:
+        model_id = await gateway.model(await gateway.session())
+        for seq_id, kind in enumerate(("image", "dmel"), 1):
+            message = wire.ForwardBackwardRequest.FromString(one_pass(model_id, seq_id))
+            getattr(message.data[0].model_input.add(), kind).SetInParent()
+            sent = await gateway.http.post("/api/v1/forward_backward", content=message.SerializeToString())
+            answer = (await gateway.result(sent.json()["request_id"])).json()
+            assert answer["category"] == "user"
+            assert f"data[0].model_input.chunks[1] is {kind}" in answer["error"]
 
 
 async def test_what_the_trainer_fails_with_is_told_by_the_future(tmp_path: Path):
@@ -130,3 +144,32 @@ async def test_a_heartbeat_keeps_a_session(tmp_path: Path):
             await asyncio.sleep(0.2)
             await gateway.post("session_heartbeat", session_id=session_id)
         assert len(trainer.worker.steps) == 1
+
+
+async def test_sessions_that_are_over_are_told_of_and_hold_nothing(tmp_path: Path):
+    async with front_end() as trainer:
+        async with http_gateway(trainer.address, tmp_path) as gateway:
+            session_id = await gateway.session("tml-a")
+            model_id = await gateway.model(session_id, key="tml-a")
+            done = (await gateway.forward_backward(model_id, 1, "tml-a")).json()["request_id"]
+            assert (await gateway.result(done, "tml-a")).content
+            headers = {"x-api-key": "tml-a"}
+            await gateway.http.post(f"/api/v1/sessions/{session_id}/finish", json={}, headers=headers)
+            async with asyncio.timeout(30):
+                # The fake worker tells nobody.
+                while trainer.worker.steps or gateway.gateway.sessions.held(Caller("tml-a")):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert await over(gateway, session_id)
+        async with http_gateway(trainer.address, tmp_path) as gateway:
+            assert not gateway.gateway.sessions.held(Caller("tml-a"))
+            assert await over(gateway, session_id)
+
+
+async def over(gateway: HttpGateway, session_id: str) -> bool:
+    """Whether a session of this key, and of no other, is told of as over."""
+    headers = {"x-api-key": "tml-a"}
+    listed = (await gateway.http.get("/api/v1/sessions", headers=headers)).json()["sessions"]
+    told = await gateway.http.get(f"/api/v1/sessions/{session_id}", headers=headers)
+    late = await gateway.http.post("/api/v1/session_heartbeat", json={"session_id": session_id}, headers=headers)
+    strange = await gateway.http.get(f"/api/v1/sessions/{session_id}", headers={"x-api-key": "tml-b"})
+    return listed == [session_id] and (told.status_code, late.status_code, strange.status_code) == (200, 410, 404)

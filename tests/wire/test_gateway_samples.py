@@ -1,6 +1,7 @@
 """Sample requests at the gateway: those that are equal together, and one long poll that tells of all."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,54 @@ async def test_equal_requests_of_a_slow_client_still_go_together(tmp_path: Path)
         answers = await asyncio.gather(*(gateway.result(one) for one in asked))
         assert {one.status_code for one in answers} == {200}
         assert gateway.gateway.queue.merged > 0
+
+
+async def test_a_cancelled_future_frees_its_place_at_the_trainer(tmp_path: Path):
+    async with front_end() as trainer, http_gateway(trainer.address, tmp_path) as gateway:
+        sampler = await new_sampler(gateway)
+        for seed in (None, 1):
+            request_id = await sampler.ask(seed or 0, max_tokens=None, seed=seed)
+            await until(lambda: len(trainer.worker.sampling) == 1)
+            await gateway.post("cancel_future", request_id=request_id)
+            await until(lambda: not trainer.worker.sampling)
+
+
+async def test_one_of_several_equal_requests_that_is_cancelled_ends_no_other(tmp_path: Path):
+    async with front_end() as trainer, http_gateway(trainer.address, tmp_path) as gateway:
+        sampler = await new_sampler(gateway)
+        one, other = await asyncio.gather(sampler.ask(0, max_tokens=None), sampler.ask(1, max_tokens=None))
+        await until(lambda: bool(trainer.worker.sampling))
+        await gateway.post("cancel_future", request_id=one)
+        assert trainer.worker.sampling
+        await gateway.post("cancel_future", request_id=other)
+        await until(lambda: not trainer.worker.sampling)
+
+
+async def test_a_silent_clients_samples_end(tmp_path: Path):
+    async with front_end() as trainer, http_gateway(trainer.address, tmp_path, session_grace_s=0.4) as gateway:
+        sampler = await new_sampler(gateway)
+        request_id = await sampler.ask(0, max_tokens=None)
+        await until(lambda: len(trainer.worker.sampling) == 1)
+        await until(lambda: not trainer.worker.sampling)
+        assert (await gateway.http.post("/api/v1/retrieve_future", json={"request_id": request_id})).status_code == 410
+
+
+async def test_a_prompt_that_is_no_text_is_refused(tmp_path: Path):
+    async with front_end() as trainer, http_gateway(trainer.address, tmp_path) as gateway:
+        sampler = await new_sampler(gateway)
+        for kind in ("image", "image_asset_pointer", "dmel"):
+            asked = {"sampling_session_id": sampler.sampler_id, "seq_id": 0, "sampling_params": {}}
+            answer = await gateway.http.post(
+                "/api/v1/asample", json={**asked, "prompt": {"chunks": [{"type": kind, "data": "AA=="}]}}
+            )
+            assert answer.status_code == 400
+            assert answer.json()["category"] == "user"
+            assert f"is '{kind}'; this trainer's models read tokens alone" in answer.json()["error"]
+
+
+async def until(done: Callable[[], bool]) -> None:
+    """Returns once it is so."""
+    async with asyncio.timeout(30):
+        # The fake worker tells nobody.
+        while not done():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)

@@ -15,7 +15,7 @@ from gradwire.v1.worker_service_pb2 import WorkerReady
 
 from tests.fakes import READY, FakeWorker
 from tests.front_end import FrontEnd, front_end
-from trainer_service.options import SettingsError
+from trainer_service.command_lines import SettingsError
 from trainer_service.paths import STATE, CheckpointPath
 from trainer_service.served_model import ServedModel
 

@@ -16,6 +16,7 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest
 
 from tests.fakes import FakeWorker
 from tests.front_end import FrontEnd, front_end, front_end_on_a_thread
+from tests.http_gateway import HttpGateway, http_gateway, one_pass
 
 pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed; see the dev extra")
 
@@ -189,6 +190,98 @@ async def test_a_context_that_is_too_long_is_refused():
         await stream.call.write(TrainRequest(seq_id=1, optim_step={}, tracestate="x" * 5000))
         refused = await stream.receive()
         assert "tracestate has" in refused.error.message
+
+
+# ── through the gateway ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def headers_of(number: int) -> dict[str, str]:
+    """Those of a caller who is in a trace of that number."""
+    return {"traceparent": f"00-{number:032x}-{SPAN_ID:016x}-01", "tracestate": f"vendor={number}"}
+
+
+async def ask(gateway: HttpGateway, path: str, headers: Any, **body: Any) -> Any:
+    """What a request with further headers answers."""
+    response = await gateway.http.post(f"/api/v1/{path}", json=body, headers=headers)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def came_from(span: ReadableSpan) -> int:
+    """The number of the trace that the caller was in."""
+    assert span.parent is not None
+    assert span.parent.span_id == SPAN_ID
+    assert context(span).trace_state.get("vendor") == str(span.parent.trace_id)
+    return span.parent.trace_id
+
+
+async def test_what_is_asked_of_the_gateway_continues_the_trace_of_whoever_asks(traced: Traced, tmp_path: Path):
+    async with (
+        front_end(tracer=traced.tracer) as trainer,
+        http_gateway(trainer.address, tmp_path) as gateway,
+    ):
+        session_id = await gateway.session()
+        asked = {"session_id": session_id, "model_seq_id": 0, "base_model": "fake", "lora_config": {"rank": 4}}
+        model = await ask(gateway, "create_model", headers_of(1), **asked)
+        await gateway.result(model["request_id"])
+        model_id = model["model_id"]
+        # A step, which comes before the passes that it follows, and a pass that is too large to be kept in memory.
+        step = {"model_id": model_id, "adam_params": {"learning_rate": 0.1}}
+        last = await ask(gateway, "optim_step", headers_of(4), seq_id=3, **step)
+        for number, tokens in ((1, 3), (2, 6000)):
+            headers = headers_of(number + 1) | {
+                "content-type": "application/x-protobuf",
+                "x-sdk-method": "TrainingClient.forward_backward",
+            }
+            body = one_pass(model_id, number, tokens=tokens)
+            assert (await gateway.http.post("/api/v1/forward_backward", content=body, headers=headers)).is_success
+        await gateway.result(last["request_id"])
+        assert came_from(traced.named("gradwire.v1.TrainerService/CreateRun")) == 1
+        operations = [span for span in traced.spans() if span.name in ("forward_backward", "optim_step")]
+        assert [(span.name, came_from(span)) for span in operations] == [
+            ("forward_backward", 2),
+            ("forward_backward", 3),
+            ("optim_step", 4),
+        ]
+        assert all(names(traced.children(span)) == PARTS for span in operations)
+
+
+async def test_a_sample_through_the_gateway_continues_its_trace_and_one_for_several_the_firsts(
+    traced: Traced, tmp_path: Path
+):
+    async with (
+        front_end(tracer=traced.tracer) as trainer,
+        http_gateway(trainer.address, tmp_path) as gateway,
+    ):
+        made = await gateway.post(
+            "create_sampling_session", session_id=await gateway.session(), sampling_session_seq_id=0, base_model="fake"
+        )
+        sample = {
+            "sampling_session_id": made["sampling_session_id"],
+            "prompt": {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]},
+        }
+        asked = [
+            await ask(gateway, "asample", headers_of(number), seq_id=number, sampling_params=params, **sample)
+            for number, params in ((1, {"max_tokens": 2}), (2, {"max_tokens": 2}), (3, {"max_tokens": 2, "seed": 1}))
+        ]
+        for one in asked:
+            await gateway.result(one["request_id"])
+        served = [span for span in traced.spans() if span.name == "gradwire.v1.SamplingService/Sample"]
+        assert sorted(map(came_from, served)) == [1, 3]
+
+
+@pytest.mark.parametrize("traceparent", ["nonsense", "\N{SNOWMAN}".encode(), "f" * 4096, f"{TRACEPARENT}-more"])
+async def test_a_context_that_is_none_is_not_passed_on(traced: Traced, traceparent: Any, tmp_path: Path):
+    async with (
+        front_end(tracer=traced.tracer) as trainer,
+        http_gateway(trainer.address, tmp_path) as gateway,
+    ):
+        model_id = await gateway.model(await gateway.session())
+        headers = {"traceparent": traceparent, "tracestate": "x" * 5000}
+        step = {"model_id": model_id, "seq_id": 1, "adam_params": {"learning_rate": 0.1}}
+        stepped = await ask(gateway, "optim_step", headers, **step)
+        assert (await gateway.result(stepped["request_id"])).json()["type"] == "optim_step"
+        assert traced.named("optim_step").parent is None
 
 
 # ── deaths ────────────────────────────────────────────────────────────────────────────────────────────────────────────

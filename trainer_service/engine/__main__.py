@@ -25,15 +25,15 @@ from gradwire.v1.trainer_service_pb2 import LossInfo, ModelInfo
 from gradwire.v1.worker_service_pb2 import LoraTargets, WorkerCommand, WorkerEvent, WorkerHello, WorkerReady
 
 from trainer_service.adapter_folders import starred
+from trainer_service.command_lines import add_options, read_options
 from trainer_service.config import Limits
-from trainer_service.engine.collectives import LeaderGoneError, RankFailedError, Ranks
+from trainer_service.engine.rank_channels import LeaderGoneError, RankFailedError, Ranks
 from trainer_service.engine.worker.connection import TrainerConnection
 from trainer_service.engine.worker.heartbeat import start_heartbeat
 from trainer_service.engine.worker.inbox import Inbox
 from trainer_service.engine.worker.progress import told_of_progress
 from trainer_service.executing import Executing, leave_reason
 from trainer_service.observability import configure_logging
-from trainer_service.options import add_options, read_options
 from trainer_service.processes import die_with_parent
 from trainer_service.worker_config import SPARE_VARIABLE, WorkerConfig
 
@@ -159,6 +159,7 @@ def _wait_until_needed() -> bool:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         with _nothing_collected():
+            _import_peft()
             for name in _LIBRARIES:
                 importlib.import_module(name)
 
@@ -197,6 +198,7 @@ def _load(config: WorkerConfig, ranks: Ranks, send: Send) -> "Engine":
         LOSSES.update(load_losses(config.loss_module, LOSSES))
     send(WorkerEvent(loading="importing torch and transformers"))
     # Imported here, not at the top: these imports take seconds, and the trainer should hear from us first.
+    _import_peft()
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -228,6 +230,24 @@ def _load(config: WorkerConfig, ranks: Ranks, send: Send) -> "Engine":
             served_model_name=config.served_model_name,
             ranks=ranks,
         )
+
+
+def _import_peft() -> None:
+    """Imports peft without bitsandbytes, which is a quarter of all imports where it is installed.
+
+    peft imports it for layers of its own. models/quantized.py calls its functions itself, and imports it when it does.
+    """
+    held = sys.modules.get("bitsandbytes")
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    try:
+        found = importlib.import_module("peft.import_utils")
+        # Remembered by peft, which asks again for every layer that it adapts.
+        found.is_bnb_available()
+        found.is_bnb_4bit_available()
+    finally:
+        del sys.modules["bitsandbytes"]
+        if held is not None:
+            sys.modules["bitsandbytes"] = held
 
 
 def _sampling(engine: "Engine", checkpoint_dir: Path, send: Send, answer: Send) -> "Sampling":

@@ -9,7 +9,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from trainer_service.adapter_folders import starred
-from trainer_service.engine.collectives import Ranks
 from trainer_service.engine.models import lora
 from trainer_service.engine.models.adapter_files import load_adapter
 from trainer_service.engine.models.lora import LoraSettings
@@ -17,6 +16,7 @@ from trainer_service.engine.models.lora_experts import adapted_weights
 from trainer_service.engine.models.lora_targets import Targets
 from trainer_service.engine.optim import AdamW
 from trainer_service.engine.parallel.sharding import free_cycles
+from trainer_service.engine.rank_channels import Ranks
 from trainer_service.engine.run_state import RunState
 
 _READERS = ""

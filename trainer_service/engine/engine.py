@@ -4,9 +4,10 @@ One thread calls it. Arguments are already checked (validation.py), except for w
 Shape suffixes: T tokens of one batch or microbatch, V vocabulary, K targets a token (absent where targets are [T]).
 """
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -20,19 +21,19 @@ from transformers import PreTrainedModel
 from trainer_service.config import Limits
 from trainer_service.engine.adapter_offload import AdapterOffload
 from trainer_service.engine.base_models import BaseModels
-from trainer_service.engine.collectives import Ranks
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.losses.loss import Loss
-from trainer_service.engine.memory import MemoryPlan, plan_memory
-from trainer_service.engine.microbatch import Forwards
+from trainer_service.engine.memory import training_bytes
+from trainer_service.engine.microbatch import plan_forwards
 from trainer_service.engine.models.load import describe, fetch
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.models.lora_targets import find_targets
-from trainer_service.engine.models.quantized import check_base_dtype, quantize
+from trainer_service.engine.models.quantized import check_base_dtype, held_bytes, quantize
 from trainer_service.engine.models.source import ModelSource
 from trainer_service.engine.parallel.sharding import free_cycles, readable, reshard
 from trainer_service.engine.passes import ForwardResult, Passes, Staged
+from trainer_service.engine.rank_channels import Ranks
 from trainer_service.engine.run_state import HeldGraph, RunState
 from trainer_service.engine.storage.checkpoints import Checkpoints, Label, SavedCheckpoint
 from trainer_service.engine.storage.snapshots import restore_snapshot
@@ -92,29 +93,24 @@ class Engine:
         check_base_dtype(self._base_dtype, device.torch_device, world_size=self.ranks.world_size)
         self.source = ModelSource(base_model, self.folder, device, self.ranks)
         """Where its models come from."""
-        example = self.source.example
-        described = describe(example, base_model=name, device=device, max_context_length=max_context_length)
+        described = describe(self.source.example, base_model=name, device=device, max_context_length=max_context_length)
         self.model = replace(described, dtype=self._base_dtype)
         """What is trained, for GetServerInfo."""
         self._checkpoints = Checkpoints(checkpoint_dir, self.model, self.folder, self.ranks.execution)
         self.traits = self.source.find_traits(max_context_length=self.model.max_context_length)
         """What the architecture allows."""
-        own_parameters = -(-self.model.num_parameters // self.ranks.world_size)
-        plan = plan_memory(device, self.traits, settings, num_parameters=own_parameters)
-        self.memory = MemoryPlan(**self.ranks.execution.tell(asdict(plan)))
-        """How memory is divided, alike on all ranks."""
-        vocab_size = example.config.get_text_config().vocab_size
-        forwards = Forwards(device, self.traits, self.memory, settings.activation_checkpointing, vocab_size)
-        self._passes = Passes(forwards, self.counters, self._held_graphs, self.ranks)
+        plan = functools.partial(self._plan_passes, settings, self.source.example.config.get_text_config().vocab_size)
+        plan(training_bytes(-(-self.model.num_parameters // self.ranks.world_size)))
         first = self.source.load()
         self.lora_targets = find_targets(first, lambda: self._try_forward(first))
         """What LoRA runs can adapt."""
         # What that forward gathered without gradients is not what a pass may train.
         reshard(first)
         self._quantize(first)
-        self._base_models = BaseModels(
-            name, first=first, load=self._load_base, targets=self.lora_targets, ranks=self.ranks
-        )
+        if self._base_dtype != "float32":
+            plan(held_bytes(first))
+        targets = self.lora_targets
+        self._base_models = BaseModels(name, first=first, load=self._load_base, targets=targets, ranks=self.ranks)
         self._runs: dict[str, RunState] = {}
         self._adapter_offload = AdapterOffload(self.memory.max_device_adapter_bytes, self.counters)
         self.before_change: Callable[[PreTrainedModel], object] = lambda model: None
@@ -381,15 +377,19 @@ class Engine:
         """
         return self._run(run_id)
 
-    def _load_base(self) -> PreTrainedModel:
-        model = self.source.load()
-        self._quantize(model)
-        return model
+    def _plan_passes(self, settings: EngineSettings, vocab_size: int, model_bytes: int) -> None:
+        """Divides what a model of so many bytes leaves of memory, alike on all ranks."""
+        forwards = plan_forwards(self.device, self.traits, settings, self.ranks, model_bytes, vocab_size)
+        self.memory, self._passes = forwards.memory, Passes(forwards, self.counters, self._held_graphs, self.ranks)
 
-    def _quantize(self, model: PreTrainedModel) -> None:
+    def _load_base(self) -> PreTrainedModel:
+        return self._quantize(self.source.load())
+
+    def _quantize(self, model: PreTrainedModel) -> PreTrainedModel:
         """Keeps the layers beside which adapters can train in as few bits as the trainer's owner wants."""
         targets = self.lora_targets
         quantize(model, {*targets.attn, *targets.mlp} - targets.stacked, self._base_dtype)
+        return model
 
     def _try_forward(self, model: PreTrainedModel) -> None:
         """A forward of two tokens, as in training."""

@@ -10,9 +10,9 @@ from gradwire._wire.metrics import combine_metrics
 from gradwire.errors import error
 from torch import Tensor
 
-from trainer_service.engine.collectives import Channel
 from trainer_service.engine.losses.loss import Loss, LossInputs
 from trainer_service.engine.packed.packing import Pack
+from trainer_service.engine.rank_channels import Channel
 
 
 class LossTotals:

@@ -7,7 +7,7 @@ from trainer_service.engine.models.runner import Traits
 from trainer_service.worker_config import EngineSettings
 
 _ACTIVATIONS = 0.5
-"""Fraction of what parameters, gradients and optimizer leave; the rest is for further runs and temporary needs."""
+"""Fraction of what the model leaves; the rest is for further runs and temporary needs."""
 _ADAPTERS = 0.25
 """Fraction of the same for adapters, with their gradients and optimizer."""
 _ONE_PASS = 0.25
@@ -40,16 +40,21 @@ class MemoryPlan:
     logits_bytes: int
 
 
-def plan_memory(device: Device, traits: Traits, settings: EngineSettings, *, num_parameters: int) -> MemoryPlan:
+def training_bytes(num_parameters: int) -> int:
+    """What parameters take that train, with their gradients and optimizer state."""
+    return _FLOATS_PER_PARAMETER * _FLOAT_BYTES * num_parameters
+
+
+def plan_memory(device: Device, traits: Traits, settings: EngineSettings, *, model_bytes: int) -> MemoryPlan:
     """Budgets for a model, the same at every start on the same machine.
 
     Args:
         device: Its total memory counts.
         traits: Give the memory per token.
         settings: Settings that replace what is decided here.
-        num_parameters: Number of parameters, whose gradients and optimizer state come first.
+        model_bytes: What comes first: a model's parameters, and what they need to train if they do.
     """
-    free = device.total_bytes() - _FLOATS_PER_PARAMETER * _FLOAT_BYTES * num_parameters
+    free = device.total_bytes() - model_bytes
     activations = max(_MIN_ACTIVATION_BYTES, int(free * _ACTIVATIONS))
     pass_bytes = int(activations * _ONE_PASS)
     token_bytes = held_bytes_per_token(traits, settings.activation_checkpointing == "on")

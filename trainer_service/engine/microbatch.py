@@ -4,7 +4,7 @@ Shape suffixes: T tokens of the pack, R rows of the batch it answers, K targets 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trainer_service.engine.collectives import Channel
 from trainer_service.engine.device import Device
 from trainer_service.engine.losses.loss import LossInputs
-from trainer_service.engine.memory import MemoryPlan, held_bytes_per_token
+from trainer_service.engine.memory import MemoryPlan, held_bytes_per_token, plan_memory
 from trainer_service.engine.models import runner
 from trainer_service.engine.models.runner import Traits
 from trainer_service.engine.packed.attention import PackAttention, pack_in_use
 from trainer_service.engine.parallel.shares import Place
-from trainer_service.worker_config import Checkpointing
+from trainer_service.engine.rank_channels import Channel, Ranks
+from trainer_service.worker_config import Checkpointing, EngineSettings
 
 _FLOAT_BYTES = 4
 
@@ -68,6 +68,15 @@ class Forwards:
         """Memory that the graph of a forward of that many tokens holds."""
         logits = self.vocab_size * _FLOAT_BYTES if self.keeps_logits(num_tokens) else 0
         return num_tokens * (held_bytes_per_token(self.traits, self.checkpoints(num_tokens)) + logits)
+
+
+def plan_forwards(
+    device: Device, traits: Traits, settings: EngineSettings, ranks: Ranks, model_bytes: int, vocab_size: int
+) -> Forwards:
+    """Forwards with their memory divided alike on all ranks, all of which call this; see plan_memory."""
+    plan = plan_memory(device, traits, settings, model_bytes=model_bytes)
+    memory = MemoryPlan(**ranks.execution.tell(asdict(plan)))
+    return Forwards(device, traits, memory, settings.activation_checkpointing, vocab_size)
 
 
 class Microbatch:

@@ -11,8 +11,9 @@ import torch
 from gradwire.types import AdamParams
 from torch import Tensor, nn
 
-from trainer_service.engine.collectives import Ranks
-from trainer_service.engine.parallel.sharding import part, sum_gradients, whole
+from trainer_service.engine.parallel.gradient_sums import sum_gradients
+from trainer_service.engine.parallel.sharding import part, whole
+from trainer_service.engine.rank_channels import Ranks
 from trainer_service.engine.step_bounds import Largest, StepBounds
 
 

@@ -13,13 +13,13 @@ import torch
 from gradwire._wire.codec import Batch
 from torch import Tensor
 
-from trainer_service.engine.collectives import Channel, Ranks
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.loss_totals import LossTotals
 from trainer_service.engine.losses.loss import Loss
 from trainer_service.engine.microbatch import Columns, Forwards, Microbatch, gather
 from trainer_service.engine.models.batching import plan
 from trainer_service.engine.parallel.shares import plan_shares
+from trainer_service.engine.rank_channels import Channel, Ranks
 from trainer_service.engine.run_state import HeldGraph, HeldPiece, RunState
 from trainer_service.engine.validation import check_gradients_shape
 

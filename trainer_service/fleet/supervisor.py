@@ -12,6 +12,7 @@ from typing import Any
 from gradwire.errors import GradwireError, error
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerReady
 
+from trainer_service.command_lines import command_line
 from trainer_service.config import Limits
 from trainer_service.executing import executing_command, take_reason
 from trainer_service.fleet import heartbeat
@@ -20,7 +21,6 @@ from trainer_service.fleet.rank_processes import RankProcesses
 from trainer_service.fleet.spare import Spare
 from trainer_service.fleet.worker import Deliver, Died
 from trainer_service.fleet.worker_socket import WorkerSocket
-from trainer_service.options import command_line
 from trainer_service.worker_config import SPARE_VARIABLE, WorkerConfig, WorkerTimeouts
 
 logger = logging.getLogger(__name__)

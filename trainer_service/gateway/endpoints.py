@@ -1,6 +1,7 @@
 """What all endpoints share: who calls, and how refusals become answers."""
 
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,16 @@ from starlette.types import Receive, Scope, Send
 from trainer_service.gateway.gateway import Gateway
 from trainer_service.gateway.outcomes import Refusal, category_of, refusal_of
 from trainer_service.gateway.sessions import Caller
+from trainer_service.tracing import trace_headers
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 20.0
 """How long an answer is waited for before the client has to ask again; it hangs up after 45."""
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_MAX_TRACESTATE_CHARS = 512
+"""As many as W3C Trace Context asks everybody to pass on."""
 
 Handler = Callable[[Gateway, Caller, Request], Awaitable[Any]]
 """Gets the gateway, the caller and the request; returns a Response, or what becomes one of JSON."""
@@ -42,6 +48,18 @@ def caller_of(request: Request) -> Caller:
     if len(key) > 4096 or not (key.isascii() and key.isprintable()):
         raise Refusal(401, "The API key has characters other than printable ASCII.", reason="INVALID_API_KEY")
     return Caller(key)
+
+
+def trace_of(request: Request) -> dict[str, str]:
+    """The caller's `traceparent` and `tracestate`, by W3C Trace Context; empty where there is none, or nonsense."""
+    traceparent = request.headers.get("traceparent", "")
+    if _TRACEPARENT.fullmatch(traceparent) is None:
+        return {}
+    found = {"traceparent": traceparent}
+    tracestate = ",".join(request.headers.getlist("tracestate"))
+    if 0 < len(tracestate) <= _MAX_TRACESTATE_CHARS and tracestate.isascii() and tracestate.isprintable():
+        found["tracestate"] = tracestate
+    return found
 
 
 def check_key(gateway: Gateway, caller: Caller) -> None:
@@ -98,6 +116,7 @@ class _Endpoint:
             if not self.keyless:
                 check_key(self.gateway, caller)
             self.gateway.heard(caller)
+            trace_headers.set(trace_of(request))
             answer = await self.handler(self.gateway, caller, request)
         except Refusal as exc:
             return self.on_refusal(exc)

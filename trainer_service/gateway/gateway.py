@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 _SWEEP_S = 1.0
 _KEEP_ENDED_S = 30 * 24 * 3600.0
 """How long it is known whose an ended session was."""
+_FORGET_S = 60.0
+"""How often older ones are looked for."""
 _KEEP_SAMPLES_S = 1800.0
 """How long a sample's answer may still be fetched."""
 
@@ -74,8 +76,8 @@ class Gateway:
         """A caller came with a key; what was left over for want of it can be done now."""
         if not self._ending:
             return
-        for session in self.sessions.of(caller):
-            if session.ended_by is not None and session.session_id in self._ending and not session.key:
+        for session in self.sessions.held(caller):
+            if session.session_id in self._ending and not session.key:
                 session.key = caller.key
                 self.clear(session)
 
@@ -87,7 +89,7 @@ class Gateway:
 
     def end_session(self, session_id: str, caller: Caller, ended_by: dict[str, object]) -> None:
         """One of the caller's is over, if it goes on and is still known."""
-        for session in self.sessions.of(caller):
+        for session in self.sessions.held(caller):
             if session.session_id == session_id and session.ended_by is None:
                 session.key = caller.key
                 self.finish(session, ended_by)
@@ -109,12 +111,13 @@ class Gateway:
             logger.warning("Runs of an ended session are left over.", extra={"fields": fields})
             return
         self._ending.discard(session.session_id)
-        self._store.session_cleared(session.session_id)
+        self._answers.forget_session(session.session_id)
+        self.sessions.cleared(session)
 
     async def _sweep(self) -> None:
         """Ends silent sessions, writes down who was heard of, and forgets what is old."""
-        for session_id in self._store.uncleared():
-            self._ending.add(session_id)
+        self._ending.update(session.session_id for session in self.sessions.ending())
+        forgotten_s = 0.0
         while True:
             await asyncio.sleep(min(_SWEEP_S, self.config.session_grace_s / 4))
             try:
@@ -124,7 +127,9 @@ class Gateway:
                 self.sessions.flush()
                 now = time.time()
                 self._store.forget_samples(now - _KEEP_SAMPLES_S)
-                self.sessions.forget(now - _KEEP_ENDED_S)
+                if now - forgotten_s > _FORGET_S:
+                    self.sessions.forget(now - _KEEP_ENDED_S)
+                    forgotten_s = now
             except Exception:
                 logger.exception("The gateway could not sweep.")
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from trainer_service.gateway.run_stream import RunStream
 from trainer_service.gateway.store import OperationRow, Store
 from trainer_service.gateway.tensors import read_batch
 from trainer_service.gateway.trainers import Trainer
+from trainer_service.tracing import trace_headers
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ class ModelLine:
         self._waiting: dict[int, OperationRow | None] = {}
         """What is acknowledged and not sent, by number; what is large, or an earlier gateway took in, is in the store
         alone."""
+        self._traces: dict[int, Mapping[str, str]] = {}
+        """The contexts of those who asked for them; what an earlier gateway took in has none."""
         self._unanswered: dict[int, asyncio.Future[Outcome]] = {}
         self._next = 1
         self._came = asyncio.Event()
@@ -150,6 +153,7 @@ class ModelLine:
                 raise Refusal(400, text, reason="SEQ_ID_CONFLICT") from None
         else:
             kept = OperationRow(seq_id, kind, digest, body, None, {}, None) if len(body) <= _MAX_KEPT_BYTES else None
+            self._traces[seq_id] = trace_headers.get()
             self._came_in(seq_id, kept)
         return request_id_of(self.model_id, seq_id)
 
@@ -211,13 +215,15 @@ class ModelLine:
         """
         loaded: asyncio.Future[TrainResponse] = asyncio.get_running_loop().create_future()
         if expected == 1:
-            self.stream.send("load_state", self._first, loaded.set_result)
+            # This began with the call that asked for the model.
+            self.stream.send("load_state", self._first, loaded.set_result, trace=trace_headers.get())
             result_of(await loaded)
         else:
             result_of(await self.answer_of(1))
 
     def _send(self, seq_id: int) -> None:
         row = self._waiting[seq_id] or self._store.operation(self.model_id, seq_id)
+        trace = self._traces.pop(seq_id, {})
         assert row is not None, "an operation that waits is not in the store"
         body = row.body or b""
         batch = None
@@ -242,7 +248,10 @@ class ModelLine:
             self._translation.expect_forward(run_seq_id)
         data = batch if plan["as"] in CUSTOM_PASSES else None
         self.stream.send(
-            planned.kind, planned.content, lambda response: self._answer(seq_id, run_seq_id, plan, response, data)
+            planned.kind,
+            planned.content,
+            lambda response: self._answer(seq_id, run_seq_id, plan, response, data),
+            trace=trace,
         )
 
     def _plan_pass(self, kind: str, forward_only: bool, ordinary: Planned, batch: Batch) -> Planned:

@@ -30,8 +30,11 @@ from trainer_service.gateway.outcomes import Refusal, refusal_of
 from trainer_service.gateway.sessions import Caller
 from trainer_service.gateway.tokenizers import GrowingText, ModelTokenizer
 from trainer_service.gateway.trainers import Trainer, metadata
+from trainer_service.tracing import trace_headers
 
 _MAX_PROMPTS = 128
+_WHOLE_INTERVAL_MS = 1000
+"""Between messages of an answer that is not streamed."""
 
 
 def openai_refusal(refusal: Refusal) -> Response:
@@ -125,8 +128,9 @@ class _Completion:
                 num_samples=self.asked.num_samples,
                 sampling_params=sampling_params(self.asked, self._tokenizer),
                 topk_sample_logprobs=self.asked.top_logprobs,
+                message_interval_ms=0 if self.asked.stream else _WHOLE_INTERVAL_MS,
             )
-            call = self._trainer.sampling.Sample(request, metadata=metadata(self._key))
+            call = self._trainer.sampling.Sample(request, metadata=metadata(self._key, trace_headers.get()))
             try:
                 async for response in call:
                     for part in response.samples:

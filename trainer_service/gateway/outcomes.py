@@ -60,7 +60,7 @@ def category_of(status: int) -> str:
     return "server" if status >= 500 else "user"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What a future resolves to, as it goes over the wire, with status 200 either way."""
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,17 +78,18 @@ class RunStream:
             self._room.clear()
             await self._room.wait()
 
-    def send(self, kind: str, content: Any, answered: Answered) -> int:
+    def send(self, kind: str, content: Any, answered: Answered, *, trace: Mapping[str, str] | None = None) -> int:
         """Sends the next operation, and returns its number. `answered` is called once, whatever happens.
 
         Args:
             kind: Name of TrainRequest's arm.
             content: Its message.
             answered: Gets the answer.
+            trace: The context of whoever asked for it, as headers.
         """
         seq_id = self._next_seq_id
         self._next_seq_id += 1
-        request = TrainRequest(seq_id=seq_id, **{kind: content})
+        request = TrainRequest(seq_id=seq_id, **{kind: content}, **(trace or {}))
         if self._over is not None:
             answered(_failed(seq_id, self._over))
             return seq_id

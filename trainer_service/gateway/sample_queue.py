@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import grpc.aio
@@ -15,6 +16,7 @@ from trainer_service.gateway.outcomes import Outcome
 from trainer_service.gateway.retries import is_passing
 from trainer_service.gateway.sample_requests import CollectedSample, add_samples, sample_outcome
 from trainer_service.gateway.trainers import Trainer, metadata
+from trainer_service.tracing import trace_headers
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +24,8 @@ _LINGER_S, _MAX_LINGER_S = 0.01, 0.2
 """How long requests wait for an equal one behind the last, and in all; a client sends a group's requests one behind the
 other, and a busy one takes its time."""
 _MAX_DELAY_S = 1.0
+_MESSAGE_INTERVAL_MS = 1000
+"""Nobody reads along: an answer is told whole."""
 
 
 @dataclass(eq=False)
@@ -30,6 +34,8 @@ class _QueuedRequest:
 
     request: SampleRequest
     future: asyncio.Future[Outcome]
+    trace: Mapping[str, str]
+    """The context of whoever asks. A call for several continues the first one's."""
 
 
 @dataclass(eq=False)
@@ -67,7 +73,7 @@ class SampleQueue:
     def add(self, request: SampleRequest, trainer: Trainer, key: str) -> asyncio.Future[Outcome]:
         """Puts a request in the line; its future is never failed, but cancelled when the request is given up."""
         loop = asyncio.get_running_loop()
-        asked = _QueuedRequest(request, loop.create_future())
+        asked = _QueuedRequest(request, loop.create_future(), trace_headers.get())
         name = self._name(request, trainer, key)
         now = loop.time()
         group = self._groups.get(name)
@@ -138,10 +144,11 @@ class SampleQueue:
         request = SampleRequest()
         request.CopyFrom(asked[0].request)
         request.num_samples = sum(one.request.num_samples for one in asked)
+        request.message_interval_ms = _MESSAGE_INTERVAL_MS
         delay_s = 0.05
         while True:
             try:
-                samples, prompt = await _sample(trainer, key, request)
+                samples, prompt = await _sample(trainer, key, request, asked[0].trace)
                 break
             except GradwireError as exc:
                 # Others' requests fill the trainer, or it is away.
@@ -177,7 +184,7 @@ def _give_up(task: asyncio.Task[None], asked: list[_QueuedRequest]) -> None:
 
 
 async def _sample(
-    trainer: Trainer, key: str, request: SampleRequest
+    trainer: Trainer, key: str, request: SampleRequest, trace: Mapping[str, str]
 ) -> tuple[list[CollectedSample], PromptLogprobs | None]:
     """One Sample call.
 
@@ -186,7 +193,7 @@ async def _sample(
     """
     samples = [CollectedSample() for _ in range(request.num_samples)]
     prompt = None
-    call = trainer.sampling.Sample(request, metadata=metadata(key))
+    call = trainer.sampling.Sample(request, metadata=metadata(key, trace))
     try:
         async for response in call:
             add_samples(samples, response)

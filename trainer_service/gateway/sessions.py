@@ -1,6 +1,7 @@
 """Sessions: who a client is, and whether it still lives."""
 
 import json
+import sqlite3
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -49,31 +50,35 @@ class Sessions:
     def __init__(self, store: Store, *, grace_s: float) -> None:
         self._store = store
         self._grace_s = grace_s
-        self._all: dict[str, Session] = {}
+        self._held: dict[str, Session] = {}
+        """Those that go on, and those whose runs are not deleted yet; the rest is in the store alone."""
         self._seen: dict[str, float] = {}
-        # A gateway that was down could not be heard by anybody.
         now = time.time()
-        for row in store.sessions():
-            ended_by = json.loads(row["ended_by"]) if row["ended_by"] else None
-            about = json.loads(row["about"])
-            session = Session(row["session_id"], row["owner"], about, row["created_s"], now, ended_by)
-            self._all[session.session_id] = session
+        for row in store.uncleared():
+            session = _stored(row)
+            # A gateway that was down could not be heard by anybody.
+            session.seen_s = now
+            self._held[session.session_id] = session
 
     def create(self, caller: Caller, about: dict[str, Any]) -> Session:
         """A client begins."""
         now = time.time()
         session = Session(str(uuid.uuid4()), caller.owner, about, now, now, None, caller.key)
         self._store.add_session(session.session_id, session.owner, about)
-        self._all[session.session_id] = session
+        self._held[session.session_id] = session
         return session
 
     def of(self, caller: Caller) -> list[Session]:
         """A caller's sessions, newest first."""
-        return sorted(
-            (one for one in self._all.values() if one.owner == caller.owner),
-            key=lambda one: one.created_s,
-            reverse=True,
-        )
+        return [self._held.get(row["session_id"]) or _stored(row) for row in self._store.sessions(caller.owner)]
+
+    def held(self, caller: Caller) -> list[Session]:
+        """Those of a caller's that go on, or whose runs are not deleted yet."""
+        return [one for one in self._held.values() if one.owner == caller.owner]
+
+    def ending(self) -> list[Session]:
+        """Those that are over, and whose runs are not deleted yet."""
+        return [one for one in self._held.values() if one.ended_by is not None]
 
     def find(self, session_id: str, caller: Caller) -> Session:
         """One of the caller's, ended or not.
@@ -81,7 +86,9 @@ class Sessions:
         Raises:
             Refusal: 404: there is none, or it is somebody else's.
         """
-        session = self._all.get(session_id)
+        session = self._held.get(session_id)
+        if session is None and (row := self._store.session(session_id)) is not None:
+            session = _stored(row)
         if session is None or session.owner != caller.owner:
             raise Refusal(404, f"There is no session {session_id[:100]!r}.", reason="SESSION_NOT_FOUND")
         return session
@@ -107,24 +114,33 @@ class Sessions:
         session.ended_by = ended_by
         self._store.end_session(session.session_id, ended_by)
 
+    def cleared(self, session: Session) -> None:
+        """The runs of one that is over are deleted too."""
+        self._store.session_cleared(session.session_id)
+        self._held.pop(session.session_id, None)
+
     def silent(self) -> list[Session]:
         """Those that go on and have not been heard of for longer than the grace."""
         before_s = time.time() - self._grace_s
-        return [one for one in self._all.values() if one.ended_by is None and one.seen_s < before_s]
+        return [one for one in self._held.values() if one.ended_by is None and one.seen_s < before_s]
 
     def forget(self, before_s: float) -> None:
         """Nothing is kept of those that ended long ago."""
         self._store.forget_sessions(before_s)
-        kept = {row["session_id"] for row in self._store.sessions()}
-        self._all = {session_id: one for session_id, one in self._all.items() if session_id in kept}
 
     @property
     def num_live(self) -> int:
         """Those that go on."""
-        return sum(one.ended_by is None for one in self._all.values())
+        return sum(one.ended_by is None for one in self._held.values())
 
     def flush(self) -> None:
         """Writes down when they were heard of."""
         seen, self._seen = self._seen, {}
         if seen:
             self._store.seen(seen.items())
+
+
+def _stored(row: sqlite3.Row) -> Session:
+    ended_by = json.loads(row["ended_by"]) if row["ended_by"] else None
+    about = json.loads(row["about"])
+    return Session(row["session_id"], row["owner"], about, row["created_s"], row["seen_s"], ended_by)

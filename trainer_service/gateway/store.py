@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer_service.options import SettingsError
+from trainer_service.command_lines import SettingsError
 
 _VERSION = 2
 _CHECKPOINT_PAGES = 8192
@@ -124,9 +124,18 @@ class Store:
         row = (session_id, owner, json.dumps(about), now, now)
         self._run("INSERT INTO session (session_id, owner, about, created_s, seen_s) VALUES (?, ?, ?, ?, ?)", row)
 
-    def sessions(self) -> list[sqlite3.Row]:
-        """All of them, newest first."""
-        return self._rows("SELECT * FROM session ORDER BY created_s DESC, session_id")
+    def session(self, session_id: str) -> sqlite3.Row | None:
+        """One of them, ended or not."""
+        found = self._rows("SELECT * FROM session WHERE session_id = ?", (session_id,))
+        return found[0] if found else None
+
+    def sessions(self, owner: str) -> list[sqlite3.Row]:
+        """An owner's, newest first."""
+        return self._rows("SELECT * FROM session WHERE owner = ? ORDER BY created_s DESC, session_id", (owner,))
+
+    def uncleared(self) -> list[sqlite3.Row]:
+        """Sessions that go on, and those that ended and whose runs are not deleted yet."""
+        return self._rows("SELECT * FROM session WHERE NOT cleared")
 
     def seen(self, session_ids: Iterable[tuple[str, float]]) -> None:
         """When sessions were last heard of."""
@@ -145,11 +154,6 @@ class Store:
                 "DELETE FROM operation WHERE model_id IN (SELECT model_id FROM model WHERE session_id = ?)",
                 (session_id,),
             )
-
-    def uncleared(self) -> list[str]:
-        """Ids of sessions that ended, and whose runs are not deleted yet."""
-        rows = self._rows("SELECT session_id FROM session WHERE ended_s IS NOT NULL AND NOT cleared")
-        return [row["session_id"] for row in rows]
 
     def session_cleared(self, session_id: str) -> None:
         """Its runs are deleted too."""

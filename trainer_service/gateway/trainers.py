@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -21,9 +22,10 @@ from gradwire.v1.sampling_service_pb2_grpc import SamplingServiceStub
 from gradwire.v1.trainer_service_pb2 import GetServerInfoRequest, GetServerInfoResponse
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceStub
 
+from trainer_service.command_lines import SettingsError
 from trainer_service.gateway.outcomes import Refusal
 from trainer_service.gateway.retries import is_passing
-from trainer_service.options import SettingsError
+from trainer_service.tracing import trace_headers
 
 CALL_TIMEOUT_S = 120.0
 _AWAY_S = 60.0
@@ -56,7 +58,7 @@ class Trainer:
         self.sampling: Any = SamplingServiceStub(self.channel)
 
     async def call(self, method: Any, request: Any, key: str, *, away_s: float = _AWAY_S) -> Any:
-        """A unary call on somebody's behalf, tried again while the trainer is away.
+        """A unary call on somebody's behalf, and in their trace, tried again while the trainer is away.
 
         Args:
             method: Of one of the stubs.
@@ -71,7 +73,7 @@ class Trainer:
         delay_s = 0.05
         while True:
             try:
-                return await method(request, metadata=metadata(key), timeout=CALL_TIMEOUT_S)
+                return await method(request, metadata=metadata(key, trace_headers.get()), timeout=CALL_TIMEOUT_S)
             except grpc.aio.AioRpcError as exc:
                 failed = from_rpc_error(exc)
             if not is_passing(failed) or time.monotonic() + delay_s > until_s:
@@ -80,9 +82,14 @@ class Trainer:
             delay_s = min(1.0, delay_s * 2)
 
 
-def metadata(key: str) -> list[tuple[str, str]]:
-    """What a call carries beside its message."""
-    carried = [("gradwire-protocol-version", str(PROTOCOL_VERSION))]
+def metadata(key: str, trace: Mapping[str, str] = MappingProxyType({})) -> list[tuple[str, str]]:
+    """What a call carries beside its message.
+
+    Args:
+        key: The caller's; "" for none.
+        trace: The caller's trace context, as headers.
+    """
+    carried = [("gradwire-protocol-version", str(PROTOCOL_VERSION)), *trace.items()]
     return [*carried, ("authorization", f"Bearer {key}")] if key else carried
 
 

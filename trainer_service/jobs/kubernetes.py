@@ -15,6 +15,7 @@ from gradwire.errors import GradwireError, error
 
 from trainer_service.addresses import split_address
 from trainer_service.certificates import make_certificate
+from trainer_service.command_lines import SettingsError
 from trainer_service.config import JobsConfig, KubernetesSettings
 from trainer_service.jobs.kubernetes_api import ApiError, KubernetesApi, Object
 from trainer_service.jobs.kubernetes_objects import (
@@ -32,7 +33,6 @@ from trainer_service.jobs.kubernetes_objects import (
 )
 from trainer_service.jobs.kubernetes_status import Condition, Observed, Standing, standing
 from trainer_service.jobs.trainer_job import TrainerJob, TrainerJobSpec, TrainerJobState
-from trainer_service.options import SettingsError
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import aiohttp
 from kubernetes.aio import client, config
 from kubernetes.aio.config.config_exception import ConfigException
 
-from trainer_service.options import SettingsError
+from trainer_service.command_lines import SettingsError
 
 logger = logging.getLogger(__name__)
 

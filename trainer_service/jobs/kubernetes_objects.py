@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
+from trainer_service.command_lines import SettingsError
 from trainer_service.config import KubernetesSettings
 from trainer_service.jobs.trainer_job import TrainerJobSpec
-from trainer_service.options import SettingsError
 
 Object = dict[str, Any]
 CONTROL_PLANE_LABEL = "gradwire.v1/control-plane"

@@ -1,21 +1,22 @@
 """Live updates for pages: server-sent events, made once a second for all open pages.
 
-Changes are found once, and encoded once for all pages that may see them; a further page costs one write, and without
-pages nothing is done. A page that does not keep up is disconnected and continues from where it was, like one whose
-laptop slept: the id of each event with points says which points of each run the page now has.
+Changes are found once, and encoded once for all pages that may see them; a further page costs one write, also where
+many open at once, and without pages nothing is done. A page that does not keep up is disconnected and continues from
+where it was, like one whose laptop slept: the id of each event with points says which points of each run the page now
+has.
 """
 
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gradwire.errors import GradwireError, error
 
 from trainer_service.access import Caller, current_caller
-from trainer_service.page.page_json import Health, Rates, encode, operations_view, points_view, run_view
+from trainer_service.page.page_json import Health, Rates, encode, operations_view, points_view, run_version, run_view
 from trainer_service.page.sessions import Sessions
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.run import Run
@@ -34,6 +35,8 @@ MAX_RUNS = 16
 _MAX_UNREAD = 16
 """How many seconds of events a page may be behind."""
 _CURSOR = re.compile(r"([^=,]+)=(\d{1,19})")
+_Version = tuple[int, int, int]
+"""Of a run's operations: the next seq_id, how many are unanswered, the step."""
 
 
 def read_cursors(text: str) -> dict[str, int]:
@@ -51,7 +54,7 @@ class _Page:
     events: asyncio.Queue[bytes | None] = field(default_factory=lambda: asyncio.Queue(_MAX_UNREAD))
     greeted: bool = False
     """Whether it has the full state, so that changes are enough."""
-    told: dict[str, object] = field(default_factory=dict)
+    told: dict[str, _Version] = field(default_factory=dict)
     """The version of operations it has of each run it follows."""
     idle_ticks: int = 0
     unsent: list[bytes] = field(default_factory=list)
@@ -85,8 +88,20 @@ class _Page:
 class _Group:
     """What pages that see the same have been told."""
 
-    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    health: dict[str, Any] = field(default_factory=dict)
+    runs: dict[str, object]
+    """The version of each run's view."""
+    health: dict[str, Any]
+    greeting: tuple[list[str], bytes] | None = None
+    """(ids of all runs, event with everything) for pages that open before the next tick."""
+
+
+@dataclass(frozen=True)
+class _News:
+    """What comes after some point of a run."""
+
+    last_seq_id: int
+    points: bytes
+    operations: bytes
 
 
 class Feed:
@@ -110,6 +125,8 @@ class Feed:
         self._sessions = sessions
         self._pages: set[_Page] = set()
         self._groups: dict[tuple[bool, str], _Group] = {}
+        self._news: dict[tuple[str, int, _Version], _News] = {}
+        """By run, last point and version; for pages that open before the next tick."""
         self._rates = Rates()
         self._ticking: asyncio.Task[None] | None = None
         self._closed = False
@@ -142,9 +159,7 @@ class Feed:
         if self._ticking is None or self._ticking.done():
             self._ticking = asyncio.create_task(self._tick_on(), name="page-feed")
         try:
-            # Tells the page that it is connected, and how long to wait before it reconnects.
-            yield b"retry: 2000\n\n"
-            await self._tell((page,))
+            await self._greet(page)
             while not self._closed and (event := await page.events.get()) is not None:
                 yield event
         finally:
@@ -167,67 +182,77 @@ class Feed:
             for page in [page for page in self._pages if not self._sessions.opens(page.caller)]:
                 page.end()
             try:
-                await self._tell(tuple(self._pages))
+                await self._tell_all()
             except Exception:
                 # Whatever failed this time may work the next.
                 logger.exception("The pages could not be updated.")
         self._groups.clear()
+        self._news.clear()
 
-    async def _tell(self, pages: tuple[_Page, ...]) -> None:
+    async def _greet(self, page: _Page) -> None:
+        """Sends a new page everything. Most of that is made once for all pages that open between two ticks."""
         # Two updates at once would send points twice.
         async with self._telling:
-            await self._tell_all(pages)
-
-    async def _tell_all(self, pages: tuple[_Page, ...]) -> None:
-        self._rates.look(self._runs.everybodys())
-        self._tell_state(pages)
-        await self._tell_runs(pages)
-        for page in pages:
-            page.idle_ticks += 1
-            if page.idle_ticks > _IDLE_TICKS:
-                page.tell(b": still here\n\n")
+            runs = self._runs_for(page.caller)
+            group = self._groups.get(page.group)
+            if group is None:
+                group = self._groups[page.group] = self._look_for(page.caller, runs)
+            ids = [run.run_id for run in runs]
+            if group.greeting is None or group.greeting[0] != ids:
+                views = [run_view(run, page.caller, self._rates) for run in runs]
+                group.greeting = ids, _event("state", {"full": True, "runs": views, "health": group.health})
+            # Also tells it how long to wait before it connects again.
+            page.tell(b"retry: 2000\n\n" + group.greeting[1])
+            page.greeted = True
+            await self._tell_runs((page,))
             page.send()
 
-    def _tell_state(self, pages: tuple[_Page, ...]) -> None:
-        """Sends runs and health: everything to new pages, changes to the others."""
+    async def _tell_all(self) -> None:
+        """Sends all pages what has changed."""
+        async with self._telling:
+            pages = [page for page in self._pages if page.greeted]
+            self._rates.look(self._runs.everybodys())
+            self._tell_state(pages)
+            self._news.clear()
+            await self._tell_runs(pages)
+            for page in pages:
+                page.idle_ticks += 1
+                if page.idle_ticks > _IDLE_TICKS:
+                    page.tell(b": still here\n\n")
+                page.send()
+
+    def _tell_state(self, pages: Sequence[_Page]) -> None:
+        """Sends changes of runs and health."""
         by_group: dict[tuple[bool, str], list[_Page]] = {}
         for page in pages:
             by_group.setdefault(page.group, []).append(page)
+        groups: dict[tuple[bool, str], _Group] = {}
         for key, members in by_group.items():
-            caller = members[0].caller
-            runs = {
-                run.run_id: run_view(run, caller, self._rates)
-                for run in self._runs.everybodys()
-                if caller.may_see(run.owner)
-            }
-            more = {"sample_requests": len(self._sampling), "pages": len(self), "operations": self._runs.unanswered}
-            health = self._health.view(caller, **more)
-            known = self._groups.setdefault(key, _Group())
-            new = [page for page in members if not page.greeted]
-            if new:
-                everything = _event("state", {"full": True, "runs": list(runs.values()), "health": health})
-                for page in new:
-                    page.tell(everything)
-                    page.greeted = True
-            if len(pages) == 1 and new:
-                continue  # Only the new page; the others are updated at the next tick.
-            changed = [run for run_id, run in runs.items() if known.runs.get(run_id) != run]
-            gone = [run_id for run_id in known.runs if run_id not in runs]
-            if changed or gone or health != known.health:
-                news: dict[str, Any] = {"runs": changed, "gone": gone}
-                if health != known.health:
-                    news["health"] = health
+            caller, known = members[0].caller, self._groups[key]
+            runs = self._runs_for(caller)
+            now = groups[key] = self._look_for(caller, runs)
+            changed = [run for run in runs if known.runs.get(run.run_id) != now.runs[run.run_id]]
+            gone = [run_id for run_id in known.runs if run_id not in now.runs]
+            if changed or gone or now.health != known.health:
+                views = [run_view(run, caller, self._rates) for run in changed]
+                news: dict[str, Any] = {"runs": views, "gone": gone}
+                if now.health != known.health:
+                    news["health"] = now.health
                 event = _event("state", news)
                 for page in members:
-                    if page not in new:
-                        page.tell(event)
-            known.runs, known.health = runs, health
+                    page.tell(event)
+        self._groups = groups
 
-    async def _tell_runs(self, pages: tuple[_Page, ...]) -> None:
+    def _runs_for(self, caller: Caller) -> list[Run]:
+        return [run for run in self._runs.everybodys() if caller.may_see(run.owner)]
+
+    def _look_for(self, caller: Caller, runs: list[Run]) -> _Group:
+        more = {"sample_requests": len(self._sampling), "pages": len(self), "operations": self._runs.unanswered}
+        versions = {run.run_id: run_version(run, self._rates) for run in runs}
+        return _Group(versions, self._health.view(caller, **more))
+
+    async def _tell_runs(self, pages: Sequence[_Page]) -> None:
         """Sends points and operations of the runs that pages follow."""
-        executing = self._executing()
-        made: dict[tuple[str, int], tuple[int, bytes]] = {}
-        operations: dict[str, bytes] = {}
         for page in pages:
             for run_id, cursor in list(page.cursors.items()):
                 token = current_caller.set(page.caller)
@@ -241,22 +266,20 @@ class Feed:
                 if page.told.get(run_id) == version and not run.unanswered:
                     continue
                 try:
-                    if (run_id, cursor) not in made:
-                        made[run_id, cursor] = await self._look(run, cursor, executing, operations)
+                    news = self._news.get((run_id, cursor, version)) or await self._look(run, cursor)
                 except GradwireError as exc:
                     logger.info("A run's curves cannot be shown.", extra={"fields": {"error": exc.message}})
                     continue
+                self._news[run_id, cursor, version] = news
                 page.told[run_id] = version
-                page.cursors[run_id], points = made[run_id, cursor]
-                if points:
+                page.cursors[run_id] = news.last_seq_id
+                if news.points:
                     ids = ",".join(f"{each}={seq_id}" for each, seq_id in page.cursors.items())
-                    page.tell(b"id: " + ids.encode() + b"\n" + points)
-                page.tell(operations[run_id])
+                    page.tell(b"id: " + ids.encode() + b"\n" + news.points)
+                page.tell(news.operations)
 
-    async def _look(
-        self, run: Run, cursor: int, executing: Entry | None, operations: dict[str, bytes]
-    ) -> tuple[int, bytes]:
-        """(last point, event with the points after a cursor); also fills in the run's operations."""
+    async def _look(self, run: Run, cursor: int) -> _News:
+        """What comes after a point."""
         pieces: list[bytes] = []
         while True:
             points = await self._metrics.points(run, after_seq_id=cursor)
@@ -265,8 +288,8 @@ class Feed:
                 cursor = points.seq_ids[-1]
             if not points.more:
                 break
-        operations[run.run_id] = _event("operations", operations_view(run, points.recent, executing=executing))
-        return cursor, b"".join(pieces)
+        operations = _event("operations", operations_view(run, points.recent, executing=self._executing()))
+        return _News(cursor, b"".join(pieces), operations)
 
     def _executing(self) -> Entry | None:
         """The operation that the worker executes; it executes them in the order they came."""

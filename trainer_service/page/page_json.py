@@ -59,6 +59,12 @@ class Rates:
         return float(f"{max(0, last - first) / (end_s - start_s):.2g}")
 
 
+def run_version(run: Run, rates: Rates) -> object:
+    """Equal as long as the run's view is."""
+    placement = run.placement
+    return placement.lost, run.step, rates.of(run.run_id), run.unanswered, run.attachment is None, placement.on_worker
+
+
 def run_view(run: Run, caller: Caller, rates: Rates) -> dict[str, Any]:
     """A run, for a list. Only admins see owners."""
     found: dict[str, Any] = {

@@ -13,12 +13,12 @@ from starlette.routing import Route
 
 from trainer_service.access import ANYBODY, Caller, current_caller
 from trainer_service.checkpoints.catalog import Catalog
+from trainer_service.field_limits import check_ttl_seconds
 from trainer_service.page.feed import Feed
 from trainer_service.page.guard import answer_error, on_fault, on_refusal, read_json
 from trainer_service.page.page_json import checkpoint_view
 from trainer_service.page.sampling_box import SamplingBox
 from trainer_service.page.sessions import Sessions
-from trainer_service.request_limits import check_ttl_seconds
 from trainer_service.runs import journal
 from trainer_service.runs.registry import Runs
 

@@ -10,8 +10,8 @@ from gradwire.v1 import sampling_service_pb2 as sampling_messages
 from gradwire.v1.trainer_service_pb2 import TrainRequest
 
 from trainer_service.config import Limits
+from trainer_service.field_limits import check_limits
 from trainer_service.page.page_json import encode
-from trainer_service.request_limits import check_limits
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
 from trainer_service.runs.sampling import SampleRequests

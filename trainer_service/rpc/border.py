@@ -21,7 +21,7 @@ from grpc_status import rpc_status
 from trainer_service.access import ANYBODY, ApiKeys, Caller, current_caller
 from trainer_service.observability import Metrics, request_id
 from trainer_service.rpc.messages import Malformed, Messages, Received, memory_bytes
-from trainer_service.rpc.request_limiter import RequestLimiter
+from trainer_service.rpc.request_checks import RequestChecks
 from trainer_service.tracing import traced_call
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Border(grpc.aio.ServerInterceptor):
         api_keys: The keys it accepts.
         metrics: Counts calls.
         max_message_bytes: The largest message it accepts; the error for a larger one names the limit.
-        limiter: Checks the fields of messages; None accepts any.
+        checks: Checks the fields of messages; None accepts any.
         tracer: Makes a span of each call; None of none.
     """
 
@@ -69,13 +69,13 @@ class Border(grpc.aio.ServerInterceptor):
         api_keys: ApiKeys,
         metrics: Metrics,
         max_message_bytes: int,
-        limiter: RequestLimiter | None = None,
+        checks: RequestChecks | None = None,
         tracer: "Tracer | None" = None,
     ) -> None:
         self._api_keys = api_keys
         self._metrics = metrics
         self._tracer = tracer
-        self._messages = Messages(max_message_bytes=max_message_bytes, limiter=limiter)
+        self._messages = Messages(max_message_bytes=max_message_bytes, checks=checks)
         self._streams: dict[asyncio.Timeout, Caller] = {}
         """Streamed answers under way: what ends each, and whose key opened it."""
         self._watch: asyncio.Task[None] | None = None

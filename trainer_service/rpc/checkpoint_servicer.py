@@ -11,8 +11,8 @@ from gradwire.v1.checkpoint_service_pb2_grpc import CheckpointServiceServicer
 
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.checkpoint import Checkpoint
+from trainer_service.field_limits import check_ttl_seconds
 from trainer_service.paths import SAMPLER_WEIGHTS, STATE
-from trainer_service.request_limits import check_ttl_seconds
 from trainer_service.served_model import ServedModel
 from trainer_service.user_metadata import read_user_metadata
 

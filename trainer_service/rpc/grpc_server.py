@@ -9,13 +9,13 @@ from gradwire._wire.protocol_version import __version__
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from trainer_service import descriptors
+from trainer_service import open_files
 from trainer_service.access import ApiKeys
 from trainer_service.addresses import join_address, listens_on_loopback, split_address
 from trainer_service.config import GrpcServerConfig, ServerTls
 from trainer_service.observability import Metrics
 from trainer_service.rpc.border import Border
-from trainer_service.rpc.request_limiter import RequestLimiter
+from trainer_service.rpc.request_checks import RequestChecks
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
@@ -44,7 +44,7 @@ class GrpcServer:
         max_message_bytes: The largest message it accepts.
         max_calls: How many calls one client must be able to run at once.
         reserved_descriptors: File descriptors kept for anything but client connections.
-        limiter: Checks the fields of messages; None accepts any.
+        checks: Checks the fields of messages; None accepts any.
         tracer: Makes a span of each call; None of none.
 
     Raises:
@@ -60,17 +60,17 @@ class GrpcServer:
         max_message_bytes: int,
         max_calls: int,
         reserved_descriptors: int,
-        limiter: RequestLimiter | None = None,
+        checks: RequestChecks | None = None,
         tracer: "Tracer | None" = None,
     ) -> None:
         self._config = config
         self._api_keys = api_keys
         border = Border(
-            api_keys=api_keys, metrics=metrics, max_message_bytes=max_message_bytes, limiter=limiter, tracer=tracer
+            api_keys=api_keys, metrics=metrics, max_message_bytes=max_message_bytes, checks=checks, tracer=tracer
         )
         options = _options(
             max_message_bytes=max_message_bytes,
-            max_connections=descriptors.max_connections(reserved=reserved_descriptors),
+            max_connections=open_files.max_connections(reserved=reserved_descriptors),
             max_calls=max_calls,
         )
         self.server = grpc.aio.server(interceptors=[border], options=options)
@@ -130,7 +130,7 @@ class GrpcServer:
 def _options(*, max_message_bytes: int, max_connections: int, max_calls: int) -> list[tuple[str, int]]:
     """How much a server accepts from a peer before anything checks it, as gRPC channel arguments."""
     return [
-        *descriptors.connection_options(max_connections),
+        *open_files.connection_options(max_connections),
         # Twice the limit, so that a message slightly over it gets our error rather than grpc's.
         ("grpc.max_receive_message_length", 2 * max_message_bytes),
         ("grpc.max_send_message_length", -1),

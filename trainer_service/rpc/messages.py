@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError, Message
 from gradwire._wire.wire_format import fields
 from gradwire.errors import GradwireError, error
 
-from trainer_service.rpc.request_limiter import RequestLimiter
+from trainer_service.rpc.request_checks import RequestChecks
 
 MAX_TYPED_BYTES = 4 << 20
 """How much of a message may be anything but the `data` of tensors. Once parsed, a field takes up to twenty times the
@@ -68,12 +68,12 @@ class Messages:
 
     Args:
         max_message_bytes: The largest one it accepts.
-        limiter: Checks their fields; None accepts any.
+        checks: Checks their fields; None accepts any.
     """
 
-    def __init__(self, *, max_message_bytes: int, limiter: RequestLimiter | None) -> None:
+    def __init__(self, *, max_message_bytes: int, checks: RequestChecks | None) -> None:
         self._max_message_bytes = max_message_bytes
-        self._limiter = limiter
+        self._checks = checks
         self._held_bytes: Counter[str] = Counter()
         """Memory held by messages of the calls being served, by owner."""
         self._keyless = _Keyless()
@@ -99,8 +99,8 @@ class Messages:
         self._held_bytes[owner] += held_bytes
         try:
             message = self.parse(data, kind)
-            if self._limiter is not None:
-                self._limiter.check(method, message)
+            if self._checks is not None:
+                self._checks.check(method, message)
             yield message
         finally:
             self._held_bytes[owner] -= held_bytes
@@ -128,8 +128,8 @@ class Messages:
             text = f"The message has {len(data)} bytes, but at most {self._max_message_bytes} are allowed."
             raise error("LIMIT_EXCEEDED", text, limit=self._max_message_bytes, got=len(data))
         try:
-            if self._limiter is not None:
-                self._limiter.check_encoded(data, kind.DESCRIPTOR)
+            if self._checks is not None:
+                self._checks.check_encoded(data, kind.DESCRIPTOR)
             typed = 0 if len(data) <= MAX_TYPED_BYTES else typed_bytes(data, kind)
             message = kind.FromString(data) if typed <= MAX_TYPED_BYTES else None
         except (DecodeError, ValueError, IndexError):

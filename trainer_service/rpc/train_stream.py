@@ -10,7 +10,7 @@ from gradwire.errors import GradwireError, error
 from gradwire.v1.trainer_service_pb2 import AttachResponse, TrainRequest, TrainResponse
 
 from trainer_service.config import Limits
-from trainer_service.request_limits import find_excess
+from trainer_service.field_limits import find_excess
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.rpc.messages import Malformed, Received
 from trainer_service.runs.attachment import Attachment

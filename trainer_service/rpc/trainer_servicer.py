@@ -16,8 +16,8 @@ from gradwire.v1.run_metrics_pb2 import GetMetricsRequest, GetMetricsResponse, M
 from gradwire.v1.trainer_service_pb2_grpc import TrainerServiceServicer
 
 from trainer_service.config import Limits
+from trainer_service.field_limits import check_limits, check_name, find_excess
 from trainer_service.fleet.worker import Worker
-from trainer_service.request_limits import check_limits, check_name, find_excess
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.rpc.tokenizer_download import TokenizerDownload
 from trainer_service.rpc.train_stream import TrainStream, read_attach

@@ -19,10 +19,10 @@ from gradwire.v1.worker_service_pb2 import (
 from trainer_service.access import current_caller
 from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Limits
+from trainer_service.field_limits import check_lease_ms, prompt_too_long
 from trainer_service.fleet.calls import call
 from trainer_service.fleet.worker import Reply, Worker
 from trainer_service.paths import FROZEN_WEIGHTS, SamplerPath
-from trainer_service.request_limits import check_lease_ms, prompt_too_long
 from trainer_service.runs.registry import Runs
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import Future as ConcurrentFuture
 from concurrent.futures import TimeoutError as ConcurrentTimeoutError
 from typing import Any, TypeVar
 
-from gradwire._client.forks import keep_for_ever
+from gradwire._client.process_forks import keep_for_ever
 from gradwire.errors import FailedPreconditionError, OperationTimeoutError
 
 logger = logging.getLogger("gradwire")

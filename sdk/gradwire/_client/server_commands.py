@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 SERVER_COMMANDS = {
     "serve": "serve one base model",
-    "jobs": "start and stop trainers on this machine",
+    "jobs": "start and stop trainers, here or in a cluster",
     "gateway": "serve clients of hosted services over HTTP",
 }
 """Each as `python -m trainer_service` takes it, and what it does."""

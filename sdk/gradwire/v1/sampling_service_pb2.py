@@ -26,15 +26,15 @@ from gradwire.v1 import datum_pb2 as gradwire_dot_v1_dot_datum__pb2
 from gradwire.v1 import tensor_pb2 as gradwire_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"gradwire/v1/sampling_service.proto\x12\x0bgradwire.v1\x1a\x17gradwire/v1/datum.proto\x1a\x18gradwire/v1/tensor.proto\"?\n\x07Sampler\x12\x14\n\nbase_model\x18\x01 \x01(\tH\x00\x12\x14\n\nmodel_path\x18\x02 \x01(\tH\x00\x42\x08\n\x06source\"*\n\x04Stop\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0f\n\x07strings\x18\x02 \x03(\t\"\xdb\x01\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x04stop\x18\x05 \x01(\x0b\x32\x11.gradwire.v1.Stop\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x04\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seed\"\xa6\x03\n\rSampleRequest\x12%\n\x07sampler\x18\x01 \x01(\x0b\x32\x14.gradwire.v1.Sampler\x12\'\n\x06prompt\x18\x02 \x01(\x0b\x32\x17.gradwire.v1.ModelInput\x12\x13\n\x0bprompt_text\x18\x03 \x01(\t\x12\x18\n\x0bnum_samples\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x34\n\x0fsampling_params\x18\x05 \x01(\x0b\x32\x1b.gradwire.v1.SamplingParams\x12\x1f\n\x17include_prompt_logprobs\x18\x06 \x01(\x08\x12\x1c\n\x14topk_prompt_logprobs\x18\x07 \x01(\r\x12\x1c\n\x14topk_sample_logprobs\x18\x08 \x01(\r\x12\x33\n\x16target_prompt_logprobs\x18\t \x01(\x0b\x32\x13.gradwire.v1.Tensor\x12#\n\x16prompt_logprobs_last_n\x18\n \x01(\rH\x01\x88\x01\x01\x42\x0e\n\x0c_num_samplesB\x19\n\x17_prompt_logprobs_last_n\"\xa9\x01\n\rSampledTokens\x12\x0e\n\x06sample\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x05\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12,\n\x0bstop_reason\x18\x04 \x01(\x0e\x32\x17.gradwire.v1.StopReason\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x13\n\x0btopk_tokens\x18\x06 \x03(\x05\x12\x15\n\rtopk_logprobs\x18\x07 \x03(\x02\"u\n\x0ePromptLogprobs\x12\x10\n\x08logprobs\x18\x01 \x03(\x02\x12\x13\n\x0btopk_tokens\x18\x02 \x03(\x05\x12\x15\n\rtopk_logprobs\x18\x03 \x03(\x02\x12\x0c\n\x04topk\x18\x04 \x01(\r\x12\x17\n\x0ftarget_logprobs\x18\x05 \x03(\x02\"j\n\x0eSampleResponse\x12+\n\x07samples\x18\x01 \x03(\x0b\x32\x1a.gradwire.v1.SampledTokens\x12+\n\x06prompt\x18\x02 \x01(\x0b\x32\x1b.gradwire.v1.PromptLogprobs\"\xdb\x01\n\x16\x43omputeLogprobsRequest\x12%\n\x07sampler\x18\x01 \x01(\x0b\x32\x14.gradwire.v1.Sampler\x12\'\n\x06prompt\x18\x02 \x01(\x0b\x32\x17.gradwire.v1.ModelInput\x12\x13\n\x0bprompt_text\x18\x03 \x01(\t\x12\x1c\n\x14topk_prompt_logprobs\x18\x04 \x01(\r\x12#\n\x16prompt_logprobs_last_n\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x19\n\x17_prompt_logprobs_last_n\"F\n\x17\x43omputeLogprobsResponse\x12+\n\x06prompt\x18\x01 \x01(\x0b\x32\x1b.gradwire.v1.PromptLogprobs\"M\n\x12OpenSamplerRequest\x12%\n\x07sampler\x18\x01 \x01(\x0b\x32\x14.gradwire.v1.Sampler\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\")\n\x13OpenSamplerResponse\x12\x12\n\nbase_model\x18\x01 \x01(\t\"<\n\x13\x43loseSamplerRequest\x12%\n\x07sampler\x18\x01 \x01(\x0b\x32\x14.gradwire.v1.Sampler\"\x16\n\x14\x43loseSamplerResponse*W\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12STOP_REASON_LENGTH\x10\x01\x12\x14\n\x10STOP_REASON_STOP\x10\x02\x32\xdb\x02\n\x0fSamplingService\x12\x43\n\x06Sample\x12\x1a.gradwire.v1.SampleRequest\x1a\x1b.gradwire.v1.SampleResponse0\x01\x12\\\n\x0f\x43omputeLogprobs\x12#.gradwire.v1.ComputeLogprobsRequest\x1a$.gradwire.v1.ComputeLogprobsResponse\x12P\n\x0bOpenSampler\x12\x1f.gradwire.v1.OpenSamplerRequest\x1a .gradwire.v1.OpenSamplerResponse\x12S\n\x0c\x43loseSampler\x12 .gradwire.v1.CloseSamplerRequest\x1a!.gradwire.v1.CloseSamplerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"gradwire/v1/sampling_service.proto\x12\x0bgradwire.v1\x1a\x17gradwire/v1/datum.proto\x1a\x18gradwire/v1/tensor.proto\"?\n\x07Sampler\x12\x14\n\nbase_model\x18\x01 \x01(\tH\x00\x12\x14\n\nmodel_path\x18\x02 \x01(\tH\x00\x42\x08\n\x06source\"*\n\x04Stop\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0f\n\x07strings\x18\x02 \x03(\t\"\xdb\x01\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x04stop\x18\x05 \x01(\x0b\x32\x11.gradwire.v1.Stop\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x04\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seed\"\xc3\x03\n\rSampleRequest\x12%\n\x07sampler\x18\x01 \x01(\x0b\x32\x14.gradwire.v1.Sampler\x12\'\n\x06prompt\x18\x02 \x01(\x0b\x32\x17.gradwire.v1.ModelInput\x12\x13\n\x0bprompt_text\x18\x03 \x01(\t\x12\x18\n\x0bnum_samples\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x34\n\x0fsampling_params\x18\x05 \x01(\x0b\x32\x1b.gradwire.v1.SamplingParams\x12\x1f\n\x17include_prompt_logprobs\x18\x06 \x01(\x08\x12\x1c\n\x14topk_prompt_logprobs\x18\x07 \x01(\r\x12\x1c\n\x14topk_sample_logprobs\x18\x08 \x01(\r\x12\x33\n\x16target_prompt_logprobs\x18\t \x01(\x0b\x32\x13.gradwire.v1.Tensor\x12#\n\x16prompt_logprobs_last_n\x18\n \x01(\rH\x01\x88\x01\x01\x12\x1b\n\x13message_interval_ms\x18\x0b \x01(\rB\x0e\n\x0c_num_samplesB\x19\n\x17_prompt_logprobs_last_n\"\xa9\x01\n\rSampledTokens\x12\x0e\n\x06sample\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x05\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12,\n\x0bstop_reason\x18\x04 \x01(\x0e\x32\x17.gradwire.v1.StopReason\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x13\n\x0btopk_tokens\x18\x06 \x03(\x05\x12\x15\n\rtopk_logprobs\x18\x07 \x03(\x02\"u\n\x0ePromptLogprobs\x12\x10\n\x08logprobs\x18\x01 \x03(\x02\x12\x13\n\x0btopk_tokens\x18\x02 \x03(\x05\x12\x15\n\rtopk_logprobs\x18\x03 \x03(\x02\x12\x0c\n\x04topk\x18\x04 \x01(\r\x12\x17\n\x0ftarget_logprobs\x18\x05 \x03(\x02\"j\n\x0eSampleResponse\x12+\n\x07samples\x18\x01 \x03(\x0b\x32\x1a.gradwire.v1.SampledTokens\x12+\n\x06prompt\x18\x02 \x01(\x0b\x32\x1b.gradwire.v1.PromptLogprobs\"\xdb\x01\n\x16\x43omputeLogprobsRequest\x12%\n\x07sampler\x18\x01 \x01(\x0b\x32\x14.gradwire.v1.Sampler\x12\'\n\x06prompt\x18\x02 \x01(\x0b\x32\x17.gradwire.v1.ModelInput\x12\x13\n\x0bprompt_text\x18\x03 \x01(\t\x12\x1c\n\x14topk_prompt_logprobs\x18\x04 \x01(\r\x12#\n\x16prompt_logprobs_last_n\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x19\n\x17_prompt_logprobs_last_n\"F\n\x17\x43omputeLogprobsResponse\x12+\n\x06prompt\x18\x01 \x01(\x0b\x32\x1b.gradwire.v1.PromptLogprobs\"M\n\x12OpenSamplerRequest\x12%\n\x07sampler\x18\x01 \x01(\x0b\x32\x14.gradwire.v1.Sampler\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\")\n\x13OpenSamplerResponse\x12\x12\n\nbase_model\x18\x01 \x01(\t\"<\n\x13\x43loseSamplerRequest\x12%\n\x07sampler\x18\x01 \x01(\x0b\x32\x14.gradwire.v1.Sampler\"\x16\n\x14\x43loseSamplerResponse*W\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12STOP_REASON_LENGTH\x10\x01\x12\x14\n\x10STOP_REASON_STOP\x10\x02\x32\xdb\x02\n\x0fSamplingService\x12\x43\n\x06Sample\x12\x1a.gradwire.v1.SampleRequest\x1a\x1b.gradwire.v1.SampleResponse0\x01\x12\\\n\x0f\x43omputeLogprobs\x12#.gradwire.v1.ComputeLogprobsRequest\x1a$.gradwire.v1.ComputeLogprobsResponse\x12P\n\x0bOpenSampler\x12\x1f.gradwire.v1.OpenSamplerRequest\x1a .gradwire.v1.OpenSamplerResponse\x12S\n\x0c\x43loseSampler\x12 .gradwire.v1.CloseSamplerRequest\x1a!.gradwire.v1.CloseSamplerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gradwire.v1.sampling_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STOPREASON']._serialized_start=1759
-  _globals['_STOPREASON']._serialized_end=1846
+  _globals['_STOPREASON']._serialized_start=1788
+  _globals['_STOPREASON']._serialized_end=1875
   _globals['_SAMPLER']._serialized_start=102
   _globals['_SAMPLER']._serialized_end=165
   _globals['_STOP']._serialized_start=167
@@ -42,25 +42,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS']._serialized_start=212
   _globals['_SAMPLINGPARAMS']._serialized_end=431
   _globals['_SAMPLEREQUEST']._serialized_start=434
-  _globals['_SAMPLEREQUEST']._serialized_end=856
-  _globals['_SAMPLEDTOKENS']._serialized_start=859
-  _globals['_SAMPLEDTOKENS']._serialized_end=1028
-  _globals['_PROMPTLOGPROBS']._serialized_start=1030
-  _globals['_PROMPTLOGPROBS']._serialized_end=1147
-  _globals['_SAMPLERESPONSE']._serialized_start=1149
-  _globals['_SAMPLERESPONSE']._serialized_end=1255
-  _globals['_COMPUTELOGPROBSREQUEST']._serialized_start=1258
-  _globals['_COMPUTELOGPROBSREQUEST']._serialized_end=1477
-  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_start=1479
-  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_end=1549
-  _globals['_OPENSAMPLERREQUEST']._serialized_start=1551
-  _globals['_OPENSAMPLERREQUEST']._serialized_end=1628
-  _globals['_OPENSAMPLERRESPONSE']._serialized_start=1630
-  _globals['_OPENSAMPLERRESPONSE']._serialized_end=1671
-  _globals['_CLOSESAMPLERREQUEST']._serialized_start=1673
-  _globals['_CLOSESAMPLERREQUEST']._serialized_end=1733
-  _globals['_CLOSESAMPLERRESPONSE']._serialized_start=1735
-  _globals['_CLOSESAMPLERRESPONSE']._serialized_end=1757
-  _globals['_SAMPLINGSERVICE']._serialized_start=1849
-  _globals['_SAMPLINGSERVICE']._serialized_end=2196
+  _globals['_SAMPLEREQUEST']._serialized_end=885
+  _globals['_SAMPLEDTOKENS']._serialized_start=888
+  _globals['_SAMPLEDTOKENS']._serialized_end=1057
+  _globals['_PROMPTLOGPROBS']._serialized_start=1059
+  _globals['_PROMPTLOGPROBS']._serialized_end=1176
+  _globals['_SAMPLERESPONSE']._serialized_start=1178
+  _globals['_SAMPLERESPONSE']._serialized_end=1284
+  _globals['_COMPUTELOGPROBSREQUEST']._serialized_start=1287
+  _globals['_COMPUTELOGPROBSREQUEST']._serialized_end=1506
+  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_start=1508
+  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_end=1578
+  _globals['_OPENSAMPLERREQUEST']._serialized_start=1580
+  _globals['_OPENSAMPLERREQUEST']._serialized_end=1657
+  _globals['_OPENSAMPLERRESPONSE']._serialized_start=1659
+  _globals['_OPENSAMPLERRESPONSE']._serialized_end=1700
+  _globals['_CLOSESAMPLERREQUEST']._serialized_start=1702
+  _globals['_CLOSESAMPLERREQUEST']._serialized_end=1762
+  _globals['_CLOSESAMPLERRESPONSE']._serialized_start=1764
+  _globals['_CLOSESAMPLERRESPONSE']._serialized_end=1786
+  _globals['_SAMPLINGSERVICE']._serialized_start=1878
+  _globals['_SAMPLINGSERVICE']._serialized_end=2225
 # @@protoc_insertion_point(module_scope)

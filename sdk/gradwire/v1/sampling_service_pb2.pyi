@@ -51,7 +51,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class SampleRequest(_message.Message):
-    __slots__ = ("sampler", "prompt", "prompt_text", "num_samples", "sampling_params", "include_prompt_logprobs", "topk_prompt_logprobs", "topk_sample_logprobs", "target_prompt_logprobs", "prompt_logprobs_last_n")
+    __slots__ = ("sampler", "prompt", "prompt_text", "num_samples", "sampling_params", "include_prompt_logprobs", "topk_prompt_logprobs", "topk_sample_logprobs", "target_prompt_logprobs", "prompt_logprobs_last_n", "message_interval_ms")
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +62,7 @@ class SampleRequest(_message.Message):
     TOPK_SAMPLE_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TARGET_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_LAST_N_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
     sampler: Sampler
     prompt: _datum_pb2.ModelInput
     prompt_text: str
@@ -72,7 +73,8 @@ class SampleRequest(_message.Message):
     topk_sample_logprobs: int
     target_prompt_logprobs: _tensor_pb2.Tensor
     prompt_logprobs_last_n: int
-    def __init__(self, sampler: _Optional[_Union[Sampler, _Mapping]] = ..., prompt: _Optional[_Union[_datum_pb2.ModelInput, _Mapping]] = ..., prompt_text: _Optional[str] = ..., num_samples: _Optional[int] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., include_prompt_logprobs: bool = ..., topk_prompt_logprobs: _Optional[int] = ..., topk_sample_logprobs: _Optional[int] = ..., target_prompt_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., prompt_logprobs_last_n: _Optional[int] = ...) -> None: ...
+    message_interval_ms: int
+    def __init__(self, sampler: _Optional[_Union[Sampler, _Mapping]] = ..., prompt: _Optional[_Union[_datum_pb2.ModelInput, _Mapping]] = ..., prompt_text: _Optional[str] = ..., num_samples: _Optional[int] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., include_prompt_logprobs: bool = ..., topk_prompt_logprobs: _Optional[int] = ..., topk_sample_logprobs: _Optional[int] = ..., target_prompt_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., prompt_logprobs_last_n: _Optional[int] = ..., message_interval_ms: _Optional[int] = ...) -> None: ...
 
 class SampledTokens(_message.Message):
     __slots__ = ("sample", "tokens", "logprobs", "stop_reason", "text", "topk_tokens", "topk_logprobs")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from trainer_service.command_lines import SettingsError
 from trainer_service.config import KubernetesSettings
 from trainer_service.jobs.kubernetes_objects import JobRecord, Template, secret_of, service_of, stateful_set_of
 from trainer_service.jobs.trainer_job import TrainerJobSpec
-from trainer_service.options import SettingsError
 
 SPEC = TrainerJobSpec("a-model", display_name="mine", accelerator_type="NVIDIA-H200", accelerator_count=1)
 SERVICE = {"kind": "Service", "metadata": {}, "spec": {"ports": [{"name": "grpc", "port": 7777}]}}

@@ -135,6 +135,12 @@ def quantize(model: nn.Module, names: Iterable[str], base_dtype: BaseDtype) -> N
             layer.register_buffer(buffer, tensor, persistent=False)
 
 
+def held_bytes(model: nn.Module) -> int:
+    """What a model's parameters and buffers take, as they are kept."""
+    storages = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def make_whole(model: nn.Module) -> None:
     """Undoes quantize, but for what it lost."""
     for module in model.modules():

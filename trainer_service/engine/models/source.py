@@ -6,7 +6,6 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
-from trainer_service.engine.collectives import Ranks
 from trainer_service.engine.device import Device
 from trainer_service.engine.models import runner
 from trainer_service.engine.models.load import load_model
@@ -15,6 +14,7 @@ from trainer_service.engine.models.probe import find_traits
 from trainer_service.engine.models.runner import HeadTraits, Traits, prepare
 from trainer_service.engine.packed import attention
 from trainer_service.engine.parallel.sharding import Sharded
+from trainer_service.engine.rank_channels import Ranks
 
 _FEWEST_LAYERS = 2
 

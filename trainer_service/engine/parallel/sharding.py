@@ -6,19 +6,19 @@ that have a shape and take no memory. So copies, which FSDP refuses to make, are
 adapter's model has the base model's parts, tensor for tensor, and whole copies get whole parameters.
 
 Gradients of a sharded model are summed over the ranks, as losses are, by each backward. Adapters are on every rank, and
-their gradients are summed once a step (`sum_gradients`).
+their gradients are summed once a step (gradient_sums.py).
 """
 
 import copy
 import functools
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from gradwire.errors import error
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -200,23 +200,6 @@ def first_row(tensor: DTensor) -> int:
     """Where this rank's part begins in the whole: FSDP cuts the first dim into equal parts, the last ones shorter."""
     mesh = tensor.device_mesh
     return min(len(tensor), -(-len(tensor) // mesh.size()) * mesh.get_local_rank())
-
-
-def sum_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
-    """Sums gradients of parameters that are whole on every rank, in one collective. Others were summed by backward."""
-    replicated = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-    if world_size == 1 or not replicated:
-        return
-    # A rank that had nothing to do has no gradients.
-    flat = torch.cat(
-        [
-            torch.zeros_like(parameter).flatten() if parameter.grad is None else parameter.grad.flatten()
-            for parameter in replicated
-        ]
-    )
-    distributed.all_reduce(flat)
-    for parameter, summed in zip(replicated, flat.split([one.numel() for one in replicated]), strict=True):
-        parameter.grad = summed.view_as(parameter)
 
 
 def _run(forward: Forward, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Tensor:

@@ -2,18 +2,16 @@
 
 Most architectures send attention through transformers' interface; they decode the requests of a step together, in one
 row without padding (attention.py), or, where layers remember more than keys and values, in a row for each sample
-(states.py). Those with attention of their own, such as a bias by distance, decode each sample by itself over
-transformers' own cache: the same numbers, slower. Those whose cache does not go on from where it was compute everything
-again for every token. Which it is, is found by trying when the model is loaded (trial.py), and may be another for
-sequences longer than some boundary of the model's.
+(states.py). Those with attention of their own, such as a bias by distance, take a row for each sample too, with keys
+padded on the left (rows.py), or decode each sample by itself over transformers' own cache: the same numbers, slower.
+Those whose cache does not go on from where it was compute everything again for every token, in rows padded on the right
+if they can. Which it is, is found by trying when the model is loaded (trial.py), and may be another for sequences
+longer than some boundary of the model's.
 
 Shape suffixes: N new tokens, C tokens of a prompt so far, V vocabulary.
 """
 
-import contextlib
 import copy
-import inspect
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +20,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from trainer_service.engine.device import Device
-from trainer_service.engine.sampling.attention import ATTENTION, Part, Tokens, tokens_in_use
+from trainer_service.engine.sampling.attention import Part, Tokens
 from trainer_service.engine.sampling.cache import Block, CacheShape
 from trainer_service.engine.sampling.decoding_plan import DecodingPlan, Way
+from trainer_service.engine.sampling.forwards import Forwards
+from trainer_service.engine.sampling.rows import held_by
 from trainer_service.engine.sampling.sequences import Sequences, shares_prompt
 from trainer_service.engine.sampling.slots import Group, Slot, Slots
 from trainer_service.engine.sampling.states import ROWS, StateRow, States, cache_over, states_of, write_back
@@ -43,31 +43,33 @@ class Decoder:
     model: PreTrainedModel
     device: Device
     decoding: DecodingPlan
-    _configs: list[Any] = field(init=False)
-    _arguments: frozenset[str] = field(init=False)
+    forwards: Forwards = field(init=False)
     _slots: Slots | None = field(init=False, default=None)
+    _row_slots: Slots | None = field(init=False, default=None)
     _states: States | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        # Modules share a few config objects; each says which attention its modules use.
-        configs = {id(config): config for module in self.model.modules() if (config := getattr(module, "config", None))}
-        self._arguments = frozenset(inspect.signature(self.model.forward).parameters)
-        self._configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
+        self.forwards = Forwards(self.model, self.device, self.decoding)
 
     @property
     def shape(self) -> CacheShape | None:
-        """Of a cached token; None where no samples are decoded together."""
-        return self.decoding.shape
+        """Of a token that we cache; None where caches are the model's own or none."""
+        return self.decoding.shape or self.decoding.row_shape
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether samples of a long prompt may share what is cached of it."""
+        return self.decoding.shape is not None
 
     @property
     def _stateful(self) -> bool:
         """Whether layers remember more than keys and values: then nobody's row holds anything but its own tokens."""
-        return self.shape is not None and bool(self.shape.states)
+        return self.decoding.shape is not None and bool(self.decoding.shape.states)
 
     def with_model(self, model: PreTrainedModel) -> "Decoder":
         """The same over another copy of the model, which goes on with what is cached."""
         decoder = Decoder(model, self.device, self.decoding)
-        decoder._slots, decoder._states = self._slots, self._states
+        decoder._slots, decoder._row_slots, decoder._states = self._slots, self._row_slots, self._states
         return decoder
 
     def piece(self, num_prompt: int, usual: int) -> int:
@@ -112,6 +114,9 @@ class Decoder:
         """The prompt is complete: from here each sample goes its own way."""
         count = sequences.num_samples
         sequences.tokens = [list(sequences.tokens[0]) for _ in range(count)]
+        if sequences.way is Way.ROWS:
+            self._take_rows(sequences)
+            return
         if sequences.way is not Way.TOGETHER:
             sequences.caches += [copy.deepcopy(sequences.caches[0]) for _ in range(count - 1)]
             return
@@ -140,58 +145,44 @@ class Decoder:
         Returns:
             Logits behind them, float32 [tokens, V].
         """
-        rows: dict[int, Tensor] = {}
-        together: list[Sequences] = []
-        places: list[int] = []
+        found: dict[int, Tensor] = {}
+        company: dict[Way, list[Sequences]] = {}
+        places: dict[Way, list[int]] = {}
+        arrived: list[Sequences] = []
         start = 0
         for sequences in batch:
             own = range(start, start + sequences.num_samples)
+            start = own.stop
             new = [[tokens[place]] for place in own]
             self._take_note(sequences, new, 1)
-            if sequences.way is Way.TOGETHER:
-                together.append(sequences)
-                places += own
+            way = sequences.way
+            assert way is not None
+            if way is Way.ROWS and not sequences.slots:
+                # They have just passed the boundary: from here on they have rows.
+                arrived.append(sequences)
+            elif way is Way.RECOMPUTED_ROWS:
+                self._note_again(sequences, new)
+            if way is Way.ALONE or way is Way.RECOMPUTED or sequences in arrived:
+                found.update(zip(own, self._forward_alone(sequences, new, num_wanted=1), strict=True))
             else:
-                rows.update(zip(own, self._forward_alone(sequences, new, num_wanted=1), strict=True))
-            start = own.stop
-        logits_NV = self._decode_together(together, [tokens[place] for place in places]) if together else None
+                company.setdefault(way, []).append(sequences)
+                places.setdefault(way, []).extend(own)
+        make = {
+            Way.TOGETHER: self._decode_together,
+            Way.ROWS: self._decode_rows,
+            Way.RECOMPUTED_ROWS: self._decode_again,
+        }
+        for way, members in company.items():
+            logits_NV = make[way](members, [tokens[place] for place in places[way]])
+            if len(logits_NV) == start:
+                found[0] = logits_NV
+                break
+            found.update(zip(places[way], logits_NV.split(1), strict=True))
         for sequences in batch:
             sequences.length += 1
-        if logits_NV is not None:
-            if not rows:
-                return logits_NV
-            rows.update(zip(places, logits_NV.split(1), strict=True))
-        return torch.cat([rows[place] for place in range(start)])
-
-    def own_logits(self, tokens: list[int], positions: list[int] | None = None) -> Tensor:
-        """What a plain forward of the model itself finds behind each token of a sequence, float32 [N, V].
-
-        Args:
-            tokens: N of them.
-            positions: Theirs, where they are not those of a sequence.
-        """
-        return self._forward_with(None, tokens, positions, num_wanted=len(tokens))
-
-    def find_shape(self) -> CacheShape:
-        """What a token takes, as the model's own cache has it after one.
-
-        Raises:
-            NotImplementedError: It keeps something else, or keys and values of several shapes.
-        """
-        cache = DynamicCache(config=self.model.config)
-        self._forward_with(cache, [0], [0], num_wanted=1)
-        states = states_of(cache)
-        # Attention gives the tokens without a meaning zeros, and notes what it was called with.
-        in_use = Tokens([], [], ROWS)
-        self._forward(in_use, [0] * ROWS, list(range(ROWS)), [0])
-        with_keys = any(isinstance(getattr(layer, "keys", None), Tensor) for layer in cache.layers)
-        if with_keys is not bool(in_use.calls) or not (with_keys or states):
-            raise NotImplementedError("attention that does not go through transformers' interface")
-        return CacheShape.of(in_use.calls, [shape for shape, _ in states], self.device.torch_device)
-
-    def takes(self, argument: str) -> bool:
-        """Whether the model's forward has an argument of that name."""
-        return argument in self._arguments
+        for sequences in arrived:
+            self._take_rows(sequences)
+        return found[0] if len(found) == 1 else torch.cat([found[place] for place in range(start)])
 
     def _take_note(self, sequences: Sequences, tokens: list[list[int]], count: int) -> None:
         """`count` new tokens of each sample are coming; what was cached goes where it does not serve for so many."""
@@ -219,7 +210,7 @@ class Decoder:
         num_padding = -len(inputs) % ROWS
         inputs += [0] * num_padding
         positions += [0] * num_padding
-        logits_NV = self._forward(Tokens(parts, [], num_padding), inputs, positions, wanted)
+        logits_NV = self.forwards.in_a_row(Tokens(parts, [], num_padding), inputs, positions, wanted)
         return list(logits_NV.split(num_logits))
 
     def _prefill_stateful(self, sequences: Sequences, tokens: list[int], num_logits: int) -> Tensor:
@@ -232,7 +223,7 @@ class Decoder:
         states = list(zip(self.shape.states, sequences.states, strict=True)) if first else []
         cache = cache_over(self.model.config, states, first)
         positions = torch.arange(first, first + len(tokens), device=self.device.torch_device)
-        logits_NV = self._forward_states(in_use, cache, [tokens], positions[None], num_logits)[0]
+        logits_NV = self.forwards.in_rows(in_use, cache, [tokens], positions[None], num_logits)[0]
         sequences.states = [state for _, state in states_of(cache)]
         return logits_NV
 
@@ -261,7 +252,7 @@ class Decoder:
         if self._stateful:
             return self._decode_states((parts, groups, num_padding), order, state_rows, tokens, positions)
         place = {row: number for number, row in enumerate(order)}
-        return self._forward(
+        return self.forwards.in_a_row(
             Tokens(parts, groups, num_padding),
             [tokens[row] for row in order] + [0] * num_padding,
             [positions[row] for row in order] + [0] * num_padding,
@@ -297,51 +288,45 @@ class Decoder:
             by_row[row], places[row] = [token], position
         states = list(zip(self.shape.states, self._states.tensors(), strict=True))
         cache = cache_over(self.model.config, states, max(positions))
-        logits_nV = self._forward_states(Tokens(parts, groups, num_padding, rows), cache, by_row, places.to(device), 1)
+        logits_nV = self.forwards.in_rows(Tokens(parts, groups, num_padding, rows), cache, by_row, places.to(device), 1)
         write_back(cache, states)
         return logits_nV[row_of, 0]
 
-    def _forward_states(
-        self, in_use: Tokens, cache: DynamicCache, tokens: list[list[int]], positions: Tensor, num_wanted: int
-    ) -> Tensor:
-        """Logits behind the last tokens of each row, float32 [rows, num_wanted, V]."""
-        extra: dict[str, Any] = {"logits_to_keep": num_wanted} if self.takes("logits_to_keep") else {}
-        if self.takes("position_ids"):
-            extra["position_ids"] = positions
-        with torch.no_grad(), self.device.autocast(), self._attention(ATTENTION), tokens_in_use(in_use):
-            logits = self.model(
-                input_ids=torch.tensor(tokens, device=positions.device),
-                use_cache=True,
-                **{self.decoding.cache_argument: cache},
-                **extra,
-            ).logits
-            self._check_calls(in_use)
-        return logits[:, -num_wanted:].float()
+    def _decode_rows(self, batch: list[Sequences], tokens: list[int]) -> Tensor:
+        assert self._row_slots is not None
+        slots = [slot for sequences in batch for slot in sequences.slots]
+        for slot in slots:
+            self._row_slots.reserve(slot)
+        token_of = dict(zip(slots, tokens, strict=True))
+        found: dict[Slot, Tensor] = {}
+        for pool in self._row_slots.pools():
+            logits_NV = self.forwards.over_slots(pool, [token_of[slot] for slot in pool.slots])
+            found.update(zip(pool.slots, logits_NV.split(1), strict=True))
+        return torch.cat([found[slot] for slot in slots])
 
-    def _check_calls(self, in_use: Tokens) -> None:
-        if self.shape is not None and len(in_use.calls) != self.shape.num_layers:
-            raise NotImplementedError("attention that is not called alike every time")
+    def _take_rows(self, sequences: Sequences) -> None:
+        """What was cached of samples, or of the prompt for all of them, goes where there are rows."""
+        assert self.decoding.row_shape is not None
+        if self._row_slots is None:
+            self._row_slots = Slots(self.decoding.row_shape, multiple=ROWS)
+        held = [held_by(cache) for cache in sequences.caches]
+        if len(held) < sequences.num_samples:
+            held *= sequences.num_samples
+        sequences.slots = [self._row_slots.add_copy(*one) for one in held]
+        sequences.caches = []
 
-    def _forward(self, in_use: Tokens, tokens: list[int], positions: list[int], wanted: list[int]) -> Tensor:
-        # The head's rows are padded as well, for the same reason.
-        rows = wanted + [wanted[0]] * (-len(wanted) % ROWS)
-        device = self.device.torch_device
-        logits_to_keep = (
-            torch.tensor(rows, device=device) if self.takes("logits_to_keep") and len(rows) < len(tokens) else None
-        )
-        extra = {} if logits_to_keep is None else {"logits_to_keep": logits_to_keep}
-        with torch.no_grad(), self.device.autocast(), self._attention(ATTENTION), tokens_in_use(in_use):
-            logits_NV = self.model(
-                input_ids=torch.tensor([tokens], device=device),
-                position_ids=torch.tensor([positions], device=device),
-                use_cache=False,
-                **extra,
-            ).logits[0]
-            self._check_calls(in_use)
-        if logits_to_keep is not None:
-            return logits_NV[: len(wanted)].float()
-        in_order = wanted == list(range(len(wanted)))
-        return (logits_NV[: len(wanted)] if in_order else logits_NV[wanted]).float()
+    def _note_again(self, sequences: Sequences, tokens: list[list[int]]) -> None:
+        """New tokens of samples that are computed again."""
+        if not sequences.caches:
+            sequences.caches = [list(own) for own in sequences.tokens]
+            return
+        for cache, own in zip(sequences.caches, tokens, strict=True):
+            cache += own
+
+    def _decode_again(self, batch: list[Sequences], tokens: list[int]) -> Tensor:
+        samples: list[list[int]] = [cache for sequences in batch for cache in sequences.caches]
+        assert len(samples) == len(tokens)
+        return self.forwards.again(samples)
 
     def _forward_alone(self, sequences: Sequences, tokens: list[list[int]], *, num_wanted: int) -> list[Tensor]:
         """New tokens of each sample, or of the prompt: logits behind the last `num_wanted` of them, [num_wanted, V]."""
@@ -352,44 +337,10 @@ class Decoder:
             if start:
                 start, tokens = 0, sequences.tokens
         return [
-            self._forward_with(cache, own, range(start, start + len(own)), num_wanted=num_wanted)
+            self.forwards.over_cache(cache, own, range(start, start + len(own)), num_wanted=num_wanted)
             for cache, own in zip(sequences.caches, tokens, strict=True)
         ]
 
     def _new_cache(self, sequences: Sequences) -> Any:
         """The model's own, or the tokens themselves."""
-        return [] if sequences.way is Way.RECOMPUTED else DynamicCache(config=self.model.config)
-
-    def _forward_with(
-        self, cache: Any, tokens: list[int], positions: Sequence[int] | None, *, num_wanted: int
-    ) -> Tensor:
-        """Logits behind the last `num_wanted` of new tokens, by the model's own attention.
-
-        Args:
-            cache: Of what comes before them; a list of tokens is computed again, None is for nothing.
-            tokens: New ones; what comes behind them goes on from the cache.
-            positions: Theirs; None leaves them to the model, as training does.
-            num_wanted: At most as many as new tokens.
-        """
-        device = self.device.torch_device
-        extra: dict[str, Any] = {"logits_to_keep": num_wanted} if self.takes("logits_to_keep") else {}
-        if isinstance(cache, list):
-            cache += tokens
-            cache, tokens, positions = None, cache, None
-        if positions is not None and self.takes("position_ids"):
-            extra["position_ids"] = torch.tensor([*positions], device=device)[None]
-        extra |= {"use_cache": False} if cache is None else {"use_cache": True, self.decoding.cache_argument: cache}
-        with torch.no_grad(), self.device.autocast(), self._attention(self.decoding.attention):
-            return self.model(input_ids=torch.tensor([tokens], device=device), **extra).logits[0, -num_wanted:].float()
-
-    @contextlib.contextmanager
-    def _attention(self, implementation: str) -> Iterator[None]:
-        """The model's attention is this one within. Training goes on with its own."""
-        before = [config._attn_implementation for config in self._configs]
-        try:
-            for config in self._configs:
-                config._attn_implementation = implementation
-            yield
-        finally:
-            for config, own in zip(self._configs, before, strict=True):
-                config._attn_implementation = own
+        return [] if sequences.way is not None and sequences.way.recomputed else DynamicCache(config=self.model.config)

@@ -11,15 +11,25 @@ class Way(enum.IntEnum):
 
     TOGETHER = 0
     """All samples of a step in one row, over caches of our own."""
-    ALONE = 1
+    ROWS = 1
+    """Each sample in a row of its own, all of a step together, by the model's own attention over caches of our own."""
+    ALONE = 2
     """Each sample by itself, over transformers' own cache."""
-    RECOMPUTED = 2
-    """Each sample by itself and without a cache: every token computes all before it again."""
+    RECOMPUTED_ROWS = 3
+    """All samples in rows padded on the right and without a cache: every token computes all before it again."""
+    RECOMPUTED = 4
+    """The same with each sample by itself."""
 
     @property
     def described(self) -> str:
         """In a few words."""
-        return ("together", "one by one", "every token computes all before it again")[self]
+        again = "every token computes all before it again"
+        return ("together", "together, a row each", "one by one", f"together, {again}", again)[self]
+
+    @property
+    def recomputed(self) -> bool:
+        """Whether it does without a cache."""
+        return self >= Way.RECOMPUTED_ROWS
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,9 @@ class DecodingPlan:
     far: How longer ones are; one that passes the boundary is computed again, whole.
     boundary: Tokens; None where all sequences are decoded alike.
     attention: What the model's own attention is called, with which it computes what is right.
-    shape: Of a cached token; None where no samples are decoded together.
+    shape: Of a token that TOGETHER caches; None where that is not done.
+    row_shape: Of one that ROWS does.
+    placed: A model that counts the places of tokens by what it believes was cached is told them so.
     whole: Prompts are taken in whole: a cache that holds a part of one does not go on with more tokens than one.
     cache_argument: Under which name the model takes its own cache; "" where it is of no use.
     why_near: Why `near` is not the fastest way; "" where it is.
@@ -41,6 +53,8 @@ class DecodingPlan:
     attention: str
     boundary: int | None = None
     shape: CacheShape | None = None
+    row_shape: CacheShape | None = None
+    placed: bool = False
     whole: bool = False
     cache_argument: str = ""
     why_near: str = ""
@@ -54,7 +68,7 @@ class DecodingPlan:
     def described(self) -> str:
         """In a few words, for GetServerInfo."""
         near = self.near.described
-        if self.near is Way.TOGETHER and self.whole:
+        if self.near in (Way.TOGETHER, Way.ROWS) and self.whole:
             near += ", prompts one by one and whole"
         if self.why_near:
             near += f": {self.why_near}"

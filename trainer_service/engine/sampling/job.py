@@ -16,9 +16,6 @@ from trainer_service.engine.sampling.samplers import Sampler
 from trainer_service.engine.sampling.sequences import Sequences, num_cached_tokens
 from trainer_service.engine.sampling.text import Transcript
 
-_SEND_INTERVAL_S = 0.05
-"""Tokens that come faster travel together: a message each would cost trainer and client more than the tokens."""
-
 
 @dataclass
 class Sample:
@@ -104,7 +101,11 @@ class Job:
             return 0
         num_generated = request.max_tokens if in_the_end else min(request.max_tokens, self.num_generated + 1)
         num_tokens = num_cached_tokens(
-            request.num_samples, len(request.prompt), num_generated, num_alive=len(self.held)
+            request.num_samples,
+            len(request.prompt),
+            num_generated,
+            num_alive=len(self.held),
+            may_share=self.sampler.decoder.shares_prompts,
         )
         # What is remembered of the prompt stays until its samples have gone their own ways.
         num_states = len(self.held) + (not self.num_fed)
@@ -212,7 +213,7 @@ class Job:
     def response(self, *, now_s: float | None = None) -> pb.SampleResponse | None:
         """What the client is to be sent now; None for nothing yet."""
         now_s = time.monotonic() if now_s is None else now_s
-        if self.alive and now_s - self._last_sent_s < _SEND_INTERVAL_S:
+        if self.alive and now_s - self._last_sent_s < self.request.message_interval_s:
             return None
         self._last_sent_s = now_s
         response = pb.SampleResponse()

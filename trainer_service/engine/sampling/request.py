@@ -15,7 +15,10 @@ from trainer_service.config import Limits
 from trainer_service.engine.sampling.picking import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, Choice
 from trainer_service.engine.sampling.stops import StopStrings
 from trainer_service.engine.sampling.text import Text
-from trainer_service.request_limits import check_limits, prompt_too_long
+from trainer_service.field_limits import check_limits, prompt_too_long
+
+_MESSAGE_INTERVAL_MS, _LONGEST_INTERVAL_MS = 50, 10_000
+"""Tokens that come faster travel together: a message each would cost trainer and client more than the tokens."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Request:
         first_row: Of what is asked for about the prompt; row i is about token i + 1.
         targets: Token ids whose logprobs are asked for, int64 [N - 1, K], -1 for none; None where none are.
         topk_sampled: Likeliest tokens asked for at each place of the samples.
+        message_interval_s: Least time between two messages of tokens.
         with_text: Whether responses carry text.
         text: The tokenizer; None where nothing of it is text.
     """
@@ -53,6 +57,7 @@ class Request:
     first_row: int = 0
     targets: npt.NDArray[np.int64] | None = None
     topk_sampled: int = 0
+    message_interval_s: float = _MESSAGE_INTERVAL_MS / 1000
 
     @property
     def wants_prompt(self) -> bool:
@@ -105,6 +110,7 @@ def read_request(
     _check_range("topk_prompt_logprobs", message.topk_prompt_logprobs, 0, min(limits.max_topk_logprobs, vocab_size))
     highest = min(limits.max_topk_logprobs, vocab_size)
     _check_range("topk_sample_logprobs", message.topk_sample_logprobs, 0, highest)
+    _check_range("message_interval_ms", message.message_interval_ms, 0, _LONGEST_INTERVAL_MS)
     params = message.sampling_params
     stop_tokens, stop_strings = eos_tokens, None
     if params.HasField("stop"):
@@ -125,6 +131,7 @@ def read_request(
         first_row=_first_row(message, len(prompt)),
         targets=_targets(message, len(prompt), vocab_size, limits),
         topk_sampled=message.topk_sample_logprobs,
+        message_interval_s=(message.message_interval_ms or _MESSAGE_INTERVAL_MS) / 1000,
     )
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from gradwire.errors import GradwireError, error
 from transformers import PreTrainedModel
 
-from trainer_service.engine.collectives import Channel
 from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.models.lora import frozen_copy
+from trainer_service.engine.rank_channels import Channel
 from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.decoding_plan import DecodingPlan
 from trainer_service.paths import FROZEN_WEIGHTS, SAMPLER_WEIGHTS, SamplerPath

@@ -88,7 +88,9 @@ def _kept(held: list[Held], samples: list[int]) -> list[Held]:
     return kept
 
 
-def num_cached_tokens(num_samples: int, num_prompt: int, num_generated: int, *, num_alive: int) -> int:
+def num_cached_tokens(
+    num_samples: int, num_prompt: int, num_generated: int, *, num_alive: int, may_share: bool = True
+) -> int:
     """Tokens that a request's caches have room for.
 
     Args:
@@ -96,8 +98,9 @@ def num_cached_tokens(num_samples: int, num_prompt: int, num_generated: int, *, 
         num_prompt: Tokens of its prompt.
         num_generated: Tokens of each sample behind it.
         num_alive: Samples that go on.
+        may_share: Whether samples of a long prompt share it.
     """
-    if shares_prompt(num_samples, num_prompt):
+    if may_share and shares_prompt(num_samples, num_prompt):
         return capacity(num_prompt) + num_alive * capacity(num_generated)
     return num_alive * capacity(num_prompt + num_generated)
 

@@ -15,10 +15,10 @@ from trainer_service.atomic_folders import read_manifest
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.load import load_model
 from trainer_service.engine.sampling.decoding_plan import DecodingPlan
+from trainer_service.engine.sampling.generation_loop import GenerationLoop
 from trainer_service.engine.sampling.job import Job
 from trainer_service.engine.sampling.request import Request, read_request
 from trainer_service.engine.sampling.samplers import Samplers
-from trainer_service.engine.sampling.scheduler import Scheduler
 from trainer_service.engine.sampling.text import Text
 from trainer_service.engine.sampling.trial import find_decoding
 from trainer_service.engine.storage.deltas import whole_weights
@@ -54,11 +54,11 @@ class Sampling:
             live_model=engine.live_model,
             load=self._load,
             max_frozen_weights=engine.limits.max_frozen_weights,
-            in_use=lambda sampler: self.scheduler.uses(sampler),
+            in_use=lambda sampler: self.generation.uses(sampler),
             channel=engine.ranks.execution,
         )
         engine.before_change = self.samplers.before_change
-        self.scheduler = Scheduler(
+        self.generation = GenerationLoop(
             engine.device,
             engine.counters,
             send,
@@ -89,7 +89,7 @@ class Sampling:
         """
         sampler = self.samplers.find(command.request.sampler.model_path)
         if self.takes_next:
-            self.scheduler.start(Job(command_id, command.sample_id, request, sampler, command.owner))
+            self.generation.start(Job(command_id, command.sample_id, request, sampler, command.owner))
 
     def open(self, model_path: str, *, lease_ms: int = 0) -> None:
         """Loads a sampler; frozen weights stay for lease_ms at least.
@@ -143,9 +143,12 @@ def _find_decoding(engine: Engine) -> DecodingPlan:
         attention=engine.traits.attention,
         max_context_length=engine.model.max_context_length,
     )
-    if found.shape is None or whole:
+    if whole:
         return found
-    return dataclasses.replace(found, shape=dataclasses.replace(found.shape, num_layers=num_layers))
+    shapes = {"shape": found.shape, "row_shape": found.row_shape}
+    return dataclasses.replace(
+        found, **{name: dataclasses.replace(one, num_layers=num_layers) for name, one in shapes.items() if one}
+    )
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:

@@ -46,19 +46,26 @@ class Pool:
     Args:
         shape: Of a token.
         size: C, tokens a slot has room for.
+        multiple: There is room for a multiple of so many slots.
     """
 
-    def __init__(self, shape: CacheShape, size: int) -> None:
+    def __init__(self, shape: CacheShape, size: int, *, multiple: int) -> None:
         self._shape = shape
+        self._multiple = multiple
         self.size = size
         self.slots: list[Slot] = []
         self.keys, self.values = shape.zeros(0, size)
+
+    @property
+    def num_rows(self) -> int:
+        """Slots in use, and free ones behind them up to the multiple."""
+        return -(-len(self.slots) // self._multiple) * self._multiple
 
     def add(self, keys: Tensor, values: Tensor) -> Slot:
         """A slot that begins with a copy of these, [L, J, tokens, D or E]."""
         count = len(self.slots)
         if count == self.keys.shape[1]:
-            room = count + max(8, count // 2)
+            room = count + max(1, count // 2 // self._multiple) * self._multiple
             old_keys, old_values = self.keys, self.values
             self.keys, self.values = self._shape.zeros(room, self.size)
             self.keys[:, :count], self.values[:, :count] = old_keys, old_values
@@ -84,15 +91,21 @@ class Slots:
 
     Args:
         shape: Of a token.
+        multiple: See Pool.
     """
 
-    def __init__(self, shape: CacheShape) -> None:
+    def __init__(self, shape: CacheShape, *, multiple: int = 8) -> None:
         self._shape = shape
+        self._multiple = multiple
         self._pools: dict[int, Pool] = {}
 
     def add(self, prompt: Block) -> Slot:
         """A slot that begins with what the first sample of a block has been through."""
-        return self._pool(prompt.length).add(*prompt.held())
+        return self.add_copy(*prompt.held())
+
+    def add_copy(self, keys: Tensor, values: Tensor) -> Slot:
+        """A slot that begins with a copy of these, [L, J, tokens, D or E]."""
+        return self._pool(keys.shape[2]).add(keys, values)
 
     def reserve(self, slot: Slot) -> None:
         """Makes room for one more token."""
@@ -106,12 +119,16 @@ class Slots:
 
     def groups(self) -> list["Group"]:
         """All slots, by capacity, as a forward takes them."""
-        return [Group.of(pool) for _, pool in sorted(self._pools.items()) if pool.slots]
+        return [Group.of(pool) for pool in self.pools()]
+
+    def pools(self) -> list[Pool]:
+        """Those in use, by capacity."""
+        return [pool for _, pool in sorted(self._pools.items()) if pool.slots]
 
     def _pool(self, length: int) -> Pool:
         size = capacity(length)
         if size not in self._pools:
-            self._pools[size] = Pool(self._shape, size)
+            self._pools[size] = Pool(self._shape, size, multiple=self._multiple)
         return self._pools[size]
 
 

@@ -105,13 +105,13 @@ def states_of(cache: DynamicCache) -> list[tuple[StateShape, Tensor]]:
     return found
 
 
-def cache_over(config: Any, states: Sequence[tuple[StateShape, Tensor]], num_tokens: int) -> DynamicCache:
+def cache_over(config: Any, states: Sequence[tuple[StateShape, Tensor]], num_tokens: int | Tensor) -> DynamicCache:
     """A cache for one forward, which has those states and hands keys and values through as they come.
 
     Args:
         config: The model's.
         states: Updated in place; none at the beginning of a prompt.
-        num_tokens: Tokens the model is to believe that came before.
+        num_tokens: Tokens the model is to believe that came before, each of the new ones less those before it here.
     """
     cache = DynamicCache(config=config)
     for shape, state in states:

@@ -11,10 +11,10 @@ from gradwire.errors import GradwireError, error, invalid_field
 from transformers import PreTrainedModel
 
 from trainer_service.atomic_folders import read_manifest, settle
-from trainer_service.engine.collectives import Channel
 from trainer_service.engine.models.adapter_files import write_adapter
 from trainer_service.engine.models.export import EXPORT_DTYPES, stored_dtype, write_model
 from trainer_service.engine.models.load import ModelDescription
+from trainer_service.engine.rank_channels import Channel
 from trainer_service.engine.run_state import RunState
 from trainer_service.engine.storage.deltas import dtype_of_base, save_delta
 from trainer_service.engine.storage.state_files import capture, open_state, write_state

@@ -12,8 +12,8 @@ from gradwire._wire import delta as deltas
 from gradwire.errors import GradwireError, error
 
 from trainer_service.atomic_folders import MANIFEST, FolderWriter, Manifest, damaged, read_manifest
-from trainer_service.engine.collectives import Channel
 from trainer_service.engine.models.export import EXPORT_DTYPES
+from trainer_service.engine.rank_channels import Channel
 from trainer_service.engine.storage.together import write_together
 from trainer_service.paths import SAMPLER_WEIGHTS, CheckpointPath
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from gradwire.errors import GradwireError, error
 
 from trainer_service.atomic_folders import refuse_without_room
-from trainer_service.engine.collectives import Channel, Ranks
+from trainer_service.engine.rank_channels import Channel, Ranks
 from trainer_service.engine.run_state import RunState
 from trainer_service.engine.storage.state_files import State, capture, open_state, write_state
 

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from trainer_service.atomic_folders import FolderWriter, Manifest, damaged, read_manifest, verify
-from trainer_service.engine.collectives import ALONE, Channel
 from trainer_service.engine.parallel.sharding import is_part, part, part_of
+from trainer_service.engine.rank_channels import ALONE, Channel
 from trainer_service.engine.run_state import Accumulation, RunState
 from trainer_service.engine.storage.parts import MAX_WORLD_SIZE, Parts, file_name
 from trainer_service.engine.storage.together import write_together

@@ -1,4 +1,4 @@
-"""Folders that all ranks write together: whole or not at all, as `folders.whole_folder` has it of one process.
+"""Folders that all ranks write together: whole or not at all, as `atomic_folders.whole_folder` has it of one process.
 
 The leader makes the folder and puts it in its place; in between each rank writes its own files. What goes wrong for one
 goes wrong for all, in the same words.
@@ -12,7 +12,7 @@ from typing import Any
 from gradwire.errors import GradwireError
 
 from trainer_service.atomic_folders import FolderWriter, storage_failed, whole_folder
-from trainer_service.engine.collectives import Channel
+from trainer_service.engine.rank_channels import Channel
 
 
 def write_together(

@@ -13,7 +13,7 @@ from typing import Any
 
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent
 
-from trainer_service.engine.collectives import LeaderGoneError, Ranks
+from trainer_service.engine.rank_channels import LeaderGoneError, Ranks
 from trainer_service.engine.sampling.service import Sampling
 from trainer_service.engine.worker.commands import Commands
 from trainer_service.engine.worker.inbox import Inbox
@@ -62,9 +62,9 @@ class DeviceLoop:
             send: Sends an answer to the trainer.
             gone: Whether nobody waits for answers any more.
         """
-        scheduler = self._sampling.scheduler
+        generation = self._sampling.generation
         while not self._inbox.ended:
-            prepared, in_turn = self._inbox.take(wait=not (scheduler.busy or self._elsewhere))
+            prepared, in_turn = self._inbox.take(wait=not (generation.busy or self._elsewhere))
             if gone():
                 continue
             if prepared is None:
@@ -81,7 +81,7 @@ class DeviceLoop:
             if event is not None:
                 self._elsewhere.pop(prepared.command_id, None)
                 send(event)
-            if in_turn and (scheduler.busy or self._elsewhere):
+            if in_turn and (generation.busy or self._elsewhere):
                 self._sample(time.monotonic() - started_s, send)
         self._tell(_END)
 
@@ -117,7 +117,7 @@ class DeviceLoop:
     def _place(self, prepared: Prepared) -> int:
         """The rank with the fewest requests, which shall have this one too."""
         loads = Counter(self._elsewhere.values())
-        loads[0] = self._sampling.scheduler.num_requests
+        loads[0] = self._sampling.generation.num_requests
         rank = min(range(self._ranks.world_size), key=lambda rank: loads[rank])
         if rank:
             self._elsewhere[prepared.command_id] = rank
@@ -136,8 +136,8 @@ class DeviceLoop:
                 send(event)
 
     def _sample_share(self, seconds: float) -> None:
-        if self._sampling.scheduler.busy:
-            self._sampling.scheduler.run_for(seconds)
+        if self._sampling.generation.busy:
+            self._sampling.generation.run_for(seconds)
 
 
 def told_to_all(commands: Iterable[WorkerCommand], ranks: Ranks) -> Iterator[WorkerCommand]:

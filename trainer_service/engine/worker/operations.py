@@ -18,8 +18,8 @@ from trainer_service.engine.losses.loss import Loss
 from trainer_service.engine.sampling.service import Sampling
 from trainer_service.engine.storage.checkpoints import Label
 from trainer_service.engine.worker.prepared import Work
+from trainer_service.field_limits import check_lease_ms, check_ttl_seconds
 from trainer_service.paths import CheckpointPath, check_checkpoint_name
-from trainer_service.request_limits import check_lease_ms, check_ttl_seconds
 from trainer_service.user_metadata import check_user_metadata
 
 _NORMALIZATIONS: dict[int, Normalization] = {

@@ -19,7 +19,7 @@ def prepare_sampling(kind: str, command: WorkerCommand, sampling: Sampling) -> W
             request = sampling.read(command.sample.request)
             return lambda: sampling.start(command.command_id, command.sample, request)
         case "cancel_sample":
-            return lambda: sampling.scheduler.cancel(command.cancel_sample.sample_id)
+            return lambda: sampling.generation.cancel(command.cancel_sample.sample_id)
         case "open_sampler":
             opened = command.open_sampler
             return lambda: sampling.open(opened.sampler.model_path, lease_ms=opened.lease_ms)

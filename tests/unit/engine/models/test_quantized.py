@@ -9,13 +9,14 @@ import pytest
 import torch
 from gradwire.errors import InvalidArgumentError
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.engines import BATCH, CPU, CROSS_ENTROPY
 from tests.loras import ALL, BODY, adapter, gradient, randomize
 from tests.numerics.plain import load_plain, plain_logprobs, random_sequences, relative_error, to_batch
 from tests.tiny import VOCAB_SIZE, make_tiny_llama
 from trainer_service.engine.engine import Engine
-from trainer_service.engine.models.quantized import QuantizedLinear, quantize
+from trainer_service.engine.models.quantized import QuantizedLinear, held_bytes, quantize
 from trainer_service.worker_config import BaseDtype, EngineSettings
 
 pytestmark = [
@@ -61,12 +62,47 @@ def test_a_run_computes_what_plain_transformers_does_with_the_merged_model(
     assert engine.model.dtype == base_dtype
 
 
+def made_whole(layer: QuantizedLinear) -> torch.Tensor:
+    """The weight that a layer's bits stand for, by plain arithmetic."""
+    if layer.base_dtype == "int8":
+        return layer.quantized * layer.scales[:, None] / 127
+    # Two values a byte, the first in its upper half; each block of 64 has a scale.
+    halves = torch.stack([layer.quantized >> 4, layer.quantized & 15], dim=-1).flatten().long()
+    values = (layer.code[halves].view(-1, 64) * layer.scales[:, None]).flatten()
+    return values[: layer.out_features * layer.in_features].view(layer.out_features, layer.in_features)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama none of whose layers has rows of whole blocks, of 40 and 84 values, and some an odd number of blocks."""
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=40,
+        intermediate_size=84,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    path = tmp_path_factory.mktemp("model") / "odd"
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("shape", ["folder", "odd"])
 @pytest.mark.parametrize("base_dtype", BITS)
-def test_gradients_are_those_of_the_same_base_made_whole(folder: Path, tmp_path: Path, base_dtype: BaseDtype) -> None:
+def test_gradients_are_those_of_the_same_base_made_whole(
+    request: pytest.FixtureRequest, tmp_path: Path, base_dtype: BaseDtype, shape: str
+) -> None:
+    folder: Path = request.getfixturevalue(shape)
     engine = make(folder, tmp_path / "one", base_dtype)
     engine.create_run("part", lora=BODY)
     whole = {
-        f"{name}.weight": module.weight
+        f"{name}.weight": made_whole(module)
         for name, module in engine.base_model().named_modules()
         if isinstance(module, QuantizedLinear)
     }
@@ -92,6 +128,21 @@ def test_rows_that_are_no_whole_blocks_lose_no_more_than_others(shape_OI: tuple[
     before = layer.weight.detach().clone()
     quantize(layer, [""], "int4")
     assert relative_error(layer.weight, before) < 0.15
+
+
+@pytest.mark.parametrize("base_dtype", BITS)
+def test_memory_is_planned_for_the_bits_that_are_kept(folder: Path, tmp_path: Path, base_dtype: BaseDtype) -> None:
+    engine = make(folder, tmp_path, base_dtype)
+    plain: Any = load_plain(folder)
+    layers = {
+        name for name, module in plain.named_modules() if isinstance(module, nn.Linear) and name.startswith("model")
+    }
+    kept = sum(plain.get_submodule(name).weight.numel() * BITS[base_dtype] // 8 for name in layers)
+    others = sum(p.numel() * 4 for name, p in plain.named_parameters() if name.removesuffix(".weight") not in layers)
+    # Scales and codes come on top: of rows, or of blocks.
+    assert kept + others < held_bytes(engine.base_model()) < 1.2 * (kept + others)
+    free = engine.device.total_bytes() - held_bytes(engine.base_model())
+    assert engine.memory.max_held_graph_bytes + engine.memory.pass_bytes == free // 2
 
 
 def test_runs_share_what_is_kept_and_all_parameters_never_train(folder: Path, tmp_path: Path) -> None:

@@ -48,6 +48,13 @@ def test_as_many_tokens_as_were_asked_for_or_as_the_context_has_room_for(
     assert read(num_prompt, max_tokens=asked).max_tokens == wanted
 
 
+def test_messages_come_as_often_as_was_asked_for():
+    assert read().message_interval_s == 0.05
+    assert read(ask={"message_interval_ms": 2000}).message_interval_s == 2
+    with pytest.raises(InvalidArgumentError, match="message_interval_ms is 10001; it must be 0 to 10000"):
+        read(ask={"message_interval_ms": 10_001})
+
+
 @pytest.mark.parametrize(("num_prompt", "max_tokens"), [(16, 1), (16, None), (17, 0)])
 def test_a_prompt_that_fills_the_context_is_refused(num_prompt: int, max_tokens: int | None):
     with pytest.raises(InvalidArgumentError) as refused:

@@ -12,7 +12,7 @@ from gradwire.v1.worker_service_pb2 import WorkerEvent
 
 from trainer_service.engine import __main__ as worker
 from trainer_service.engine import engine
-from trainer_service.engine.collectives import Ranks
+from trainer_service.engine.rank_channels import Ranks
 from trainer_service.engine.worker import progress
 from trainer_service.worker_config import WorkerConfig
 

@@ -29,8 +29,8 @@ from gradwire.v1.worker_service_pb2_grpc import WorkerServiceServicer, add_Worke
 
 from tests.engines import BATCH, RUN, make_batch
 from tests.tiny import VOCAB_SIZE
+from trainer_service.command_lines import command_line
 from trainer_service.executing import executing_command
-from trainer_service.options import command_line
 from trainer_service.worker_config import WorkerConfig
 
 START_S = 60

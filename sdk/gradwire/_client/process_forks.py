@@ -1,4 +1,4 @@
-"""Keeps a fork from disturbing gRPC, and a forked child from using what it inherits of it.
+"""Keeps a fork of the process from disturbing gRPC, and a forked child from using what it inherits of it.
 
 A child has its parent's connections, epoll instances and event descriptors in common with it, and none of the threads
 that serve them. A call there hangs or aborts; and what is worse, using or merely freeing an inherited channel shuts the

@@ -6,7 +6,7 @@ from google.protobuf.message import Message
 from gradwire.v1 import checkpoint_service_pb2, sampling_service_pb2, trainer_service_pb2
 
 from trainer_service.config import Limits
-from trainer_service.request_limits import check_limits, check_num_fields
+from trainer_service.field_limits import check_limits, check_num_fields
 
 _REQUESTS: dict[str, Any] = {
     f"/{service.full_name}/{method.name}": method.input_type
@@ -24,7 +24,7 @@ _OPERATIONS = frozenset(
 """Operations of runs: even a refused one takes its place in the run's order, so the run refuses it."""
 
 
-class RequestLimiter:
+class RequestChecks:
     """Checks a trainer's requests.
 
     Args:

@@ -1,8 +1,9 @@
-"""Which request goes on next, and by how much.
+"""The loop that generates: which requests go on next, and by how much.
 
 A step is small: pieces of prompts, or one token of every sample, of one sampler. The worker runs steps between
-operations of runs (worker/device_loop.py), so neither waits long for the other. Requests join and leave the
-batch between steps; who may, admission.py says. Owners take turns with their prompts.
+operations of runs (worker/device_loop.py), so neither waits long for the other. Requests join and leave the batch
+between steps, and owners take turns with their prompts. admission.py says who may join, decoder.py runs the model,
+picking.py chooses the tokens.
 """
 
 import logging
@@ -36,7 +37,7 @@ _PROMPTS_SHARE = 16
 """One part in so many of the caches' room is for prompts computed lately, on top."""
 
 
-class Scheduler:
+class GenerationLoop:
     """Runs the requests of all samplers.
 
     Args:

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from trainer_service import descriptors
-from trainer_service.options import SettingsError
+from trainer_service import open_files
+from trainer_service.command_lines import SettingsError
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, soft: int) -> None:
@@ -21,19 +21,19 @@ def test_connections_leave_what_is_reserved_and_a_quarter(
     monkeypatch: pytest.MonkeyPatch, limit: int, connections: int
 ):
     limited(monkeypatch, limit)
-    assert descriptors.max_connections(reserved=160) == connections
+    assert open_files.max_connections(reserved=160) == connections
 
 
 def test_a_limit_that_leaves_no_connections_is_refused_with_the_one_that_would_do(monkeypatch: pytest.MonkeyPatch):
     limited(monkeypatch, 175)
     with pytest.raises(SettingsError, match="may open 175 files at once, and needs at least 176; raise"):
-        descriptors.max_connections(reserved=160)
+        open_files.max_connections(reserved=160)
 
 
 def test_the_limit_is_raised_as_far_as_it_may_and_never_lowered():
     script = """
 import resource
-from trainer_service.descriptors import raise_limit
+from trainer_service.open_files import raise_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 512))
 raise_limit()
 print(resource.getrlimit(resource.RLIMIT_NOFILE))

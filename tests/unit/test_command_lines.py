@@ -7,8 +7,8 @@ from typing import Literal
 
 import pytest
 
+from trainer_service.command_lines import SettingsError, add_options, command_line, option, options_of, read_options
 from trainer_service.config import GatewayConfig, JobsConfig, TrainerConfig
-from trainer_service.options import SettingsError, add_options, command_line, option, options_of, read_options
 from trainer_service.worker_config import WorkerConfig
 
 

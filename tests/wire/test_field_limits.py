@@ -22,7 +22,7 @@ from tests.front_end import FrontEnd, front_end
 from tests.long_fields import Unit, long_fields, map_entry
 from tests.owners import error_of
 from trainer_service.config import Limits
-from trainer_service.request_limits import LIMIT_OF, check_num_fields
+from trainer_service.field_limits import LIMIT_OF, check_num_fields
 from trainer_service.rpc.trainer_servicer import TrainerServicer
 
 SMALL = Limits(

@@ -7,7 +7,7 @@ for journals, worker processes and checkpoints.
 import contextlib
 import resource
 
-from trainer_service.options import SettingsError
+from trainer_service.command_lines import SettingsError
 
 _ENOUGH = 65_536
 """We ask for no more: a connection also costs memory."""
