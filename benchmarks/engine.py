@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Before torch is imported: both sides use the same threads in the same way. The worker is started with this too.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-os.environ.pop("OMP_NUM_THREADS", None)
+from as_the_worker import as_the_worker
+
+if __name__ == "__main__":
+    as_the_worker()
 
 import client_cost
 import memory

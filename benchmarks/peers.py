@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: what the worker is started with.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-os.environ.pop("OMP_NUM_THREADS", None)
+from as_the_worker import as_the_worker
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    as_the_worker()
 
 import torch
 from gradwire import Datum

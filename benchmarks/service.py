@@ -113,8 +113,9 @@ def _trainer_process(model: str, folder: Path, *options: str) -> Iterator[Servic
     command = [sys.executable, "-m", "trainer_service", "serve", "--base-model", model, "--listen", "127.0.0.1:0"]
     command += ["--data-dir", str(folder), "--ready-file", str(ready_file), "--log-level", "WARNING"]
     command += ["--exit-with-parent", *options]
-    # The worker takes every core, as in real use, whatever this process was told.
-    env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    # The worker takes every core and its own settings for memory, as in real use, whatever this process was told.
+    told = {"OMP_NUM_THREADS", "GLIBC_TUNABLES"}
+    env = {key: value for key, value in os.environ.items() if key not in told}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env)
     try:
         while not ready_file.exists():

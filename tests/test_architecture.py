@@ -55,6 +55,7 @@ DOORS = {
 """Room to the rooms it may import, beside its own and the ground floor."""
 ENGINE_FLOORS = (
     "counters",
+    "freed_memory",
     "device",
     "rank_store",
     "rank_channels",

@@ -10,6 +10,7 @@ from trainer_service.engine.losses import find_loss
 from trainer_service.engine.losses.loss import LossInputs
 from trainer_service.engine.models.embedding import add_rows_in_place
 from trainer_service.engine.optim import AdamW
+from trainer_service.engine.packed import attention as attention_module
 from trainer_service.engine.packed import logprobs as logprobs_module
 from trainer_service.engine.packed.logprobs import target_logprobs
 
@@ -58,6 +59,23 @@ def test_bfloat16_logits_are_normalised_in_float32() -> None:
     assert relative_error(found.detach(), wanted) < FEW
     (gradient,) = torch.autograd.grad(found.sum(), logits)
     assert gradient.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("before", [0, 8])
+def test_short_segments_attend_in_float32_where_products_are_bfloat16(before: int) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, 24, 16, requires_grad=True)
+    key, value = (torch.randn(2, 4, before + 24, 16, requires_grad=True) for _ in range(2))
+    mask = attention_module._mask(24, before, None, query) if before else None
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention_module._attend(query, key, value, mask=mask, scaling=None, softcap=None, s_aux=None)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=not before
+    ).bfloat16()
+    upstream = torch.randn_like(found)
+    gradients, wanted_gradients = (torch.autograd.grad(each, (query, key, value), upstream) for each in (found, wanted))
+    assert torch.equal(found, wanted)
+    assert all(torch.equal(*pair) for pair in zip(gradients, wanted_gradients, strict=True))
 
 
 def test_cross_entropy_is_a_sum_over_tokens_never_a_mean() -> None:

@@ -215,6 +215,7 @@ def _load(config: WorkerConfig, ranks: Ranks, send: Send) -> "Engine":
 
     from trainer_service.engine.device import pick_device, set_num_threads
     from trainer_service.engine.engine import Engine
+    from trainer_service.engine.freed_memory import keep_while_working
     from trainer_service.engine.spinning import spin_when_alone
 
     transformers_logging.disable_progress_bar()
@@ -223,6 +224,8 @@ def _load(config: WorkerConfig, ranks: Ranks, send: Send) -> "Engine":
     spin_when_alone()
     send(WorkerEvent(loading="looking for a device"))
     device = pick_device(ranks.local_rank, config.engine.compute_dtype, ranks.local_world_size)
+    if device.torch_device.type == "cpu":
+        keep_while_working()
     loading = WorkerEvent(loading=f"loading {config.served_model_name or config.base_model} onto {device.name}")
     send(loading)
     logger.info("Loading.", extra={"fields": {"base_model": config.base_model, "num_threads": num_threads}})

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from trainer_service.engine import freed_memory
 from trainer_service.processes import held_bytes
 from trainer_service.worker_config import ComputeDtype
 
@@ -62,9 +63,11 @@ class Device:
         return held_bytes()
 
     def release_cached_memory(self) -> None:
-        """Returns memory that torch has cached to the device."""
+        """Returns memory that is kept though it is free."""
         if self.torch_device.type == "cuda":
             torch.cuda.empty_cache()
+        else:
+            freed_memory.give_back()
 
 
 def pick_device(local_rank: int = 0, compute_dtype: ComputeDtype = "auto", local_world_size: int = 1) -> Device:

@@ -189,6 +189,8 @@ def worker_environment(**variables: str) -> dict[str, str]:
     # longer gains nothing. Others, where the worker cannot, do not spin.
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & env.keys():
         env |= {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "0"}
+    # glibc: memory in huge pages where the system has them for whoever asks (engine/freed_memory.py).
+    env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     return env
 
 

@@ -33,9 +33,9 @@ def fused_rotation(attention: nn.Module) -> type[nn.Module] | None:
     plain = forward.__globals__.get(_NAME)
     if plain is None or list(inspect.signature(plain).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return None
-    if not _rotates_halves(plain):
+    if not _rotates_halves(plain, torch.float32):
         return None
-    names = {**forward.__globals__, _NAME: _Rotation(plain)}
+    names = {**forward.__globals__, _NAME: _Rotation(plain, mixed=_rotates_halves(plain, torch.bfloat16))}
     fused = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     fused.__kwdefaults__ = forward.__kwdefaults__
     return fused_class(type(attention), _NAME, fused)
@@ -46,19 +46,25 @@ class _Rotation:
 
     Args:
         plain: The architecture's own.
+        mixed: Whether it makes float32 of heads in bfloat16 and positions in float32, as under autocast.
     """
 
-    def __init__(self, plain: Rotate) -> None:
+    def __init__(self, plain: Rotate, *, mixed: bool) -> None:
         self._plain = plain
+        self._mixed = mixed
 
     def __call__(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """[1, H, T, D] each, cos and sin [1, T, D]; anything else goes to the architecture's own."""
         fits = not (args or kwargs) and cos.ndim == 3 and not (cos.requires_grad or sin.requires_grad)
-        if fits and all(x.ndim == 4 and x.shape[-2:] == cos.shape[-2:] and x.dtype == cos.dtype for x in (q, k)):
+        if fits and all(self._serves(x, cos) for x in (q, k)):
             return _rotate(q, cos, sin), _rotate(k, cos, sin)
         return self._plain(q, k, cos, sin, *args, **kwargs)
+
+    def _serves(self, x: Tensor, cos: Tensor) -> bool:
+        mixed = self._mixed and (x.dtype, cos.dtype) == (torch.bfloat16, torch.float32)
+        return x.ndim == 4 and x.shape[-2:] == cos.shape[-2:] and (x.dtype == cos.dtype or mixed)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -67,9 +73,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated
 
 
-def _rotates_halves(plain: Rotate) -> bool:
+def _rotates_halves(plain: Rotate, dtype: torch.dtype) -> bool:
+    """Whether it does with heads of that dtype and positions in float32."""
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, heads, 5, 8, generator=generator) for heads in (4, 2))
+    q, k = (torch.randn(1, heads, 5, 8, generator=generator).to(dtype) for heads in (4, 2))
     # Halves of cos and sin differ, unlike any model's, so that no other order of them gives the same.
     cos, sin = (torch.randn(1, 5, 8, generator=generator) for _ in range(2))
     try:
@@ -85,6 +92,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        x = x.to(cos.dtype)
         half = x.shape[-1] // 2
         rotated = x * cos
         rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1.0)
@@ -99,4 +108,4 @@ class _Rotate(torch.autograd.Function):
         grad_x = grad * cos
         grad_x[..., :half].addcmul_(grad[..., half:], sin[..., half:])
         grad_x[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1.0)
-        return grad_x, None, None
+        return grad_x.to(ctx.dtype), None, None

@@ -36,6 +36,10 @@ UNDERSTOOD = frozenset(
 )
 """Keyword arguments that models pass and that do not affect scores."""
 
+_FLOAT32_BELOW = 320
+"""Keys a segment sees below which a CPU computes attention in float32, whatever the dtype of the rest: its backward in
+bfloat16 takes two to six times as long for short segments, with AMX too."""
+
 
 @dataclass
 class PackAttention:
@@ -217,15 +221,21 @@ def _attend(
             num_heads = query_GHLD.shape[1]
             key_GJND, value_GJNE = repeated_heads(key_GJND, num_heads), repeated_heads(value_GJNE, num_heads)
             grouped = False
-        return F.scaled_dot_product_attention(
-            query_GHLD,
-            key_GJND,
-            value_GJNE,
-            attn_mask=None if mask is None else mask.to(query_GHLD.dtype),
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=grouped,
-        )
+        dtype = _computed_in(query_GHLD)
+        whole = query_GHLD.device.type == "cpu" and dtype != torch.float32 and key_GJND.shape[2] < _FLOAT32_BELOW
+        with torch.autocast("cpu", enabled=False) if whole else contextlib.nullcontext():
+            if whole:
+                query_GHLD, key_GJND, value_GJNE = query_GHLD.float(), key_GJND.float(), value_GJNE.float()
+            output_GHLE = F.scaled_dot_product_attention(
+                query_GHLD,
+                key_GJND,
+                value_GJNE,
+                attn_mask=None if mask is None else mask.to(query_GHLD.dtype),
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=grouped,
+            )
+            return output_GHLE.to(dtype) if whole else output_GHLE
     key, value = (repeated_heads(tokens, query_GHLD.shape[1]) for tokens in (key_GJND, value_GJNE))
     scores = query_GHLD @ key.transpose(-1, -2) * (scaling or query_GHLD.shape[-1] ** -0.5)
     if softcap:
@@ -238,6 +248,12 @@ def _attend(
         scores = torch.cat([scores, sinks], dim=-1)
     weights = torch.softmax(scores, dim=-1).to(value.dtype)
     return weights[..., : key.shape[2]] @ value
+
+
+def _computed_in(query: Tensor) -> torch.dtype:
+    """The dtype that torch's attention computes in."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
 def repeated_heads(tokens_GJND: Tensor, num_heads: int) -> Tensor:
