@@ -15,7 +15,7 @@ from gradwire.v1.node_service_pb2 import (
     StoreWait,
 )
 from gradwire.v1.node_service_pb2_grpc import RankStoreServiceStub
-from torch.distributed import Store
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 _ANSWER_S = 60.0
 """How long an answer may take that nobody has to wait for."""
@@ -45,7 +45,7 @@ class RankStore(Store):
         """A key's value, once it is set."""
         return self._wait([key], self._timeout)[0]
 
-    def add(self, key: str, amount: int) -> int:
+    def add(self, key: str, amount: int) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Adds to a key's number, and returns the sum."""
         return self._access(add=StoreSum(key=key, amount=amount)).sum
 
@@ -57,7 +57,9 @@ class RankStore(Store):
         """Whether the keys are set."""
         return self._access(check=StoreKeys(keys=keys)).found
 
-    def compare_set(self, key: str, expected: bytes | str, desired: bytes | str) -> bytes:
+    def compare_set(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, key: str, expected: bytes | str, desired: bytes | str
+    ) -> bytes:
         """Sets a key that has a value, and returns what it has then."""
         exchange = StoreExchange(key=key, expected=_bytes(expected), desired=_bytes(desired))
         return self._access(compare_set=exchange).values[0]

@@ -21,6 +21,7 @@ from gradwire.errors import GradwireError, to_status
 from gradwire.v1.node_service_pb2 import (
     AccessRequest,
     AccessResponse,
+    NodeAlive,
     NodeCommand,
     NodeEnded,
     NodeEvent,
@@ -44,7 +45,7 @@ from trainer_service.fleet.worker_socket import WorkerSocket
 from trainer_service.interfaces import interface_of
 from trainer_service.join_token import as_metadata
 from trainer_service.processes import told_to_stop
-from trainer_service.worker_config import SPARE_VARIABLE
+from trainer_service.worker_config import HEARTBEAT_INTERVAL_S, SPARE_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class JoiningNode:
         self._socket = WorkerSocket(rank_store_handler(self._access), max_message_bytes=_MAX_MESSAGE_BYTES)
         self._channel: grpc.aio.Channel | None = None
         self._events: asyncio.Queue[NodeEvent] = asyncio.Queue()
+        self._joined = False
         self._model = ""
         self._starts: dict[str, asyncio.Task[None]] = {}
         """What becomes of each start, by its id."""
@@ -121,7 +123,7 @@ class JoiningNode:
         # Tells the interface by which the trainer is reached, and a machine that is not there from one that refuses.
         address = await asyncio.to_thread(_address_towards, self._target)
         interface = interface_of(address)
-        self._events = asyncio.Queue()
+        self._events, self._joined = asyncio.Queue(), False
         async with self._open_channel() as self._channel:
             call = NodeServiceStub(self._channel).Join(self._outgoing(), metadata=self._metadata)
             try:
@@ -142,8 +144,12 @@ class JoiningNode:
         return "the trainer has gone" if code == grpc.StatusCode.OK else f"{code.name}: {details}"
 
     async def _outgoing(self) -> AsyncIterator[NodeEvent]:
+        """Events as they come, and once joined a sign of life every second."""
         while True:
-            yield await self._events.get()
+            try:
+                yield await asyncio.wait_for(self._events.get(), HEARTBEAT_INTERVAL_S if self._joined else None)
+            except TimeoutError:
+                yield NodeEvent(alive=NodeAlive())
 
     def _open_channel(self) -> grpc.aio.Channel:
         options = [*KEEPALIVE, ("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
@@ -164,6 +170,9 @@ class JoiningNode:
                 self._model = facts.base_model
                 self._events.put_nowait(NodeEvent(facts=facts))
             case "accepted":
+                self._joined = True
+                # Wakes what waits for an event without an end.
+                self._events.put_nowait(NodeEvent(alive=NodeAlive()))
                 logger.info("Joined.", extra={"fields": {"join": self._config.join, "interface": interface}})
             case "start":
                 start = command.start

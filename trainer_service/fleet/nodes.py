@@ -34,6 +34,7 @@ from trainer_service.interfaces import interface_of, own_address
 from trainer_service.join_token import shows_token
 from trainer_service.open_files import connection_options
 from trainer_service.ports import open_port
+from trainer_service.worker_config import HEARTBEAT_INTERVAL_S
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,9 @@ KEEPALIVE: Sequence[tuple[str, int]] = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
 )
 """A peer that has vanished without a word is noticed within ten seconds; shorter cuts TCP gets over by itself."""
+_SILENT_S = 10.0
+"""Silence after which a node counts as gone. It sends something every second, and keepalive alone, seen to fail once,
+does not notice a process that is stopped."""
 _MAX_CONNECTIONS = 256
 _MARKER = ".shared-with-nodes"
 """File by which a node sees that a folder is the trainer's: it has a secret of the trainer's in it."""
@@ -249,16 +253,33 @@ class Nodes(NodeServiceServicer):
     def _known(self, context: grpc.aio.ServicerContext) -> bool:
         return shows_token(context.invocation_metadata(), self.policy.token)
 
-    async def _access(self, request: object, context: grpc.aio.ServicerContext) -> object:
+    async def _access(self, request: AccessRequest, context: grpc.aio.ServicerContext) -> AccessResponse:
         if not self._known(context):
             return await context.abort(grpc.StatusCode.UNAUTHENTICATED, "The join token is not the trainer's.")
-        return await self.stores.access(request, context)  # pyright: ignore[reportArgumentType]
+        return await self.stores.access(request, context)
 
     async def _read(self, node: Node, context: grpc.aio.ServicerContext) -> None:
-        # grpc raises when the stream breaks; all that matters is that it ended.
-        with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):
-            while isinstance(event := await context.read(), NodeEvent):
-                node.hear(event)
+        """Returns once the stream has ended, or the node has been silent for too long."""
+        reading: asyncio.Future[object] = asyncio.ensure_future(context.read())
+        silent_s = 0.0
+        try:
+            while silent_s < _SILENT_S:
+                done, _ = await asyncio.wait({reading}, timeout=HEARTBEAT_INTERVAL_S)
+                if not done:
+                    # Counted in waits rather than by the clock: the trainer itself may have been stopped meanwhile.
+                    silent_s += HEARTBEAT_INTERVAL_S
+                    continue
+                silent_s = 0.0
+                # grpc raises when the stream breaks; all that matters is that it ended.
+                with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):
+                    if isinstance(event := reading.result(), NodeEvent):
+                        node.hear(event)
+                        reading = asyncio.ensure_future(context.read())
+                        continue
+                return
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
     async def _write(self, node: Node, context: grpc.aio.ServicerContext) -> None:
         with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):

@@ -18,7 +18,7 @@ CUSTOM_PASSES = ("kept_forward", "backward", "second_pass")
 
 
 class AnswerTranslation:
-    """Answers of one model.
+    """Translates the answers of one model.
 
     Args:
         answer_of: Gets an operation's answer from the run's journal, by its number in the run.
@@ -34,22 +34,22 @@ class AnswerTranslation:
         """Answers of forwards with kept graphs, by number in the run: the second pass tells their logprobs again."""
 
     def expect_forward(self, run_seq_id: int) -> None:
-        """A forward that keeps its graph was sent."""
+        """Notes that a forward was sent which keeps its graph."""
         self._forwards[run_seq_id] = asyncio.get_running_loop().create_future()
 
     def forget_forwards(self, run_seq_ids: list[int]) -> None:
-        """Their second pass will not come, or is answered."""
+        """Forgets forwards whose second pass will not come, or is answered."""
         for run_seq_id in run_seq_ids:
             self._forwards.pop(run_seq_id, None)
 
     def arrived(self, run_seq_id: int, response: TrainResponse) -> None:
-        """An answer came by the stream."""
+        """Takes an answer that came by the stream."""
         forward = self._forwards.get(run_seq_id)
         if forward is not None and not forward.done():
             forward.set_result(response)
 
     async def outcome(self, plan: dict[str, Any], response: TrainResponse, batch: Batch | None) -> Outcome:
-        """An answer, translated.
+        """Translates an answer.
 
         Args:
             plan: How, as the operation was planned. Gets what a later translation needs and `batch` has.
@@ -105,10 +105,10 @@ def _loss(plan: dict[str, Any], forward: Any, batch: Batch | None) -> float:
 
 
 def result_of(response: TrainResponse) -> Any:
-    """An answer's result.
+    """The result in an answer.
 
     Raises:
-        GradwireError: It is a failure.
+        GradwireError: The answer is a failure.
     """
     kind = response.WhichOneof("result")
     if kind == "error":

@@ -23,7 +23,7 @@ class Answers:
         self._of_session: dict[str, set[str]] = {}
 
     def keep(self, request_id: str, outcome: Outcome) -> None:
-        """Keeps one; the oldest make room."""
+        """Keeps an answer; the oldest make room."""
         self.forget(request_id)
         self._kept[request_id] = outcome
         self._of_session.setdefault(_session_of(request_id), set()).add(request_id)
@@ -32,11 +32,11 @@ class Answers:
             self.forget(next(iter(self._kept)))
 
     def get(self, request_id: str) -> Outcome | None:
-        """One that is still kept."""
+        """The answer, if it is still kept."""
         return self._kept.get(request_id)
 
     def forget(self, request_id: str) -> None:
-        """Lets one go."""
+        """Forgets an answer."""
         outcome = self._kept.pop(request_id, None)
         if outcome is not None:
             self._bytes -= len(outcome.body) + _ENTRY_BYTES

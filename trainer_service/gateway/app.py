@@ -12,7 +12,7 @@ from trainer_service.gateway.outcomes import Refusal
 from trainer_service.gateway.request_translation import JSON_KINDS
 
 _TINKER: tuple[tuple[str, str, Handler], ...] = (
-    # In order they are looked for: first what is asked for most.
+    # Looked through in this order, so what is asked for most comes first.
     ("POST", "retrieve_future", training_api.retrieve_future),
     ("POST", "asample", sampling_api.asample),
     ("POST", "forward_backward", training_api.forward_backward),
@@ -80,11 +80,11 @@ _OF_JOBS: dict[tuple[str, str], Handler] = {
     ("POST", "forward_backward"): fireworks_api.forward_backward,
     ("POST", "unload_model"): fireworks_api.unload_model,
 }
-"""What below a job is not as it is for tinker's SDK."""
+"""Endpoints below a job that differ from those of tinker's SDK."""
 
 
 def make_app(gateway: Gateway) -> Starlette:
-    """The application."""
+    """The gateway as a Starlette application."""
     routes: list[BaseRoute] = [
         route(f"/api/v1/{path}", handler, gateway, method=method, keyless=path == "healthz")
         for method, path, handler in _TINKER

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from trainer_service.gateway.outcomes import Refusal
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
-"""Of one request, decompressed: a trainer takes no larger message."""
+"""The largest body, decompressed: a trainer takes no larger message."""
 _MAX_DEPTH = 64
 _MAX_SHOWN = 80
 _INT64 = 1 << 63
@@ -67,13 +67,13 @@ async def read_fields(request: Request) -> "Fields":
     """The JSON object of a body; an absent body is an empty one.
 
     Raises:
-        Refusal: It is none.
+        Refusal: It is not a JSON object.
     """
     return parse_fields(await read_body(request))
 
 
 def parse_fields(body: bytes) -> "Fields":
-    """As read_fields, of a body that was read before."""
+    """Like read_fields, for a body that was read before."""
 
     def constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is no JSON number")
@@ -108,11 +108,11 @@ class Fields:
         return list(self._left)
 
     def has(self, name: str) -> bool:
-        """Whether the field is there, and not null."""
+        """Whether the field is present and not null."""
         return self._left.get(name) is not None
 
     def text(self, name: str, default: str | None = None) -> str:
-        """A text; absent: the default, or refused where there is none."""
+        """A string. If absent: the default, or a refusal where there is no default."""
         return self._take(name, default, str, "a string")
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -155,16 +155,16 @@ class Fields:
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
 
     def value(self, name: str) -> Any:
-        """Whatever it is; None where it is absent."""
+        """The value as it is; None if absent."""
         return self._left.pop(name, None)
 
     def ignore(self, *names: str) -> None:
-        """Fields that change nothing here."""
+        """Accepts fields that change nothing here."""
         for name in names:
             self._left.pop(name, None)
 
     def drop(self, name: str) -> None:
-        """A field that may be there as null."""
+        """Accepts a field that must be null if present."""
         self._left.pop(name, None)
 
     def refuse(self, name: str, why: str, *, unless: Callable[[Any], bool] = lambda value: not value) -> None:
@@ -214,7 +214,7 @@ def _is_shallow(value: Any, depth: int) -> bool:
     if not isinstance(value, dict | list):
         return True
     inner = value.values() if isinstance(value, dict) else value
-    # Thousands of tokens in a list are passed over at once.
+    # One check for a list of thousands of tokens.
     nested = [one for one in inner if isinstance(one, (dict, list))]
     return depth > 0 and all(_is_shallow(one, depth - 1) for one in nested)
 

@@ -10,21 +10,21 @@ from typing import Any
 CLONE_SIZE = 1_000_000_000
 """A copy of a sampling client, in another process, counts its requests from its own multiple of this."""
 _LINGER_S = 0.005
-"""How long an answer waits for those that come with it."""
+"""How long an answer waits, so that others can be told with it."""
 
 Target = tuple[str, int]
 """A sampler's id, and the number of the copy of its client."""
 
 
 def target_of(request_id: str) -> Target:
-    """Whose a sample request is."""
+    """The target of a sample request."""
     sampler_id, _, seq_id = request_id.rpartition(":")
     return sampler_id, int(seq_id) // CLONE_SIZE
 
 
 @dataclass
 class _Queue:
-    """One target's, oldest first."""
+    """The answered requests of one target, oldest first."""
 
     answered: deque[tuple[int, dict[str, Any]]] = field(default_factory=deque)
     came: asyncio.Event = field(default_factory=asyncio.Event)
@@ -44,14 +44,14 @@ class Completions:
         return self._last
 
     def knows(self, target: Target) -> bool:
-        """Whether somebody asked about it; nothing is kept of others."""
+        """Whether a client has asked about this target; for others nothing is kept."""
         return target in self._queues
 
     def open(self, target: Target, answered: Iterable[tuple[int, str, int | None]]) -> None:
-        """Somebody asks about it for the first time.
+        """Starts keeping what is answered for a target that a client asks about for the first time.
 
         Args:
-            target: It.
+            target: The target.
             answered: (cursor, request id, size in bytes, or None for a failure) of what is answered already.
         """
         self._queues[target] = _Queue()
@@ -59,7 +59,7 @@ class Completions:
             self.add(cursor, request_id, size_bytes)
 
     def add(self, cursor: int, request_id: str, size_bytes: int | None) -> None:
-        """A request is answered; size_bytes is None for a failure."""
+        """Notes that a request is answered; size_bytes is None for a failure."""
         queue = self._queues.get(target_of(request_id))
         if queue is None:
             return
@@ -85,6 +85,6 @@ class Completions:
         return [told for _, told in queue.answered], queue.answered[-1][0] if queue.answered else cursor
 
     def forget(self, sampler_ids: Iterable[str]) -> None:
-        """Nobody asks about these any more."""
+        """Forgets targets that nobody asks about any more."""
         gone = set(sampler_ids)
         self._queues = {target: queue for target, queue in self._queues.items() if target[0] not in gone}

@@ -14,11 +14,11 @@ import numpy.typing as npt
 from gradwire._wire.codec import Batch
 
 _MAX_KEPT = 64
-"""Forwards whose second pass has not come; older ones are given up."""
+"""The most forwards that wait for their second pass; older ones are given up."""
 
 
 def digest_of(batch: Batch) -> bytes:
-    """What two passes over the same data have in common: tokens, their places and targets."""
+    """A digest of what two passes over the same data have in common: tokens, their positions and targets."""
     digest = hashlib.sha256()
     for array in (batch.tokens_T, batch.cu_seqlens, batch.loss_fn_inputs["target_tokens"]):
         digest.update(f"{array.dtype.str}{array.shape}".encode())
@@ -43,11 +43,11 @@ class KeptForwards:
         self._kept: OrderedDict[bytes, list[KeptForward]] = OrderedDict()
 
     def keep(self, digest: bytes, forward: KeptForward) -> None:
-        """A forward is about to keep its graph."""
+        """Notes a forward that is about to keep its graph."""
         self._kept.setdefault(digest, []).append(forward)
 
     def take(self, digest: bytes, *, attach: int) -> KeptForward | None:
-        """The oldest forward over this data whose graph is there; it is used up."""
+        """Takes out the oldest forward over this data whose graph is there."""
         forwards = [forward for forward in self._kept.pop(digest, []) if forward.attach == attach]
         if not forwards:
             return None
@@ -68,7 +68,7 @@ class KeptForwards:
 
 
 def surrogate_loss(batch: Batch, logprobs_TK: npt.NDArray[np.float32]) -> float:
-    """What cross_entropy of this batch is, −Σ weight · logprob; a target without weight counts for nothing."""
+    """cross_entropy of this batch, −Σ weight · logprob; a target without a weight counts as 0."""
     weights_TK = batch.loss_fn_inputs["weights"].astype(np.float64)
     counts_TK = weights_TK != 0
     return -float(np.sum(weights_TK[counts_TK] * logprobs_TK.astype(np.float64)[counts_TK]))

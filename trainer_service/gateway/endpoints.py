@@ -20,7 +20,7 @@ from trainer_service.tracing import trace_headers
 logger = logging.getLogger(__name__)
 
 POLL_S = 20.0
-"""How long an answer is waited for before the client has to ask again; it hangs up after 45."""
+"""How long a request waits for an answer before the client has to ask again; tinker's SDK hangs up after 45 s."""
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _MAX_TRACESTATE_CHARS = 512
@@ -38,7 +38,7 @@ def tinker_refusal(refusal: Refusal) -> Response:
 
 
 def caller_of(request: Request) -> Caller:
-    """Whoever makes the request.
+    """The caller, by the key of the request.
 
     Raises:
         Refusal: 401: the key cannot be sent on.

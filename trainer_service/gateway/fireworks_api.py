@@ -21,13 +21,13 @@ _NOT_CHOSEN = (
 
 
 async def list_accounts(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """The account of a key; there is one."""
+    """The only account there is."""
     await gateway.trainers.served(caller.key)
     return {"accounts": [{"name": f"accounts/{ACCOUNT}"}]}
 
 
 async def create_job(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """A job on a trainer that serves the model asked for."""
+    """Creates a job on a trainer that serves the model asked for."""
     _check_account(request)
     query = request.query_params
     for name in ("trainingShape", "deploymentId"):
@@ -54,13 +54,13 @@ async def create_job(gateway: Gateway, caller: Caller, request: Request) -> Any:
 
 
 async def get_job(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """One job."""
+    """Describes one job."""
     _check_account(request)
     return await _described(gateway, caller, request.path_params["job_id"])
 
 
 async def list_jobs(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """The caller's jobs, newest first."""
+    """Lists the caller's jobs, newest first."""
     _check_account(request)
     return {"rlorTrainerJobs": [await _described(gateway, caller, row["job_id"]) for row in gateway.jobs.of(caller)]}
 
@@ -76,7 +76,7 @@ async def delete_job(gateway: Gateway, caller: Caller, request: Request) -> Any:
 
 
 async def resume_job(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """A job runs until it is deleted, so there is nothing to do."""
+    """Does nothing: a job runs until it is deleted."""
     return await get_job(gateway, caller, request)
 
 
@@ -104,7 +104,7 @@ def in_job(handler: Handler) -> Handler:
 
 
 async def create_session(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """A session begins, and ends with the job at the latest."""
+    """Begins a session, which ends with the job at the latest."""
     row = gateway.jobs.find(request.path_params["job_id"], caller)
     answer = await training_api.create_session(gateway, caller, request)
     gateway.jobs.add_session(row, answer["session_id"])
@@ -112,12 +112,12 @@ async def create_session(gateway: Gateway, caller: Caller, request: Request) -> 
 
 
 async def forward(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """A forward, as JSON."""
+    """Submits a forward whose body is JSON."""
     return await _json_pass(gateway, caller, request, request_translation.FORWARD_JSON)
 
 
 async def forward_backward(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """A forward and backward, as JSON."""
+    """Submits a forward_backward whose body is JSON."""
     return await _json_pass(gateway, caller, request, request_translation.FORWARD_BACKWARD_JSON)
 
 
@@ -127,7 +127,7 @@ async def _json_pass(gateway: Gateway, caller: Caller, request: Request, kind: s
 
 
 async def unload_model(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """The model's run goes; its checkpoints stay."""
+    """Deletes the model's run; its checkpoints stay."""
     fields = await read_fields(request)
     model_id = fields.text("model_id")
     fields.ignore("type")

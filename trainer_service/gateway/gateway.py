@@ -1,4 +1,4 @@
-"""The gateway's inside: sessions, models and samplers over one store, and what becomes of clients that are gone."""
+"""The gateway behind its HTTP: sessions, models and samplers over one store, and what happens when clients vanish."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _SWEEP_S = 1.0
 _KEEP_ENDED_S = 30 * 24 * 3600.0
-"""How long it is known whose an ended session was."""
+"""How long the owner of an ended session is remembered."""
 _FORGET_S = 60.0
 """How often older ones are looked for."""
 _KEEP_SAMPLES_S = 1800.0
@@ -32,11 +32,11 @@ _KEEP_SAMPLES_S = 1800.0
 
 
 class Gateway:
-    """All there is behind the HTTP.
+    """Sessions, models, samplers and jobs, over one store.
 
     Args:
         config: Its settings.
-        trainers: What it stands before.
+        trainers: The trainers that it serves.
 
     Raises:
         SettingsError: Another gateway uses the folder.
@@ -45,12 +45,12 @@ class Gateway:
     def __init__(self, config: GatewayConfig, trainers: Trainers) -> None:
         self.config = config
         self.api_keys = ApiKeys(config.api_keys, config.api_key_file)
-        """Keys that open the gateway itself; where there are none, the trainer alone decides."""
+        """Keys that open the gateway itself; without any, the trainer alone decides."""
         self.trainers = trainers
         self.tokenizers = Tokenizers()
         self.stopping = asyncio.Event()
         self.stopped = asyncio.ensure_future(self.stopping.wait())
-        """Done once the gateway stops; what waits for long waits for it as well."""
+        """Done once the gateway stops; long polls end with it."""
         self._store = Store(config.data_dir / "gateway" / "gateway.sqlite")
         self._answers = Answers()
         self.sessions = Sessions(self._store, grace_s=config.session_grace_s)
@@ -82,13 +82,13 @@ class Gateway:
                 self.clear(session)
 
     def finish(self, session: Session, ended_by: dict[str, object]) -> None:
-        """A session is over."""
+        """Ends a session."""
         self.sampling_sessions.end(session)
         self.sessions.end(session, ended_by)
         self.clear(session)
 
     def end_session(self, session_id: str, caller: Caller, ended_by: dict[str, object]) -> None:
-        """One of the caller's is over, if it goes on and is still known."""
+        """Ends one of the caller's sessions, unless it has ended or is unknown."""
         for session in self.sessions.held(caller):
             if session.session_id == session_id and session.ended_by is None:
                 session.key = caller.key
@@ -134,7 +134,7 @@ class Gateway:
                 logger.exception("The gateway could not sweep.")
 
     async def close(self) -> None:
-        """Leaves everything for the next gateway."""
+        """Stops, and leaves everything for the next gateway."""
         self.stopping.set()
         self._sweeper.cancel()
         for task in self._background:

@@ -1,4 +1,4 @@
-"""What the gateway counts, for Prometheus."""
+"""The gateway's metrics for Prometheus."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ class _Counts(Collector):
         self._gateway = gateway
 
     def collect(self) -> Iterable[Metric]:
-        """All of them, as they are now."""
+        """The metrics as they are now."""
         custom = CounterMetricFamily(
             "gradwire_gateway_custom_losses",
             "Second passes of custom losses, by forwards they cost in all.",
@@ -38,7 +38,7 @@ class _Counts(Collector):
 
 
 def metrics_text(gateway: Gateway) -> bytes:
-    """All of them in Prometheus' text form."""
+    """The metrics in Prometheus' text format."""
     registry = CollectorRegistry()
     registry.register(_Counts(gateway))
     return generate_latest(registry)

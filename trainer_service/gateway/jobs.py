@@ -27,10 +27,10 @@ class Jobs:
         self._store = store
 
     def create(self, caller: Caller, job_id: str, *, display_name: str, lora_rank: int, served: TrainerModel) -> str:
-        """A new job; returns its id.
+        """Creates a job; returns its id.
 
         Args:
-            caller: Whose.
+            caller: Its owner.
             job_id: The id it asked for; "" for any.
             display_name: For people.
             lora_rank: For the record; each model says its own.
@@ -48,7 +48,7 @@ class Jobs:
         return job_id
 
     def find(self, job_id: str, caller: Caller) -> sqlite3.Row:
-        """One of the caller's.
+        """One of the caller's jobs.
 
         Raises:
             Refusal: 404: there is none, or it is somebody else's.
@@ -59,20 +59,20 @@ class Jobs:
         return row
 
     def of(self, caller: Caller) -> list[sqlite3.Row]:
-        """A caller's, newest first."""
+        """A caller's jobs, newest first."""
         return self._store.jobs(caller.owner)
 
     def add_session(self, row: sqlite3.Row, session_id: str) -> None:
-        """A session was begun in it."""
+        """Notes that a session was begun in a job."""
         self._store.set_job_sessions(row["job_id"], row["owner"], json.dumps([*self.sessions(row), session_id]))
 
     @staticmethod
     def sessions(row: sqlite3.Row) -> list[str]:
-        """Ids of the sessions begun in it."""
+        """Ids of the sessions begun in a job."""
         return json.loads(row["sessions"])
 
     def delete(self, row: sqlite3.Row) -> None:
-        """It is over; who ends its sessions is whoever calls this."""
+        """Ends a job; the caller of this ends its sessions."""
         self._store.delete_job(row["job_id"], row["owner"])
 
 
@@ -82,7 +82,7 @@ def base_model_of(row: sqlite3.Row) -> str:
 
 
 def describe(row: sqlite3.Row, *, max_context_length: int) -> dict[str, Any]:
-    """A job as Fireworks' API tells of it."""
+    """A job as Fireworks' API describes it."""
     about = json.loads(row["about"])
     return {
         "name": f"accounts/{ACCOUNT}/rlorTrainerJobs/{row['job_id']}",

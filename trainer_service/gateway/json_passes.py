@@ -24,7 +24,7 @@ def read_json_pass(fields: Fields, arm: str) -> wire.ForwardBackwardRequest:
         arm: The field that holds data and loss: forward_input or forward_backward_input.
 
     Raises:
-        Refusal: Something in it cannot be.
+        Refusal: A field is missing, unknown or not allowed.
     """
     request = wire.ForwardBackwardRequest(
         model_id=fields.text("model_id"), seq_id=fields.integer("seq_id"), forward_only=arm == "forward_input"
@@ -42,7 +42,7 @@ def read_json_pass(fields: Fields, arm: str) -> wire.ForwardBackwardRequest:
 
 def _read_config(asked: Fields, request: wire.ForwardBackwardRequest) -> None:
     config = asked.fields("loss_fn_config")
-    # What the trainer does anyhow, said by name.
+    # Names what the trainer does anyway.
     config.refuse(
         "target_logprob_support",
         "Logprobs here are of the full vocabulary.",

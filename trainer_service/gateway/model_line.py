@@ -36,25 +36,25 @@ logger = logging.getLogger(__name__)
 
 MAX_SEQ_ID = (1 << 31) - 1
 _MAX_HELD = 4096
-"""Operations that are acknowledged and not sent; a client that waits for answers has far fewer."""
+"""The most operations acknowledged and not sent; a client that waits for answers has far fewer."""
 _MAX_UNANSWERED, _MAX_UNANSWERED_BYTES = 64, 64 * 1024 * 1024
-"""Operations sent to the run and not answered; the rest wait in the store."""
+"""The most operations sent to the run and not answered; the rest wait in the store."""
 _MAX_KEPT_BYTES = 64 * 1024
-"""Of the body of an operation that waits in memory as well as in the store."""
+"""The largest body of a waiting operation that is kept in memory as well as in the store."""
 _ANSWER_WAIT_MS = 20_000
 _FLUSH_S = 0.2
 
 
 @dataclass
 class CustomLosses:
-    """Second passes of custom losses, as they were done."""
+    """Counts of second passes of custom losses, by how they were done."""
 
     at_one_forward: int = 0
     at_two_forwards: int = 0
 
 
 def request_id_of(model_id: str, seq_id: int) -> str:
-    """The id of an operation's future; that of 0 is the model's own making."""
+    """The id of an operation's future; number 0 is the creation of the model."""
     return f"{model_id}:{seq_id}"
 
 
@@ -90,9 +90,9 @@ class ModelLine:
     ) -> None:
         self.model_id = model_id
         self.run_id = ""
-        """Once it is made."""
+        """Resolves once the run is made."""
         self.made: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        """What became of the model's making."""
+        """The outcome of making the model."""
         self._make = make
         self._first = first
         self._stream: RunStream | None = None
@@ -120,7 +120,7 @@ class ModelLine:
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"line-{model_id}")
 
     async def close(self, why: Exception) -> None:
-        """Ends it. What is not answered fails with `why`."""
+        """Ends the line. What is not answered fails with `why`."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._fail(why)
@@ -137,7 +137,7 @@ class ModelLine:
         """Takes an operation in, and returns the id of its future. One that comes again is the same operation.
 
         Raises:
-            Refusal: It has no place in the order.
+            Refusal: Its number has no place in the order.
         """
         if not 0 < seq_id <= MAX_SEQ_ID:
             raise Refusal(400, f"seq_id is {seq_id}; operations of a model count from 1.")
@@ -255,7 +255,7 @@ class ModelLine:
         )
 
     def _plan_pass(self, kind: str, forward_only: bool, ordinary: Planned, batch: Batch) -> Planned:
-        """A pass; those of a custom loss as a forward that keeps its graph, and its backward."""
+        """Plans a pass; the two of a custom loss become a forward that keeps its graph, and its backward."""
         inputs = batch.loss_fn_inputs
         if ordinary.content.loss_fn != "cross_entropy" or inputs.keys() != {"target_tokens", "weights"}:
             return ordinary
@@ -268,7 +268,7 @@ class ModelLine:
         forward = self._kept.take(digest_of(batch), attach=self.stream.attaches)
         gradients = -inputs["weights"]
         if forward is None or not bool(np.isfinite(gradients).all()):
-            # What is not finite, the trainer refuses in the words of the weights.
+            # The trainer refuses weights that are not finite, in the caller's terms.
             if kind == request_translation.FORWARD_BACKWARD:
                 return ordinary
             self._custom_losses.at_two_forwards += 1
@@ -283,7 +283,7 @@ class ModelLine:
             self.stream.send("cancel", ops.CancelRequest(forward_seq_ids=given_up), lambda response: None)
 
     def _refuse(self, seq_id: int, kind: str, body: bytes, outcome: Outcome) -> None:
-        """Its number is used up by something that does nothing, or those behind it would wait for ever."""
+        """Sends something that does nothing under its number, or those behind it would wait for ever."""
         planned = request_translation.filler(kind, body)
         self._store.operation_refused(self.model_id, seq_id, self.stream.next_seq_id, outcome.encode())
         self.stream.send(planned.kind, planned.content, lambda response: self._let_go(seq_id, {}))
@@ -292,7 +292,7 @@ class ModelLine:
     # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def outcome(self, seq_id: int) -> Outcome:
-        """What becomes of an operation; waits for it.
+        """Waits for the outcome of an operation.
 
         Raises:
             Refusal: 404: there is no such operation.
@@ -364,7 +364,7 @@ class ModelLine:
             future.set_result(outcome)
 
     def _let_go(self, seq_id: int, plan: dict[str, Any]) -> None:
-        """The trainer has operation and answer; several are let go of at a time."""
+        """Lets go of an operation's body once the trainer has operation and answer; several at a time."""
         self._answered.append((json.dumps(plan), self.model_id, seq_id))
         if self._flush_timer is None:
             self._flush_timer = asyncio.get_running_loop().call_later(_FLUSH_S, self.flush)
@@ -379,7 +379,7 @@ class ModelLine:
             self._store.operations_answered(answered)
 
     def _fail(self, why: Exception) -> None:
-        """Nothing more can be done for this model."""
+        """Fails everything that waits: nothing more can be done for this model."""
         self._failed = self._failed or why
         self._started.set()
         if not self.made.done():

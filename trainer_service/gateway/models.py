@@ -34,7 +34,7 @@ class Models:
     Args:
         store: Where they are kept.
         trainers: Where their runs are.
-        sessions: Whose they are.
+        sessions: The sessions that own them.
         answers: Where answers wait.
         open_sampler: Gets (session, number, trainer, base model, path) of frozen weights; returns the sampler's id.
     """
@@ -56,10 +56,10 @@ class Models:
         self.custom_losses = CustomLosses()
 
     async def create(self, session: Session, number: int, base_model: str, request: CreateRunRequest) -> str:
-        """A new model; returns its id.
+        """Makes a new model; returns its id.
 
         Raises:
-            Refusal, GradwireError: It cannot be.
+            Refusal, GradwireError: It cannot be made.
         """
         served = await self._trainers.find(base_model, session.key)
         request.base_model = served.base_model
@@ -68,10 +68,10 @@ class Models:
     async def create_from(
         self, session: Session, number: int, path: str, *, with_optimizer: bool, request: CreateRunRequest
     ) -> str:
-        """A model with the state of a checkpoint, laid out as the run that saved it.
+        """Makes a model with the state of a checkpoint, laid out as the run that saved it.
 
         Raises:
-            Refusal, GradwireError: It cannot be.
+            Refusal, GradwireError: It cannot be made.
         """
         trainer, found = await self.find_checkpoint(path, session.key)
         request.base_model = found.base_model
@@ -83,7 +83,7 @@ class Models:
         return self._add(session, number, trainer, request, first=first, name=found.base_model)
 
     async def find_checkpoint(self, path: str, key: str, *, field: str = "path") -> tuple[Trainer, Checkpoint]:
-        """Where a checkpoint is, by tinker:// or gradwire:// path; `field` is what the caller calls that.
+        """Finds a checkpoint by its tinker:// or gradwire:// path; `field` is what the caller calls the path.
 
         Raises:
             Refusal, GradwireError: There is none, or it is somebody else's.
@@ -115,7 +115,7 @@ class Models:
         first: ops.LoadStateRequest | None = None,
     ) -> str:
         model_id = f"{session.session_id}:train:{number}"
-        # The same id gets the same run, however often a call, or a gateway, begins anew.
+        # The same id gets the same run, however often a call or a gateway starts again.
         request.request_id = model_id
         asked = {"name": name, "run": json_format.MessageToDict(request)}
         if first is not None:
@@ -134,7 +134,7 @@ class Models:
         return model_id
 
     def row(self, model_id: str, caller: Caller) -> sqlite3.Row:
-        """What is stored of a model, by its id or that of its run.
+        """The stored row of a model, by its id or that of its run.
 
         Raises:
             Refusal: 404: there is none, or it is somebody else's.
@@ -202,7 +202,7 @@ class Models:
         return make
 
     def run_of(self, model_id: str, owner: str) -> str:
-        """The run id of a model of theirs; anything else as it is, for the trainer to judge."""
+        """The run id of one of the caller's models; any other id as it is, for the trainer to judge."""
         row = self._store.model(model_id)
         return model_id if row is None or row["run_id"] is None or row["owner"] != owner else row["run_id"]
 
@@ -240,11 +240,11 @@ class Models:
 
     @property
     def num_held(self) -> int:
-        """Models whose run is attached to."""
+        """The number of models whose run this gateway is attached to."""
         return len(self._lines)
 
     async def close(self) -> None:
-        """Leaves all runs as they are, for the next gateway."""
+        """Detaches from all runs, and leaves them for the next gateway."""
         why = Refusal(503, "The gateway is shutting down; ask again.", reason="DRAINING")
         await asyncio.gather(*(line.close(why) for line, _ in self._lines.values()))
 

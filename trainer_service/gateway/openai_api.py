@@ -47,13 +47,13 @@ def openai_refusal(refusal: Refusal) -> Response:
 
 
 async def models(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """What can be named as a model; checkpoints can by their paths, too."""
+    """Lists what can be named as a model; checkpoints can be named by their paths as well."""
     served = await gateway.trainers.served(caller.key)
     return {"object": "list", "data": [_model(one.name) for one in served]}
 
 
 async def model(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """One of them."""
+    """Describes one model."""
     name = request.path_params["model"]
     await _find(gateway, caller, name)
     return _model(name)
@@ -64,7 +64,7 @@ def _model(name: str) -> dict[str, Any]:
 
 
 async def completions(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """What follows one or several prompts."""
+    """Completes one or several prompts."""
     asked, prompt = read_completion(await read_fields(request))
     trainer, sampler = await _find(gateway, caller, asked.model)
     tokenizer = await gateway.tokenizers.of(trainer, caller.key)
@@ -73,7 +73,7 @@ async def completions(gateway: Gateway, caller: Caller, request: Request) -> Any
 
 
 async def chat_completions(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """What the assistant says next."""
+    """Completes a chat with the assistant's next message."""
     asked, messages = read_chat(await read_fields(request))
     trainer, sampler = await _find(gateway, caller, asked.model)
     tokenizer = await gateway.tokenizers.of(trainer, caller.key)
@@ -162,7 +162,7 @@ class _Completion:
 
     @property
     def num_choices(self) -> int:
-        """Of all prompts."""
+        """The number of tokens of all prompts."""
         return len(self.asked.prompts) * self.asked.num_samples
 
     def usage(self, completion_tokens: int) -> dict[str, int]:
@@ -175,7 +175,7 @@ class _Completion:
         }
 
     def text(self) -> GrowingText:
-        """Of a new choice."""
+        """The first part of a streamed choice."""
         return GrowingText(self._tokenizer, self.asked.stop)
 
     def logprobs(self, parts: list[SampledTokens]) -> dict[str, Any] | None:
@@ -197,7 +197,7 @@ class _Completion:
         return {**self._head("chat.completion"), "choices": choices, "usage": self.usage(completion_tokens)}
 
     def choice(self, index: int, text: str, parts: list[SampledTokens], reason: str) -> dict[str, Any]:
-        """A choice of it."""
+        """One choice of an answer."""
         content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._chat else {"text": text}
         return {"index": index, **content, "logprobs": self.logprobs(parts), "finish_reason": reason}
 
@@ -257,7 +257,7 @@ def _reason(part: SampledTokens) -> str:
 async def _events(
     completion: _Completion, first: Any, parts: AsyncIterator[tuple[int, SampledTokens]]
 ) -> AsyncIterator[str]:
-    """Server-sent events; what fails behind the first is one of them."""
+    """Server-sent events; a failure after the first one is sent as an event."""
     texts = [completion.text() for _ in range(completion.num_choices)]
     count = 0
     async with contextlib.aclosing(parts):  # pyright: ignore[reportArgumentType]

@@ -15,12 +15,12 @@ _MAX_UINT32 = (1 << 32) - 1
 _DEFAULT_MAX_TOKENS = 16
 """Of a completion, as OpenAI has it; a chat goes on until it ends."""
 _USELESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-"""What tells of the caller and changes no answer."""
+"""Fields that describe the caller and change no answer."""
 
 
 @dataclass
 class CompletionRequest:
-    """What both kinds of request ask for.
+    """What a completion or chat completion asks for.
 
     Attributes:
         model: Its name.
@@ -49,7 +49,7 @@ def read_completion(fields: Fields) -> tuple[CompletionRequest, Any]:
     """A completion, and its prompt as it was given.
 
     Raises:
-        Refusal: Something in it cannot be.
+        Refusal: A field is missing, unknown or not allowed.
     """
     prompt = fields.value("prompt")
     logprobs = fields.optional_integer("logprobs", low=0, high=_MAX_UINT32)
@@ -65,7 +65,7 @@ def read_prompts(prompt: Any, tokenizer: ModelTokenizer) -> list[list[int]]:
     """A text, a list of texts, token ids, or a list of such lists.
 
     Raises:
-        Refusal: It is none of these.
+        Refusal: It is something else.
     """
     if isinstance(prompt, str):
         return [tokenizer.encode(prompt)]
@@ -82,7 +82,7 @@ def read_chat(fields: Fields) -> tuple[CompletionRequest, list[dict[str, Any]]]:
     """A chat completion, and its messages with their parts joined.
 
     Raises:
-        Refusal: Something in it cannot be.
+        Refusal: A field is missing, unknown or not allowed.
     """
     messages = [_message(one, f"messages[{place}]") for place, one in enumerate(fields.items("messages"))]
     if not messages:
@@ -164,7 +164,7 @@ def _read(fields: Fields, *, logprobs: bool, top_logprobs: int, max_tokens: int 
 
 
 def sampling_params(asked: CompletionRequest, tokenizer: ModelTokenizer) -> SamplingParams:
-    """How tokens are chosen. A stop of one's own does not keep the model from ending its text itself."""
+    """How tokens are chosen. The model may still end its text itself where the caller gives stops."""
     params = SamplingParams()
     params.CopyFrom(asked.params)
     if asked.stop:

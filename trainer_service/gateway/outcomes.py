@@ -1,4 +1,4 @@
-"""What becomes of a request: a result, or a failure in the words its client's SDK knows."""
+"""The outcome of a request: a result, or a failure in terms that the client's SDK knows."""
 
 import json
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ def refusal_of(exc: GradwireError) -> Refusal:
 
 
 def category_of(status: int) -> str:
-    """Whose fault a failure is, in tinker's word."""
+    """Whose fault a failure is, as tinker names it."""
     return "server" if status >= 500 else "user"
 
 
@@ -70,12 +70,12 @@ class Outcome:
 
     @staticmethod
     def result(**fields: Any) -> "Outcome":
-        """A JSON result."""
+        """A result as JSON."""
         return Outcome(JSON, json.dumps(fields).encode())
 
     @staticmethod
     def failure(exc: Exception) -> "Outcome":
-        """What a future fails with."""
+        """A failure."""
         refusal = refusal_of(exc) if isinstance(exc, GradwireError) else exc
         if not isinstance(refusal, Refusal):
             refusal = Refusal(500, "The gateway failed at this; its log says more.", reason="INTERNAL")
@@ -83,12 +83,12 @@ class Outcome:
         return Outcome(JSON, json.dumps(body).encode(), failed=True)
 
     def encode(self) -> bytes:
-        """As it is stored."""
+        """The outcome as bytes for the store."""
         mark = b"F" if self.failed else b"J" if self.media_type == JSON else b"P"
         return mark + self.body
 
     @staticmethod
     def decode(stored: bytes) -> "Outcome":
-        """What `encode` made."""
+        """An outcome from the bytes that `encode` made."""
         mark, body = stored[:1], stored[1:]
         return Outcome(PROTOBUF if mark == b"P" else JSON, body, failed=mark == b"F")

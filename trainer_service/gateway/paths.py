@@ -1,4 +1,4 @@
-"""Between tinker:// and gradwire:// paths: a pure rewrite, but that a model's own id may stand for its run's."""
+"""Rewrites tinker:// paths as gradwire:// paths and back; a model's id may stand for its run's."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ def to_gradwire(path: str, run_of: Callable[[str], str], *, field: str = "path")
         field: What the caller calls the path.
 
     Raises:
-        Refusal: It is none of these, or of a model that is not there.
+        Refusal: It is no such path, or names a model that does not exist.
     """
     if path.startswith(_GRADWIRE):
         return path
@@ -35,7 +35,7 @@ def to_gradwire(path: str, run_of: Callable[[str], str], *, field: str = "path")
         )
     run = run_of(run)
     if ":" in run:
-        # A model's id that is nobody's of whom the caller may know.
+        # The id of a model that does not exist, as far as the caller may know.
         raise Refusal(404, f"There is no checkpoint {path[:_SHOWN]!r}.", reason="CHECKPOINT_NOT_FOUND")
     return f"{_GRADWIRE}{run}/{_TO_GRADWIRE[kind]}/{name}"
 

@@ -1,4 +1,4 @@
-"""The gateway as a process: listens, and stops when told."""
+"""The gateway as a process: it listens, and stops when told."""
 
 import asyncio
 import logging

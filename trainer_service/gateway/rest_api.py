@@ -1,4 +1,4 @@
-"""tinker's endpoints of what there is: runs, checkpoints, sessions. The trainers answer, to the caller's key."""
+"""tinker's endpoints that list runs, checkpoints and sessions. The trainers answer, for the caller's key."""
 
 import asyncio
 import math
@@ -44,12 +44,12 @@ async def get_server_capabilities(gateway: Gateway, caller: Caller, request: Req
 
 
 async def healthz(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """The gateway runs."""
+    """Tells that the gateway runs."""
     return {"status": "ok"}
 
 
 async def metrics(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """Counts, for Prometheus; as all else, for whoever has a key."""
+    """Metrics for Prometheus; like all else, for callers with a key."""
     await gateway.trainers.served(caller.key)
     return Response(metrics_text(gateway), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -61,7 +61,7 @@ async def api_key(gateway: Gateway, caller: Caller, request: Request) -> Any:
 
 
 async def delete_api_key(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """Keys are not the gateway's."""
+    """Refuses to make keys: they belong to the trainers."""
     raise unserved("Revoking a key", "Take it out of the trainer's --api-key-file.")
 
 
@@ -86,7 +86,7 @@ async def list_training_runs(gateway: Gateway, caller: Caller, request: Request)
 
 
 async def get_training_run(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """One run, by its id or its model's."""
+    """Describes one run, by its id or its model's."""
     asked = request.path_params["run_id"]
     run_id = gateway.models.run_of(asked, caller.owner)
     saved = await _checkpoints(gateway, caller, run_id)
@@ -147,20 +147,20 @@ def _last_checkpoints(saved: list[Checkpoint]) -> dict[str, Any]:
 
 
 async def list_checkpoints(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """A run's checkpoints."""
+    """Lists a run's checkpoints."""
     saved = await _checkpoints(gateway, caller, gateway.models.run_of(request.path_params["run_id"], caller.owner))
     return {"checkpoints": [_checkpoint(one) for one in saved]}
 
 
 async def list_user_checkpoints(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """The caller's checkpoints, newest first."""
+    """Lists the caller's checkpoints, newest first."""
     saved = [_checkpoint(one) for one in await _checkpoints(gateway, caller)]
     page, cursor = _page(request, saved, default=100)
     return {"checkpoints": page, "cursor": cursor}
 
 
 async def delete_checkpoint(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """Deletes one for good."""
+    """Deletes a checkpoint for good."""
     trainer, found = await _find(gateway, caller, request)
     await trainer.call(
         trainer.checkpoints.DeleteCheckpoint, checkpoints.DeleteCheckpointRequest(path=found.path), caller.key
@@ -169,7 +169,7 @@ async def delete_checkpoint(gateway: Gateway, caller: Caller, request: Request) 
 
 
 async def set_ttl(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """How long one is kept from now on."""
+    """Sets how long a checkpoint is kept from now."""
     fields = await read_fields(request)
     ttl_seconds = fields.optional_integer("ttl_seconds", low=1)
     fields.finish()
@@ -180,7 +180,7 @@ async def set_ttl(gateway: Gateway, caller: Caller, request: Request) -> Any:
 
 
 async def weights_info(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """What a checkpoint would be loaded into."""
+    """Tells what a checkpoint would be loaded into: base model and LoRA rank."""
     fields = await read_fields(request)
     fields.refuse("weights_access_token", "Use a key that may see the checkpoint.")
     _, found = await gateway.models.find_checkpoint(fields.text("tinker_path"), caller.key)
@@ -196,17 +196,17 @@ async def weights_info(gateway: Gateway, caller: Caller, request: Request) -> An
 
 
 async def unserved_publish(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """Checkpoints of everybody."""
+    """Refuses to publish checkpoints."""
     raise unserved("Publishing a checkpoint", f"Hand its files on instead: {_DOWNLOAD}")
 
 
 async def unserved_urls(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """Signed URLs of a checkpoint's files."""
+    """Refuses to sign URLs of a checkpoint's files."""
     raise unserved("A URL of a checkpoint's files", _DOWNLOAD[0].upper() + _DOWNLOAD[1:])
 
 
 async def unserved_copy(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """A checkpoint under another owner or run."""
+    """Refuses to copy a checkpoint to another owner or run."""
     raise unserved(
         "Copying a checkpoint",
         "create_training_client_from_state_with_optimizer, then save_state, makes one of your own.",
@@ -245,13 +245,13 @@ def _checkpoint(one: Checkpoint) -> dict[str, Any]:
 
 
 async def list_sessions(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """The caller's sessions, newest first."""
+    """Lists the caller's sessions, newest first."""
     page, _ = _page(request, [one.session_id for one in gateway.sessions.of(caller)], default=20)
     return {"sessions": page}
 
 
 async def get_session(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """One session, and what was made in it."""
+    """Describes one session, and what was made in it."""
     session = gateway.sessions.find(request.path_params["session_id"], caller)
     return {
         "training_run_ids": gateway.session_models(session),
@@ -262,7 +262,7 @@ async def get_session(gateway: Gateway, caller: Caller, request: Request) -> Any
 
 
 async def search_sessions(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """The caller's sessions that fit what is asked."""
+    """Lists the caller's sessions that match."""
     fields = await read_fields(request)
     session_id, name = fields.text("session_id", ""), fields.text("display_name", "")
     projects, metadata = fields.items("project_ids", []), fields.texts("user_metadata")
@@ -319,17 +319,17 @@ def _status(session: Session) -> dict[str, Any]:
 
 
 async def unserved_project(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """Projects of sessions."""
+    """Refuses projects."""
     raise unserved("Moving a session to a project", "Give project_id when the session is made.")
 
 
 async def unserved_trace(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """What a session did, as a file."""
+    """Refuses archives of sessions."""
     raise unserved("A session's trace", "`gradwire runs replay` tells of a run's operations; metrics are Prometheus'.")
 
 
 async def unserved_admin(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """Audit and bills."""
+    """Refuses audit logs and bills."""
     raise unserved("Audit and billing", "The trainer's log and its Prometheus metrics tell who did what.")
 
 

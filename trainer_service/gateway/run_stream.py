@@ -56,14 +56,14 @@ class RunStream:
         self._room = asyncio.Event()
         self._next_seq_id = 0
         self.attaches = 0
-        """Times it took hold of the run; graphs kept for an earlier one may be gone."""
+        """How often it attached to the run; graphs kept under an earlier attachment may be gone."""
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"gateway-{run_id}")
 
     async def attached(self) -> int:
-        """The number of the next operation, once the run is held.
+        """The number of the next operation, once attached.
 
         Raises:
-            GradwireError: It cannot be.
+            GradwireError: The run cannot be attached to.
         """
         return await asyncio.shield(self._attached)
 
@@ -73,7 +73,7 @@ class RunStream:
         return self._next_seq_id
 
     async def room(self, *, operations: int, size_bytes: int) -> None:
-        """Returns once no more than that waits for its answer."""
+        """Returns once no more operations than that are unanswered."""
         while len(self._unanswered) >= operations or self._unanswered_bytes > size_bytes:
             self._room.clear()
             await self._room.wait()
@@ -179,7 +179,7 @@ class RunStream:
             if sent is not None:
                 sent.request.acked_seq_id = self._acked
                 with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                    # What ended the call is for the reader to tell.
+                    # The reader tells what ended the call.
                     await call.write(sent.request)
 
     def _answer(self, response: TrainResponse) -> None:

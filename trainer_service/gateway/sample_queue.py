@@ -1,4 +1,4 @@
-"""Sample requests on their way: equal prompts together, no more at once than a trainer takes."""
+"""Sends sample requests to trainers: equal prompts together, no more at once than a trainer takes."""
 
 import asyncio
 import hashlib
@@ -45,16 +45,16 @@ class _Group:
     trainer: Trainer
     key: str = field(repr=False)
     since_s: float
-    """When its first request came."""
+    """When the group's first request came."""
     last_s: float
-    """When its last one did."""
+    """When the group's last request came."""
     asked: list[_QueuedRequest] = field(default_factory=list)
     due: bool = False
     """Whether it has waited for others long enough."""
 
 
 class SampleQueue:
-    """What waits to be sampled, and what is.
+    """Requests that wait to be sampled, and those under way.
 
     Args:
         max_in_flight: Sample calls at once.
@@ -68,7 +68,7 @@ class SampleQueue:
         self._calls: dict[asyncio.Task[None], list[_QueuedRequest]] = {}
         self._numbers = itertools.count()
         self.merged = 0
-        """Requests that went along with another one's call."""
+        """How many requests shared another one's call."""
 
     def add(self, request: SampleRequest, trainer: Trainer, key: str) -> asyncio.Future[Outcome]:
         """Puts a request in the line; its future is never failed, but cancelled when the request is given up."""
@@ -167,7 +167,7 @@ class SampleQueue:
                 one.future.set_result(sample_outcome(own, prompt, one.request))
 
     async def close(self) -> None:
-        """Gives everything up."""
+        """Gives up all requests."""
         for group in self._groups.values():
             for asked in group.asked:
                 asked.future.cancel()
@@ -178,7 +178,7 @@ class SampleQueue:
 
 
 def _give_up(task: asyncio.Task[None], asked: list[_QueuedRequest]) -> None:
-    """Nobody waits for a call any more."""
+    """Cancels a call that nobody waits for any more."""
     if all(one.future.cancelled() for one in asked):
         task.cancel()
 

@@ -1,4 +1,4 @@
-"""Between sample requests on tinker's wire and ours."""
+"""Translates sample requests and their answers between tinker's wire and ours."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,7 +49,7 @@ def checked_tokens(tokens: Any, where: str) -> list[int]:
     """A JSON list as token ids.
 
     Raises:
-        Refusal: It is none.
+        Refusal: It is something else.
     """
     if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 1 << 31 for token in tokens):
         raise Refusal(400, f"{where} is no list of token ids, which are integers from 0 on.")
@@ -57,10 +57,10 @@ def checked_tokens(tokens: Any, where: str) -> list[int]:
 
 
 def read_sample(fields: Fields, sampler: Sampler) -> SampleRequest:
-    """An asample request.
+    """Reads an asample request.
 
     Raises:
-        Refusal: Something in it cannot be.
+        Refusal: A field is missing, unknown or not allowed.
     """
     request = SampleRequest(
         sampler=sampler,
@@ -126,7 +126,7 @@ def read_stop(stop: Any) -> Stop:
     """A text, texts or token ids that end a sample.
 
     Raises:
-        Refusal: It is none of these.
+        Refusal: It is something else.
     """
     if isinstance(stop, str):
         return Stop(strings=[stop])
@@ -162,7 +162,7 @@ def add_samples(samples: Sequence[CollectedSample], response: SampleResponse) ->
 def sample_outcome(
     samples: Sequence[CollectedSample], prompt: PromptLogprobs | None, request: SampleRequest
 ) -> Outcome:
-    """What an asample gets."""
+    """The answer to an asample."""
     message = wire.SampleResponse()
     for sample in samples:
         stopped = sample.stop_reason == STOP_REASON_STOP

@@ -16,7 +16,7 @@ _MAX_NUMBER = 10**18 - 1
 
 
 async def create_sampling_session(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """A sampler of a base model, or of saved weights."""
+    """Opens a sampler of a base model, or of saved weights."""
     fields = await read_fields(request)
     session = gateway.sessions.live(fields.text("session_id"), caller)
     number = fields.integer("sampling_session_seq_id", low=0, high=_MAX_NUMBER)
@@ -32,7 +32,7 @@ async def create_sampling_session(gateway: Gateway, caller: Caller, request: Req
 
 
 async def get_sampler(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """What a sampler is."""
+    """Describes a sampler."""
     row = gateway.sampling_sessions.row(request.path_params["sampler_id"], caller)
     return {
         "sampler_id": row["sampler_id"],
@@ -42,7 +42,7 @@ async def get_sampler(gateway: Gateway, caller: Caller, request: Request) -> Any
 
 
 async def retrieve_futures(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """Which requests of a sampler are answered; waited for a while."""
+    """Tells which requests of a sampler are answered; waits a while for some."""
     fields = await read_fields(request)
     target = fields.fields("target")
     kind = target.text("type", "sampling_session")
@@ -71,7 +71,7 @@ async def retrieve_futures(gateway: Gateway, caller: Caller, request: Request) -
 
 
 async def asample(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """Samples of one prompt."""
+    """Submits a request for samples of one prompt."""
     fields = await read_fields(request)
     if fields.has("sampling_session_id"):
         row = gateway.sampling_sessions.row(fields.text("sampling_session_id"), caller)

@@ -23,7 +23,7 @@ _MAX_WAITING = 100_000
 
 
 class SamplingSessions:
-    """All samplers.
+    """All samplers that clients opened.
 
     Args:
         store: Where they are kept.
@@ -43,7 +43,7 @@ class SamplingSessions:
         self._flush_timer: asyncio.TimerHandle | None = None
 
     def add_frozen_weights(self, session: Session, number: int, trainer: Trainer, base_model: str, path: str) -> str:
-        """A sampler of frozen weights; returns its id."""
+        """Adds a sampler of frozen weights; returns its id."""
         sampler_id = f"{session.session_id}:sample:{number}"
         self._store.add_sampler(
             sampler_id, session.session_id, session.owner, trainer=trainer.url, base_model=base_model, model_path=path
@@ -51,10 +51,10 @@ class SamplingSessions:
         return sampler_id
 
     async def open(self, session: Session, number: int, *, base_model: str, model_path: str, models: Models) -> str:
-        """A sampler of a base model, or of saved weights; returns its id.
+        """Opens a sampler of a base model, or of saved weights; returns its id.
 
         Raises:
-            Refusal, GradwireError: There is none.
+            Refusal, GradwireError: There is no such model or checkpoint.
         """
         if model_path:
             trainer, found = await models.find_checkpoint(model_path, session.key)
@@ -67,7 +67,7 @@ class SamplingSessions:
         return self.add_frozen_weights(session, number, trainer, name, path)
 
     def row(self, sampler_id: str, caller: Caller) -> sqlite3.Row:
-        """What is stored of a sampler.
+        """The stored row of a sampler.
 
         Raises:
             Refusal: 404: there is none, or it is somebody else's.
@@ -136,7 +136,7 @@ class SamplingSessions:
         return future
 
     def flush(self) -> None:
-        """Writes answers down."""
+        """Writes answers to the store."""
         if self._flush_timer is not None:
             self._flush_timer.cancel()
             self._flush_timer = None
@@ -145,7 +145,7 @@ class SamplingSessions:
             self._store.samples_answered(answered)
 
     async def outcome(self, request_id: str, caller: Caller) -> Outcome:
-        """What becomes of a request; waits for it.
+        """Waits for the outcome of a request.
 
         Raises:
             Refusal: 404: there is none, or it is somebody else's.
@@ -174,7 +174,7 @@ class SamplingSessions:
     async def answered_since(
         self, row: sqlite3.Row, clone: int, cursor: int, *, timeout_s: float, caller: Caller
     ) -> tuple[list[dict[str, Any]], int]:
-        """As Completions.since, for one of the caller's samplers."""
+        """Like Completions.since, for one of the caller's samplers."""
         target = row["sampler_id"], clone
         if not self._completions.knows(target):
             self._take_up(target, cursor, caller)
@@ -197,7 +197,7 @@ class SamplingSessions:
                 self._begin_again(stored, caller)
 
     def forget(self, row: sqlite3.Row, request_ids: list[str]) -> None:
-        """The client has the answers to these."""
+        """Forgets answers that the client has."""
         own = [one for one in request_ids if one.rpartition(":")[0] == row["sampler_id"]]
         if own:
             self.flush()
@@ -207,11 +207,11 @@ class SamplingSessions:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that are not answered."""
+        """The number of unanswered requests."""
         return len(self._waiting)
 
     def cancel(self, request_id: str, caller: Caller) -> None:
-        """Nobody wants a request any more."""
+        """Gives up a request that nobody wants any more."""
         row = self._store.sample(request_id)
         if row is not None and row["owner"] == caller.owner and (future := self._waiting.get(request_id)) is not None:
             future.cancel()

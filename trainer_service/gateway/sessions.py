@@ -14,14 +14,14 @@ from trainer_service.gateway.store import Store, owner_of
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever makes a request."""
+    """Who makes a request."""
 
     key: str = field(repr=False)
-    """As it came; the trainer judges it."""
+    """The key as it came; the trainer judges it."""
 
     @cached_property
     def owner(self) -> str:
-        """What tells their things from others'."""
+        """A digest of the key, which tells the caller's things from others'."""
         return owner_of(self.key)
 
 
@@ -61,7 +61,7 @@ class Sessions:
             self._held[session.session_id] = session
 
     def create(self, caller: Caller, about: dict[str, Any]) -> Session:
-        """A client begins."""
+        """Begins a session."""
         now = time.time()
         session = Session(str(uuid.uuid4()), caller.owner, about, now, now, None, caller.key)
         self._store.add_session(session.session_id, session.owner, about)
@@ -110,7 +110,7 @@ class Sessions:
         return session
 
     def end(self, session: Session, ended_by: dict[str, Any]) -> None:
-        """It is over."""
+        """Ends a session."""
         session.ended_by = ended_by
         self._store.end_session(session.session_id, ended_by)
 
@@ -125,12 +125,12 @@ class Sessions:
         return [one for one in self._held.values() if one.ended_by is None and one.seen_s < before_s]
 
     def forget(self, before_s: float) -> None:
-        """Nothing is kept of those that ended long ago."""
+        """Forgets sessions that ended long ago."""
         self._store.forget_sessions(before_s)
 
     @property
     def num_live(self) -> int:
-        """Those that go on."""
+        """Sessions that have not ended."""
         return sum(one.ended_by is None for one in self._held.values())
 
     def flush(self) -> None:

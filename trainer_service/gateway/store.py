@@ -17,7 +17,7 @@ from trainer_service.command_lines import SettingsError
 
 _VERSION = 2
 _CHECKPOINT_PAGES = 8192
-"""Of 4 KiB, that the log may grow to."""
+"""Pages of 4 KiB that the write-ahead log may grow to."""
 _SCHEMA = """
 CREATE TABLE session (
     session_id TEXT PRIMARY KEY, owner TEXT NOT NULL, about TEXT NOT NULL, created_s REAL NOT NULL,
@@ -54,7 +54,7 @@ CREATE TABLE job (
 
 
 def owner_of(key: str) -> str:
-    """What stands in the file for whoever has this key; the key cannot be told from it."""
+    """The owner id stored for a key; the key cannot be derived from it."""
     return hashlib.sha256(b"gradwire gateway owner" + key.encode()).hexdigest()[:32] if key else ""
 
 
@@ -113,13 +113,13 @@ class Store:
             raise SettingsError(f"{path} is of another version of the gateway ({version}, not {_VERSION}).")
 
     def close(self) -> None:
-        """Ends the use of it."""
+        """Closes the file."""
         self._db.close()
 
     # ── sessions ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def add_session(self, session_id: str, owner: str, about: dict[str, Any]) -> None:
-        """A session begins."""
+        """Adds a session."""
         now = time.time()
         row = (session_id, owner, json.dumps(about), now, now)
         self._run("INSERT INTO session (session_id, owner, about, created_s, seen_s) VALUES (?, ?, ?, ?, ?)", row)
@@ -130,7 +130,7 @@ class Store:
         return found[0] if found else None
 
     def sessions(self, owner: str) -> list[sqlite3.Row]:
-        """An owner's, newest first."""
+        """An owner's jobs, newest first."""
         return self._rows("SELECT * FROM session WHERE owner = ? ORDER BY created_s DESC, session_id", (owner,))
 
     def uncleared(self) -> list[sqlite3.Row]:
@@ -138,7 +138,7 @@ class Store:
         return self._rows("SELECT * FROM session WHERE NOT cleared")
 
     def seen(self, session_ids: Iterable[tuple[str, float]]) -> None:
-        """When sessions were last heard of."""
+        """Writes when sessions were last heard of."""
         with self._transaction():
             self._db.executemany("UPDATE session SET seen_s = ?2 WHERE session_id = ?1", list(session_ids))
 
@@ -169,25 +169,25 @@ class Store:
     # ── jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def add_job(self, job_id: str, owner: str, about: str) -> None:
-        """A job begins."""
+        """Adds a job."""
         row = (job_id, owner, about, time.time())
         self._run("INSERT INTO job (job_id, owner, about, created_s) VALUES (?, ?, ?, ?)", row)
 
     def job(self, job_id: str, owner: str) -> sqlite3.Row | None:
-        """One of an owner's."""
+        """One of an owner's jobs."""
         found = self._rows("SELECT * FROM job WHERE job_id = ? AND owner = ?", (job_id, owner))
         return found[0] if found else None
 
     def jobs(self, owner: str) -> list[sqlite3.Row]:
-        """An owner's, newest first."""
+        """An owner's jobs, newest first."""
         return self._rows("SELECT * FROM job WHERE owner = ? ORDER BY created_s DESC", (owner,))
 
     def set_job_sessions(self, job_id: str, owner: str, sessions: str) -> None:
-        """Which sessions were begun in it."""
+        """Writes which sessions were begun in a job."""
         self._run("UPDATE job SET sessions = ? WHERE job_id = ? AND owner = ?", (sessions, job_id, owner))
 
     def delete_job(self, job_id: str, owner: str) -> None:
-        """It is over."""
+        """Ends a job."""
         self._run("DELETE FROM job WHERE job_id = ? AND owner = ?", (job_id, owner))
 
     # ── models ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -195,39 +195,39 @@ class Store:
     def add_model(
         self, model_id: str, session_id: str, owner: str, *, trainer: str, request: dict[str, Any], digest: bytes
     ) -> None:
-        """A model is to be made."""
+        """Adds a model that is to be made."""
         row = (model_id, session_id, owner, trainer, json.dumps(request), digest)
         self._run(
             "INSERT INTO model (model_id, session_id, owner, trainer, request, digest) VALUES (?, ?, ?, ?, ?, ?)", row
         )
 
     def model_made(self, model_id: str, *, run_id: str | None, outcome: bytes | None) -> None:
-        """It was made, or could not be."""
+        """Notes that a model was made, or could not be."""
         self._run("UPDATE model SET run_id = ?, outcome = ? WHERE model_id = ?", (run_id, outcome, model_id))
 
     def model(self, model_id: str) -> sqlite3.Row | None:
-        """By its id, or that of its run."""
+        """A model, by its id or that of its run."""
         found = self._rows("SELECT * FROM model WHERE model_id = ?1 OR run_id = ?1", (model_id,))
         return found[0] if found else None
 
     def models(self, session_id: str) -> list[sqlite3.Row]:
-        """Of a session."""
+        """What belongs to a session."""
         return self._rows("SELECT * FROM model WHERE session_id = ? ORDER BY model_id", (session_id,))
 
     # ── operations ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def add_operation(self, model_id: str, seq_id: int, *, kind: str, digest: bytes, body: bytes) -> None:
-        """An operation is acknowledged."""
+        """Adds an operation that is about to be acknowledged."""
         row = (model_id, seq_id, kind, digest, body)
         self._run("INSERT INTO operation (model_id, seq_id, kind, digest, body) VALUES (?, ?, ?, ?, ?)", row)
 
     def operation_sent(self, model_id: str, seq_id: int, run_seq_id: int, plan: dict[str, Any]) -> None:
-        """It is about to go to the run, under that number."""
+        """Notes that an operation is about to go to the run under that number."""
         row = (run_seq_id, json.dumps(plan), model_id, seq_id)
         self._run("UPDATE operation SET run_seq_id = ?, plan = ? WHERE model_id = ? AND seq_id = ?", row)
 
     def operation_refused(self, model_id: str, seq_id: int, run_seq_id: int, outcome: bytes) -> None:
-        """It will not be sent; its number is used up by something else."""
+        """Notes that an operation will not be sent; its number is used up by something else."""
         row = (run_seq_id, outcome, model_id, seq_id)
         self._run("UPDATE operation SET run_seq_id = ?, outcome = ? WHERE model_id = ? AND seq_id = ?", row)
 
@@ -244,7 +244,7 @@ class Store:
         return found[0] if found else None
 
     def operations(self, model_id: str) -> list[OperationRow]:
-        """All of a model, in order, without their bodies."""
+        """A model's operations in order, without their bodies."""
         return self._operations("WHERE model_id = ? ORDER BY seq_id", (model_id,), body="NULL")
 
     # ── samplers and samples ──────────────────────────────────────────────────────────────────────────────────────
@@ -252,7 +252,7 @@ class Store:
     def add_sampler(
         self, sampler_id: str, session_id: str, owner: str, *, trainer: str, base_model: str, model_path: str
     ) -> None:
-        """A sampler is open."""
+        """Adds a sampler."""
         row = (sampler_id, session_id, owner, trainer, base_model, model_path)
         self._run("INSERT OR REPLACE INTO sampler VALUES (?, ?, ?, ?, ?, ?)", row)
 
@@ -262,7 +262,7 @@ class Store:
         return found[0] if found else None
 
     def samplers(self, session_id: str) -> list[sqlite3.Row]:
-        """Of a session."""
+        """What belongs to a session."""
         return self._rows("SELECT * FROM sampler WHERE session_id = ? ORDER BY sampler_id", (session_id,))
 
     def add_sample(
@@ -276,7 +276,7 @@ class Store:
         num_samples: int,
         body: bytes,
     ) -> None:
-        """A sample request is acknowledged."""
+        """Adds a sample request that is about to be acknowledged."""
         row = (request_id, sampler_id, session_id, owner, digest, num_samples, body)
         self._run(
             "INSERT INTO sample (request_id, sampler_id, session_id, owner, digest, num_samples, body) "
@@ -306,14 +306,14 @@ class Store:
             )
 
     def forget_answered(self, request_ids: Iterable[str]) -> None:
-        """Their client has the answers to these samples."""
+        """Forgets samples whose answers the client has."""
         with self._transaction():
             self._db.executemany(
                 "DELETE FROM sample WHERE request_id = ? AND answered_s IS NOT NULL", [(one,) for one in request_ids]
             )
 
     def forget_samples(self, before_s: float) -> None:
-        """Answers given before then are not kept."""
+        """Deletes answers given before then."""
         self._run("DELETE FROM sample WHERE answered_s < ?", (before_s,))
 
     # ── SQLite ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""Between the tensors of tinker's wire and ours. numpy and protobuf only.
+"""Translates tensors between tinker's wire and ours. numpy and protobuf only.
 
 Shape suffixes: T tokens of all datums end to end, N datums, K targets a token.
 """
@@ -20,11 +20,11 @@ _NUMPY_TYPES: dict[int, np.dtype[Any]] = {
     wire.DTYPE_INT32: np.dtype("<i4"),
 }
 _MAX_DENSE_ELEMENTS = 1 << 24
-"""Of one sparse tensor made dense: a few bytes may stand for any number of them."""
+"""The most elements of a sparse tensor made dense: a few bytes may stand for any number of them."""
 
 
 def read_batch(request: wire.ForwardBackwardRequest) -> Batch:
-    """The datums of a request, end to end.
+    """Reads the datums of a request, end to end.
 
     Raises:
         InvalidArgumentError: Naming the datum and input that does not fit.
@@ -111,7 +111,7 @@ def read_logprobs(response: ForwardResponse | ForwardBackwardResponse) -> npt.ND
 def output_message(
     response: ForwardResponse | ForwardBackwardResponse, metrics: dict[str, float]
 ) -> wire.ForwardBackwardOutput:
-    """A trainer's answer as tinker's, with the metrics given."""
+    """A trainer's answer as tinker's message, with the metrics given."""
     cu_seqlens = decode_tensor(response.cu_seqlens, "cu_seqlens").astype("<i8")
     record = wire.ArrayRecord(type_tag="ArrayRecord", num_datums=len(cu_seqlens) - 1)
     for name, tensor in response.loss_fn_outputs.items():

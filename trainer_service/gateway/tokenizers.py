@@ -33,7 +33,7 @@ class ModelTokenizer:
         files: Its files, by name.
 
     Raises:
-        Refusal: They are not what can be read here.
+        Refusal: They cannot be read here.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -133,7 +133,7 @@ class GrowingText:
         self.stopped = False
 
     def add(self, tokens: Sequence[int], *, last: bool) -> str:
-        """What is new of the text.
+        """The text that is new with these tokens.
 
         Args:
             tokens: The next ones.
@@ -169,7 +169,7 @@ class Tokenizers:
         self._loaded: dict[str, tuple[tuple[str, ...], ModelTokenizer]] = {}
 
     async def of(self, trainer: Trainer, key: str) -> ModelTokenizer:
-        """A trainer's model's.
+        """The tokenizer of a trainer's model.
 
         Raises:
             Refusal: It cannot be read here.

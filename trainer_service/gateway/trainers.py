@@ -63,11 +63,11 @@ class Trainer:
         Args:
             method: Of one of the stubs.
             request: Its message.
-            key: Theirs; "" for none.
+            key: The caller's; "" for none.
             away_s: How long to try.
 
         Raises:
-            GradwireError: What it was refused with.
+            GradwireError: The call was refused.
         """
         until_s = time.monotonic() + away_s
         delay_s = 0.05
@@ -99,15 +99,15 @@ class TrainerModel:
 
     trainer: Trainer
     name: str
-    """As clients are told it."""
+    """Its name as clients know it."""
     base_model: str
-    """As its trainer calls it."""
+    """Its name as the trainer knows it."""
     info: GetServerInfoResponse
     """What the trainer said of itself."""
 
     @property
     def max_context_length(self) -> int | None:
-        """Its longest sequence, tokens."""
+        """Its longest sequence in tokens."""
         return next((one.max_context_length for one in self.info.models if one.base_model == self.base_model), None)
 
 
@@ -115,7 +115,7 @@ class Trainers:
     """All trainers, and the names of what they serve.
 
     Args:
-        trainers: They.
+        trainers: The trainers.
         aliases: Further names of models, each to the trainer's own name; "" as that means the one model there is.
     """
 
@@ -124,7 +124,7 @@ class Trainers:
         self._aliases = dict(aliases or {})
 
     def by_url(self, url: str) -> Trainer:
-        """The trainer that something was begun on.
+        """The trainer of this URL, on which something was begun.
 
         Raises:
             Refusal: The gateway was restarted without it.
@@ -135,7 +135,7 @@ class Trainers:
         raise Refusal(404, f"This was begun on trainer {url}, which this gateway does not stand before any more.")
 
     async def served(self, key: str) -> list[TrainerModel]:
-        """Every model by every name, as the caller may see them.
+        """Every model by every name that the caller may see.
 
         Raises:
             GradwireError: The key is not valid, or no trainer can be reached.
@@ -156,7 +156,7 @@ class Trainers:
         return found
 
     def name_of(self, base_model: str) -> str:
-        """What clients are told that a trainer's model is called."""
+        """The name under which clients are told of a trainer's model."""
         return self._names(base_model)[0]
 
     def _names(self, base_model: str) -> list[str]:
@@ -167,7 +167,7 @@ class Trainers:
         """The model of a name; "" is the only one there is.
 
         Raises:
-            Refusal: 404: none has it; the names there are, are told.
+            Refusal: 404: no model has that name; the message lists the names there are.
             GradwireError: As `served`.
         """
         served = await self.served(key)
@@ -179,5 +179,5 @@ class Trainers:
         raise Refusal(404 if served else 503, text, reason="BASE_MODEL_MISMATCH")
 
     async def close(self) -> None:
-        """Ends all channels."""
+        """Closes all channels."""
         await asyncio.gather(*(trainer.channel.close() for trainer in self.all))

@@ -22,7 +22,7 @@ _SDK_METHOD = "x-sdk-method"
 
 
 async def client_config(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """What the client is to keep to. Also tells it at once that its key is not valid."""
+    """Settings for the client. Also tells it at once if its key is not valid."""
     fields = await read_fields(request)
     fields.ignore("sdk_version")
     served = await gateway.trainers.served(caller.key)
@@ -48,7 +48,7 @@ async def dynamic_config(gateway: Gateway, caller: Caller, request: Request) -> 
 
 
 async def create_session(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """A session begins."""
+    """Begins a session."""
     fields = await read_fields(request)
     about = {
         "tags": fields.items("tags", []),
@@ -58,20 +58,20 @@ async def create_session(gateway: Gateway, caller: Caller, request: Request) -> 
     }
     fields.ignore("sdk_version", "type")
     fields.finish()
-    # Whoever has no valid key begins nothing.
+    # Without a valid key nothing begins.
     await gateway.trainers.served(caller.key)
     return {"type": "create_session", "session_id": gateway.sessions.create(caller, about).session_id}
 
 
 async def session_heartbeat(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """The client lives."""
+    """Notes a heartbeat of the client."""
     fields = await read_fields(request)
     gateway.sessions.live(fields.text("session_id"), caller)
     return {"type": "session_heartbeat"}
 
 
 async def finish_session(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """The client has done what it wanted."""
+    """Ends a session whose client is done."""
     fields = await read_fields(request)
     reason = fields.fields("reason").text("type", "success")
     session = gateway.sessions.find(request.path_params["session_id"], caller)
@@ -81,13 +81,13 @@ async def finish_session(gateway: Gateway, caller: Caller, request: Request) -> 
 
 
 async def telemetry(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """What the client tells of itself; nobody here wants it."""
+    """Drops telemetry."""
     await read_body(request)
     return {"status": "accepted"}
 
 
 async def create_model(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """A new model."""
+    """Makes a new model."""
     fields = await read_fields(request)
     session = gateway.sessions.live(fields.text("session_id"), caller)
     number = fields.integer("model_seq_id", low=0, high=_MAX_NUMBER)
@@ -126,7 +126,7 @@ def _only_adamw(fields: Fields) -> None:
 
 
 async def load_weights(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """A state into a model that is there, or as the beginning of a new one."""
+    """Loads a state into a model, or makes a new model of it."""
     body = await read_body(request)
     fields = parse_fields(body)
     if not fields.has("session_id"):
@@ -147,7 +147,7 @@ async def load_weights(gateway: Gateway, caller: Caller, request: Request) -> An
 
 
 async def get_info(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """What a model is."""
+    """Describes a model."""
     fields = await read_fields(request)
     row = gateway.models.row(fields.text("model_id"), caller)
     about = gateway.models.describe(row)
@@ -172,7 +172,7 @@ async def get_info(gateway: Gateway, caller: Caller, request: Request) -> Any:
 
 
 async def forward_backward(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """A forward, or a forward and backward."""
+    """Submits a forward, or a forward_backward."""
     body = await read_body(request)
     message = request_translation.parse_pass(body)
     method = request.headers.get(_SDK_METHOD)
@@ -190,13 +190,13 @@ def submit(gateway: Gateway, caller: Caller, fields: Fields, kind: str, body: by
 
 
 async def json_operation(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """optim_step and the saves, by the path's last word."""
+    """Submits an optim_step or a save, by the path's last word."""
     body = await read_body(request)
     return submit(gateway, caller, parse_fields(body), request.url.path.rpartition("/")[2], body)
 
 
 async def retrieve_future(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """What became of a request; waited for a while."""
+    """The outcome of a request; waits a while for it."""
     fields = await read_fields(request)
     request_id = fields.text("request_id")
     outcome = asyncio.ensure_future(_outcome(gateway, caller, request_id))
@@ -216,7 +216,7 @@ async def _outcome(gateway: Gateway, caller: Caller, request_id: str) -> Outcome
         raise Refusal(404, f"There is no future {request_id[:200]!r}.", reason="FUTURE_NOT_FOUND")
     whose, kind, number = parsed.groups()
     if kind == "sample":
-        # Whoever waits for an answer is heard of.
+        # A client that waits for an answer lives.
         gateway.sessions.live(whose.partition(":")[0], caller)
         return await gateway.sampling_sessions.outcome(request_id, caller)
     if number == "unload":
@@ -226,7 +226,7 @@ async def _outcome(gateway: Gateway, caller: Caller, request_id: str) -> Outcome
 
 
 async def cancel_future(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """Nobody waits for a sample any more."""
+    """Gives up a sample that nobody waits for any more."""
     fields = await read_fields(request)
     gateway.sampling_sessions.cancel(fields.text("request_id"), caller)
     return {}

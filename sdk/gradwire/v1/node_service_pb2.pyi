@@ -143,15 +143,21 @@ class NodeEnded(_message.Message):
     because: _status_pb2.Status
     def __init__(self, start_id: _Optional[str] = ..., reason: _Optional[str] = ..., because: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
+class NodeAlive(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class NodeEvent(_message.Message):
-    __slots__ = ("hello", "facts", "ended")
+    __slots__ = ("hello", "facts", "ended", "alive")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     FACTS_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
     hello: NodeHello
     facts: NodeFacts
     ended: NodeEnded
-    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., facts: _Optional[_Union[NodeFacts, _Mapping]] = ..., ended: _Optional[_Union[NodeEnded, _Mapping]] = ...) -> None: ...
+    alive: NodeAlive
+    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., facts: _Optional[_Union[NodeFacts, _Mapping]] = ..., ended: _Optional[_Union[NodeEnded, _Mapping]] = ..., alive: _Optional[_Union[NodeAlive, _Mapping]] = ...) -> None: ...
 
 class NodeCommand(_message.Message):
     __slots__ = ("welcome", "accepted", "start", "begin", "stop")

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import grpc
 import pytest
-from torch.distributed import PrefixStore
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 
 from trainer_service.engine.rank_store import RankStore
 from trainer_service.fleet.rank_store import RankStores, rank_store_handler

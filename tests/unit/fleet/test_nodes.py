@@ -13,6 +13,8 @@ from tests.pem import Pem, make_pem
 from tests.waiting import until
 from trainer_service.config import NodeConfig, NodeSettings, NodeTls, ServerTls
 from trainer_service.fleet import joining
+from trainer_service.fleet import joining as joining_module
+from trainer_service.fleet import nodes as nodes_module
 from trainer_service.fleet.join_policy import JoinPolicy
 from trainer_service.fleet.joining import JoiningNode, JoinRefusedError
 from trainer_service.fleet.nodes import Nodes
@@ -123,6 +125,25 @@ async def test_a_copy_of_the_model_elsewhere_will_do(trainers_model: str, tmp_pa
         config = NodeConfig(join=nodes.settings.rdzv_endpoint, node_rank=1, base_model=copy)
         async with joining_node(config):
             await until(lambda: nodes.missing == [])
+
+
+@pytest.mark.parametrize("says_that_it_lives", [True, False])
+async def test_a_node_that_falls_silent_is_gone(
+    trainers_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says_that_it_lives: bool
+):
+    monkeypatch.setattr(nodes_module, "_SILENT_S", 3.0)
+    monkeypatch.setattr(joining_module, "HEARTBEAT_INTERVAL_S", 0.5 if says_that_it_lives else 60.0)
+    async with (
+        listening(trainers_model, tmp_path) as nodes,
+        joining_node(NodeConfig(join=nodes.settings.rdzv_endpoint, node_rank=1)),
+    ):
+        await until(lambda: nodes.missing == [])
+        node = nodes.joined[1]
+        if says_that_it_lives:
+            await asyncio.sleep(5)
+            assert nodes.joined[1] is node
+        else:
+            await until(lambda: nodes.joined.get(1) is not node)
 
 
 async def test_a_node_waits_for_a_trainer_that_is_not_there_and_joins_the_next(trainers_model: str, tmp_path: Path):
