@@ -23,12 +23,13 @@ from service import tiny_model
 from side_by_side import Row, interleave, print_table, ratio
 
 from trainer_service.engine.device import pick_device, set_num_threads
-from trainer_service.engine.models.load import fetch, load_model
+from trainer_service.engine.models.load import load_model
 from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.job import Job
 from trainer_service.engine.sampling.picking import Choice
 from trainer_service.engine.sampling.samplers import Sampler
 from trainer_service.engine.sampling.trial import find_decoding
+from trainer_service.model_folder import fetch
 
 ROOT = Path(__file__).resolve().parents[1]
 

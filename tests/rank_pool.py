@@ -64,10 +64,10 @@ def rank_pool(world_size: int, folder: Path) -> Iterator[RankPool]:
 
 def serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
     """A rank: runs what comes until nobody is left to ask."""
-    from trainer_service.fleet.rank_processes import rank_environment
+    from trainer_service.fleet.rank_processes import Place, rank_environment
     from trainer_service.worker_config import RANK_STORE_VARIABLE
 
-    os.environ |= rank_environment(rank, world_size, store)
+    os.environ |= rank_environment(rank, Place(world_size), store)
     assert os.environ[RANK_STORE_VARIABLE] == store
     import torch
 

@@ -11,7 +11,7 @@ import grpc
 from gradwire._wire.protocol_version import __version__
 from gradwire.errors import error, to_status
 from gradwire.v1 import operation_pb2 as ops
-from gradwire.v1.trainer_service_pb2 import ModelInfo, TrainResponse
+from gradwire.v1.trainer_service_pb2 import Mesh, ModelInfo, TrainResponse
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent, WorkerHello, WorkerReady
 from gradwire.v1.worker_service_pb2_grpc import WorkerServiceStub
 
@@ -36,7 +36,12 @@ def main(socket: str, behaviour: str) -> None:
 
     token = "wrong" if behaviour == "wrong-token" else os.environ["GRADWIRE_WORKER_TOKEN"]
     version = "0.0.0" if behaviour == "other-version" else __version__
-    hello = WorkerHello(token=token, pid=os.getpid(), world_size=1, software_version=version)
+    hello = WorkerHello(
+        token=token,
+        pid=os.getpid(),
+        mesh=Mesh(world_size=2, local_world_size=1, nnodes=2, fsdp_size=2),
+        software_version=version,
+    )
     outgoing.put(WorkerEvent(hello=hello))
     commands = WorkerServiceStub(grpc.insecure_channel(f"unix:{socket}")).Attach(events())
     outgoing.put(WorkerEvent(loading="loading fake"))

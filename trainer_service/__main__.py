@@ -1,4 +1,4 @@
-"""`gradwire serve`, `gradwire jobs` and `gradwire gateway`: reads settings, builds the floors, wires them."""
+"""`gradwire serve`, `worker`, `jobs` and `gateway`: reads settings, builds the floors, wires them."""
 
 import argparse
 import asyncio
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from trainer_service import open_files
 from trainer_service.command_lines import SettingsError, add_options, read_options
-from trainer_service.config import GatewayConfig, JobsConfig, LogSettings, TrainerConfig
+from trainer_service.config import GatewayConfig, JobsConfig, LogSettings, NodeConfig, TrainerConfig
+from trainer_service.join_token import read_join_token
 from trainer_service.observability import configure_logging
 from trainer_service.startup_checks import (
     check_base_model,
@@ -22,6 +23,7 @@ from trainer_service.startup_checks import (
 from trainer_service.tracing import exporting
 
 if TYPE_CHECKING:
+    from trainer_service.fleet.nodes import Nodes
     from trainer_service.fleet.worker import Worker
     from trainer_service.page.server import PageServer
     from trainer_service.trainer import TrainerServer
@@ -46,7 +48,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gradwire", description="The Gradwire server processes.")
-    commands = parser.add_subparsers(required=True, metavar="{serve,jobs,gateway}")
+    commands = parser.add_subparsers(required=True, metavar="{serve,worker,jobs,gateway}")
     serve = commands.add_parser("serve", help="serve one base model")
     serve.set_defaults(command=_serve)
     add_options(serve, TrainerConfig)
@@ -57,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         "--backend", choices=("local", "kubernetes"), default="local", help="where trainers run; default: %(default)s"
     )
     add_options(jobs, JobsConfig)
+    worker = commands.add_parser("worker", help="take part in the worker of a trainer on another machine")
+    worker.set_defaults(command=_worker)
+    add_options(worker, NodeConfig)
     gateway = commands.add_parser("gateway", help="serve clients of hosted services over HTTP")
     gateway.set_defaults(command=_gateway)
     add_options(gateway, GatewayConfig)
@@ -64,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def _serve(arguments: argparse.Namespace) -> int:
+    from trainer_service.fleet.gpus import count_gpus, local_world_size
     from trainer_service.fleet.supervisor import WorkerSupervisor
     from trainer_service.processes import told_to_stop, write_ready_file
     from trainer_service.trainer import TrainerServer
@@ -71,6 +77,11 @@ async def _serve(arguments: argparse.Namespace) -> int:
 
     config = read_options(TrainerConfig, arguments, api_keys=read_api_keys())
     guarded = check_server(config)
+    num_gpus = await count_gpus()
+    nproc_per_node = local_world_size(
+        config.ranks.nproc_per_node, num_gpus=num_gpus, base_dtype=config.engine.base_dtype
+    )
+    nodes = _nodes(config, num_gpus=num_gpus, local_world_size=nproc_per_node)
     if config.page_listen is not None:
         check_page(config.page_listen, guarded=guarded)
     check_base_model(config.base_model)
@@ -89,6 +100,8 @@ async def _serve(arguments: argparse.Namespace) -> int:
         ),
         timeouts=config.worker_timeouts,
         max_message_bytes=config.limits.max_message_bytes,
+        local_world_size=nproc_per_node,
+        nodes=nodes,
     )
     traces = contextlib.ExitStack()
     server = TrainerServer(config, worker, traces.enter_context(exporting(config.otlp_endpoint)))
@@ -123,6 +136,36 @@ async def _serve(arguments: argparse.Namespace) -> int:
         print(f"gradwire: {worker.gave_up.result()}", file=sys.stderr)
         return 1
     return 0
+
+
+def _nodes(config: TrainerConfig, *, num_gpus: int, local_world_size: int) -> "Nodes | None":
+    """The other machines that --nnodes asks for."""
+    settings = config.nodes
+    if settings.nnodes == 1:
+        if settings.rdzv_endpoint or settings.join_token_file is not None:
+            raise SettingsError("--rdzv-endpoint and --join-token-file are for several nodes; add --nnodes.")
+        return None
+    if not settings.rdzv_endpoint:
+        raise SettingsError(f"--nnodes {settings.nnodes} needs --rdzv-endpoint HOST:PORT, where the others join.")
+    from trainer_service.fleet.join_policy import JoinPolicy
+    from trainer_service.fleet.nodes import Nodes
+
+    policy = JoinPolicy(
+        token=read_join_token(settings.join_token_file),
+        nnodes=settings.nnodes,
+        base_model=config.base_model,
+        num_gpus=num_gpus,
+        local_world_size=local_world_size,
+        shared=(config.data_dir, *(() if config.runs_dir is None else (config.runs_dir,))),
+    )
+    return Nodes(settings, policy, tls=config.tls)
+
+
+async def _worker(arguments: argparse.Namespace) -> int:
+    from trainer_service.fleet.joining import serve_node
+
+    config = read_options(NodeConfig, arguments)
+    return await serve_node(config, read_join_token(config.join_token_file))
 
 
 def _gateway_beside(

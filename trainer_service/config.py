@@ -138,6 +138,40 @@ class ServerTls:
     )
 
 
+@dataclass(frozen=True)
+class NodeTls:
+    """PEM files of a machine that joins a trainer with a certificate."""
+
+    ca_file: Path | None = option(
+        None,
+        name="tls-ca-file",
+        help="PEM; roots the trainer's certificate must come from",
+        default_is="the system's",
+    )
+    cert_file: Path | None = option(
+        None, name="tls-cert-file", help="PEM; certificate for a trainer that asks for one (--tls-client-ca-file)"
+    )
+    key_file: Path | None = option(None, name="tls-key-file", help="PEM; private key of the certificate")
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """The machines (nodes) of a worker; the trainer is on the first."""
+
+    nnodes: int = option(
+        1, help="machines; on each other one, run `gradwire worker --join`", at_least=1, metavar="NODES"
+    )
+    rdzv_endpoint: str = option(
+        "",
+        help="address of this machine where the others join; port and address must be open to them and to nobody else, "
+        "see docs/ranks.md",
+        metavar="HOST:PORT",
+    )
+    join_token_file: Path | None = option(
+        None, help="file with the secret that nodes show when they join", default_is="$GRADWIRE_JOIN_TOKEN"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LogSettings:
     """What a process logs, on stderr."""
@@ -236,6 +270,7 @@ class TrainerConfig(GrpcServerConfig, ModelSettings):
         180.0, help="time to keep the graphs of custom losses once their client is gone", at_least=0
     )
     worker_timeouts: WorkerTimeouts = options_of(WorkerTimeouts)
+    nodes: NodeSettings = options_of(NodeSettings, "several machines")
     durability: Durability = options_of(Durability, "durability")
     limits: Limits = options_of(Limits, "limits")
 
@@ -248,6 +283,24 @@ class TrainerConfig(GrpcServerConfig, ModelSettings):
     def checkpoint_dir(self) -> Path:
         """Folder of checkpoints, which trainer and worker share."""
         return self.data_dir / "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeConfig(LogSettings):
+    """Settings of a machine that takes part in a worker whose trainer is on another."""
+
+    join: str = option(
+        help="--rdzv-endpoint of the trainer; https://HOST:PORT if it has a certificate", metavar="HOST:PORT"
+    )
+    node_rank: int = option(help="place of this machine, from 1; 0 is the trainer's", at_least=0, metavar="RANK")
+    base_model: str = option(
+        "", help="where the model is on this machine", default_is="where the trainer has it", metavar="MODEL"
+    )
+    join_token_file: Path | None = option(
+        None, help="file with the secret that the trainer wants to see", default_is="$GRADWIRE_JOIN_TOKEN"
+    )
+    tls: NodeTls | None = options_of(NodeTls, "TLS", optional=True)
+    exit_with_parent: bool = option(False, help="stop at the end of stdin")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Settings of a worker: options of the trainer that it passes on. Ground floor."""
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -7,7 +8,10 @@ from typing import Literal
 from trainer_service.command_lines import option, options_of
 
 RANK_STORE_VARIABLE = "GRADWIRE_RANK_STORE"
-"""Environment variable with the path of the file where the worker's ranks meet."""
+"""Environment variable with the path of the file where ranks of one machine meet; of several, of a socket to ask at."""
+
+START_ID_VARIABLE = "GRADWIRE_START_ID"
+"""Which start of a worker on several machines a rank belongs to; empty on one machine."""
 
 SPARE_VARIABLE = "GRADWIRE_WORKER_SPARE"
 """Tells a worker to import its libraries and wait until something comes on stdin."""
@@ -18,6 +22,16 @@ HEARTBEAT_INTERVAL_S = 1.0
 Checkpointing = Literal["auto", "on", "off"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 BaseDtype = Literal["float32", "int8", "int4"]
+ProcessesPerNode = int | Literal["auto", "gpu"]
+"""Ranks on each machine, or torchrun's words: "gpu" is as many as it has GPUs, "auto" 1 where it has none."""
+
+
+def _processes_per_node(text: str) -> ProcessesPerNode:
+    if text == "auto" or text == "gpu":
+        return text
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f'is {text!r}; it must be at least 1, or "auto" or "gpu"')
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -60,10 +74,14 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class RankSettings:
-    """How many processes the worker is, all on this machine."""
+    """How many processes the worker is on each machine."""
 
-    nproc_per_node: int = option(
-        1, help="worker processes (ranks) that share the model and every batch", at_least=1, metavar="RANKS"
+    nproc_per_node: ProcessesPerNode = option(
+        "auto",
+        help="worker processes (ranks) on each machine, which share the model and every batch; gpu: one for each GPU",
+        default_is="every GPU, or 1 on the CPU and with --base-dtype int8 or int4",
+        metavar="RANKS",
+        parse=_processes_per_node,
     )
     collective_timeout_s: float = option(
         600.0, help="ranks that wait for one of them for this long in an operation are all started again", at_least=1

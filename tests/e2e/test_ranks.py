@@ -1,5 +1,6 @@
 """A worker of two ranks, as users have it: trained, sampled from, saved, killed, out of memory, hanging."""
 
+import dataclasses
 import os
 import urllib.request
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gradwire import AdamParams, ModelInput, SamplingParams, ServiceClient
+from gradwire import AdamParams, Mesh, ModelInput, SamplingParams, ServiceClient
 from gradwire.errors import DeviceOutOfMemoryError, GradwireError
 
 from tests.chaos import Adversary, Loop, Trainer, left_behind, state_digests, undisturbed
@@ -68,9 +69,10 @@ def metric(trainer: TrainerProcess, name: str) -> float:
 
 def test_the_trainer_says_how_many_ranks_it_has(trainer: TrainerProcess, service: ServiceClient):
     (model,) = service.get_server_info().models
-    assert model.world_size == 2
+    assert model.mesh == Mesh(world_size=2, local_world_size=2, nnodes=1, fsdp_size=2)
     assert model.architecture == "LlamaForCausalLM"
-    assert metric(trainer, "gradwire_worker_ranks") == 2
+    for name, value in dataclasses.asdict(model.mesh).items():
+        assert metric(trainer, f"gradwire_worker_{name}") == value
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

@@ -47,6 +47,7 @@ LONG_ROPE: dict[str, Any] = {
     "factor": 4.0,
 }
 TOGETHER = r"together"
+LONGER: dict[str, Any] = {**COMMON, "max_position_embeddings": 128}
 LLAMA4: dict[str, Any] = {
     **COMMON,
     **HEADS,
@@ -103,13 +104,7 @@ BOUNDED: dict[str, tuple[PretrainedConfig, str]] = {
         r"together, a row each: it has attention that does not go through transformers' interface",
     ),
     "falcon with alibi": (
-        FalconConfig(
-            **COMMON | {"max_position_embeddings": 128},
-            alibi=True,
-            new_decoder_architecture=False,
-            bos_token_id=0,
-            eos_token_id=1,
-        ),
+        FalconConfig(**LONGER, alibi=True, new_decoder_architecture=False, bos_token_id=0, eos_token_id=1),
         r"together, a row each: its forward in company fails .*",
     ),
     "rwkv, which takes no cache": (

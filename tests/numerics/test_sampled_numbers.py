@@ -276,7 +276,7 @@ def test_samples_put_back_for_want_of_room_are_the_same_bit_for_bit(
     def asked() -> list[Request]:
         fields: dict[str, Any] = {"stop_tokens": frozenset({2}), "choice": Choice(temperature=5.0)}
         return [
-            make_request(list(prompt), 60, num_samples=1 + seed % 3, seed=seed, prompt_logprobs=True, **fields)
+            make_request(list(prompt), 80, num_samples=1 + seed % 3, seed=seed, prompt_logprobs=True, **fields)
             for seed, prompt in enumerate(prompts)
         ]
 

@@ -264,6 +264,18 @@ def test_health_tells_of_a_worker_that_died_and_why(open_page: OpenPage):
         page.close()
 
 
+def test_health_tells_the_ranks_and_how_they_are_arranged(open_page: OpenPage):
+    with page_trainer() as trainer:
+        trainer.worker.counters = {"gradwire_worker_world_size": 1.0}
+        page = open_page(f"{trainer.url}#/health")
+        fact = page.locator(".facts-list > div", has_text="Ranks").locator("dd")
+        wait_text(fact, "1")
+        mesh = {"world_size": 8.0, "local_world_size": 4.0, "nnodes": 2.0, "fsdp_size": 4.0}
+        trainer.worker.counters = {f"gradwire_worker_{name}": value for name, value in mesh.items()}
+        wait_text(fact, "8 on 2 machines with parameters in 4 parts")
+        page.close()
+
+
 def test_a_page_catches_up_after_a_break(trainer: PageTrainer, open_page: OpenPage, looked: Looked):
     run = trainer.make_run("slept")
     trainer.train(run, 1, reward=1)

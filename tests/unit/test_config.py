@@ -11,6 +11,10 @@ from trainer_service.command_lines import SettingsError
 from trainer_service.config import Limits
 from trainer_service.startup_checks import check_exposure, read_api_keys, read_umask
 
+NODES = ("--nnodes", "2", "--rdzv-endpoint")
+TOKEN = ("--join-token-file", "/proc/sys/kernel/random/boot_id")
+SHORT_TOKEN = ("--join-token-file", "/proc/sys/kernel/ostype")
+
 
 def test_limits_are_those_announced():
     limits = Limits()
@@ -72,6 +76,12 @@ def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
         (["serve", "--base-model", "m", "--storage-url", "nope://x"], "--storage-url: nope://x cannot be used"),
         (["jobs", "--storage-url", "nope://x"], "--storage-url: nope://x cannot be used as a store"),
         (["serve", "--base-model", "m", "--listen", "192.0.2.1:1", "--allow-no-api-key"], "cannot listen on"),
+        (["serve", "--base-model", "m", "--nnodes", "2"], "--nnodes 2 needs --rdzv-endpoint HOST:PORT"),
+        (["serve", "--base-model", "m", "--rdzv-endpoint", "127.0.0.1:1"], "are for several nodes; add --nnodes"),
+        (["serve", "--base-model", "m", *NODES, "127.0.0.1:1"], "set GRADWIRE_JOIN_TOKEN or --join-token-file"),
+        (["serve", "--base-model", "m", *NODES, "127.0.0.1:1", *SHORT_TOKEN], "must be 16 or more printable ASCII"),
+        (["serve", "--base-model", "m", *NODES, "0.0.0.0:1", *TOKEN], "0.0.0.0 is every interface; give the address"),
+        (["serve", "--base-model", "m", *NODES, "192.0.2.1:1", *TOKEN], "is not an address of this machine"),
     ],
 )
 def test_settings_that_cannot_be_end_with_a_sentence_and_code_2(arguments: list[str], text: str, tmp_path: Path):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import grpc
 from gradwire._wire.protocol_version import __version__
 from gradwire.errors import GradwireError, error, to_status
-from gradwire.v1.trainer_service_pb2 import LossInfo, ModelInfo
+from gradwire.v1.trainer_service_pb2 import LossInfo, Mesh, ModelInfo
 from gradwire.v1.worker_service_pb2 import LoraTargets, WorkerCommand, WorkerEvent, WorkerHello, WorkerReady
 
 from trainer_service.adapter_folders import starred
@@ -94,7 +94,7 @@ def _lead(socket: str, config: WorkerConfig) -> int:
             hello=WorkerHello(
                 token=os.environ.get("GRADWIRE_WORKER_TOKEN", ""),
                 pid=os.getpid(),
-                world_size=int(os.environ.get("WORLD_SIZE", "1")),
+                mesh=_mesh(),
                 software_version=__version__,
             )
         )
@@ -169,6 +169,17 @@ def _wait_until_needed() -> bool:
     if needed:
         preparing.join()
     return needed
+
+
+def _mesh() -> Mesh:
+    """What this rank was told of the worker's processes: every parameter lies in parts on all of them."""
+    world_size, local_world_size = (int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    return Mesh(
+        world_size=world_size,
+        local_world_size=local_world_size,
+        nnodes=world_size // local_world_size,
+        fsdp_size=world_size,
+    )
 
 
 def _ranks(config: WorkerConfig, say: Callable[[str], object]) -> Ranks:
@@ -277,7 +288,7 @@ def _ready(engine: "Engine", sampling: "Sampling") -> WorkerEvent:
                 device=model.device,
                 batching=engine.traits.batching,
                 sampling=sampling.decoding.described,
-                world_size=engine.ranks.world_size,
+                mesh=_mesh(),
             ),
             losses=[
                 LossInfo(

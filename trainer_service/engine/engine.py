@@ -18,6 +18,7 @@ from gradwire.errors import error, invalid_field
 from gradwire.types import AdamParams
 from transformers import PreTrainedModel
 
+from trainer_service import model_folder
 from trainer_service.config import Limits
 from trainer_service.engine.adapter_offload import AdapterOffload
 from trainer_service.engine.base_models import BaseModels
@@ -26,7 +27,7 @@ from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.losses.loss import Loss
 from trainer_service.engine.memory import training_bytes
 from trainer_service.engine.microbatch import plan_forwards
-from trainer_service.engine.models.load import describe, fetch
+from trainer_service.engine.models.load import describe
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.models.lora_targets import find_targets
 from trainer_service.engine.models.quantized import check_base_dtype, held_bytes, quantize
@@ -86,7 +87,7 @@ class Engine:
         self.limits = limits or Limits()
         self.device = device
         self.counters = Counters()
-        self.folder = fetch(base_model)
+        self.folder = model_folder.fetch(base_model)
         """Where the base model's files are."""
         settings = settings or EngineSettings()
         self._base_dtype: BaseDtype = settings.base_dtype
@@ -138,12 +139,8 @@ class Engine:
             ResourceExhaustedError: LIMIT_EXCEEDED: there are max_runs runs already.
         """
         if len(self._runs) >= self.limits.max_runs:
-            raise error(
-                "LIMIT_EXCEEDED",
-                f"This trainer holds {len(self._runs)} runs, its limit; delete one first.",
-                limit=self.limits.max_runs,
-                got=len(self._runs) + 1,
-            )
+            text = f"This trainer holds {len(self._runs)} runs, its limit; delete one first."
+            raise error("LIMIT_EXCEEDED", text, limit=self.limits.max_runs, got=len(self._runs) + 1)
         assert run_id not in self._runs
         if self._base_dtype != "float32" and lora is None and not adapter:
             raise invalid_field(

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from google.rpc.status_pb2 import Status
 from gradwire.errors import GradwireError, error, from_status, invalid_field, to_status
 
-from trainer_service.worker_config import RANK_STORE_VARIABLE
+from trainer_service.worker_config import RANK_STORE_VARIABLE, START_ID_VARIABLE
 
 T = TypeVar("T")
 _ENDLESS = timedelta(days=3650)
@@ -149,6 +149,7 @@ class Ranks:
         turns: Says whose turn it is, however long that takes.
         execution: For the same thread, while something executes.
         files: For the thread that writes snapshots.
+        meeting_place: Kept, since torch keeps only the C++ half of a store.
     """
 
     rank: int = 0
@@ -159,6 +160,7 @@ class Ranks:
     turns: Channel = field(default_factory=Channel)
     execution: Channel = field(default_factory=Channel)
     files: Channel = field(default_factory=Channel)
+    meeting_place: Any = None
 
     @property
     def leads(self) -> bool:
@@ -210,12 +212,13 @@ class Ranks:
         if cuda:
             torch.cuda.set_device(place[1])
         timeout = timedelta(seconds=timeout_s)
+        meeting_place = _meeting_place(timeout_s)
         distributed.init_process_group(
             "nccl" if cuda else "gloo",
-            init_method=f"file://{os.environ[RANK_STORE_VARIABLE]}",
             rank=place[0],
             world_size=world_size,
             timeout=timeout,
+            **meeting_place,
         )
 
         def channel(timeout: timedelta) -> Channel:
@@ -230,7 +233,18 @@ class Ranks:
             turns=channel(_ENDLESS),
             execution=channel(timeout),
             files=channel(timeout),
+            meeting_place=meeting_place.get("store"),
         )
+
+
+def _meeting_place(timeout_s: float) -> dict[str, Any]:
+    """Where init_process_group finds the other ranks: in a file on one machine, through the trainer on several."""
+    path, start_id = os.environ[RANK_STORE_VARIABLE], os.environ.get(START_ID_VARIABLE)
+    if not start_id:
+        return {"init_method": f"file://{path}"}
+    from trainer_service.engine.rank_store import RankStore
+
+    return {"store": RankStore(path, start_id, timeout_s=timeout_s)}
 
 
 def _from_environment(name: str, default: int) -> int:

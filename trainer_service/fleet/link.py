@@ -138,9 +138,12 @@ class WorkerServicer:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
             return
         link.attached = True
-        link.counters["gradwire_worker_ranks"] = float(hello.world_size)
+        link.counters |= {
+            f"gradwire_worker_{field.name}": float(getattr(hello.mesh, field.name))
+            for field in hello.mesh.DESCRIPTOR.fields
+        }
         link.spoke.set()
-        logger.info("Worker attached.", extra={"fields": {"pid": hello.pid, "ranks": hello.world_size}})
+        logger.info("Worker attached.", extra={"fields": {"pid": hello.pid, "ranks": hello.mesh.world_size}})
         tasks = [
             asyncio.create_task(self._read(link, context)),
             asyncio.create_task(self._write(link, context)),

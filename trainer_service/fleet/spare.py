@@ -8,11 +8,11 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable
 
-from trainer_service.fleet.rank_processes import RankProcesses
+from trainer_service.fleet.rank_processes import WorkerRanks
 
 logger = logging.getLogger(__name__)
 
-Start = Callable[[str], Awaitable[RankProcesses]]
+Start = Callable[[str], Awaitable[WorkerRanks]]
 
 
 class Spare:
@@ -30,14 +30,14 @@ class Spare:
         self._after_s = after_s
         self._task: asyncio.Task[None] | None = None
         self._token = self._path = ""
-        self._ranks: RankProcesses | None = None
+        self._ranks: WorkerRanks | None = None
 
     def prepare(self) -> None:
         """Has a spare started in a while, unless there is one."""
         if self._after_s and self._ranks is None and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._prepare(), name="spare-worker")
 
-    async def take(self, path: str) -> tuple[str, RankProcesses] | None:
+    async def take(self, path: str) -> tuple[str, WorkerRanks] | None:
         """The spare's token and its ranks, which have been told to begin; None if there is none of use.
 
         Args:

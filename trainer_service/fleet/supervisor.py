@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import logging
-import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping
@@ -14,10 +13,13 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerReady
 
 from trainer_service.command_lines import command_line
 from trainer_service.config import Limits
-from trainer_service.executing import executing_command, take_reason
+from trainer_service.executing import executing_command, leave_reason, take_reason
 from trainer_service.fleet import heartbeat
 from trainer_service.fleet.link import Link, WorkerServicer, worker_service_handler
-from trainer_service.fleet.rank_processes import RankProcesses
+from trainer_service.fleet.node_ranks import NodeRanks
+from trainer_service.fleet.nodes import Nodes
+from trainer_service.fleet.rank_processes import Place, RankProcesses, WorkerRanks, worker_environment
+from trainer_service.fleet.rank_store import rank_store_handler
 from trainer_service.fleet.spare import Spare
 from trainer_service.fleet.worker import Deliver, Died
 from trainer_service.fleet.worker_socket import WorkerSocket
@@ -46,6 +48,8 @@ class WorkerSupervisor:
         timeouts: How long a silent worker is waited for.
         max_message_bytes: The largest message between trainer and worker.
         command: Replaces the command line of a rank, for tests; gets the socket's path.
+        local_world_size: Ranks on this machine.
+        nodes: Other machines that take part; None for this one alone.
     """
 
     def __init__(
@@ -55,13 +59,19 @@ class WorkerSupervisor:
         timeouts: WorkerTimeouts | None = None,
         max_message_bytes: int = Limits.max_message_bytes,
         command: Callable[[str], list[str]] | None = None,
+        local_world_size: int = 1,
+        nodes: Nodes | None = None,
     ) -> None:
         self._config = config
         self._timeouts = timeouts or WorkerTimeouts()
         self._command = command or self._rank_command
         self._link: Link | None = None
-        handler = worker_service_handler(WorkerServicer(lambda: self._link, self._became_ready))
-        self._socket = WorkerSocket(handler, max_message_bytes=max_message_bytes)
+        self._local_world_size = local_world_size
+        self._nodes = nodes
+        handlers = [worker_service_handler(WorkerServicer(lambda: self._link, self._became_ready))]
+        if nodes is not None:
+            handlers.append(rank_store_handler(nodes.stores.access))
+        self._socket = WorkerSocket(*handlers, max_message_bytes=max_message_bytes)
         self._spare = Spare(self._start_spare, lambda: self._socket.path, after_s=self._timeouts.spare_after_s)
         self._status_message = "starting the worker"
         self._stopping = False
@@ -123,6 +133,8 @@ class WorkerSupervisor:
     async def start(self) -> None:
         """Opens the socket and starts the first worker; returns before the model is loaded."""
         await self._socket.open()
+        if self._nodes is not None:
+            await self._nodes.open()
         self._task = asyncio.create_task(self._supervise(), name="worker-supervisor")
         self._task.add_done_callback(self._supervision_ended)
 
@@ -141,6 +153,8 @@ class WorkerSupervisor:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self._spare.stop()
+        if self._nodes is not None:
+            await self._nodes.close()
         await self._socket.close()
 
     def _became_ready(self) -> None:
@@ -170,6 +184,9 @@ class WorkerSupervisor:
                 passing = exc.errno in _PASSING
                 died = error("WORKER_DIED", f"The worker could not be started: {exc}.")
                 self._ended(link, died)
+            except GradwireError as exc:
+                died = link.failure = exc
+                self._ended(link, died)
             else:
                 died = await self._one_worker(link, ranks)
             if self._stopping:
@@ -185,7 +202,7 @@ class WorkerSupervisor:
             self._restarts += 1
             status_message = f"restarting the worker; the one before: {died.message}"
 
-    async def _one_worker(self, link: Link, ranks: RankProcesses) -> GradwireError:
+    async def _one_worker(self, link: Link, ranks: WorkerRanks) -> GradwireError:
         """Waits for a worker's end, tells all who wait, and cleans up after it."""
         grace_s = _STOP_GRACE_S
         try:
@@ -212,34 +229,38 @@ class WorkerSupervisor:
     def _rank_command(self, socket: str) -> list[str]:
         return [sys.executable, "-m", "trainer_service.engine", f"--socket={socket}", *command_line(self._config)]
 
-    async def _start_next(self, link: Link) -> RankProcesses:
+    async def _start_next(self, link: Link) -> WorkerRanks:
         """The spare, which its own token makes the link's worker, or a worker started now."""
         await self._socket.open()
+        if self._nodes is not None:
+            await self._nodes.complete(lambda text: setattr(link, "status_message", text))
         if (spare := await self._spare.take(self._socket.path)) is not None:
             link.token, ranks = spare
             return ranks
         return await self._start_ranks(link.token)
 
-    async def _start_spare(self, token: str) -> RankProcesses:
+    async def _start_spare(self, token: str) -> WorkerRanks:
         return await self._start_ranks(token, **{SPARE_VARIABLE: "1"})
 
-    async def _start_ranks(self, token: str, **variables: str) -> RankProcesses:
-        env = {**os.environ, "GRADWIRE_WORKER_TOKEN": token, "PYTHONUNBUFFERED": "1", **variables}
-        # The worker needs no key, and cannot leak what it does not have.
-        env.pop("GRADWIRE_API_KEY", None)
-        _say_how_to_wait(env)
-        # glibc: memory in huge pages where the system has them for whoever asks (engine/freed_memory.py).
-        env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    async def _start_ranks(self, token: str, **variables: str) -> WorkerRanks:
+        env = worker_environment(GRADWIRE_WORKER_TOKEN=token, **variables)
         kind = "a spare worker" if variables else "the worker"
         logger.info(f"Starting {kind}.", extra={"fields": {"base_model": self._config.base_model}})
-        return await RankProcesses.start(
-            self._command(self._socket.path),
+        command, folder = self._command(self._socket.path), self._socket.folder
+        if self._nodes is None:
+            place = Place(self._local_world_size)
+            return await RankProcesses.start(command, env=env, folder=folder, place=place)
+        return await NodeRanks.start(
+            self._nodes,
+            command,
+            options=command_line(self._config),
             env=env,
-            folder=self._socket.folder,
-            local_world_size=self._config.ranks.nproc_per_node,
+            folder=folder,
+            spare=bool(variables),
+            leave_reason=lambda failure: leave_reason(self._socket.path, failure),
         )
 
-    async def _wait_for_end(self, link: Link, ranks: RankProcesses) -> str:
+    async def _wait_for_end(self, link: Link, ranks: WorkerRanks) -> str:
         """Waits until a process or the stream ends, or the worker falls silent; returns which, in a sentence."""
         exited = asyncio.create_task(ranks.one_ended())
         closed = asyncio.create_task(link.closed.wait())
@@ -283,13 +304,3 @@ class WorkerSupervisor:
 
 def _stopped() -> GradwireError:
     return error("DRAINING", "The trainer stopped before this was done.", retry_after_s=5.0)
-
-
-def _say_how_to_wait(env: dict[str, str]) -> None:
-    """How threads of a parallel region wait for one another, unless the environment says so already.
-
-    GNU's OpenMP spins for some tens of microseconds, which the worker forbids while anything else wants the cores
-    (engine/spinning.py); longer gains nothing. Others, where the worker cannot, do not spin.
-    """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & env.keys():
-        env |= {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "0"}

@@ -23,12 +23,12 @@ class WorkerSocket:
     """The server that workers connect to.
 
     Args:
-        handler: The WorkerService.
+        *handlers: The WorkerService, or what else the worker's ranks ask.
         max_message_bytes: Limit on one operation.
     """
 
-    def __init__(self, handler: grpc.GenericRpcHandler, *, max_message_bytes: int) -> None:
-        self._handler = handler
+    def __init__(self, *handlers: grpc.GenericRpcHandler, max_message_bytes: int) -> None:
+        self._handlers = handlers
         self._max_message_bytes = max_message_bytes
         self._server: grpc.aio.Server | None = None
         self.folder = ""
@@ -60,7 +60,7 @@ class WorkerSocket:
         largest = 2 * self._max_message_bytes
         options = [("grpc.max_receive_message_length", largest), ("grpc.max_send_message_length", largest)]
         server = grpc.aio.server(options=options)
-        server.add_generic_rpc_handlers((self._handler,))
+        server.add_generic_rpc_handlers(self._handlers)
         try:
             server.add_insecure_port(f"unix:{self.path}")
         except RuntimeError as exc:

@@ -89,7 +89,8 @@ class RunStream:
         """
         seq_id = self._next_seq_id
         self._next_seq_id += 1
-        request = TrainRequest(seq_id=seq_id, **{kind: content}, **(trace or {}))
+        fields: dict[str, Any] = {kind: content, **(trace or {})}
+        request = TrainRequest(seq_id=seq_id, **fields)
         if self._over is not None:
             answered(_failed(seq_id, self._over))
             return seq_id

@@ -11,9 +11,10 @@ from grpc_reflection.v1alpha import reflection
 
 from trainer_service import open_files
 from trainer_service.access import ApiKeys
-from trainer_service.addresses import join_address, listens_on_loopback, split_address
-from trainer_service.config import GrpcServerConfig, ServerTls
+from trainer_service.addresses import listens_on_loopback
+from trainer_service.config import GrpcServerConfig
 from trainer_service.observability import Metrics
+from trainer_service.ports import open_port
 from trainer_service.rpc.border import Border
 from trainer_service.rpc.request_checks import RequestChecks
 
@@ -93,13 +94,13 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         if reflected:
             reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
-        self.address = _open_port(self.server, self._config.listen, self._config.tls)
+        self.address = open_port(self.server, self._config.listen, self._config.tls)
         if self._config.health_listen is not None:
             # In plaintext and without a border: a cluster's probes neither speak TLS nor have a key.
             options = _options(max_message_bytes=1024, max_connections=_PROBES, max_calls=1)
             self._health_server = grpc.aio.server(options=options, maximum_concurrent_rpcs=2 * _PROBES)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
-            _open_port(self._health_server, self._config.health_listen, None)
+            open_port(self._health_server, self._config.health_listen, None)
 
     async def start(self) -> None:
         """Serves. Health reports SERVING for "" from now on."""
@@ -155,28 +156,3 @@ def _options(*, max_message_bytes: int, max_connections: int, max_calls: int) ->
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 20_000),
     ]
-
-
-def _open_port(server: grpc.aio.Server, listen: str, tls: ServerTls | None) -> str:
-    """Adds a port that the server listens on once it is started. Returns its host:port.
-
-    Raises:
-        OSError: The address cannot be used.
-    """
-    host, port = split_address(listen)
-    wanted = join_address(host, port)
-    try:
-        if tls is not None:
-            port = server.add_secure_port(wanted, _credentials(tls))
-        else:
-            port = server.add_insecure_port(wanted)
-    except RuntimeError as exc:
-        raise OSError(f"cannot listen on {listen}: {exc}") from exc
-    return join_address(host, port)
-
-
-def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
-    """The certificates the server shows, and those it asks for."""
-    pair = (tls.key_file.read_bytes(), tls.cert_file.read_bytes())
-    roots = None if tls.client_ca_file is None else tls.client_ca_file.read_bytes()
-    return grpc.ssl_server_credentials([pair], root_certificates=roots, require_client_auth=roots is not None)

@@ -22,7 +22,7 @@ from gradwire.types import (
 )
 from gradwire.types.replay import ReplayDifference, ReplayReport
 from gradwire.types.run_info import ListedRun, RunInfo, ServerCapabilities, SupportedModel
-from gradwire.types.server_info import Limits, LossInfo, ModelInfo, ServerInfo
+from gradwire.types.server_info import Limits, LossInfo, Mesh, ModelInfo, ServerInfo
 from gradwire.v1.run_pb2 import Run, RunState
 from gradwire.v1.trainer_service_pb2 import GetServerInfoResponse, ReplayRunResponse, TrainResponse
 
@@ -162,7 +162,13 @@ def server_info(message: GetServerInfoResponse) -> ServerInfo:
         ServerInfo,
         message,
         models=tuple(
-            _copied(ModelInfo, model, aliases=tuple(model.aliases), world_size=model.world_size or 1)
+            _copied(
+                ModelInfo,
+                model,
+                aliases=tuple(model.aliases),
+                # A trainer that does not say has one rank.
+                mesh=_copied(Mesh, model.mesh) if model.HasField("mesh") else Mesh(),
+            )
             for model in message.models
         ),
         losses=tuple(

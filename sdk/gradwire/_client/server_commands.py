@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 SERVER_COMMANDS = {
     "serve": "serve one base model",
+    "worker": "take part in the worker of a trainer on another machine",
     "jobs": "start and stop trainers, here or in a cluster",
     "gateway": "serve clients of hosted services over HTTP",
 }

@@ -11,7 +11,7 @@ from gradwire.types.replay import ReplayDifference, ReplayReport
 from gradwire.types.run_info import ListedRun, LoraLayout, ModelData, RunInfo, ServerCapabilities, SupportedModel
 from gradwire.types.sampling_results import SampledSequence, SampledToken, SampleResponse, StopReason, TopkLogprobs
 from gradwire.types.saved import SavedState, SaveWeightsResult
-from gradwire.types.server_info import Limits, LossInfo, ModelInfo, ServerInfo
+from gradwire.types.server_info import Limits, LossInfo, Mesh, ModelInfo, ServerInfo
 
 __all__ = [
     "AdamParams",
@@ -28,6 +28,7 @@ __all__ = [
     "LossFnOutputs",
     "LossFnType",
     "LossInfo",
+    "Mesh",
     "ModelData",
     "ModelInfo",
     "ModelInput",

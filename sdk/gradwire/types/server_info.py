@@ -5,6 +5,20 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Mesh:
+    """A worker's processes (ranks), by torch's names."""
+
+    world_size: int = 1
+    """Ranks in all, which batches are dealt out to."""
+    local_world_size: int = 1
+    """Ranks on each machine."""
+    nnodes: int = 1
+    """Machines (nodes)."""
+    fsdp_size: int = 1
+    """Ranks that parameters are in parts on, each its part; 1: whole."""
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """A model that a trainer serves."""
 
@@ -28,8 +42,8 @@ class ModelInfo:
     """How samples are decoded, such as "together", or in which other way and why."""
     aliases: tuple[str, ...] = ()
     """Further names that it may be given."""
-    world_size: int = 1
-    """Ranks that its parameters and batches are shared out among."""
+    mesh: Mesh = Mesh()
+    """How the worker's processes share it; the same for every run."""
 
 
 @dataclass(frozen=True)

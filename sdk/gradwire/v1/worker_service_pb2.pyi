@@ -10,16 +10,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerHello(_message.Message):
-    __slots__ = ("token", "pid", "world_size", "software_version")
+    __slots__ = ("token", "pid", "mesh", "software_version")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
-    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MESH_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     token: str
     pid: int
-    world_size: int
+    mesh: _trainer_service_pb2.Mesh
     software_version: str
-    def __init__(self, token: _Optional[str] = ..., pid: _Optional[int] = ..., world_size: _Optional[int] = ..., software_version: _Optional[str] = ...) -> None: ...
+    def __init__(self, token: _Optional[str] = ..., pid: _Optional[int] = ..., mesh: _Optional[_Union[_trainer_service_pb2.Mesh, _Mapping]] = ..., software_version: _Optional[str] = ...) -> None: ...
 
 class LoraTargets(_message.Message):
     __slots__ = ("attn", "mlp", "unembed", "others")

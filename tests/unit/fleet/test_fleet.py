@@ -107,7 +107,10 @@ async def test_commands_are_answered_in_order_and_counters_come_along():
         answers = await asyncio.gather(*(submit(supervisor) for _ in range(3)))
         assert [answer.event.response.optim_step.step for answer in answers] == [1, 2, 3]
         assert supervisor.counters == {
-            "gradwire_worker_ranks": 1,
+            "gradwire_worker_world_size": 2,
+            "gradwire_worker_local_world_size": 1,
+            "gradwire_worker_nnodes": 2,
+            "gradwire_worker_fsdp_size": 2,
             "gradwire_worker_operations_total": 3,
             "gradwire_worker_up": 1,
             "gradwire_worker_silent_seconds": 0,

@@ -5,14 +5,16 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.listening import listening
 from tests.trainer_process import descendants, wait_gone
-from trainer_service.fleet.rank_processes import RankProcesses
+from trainer_service.fleet.rank_processes import Place, RankProcesses, rank_environment, worker_environment
 
 
 async def started(*command: str, folder: Path, count: int) -> RankProcesses:
     return await RankProcesses.start(
-        [sys.executable, *command], env=dict(os.environ), folder=str(folder), local_world_size=count
+        [sys.executable, *command], env=dict(os.environ), folder=str(folder), place=Place(count)
     )
 
 
@@ -56,3 +58,16 @@ async def test_the_rank_that_ended_first_says_what_the_worker_died_of(tmp_path: 
         await ranks.stop(grace_s=0)
     assert explained == "The worker process ended (exit code 1). Its last words: rank 1 has had enough"
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["0 0 2 2", "1 1 2 2"]
+
+
+def test_ranks_of_several_machines_are_numbered_through_and_listen_where_the_machines_meet():
+    place = Place(4, node_rank=1, nnodes=2, interface="eth7", start_id="start")
+    env = rank_environment(3, place, "/tmp/socket")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    assert [env[name] for name in names] == ["7", "3", "8", "4", "eth7", "eth7"]
+
+
+def test_ranks_get_no_secret_that_they_do_not_need(monkeypatch: pytest.MonkeyPatch):
+    for name in ("GRADWIRE_API_KEY", "GRADWIRE_JOIN_TOKEN"):
+        monkeypatch.setenv(name, "secret")
+    assert "secret" not in worker_environment(OTHER="1").values()

@@ -16,6 +16,7 @@ from gradwire.v1.run_pb2 import RUN_STATE_LOST, Run
 VALUES = {
     gradwire.ServerInfo: pb.GetServerInfoResponse,
     gradwire.ModelInfo: pb.ModelInfo,
+    gradwire.Mesh: pb.Mesh,
     gradwire.LossInfo: pb.LossInfo,
     gradwire.Limits: pb.Limits,
     gradwire.ListedRun: Run,
@@ -45,6 +46,7 @@ def test_server_info_is_plain_values_all_the_way_down():
     (model,), (loss,) = info.models, info.losses
     assert (model.base_model, model.vocab_size, model.max_context_length, model.num_parameters) == ("m", 7, 64, 9)
     assert loss == gradwire.LossInfo("ppo", ("advantages",), (), {"epsilon": 0.2}, False)
+    assert model.mesh == gradwire.Mesh(world_size=1, local_world_size=1, nnodes=1, fsdp_size=1)
     assert answers.server_capabilities(info).supported_models == [gradwire.SupportedModel("m", 64)]
 
 

@@ -17,8 +17,6 @@ from trainer_service.engine.models.positions import context_length, forget_longe
 
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
 _MULTIMODAL = "ForConditionalGeneration"
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")
-_HUB_FILES_LEFT_OUT = ("consolidated*", "onnx/*", "original/*", "*/*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -42,33 +40,6 @@ class ModelDescription:
     num_parameters: int
     dtype: str
     device: str
-
-
-def fetch(base_model: str) -> Path:
-    """The folder a model lies in; one on the hub is fetched into the hub's cache first.
-
-    Raises:
-        InvalidArgumentError: INVALID_FIELD: no such folder, no such model on the hub, or the hub is out of reach.
-    """
-    folder = Path(base_model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise _refused(base_model, "is a folder without config.json; it must be a Hugging Face model folder.")
-        return folder.resolve()
-    if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
-        raise _refused(base_model, "does not exist; it must be a Hugging Face model folder or a hub id.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(base_model, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_FILES_LEFT_OUT))
-        )
-    except LocalEntryNotFoundError as exc:
-        why = "is no folder here, not in the hub's cache, and the hub cannot be reached; give a folder instead."
-        raise _refused(base_model, why) from exc
-    except (HfHubHTTPError, HFValidationError, OSError) as exc:
-        raise _refused(base_model, f"is no folder here, and the hub refused it: {_first_line(exc)}") from exc
 
 
 def load_model(

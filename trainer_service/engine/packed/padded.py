@@ -10,8 +10,9 @@ import numpy as np
 
 from trainer_service.engine.packed.packing import Ints, Pack
 
-_FORWARD_TOKENS = 64
-"""What another forward costs, in tokens: fewer forwards are worth so much padding each."""
+_FORWARD_TOKENS = 128
+"""What another forward costs, in tokens: fewer forwards are worth so much padding each. Measured with models of 30M
+parameters on two cores (benchmarks/models.py), a hybrid and others."""
 
 
 def plan_padded(cu_seqlens: Ints, *, max_tokens: int) -> list[Pack]:

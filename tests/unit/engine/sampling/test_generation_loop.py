@@ -107,8 +107,8 @@ def test_a_request_that_comes_later_is_decoded_beside_those_under_way(worker: Wo
 def test_tokens_of_a_request_that_nobody_reads_along_come_together(worker: Worker):
     whole = worker.start(max_tokens=30, num_samples=2, interval_ms=10_000)
     read_along = worker.start(max_tokens=30, num_samples=2, interval_ms=1)
-    while worker.scheduler.busy:
-        worker.scheduler.step()
+    while worker.generation.busy:
+        worker.generation.step()
         time.sleep(0.002)
     assert worker.tokens(whole) == worker.tokens(read_along)
     # The first tokens, at once, and the rest.

@@ -23,7 +23,7 @@ from gradwire.errors import from_status
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.datum_pb2 import ModelInput
 from gradwire.v1.sampling_service_pb2 import SampleRequest, SamplingParams
-from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest
+from gradwire.v1.trainer_service_pb2 import CreateRunRequest, Mesh, TrainRequest
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerEvent, WorkerSample
 from gradwire.v1.worker_service_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
 
@@ -166,7 +166,7 @@ def test_worker_from_hello_to_its_end(trainer: RecordingTrainer, start_worker: S
     hello = trainer.event("hello", START_S).hello
     assert hello.token == "the-token"
     assert hello.pid == process.pid
-    assert hello.world_size == 1
+    assert hello.mesh == Mesh(world_size=1, local_world_size=1, nnodes=1, fsdp_size=1)
     assert hello.software_version == __version__
     assert trainer.event("loading", START_S).loading == "importing torch and transformers"
     assert trainer.event("loading", START_S).loading == "looking for a device"

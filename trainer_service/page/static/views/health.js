@@ -12,6 +12,15 @@ function memory({ gradwire_worker_memory_bytes: used, gradwire_worker_memory_lim
     return used ? `${format.size(used)}${limit ? ` of ${format.size(limit)}` : ""}` : "";
 }
 
+/** The worker's processes and how they are arranged, as far as it tells. */
+function ranks(counters) {
+    const told = (name) => counters[`gradwire_worker_${name}`];
+    const parts = [format.number(told("world_size"))];
+    if (told("nnodes") > 1) parts.push(`on ${format.number(told("nnodes"))} machines`);
+    if (told("fsdp_size") > 1) parts.push(`with parameters in ${format.number(told("fsdp_size"))} parts`);
+    return parts.join(" ");
+}
+
 export class HealthView {
     title = "Health";
 
@@ -84,7 +93,7 @@ export class HealthView {
                       ["Sampling", model.sampling],
                   ]
                 : []),
-            ["Ranks", format.number(counters.gradwire_worker_ranks ?? null)],
+            ["Ranks", ranks(counters)],
             ["Memory", memory(counters)],
             ["Runs on the worker", format.number(counters.gradwire_worker_runs ?? null)],
             [
