@@ -16,6 +16,8 @@ import grpc.aio
 from google.rpc.status_pb2 import Status
 from gradwire.errors import GradwireError, from_status
 from gradwire.v1.node_service_pb2 import (
+    AccessRequest,
+    AccessResponse,
     NodeAccepted,
     NodeCommand,
     NodeEnded,
