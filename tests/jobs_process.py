@@ -64,7 +64,7 @@ def main() -> int:
     from trainer_service.config import JobsConfig, ServerTls
     from trainer_service.control_plane import serve_jobs
     from trainer_service.jobs.local import LocalJobs
-    from trainer_service.observability import configure_logging
+    from trainer_service.logs import configure_logging
     from trainer_service.startup_checks import read_api_keys
 
     configure_logging(as_json=False)

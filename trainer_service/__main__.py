@@ -11,7 +11,7 @@ from trainer_service import open_files
 from trainer_service.command_lines import SettingsError, add_options, read_options
 from trainer_service.config import GatewayConfig, JobsConfig, LogSettings, NodeConfig, TrainerConfig
 from trainer_service.join_token import read_join_token
-from trainer_service.observability import configure_logging
+from trainer_service.logs import configure_logging
 from trainer_service.startup_checks import (
     check_base_model,
     check_gateway_beside,
@@ -208,7 +208,7 @@ def _page(server: "TrainerServer", worker: "Worker", listen: str) -> "PageServer
 
 def _check_storage_url(url: str) -> None:
     """Refuses a URL with an unknown scheme, or one whose package is not installed."""
-    from trainer_service.checkpoints.storage import Storage
+    from trainer_service.checkpoints.object_store import Storage
 
     try:
         if url:

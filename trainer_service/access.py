@@ -1,4 +1,7 @@
-"""Who may call: API keys, and the caller of the call being served. Ground floor."""
+"""Who may call: API keys, and the caller of the call being served. Ground floor.
+
+rpc/border.py looks up the key of every call here, as page/sessions.py and gateway/endpoints.py do.
+"""
 
 import contextvars
 import hashlib

@@ -10,7 +10,7 @@ from trainer_service.access import ApiKeys
 from trainer_service.config import JobsConfig
 from trainer_service.jobs.owned import OwnedJobs
 from trainer_service.jobs.trainer_job import TrainerJobs
-from trainer_service.observability import Metrics
+from trainer_service.metrics import Metrics
 from trainer_service.processes import told_to_stop, write_ready_file
 from trainer_service.rpc.grpc_server import GrpcServer
 from trainer_service.rpc.trainer_job_servicer import TrainerJobServicer

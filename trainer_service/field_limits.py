@@ -1,5 +1,7 @@
 """Bounds every string and repeated field that clients send, each by one of Limits. Ground floor.
 
+The size of a whole message is bounded in rpc/bounded_messages.py, the tokens of a batch in engine/validation.py.
+
 A message is checked before anything else is done with it, so that no client's field costs the others time. The error
 names the field's path, what it has, and the limit.
 """

@@ -14,11 +14,11 @@ from gradwire.v1.trainer_service_pb2_grpc import add_TrainerServiceServicer_to_s
 
 from trainer_service.access import ApiKeys
 from trainer_service.checkpoints.catalog import Catalog
-from trainer_service.checkpoints.storage import Storage
+from trainer_service.checkpoints.object_store import Storage
 from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import PAGE_CONNECTIONS, TrainerConfig
 from trainer_service.fleet.worker import Worker
-from trainer_service.observability import Metrics
+from trainer_service.metrics import Metrics
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
 from trainer_service.rpc.checkpoint_servicer import CheckpointServicer
 from trainer_service.rpc.grpc_server import GrpcServer

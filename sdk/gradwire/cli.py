@@ -1,4 +1,7 @@
-"""gradwire: runs and checkpoints of a trainer from a terminal. Tables for people, --json for programs."""
+"""gradwire: runs and checkpoints of a trainer from a terminal. Tables for people, --json for programs.
+
+`gradwire serve`, `worker`, `jobs` and `gateway` are the server's: _client/server_commands.py hands them on.
+"""
 
 import argparse
 import contextlib

@@ -176,7 +176,7 @@ async def test_a_call_that_ends_without_its_message_is_refused():
 async def test_large_messages_of_one_key_hold_so_much_memory_at_once_and_those_of_others_count_for_themselves(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("trainer_service.rpc.messages.MAX_HELD_BYTES", 1_500_000)
+    monkeypatch.setattr("trainer_service.rpc.bounded_messages.MAX_HELD_BYTES", 1_500_000)
     ours, others = with_key("ours"), with_key("others")
     request = too_large(500_000)
     async with front_end(api_keys=("ours", "others")) as trainer:

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.bystander import Bystander
 from tests.front_end_process import FrontEndProcess, front_end_process
 from tests.raw_http2 import RawHttp2, message_header
-from trainer_service.rpc import messages
+from trainer_service.rpc import bounded_messages
 
 FORWARD_BACKWARD = "/gradwire.v1.TrainerService/ForwardBackward"
 CHECK = "/grpc.health.v1.Health/Check"
@@ -111,7 +111,7 @@ def test_health_checks_that_never_end_are_given_up_and_health_answers_on(
         for call in calls:
             peer.wait_ended(call)
     assert sent < len(calls) * 60 * MIB
-    assert grows_by() < 4 * messages.KEYLESS_GROWTH_BYTES // MIB
+    assert grows_by() < 4 * bounded_messages.KEYLESS_GROWTH_BYTES // MIB
     with grpc.insecure_channel(trainer.address) as channel:
         check = health(channel).Check
         assert check(health_pb2.HealthCheckRequest(), timeout=60).status == health_pb2.HealthCheckResponse.SERVING
@@ -126,13 +126,16 @@ def test_only_so_many_calls_without_a_key_are_under_way_and_a_key_passes_them(
     watch = "/grpc.health.v1.Health/Watch"
     with RawHttp2(trainer.address) as peer, grpc.insecure_channel(trainer.address) as channel:
         peer.settings_came()
-        calls = [peer.call(watch) for _ in range(messages.KEYLESS_CALLS_PER_HOST)]
+        calls = [peer.call(watch) for _ in range(bounded_messages.KEYLESS_CALLS_PER_HOST)]
         for call in calls:
             peer.send(call, message_header(0), end=True)
         peer.wait_answered(calls)
         stub = health(channel)
         refused = refusal(lambda: next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=60)))
-        assert (refused.reason, refused.metadata["limit"]) == ("LIMIT_EXCEEDED", str(messages.KEYLESS_CALLS_PER_HOST))
+        assert (refused.reason, refused.metadata["limit"]) == (
+            "LIMIT_EXCEEDED",
+            str(bounded_messages.KEYLESS_CALLS_PER_HOST),
+        )
         stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
         assert next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=60, metadata=WITH_KEY))
     assert grows_by() < 48
@@ -198,11 +201,11 @@ def _tensors(count: int, size_bytes: int) -> Message:
 
 def test_large_tensors_count_as_nothing_and_everything_else_counts():
     tensors = _tensors(6, MIB).SerializeToString()
-    assert messages.typed_bytes(tensors, ops.ForwardBackwardRequest) < 200
+    assert bounded_messages.typed_bytes(tensors, ops.ForwardBackwardRequest) < 200
     typed = ops.ForwardBackwardRequest(data=[{"loss_fn_inputs": {"a": {"ints": {"values": range(100_000)}}}}])
     encoded = typed.SerializeToString()
-    assert len(encoded) - 20 < messages.typed_bytes(encoded, ops.ForwardBackwardRequest) <= len(encoded)
+    assert len(encoded) - 20 < bounded_messages.typed_bytes(encoded, ops.ForwardBackwardRequest) <= len(encoded)
     text = ops.ForwardBackwardRequest(loss_fn="x" * 100_000).SerializeToString()
-    assert messages.typed_bytes(text, ops.ForwardBackwardRequest) == len(text)
+    assert bounded_messages.typed_bytes(text, ops.ForwardBackwardRequest) == len(text)
     many = tiny_datums(2 * MIB)
-    assert messages.typed_bytes(many, ops.ForwardBackwardRequest) > messages.MAX_TYPED_BYTES
+    assert bounded_messages.typed_bytes(many, ops.ForwardBackwardRequest) > bounded_messages.MAX_TYPED_BYTES

@@ -19,7 +19,7 @@ from trainer_service.atomic_folders import MANIFEST, Manifest, alone, damaged
 from trainer_service.checkpoints.checkpoint import Checkpoint, bases, may_see
 from trainer_service.checkpoints.files import check_range, pieces
 from trainer_service.checkpoints.local_folder import LocalFolder
-from trainer_service.checkpoints.storage import Storage
+from trainer_service.checkpoints.object_store import Storage
 from trainer_service.paths import SAMPLER_WEIGHTS, CheckpointPath
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from trainer_service.checkpoints.checkpoint import Checkpoint
 from trainer_service.checkpoints.files import open_at, opened, read_at, replace
 from trainer_service.checkpoints.local_manifests import LocalManifests
 from trainer_service.checkpoints.manifests import UPLOAD
-from trainer_service.checkpoints.storage import OWNER, Storage, read_owner, write_owner
+from trainer_service.checkpoints.object_store import OWNER, Storage, read_owner, write_owner
 from trainer_service.paths import CheckpointPath
 
 _INCOMING = ".incoming"

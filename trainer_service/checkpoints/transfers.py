@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.checkpoint import Checkpoint
-from trainer_service.checkpoints.storage import UPLOAD
+from trainer_service.checkpoints.object_store import UPLOAD
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -33,7 +33,7 @@ from trainer_service.engine.worker.heartbeat import start_heartbeat
 from trainer_service.engine.worker.inbox import Inbox
 from trainer_service.engine.worker.progress import told_of_progress
 from trainer_service.executing import Executing, leave_reason
-from trainer_service.observability import configure_logging
+from trainer_service.logs import configure_logging
 from trainer_service.processes import die_with_parent
 from trainer_service.worker_config import SPARE_VARIABLE, WorkerConfig
 

@@ -242,7 +242,7 @@ def _meeting_place(timeout_s: float) -> dict[str, Any]:
     path, start_id = os.environ[RANK_STORE_VARIABLE], os.environ.get(START_ID_VARIABLE)
     if not start_id:
         return {"init_method": f"file://{path}"}
-    from trainer_service.engine.rank_store import RankStore
+    from trainer_service.engine.rank_store_client import RankStore
 
     return {"store": RankStore(path, start_id, timeout_s=timeout_s)}
 

@@ -42,8 +42,8 @@ from trainer_service.fleet.nodes import KEEPALIVE
 from trainer_service.fleet.rank_processes import Place, RankProcesses, worker_environment
 from trainer_service.fleet.rank_store import rank_store_handler
 from trainer_service.fleet.worker_socket import WorkerSocket
-from trainer_service.interfaces import interface_of
 from trainer_service.join_token import as_metadata
+from trainer_service.network_interfaces import interface_of
 from trainer_service.processes import told_to_stop
 from trainer_service.worker_config import HEARTBEAT_INTERVAL_S, SPARE_VARIABLE
 

@@ -44,7 +44,7 @@ class Link:
         self.heard = asyncio.Event()
         """Set whenever the worker has sent anything, heartbeats included."""
         self.responding = True
-        """Whether something came a short while ago; kept once the worker is ready, see heartbeat.py."""
+        """Whether something came a short while ago; kept once the worker is ready, see silence.py."""
         self.silent_s = 0.0
         """How long nothing has come, to the second."""
         self.closed = asyncio.Event()

@@ -32,8 +32,8 @@ from trainer_service.addresses import join_address, listens_on_loopback, split_a
 from trainer_service.config import NodeSettings, ServerTls
 from trainer_service.fleet.join_policy import JoinPolicy, RefusedError, unknown_caller
 from trainer_service.fleet.rank_store import RankStores, rank_store_handler
-from trainer_service.interfaces import interface_of, own_address
 from trainer_service.join_token import shows_token
+from trainer_service.network_interfaces import interface_of, own_address
 from trainer_service.open_files import connection_options
 from trainer_service.ports import open_port
 from trainer_service.worker_config import HEARTBEAT_INTERVAL_S

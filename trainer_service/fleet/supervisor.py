@@ -14,12 +14,12 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerReady
 from trainer_service.command_lines import command_line
 from trainer_service.config import Limits
 from trainer_service.executing import executing_command, leave_reason, take_reason
-from trainer_service.fleet import heartbeat
 from trainer_service.fleet.link import Link, WorkerServicer, worker_service_handler
 from trainer_service.fleet.node_ranks import NodeRanks
 from trainer_service.fleet.nodes import Nodes
 from trainer_service.fleet.rank_processes import Place, RankProcesses, WorkerRanks, worker_environment
 from trainer_service.fleet.rank_store import rank_store_handler
+from trainer_service.fleet.silence import silence
 from trainer_service.fleet.spare import Spare
 from trainer_service.fleet.worker import Deliver, Died
 from trainer_service.fleet.worker_socket import WorkerSocket
@@ -271,8 +271,7 @@ class WorkerSupervisor:
                 how += f" after it began {link.status_message}" if link.attached else ""
                 return await ranks.explain(how=f"{how} and was killed")
             timeout_s = self._timeouts.heartbeat_timeout_s
-            silence = heartbeat.silence(link, timeout_s=timeout_s, changed=self._responding_changed)
-            silent = asyncio.create_task(silence)
+            silent = asyncio.create_task(silence(link, timeout_s=timeout_s, changed=self._responding_changed))
             tasks.append(silent)
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if not exited.done() and not closed.done():

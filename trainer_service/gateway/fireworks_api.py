@@ -7,8 +7,8 @@ from starlette.requests import Request
 from trainer_service.gateway import request_translation, training_api
 from trainer_service.gateway.bodies import parse_fields, read_body, read_fields
 from trainer_service.gateway.endpoints import Handler
+from trainer_service.gateway.fireworks_jobs import ACCOUNT, base_model_of, describe
 from trainer_service.gateway.gateway import Gateway
-from trainer_service.gateway.jobs import ACCOUNT, base_model_of, describe
 from trainer_service.gateway.outcomes import Refusal
 from trainer_service.gateway.sessions import Caller
 

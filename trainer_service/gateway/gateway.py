@@ -10,7 +10,7 @@ from gradwire.errors import GradwireError
 from trainer_service.access import ApiKeys
 from trainer_service.config import GatewayConfig
 from trainer_service.gateway.answers import Answers
-from trainer_service.gateway.jobs import Jobs
+from trainer_service.gateway.fireworks_jobs import Jobs
 from trainer_service.gateway.models import Models
 from trainer_service.gateway.outcomes import Refusal
 from trainer_service.gateway.sample_queue import SampleQueue

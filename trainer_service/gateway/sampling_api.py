@@ -6,9 +6,9 @@ from typing import Any
 from starlette.requests import Request
 
 from trainer_service.gateway.bodies import read_fields
-from trainer_service.gateway.completions import CLONE_SIZE
 from trainer_service.gateway.endpoints import POLL_S
 from trainer_service.gateway.gateway import Gateway
+from trainer_service.gateway.sample_polls import CLONE_SIZE
 from trainer_service.gateway.sample_requests import read_sample
 from trainer_service.gateway.sessions import Caller
 

@@ -9,9 +9,9 @@ from gradwire.v1.sampling_service_pb2 import OpenSamplerRequest, Sampler, Sample
 
 from trainer_service.gateway import paths
 from trainer_service.gateway.answers import Answers
-from trainer_service.gateway.completions import Completions, Target, target_of
 from trainer_service.gateway.models import Models
 from trainer_service.gateway.outcomes import Outcome, Refusal
+from trainer_service.gateway.sample_polls import Completions, Target, target_of
 from trainer_service.gateway.sample_queue import SampleQueue
 from trainer_service.gateway.sessions import Caller, Session
 from trainer_service.gateway.store import Store

@@ -19,8 +19,9 @@ from gradwire.errors import GradwireError, error, to_status
 from grpc_status import rpc_status
 
 from trainer_service.access import ANYBODY, ApiKeys, Caller, current_caller
-from trainer_service.observability import Metrics, request_id
-from trainer_service.rpc.messages import Malformed, Messages, Received, memory_bytes
+from trainer_service.logs import request_id
+from trainer_service.metrics import Metrics
+from trainer_service.rpc.bounded_messages import Malformed, Messages, Received, memory_bytes
 from trainer_service.rpc.request_checks import RequestChecks
 from trainer_service.tracing import traced_call
 

@@ -13,7 +13,7 @@ from trainer_service import open_files
 from trainer_service.access import ApiKeys
 from trainer_service.addresses import listens_on_loopback
 from trainer_service.config import GrpcServerConfig
-from trainer_service.observability import Metrics
+from trainer_service.metrics import Metrics
 from trainer_service.ports import open_port
 from trainer_service.rpc.border import Border
 from trainer_service.rpc.request_checks import RequestChecks

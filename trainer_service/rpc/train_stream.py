@@ -11,8 +11,8 @@ from gradwire.v1.trainer_service_pb2 import AttachResponse, TrainRequest, TrainR
 
 from trainer_service.config import Limits
 from trainer_service.field_limits import find_excess
+from trainer_service.rpc.bounded_messages import Malformed, Received
 from trainer_service.rpc.checkpoint_gate import CheckpointGate
-from trainer_service.rpc.messages import Malformed, Received
 from trainer_service.runs.attachment import Attachment
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.run import Run

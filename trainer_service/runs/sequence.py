@@ -2,6 +2,7 @@
 
 `seq_id` is order, reply address and idempotency key at once. The next number is accepted; a number further ahead is a
 gap; a number seen before is a repeat, which gets the first answer if the operation is the same and is refused if not.
+Which run's operation executes next, the worker decides (engine/worker/inbox.py).
 """
 
 from collections import OrderedDict

@@ -15,7 +15,7 @@ from gradwire.errors import GradwireError
 from trainer_service.access import Caller, current_caller
 from trainer_service.atomic_folders import MANIFEST, Manifest, read_manifest, verify, whole_folder
 from trainer_service.checkpoints.catalog import Catalog
-from trainer_service.checkpoints.storage import Storage
+from trainer_service.checkpoints.object_store import Storage
 from trainer_service.paths import CheckpointPath
 
 MakeCatalog = Callable[..., Catalog]

@@ -15,7 +15,7 @@ from gradwire.errors import GradwireError
 from trainer_service.access import Caller, current_caller
 from trainer_service.atomic_folders import whole_folder
 from trainer_service.checkpoints.catalog import Catalog
-from trainer_service.checkpoints.storage import Storage
+from trainer_service.checkpoints.object_store import Storage
 from trainer_service.paths import CheckpointPath
 from trainer_service.rpc.checkpoint_servicer import _message
 from trainer_service.served_model import ServedModel

@@ -8,7 +8,7 @@ from prometheus_client import generate_latest
 
 from trainer_service.engine.counters import Counters
 from trainer_service.fleet.supervisor import WorkerSupervisor
-from trainer_service.observability import Metrics
+from trainer_service.metrics import Metrics
 from trainer_service.worker_config import WorkerConfig
 
 DASHBOARD = Path(__file__).parents[3] / "deploy" / "grafana" / "gradwire.json"

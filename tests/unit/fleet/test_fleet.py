@@ -25,7 +25,7 @@ from tests.trainer_process import descendants, wait_gone
 from tests.waiting import DEADLINE_S, until
 from trainer_service.engine import __main__ as worker_main
 from trainer_service.executing import executing_command
-from trainer_service.fleet import heartbeat
+from trainer_service.fleet import silence
 from trainer_service.fleet import supervisor as supervisor_module
 from trainer_service.fleet.rank_processes import RankProcesses
 from trainer_service.fleet.supervisor import WorkerSupervisor
@@ -38,7 +38,7 @@ CONFIG = WorkerConfig(base_model="fake", checkpoint_dir=Path("unused"), max_runs
 @pytest.fixture(autouse=True)
 def _unhurried(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
     """A worker that a busy machine keeps from its heartbeats is not taken for a silent one; see stop."""
-    monkeypatch.setattr(heartbeat, "HEARTBEAT_INTERVAL_S", DEADLINE_S)
+    monkeypatch.setattr(silence, "HEARTBEAT_INTERVAL_S", DEADLINE_S)
 
 
 def behaves(*behaviours: str) -> Callable[[str], list[str]]:
@@ -88,7 +88,7 @@ async def hurry(supervisor: WorkerSupervisor) -> None:
 def stop(supervisor: WorkerSupervisor, pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stops the worker's process, and has the trainer look every second whether anything came."""
     os.kill(pid, signal.SIGSTOP)
-    monkeypatch.setattr(heartbeat, "HEARTBEAT_INTERVAL_S", 1.0)
+    monkeypatch.setattr(silence, "HEARTBEAT_INTERVAL_S", 1.0)
     assert supervisor._link is not None
     supervisor._link.heard.set()  # Ends the look under way.
 
@@ -254,9 +254,9 @@ async def test_a_worker_of_another_version_is_given_up():
 async def test_a_worker_that_is_stopped_is_told_apart_from_a_busy_one_and_replaced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(heartbeat, "_UNRESPONSIVE_S", 3.0)
+    monkeypatch.setattr(silence, "_UNRESPONSIVE_S", 3.0)
     async with supervised(behaves("hangs", "work"), heartbeat_timeout_s=4.0) as supervisor:
-        supervisor.on_death(lambda _: monkeypatch.setattr(heartbeat, "HEARTBEAT_INTERVAL_S", DEADLINE_S))
+        supervisor.on_death(lambda _: monkeypatch.setattr(silence, "HEARTBEAT_INTERVAL_S", DEADLINE_S))
         pid = await ready(supervisor)
         pending = submit(supervisor)
         # It executes something and answers nothing, but its heart beats.
@@ -294,7 +294,7 @@ async def test_a_worker_that_is_stopped_is_told_apart_from_a_busy_one_and_replac
 
 
 async def test_a_worker_that_goes_on_in_time_is_kept(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(heartbeat, "_UNRESPONSIVE_S", 2.0)
+    monkeypatch.setattr(silence, "_UNRESPONSIVE_S", 2.0)
     async with supervised(behaves("work"), heartbeat_timeout_s=0) as supervisor:
         pid = await ready(supervisor)
         changes: asyncio.Queue[bool] = asyncio.Queue()

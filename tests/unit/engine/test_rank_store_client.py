@@ -7,7 +7,7 @@ import grpc
 import pytest
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 
-from trainer_service.engine.rank_store import RankStore
+from trainer_service.engine.rank_store_client import RankStore
 from trainer_service.fleet.rank_store import RankStores, rank_store_handler
 from trainer_service.fleet.worker_socket import WorkerSocket
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from trainer_service.observability import MAX_FIELD_CHARS, configure_logging, quoted, request_id
+from trainer_service.logs import MAX_FIELD_CHARS, configure_logging, quoted, request_id
 
 FORGED = "mine\n2026-01-01 00:00:00.000 INFO    rpc.border: Call. key=ops code=OK \x1b[2J\u202e\r\x85\u2028end"
 
