@@ -35,6 +35,8 @@ def s3() -> Iterator[str]:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patched.setenv(name, "test")
         patched.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        # fsspec keeps what spoke to the server of an earlier setup, whose port was another.
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
         fsspec.filesystem("s3").mkdir("bucket")
         yield "s3://bucket"
     server.stop()
