@@ -37,7 +37,8 @@ def s3() -> Iterator[str]:
         patched.setenv("AWS_DEFAULT_REGION", "us-east-1")
         # fsspec keeps what spoke to the server of an earlier setup, whose port was another.
         fsspec.get_filesystem_class("s3").clear_instance_cache()
-        fsspec.filesystem("s3").mkdir("bucket")
+        # And the bucket of an earlier setup is still there.
+        fsspec.filesystem("s3").makedirs("bucket", exist_ok=True)
         yield "s3://bucket"
     server.stop()
 
