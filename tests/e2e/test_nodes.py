@@ -119,7 +119,8 @@ def test_two_machines_compute_what_two_ranks_do_whoever_of_them_dies(wanted: Tol
         def kill() -> None:
             """The rank elsewhere; then the trainer, as the next ranks start."""
             os.kill(machine.ranks()[0], signal.SIGKILL)
-            wait_until(lambda: "On node 1: The worker process ended (signal SIGKILL)" in trainer.log.read_text())
+            text = "On node 1: The worker process ended (signal SIGKILL)"
+            wait_until(lambda: text in trainer.log.read_text(), trainer.log.read_text)
             wait_until(machine.ranks)
             trainer.kill()
             wait_until(lambda: not machine.ranks(), machine.log.read_text)
@@ -187,7 +188,7 @@ def test_a_cut_between_two_machines_is_noticed_and_got_over(wanted: Told, tiny_l
         found: set[str] = set()
 
         def cut() -> None:
-            wait_until(lambda: len(trainer.worker_pids()) == 1)
+            wait_until(lambda: len(trainer.worker_pids()) == 1, trainer.log.read_text)
             found.update(listening(trainer.pids()))
             link.cut()
             wait_until(lambda: "A node is gone" in trainer.log.read_text(), trainer.log.read_text)

@@ -248,7 +248,6 @@ def _import_peft() -> None:
 
     peft imports it for layers of its own. models/quantized.py calls its functions itself, and imports it when it does.
     """
-    held = sys.modules.get("bitsandbytes")
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     try:
         found = importlib.import_module("peft.import_utils")
@@ -257,8 +256,6 @@ def _import_peft() -> None:
         found.is_bnb_4bit_available()
     finally:
         del sys.modules["bitsandbytes"]
-        if held is not None:
-            sys.modules["bitsandbytes"] = held
 
 
 def _sampling(engine: "Engine", checkpoint_dir: Path, send: Send, answer: Send) -> "Sampling":

@@ -108,7 +108,7 @@ class JoiningNode:
                     how = await self._take_part()
                     failures = 0
                 except (OSError, grpc.RpcError) as exc:
-                    how = _why(exc)
+                    how = str(exc)
                 if how != said:
                     text = "Waiting for the trainer."
                     logger.warning(text, extra={"fields": {"join": self._config.join, "why": how}})
@@ -287,10 +287,6 @@ def _address_towards(target: str) -> str:
     """This machine's address as the other end of a connection sees it, or would without address translation."""
     with socket.create_connection(split_address(target), timeout=_CONNECT_S) as connection:
         return str(connection.getsockname()[0])
-
-
-def _why(exc: Exception) -> str:
-    return str(exc)
 
 
 def _content(path: str) -> str:

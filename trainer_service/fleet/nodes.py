@@ -32,11 +32,11 @@ from trainer_service.addresses import join_address, listens_on_loopback, split_a
 from trainer_service.config import NodeSettings, ServerTls
 from trainer_service.fleet.join_policy import JoinPolicy, RefusedError, unknown_caller
 from trainer_service.fleet.rank_store import RankStores, rank_store_handler
+from trainer_service.fleet.silence import silent_seconds
 from trainer_service.join_token import shows_token
 from trainer_service.network_interfaces import interface_of, own_address
 from trainer_service.open_files import connection_options
 from trainer_service.ports import open_port
-from trainer_service.worker_config import HEARTBEAT_INTERVAL_S
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,8 @@ class Node:
         self.peer = peer
         self.outgoing: asyncio.Queue[NodeCommand | None] = asyncio.Queue()
         """Commands; None ends the connection."""
+        self.heard = asyncio.Event()
+        """Set whenever it says something."""
         self._shares: dict[str, Share] = {}
 
     def tell(self, **command: object) -> None:
@@ -93,6 +95,7 @@ class Node:
 
     def hear(self, event: NodeEvent) -> None:
         """Takes what it says."""
+        self.heard.set()
         share = self._shares.pop(event.ended.start_id, None)
         if share is not None and not share.ended.done():
             share.ended.set_result(event.ended)
@@ -199,7 +202,8 @@ class Nodes(NodeServiceServicer):
             return
         self._note()
         logger.info("A node joined.", extra={"fields": {"node_rank": node.rank, "peer": peer}})
-        tasks = [asyncio.create_task(self._read(node, context)), asyncio.create_task(self._write(node, context))]
+        ends = (self._read(node, context), self._write(node, context), _silence(node))
+        tasks = [asyncio.create_task(end) for end in ends]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -261,27 +265,10 @@ class Nodes(NodeServiceServicer):
         return await self.stores.access(request, context)
 
     async def _read(self, node: Node, context: grpc.aio.ServicerContext) -> None:
-        """Returns once the stream has ended, or the node has been silent for too long."""
-        reading: asyncio.Future[object] = asyncio.ensure_future(context.read())
-        silent_s = 0.0
-        try:
-            while silent_s < _SILENT_S:
-                done, _ = await asyncio.wait({reading}, timeout=HEARTBEAT_INTERVAL_S)
-                if not done:
-                    # Counted in waits rather than by the clock: the trainer itself may have been stopped meanwhile.
-                    silent_s += HEARTBEAT_INTERVAL_S
-                    continue
-                silent_s = 0.0
-                # grpc raises when the stream breaks; all that matters is that it ended.
-                with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):
-                    if isinstance(event := reading.result(), NodeEvent):
-                        node.hear(event)
-                        reading = asyncio.ensure_future(context.read())
-                        continue
-                return
-        finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+        # grpc raises when the stream breaks; all that matters is that it ended.
+        with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):
+            while isinstance(event := await context.read(), NodeEvent):
+                node.hear(event)
 
     async def _write(self, node: Node, context: grpc.aio.ServicerContext) -> None:
         with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):
@@ -303,6 +290,13 @@ class Nodes(NodeServiceServicer):
 def because_of(ended: NodeEnded) -> GradwireError | None:
     """What a rank of a node left for the operation under way."""
     return from_status(Status.FromString(ended.because.SerializeToString())) if ended.HasField("because") else None
+
+
+async def _silence(node: Node) -> None:
+    """Returns once a node has said nothing for too long."""
+    async for silent_s in silent_seconds(node.heard):
+        if silent_s >= _SILENT_S:
+            return
 
 
 def _digest_of(base_model: str) -> str:

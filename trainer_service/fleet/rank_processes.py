@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from trainer_service import join_token
 from trainer_service.fleet.output import WorkerOutput
 from trainer_service.processes import start_child, stop_child
 from trainer_service.worker_config import RANK_STORE_VARIABLE, START_ID_VARIABLE
@@ -181,7 +182,7 @@ def rank_environment(local_rank: int, place: Place, store: str) -> dict[str, str
 def worker_environment(**variables: str) -> dict[str, str]:
     """What ranks get of this process's environment, and variables of their own."""
     env = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
-    for secret in ("GRADWIRE_API_KEY", "GRADWIRE_JOIN_TOKEN"):
+    for secret in ("GRADWIRE_API_KEY", join_token.VARIABLE):
         # The worker needs none, and cannot leak what it does not have.
         env.pop(secret, None)
     # How threads of a parallel region wait for one another, unless the environment says so already. GNU's OpenMP spins

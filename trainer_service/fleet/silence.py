@@ -5,7 +5,7 @@ and neither ends nor closes its connection.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 
 from trainer_service.fleet.link import Link
 from trainer_service.worker_config import HEARTBEAT_INTERVAL_S
@@ -13,6 +13,26 @@ from trainer_service.worker_config import HEARTBEAT_INTERVAL_S
 _UNRESPONSIVE_S = 15.0
 """Silence after which the trainer reports itself as not ready: on a machine that is merely busy, a worker's thread is
 held up for a few seconds at most."""
+
+
+async def silent_seconds(heard: asyncio.Event) -> AsyncGenerator[float]:
+    """For how many seconds nothing has been heard: 0 whenever something is, more after each interval without.
+
+    Counted in waits rather than by the clock: nobody must be given up because the trainer itself was stopped and did
+    not listen.
+
+    Args:
+        heard: Set by whoever hears something, and cleared here.
+    """
+    silent_s = 0.0
+    while True:
+        heard.clear()
+        try:
+            await asyncio.wait_for(heard.wait(), HEARTBEAT_INTERVAL_S)
+            silent_s = 0.0
+        except TimeoutError:
+            silent_s += HEARTBEAT_INTERVAL_S
+        yield silent_s
 
 
 async def silence(link: Link, *, timeout_s: float, changed: Callable[[], object]) -> None:
@@ -25,15 +45,10 @@ async def silence(link: Link, *, timeout_s: float, changed: Callable[[], object]
     """
     unresponsive_s = min(_UNRESPONSIVE_S, timeout_s or _UNRESPONSIVE_S)
     link.silent_s = 0.0
-    while not timeout_s or link.silent_s < timeout_s:
-        link.heard.clear()
-        try:
-            await asyncio.wait_for(link.heard.wait(), HEARTBEAT_INTERVAL_S)
-            link.silent_s = 0.0
-        except TimeoutError:
-            # Counted in waits rather than by the clock: a worker must not be killed because the trainer itself was
-            # stopped and did not listen.
-            link.silent_s += HEARTBEAT_INTERVAL_S
-        if link.responding != (link.silent_s < unresponsive_s):
+    async for silent_s in silent_seconds(link.heard):
+        link.silent_s = silent_s
+        if link.responding != (silent_s < unresponsive_s):
             link.responding = not link.responding
             changed()
+        if timeout_s and silent_s >= timeout_s:
+            return

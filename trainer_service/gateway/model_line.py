@@ -24,6 +24,7 @@ from trainer_service.gateway import request_translation
 from trainer_service.gateway.answer_translation import CUSTOM_PASSES, AnswerTranslation, result_of
 from trainer_service.gateway.answers import Answers
 from trainer_service.gateway.custom_passes import KeptForward, KeptForwards, digest_of
+from trainer_service.gateway.later_writes import LaterWrites
 from trainer_service.gateway.outcomes import Outcome, Refusal
 from trainer_service.gateway.request_translation import Planned
 from trainer_service.gateway.run_stream import RunStream
@@ -114,8 +115,7 @@ class ModelLine:
         self._came = asyncio.Event()
         self._started = asyncio.Event()
         self._translating: set[asyncio.Task[None]] = set()
-        self._answered: list[tuple[str, str, int]] = []
-        self._flush_timer: asyncio.TimerHandle | None = None
+        self._answered = LaterWrites(store.operations_answered, after_s=_FLUSH_S)
         self._failed: Exception | None = None
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"line-{model_id}")
 
@@ -365,18 +365,11 @@ class ModelLine:
 
     def _let_go(self, seq_id: int, plan: dict[str, Any]) -> None:
         """Lets go of an operation's body once the trainer has operation and answer; several at a time."""
-        self._answered.append((json.dumps(plan), self.model_id, seq_id))
-        if self._flush_timer is None:
-            self._flush_timer = asyncio.get_running_loop().call_later(_FLUSH_S, self.flush)
+        self._answered.add((json.dumps(plan), self.model_id, seq_id))
 
     def flush(self) -> None:
         """Lets go of the bodies of what is answered."""
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
-            self._flush_timer = None
-        answered, self._answered = self._answered, []
-        if answered:
-            self._store.operations_answered(answered)
+        self._answered.flush()
 
     def _fail(self, why: Exception) -> None:
         """Fails everything that waits: nothing more can be done for this model."""

@@ -9,6 +9,7 @@ from gradwire.v1.sampling_service_pb2 import OpenSamplerRequest, Sampler, Sample
 
 from trainer_service.gateway import paths
 from trainer_service.gateway.answers import Answers
+from trainer_service.gateway.later_writes import LaterWrites
 from trainer_service.gateway.models import Models
 from trainer_service.gateway.outcomes import Outcome, Refusal
 from trainer_service.gateway.sample_polls import Completions, Target, target_of
@@ -39,8 +40,7 @@ class SamplingSessions:
         self._queue = queue
         self._waiting: dict[str, asyncio.Future[Outcome]] = {}
         self._completions = Completions()
-        self._answered: list[tuple[bytes, float, str]] = []
-        self._flush_timer: asyncio.TimerHandle | None = None
+        self._answered = LaterWrites(store.samples_answered, after_s=_FLUSH_S)
 
     def add_frozen_weights(self, session: Session, number: int, trainer: Trainer, base_model: str, path: str) -> str:
         """Adds a sampler of frozen weights; returns its id."""
@@ -127,22 +127,15 @@ class SamplingSessions:
             if not future.cancelled():
                 outcome, cursor = future.result(), self._completions.tick()
                 self._answers.keep(request_id, outcome)
-                self._answered.append((outcome.encode(), cursor / 1e6, request_id))
+                self._answered.add((outcome.encode(), cursor / 1e6, request_id))
                 self._completions.add(cursor, request_id, None if outcome.failed else len(outcome.body))
-                if self._flush_timer is None:
-                    self._flush_timer = asyncio.get_running_loop().call_later(_FLUSH_S, self.flush)
 
         future.add_done_callback(done)
         return future
 
     def flush(self) -> None:
         """Writes answers to the store."""
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
-            self._flush_timer = None
-        answered, self._answered = self._answered, []
-        if answered:
-            self._store.samples_answered(answered)
+        self._answered.flush()
 
     async def outcome(self, request_id: str, caller: Caller) -> Outcome:
         """Waits for the outcome of a request.

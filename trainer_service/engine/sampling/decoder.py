@@ -157,12 +157,13 @@ class Decoder:
             self._take_note(sequences, new, 1)
             way = sequences.way
             assert way is not None
-            if way is Way.ROWS and not sequences.slots:
-                # They have just passed the boundary: from here on they have rows.
+            # They have just passed the boundary: from here on they have rows.
+            arrives = way is Way.ROWS and not sequences.slots
+            if arrives:
                 arrived.append(sequences)
             elif way is Way.RECOMPUTED_ROWS:
                 self._note_again(sequences, new)
-            if way is Way.ALONE or way is Way.RECOMPUTED or sequences in arrived:
+            if arrives or way is Way.ALONE or way is Way.RECOMPUTED:
                 found.update(zip(own, self._forward_alone(sequences, new, num_wanted=1), strict=True))
             else:
                 company.setdefault(way, []).append(sequences)
