@@ -215,6 +215,7 @@ class JoiningNode:
         else:
             try:
                 ended.reason = await self._until_ended(ranks, told)
+                ended.killed = ranks.killed
                 if (because := take_reason(self._socket.path)) is not None:
                     ended.because.ParseFromString(to_status(because).SerializeToString())
             finally:

@@ -107,10 +107,14 @@ class NodeRanks:
         if not self._local.all_run:
             # Ranks end one after another when one of them does, and news from elsewhere take longer.
             await asyncio.wait(self._ends, timeout=_ELSEWHERE_S)
-        for share in self._shares:
-            if share.ended.done() and (failure := because_of(share.ended.result())) is not None:
+        ended = [share for share in self._shares if share.ended.done()]
+        for share in ended:
+            if (failure := because_of(share.ended.result())) is not None:
                 self._leave_reason(failure)
                 return _told(share)
+        # News of the rank that a signal has ended may come after news of those that ended for want of it.
+        if not self._local.killed:
+            self._first = next((share for share in ended if share.ended.result().killed), self._first)
         return await self._local.explain(how=how) if self._first is None else _told(self._first)
 
     async def stop(self, *, grace_s: float) -> None:

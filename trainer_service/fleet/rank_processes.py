@@ -9,6 +9,7 @@ network, and a store that other processes can reach is never read. Ranks of seve
 import asyncio
 import os
 import secrets
+import signal
 import socket
 import sys
 from asyncio.subprocess import STDOUT, Process
@@ -129,6 +130,12 @@ class RankProcesses:
     @property
     def all_run(self) -> bool:
         return not self._ended
+
+    @property
+    def killed(self) -> bool:
+        """Whether a signal ended the first of those that have ended, other than an abort of its own."""
+        code = self._processes[self._ended[0]].returncode if self._ended else None
+        return code is not None and code < 0 and code != -signal.SIGABRT
 
     def begin(self) -> None:
         for process in self._processes:

@@ -134,14 +134,16 @@ class NodeStop(_message.Message):
     def __init__(self, start_id: _Optional[str] = ..., grace_ms: _Optional[int] = ...) -> None: ...
 
 class NodeEnded(_message.Message):
-    __slots__ = ("start_id", "reason", "because")
+    __slots__ = ("start_id", "reason", "because", "killed")
     START_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     BECAUSE_FIELD_NUMBER: _ClassVar[int]
+    KILLED_FIELD_NUMBER: _ClassVar[int]
     start_id: str
     reason: str
     because: _status_pb2.Status
-    def __init__(self, start_id: _Optional[str] = ..., reason: _Optional[str] = ..., because: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+    killed: bool
+    def __init__(self, start_id: _Optional[str] = ..., reason: _Optional[str] = ..., because: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., killed: bool = ...) -> None: ...
 
 class NodeAlive(_message.Message):
     __slots__ = ()
