@@ -8,17 +8,17 @@ sides take turns, and the ratio is the median of the rounds' own ratios.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.pop("OMP_NUM_THREADS", None)
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from as_the_worker import as_the_worker
+
+if __name__ == "__main__":
+    as_the_worker()
 
 import torch
 from gradwire._wire.codec import batch_from_data

@@ -141,7 +141,7 @@ TURNED: dict[str, dict[str, Any]] = {
     },
 }
 """Rotary embeddings turn otherwise in sequences of more than 16 tokens."""
-PADDED: dict[str, dict[str, Any]] = {
+CARRYING: dict[str, dict[str, Any]] = {
     "Qwen3Next": {**_LINEAR, **_EXPERTS, "shared_expert_intermediate_size": 16},
     "Qwen3_5": {**_LINEAR},
     "Qwen3_5Moe": {**_LINEAR, **_EXPERTS, "shared_expert_intermediate_size": 16},
@@ -198,6 +198,9 @@ PADDED: dict[str, dict[str, Any]] = {
     "Mamba": {"state_size": 4},
     "Mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": WINDOW},
     "FalconMamba": {"state_size": 4},
+}
+"""Packed, without shared beginnings: layers carry a state."""
+PADDED: dict[str, dict[str, Any]] = {
     "RecurrentGemma": {"block_types": ["recurrent", "attention"], "attention_window_size": WINDOW, "lru_width": 32},
     "MiniMax": {
         "layer_types": ["linear_attention", "full_attention"],
@@ -242,7 +245,7 @@ def make_model(folder: Path, architecture: str, *, turned: bool = False, **chang
         turned: Whether it is the one of TURNED.
         **changes: To its configuration.
     """
-    table = TURNED if turned else {**PACKED, **PADDED}
+    table = TURNED if turned else {**PACKED, **CARRYING, **PADDED}
     name = f"{architecture}TextConfig" if architecture in _TEXT else f"{architecture}Config"
     config = getattr(transformers, name)(**{**COMMON, **table[architecture], **changes})
     with torch.random.fork_rng(devices=[]):
@@ -273,6 +276,23 @@ def check(engine: Engine, folder: Path, sequences: list[PlainSequence]) -> dict[
         found.metrics["loss:sum"], -np.concatenate([sequence.weights for sequence in sequences]) * found.logprobs_TK
     )
     return found.metrics
+
+
+def check_custom(engine: Engine, folder: Path, *, seed: int) -> dict[str, float]:
+    """Soft targets, and gradients of a loss of the caller's own, in two calls; returns the second one's metrics."""
+    sequences = ragged(k=2, seed=seed)
+    batch = to_batch(sequences, with_weights=False)
+    gradients = np.random.default_rng(3).normal(size=(batch.num_tokens, 2)).astype(np.float32)
+
+    def loss(logprobs: list[torch.Tensor]) -> torch.Tensor:
+        return (torch.cat(logprobs) * torch.tensor(gradients)).sum()
+
+    wanted = reference_of(folder, sequences, loss)
+    found = engine.forward(RUN, 2, engine.stage(batch), keep_graph=True)
+    wanted.check_logprobs(found.logprobs_TK)
+    metrics = engine.backward(RUN, 3, forward_seq_id=2, gradients_TK=gradients)
+    wanted.check_gradients(engine.live_model(RUN).named_parameters())
+    return metrics
 
 
 def reference_of(folder: Path, sequences: list[PlainSequence], loss: PlainLoss) -> Reference:

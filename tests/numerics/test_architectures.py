@@ -11,8 +11,17 @@ import torch
 import transformers
 
 from tests.engines import RUN, make_engine
-from tests.numerics.architectures import COMMON, PACKED, check, plan_anew, ragged, reference_of
-from tests.numerics.plain import cross_entropy_of, to_batch
+from tests.numerics.architectures import (
+    CARRYING,
+    COMMON,
+    PACKED,
+    check,
+    check_custom,
+    plan_anew,
+    ragged,
+    reference_of,
+)
+from tests.numerics.plain import cross_entropy_of, random_sequences, to_batch
 from tests.tiny import VOCAB_SIZE
 from trainer_service.engine.models.comparison import relative_difference
 from trainer_service.engine.sampling.service import Sampling
@@ -37,6 +46,26 @@ def test_packed_and_shared_equals_plain_transformers_in_many_packs_with_soft_tar
     assert metrics["num_shared_tokens:sum"] >= 20
     plan_anew(engine, EngineSettings(max_pack_tokens=50, activation_checkpointing="on"))
     assert check(engine, folder, ragged(k=3, seed=1))["forward_passes:sum"] > 1
+
+
+@pytest.mark.parametrize("architecture", CARRYING)
+def test_what_carries_a_state_is_packed_and_equals_plain_transformers_in_sequences_of_any_length(
+    folder_of: Callable[..., Path], architecture: str, tmp_path: Path
+) -> None:
+    folder = folder_of(architecture)
+    engine = make_engine(folder, tmp_path)
+    assert engine.traits.batching == "packed, no shared beginnings: its layers carry a state"
+    # Of one length and of several, so that recurrences see rows in one call and in more.
+    lengths = (70, 1, 64, 3, 129, 3, 65)
+    sequences = random_sequences(lengths, vocab_size=VOCAB_SIZE)
+    metrics = check(engine, folder, sequences)
+    assert metrics["forward_passes:sum"] == 1
+    assert engine.counters.padding_tokens_total == 0
+    # Two targets a token and a custom loss, out of a graph that was held and of one that found no room.
+    plan_anew(engine, EngineSettings(max_pack_tokens=70))
+    check_custom(engine, folder, seed=1)
+    plan_anew(engine, EngineSettings(max_pack_tokens=70, max_held_graph_bytes=1, activation_checkpointing="on"))
+    assert check_custom(engine, folder, seed=3)["forward_passes:sum"] > 1
 
 
 def test_a_head_that_rules_tokens_out_is_packed_and_sampled_like_any_other(tmp_path: Path) -> None:

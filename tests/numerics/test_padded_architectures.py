@@ -5,23 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gradwire.errors import InvalidArgumentError
 from transformers import LlamaForCausalLM
 
-from tests.engines import RUN, make_engine
-from tests.numerics.architectures import PADDED, check, make_model, plan_anew, ragged, reference_of
-from tests.numerics.plain import to_batch
+from tests.engines import make_engine
+from tests.numerics.architectures import PADDED, check, check_custom, make_model, plan_anew, ragged
 from trainer_service.worker_config import EngineSettings
 
 WHY: dict[str, str] = {
-    "Lfm2": "it has layers of kind conv",
-    "Lfm2Moe": "it has layers of kind conv",
-    "FalconH1": "it has layers of kind hybrid",
-    "NemotronH": "it has layers of kind linear_attention, moe",
-    "Zamba2": "it has layers of kind hybrid, linear_attention",
     "Llama4": "it has layers of kind chunked_attention, full logits",
     **dict.fromkeys(
         ("Falcon", "Bloom", "Mpt", "GPTJ", "GPTNeo", "CodeGen", "XGLM", "Rwkv"),
@@ -36,7 +29,7 @@ def test_what_cannot_be_packed_goes_in_rows_and_equals_plain_transformers(
 ) -> None:
     folder, sequences = folder_of(architecture), ragged()
     engine = make_engine(folder, tmp_path)
-    why = WHY.get(architecture, "it has layers of kind linear_attention")
+    why = WHY.get(architecture, "packed sequences see one another")
     assert engine.traits.batching == f"rows of similar length, padded: {why}"
     metrics = check(engine, folder, sequences)
     assert metrics["forward_passes:sum"] < len(sequences) / 2
@@ -44,19 +37,7 @@ def test_what_cannot_be_packed_goes_in_rows_and_equals_plain_transformers(
     assert engine.counters.padding_tokens_total > 0
     # Soft targets in several forwards whose graph finds no room; layers are computed again in their backward.
     plan_anew(engine, EngineSettings(max_pack_tokens=70, max_held_graph_bytes=1, activation_checkpointing="on"))
-    sequences = ragged(k=2, seed=1)
-    batch = to_batch(sequences, with_weights=False)
-    gradients = np.random.default_rng(3).normal(size=(batch.num_tokens, 2)).astype(np.float32)
-
-    def loss(logprobs: list[torch.Tensor]) -> torch.Tensor:
-        return (torch.cat(logprobs) * torch.tensor(gradients)).sum()
-
-    wanted = reference_of(folder, sequences, loss)
-    found = engine.forward(RUN, 2, engine.stage(batch), keep_graph=True)
-    wanted.check_logprobs(found.logprobs_TK)
-    metrics = engine.backward(RUN, 3, forward_seq_id=2, gradients_TK=gradients)
-    assert metrics["forward_passes:sum"] == found.metrics["forward_passes:sum"] > 1
-    wanted.check_gradients(engine.live_model(RUN).named_parameters())
+    assert check_custom(engine, folder, seed=1)["forward_passes:sum"] > 1
 
 
 def test_rows_that_would_see_one_another_go_one_at_a_time_and_it_is_said(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.engines import CPU
-from tests.numerics.architectures import PACKED, PADDED, TURNED
+from tests.numerics.architectures import CARRYING, PACKED, PADDED, TURNED
 from tests.numerics.bench import Bench, make_request, own_logprobs
 from tests.tiny import VOCAB_SIZE
 from trainer_service.engine.models.load import load_model
@@ -37,7 +37,7 @@ STEPS_UNCLAMPED = {"NemotronH", "Zamba2"}
 @pytest.mark.parametrize(
     ("architecture", "max_copied"),
     [
-        *((name, 4096) for name in (*PACKED, *PADDED, *(f"{name}, turned" for name in TURNED))),
+        *((name, 4096) for name in (*PACKED, *CARRYING, *PADDED, *(f"{name}, turned" for name in TURNED))),
         # Samples share their prompt's keys and values to the end.
         *((name, 0) for name in ("DiffLlama", "DeepseekV3", "Qwen3Next", "Zamba2", "Mamba")),
     ],

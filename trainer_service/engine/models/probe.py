@@ -35,7 +35,7 @@ from trainer_service.engine.models.runner import (
     quiet_transformers,
     use_attention,
 )
-from trainer_service.engine.packed import attention
+from trainer_service.engine.packed import attention, recurrences
 from trainer_service.engine.packed.attention import ATTENTION, PackAttention, pack_in_use
 from trainer_service.engine.packed.logprobs import linear_logprobs, target_logprobs
 from trainer_service.engine.packed.packing import Pack, plan_packs
@@ -49,7 +49,8 @@ _PROBE_SHARED = 6
 """Tokens that the sequences of the probe begin with, but for the third."""
 _MOVED_TO = 8
 """Tokens at which boundaries are tried that lie beyond the probe's sequences."""
-_PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+_PACKABLE_LAYERS = {"full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "moe"}
+"""Kinds of layers of which a few tokens show whether they can be packed."""
 
 
 def find_traits(model: PreTrainedModel, device: torch.device, *, max_context_length: int) -> Traits:
@@ -74,6 +75,7 @@ def find_traits(model: PreTrainedModel, device: torch.device, *, max_context_len
         )
     # Before anything is compared with what the model itself found.
     fuse(model)
+    recurrences.take_over(model)
     before = str(model.config._attn_implementation)
     turned = [one for one in rope_boundaries(model.config.get_text_config()) if one.length < max_context_length]
     traits = Traits(
@@ -243,6 +245,8 @@ class _Trial:
             packed = PackAttention.of(pack) if traits.packed else None
             try:
                 logits_RV = self._logits(pack, packed, tokens_T.to(self.device))
+            except recurrences.CarriesStateError as exc:
+                return str(exc)
             except Exception as exc:
                 what = f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}"
                 return f"its forward of {'a pack' if packed else 'several rows'} fails ({what})"
@@ -260,7 +264,7 @@ class _Trial:
         return ""
 
     def _why_windows_differ(self, packed: PackAttention) -> str:
-        if not packed.windows:
+        if not packed.windows and not packed.num_recurrences:
             return "its attention does not go through transformers' interface"
         window = _sliding_window(self.model)
         if window and not any(packed.windows) and self.max_context_length > window:

@@ -22,6 +22,7 @@ from trainer_service.engine.models.embedding import add_rows_in_place
 from trainer_service.engine.models.experts import use_experts
 from trainer_service.engine.models.lora import low_rank_of
 from trainer_service.engine.models.positions import Boundary
+from trainer_service.engine.packed import recurrences
 from trainer_service.engine.packed.attention import ATTENTION
 from trainer_service.engine.packed.logprobs import Head, linear_logprobs, target_logprobs
 from trainer_service.engine.parallel.sharding import forward_of
@@ -99,6 +100,7 @@ def prepare(model: PreTrainedModel, traits: Traits) -> None:
         use_experts(model, traits.experts)
     add_rows_in_place(model)
     fuse(model)
+    recurrences.take_over(model)
     for layer in checkpointable_layers(model):
         # A layer checkpoints only in training mode, where it must not drop anything out.
         for name, value in vars(layer).items():

@@ -9,6 +9,7 @@ piece, L tokens of a segment, M tokens of its ancestors.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,10 +49,14 @@ class PackAttention:
     Attributes:
         pieces: The pieces of the pack.
         windows: Sliding windows that layers have asked for; None is full attention.
+        num_recurrences: How many functions that carry something from token to token have been called.
+        layouts: Where tokens stand for those (recurrences.py), by kind.
     """
 
     pieces: tuple[Piece, ...]
     windows: list[int | None] = field(default_factory=list)
+    num_recurrences: int = 0
+    layouts: dict[str, Any] = field(default_factory=dict)
     _masks: dict[tuple[int, int, int | None], Tensor | None] = field(default_factory=dict)
     _cu_seqlens: Tensor | None = None
 
@@ -64,6 +69,11 @@ class PackAttention:
     def flat(self) -> bool:
         """Whether no piece continues another."""
         return not any(piece.ancestors for piece in self.pieces)
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Of its segments, in order."""
+        return tuple(piece.length for piece in self.pieces for _ in range(piece.count))
 
     def mask(self, piece: Piece, window: int | None, like: Tensor) -> Tensor | None:
         """What is added to a piece's scores, [L, M + L]: 0 or −inf; None if plain causal attention is enough."""
@@ -98,6 +108,11 @@ def pack_in_use(attention: PackAttention | None) -> Iterator[None]:
         yield
     finally:
         _in_use = before
+
+
+def pack_now() -> PackAttention | None:
+    """The pack in use."""
+    return _in_use
 
 
 def packed_attention(
