@@ -13,8 +13,7 @@ from tests.numerics.plain import PlainSequence, random_sequences, text_sequences
 from tests.tiny import VOCAB_SIZE
 
 _ROOT = Path(__file__).resolve().parents[2]
-
-
+_SMOLLM2_LAYERS = 6
 _TEXTS = (
     "Water boils at one hundred degrees.",
     "The",
@@ -34,8 +33,8 @@ class ModelCase:
 @pytest.fixture(
     scope="session", params=["tiny_llama", pytest.param("smollm2", marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
 )
-def case(request: pytest.FixtureRequest) -> ModelCase:
-    """A tiny random Llama, and SmolLM2-135M-Instruct if it has been fetched."""
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelCase:
+    """A tiny random Llama, and the first layers of SmolLM2-135M-Instruct if that has been fetched."""
     if request.param == "tiny_llama":
         return ModelCase(
             request.getfixturevalue("tiny_llama"),
@@ -45,10 +44,14 @@ def case(request: pytest.FixtureRequest) -> ModelCase:
     if not (folder / "tokenizer.json").is_file():
         pytest.skip(f"{folder} has no model; run scripts/fetch_model.py, or set GRADWIRE_SMOLLM2 to its folder")
     from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
 
+    first_layers = tmp_path_factory.mktemp("smollm2")
+    model = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=_SMOLLM2_LAYERS, dtype="float32")
+    model.save_pretrained(first_layers)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokens = [tokenizer.encode("<|im_start|>" + text).ids for text in _TEXTS]
-    return ModelCase(folder, lambda k=None: text_sequences(tokens, k=k))
+    return ModelCase(first_layers, lambda k=None: text_sequences(tokens, k=k))
 
 
 @pytest.fixture(scope="session")
