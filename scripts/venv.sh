@@ -54,7 +54,8 @@ gradwire_find_python() {
 python3.12 or python3.11. Install one, or say where it is: PYTHON=/path/to/python3 $0"
 }
 
-gradwire_pip() { "$python" -m pip install -qq --constraint constraints.txt "$@"; }
+# Python compiles what is imported; to compile everything would take as long as to unpack it.
+gradwire_pip() { "$python" -m pip install -qq --no-compile --constraint constraints.txt "$@"; }
 
 # On Linux PyPI's torch brings CUDA's libraries along. Without an NVIDIA GPU they would be gigabytes for nothing, so
 # PyTorch's own CPU index is asked as well where it answers.

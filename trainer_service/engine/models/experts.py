@@ -11,8 +11,6 @@ size, E experts, I and O inputs and outputs of an expert's layer, R the LoRA ran
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,26 +21,12 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from trainer_service.engine.fused.gated_mlp import gated_halves
+from trainer_service.engine.models.frozen_experts import ExpertsLowRank, Routes, adapted_gated_mlps, adapted_product
 
 GROUPED = "gradwire_grouped"
 """Name of this implementation among transformers'."""
 _ROW_BYTES = 16
 """Rows of grouped products must be multiples of this."""
-
-
-@dataclass(frozen=True)
-class ExpertsLowRank:
-    """What an adapter adds to the weights of all experts: scale · B · A of each.
-
-    Attributes:
-        a_ERI: First matrices.
-        b_EOR: Second matrices.
-        scale: Of the product.
-    """
-
-    a_ERI: Tensor
-    b_EOR: Tensor
-    scale: float
 
 
 def find_experts(model: nn.Module) -> dict[str, Any]:
@@ -87,20 +71,23 @@ def grouped_experts(
     ends_E = torch.searchsorted(sorted_S, experts_E, right=True).int()
 
     def product(name: str, x_SI: Tensor) -> Tensor:
-        weight = getattr(experts, name)
-        weight_EIO = weight if experts.is_transposed else weight.transpose(1, 2)
-        y_SO = _grouped_linear(x_SI, weight_EIO, ends_E, low_rank.get(name))
+        y_SO = _grouped_linear(x_SI, _weight(experts, name), ends_E, low_rank.get(name))
         if experts.has_bias:
             y_SO = y_SO + getattr(experts, f"{name}_bias")[sorted_S].to(y_SO.dtype)
         return y_SO
+
+    if low_rank and _goes_by_expert(experts):
+        routes = Routes(order_S // num_chosen, weight_of_TK.reshape(-1)[order_S], ends_E)
+        both = ((_weight(experts, name), low_rank.get(name)) for name in ("gate_up_proj", "down_proj"))
+        return adapted_gated_mlps(hidden_TD.to(_computed_in(hidden_TD)), routes, *both).to(hidden_TD.dtype)
 
     x_SD: Any = _ToExperts.apply(hidden_TD, order_S, back_S, num_chosen)
     if experts.has_gate:
         gate_and_up = product("gate_up_proj", x_SD)
         inner = gated_halves(gate_and_up) if _gates_by_silu(experts) else experts._apply_gate(gate_and_up)
+        y_SD = product("down_proj", inner)
     else:
-        inner = experts.act_fn(product("up_proj", x_SD))
-    y_SD = product("down_proj", inner)
+        y_SD = product("down_proj", experts.act_fn(product("up_proj", x_SD)))
     if getattr(experts, "has_post_expert_norm", False):
         y_SD = experts.post_expert_norm(y_SD)
     if not y_SD.is_cuda and y_SD.dtype == weight_of_TK.dtype:
@@ -111,6 +98,28 @@ def grouped_experts(
     return y_TKD.sum(1).to(hidden_TD.dtype)
 
 
+def _weight(experts: Any, name: str) -> Tensor:
+    """[E, I, O]."""
+    weight = getattr(experts, name)
+    return weight if experts.is_transposed else weight.transpose(1, 2)
+
+
+def _goes_by_expert(experts: Any) -> bool:
+    """Whether what its experts compute is frozen_experts.adapted_gated_mlps, and here the fastest."""
+    if not experts.has_gate or experts.has_bias or not _gates_by_silu(experts):
+        return False
+    if getattr(experts, "has_post_expert_norm", False):
+        return False
+    weights = experts.gate_up_proj, experts.down_proj
+    return not any(weight.is_cuda or weight.requires_grad for weight in weights)
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def _gates_by_silu(experts: Any) -> bool:
     """Whether what is made of the halves of a projection is silu(gate) · up, as transformers makes it."""
     own = type(experts)._apply_gate is _default_apply_gate
@@ -119,13 +128,10 @@ def _gates_by_silu(experts: Any) -> bool:
 
 def _grouped_linear(x_SI: Tensor, weight_EIO: Tensor, ends_E: Tensor, low_rank: ExpertsLowRank | None) -> Tensor:
     """Each row times its expert's weight, in autocast's dtype where that is on."""
-    kind = x_SI.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_SI.dtype
+    dtype = _computed_in(x_SI)
     x_SI = x_SI.to(dtype)
     if low_rank is not None and not x_SI.is_cuda and not weight_EIO.requires_grad:
-        a_ERI, b_EOR = low_rank.a_ERI.to(dtype), low_rank.b_EOR.to(dtype).contiguous()
-        adapted_SO: Any = _AdaptedProduct.apply(x_SI, weight_EIO, a_ERI, b_EOR, ends_E, low_rank.scale)
-        return adapted_SO
+        return adapted_product(x_SI, weight_EIO, low_rank, ends_E)
     if weight_EIO.requires_grad:
         y_SO = F.grouped_mm(x_SI, weight_EIO.to(dtype), offs=ends_E)
     else:
@@ -154,53 +160,6 @@ class _FrozenProduct(torch.autograd.Function):
         weight_EIO, ends_E = ctx.saved_tensors
         weight_EOI = weight_EIO.to(grad_SO.dtype).transpose(1, 2)
         return F.grouped_mm(grad_SO.contiguous(), weight_EOI, offs=ends_E), None, None
-
-
-class _AdaptedProduct(torch.autograd.Function):
-    """Each row times its expert's weight, which does not train, with what its adapter adds: scale · (x · Aᵀ) · Bᵀ.
-
-    Expert by expert, as grouped products on the CPU are, so that the low-rank part is added while the expert's rows are
-    at hand. Thin products are made as [R, …], which takes a third of the time of […, R].
-    """
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x_SI: Tensor, weight_EIO: Tensor, a_ERI: Tensor, b_EOR: Tensor, ends_E: Tensor, scale: float
-    ) -> Tensor:
-        y_SO = x_SI.new_empty(len(x_SI), weight_EIO.shape[2])
-        low_RS = x_SI.new_empty(a_ERI.shape[1], len(x_SI))
-        for expert, rows in _rows_of(ends_E):
-            x_nI, y_nO = x_SI[rows], y_SO[rows]
-            low_Rn = torch.mm(a_ERI[expert], x_nI.T).mul_(scale)
-            low_RS[:, rows] = low_Rn
-            torch.mm(x_nI, weight_EIO[expert].to(x_SI.dtype), out=y_nO)
-            y_nO.addmm_(low_Rn.T, b_EOR[expert].T)
-        ctx.save_for_backward(x_SI, low_RS, weight_EIO, a_ERI, b_EOR, ends_E)
-        ctx.scale = scale
-        return y_SO
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_SI, low_RS, weight_EIO, a_ERI, b_EOR, ends_E = ctx.saved_tensors
-        grad_x_SI = torch.empty_like(x_SI) if ctx.needs_input_grad[0] else None
-        grad_a_ERI, grad_b_EOR = torch.zeros_like(a_ERI), torch.zeros_like(b_EOR)
-        for expert, rows in _rows_of(ends_E):
-            grad_nO, a_RI = grad_SO[rows], a_ERI[expert]
-            grad_low_Rn = torch.mm(b_EOR[expert].T, grad_nO.T).mul_(ctx.scale)
-            grad_a_ERI[expert] = grad_low_Rn @ x_SI[rows]
-            grad_b_EOR[expert] = (low_RS[:, rows] @ grad_nO).T
-            if grad_x_SI is not None:
-                grad_x_nI = grad_x_SI[rows]
-                torch.mm(grad_nO, weight_EIO[expert].to(grad_SO.dtype).T, out=grad_x_nI)
-                grad_x_nI.addmm_(grad_low_Rn.T, a_RI)
-        return grad_x_SI, None, grad_a_ERI, grad_b_EOR, None, None
-
-
-def _rows_of(ends_E: Tensor) -> list[tuple[int, slice]]:
-    """Experts that have rows, by number, with them."""
-    bounds = [0, *ends_E.tolist()]
-    return [(expert, slice(*both)) for expert, both in enumerate(pairwise(bounds)) if both[0] < both[1]]
 
 
 class _LowRankProduct(torch.autograd.Function):
