@@ -1,12 +1,13 @@
 """Settings of the processes, each declared once: its default, its bounds, and the help of its option. Ground floor."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from trainer_service import user_metadata
 from trainer_service.addresses import join_address
-from trainer_service.command_lines import folder, option, options_of
+from trainer_service.command_lines import SettingsError, folder, option, options_of
 from trainer_service.worker_config import ModelSettings, WorkerTimeouts
 
 PAGE_CONNECTIONS = 512
@@ -285,6 +286,14 @@ class TrainerConfig(GrpcServerConfig, ModelSettings):
         return self.data_dir / "checkpoints"
 
 
+def _rank_of_pod() -> int:
+    """The rank of a pod of an indexed Job, whose pods are numbered from 0."""
+    index = os.environ.get("JOB_COMPLETION_INDEX", "")
+    if not index.isdecimal():
+        raise SettingsError("--node-rank must be given, from 1; 0 is the trainer's machine.")
+    return int(index) + 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class NodeConfig(LogSettings):
     """Settings of a machine that takes part in a worker whose trainer is on another."""
@@ -292,7 +301,13 @@ class NodeConfig(LogSettings):
     join: str = option(
         help="--rdzv-endpoint of the trainer; https://HOST:PORT if it has a certificate", metavar="HOST:PORT"
     )
-    node_rank: int = option(help="place of this machine, from 1; 0 is the trainer's", at_least=0, metavar="RANK")
+    node_rank: int = option(
+        _rank_of_pod,
+        help="place of this machine, from 1; 0 is the trainer's",
+        at_least=0,
+        default_is="in an indexed Job of Kubernetes, $JOB_COMPLETION_INDEX + 1",
+        metavar="RANK",
+    )
     base_model: str = option(
         "", help="where the model is on this machine", default_is="where the trainer has it", metavar="MODEL"
     )
@@ -300,6 +315,12 @@ class NodeConfig(LogSettings):
         None, help="file with the secret that the trainer wants to see", default_is="$GRADWIRE_JOIN_TOKEN"
     )
     tls: NodeTls | None = options_of(NodeTls, "TLS", optional=True)
+    stop_exit_code: int = option(
+        0,
+        help="exit code when told to stop; a Job of Kubernetes takes 0 for done, and starts no other pod in its stead",
+        at_least=0,
+        metavar="CODE",
+    )
     exit_with_parent: bool = option(False, help="stop at the end of stdin")
 
 

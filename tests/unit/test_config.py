@@ -1,5 +1,6 @@
 """Settings, and what the command line says of those that cannot be."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from trainer_service.addresses import split_address
 from trainer_service.command_lines import SettingsError
-from trainer_service.config import Limits
+from trainer_service.config import Limits, NodeConfig
 from trainer_service.startup_checks import check_exposure, read_api_keys, read_umask
 
 NODES = ("--nnodes", "2", "--rdzv-endpoint")
@@ -82,11 +83,13 @@ def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
         (["serve", "--base-model", "m", *NODES, "127.0.0.1:1", *SHORT_TOKEN], "must be 16 or more printable ASCII"),
         (["serve", "--base-model", "m", *NODES, "0.0.0.0:1", *TOKEN], "0.0.0.0 is every interface; give the address"),
         (["serve", "--base-model", "m", *NODES, "192.0.2.1:1", *TOKEN], "is not an address of this machine"),
+        (["worker", "--join", "127.0.0.1:1", *TOKEN], "--node-rank must be given, from 1; 0 is the trainer's machine"),
     ],
 )
 def test_settings_that_cannot_be_end_with_a_sentence_and_code_2(arguments: list[str], text: str, tmp_path: Path):
     done = subprocess.run(
-        [sys.executable, "-m", "trainer_service", *arguments, "--data-dir", str(tmp_path)],
+        [sys.executable, "-m", "trainer_service", *arguments],
+        env={**os.environ, "GRADWIRE_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=30,
@@ -97,6 +100,12 @@ def test_settings_that_cannot_be_end_with_a_sentence_and_code_2(arguments: list[
     assert len(said) == 1
     assert text in said[0]
     assert "Traceback" not in done.stderr
+
+
+def test_a_pod_of_an_indexed_job_knows_its_rank(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "6")
+    assert NodeConfig(join="127.0.0.1:1").node_rank == 7, "pods count from 0, and the trainer's machine is 0"
+    assert NodeConfig(join="127.0.0.1:1", node_rank=2).node_rank == 2
 
 
 @pytest.mark.parametrize(("given", "umask"), [(None, 0o077), ("", 0o077), ("027", 0o027), ("0", 0), ("0022", 0o022)])

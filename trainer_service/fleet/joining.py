@@ -266,7 +266,7 @@ async def serve_node(config: NodeConfig, token: str) -> int:
     """Takes part until SIGTERM, SIGINT or (exit_with_parent) EOF on stdin.
 
     Returns:
-        The process's exit code: 0, or 1 if the trainer refuses this node.
+        The process's exit code: the one that config says, or 1 if the trainer refuses this node.
     """
     told = asyncio.create_task(told_to_stop(exit_with_parent=config.exit_with_parent))
     running = asyncio.create_task(JoiningNode(config, token).run())
@@ -276,7 +276,7 @@ async def serve_node(config: NodeConfig, token: str) -> int:
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running
-        return 0
+        return config.stop_exit_code
     try:
         await running
     except JoinRefusedError as exc:

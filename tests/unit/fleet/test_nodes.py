@@ -155,6 +155,16 @@ async def test_a_node_waits_for_a_trainer_that_is_not_there_and_joins_the_next(t
         assert not task.done()
 
 
+async def test_a_node_that_is_told_to_stop_ends_with_the_code_that_it_was_given(monkeypatch: pytest.MonkeyPatch):
+    async def told(*, exit_with_parent: bool) -> None:
+        pass
+
+    monkeypatch.setattr(joining_module, "told_to_stop", told)
+    config = NodeConfig(join=f"127.0.0.1:{free_port()}", node_rank=1)
+    assert await joining_module.serve_node(config, TOKEN) == 0
+    assert await joining_module.serve_node(dataclasses.replace(config, stop_exit_code=143), TOKEN) == 143
+
+
 async def test_nodes_join_over_tls(trainers_model: str, tmp_path: Path):
     pem: Pem = make_pem(tmp_path)
     tls = ServerTls(cert_file=pem.server[0], key_file=pem.server[1], client_ca_file=pem.ca)
