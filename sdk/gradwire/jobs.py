@@ -45,9 +45,10 @@ class TrainerJobConfig:
     accelerator_type: str = ""
     """Kind of accelerator, as a cluster's nodes are labelled, such as "NVIDIA-H200"; "" takes any."""
     accelerator_count: int = 0
-    """0 takes what the control plane's trainers have; a trainer uses one."""
+    """How many it has, each with a rank of the trainer's worker; 0 takes what the control plane gives its trainers. In
+    a cluster any number that a node has; on the control plane's own machine 1, and 0 is all that it has."""
     node_count: int = 1
-    """Machines; a trainer runs on one."""
+    """Machines; a trainer job runs on one."""
 
 
 @dataclass(frozen=True)

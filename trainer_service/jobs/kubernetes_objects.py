@@ -26,6 +26,7 @@ CREATION_LABEL = "gradwire.v1/creation"
 LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _ANNOTATION = "gradwire.v1/"
 _TLS_FOLDER = "/etc/gradwire/job-tls"
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108  (of the pod)
 DATA_VOLUME = "data"
 """The volumeClaimTemplate that a job's volume is made from."""
 _FORBIDDEN_ARGS = ("--base-model", "--max-context-length")
@@ -218,6 +219,10 @@ def stateful_set_of(
     if spec.accelerator_count:
         limits = container.setdefault("resources", {}).setdefault("limits", {})
         limits[settings.accelerator_resource] = spec.accelerator_count
+        # The last one counts; the template has its own where its trainers have several.
+        container["args"].append(f"--nproc-per-node={spec.accelerator_count}")
+    if spec.accelerator_count > 1:
+        _give_shared_memory(pod["spec"], container)
     if secret is not None:
         _mount(secret, pod["spec"], container)
     return made
@@ -226,6 +231,15 @@ def stateful_set_of(
 def claim_name(record_name: str) -> str:
     """Name of the volume claim that the StatefulSet's controller creates for the job's only pod."""
     return f"{DATA_VOLUME}-{record_name}-0"
+
+
+def _give_shared_memory(pod: Object, container: Object) -> None:
+    """Makes /dev/shm as large as the pod's memory: NCCL's ranks talk through it, and a runtime gives 64 MiB."""
+    mounts = container.setdefault("volumeMounts", [])
+    if any(mount["mountPath"] == _SHARED_MEMORY for mount in mounts):
+        return
+    mounts.append({"name": "shared-memory", "mountPath": _SHARED_MEMORY})
+    pod.setdefault("volumes", []).append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
 
 
 def _mount(secret: Object, pod: Object, container: Object) -> None:

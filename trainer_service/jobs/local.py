@@ -236,6 +236,8 @@ class LocalJobs:
             command += job.tls.arguments
         if self._config.storage_url:
             command += ["--storage-url", self._config.storage_url]
+        if job.spec.accelerator_count:
+            command += ["--nproc-per-node", str(job.spec.accelerator_count)]
         if job.spec.max_context_length:
             command += ["--max-context-length", str(job.spec.max_context_length)]
         if self._config.api_key_file is not None:
@@ -338,6 +340,12 @@ def _refuse_a_cluster(spec: TrainerJobSpec) -> None:
             "accelerator_type",
             f'is "{spec.accelerator_type}", but this control plane starts trainers on its own machine and uses what '
             "it has; leave it empty.",
+        )
+    if spec.accelerator_count > 1:
+        raise invalid_field(
+            "accelerator_count",
+            f"is {spec.accelerator_count}, but this control plane starts trainers on its own machine and does not "
+            "share its accelerators out among them; it must be 1, or 0 for all that the machine has.",
         )
 
 

@@ -104,15 +104,11 @@ def read_spec(request: pb.CreateTrainerJobRequest, *, any_folder: bool) -> Train
             f"is {request.accelerator_type[:_MAX_NAME_LENGTH]!r}; it must be the value of a node's label: at most 63 "
             'letters, digits, "-", "_" and ".", beginning and ending with a letter or digit.',
         )
-    if request.accelerator_count > 1:
-        raise invalid_field(
-            "accelerator_count",
-            f"is {request.accelerator_count}; a trainer's worker is one process on one accelerator, so it must be 1, "
-            "or 0 for what the control plane gives its trainers.",
-        )
     if request.node_count > 1:
         raise invalid_field(
-            "node_count", f"is {request.node_count}; a trainer runs on one machine, so it must be 1 or 0."
+            "node_count",
+            f"is {request.node_count}; a trainer job runs on one machine, so it must be 1 or 0. A trainer on several "
+            "is started with `gradwire serve --nnodes`, or by the Helm chart with trainer.nodes.count.",
         )
     if request.max_context_length == 1:
         raise invalid_field("max_context_length", "is 1; it must be at least 2 tokens, or 0 for the model's own limit.")

@@ -100,6 +100,34 @@ def test_making_one_job_leaves_the_template_for_the_next(tmp_path: Path):
     assert yaml.safe_dump([template.stateful_set, template.service]) == before
 
 
+@pytest.mark.parametrize(("count", "rendered"), [(1, 8), (8, 1)])
+def test_a_job_has_a_rank_for_each_accelerator_it_asks_for(tmp_path: Path, count: int, rendered: int):
+    where = settings(tmp_path, stateful_set(args=["serve", f"--nproc-per-node={rendered}"]), SERVICE)
+    template = Template.read(where)
+    spec = TrainerJobSpec("a-model", accelerator_count=count)
+    service = made(service_of(template, where, spec, owner="a", request_id="", tls=False))
+    job = stateful_set_of(template, JobRecord.of(service, lambda _: ""), where, spec, secret=None)
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": count}
+    assert container["args"][-1] == f"--nproc-per-node={count}", "the last one counts"
+    # Ranks of one machine talk through it.
+    shared = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}] if count > 1 else []
+    assert pod.get("volumes", []) == shared
+    mounted = [mount["mountPath"] for mount in container.get("volumeMounts", [])]
+    assert mounted == (["/dev/shm"] if shared else [])
+
+
+def test_shared_memory_that_the_template_has_is_left_as_it_is(tmp_path: Path):
+    mount = {"name": "mine", "mountPath": "/dev/shm"}
+    where = settings(tmp_path, stateful_set(volumeMounts=[mount]), SERVICE)
+    template = Template.read(where)
+    spec = TrainerJobSpec("a-model", accelerator_count=2)
+    service = made(service_of(template, where, spec, owner="a", request_id="", tls=False))
+    job = stateful_set_of(template, JobRecord.of(service, lambda _: ""), where, spec, secret=None)
+    assert job["spec"]["template"]["spec"]["containers"][0]["volumeMounts"] == [mount]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
