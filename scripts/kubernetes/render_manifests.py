@@ -16,6 +16,13 @@ VALUES = {
     "trainer": [],
     "trainer-and-gateway": ["--set=gateway.enabled=true"],
     "trainer-and-jobs": ["--set=jobs.enabled=true"],
+    "trainer-on-two-nodes": [
+        "--set=trainer.nodes.count=2",
+        # A Secret of the cluster's own, since a rendered token would be everybody's.
+        "--set=trainer.nodes.joinToken.secretName=gradwire-join-token",
+        "--set=trainer.gpu.count=8",
+        "--set=trainer.persistence.accessMode=ReadWriteMany",
+    ],
 }
 """Folder to the values it is rendered with."""
 _HELMS_OWN = ("helm.sh/chart", "app.kubernetes.io/managed-by")

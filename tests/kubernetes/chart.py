@@ -32,9 +32,38 @@ def one(objects: list[Any], kind: str, name: str = "") -> Any:
 GPU = {"trainer": {"gpu": {"count": 1}, "sharedMemory": "16Gi", "runtimeClassName": "nvidia"}}
 TLS = {"tls": {"secretName": "gradwire-tls"}}
 JOBS = {"jobs": {"enabled": True}}
+NODES = {"trainer": {"nodes": {"count": 2}, "persistence": {"accessMode": "ReadWriteMany"}}}
 VALUE_SETS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "gpu": GPU,
+    "several GPUs": {"trainer": {"gpu": {"count": 8}}, **JOBS},
+    "two nodes": NODES,
+    "two nodes of 8 GPUs, with TLS": {
+        **TLS,
+        **JOBS,
+        "trainer": {
+            "nodes": {"count": 2, "maxRestarts": 3, "joinToken": {"secretName": "join"}},
+            "gpu": {"count": 8},
+            "rdma": {"count": 8, "resourceName": "vpc.amazonaws.com/efa"},
+            "persistence": {"accessMode": "ReadWriteMany", "storageClass": "shared"},
+            "runtimeClassName": "nvidia",
+            "env": [{"name": "NCCL_IB_HCA", "value": "mlx5"}],
+            "podLabels": {"team": "one"},
+            "podAnnotations": {"example.org/why": "a test"},
+        },
+    },
+    "many nodes of a TrainJob, with mutual TLS": {
+        "tls": {"secretName": "gradwire-tls", "clientCa": True},
+        "auth": {"secretName": ""},
+        "imagePullSecrets": [{"name": "registry"}],
+        "trainer": {
+            "nodes": {"count": 1024, "kind": "TrainJob", "tls": {"secretName": "gradwire-node-tls"}},
+            "persistence": {"existingClaim": "mine"},
+            "envFrom": [{"secretRef": {"name": "hub-token"}}],
+            "podDisruptionBudget": {"enabled": False},
+        },
+        "fullnameOverride": "a" * 45,
+    },
     "tls": TLS,
     "mutual tls": {"tls": {"secretName": "gradwire-tls", "clientCa": True}, "auth": {"secretName": ""}},
     "no key": {"auth": {"secretName": "", "allowNoApiKey": True}},
@@ -114,4 +143,4 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
 
 
 OF_OTHERS = {"ServiceMonitor", "GRPCRoute", "HTTPRoute"}
-"""Kinds whose schemas are not Kubernetes' own."""
+"""Kinds whose schemas are not here."""

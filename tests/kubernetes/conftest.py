@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kubernetes.client.exceptions import ApiException
 
-from tests.kubernetes.cluster import Cluster
+from tests.kubernetes import custom_kinds
+from tests.kubernetes.cluster import Cluster, eventually
 
 KUBECONFIG = os.environ.get("GRADWIRE_TEST_KUBECONFIG", "")
 _NO_CLUSTER = "There is no API server; ./scripts/test_kubernetes.sh starts one, or takes yours (KUBECONFIG)."
@@ -39,6 +41,32 @@ def kubeconfig() -> Path:
 def cluster(kubeconfig: Path) -> Cluster:
     """The cluster under test."""
     return Cluster(kubeconfig)
+
+
+@pytest.fixture(scope="session")
+def kinds_of_others(cluster: Cluster) -> Iterator[None]:
+    """The cluster knows the kinds of JobSet and of Kubeflow; their controllers are the cluster's own, or not there."""
+    api, plural = "apiextensions.k8s.io/v1", "customresourcedefinitions"
+    there = {item["metadata"]["name"] for item in cluster.list(api, plural)}
+    made = [one for one in custom_kinds.definitions() if one["metadata"]["name"] not in there]
+    for one in made:
+        cluster.create(api, plural, one)
+    for one in custom_kinds.definitions():
+        group, version = one["spec"]["group"], one["spec"]["versions"][0]["name"]
+        eventually(functools.partial(_serves, cluster, f"{group}/{version}", one["spec"]["names"]["plural"]))
+    yield
+    for one in made:
+        cluster.delete(api, plural, one["metadata"]["name"])
+
+
+def _serves(cluster: Cluster, api: str, plural: str) -> bool:
+    try:
+        cluster.list(api, plural)
+    except ApiException as exc:
+        if exc.status != 404:
+            raise
+        return False
+    return True
 
 
 @pytest.fixture

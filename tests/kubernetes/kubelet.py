@@ -2,7 +2,8 @@
 
 It does what the tests need of the real ones: binds pods to its node, gives containers their files and environment, asks
 for health, tells the API server what becomes of them, starts again what ends, ends what is deleted, answers for logs.
-A container's port is the nodePort of the Service that selects its pod, on loopback.
+A container's port is the nodePort of the Service that selects its pod, on loopback. All pods have one address,
+127.0.0.1, which stands for their names too; the port where nodes join is one that is free here.
 """
 
 import base64
@@ -70,6 +71,7 @@ class FakeKubelet:
         self._images = images
         self._image_files = files or {}
         self._containers: dict[str, _Container] = {}
+        self._rendezvous_port = free_port()
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self.failure: BaseException | None = None
@@ -158,14 +160,16 @@ class FakeKubelet:
         assert container.process is not None
         code = container.process.poll()
         if code is None:
-            ready = _healthy(container.health_port)
+            # What has no probe is ready while it runs.
+            probed = "readinessProbe" in pod["spec"]["containers"][0]
+            ready = not probed or _healthy(container.health_port)
             self._tell(name, pod, {"running": {}}, ready=ready, container=container)
             return
         if not container.ended_at:
             container.ended_at = time.monotonic()
             container.last_state = {"terminated": {"exitCode": 128 - code if code < 0 else code, "reason": "Error"}}
             self._tell(name, pod, container.last_state, ready=False, container=container)
-        elif time.monotonic() - container.ended_at > _RESTART_S:
+        elif time.monotonic() - container.ended_at > _RESTART_S and pod["spec"]["restartPolicy"] == "Always":
             container.restarts += 1
             container.ended_at = 0.0
             container.process = self._launch(pod, container)
@@ -183,7 +187,6 @@ class FakeKubelet:
     def _launch(self, pod: dict[str, Any], container: _Container) -> subprocess.Popen[bytes]:
         (spec,) = pod["spec"]["containers"]
         paths = self._mounts(pod, spec, container.folder)
-        port = self._node_port(pod)
 
         def local(text: str) -> str:
             for where, path in sorted(paths.items(), key=lambda item: -len(item[0])):
@@ -193,10 +196,13 @@ class FakeKubelet:
 
         args = []
         for arg in spec["args"]:
-            # Ours name no variables; $$ stands for $.
-            option, equals, value = arg.replace("$$", "$").partition("=")
+            # The only variable that ours name; $$ stands for $.
+            option, equals, value = arg.replace("$(POD_IP)", "127.0.0.1").replace("$$", "$").partition("=")
             if option == "--listen":
-                value = f"127.0.0.1:{port}"
+                value = f"127.0.0.1:{self._node_port(pod)}"
+            elif option in ("--join", "--rdzv-endpoint"):
+                scheme, slashes, _ = value.rpartition("//")
+                value = f"{scheme}{slashes}127.0.0.1:{self._rendezvous_port}"
             elif option == "--health-listen":
                 value = f"127.0.0.1:{container.health_port}"
             elif option == "--metrics-port":
@@ -237,7 +243,7 @@ class FakeKubelet:
     def _secret_key(self, variable: dict[str, Any]) -> str:
         reference = variable.get("valueFrom", {}).get("secretKeyRef")
         if reference is None:
-            return ""
+            return "127.0.0.1" if "fieldRef" in variable.get("valueFrom", {}) else ""
         data = self._cluster.get("v1", "secrets", reference["name"], self._namespace)["data"]
         return base64.b64decode(data[reference["key"]]).decode()
 
@@ -252,8 +258,11 @@ class FakeKubelet:
     def _tell(
         self, name: str, pod: dict[str, Any], state: dict[str, Any], *, ready: bool, container: _Container | None
     ) -> None:
+        phase = "Running" if container is not None else "Pending"
+        if "terminated" in state and pod["spec"]["restartPolicy"] == "Never":
+            phase = "Failed" if state["terminated"]["exitCode"] else "Succeeded"
         status = {
-            "phase": "Running" if container is not None else "Pending",
+            "phase": phase,
             "podIP": "127.0.0.1",
             "conditions": [
                 {"type": "PodScheduled", "status": "True"},
@@ -261,7 +270,7 @@ class FakeKubelet:
             ],
             "containerStatuses": [
                 {
-                    "name": "trainer",
+                    "name": pod["spec"]["containers"][0]["name"],
                     "image": pod["spec"]["containers"][0]["image"],
                     "imageID": "",
                     "ready": ready,

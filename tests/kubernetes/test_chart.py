@@ -1,6 +1,7 @@
 """The Helm chart: what it renders is valid, says no more than it must, and what cannot be is refused in words."""
 
 import copy
+import functools
 import json
 import re
 import subprocess
@@ -13,7 +14,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.kubernetes.chart import CHART, GPU, OF_OTHERS, VALUE_SETS, one, rendered
+from tests.kubernetes import custom_kinds
+from tests.kubernetes.chart import CHART, GPU, NODES, OF_OTHERS, VALUE_SETS, one, rendered
 
 VERSIONS = ("1.27", kubernetes_validate.latest_version())
 """The oldest that the chart says it takes, and the newest."""
@@ -22,7 +24,12 @@ VERSIONS = ("1.27", kubernetes_validate.latest_version())
 @pytest.fixture(params=VALUE_SETS, ids=str)
 def objects(request: pytest.FixtureRequest, helm: Path) -> list[Any]:
     """What the chart renders with one of the value sets, templates of jobs included."""
-    found = rendered(helm, VALUE_SETS[request.param])
+    return copy.deepcopy(_rendered_once(helm, request.param))
+
+
+@functools.cache
+def _rendered_once(helm: Path, values: str) -> list[Any]:
+    found = rendered(helm, VALUE_SETS[values])
     for item in [item for item in found if item["kind"] == "ConfigMap"]:
         stateful_set, service = yaml.safe_load_all(item["data"]["trainer.yaml"])
         found += [_named(stateful_set), _named(service)]
@@ -38,13 +45,17 @@ def pods(objects: list[Any]) -> Iterator[Any]:
     for item in objects:
         if item["kind"] in ("StatefulSet", "Deployment"):
             yield item["spec"]["template"]
+        elif item["kind"] in custom_kinds.KINDS:
+            yield from (job["template"]["spec"]["template"] for job in custom_kinds.replicated_jobs(item))
 
 
 def test_everything_is_valid_for_the_oldest_and_the_newest_kubernetes(objects: list[Any]):
     for item in objects:
         assert len(item["metadata"]["name"]) <= 63
-        if item["kind"] not in OF_OTHERS:
-            for version in VERSIONS:
+        for version in VERSIONS:
+            if item["kind"] in custom_kinds.KINDS:
+                custom_kinds.validate(item, version)
+            elif item["kind"] not in OF_OTHERS:
                 kubernetes_validate.validate(item, version, strict=True)
 
 
@@ -106,6 +117,15 @@ def test_gpus_are_limits_that_their_nodes_taint_is_borne_for(helm: Path):
     assert {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}} in pod["volumes"]
 
 
+def test_a_pod_with_several_gpus_has_a_rank_for_each_and_memory_for_them_to_talk_through(helm: Path):
+    objects = rendered(helm, VALUE_SETS["several GPUs"])
+    pod = one(objects, "StatefulSet")["spec"]["template"]["spec"]
+    assert "--nproc-per-node=8" in pod["containers"][0]["args"]
+    assert {"name": "shared-memory", "emptyDir": {"medium": "Memory"}} in pod["volumes"]
+    job, _ = yaml.safe_load_all(one(objects, "ConfigMap")["data"]["trainer.yaml"])
+    assert "--nproc-per-node=8" in job["spec"]["template"]["spec"]["containers"][0]["args"]
+
+
 def test_metrics_and_clients_reach_what_the_policy_names_and_no_more(helm: Path):
     policy = one(rendered(helm, {}), "NetworkPolicy")
     assert [rule["ports"] for rule in policy["spec"]["ingress"]] == [[{"port": "grpc"}]]
@@ -137,9 +157,19 @@ def test_objects_of_others_have_the_fields_their_operators_read(helm: Path):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"trainer": {"nodes": 2}}, "trainer.nodes is 2; a trainer's worker is one process on one machine"),
-        ({"trainer": {"gpu": {"count": 8}}}, "trainer.gpu.count is 8; a trainer's worker is one process on one GPU"),
-        ({"jobs": {"enabled": True, "trainer": {"gpu": {"count": 2}}}}, "jobs.trainer.gpu.count is 2"),
+        ({"trainer": {"nodes": {"count": 2}}}, "trainer.persistence.accessMode must be ReadWriteMany"),
+        ({**NODES, "tls": {"secretName": "a", "clientCa": True}}, "Set trainer.nodes.tls.secretName"),
+        ({"trainer": {"nodes": {"tls": {"secretName": "a"}}}}, "a trainer with tls.clientCa, which is false"),
+        (
+            {"trainer": {**NODES["trainer"], "enabled": False}, "jobs": {"enabled": True}},
+            "trainer.nodes.count is 2, but trainer.enabled is false",
+        ),
+        (
+            {"jobs": {"enabled": True, "trainer": {"nodes": {"count": 2}}}},
+            "jobs.trainer.nodes.count is 2; a trainer job runs on one node",
+        ),
+        ({"trainer": {"nodes": {"kind": "PyTorchJob"}}}, "/trainer/nodes/kind"),
+        ({"trainer": {"nodes": {"count": 1025}}}, "/trainer/nodes/count"),
         ({"trainer": {"drainSeconds": 300}}, "it must be at least drainSeconds and 15 more, 315"),
         ({"tls": {"clientCa": True}}, "tls.clientCa needs tls.secretName"),
         ({"auth": {"secretName": ""}}, "Nothing says who may call"),
@@ -233,14 +263,18 @@ def test_the_manifests_are_what_the_chart_renders(helm: Path, kubectl: Path):
     script = root / "scripts" / "kubernetes" / "render_manifests.py"
     run = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    for folder in ("trainer", "trainer-and-gateway", "trainer-and-jobs"):
-        where = root / "deploy" / "manifests" / folder
+    folders = [path.parent for path in (root / "deploy" / "manifests").glob("*/kustomization.yaml")]
+    assert len(folders) == 4
+    for where in folders:
         run = subprocess.run([str(kubectl), "kustomize", str(where)], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         built = [item for item in yaml.safe_load_all(run.stdout) if item]
         assert len(built) == len(list(yaml.safe_load_all((where / "gradwire.yaml").read_text())))
         for item in built:
-            kubernetes_validate.validate(item, VERSIONS[-1], strict=True)
+            if item["kind"] in custom_kinds.KINDS:
+                custom_kinds.validate(item, VERSIONS[-1])
+            else:
+                kubernetes_validate.validate(item, VERSIONS[-1], strict=True)
 
 
 def test_a_value_set_is_left_as_it_was(helm: Path):

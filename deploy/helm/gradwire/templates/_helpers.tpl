@@ -52,16 +52,11 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- $_ := set $trainers "jobs.trainer" (include "gradwire.jobTrainer" . | fromYaml) -}}
 {{- end -}}
 {{- range $where, $trainer := $trainers -}}
-{{- if gt (int $trainer.nodes) 1 -}}
-{{- fail (printf "%s.nodes is %d; a trainer's worker is one process on one machine, so it must be 1. Several trainers, one a model, are several releases or trainer jobs." $where (int $trainer.nodes)) -}}
-{{- end -}}
-{{- if gt (int $trainer.gpu.count) 1 -}}
-{{- fail (printf "%s.gpu.count is %d; a trainer's worker is one process on one GPU, and the others would be held for nothing. It must be 0 or 1." $where (int $trainer.gpu.count)) -}}
-{{- end -}}
 {{- if lt (int $trainer.terminationGracePeriodSeconds) (add (int $trainer.drainSeconds) 15 | int) -}}
 {{- fail (printf "%s.terminationGracePeriodSeconds is %d; it must be at least drainSeconds and 15 more, %d, or what is under way is killed." $where (int $trainer.terminationGracePeriodSeconds) (add (int $trainer.drainSeconds) 15 | int)) -}}
 {{- end -}}
 {{- end -}}
+{{- include "gradwire.checkNodes" . -}}
 {{- if and .Values.tls.clientCa (not .Values.tls.secretName) -}}
 {{- fail "tls.clientCa needs tls.secretName, a Secret with tls.crt, tls.key and ca.crt." -}}
 {{- end -}}
@@ -94,9 +89,32 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- end -}}
 {{- end -}}
 
-{{/* The trainer values of jobs: those of `trainer`, and where they differ. */}}
+{{/* Refuses several nodes without what they need. */}}
+{{- define "gradwire.checkNodes" -}}
+{{- $nodes := .Values.trainer.nodes -}}
+{{- $volume := .Values.trainer.persistence -}}
+{{- if gt (int (dig "nodes" "count" 1 .Values.jobs.trainer)) 1 -}}
+{{- fail (printf "jobs.trainer.nodes.count is %d; a trainer job runs on one node, so it must be 1. A trainer on several is a release's own (trainer.nodes.count)." (int .Values.jobs.trainer.nodes.count)) -}}
+{{- end -}}
+{{- if gt (int $nodes.count) 1 -}}
+{{- if not .Values.trainer.enabled -}}
+{{- fail (printf "trainer.nodes.count is %d, but trainer.enabled is false; the other nodes are this release's own trainer's." (int $nodes.count)) -}}
+{{- end -}}
+{{- if not (or $volume.existingClaim (eq $volume.accessMode "ReadWriteMany")) -}}
+{{- fail (printf "trainer.nodes.count is %d, and every node reads and writes the trainer's volume: trainer.persistence.accessMode must be ReadWriteMany, with a storageClass that offers it, or trainer.persistence.existingClaim name a claim that all nodes can mount." (int $nodes.count)) -}}
+{{- end -}}
+{{- if and .Values.tls.clientCa (not $nodes.tls.secretName) -}}
+{{- fail (printf "trainer.nodes.count is %d and tls.clientCa is true: nodes that join must show a certificate too. Set trainer.nodes.tls.secretName, a Secret with tls.crt and tls.key from the same root." (int $nodes.count)) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $nodes.tls.secretName (not .Values.tls.clientCa) -}}
+{{- fail "trainer.nodes.tls.secretName is the certificate that nodes show to a trainer with tls.clientCa, which is false." -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The trainer values of jobs: those of `trainer`, and where they differ; each is on one node. */}}
 {{- define "gradwire.jobTrainer" -}}
-{{- mergeOverwrite (deepCopy .Values.trainer) (deepCopy .Values.jobs.trainer) | toYaml -}}
+{{- mergeOverwrite (deepCopy .Values.trainer) (deepCopy .Values.jobs.trainer) (dict "nodes" (dict "count" 1)) | toYaml -}}
 {{- end -}}
 
 {{/* Options of who may call, of any server. Argument: root. */}}

@@ -6,6 +6,7 @@ model, context length and certificate).
 {{- define "gradwire.trainerSpec" -}}
 {{- $root := .root -}}
 {{- $trainer := .trainer -}}
+{{- $several := and (not .job) (gt (int $trainer.nodes.count) 1) -}}
 replicas: 1
 serviceName: {{ if .job }}job{{ else }}{{ include "gradwire.fullname" $root }}-headless{{ end }}
 persistentVolumeClaimRetentionPolicy: {whenDeleted: {{ if .job }}Delete{{ else }}Retain{{ end }}, whenScaled: Retain}
@@ -34,29 +35,7 @@ template:
     imagePullSecrets:
       {{- toYaml . | nindent 6 }}
     {{- end }}
-    {{- with $trainer.priorityClassName }}
-    priorityClassName: {{ . }}
-    {{- end }}
-    {{- with $trainer.runtimeClassName }}
-    runtimeClassName: {{ . }}
-    {{- end }}
-    {{- with $trainer.nodeSelector }}
-    nodeSelector:
-      {{- toYaml . | nindent 6 }}
-    {{- end }}
-    {{- with $trainer.affinity }}
-    affinity:
-      {{- toYaml . | nindent 6 }}
-    {{- end }}
-    {{- if or $trainer.tolerations $trainer.gpu.count }}
-    tolerations:
-      {{- with $trainer.tolerations }}
-      {{- toYaml . | nindent 6 }}
-      {{- end }}
-      {{- if $trainer.gpu.count }}
-      - {key: {{ $trainer.gpu.resourceName }}, operator: Exists, effect: NoSchedule}
-      {{- end }}
-    {{- end }}
+    {{- with include "gradwire.placement" $trainer | trim }}{{ . | nindent 4 }}{{ end }}
     containers:
       - name: trainer
         image: {{ include "gradwire.image" $root | quote }}
@@ -72,6 +51,15 @@ template:
           {{- if $trainer.maxContextLength }}
           - --max-context-length={{ int $trainer.maxContextLength }}
           {{- end }}
+          {{- end }}
+          {{- if gt (int $trainer.gpu.count) 1 }}
+          - --nproc-per-node={{ int $trainer.gpu.count }}
+          {{- end }}
+          {{- if $several }}
+          - --nnodes={{ int $trainer.nodes.count }}
+          # In brackets it may be of either family.
+          - --rdzv-endpoint=[$(POD_IP)]:29400
+          - --join-token-file=/etc/gradwire/join/token
           {{- end }}
           - --drain-timeout-s={{ int $trainer.drainSeconds }}
           - --log-json
@@ -90,11 +78,9 @@ template:
           {{- toYaml . | nindent 10 }}
           {{- end }}
         env:
-          - {name: GRADWIRE_HOME, value: /data}
-          - {name: HF_HOME, value: /data/huggingface}
-          - {name: HOME, value: /tmp}
-          {{- with $trainer.env }}
-          {{- toYaml . | nindent 10 }}
+          {{- include "gradwire.trainerEnv" $trainer | nindent 10 }}
+          {{- if $several }}
+          - {name: POD_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
           {{- end }}
         {{- if or $trainer.storage.secretName $trainer.envFrom }}
         envFrom:
@@ -108,6 +94,9 @@ template:
         ports:
           - {name: grpc, containerPort: 7777}
           - {name: health, containerPort: 7776}
+          {{- if $several }}
+          - {name: rendezvous, containerPort: 29400}
+          {{- end }}
           {{- if .metrics }}
           - {name: metrics, containerPort: 9090}
           {{- end }}
@@ -118,30 +107,21 @@ template:
         lifecycle:
           # SIGTERM drains; before it, proxies and clients learn that the pod is leaving.
           preStop: {exec: {command: [sleep, "5"]}}
-        {{- $limits := deepCopy (default dict $trainer.resources.limits) }}
-        {{- if $trainer.gpu.count }}
-        {{- $_ := set $limits $trainer.gpu.resourceName (int $trainer.gpu.count) }}
-        {{- end }}
         resources:
-          {{- with $trainer.resources.requests }}
-          requests:
-            {{- toYaml . | nindent 12 }}
-          {{- end }}
-          {{- with $limits }}
-          limits:
-            {{- toYaml . | nindent 12 }}
-          {{- end }}
+          {{- with include "gradwire.trainerResources" $trainer | trim }}{{ . | nindent 10 }}{{ end }}
         volumeMounts:
           - {name: data, mountPath: /data}
           - {name: tmp, mountPath: /tmp}
-          {{- if $trainer.sharedMemory }}
-          - {name: shared-memory, mountPath: /dev/shm}
+          {{- with include "gradwire.sharedMemoryMount" $trainer | trim }}{{ . | nindent 10 }}{{ end }}
+          {{- if $several }}
+          - {name: join-token, mountPath: /etc/gradwire/join, readOnly: true}
           {{- end }}
           {{- include "gradwire.accessMounts" $root | nindent 10 }}
     volumes:
       - {name: tmp, emptyDir: {}}
-      {{- with $trainer.sharedMemory }}
-      - {name: shared-memory, emptyDir: {medium: Memory, sizeLimit: {{ . }}}}
+      {{- with include "gradwire.sharedMemoryVolume" $trainer | trim }}{{ . | nindent 6 }}{{ end }}
+      {{- if $several }}
+      {{- include "gradwire.joinTokenVolume" $root | nindent 6 }}
       {{- end }}
       {{- with $trainer.persistence.existingClaim }}
       - {name: data, persistentVolumeClaim: {claimName: {{ . }}}}
