@@ -1,12 +1,14 @@
 """A trainer's other machines in the chart: how they join, who reaches them, and what they are given."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.kubernetes import custom_kinds
-from tests.kubernetes.chart import NODES, VALUE_SETS, one, rendered
+from tests.kubernetes.chart import CHART, NODES, VALUE_SETS, one, rendered
 from trainer_service.__main__ import _parser
 from trainer_service.command_lines import read_options
 from trainer_service.config import NodeConfig, TrainerConfig
@@ -139,3 +141,15 @@ def test_jobs_beside_a_trainer_on_several_nodes_are_on_one(helm: Path):
     objects = rendered(helm, VALUE_SETS[WITH_TLS])
     assert "--nnodes" not in one(objects, "ConfigMap")["data"]["trainer.yaml"]
     assert "join-token" not in one(objects, "ConfigMap")["data"]["trainer.yaml"]
+
+
+def test_the_values_that_the_documents_show_are_two_nodes_of_8_gpus(helm: Path):
+    page = (CHART.parents[2] / "docs" / "kubernetes.md").read_text()
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    objects = rendered(helm, yaml.safe_load(shown))
+    trainer = trainer_pod(objects)["spec"]["containers"][0]
+    assert {"--nnodes=2", "--nproc-per-node=8", "--base-model=Qwen/Qwen3-8B"} <= set(trainer["args"])
+    assert node_pod(objects)["spec"]["containers"][0]["resources"] == trainer["resources"]
+    # The names that the page says.
+    assert {"gradwire-headless", "gradwire"} <= {item["metadata"]["name"] for item in objects}
+    assert one(objects, "Secret")["metadata"]["name"] == "gradwire-join-token"
