@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What runs in a cluster, against a real API server: yours where KUBECONFIG is set (for example kind's; a namespace of its own
-# is made there and removed), else one that is built once out of Debian's packages, see scripts/kubernetes; where neither can be
-# had, what needs no API server runs, and the rest is skipped in a sentence. Arguments go to pytest:
+# is made there and removed, as are the kinds of JobSet and Kubeflow if it lacks them), else one that is built once out of
+# Debian's packages, see scripts/kubernetes; where neither can be had, what needs no API server runs, and the rest is skipped
+# in a sentence. Arguments go to pytest:
 #   ./scripts/test_kubernetes.sh -k refused
 set -euo pipefail
 # shellcheck source=scripts/venv.sh

@@ -315,6 +315,9 @@ class NodeConfig(LogSettings):
         None, help="file with the secret that the trainer wants to see", default_is="$GRADWIRE_JOIN_TOKEN"
     )
     tls: NodeTls | None = options_of(NodeTls, "TLS", optional=True)
+    health_listen: str | None = option(
+        None, help="serve health here, in plaintext and to everyone, for a cluster's probes", metavar="HOST:PORT"
+    )
     stop_exit_code: int = option(
         0,
         help="exit code when told to stop; a Job of Kubernetes takes 0 for done, and starts no other pod in its stead",

@@ -21,6 +21,9 @@ VALUES = {
         # A Secret of the cluster's own, since a rendered token would be everybody's.
         "--set=trainer.nodes.joinToken.secretName=gradwire-join-token",
         "--set=trainer.gpu.count=8",
+        "--set=trainer.baseModel=Qwen/Qwen3-8B",
+        "--set=trainer.resources.requests.cpu=32,trainer.resources.requests.memory=256Gi",
+        "--set=trainer.resources.limits.memory=512Gi",
         "--set=trainer.persistence.accessMode=ReadWriteMany",
     ],
 }

@@ -55,13 +55,18 @@ def install(cluster: Cluster, helm: Path, namespace: str, folder: Path, values: 
 def older(item: Any) -> Any:
     """An object for API servers before 1.24, which know no gRPC probes and refuse a probe they see no handler in."""
     if item["kind"] in ("StatefulSet", "Deployment"):
-        (container,) = item["spec"]["template"]["spec"]["containers"]
-        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-            if "grpc" in container[probe]:
-                container[probe]["tcpSocket"] = {"port": container[probe].pop("grpc")["port"]}
+        older_probes(item["spec"]["template"])
     elif item["kind"] == "PodDisruptionBudget":
         item = {**item, "apiVersion": "policy/v1beta1"}
     return item
+
+
+def older_probes(pod: Any) -> None:
+    """Makes gRPC probes of a pod's only container look whether its port is open."""
+    (container,) = pod["spec"]["containers"]
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        if "grpc" in container[probe]:
+            container[probe]["tcpSocket"] = {"port": container[probe].pop("grpc")["port"]}
 
 
 def _kubeconfig(cluster: Cluster, namespace: str, account: str) -> str:

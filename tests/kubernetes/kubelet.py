@@ -34,6 +34,8 @@ from tests.listening import free_port
 
 _TURN_S = 0.15
 _RESTART_S = 1.0
+_SERVICES = {"trainer": "gradwire.v1.TrainerService", "node": "gradwire.v1.NodeService"}
+"""Whose health makes a container ready; a probe of an old API server does not say it."""
 
 
 @dataclass
@@ -160,9 +162,7 @@ class FakeKubelet:
         assert container.process is not None
         code = container.process.poll()
         if code is None:
-            # What has no probe is ready while it runs.
-            probed = "readinessProbe" in pod["spec"]["containers"][0]
-            ready = not probed or _healthy(container.health_port)
+            ready = _healthy(container.health_port, _SERVICES[pod["spec"]["containers"][0]["name"]])
             self._tell(name, pod, {"running": {}}, ready=ready, container=container)
             return
         if not container.ended_at:
@@ -200,7 +200,9 @@ class FakeKubelet:
             option, equals, value = arg.replace("$(POD_IP)", "127.0.0.1").replace("$$", "$").partition("=")
             if option == "--listen":
                 value = f"127.0.0.1:{self._node_port(pod)}"
-            elif option in ("--join", "--rdzv-endpoint"):
+            elif option == "--rdzv-endpoint":
+                value = f"{value.rpartition(':')[0]}:{self._rendezvous_port}"
+            elif option == "--join":
                 scheme, slashes, _ = value.rpartition("//")
                 value = f"{scheme}{slashes}127.0.0.1:{self._rendezvous_port}"
             elif option == "--health-listen":
@@ -287,9 +289,9 @@ class FakeKubelet:
             container.told = told
 
 
-def _healthy(port: int) -> bool:
+def _healthy(port: int, service: str) -> bool:
     with grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.enable_http_proxy", 0)]) as channel:
-        asked = health_pb2.HealthCheckRequest(service="gradwire.v1.TrainerService")
+        asked = health_pb2.HealthCheckRequest(service=service)
         stub: Any = health_pb2_grpc.HealthStub(channel)
         try:
             return stub.Check(asked, timeout=2).status == health_pb2.HealthCheckResponse.SERVING

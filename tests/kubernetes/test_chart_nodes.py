@@ -12,6 +12,7 @@ from tests.kubernetes.chart import CHART, NODES, VALUE_SETS, one, rendered
 from trainer_service.__main__ import _parser
 from trainer_service.command_lines import read_options
 from trainer_service.config import NodeConfig, TrainerConfig
+from trainer_service.fleet import node_health
 
 WITH_TLS = "two nodes of 8 GPUs, with TLS"
 TRAIN_JOB = "many nodes of a TrainJob, with mutual TLS"
@@ -56,6 +57,8 @@ def test_a_node_joins_where_its_trainer_listens(helm: Path):
     assert {"name": "rendezvous", "containerPort": 29400} in trainer["ports"]
     assert 29400 not in {port["port"] for port in one(objects, "Service", "gradwire")["spec"]["ports"]}
     assert serve.nodes.join_token_file == join.join_token_file
+    assert node["readinessProbe"]["grpc"] == {"port": 7776, "service": node_health.SERVICE}
+    assert join.health_listen == "0.0.0.0:7776"
 
 
 def test_nodes_have_the_trainers_machines_and_folder_but_not_its_keys(helm: Path):

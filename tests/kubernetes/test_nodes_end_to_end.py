@@ -14,7 +14,7 @@ from gradwire import ClientTls, Mesh, ServiceClient
 from tests.kubernetes import custom_kinds
 from tests.kubernetes.chart import one
 from tests.kubernetes.cluster import Cluster, eventually
-from tests.kubernetes.control_plane import IMAGE, KEYS
+from tests.kubernetes.control_plane import IMAGE, KEYS, older_probes
 from tests.kubernetes.installing import install_all
 from tests.kubernetes.kubelet import FakeKubelet, none_of_its_own
 from tests.pem import make_pem
@@ -49,6 +49,7 @@ def make_pod(cluster: Cluster, namespace: str, job_set: str, index: int) -> str:
     pod["metadata"]["generateName"] = f"{job_set}-{job['name']}-0-{index}-"
     (container,) = pod["spec"]["containers"]
     container["env"].append({"name": "JOB_COMPLETION_INDEX", "value": str(index)})
+    older_probes(pod)
     return cluster.create("v1", "pods", pod, namespace)["metadata"]["name"]
 
 

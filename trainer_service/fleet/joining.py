@@ -38,6 +38,7 @@ from trainer_service.command_lines import SettingsError
 from trainer_service.config import NodeConfig
 from trainer_service.executing import take_reason
 from trainer_service.fleet.gpus import count_gpus
+from trainer_service.fleet.node_health import NodeHealth
 from trainer_service.fleet.nodes import KEEPALIVE
 from trainer_service.fleet.rank_processes import Place, RankProcesses, worker_environment
 from trainer_service.fleet.rank_store import rank_store_handler
@@ -72,10 +73,12 @@ class JoiningNode:
     Args:
         config: Its settings.
         token: The join token.
+        health: Is told whether it has joined; None where nobody asks.
     """
 
-    def __init__(self, config: NodeConfig, token: str) -> None:
+    def __init__(self, config: NodeConfig, token: str, *, health: NodeHealth | None = None) -> None:
         self._config = config
+        self._health = health
         self._metadata = as_metadata(token)
         try:
             self._target, self._encrypted = parse_base_url(config.join, what="--join")
@@ -138,6 +141,7 @@ class JoiningNode:
                 code, details = exc.code(), exc.details()  # pyright: ignore[reportAttributeAccessIssue]
             finally:
                 call.cancel()
+                await self._note_joined(False)
                 await self._end_all()
         if code in _REFUSALS:
             raise JoinRefusedError(str(details))
@@ -170,7 +174,7 @@ class JoiningNode:
                 self._model = facts.base_model
                 self._events.put_nowait(NodeEvent(facts=facts))
             case "accepted":
-                self._joined = True
+                await self._note_joined(True)
                 # Wakes what waits for an event without an end.
                 self._events.put_nowait(NodeEvent(alive=NodeAlive()))
                 logger.info("Joined.", extra={"fields": {"join": self._config.join, "interface": interface}})
@@ -189,6 +193,11 @@ class JoiningNode:
                 logger.error(
                     "The trainer sent a command that this node does not know.", extra={"fields": {"is": other}}
                 )
+
+    async def _note_joined(self, joined: bool) -> None:
+        self._joined = joined
+        if self._health is not None:
+            await self._health.set_joined(joined)
 
     def _find(self, welcome: NodeWelcome) -> NodeFacts:
         """What the trainer wants to know of this machine."""
@@ -267,9 +276,24 @@ async def serve_node(config: NodeConfig, token: str) -> int:
 
     Returns:
         The process's exit code: the one that config says, or 1 if the trainer refuses this node.
+
+    Raises:
+        OSError: The health's address cannot be used, or no private folder be made.
     """
     told = asyncio.create_task(told_to_stop(exit_with_parent=config.exit_with_parent))
-    running = asyncio.create_task(JoiningNode(config, token).run())
+    health = None if config.health_listen is None else NodeHealth(config.health_listen)
+    node = JoiningNode(config, token, health=health)
+    if health is None:
+        return await _until_told(node, told, config)
+    await health.start()
+    try:
+        return await _until_told(node, told, config)
+    finally:
+        await health.stop()
+
+
+async def _until_told(node: JoiningNode, told: "asyncio.Task[None]", config: NodeConfig) -> int:
+    running = asyncio.create_task(node.run())
     await asyncio.wait([told, running], return_when=asyncio.FIRST_COMPLETED)
     told.cancel()
     if not running.done():

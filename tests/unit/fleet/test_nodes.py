@@ -6,8 +6,12 @@ import dataclasses
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.pem import Pem, make_pem
 from tests.waiting import until
@@ -163,6 +167,32 @@ async def test_a_node_that_is_told_to_stop_ends_with_the_code_that_it_was_given(
     config = NodeConfig(join=f"127.0.0.1:{free_port()}", node_rank=1)
     assert await joining_module.serve_node(config, TOKEN) == 0
     assert await joining_module.serve_node(dataclasses.replace(config, stop_exit_code=143), TOKEN) == 143
+
+
+async def test_probes_are_told_whether_a_node_has_joined(trainers_model: str, tmp_path: Path):
+    port, address = free_port(), f"127.0.0.1:{free_port()}"
+    config = NodeConfig(join=f"127.0.0.1:{port}", node_rank=1, health_listen=address)
+    serving = asyncio.create_task(joining_module.serve_node(config, TOKEN))
+    try:
+        async with grpc.aio.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+
+            watch = stub.Watch(health_pb2.HealthCheckRequest(service="gradwire.v1.NodeService"), wait_for_ready=True)
+
+            async def told() -> str:
+                async with asyncio.timeout(30):
+                    return health_pb2.HealthCheckResponse.ServingStatus.Name((await watch.read()).status)
+
+            assert await told() == "NOT_SERVING"
+            async with listening(trainers_model, tmp_path, port=port):
+                assert await told() == "SERVING"
+            assert await told() == "NOT_SERVING"
+            alive = await stub.Check(health_pb2.HealthCheckRequest(), timeout=30)
+            assert alive.status == health_pb2.HealthCheckResponse.SERVING, "it waits for the next trainer"
+            watch.cancel()
+    finally:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
 
 
 async def test_nodes_join_over_tls(trainers_model: str, tmp_path: Path):

@@ -174,7 +174,7 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end -}}
 
-{{/* gRPC's health protocol on a port of its own, which needs no key and no certificate. Argument: [trainer or jobs probes, service]. */}}
+{{/* gRPC's health protocol on a port of its own, which needs no key and no certificate. Argument: [probes, service]. */}}
 {{- define "gradwire.probes" -}}
 {{- $probes := index . 0 -}}
 startupProbe:

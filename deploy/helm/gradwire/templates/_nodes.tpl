@@ -93,6 +93,7 @@ replicatedJobs:
                   - worker
                   - --join={{ if .Values.tls.secretName }}https://{{ end }}{{ $name }}-0.{{ $name }}-headless.{{ .Release.Namespace }}.svc:29400
                   - --join-token-file=/etc/gradwire/join/token
+                  - --health-listen=0.0.0.0:7776
                   - --stop-exit-code=143
                   - --log-json
                   {{- if .Values.tls.secretName }}
@@ -108,6 +109,10 @@ replicatedJobs:
                 envFrom:
                   {{- toYaml . | nindent 18 }}
                 {{- end }}
+                ports:
+                  - {name: health, containerPort: 7776}
+                # Ready once it has joined.
+                {{- include "gradwire.probes" (list $trainer.probes "gradwire.v1.NodeService") | nindent 16 }}
                 resources:
                   {{- with include "gradwire.trainerResources" $trainer | trim }}{{ . | nindent 18 }}{{ end }}
                 volumeMounts:
