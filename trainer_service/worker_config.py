@@ -83,6 +83,22 @@ class RankSettings:
         metavar="RANKS",
         parse=_processes_per_node,
     )
+    fsdp_size: int | None = option(
+        None,
+        help="ranks that parameters, gradients and optimizer lie in parts on (FSDP); times --dp-replicate-size it is all "
+        "ranks",
+        default_is="all ranks over --dp-replicate-size",
+        metavar="RANKS",
+        at_least=1,
+    )
+    dp_replicate_size: int = option(
+        1,
+        help="times that all parts are there (HSDP): only sums of gradients go between them, such as between machines",
+        metavar="TIMES",
+        at_least=1,
+    )
+    tp_size: int = option(1, help="ranks that compute each layer together; not yet: 1", metavar="RANKS", at_least=1)
+    ep_size: int = option(1, help="ranks that divide experts among them; not yet: 1", metavar="RANKS", at_least=1)
     collective_timeout_s: float = option(
         600.0, help="ranks that wait for one of them for this long in an operation are all started again", at_least=1
     )

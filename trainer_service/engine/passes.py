@@ -18,6 +18,7 @@ from trainer_service.engine.loss_totals import LossTotals
 from trainer_service.engine.losses.loss import Loss
 from trainer_service.engine.microbatch import Columns, Forwards, Microbatch, gather
 from trainer_service.engine.models.batching import plan
+from trainer_service.engine.parallel.sharding import sum_over_replicas
 from trainer_service.engine.parallel.shares import plan_shares
 from trainer_service.engine.rank_channels import Channel, Ranks
 from trainer_service.engine.run_state import HeldGraph, HeldPiece, RunState
@@ -142,6 +143,7 @@ class Passes:
         for microbatch in placed.microbatches:
             logprobs_RK = self._logprobs(run, microbatch)
             pieces.append((microbatch, logprobs_RK.detach()))
+            sum_over_replicas(run.model, len(pieces) == len(placed.microbatches))
             if microbatch.number is None:
                 # Of no row: a gradient of zeros.
                 self._backward(microbatch, logprobs_RK.sum())
@@ -175,6 +177,7 @@ class Passes:
             if logprobs_RK is None:
                 recomputed += len(piece.microbatch.round.packs)
                 logprobs_RK = self._logprobs(run, piece.microbatch)
+            sum_over_replicas(run.model, not graph.pieces)
             self._backward(piece.microbatch, logprobs_RK, on_device_TK[piece.microbatch.rows_R])
         self._counters.recomputed_graphs_total += recomputed
         num_loss_tokens = int(np.count_nonzero(gradients_TK))

@@ -7,6 +7,9 @@ adapter's model has the base model's parts, tensor for tensor, and whole copies 
 
 Gradients of a sharded model are summed over the ranks, as losses are, by each backward. Adapters are on every rank, and
 their gradients are summed once a step (gradient_sums.py).
+
+With replicas (--dp-replicate-size) the mesh has two axes: parts lie along the second, and along the first they are there
+again. Layers are gathered within a replica; between replicas gradients are summed, once a batch.
 """
 
 import copy
@@ -56,6 +59,11 @@ class Sharded:
         self._forward = forward
         self._wholes = WeakValueDictionary[nn.Parameter, nn.Parameter]() if wholes is None else wholes
         # What never changes is gathered once for all who read it.
+
+    @property
+    def replicated(self) -> bool:
+        """Whether all parts are there more than once."""
+        return next(iter(self._parts.values())).device_mesh.ndim > 1
 
     @classmethod
     def of_loaded(cls, loaded: PreTrainedModel, *, device: Device, forward: Forward) -> "Sharded":
@@ -183,8 +191,15 @@ def part(tensor: Tensor) -> Tensor:
 
 
 def is_part(tensor: Tensor) -> bool:
-    """Whether this rank has only a part of it."""
+    """Whether this rank has a part of it, as every other has."""
     return isinstance(tensor, DTensor)
+
+
+def is_first_replica_s(tensor: DTensor) -> bool:
+    """Whether this rank is of the first of those that have all parts among them."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    return not any(place for axis, place in enumerate(coordinate) if axis != _shard_axis(tensor))
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
@@ -198,8 +213,24 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
 
 def first_row(tensor: DTensor) -> int:
     """Where this rank's part begins in the whole: FSDP cuts the first dim into equal parts, the last ones shorter."""
-    mesh = tensor.device_mesh
-    return min(len(tensor), -(-len(tensor) // mesh.size()) * mesh.get_local_rank())
+    mesh, axis = tensor.device_mesh, _shard_axis(tensor)
+    return min(len(tensor), -(-len(tensor) // mesh.size(axis)) * mesh.get_local_rank(axis))
+
+
+def sum_over_replicas(model: nn.Module, now: bool) -> None:
+    """Whether the next backwards sum gradients over replicas, or leave them to a later one, which must come.
+
+    Where there are none, and of a model that is whole, nothing changes.
+    """
+    record = record_of(model)
+    if record is not None and record.replicated:
+        for module in fsdp_modules(model):
+            module.set_requires_all_reduce(now, recurse=False)
+
+
+def _shard_axis(tensor: DTensor) -> int:
+    """Of the mesh, the axis along which parts lie; along another, parts are there again."""
+    return next(axis for axis, placement in enumerate(tensor.placements) if placement.is_shard())
 
 
 def _run(forward: Forward, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Tensor:
