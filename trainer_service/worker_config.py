@@ -85,8 +85,8 @@ class RankSettings:
     )
     fsdp_size: int | None = option(
         None,
-        help="ranks that parameters, gradients and optimizer lie in parts on (FSDP); times --dp-replicate-size it is all "
-        "ranks",
+        help="ranks that parameters, gradients and optimizer lie in parts on (FSDP); times --dp-replicate-size that is "
+        "all of them",
         default_is="all ranks over --dp-replicate-size",
         metavar="RANKS",
         at_least=1,

@@ -8,8 +8,8 @@ adapter's model has the base model's parts, tensor for tensor, and whole copies 
 Gradients of a sharded model are summed over the ranks, as losses are, by each backward. Adapters are on every rank, and
 their gradients are summed once a step (gradient_sums.py).
 
-With replicas (--dp-replicate-size) the mesh has two axes: parts lie along the second, and along the first they are there
-again. Layers are gathered within a replica; between replicas gradients are summed, once a batch.
+With replicas (--dp-replicate-size) the mesh has two axes: parts lie along the second, and are there again along the
+first. Layers are gathered within a replica; between replicas gradients are summed, once a batch.
 """
 
 import copy
