@@ -22,6 +22,7 @@ HEARTBEAT_INTERVAL_S = 1.0
 Checkpointing = Literal["auto", "on", "off"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 BaseDtype = Literal["float32", "int8", "int4"]
+Resharding = Literal["auto", "always", "never"]
 ProcessesPerNode = int | Literal["auto", "gpu"]
 """Ranks on each machine, or torchrun's words: "gpu" is as many as it has GPUs, "auto" 1 where it has none."""
 
@@ -69,6 +70,12 @@ class EngineSettings:
         "auto",
         help="recompute activations in the backward instead of keeping them: less memory, more time; auto: for "
         "forwards that would not fit otherwise",
+    )
+    fsdp_reshard_after_forward: Resharding = option(
+        "auto",
+        help="with several ranks, whether a layer is gathered for each forward and each backward (always), or once for "
+        "a batch, whose gradients are then summed over ranks once: less traffic, and a model's parameters and "
+        "gradients whole on each rank meanwhile; auto: where they take a quarter of the memory at most",
     )
 
 

@@ -161,6 +161,17 @@ def test_replicas_of_parts_train_as_one_rank_does(
     check_equal(four.with_replicas(2), tiny_llama, tmp_path, **how)
 
 
+@pytest.mark.parametrize("how", [{}, {"lora": True}, {"custom": True}], ids=["full", "lora", "custom"])
+def test_layers_gathered_anew_for_each_pass_train_as_one_rank_does(
+    how: dict[str, Any], two: RankPool, tiny_llama: Path, tmp_path: Path
+):
+    check_equal(two, tiny_llama, tmp_path, fsdp_reshard_after_forward="always", **how)
+
+
+def test_replicas_of_layers_gathered_anew_train_as_one_rank_does(four: RankPool, tiny_llama: Path, tmp_path: Path):
+    check_equal(four.with_replicas(2), tiny_llama, tmp_path, fsdp_reshard_after_forward="always")
+
+
 def test_whole_replicas_train_as_one_rank_does(two: RankPool, tiny_llama: Path, tmp_path: Path):
     check_equal(two.with_replicas(2), tiny_llama, tmp_path)
 

@@ -60,11 +60,6 @@ class Sharded:
         self._wholes = WeakValueDictionary[nn.Parameter, nn.Parameter]() if wholes is None else wholes
         # What never changes is gathered once for all who read it.
 
-    @property
-    def replicated(self) -> bool:
-        """Whether all parts are there more than once."""
-        return next(iter(self._parts.values())).device_mesh.ndim > 1
-
     @classmethod
     def of_loaded(cls, loaded: PreTrainedModel, *, device: Device, forward: Forward) -> "Sharded":
         """Of a model that transformers loaded in parts, whose parts it takes."""
@@ -217,15 +212,27 @@ def first_row(tensor: DTensor) -> int:
     return min(len(tensor), -(-len(tensor) // mesh.size(axis)) * mesh.get_local_rank(axis))
 
 
-def sum_over_replicas(model: nn.Module, now: bool) -> None:
-    """Whether the next backwards sum gradients over replicas, or leave them to a later one, which must come.
+def expect(model: PreTrainedModel, *, backward: bool, last: bool, keep: bool) -> None:
+    """Says what comes next, so that nothing is gathered or summed that need not be. Of a whole model nothing changes.
 
-    Where there are none, and of a model that is whole, nothing changes.
+    What is left gathered or unsummed is so until the last one, which must come before anything else of the model.
+
+    Args:
+        model: Is about to compute a microbatch.
+        backward: Whether its backward follows at once.
+        last: Whether it is the batch's last.
+        keep: Whether there is memory for whole parameters, and for gradients of them, until then.
     """
-    record = record_of(model)
-    if record is not None and record.replicated:
-        for module in fsdp_modules(model):
-            module.set_requires_all_reduce(now, recurse=False)
+    if record_of(model) is None:
+        return
+    for module in fsdp_modules(model):
+        # What the root holds is used at both ends of a forward, so it stays in any case.
+        if module is not model:
+            module.set_reshard_after_forward(not keep or (last and not backward), recurse=False)
+        module.set_reshard_after_backward(not keep or last, recurse=False)
+        module.set_requires_gradient_sync(not keep or last, recurse=False)
+        # Sums over replicas are of parts, and can wait without taking memory that matters.
+        module.set_requires_all_reduce(last, recurse=False)
 
 
 def _shard_axis(tensor: DTensor) -> int:
