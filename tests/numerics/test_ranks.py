@@ -261,6 +261,17 @@ def test_a_loss_that_is_not_finite_names_its_datum_on_all_ranks(two: RankPool, t
     assert "data[2]" in text
 
 
+def test_gradients_are_added_up_in_the_order_of_ranks_and_stay_when_buffers_are_used_again(three: RankPool):
+    # A part of the second is as large as what is summed in the third.
+    sizes = [12, 36, 12, 36, 12]
+    found = three.run(rank_tasks.sums, sizes)
+    for number, size in enumerate(sizes):
+        wanted = rank_tasks.summand(0, number, size)
+        for rank in (1, 2):
+            wanted = wanted + rank_tasks.summand(rank, number, size)
+        np.testing.assert_array_equal(np.concatenate([parts[number] for parts in found]), wanted)
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_deleted_run_s_parameters_are_gone_from_all_ranks(
     lora: bool, two: RankPool, tiny_llama: Path, tmp_path: Path
