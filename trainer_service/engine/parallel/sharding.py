@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer_service.engine.device import Device
-from trainer_service.engine.parallel.gloo_collectives import use_sums_in_order
+from trainer_service.engine.parallel.gloo_collectives import use_gloo_collectives
 
 _RECORD = "_gradwire_sharded"
 _FORWARD = "gradwire_forward"
@@ -119,7 +119,7 @@ class Sharded:
             # A rank without a target leaves parameters without a gradient, while the others reduce theirs.
             module.set_reduce_scatter_unused_params(True)
         if self._device.torch_device.type == "cpu":
-            use_sums_in_order(model, fsdp_modules(model))
+            use_gloo_collectives(model, fsdp_modules(model))
         vars(model)[_FORWARD] = functools.partial(_run, self._forward, model)
         register_fsdp_forward_method(model, _FORWARD)
         vars(model)[_RECORD] = record
