@@ -193,7 +193,7 @@ def is_part(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def is_first_replica_s(tensor: DTensor) -> bool:
+def in_first_replica(tensor: DTensor) -> bool:
     """Whether this rank is of the first of those that have all parts among them."""
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None

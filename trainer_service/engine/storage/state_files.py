@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from trainer_service.atomic_folders import FolderWriter, Manifest, damaged, read_manifest, verify
-from trainer_service.engine.parallel.sharding import is_first_replica_s, is_part, part, part_of
+from trainer_service.engine.parallel.sharding import in_first_replica, is_part, part, part_of
 from trainer_service.engine.rank_channels import ALONE, Channel
 from trainer_service.engine.run_state import Accumulation, RunState
 from trainer_service.engine.storage.parts import MAX_WORLD_SIZE, Parts, file_name
@@ -119,7 +119,7 @@ def _parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: part(tensor)
         for name, tensor in tensors.items()
-        if not isinstance(tensor, DTensor) or is_first_replica_s(tensor)
+        if not isinstance(tensor, DTensor) or in_first_replica(tensor)
     }
 
 
