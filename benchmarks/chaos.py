@@ -1,7 +1,7 @@
 """Training loops under an adversary, each compared with the same loop undisturbed. Prints a table.
 
     python benchmarks/chaos.py [--trials 100] [--at-once 4] [--faults 5] [--kinds a,b] [--steps 40] [--seed 0]
-        [--nproc-per-node 1]
+        [--nproc-per-node 1] [--dp-replicate-size 1]
 
 One trainer on a tiny random model serves all trials, some at once. A trial is a fresh run (every fourth one LoRA) and a
 seeded loop (built-in and custom losses, accumulation, failing calls, saves, calls far ahead) while a rank of the
@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps a trial")
     parser.add_argument("--seed", type=int, default=0, help="of the first trial")
     parser.add_argument("--nproc-per-node", default="1", help="ranks of the worker; default: %(default)s")
+    parser.add_argument("--dp-replicate-size", default="1", help="replicas among them; default: %(default)s")
     args = parser.parse_args()
     faults: collections.Counter[str] = collections.Counter()
     counts = Counts()
@@ -73,7 +74,7 @@ def main() -> int:
                 model,
                 folder,
                 *("--snapshot-steps", "7", "--max-runs", str(args.at_once + 1)),
-                *("--nproc-per-node", args.nproc_per_node),
+                *("--nproc-per-node", args.nproc_per_node, "--dp-replicate-size", args.dp_replicate_size),
                 data_dir=disk.path / "data",
             ) as trainer,
         ):

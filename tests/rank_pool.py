@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,21 @@ class RankPool:
 
     Args:
         connections: To each, by rank.
+        dp_replicate_size: Times that all parts of a model are there.
     """
 
-    def __init__(self, connections: list[Connection]) -> None:
+    def __init__(self, connections: list[Connection], dp_replicate_size: int = 1) -> None:
         self._connections = connections
+        self._dp_replicate_size = dp_replicate_size
+
+    def with_replicas(self, times: int) -> "RankPool":
+        """The same processes, arranged so that all parts of a model are there so many times."""
+        return RankPool(self._connections, times)
 
     def run(self, task: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """What the task returns on each rank, which get the same arguments behind their Ranks."""
         for connection in self._connections:
-            connection.send((task, args, kwargs))
+            connection.send((task, self._dp_replicate_size, args, kwargs))
         results: list[Any] = []
         for rank, connection in enumerate(self._connections):
             assert connection.poll(TIMEOUT_S), f"rank {rank} does not answer"
@@ -77,9 +84,10 @@ def serve(rank: int, world_size: int, store: str, connection: Connection) -> Non
     ranks = Ranks.from_environment(timeout_s=60)
     with contextlib.suppress(EOFError):
         while True:
-            task, args, kwargs = connection.recv()
+            task, dp_replicate_size, args, kwargs = connection.recv()
+            arranged = replace(ranks, dp_replicate_size=dp_replicate_size)
             try:
-                connection.send((task(ranks, *args, **kwargs), ""))
+                connection.send((task(arranged, *args, **kwargs), ""))
             except Exception:
                 connection.send((None, traceback.format_exc()))
     # gloo may abort in the interpreter's own end.

@@ -18,6 +18,7 @@ from trainer_service.engine.device import Device
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.losses import find_loss
 from trainer_service.engine.models.lora import LoraSettings
+from trainer_service.engine.parallel.gloo_collectives import SumInOrder
 from trainer_service.engine.parallel.sharding import record_of, reshard, whole
 from trainer_service.engine.rank_channels import Ranks
 from trainer_service.engine.storage.snapshots import SnapshotWriter
@@ -190,6 +191,25 @@ def not_finite(ranks: Ranks, folder: Path, checkpoint_dir: Path, batch: Batch) -
     engine.zero_grad(RUN)
     step(engine, 2, BATCH)
     return refusal.value.reason, refusal.value.message
+
+
+def sums(ranks: Ranks, sizes: Sequence[int]) -> list[np.ndarray[Any, Any]]:
+    """This rank's parts of sums of `summand`, one after the other, as layers' gradients are summed in backward."""
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    add, found = SumInOrder(keep=True), []
+    where: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+    for number, size in enumerate(sizes):
+        summed, own = add.allocate((size,), **where), add.allocate((size // ranks.world_size,), **where)
+        summed.copy_(torch.from_numpy(summand(ranks.rank, number, size)))
+        add(own, summed, group, torch.distributed.ReduceOp.SUM)
+        found.append(own.numpy())
+    return [own.copy() for own in found]
+
+
+def summand(rank: int, number: int, size: int) -> np.ndarray[Any, Any]:
+    """A rank's part of the sum with that number. Rounding tells in which order parts are added up."""
+    return np.random.default_rng((rank, number)).standard_normal(size).astype(np.float32) * 10.0 ** (3 * rank)
 
 
 def delete(ranks: Ranks, folder: Path, checkpoint_dir: Path, *, lora: bool) -> int:

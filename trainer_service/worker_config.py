@@ -22,6 +22,7 @@ HEARTBEAT_INTERVAL_S = 1.0
 Checkpointing = Literal["auto", "on", "off"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 BaseDtype = Literal["float32", "int8", "int4"]
+Resharding = Literal["auto", "always", "never"]
 ProcessesPerNode = int | Literal["auto", "gpu"]
 """Ranks on each machine, or torchrun's words: "gpu" is as many as it has GPUs, "auto" 1 where it has none."""
 
@@ -70,6 +71,12 @@ class EngineSettings:
         help="recompute activations in the backward instead of keeping them: less memory, more time; auto: for "
         "forwards that would not fit otherwise",
     )
+    fsdp_reshard_after_forward: Resharding = option(
+        "auto",
+        help="with several ranks, whether a layer is gathered for each forward and each backward (always), or once for "
+        "a batch, whose gradients are then summed over ranks once: less traffic, and a model's parameters and "
+        "gradients whole on each rank meanwhile; auto: where they take a quarter of the memory at most",
+    )
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,22 @@ class RankSettings:
         metavar="RANKS",
         parse=_processes_per_node,
     )
+    fsdp_size: int | None = option(
+        None,
+        help="ranks that parameters, gradients and optimizer lie in parts on (FSDP); times --dp-replicate-size that is "
+        "all of them",
+        default_is="all ranks over --dp-replicate-size",
+        metavar="RANKS",
+        at_least=1,
+    )
+    dp_replicate_size: int = option(
+        1,
+        help="times that all parts are there (HSDP): only sums of gradients go between them, such as between machines",
+        metavar="TIMES",
+        at_least=1,
+    )
+    tp_size: int = option(1, help="ranks that compute each layer together; not yet: 1", metavar="RANKS", at_least=1)
+    ep_size: int = option(1, help="ranks that divide experts among them; not yet: 1", metavar="RANKS", at_least=1)
     collective_timeout_s: float = option(
         600.0, help="ranks that wait for one of them for this long in an operation are all started again", at_least=1
     )

@@ -108,7 +108,8 @@ def disturbed(trainer: Trainer, fault: Callable[[], object]) -> Told:
         fault()
         told = [future.result(300) for future in running]
         digests = [state_digests(trainer.data_dir, client, "final") for client in clients]
-        assert service.get_server_info().models[0].mesh == Mesh(world_size=2, local_world_size=1, nnodes=2, fsdp_size=2)
+        mesh = Mesh(world_size=2, local_world_size=1, nnodes=2, fsdp_size=2)
+        assert service.get_server_info().models[0].mesh == mesh
     return list(zip(told, digests, strict=True))
 
 

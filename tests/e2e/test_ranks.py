@@ -75,6 +75,29 @@ def test_the_trainer_says_how_many_ranks_it_has(trainer: TrainerProcess, service
         assert metric(trainer, f"gradwire_worker_{name}") == value
 
 
+def test_replicas_are_told_of_and_sample(tiny_llama: Path, tmp_path: Path):
+    arguments = ("--nproc-per-node", "4", "--dp-replicate-size", "2")
+    with running_trainer(tiny_llama, tmp_path, *arguments) as running:
+        running.wait_ready()
+        with ServiceClient(running.base_url, timeout_s=60) as service:
+            mesh = service.get_server_info().models[0].mesh
+            assert mesh == Mesh(world_size=4, local_world_size=4, nnodes=1, fsdp_size=2, dp_replicate_size=2)
+            assert metric(running, "gradwire_worker_dp_replicate_size") == 2
+            client = service.create_training_client()
+            client.forward_backward(data(30, 20, 40), "cross_entropy").result(60)
+            client.optim_step(ADAM).result(60)
+            sampler = client.save_weights_and_get_sampling_client()
+            # As many as ranks: each has one.
+            params = SamplingParams(max_tokens=8, temperature=0.0)
+            answers = [sampler.sample(ModelInput.from_ints([5, 6]), sampling_params=params) for _ in range(4)]
+            sequences = [answer.result(60).sequences[0] for answer in answers]
+            assert len({tuple(sequence.tokens) for sequence in sequences}) == 1
+            told = sampler.compute_logprobs(ModelInput.from_ints([5, 6, *sequences[0].tokens])).result(60)
+            for sequence in sequences:
+                assert sequence.logprobs is not None
+                np.testing.assert_allclose(sequence.logprobs, np.array(told[2:], dtype=float), atol=1e-4)
+
+
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_samples_of_two_ranks_have_the_trainer_s_logprobs(lora_rank: int, service: ServiceClient):
     client = service.create_training_client(lora_rank=lora_rank)

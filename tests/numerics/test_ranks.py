@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from tests import rank_tasks
-from tests.engines import make_batch
+from tests.engines import RUN, make_batch
 from tests.numerics.architectures import make_model
 from tests.rank_pool import RankPool, rank_pool
 from trainer_service.engine.rank_channels import Ranks
@@ -34,6 +34,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     with rank_pool(3, tmp_path_factory.mktemp("three")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    with rank_pool(4, tmp_path_factory.mktemp("four")) as pool:
         yield pool
 
 
@@ -127,37 +133,94 @@ def test_three_ranks_most_of_which_have_nothing_to_do(three: RankPool, tiny_llam
     check_equal(three, tiny_llama, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "replicas"),
+    [
+        ("Llama", {}, 1),
+        ("Qwen3", {"tie_word_embeddings": True}, 2),
+        ("Qwen3", {"tie_word_embeddings": False, "vocab_size": 129}, 1),
+        ("Gemma2", {}, 2),
+        ("Qwen3Moe", {}, 2),
+    ],
+)
+def test_four_ranks_train_as_one_does(
+    name: str,
+    changes: dict[str, Any],
+    replicas: int,
+    four: RankPool,
+    folder_of: Callable[..., Path],
+    tmp_path: Path,
+):
+    check_equal(four.with_replicas(replicas), folder_of(name, **changes), tmp_path)
+
+
+@pytest.mark.parametrize("how", [{"lora": True}, {"custom": True}], ids=["lora", "custom"])
+def test_replicas_of_parts_train_as_one_rank_does(
+    how: dict[str, Any], four: RankPool, tiny_llama: Path, tmp_path: Path
+):
+    check_equal(four.with_replicas(2), tiny_llama, tmp_path, **how)
+
+
+@pytest.mark.parametrize("how", [{}, {"custom": True}], ids=["full", "custom"])
+def test_layers_gathered_anew_for_each_pass_train_as_one_rank_does(
+    how: dict[str, Any], two: RankPool, tiny_llama: Path, tmp_path: Path
+):
+    check_equal(two, tiny_llama, tmp_path, fsdp_reshard_after_forward="always", **how)
+
+
+def test_replicas_of_layers_gathered_anew_train_as_one_rank_does(four: RankPool, tiny_llama: Path, tmp_path: Path):
+    check_equal(four.with_replicas(2), tiny_llama, tmp_path, fsdp_reshard_after_forward="always")
+
+
+def test_whole_replicas_train_as_one_rank_does(two: RankPool, tiny_llama: Path, tmp_path: Path):
+    check_equal(two.with_replicas(2), tiny_llama, tmp_path)
+
+
 def test_the_same_log_leads_ranks_to_the_same_bits(two: RankPool, tiny_llama: Path, tmp_path: Path):
     first, again = (two.run(rank_tasks.train, tiny_llama, tmp_path / each, UNEVEN)[0] for each in ("a", "b"))
     assert difference(first["after"], again["after"], first["after"]) == 0
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_what_two_ranks_saved_goes_on_at_any_number(
-    lora: bool, two: RankPool, three: RankPool, tiny_llama: Path, tmp_path: Path
+@pytest.mark.parametrize("replicas", [False, True], ids=["parts", "replicas"])
+def test_what_ranks_saved_goes_on_at_any_number(
+    replicas: bool, lora: bool, two: RankPool, three: RankPool, four: RankPool, tiny_llama: Path, tmp_path: Path
 ):
     batch = make_batch(9, 7, 20, 5, 3)
-    saved, other = two.run(rank_tasks.save, tiny_llama, tmp_path, batch, lora=lora)
-    assert saved["sizes"] == other["sizes"]
+    writers, others = (four.with_replicas(2), (two, three)) if replicas else (two, (three, four))
+    saved, *also = writers.run(rank_tasks.save, tiny_llama, tmp_path, batch, lora=lora)
+    assert [each["sizes"] for each in also] == [saved["sizes"]] * len(also)
+    # What is there several times is written once: by two ranks what they share out, by one what is whole on all.
+    files = [file.name for file in (tmp_path / RUN / "state" / "state").glob("*.safetensors")]
+    numbers = "1" if lora else "12"
+    assert sorted(files) == [
+        f"{group}-0000{number}-of-0000{4 if replicas else 2}.safetensors"
+        for group in ("optimizer", "parameters")
+        for number in numbers
+    ]
     arguments = (tiny_llama, tmp_path, batch, saved["path"])
     alone = rank_tasks.go_on(Ranks(), *arguments, lora=lora)
-    as_before = two.run(rank_tasks.go_on, *arguments, lora=lora)
-    for found in (alone, *as_before, *three.run(rank_tasks.go_on, *arguments, lora=lora)):
+    as_before = writers.run(rank_tasks.go_on, *arguments, lora=lora)
+    elsewhere = [found for pool in others for found in pool.run(rank_tasks.go_on, *arguments, lora=lora)]
+    for found in (alone, *as_before, *elsewhere):
         assert found["step"] == 1
         assert difference(found["loaded"], alone["loaded"], alone["loaded"]) == 0
         assert difference(found["after"], saved["after"], saved["after"]) < 1e-6
-    assert [difference(each["after"], saved["after"], saved["after"]) for each in as_before] == [0, 0]
+    assert {difference(each["after"], saved["after"], saved["after"]) for each in as_before} == {0}
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("replicas", "lora"), [(False, False), (False, True), (True, False)], ids=["parts-full", "parts-lora", "replicas"]
+)
 def test_a_snapshot_of_half_a_step_goes_on_at_any_number(
-    lora: bool, two: RankPool, three: RankPool, tiny_llama: Path, tmp_path: Path
+    replicas: bool, lora: bool, two: RankPool, three: RankPool, four: RankPool, tiny_llama: Path, tmp_path: Path
 ):
     batch, where = make_batch(9, 7, 20, 5, 3), tmp_path / "snapshot"
-    wanted = two.run(rank_tasks.snapshot, tiny_llama, tmp_path, batch, where, lora=lora)[0]["after"]
+    writers = four.with_replicas(2) if replicas else two
+    wanted = writers.run(rank_tasks.snapshot, tiny_llama, tmp_path, batch, where, lora=lora)[0]["after"]
     arguments = (tiny_llama, tmp_path, batch, where)
-    got = [found["after"] for found in two.run(rank_tasks.restore, *arguments, lora=lora)]
-    assert [difference(each, wanted, wanted) for each in got] == [0, 0]
+    got = [found["after"] for found in writers.run(rank_tasks.restore, *arguments, lora=lora)]
+    assert {difference(each, wanted, wanted) for each in got} == {0}
     for found in (
         rank_tasks.restore(Ranks(), *arguments, lora=lora),
         *three.run(rank_tasks.restore, *arguments, lora=lora),
@@ -197,6 +260,17 @@ def test_a_loss_that_is_not_finite_names_its_datum_on_all_ranks(two: RankPool, t
     reason, text = refusals[0]
     assert reason == "NON_FINITE"
     assert "data[2]" in text
+
+
+def test_gradients_are_added_up_in_the_order_of_ranks_and_stay_when_buffers_are_used_again(three: RankPool):
+    # A part of the second is as large as what is summed in the third.
+    sizes = [12, 36, 12, 36, 12]
+    found = three.run(rank_tasks.sums, sizes)
+    for number, size in enumerate(sizes):
+        wanted = rank_tasks.summand(0, number, size)
+        for rank in (1, 2):
+            wanted = wanted + rank_tasks.summand(rank, number, size)
+        np.testing.assert_array_equal(np.concatenate([parts[number] for parts in found]), wanted)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

@@ -273,6 +273,8 @@ def test_health_tells_the_ranks_and_how_they_are_arranged(open_page: OpenPage):
         mesh = {"world_size": 8.0, "local_world_size": 4.0, "nnodes": 2.0, "fsdp_size": 4.0}
         trainer.worker.counters = {f"gradwire_worker_{name}": value for name, value in mesh.items()}
         wait_text(fact, "8 on 2 machines with parameters in 4 parts")
+        trainer.worker.counters |= {"gradwire_worker_dp_replicate_size": 2.0}
+        wait_text(fact, "8 on 2 machines with parameters in 4 parts 2 times over")
         page.close()
 
 

@@ -77,6 +77,8 @@ def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
         (["serve", "--base-model", "m", "--storage-url", "nope://x"], "--storage-url: nope://x cannot be used"),
         (["jobs", "--storage-url", "nope://x"], "--storage-url: nope://x cannot be used as a store"),
         (["serve", "--base-model", "m", "--listen", "192.0.2.1:1", "--allow-no-api-key"], "cannot listen on"),
+        (["serve", "--base-model", "m", "--nproc-per-node", "2", "--fsdp-size", "3"], "is 3, and there are 2 ranks"),
+        (["serve", "--base-model", "m", "--tp-size", "2"], "Tensor parallel is not there yet"),
         (["serve", "--base-model", "m", "--nnodes", "2"], "--nnodes 2 needs --rdzv-endpoint HOST:PORT"),
         (["serve", "--base-model", "m", "--rdzv-endpoint", "127.0.0.1:1"], "are for several nodes; add --nnodes"),
         (["serve", "--base-model", "m", *NODES, "127.0.0.1:1"], "set GRADWIRE_JOIN_TOKEN or --join-token-file"),

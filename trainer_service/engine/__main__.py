@@ -35,7 +35,7 @@ from trainer_service.engine.worker.progress import told_of_progress
 from trainer_service.executing import Executing, leave_reason
 from trainer_service.logs import configure_logging
 from trainer_service.processes import die_with_parent
-from trainer_service.worker_config import SPARE_VARIABLE, WorkerConfig
+from trainer_service.worker_config import SPARE_VARIABLE, RankSettings, WorkerConfig
 
 if TYPE_CHECKING:
     from trainer_service.engine.engine import Engine
@@ -94,7 +94,7 @@ def _lead(socket: str, config: WorkerConfig) -> int:
             hello=WorkerHello(
                 token=os.environ.get("GRADWIRE_WORKER_TOKEN", ""),
                 pid=os.getpid(),
-                mesh=_mesh(),
+                mesh=_mesh(config.ranks),
                 software_version=__version__,
             )
         )
@@ -107,7 +107,7 @@ def _lead(socket: str, config: WorkerConfig) -> int:
             sampling = _sampling(engine, config.checkpoint_dir, trainer.send, trainer.send)
     except Exception as exc:
         return _give_up(trainer, exc)
-    trainer.send(_ready(engine, sampling))
+    trainer.send(_ready(engine, sampling, _mesh(config.ranks)))
     start_heartbeat(trainer.send, trainer.ended)
     logger.info("Ready.", extra={"fields": {"base_model": engine.model.base_model, "device": engine.model.device}})
     from trainer_service.engine.worker.device_loop import told_to_all
@@ -171,21 +171,23 @@ def _wait_until_needed() -> bool:
     return needed
 
 
-def _mesh() -> Mesh:
-    """What this rank was told of the worker's processes: every parameter lies in parts on all of them."""
+def _mesh(settings: RankSettings) -> Mesh:
+    """What this rank was told of the worker's processes."""
     world_size, local_world_size = (int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     return Mesh(
         world_size=world_size,
         local_world_size=local_world_size,
         nnodes=world_size // local_world_size,
-        fsdp_size=world_size,
+        fsdp_size=world_size // settings.dp_replicate_size,
+        dp_replicate_size=settings.dp_replicate_size,
     )
 
 
 def _ranks(config: WorkerConfig, say: Callable[[str], object]) -> Ranks:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         say(f"waiting for {os.environ['WORLD_SIZE']} ranks to meet")
-    return Ranks.from_environment(timeout_s=config.ranks.collective_timeout_s)
+    settings = config.ranks
+    return Ranks.from_environment(timeout_s=settings.collective_timeout_s, dp_replicate_size=settings.dp_replicate_size)
 
 
 @contextlib.contextmanager
@@ -267,7 +269,7 @@ def _sampling(engine: "Engine", checkpoint_dir: Path, send: Send, answer: Send) 
         return Sampling(engine, checkpoint_dir=checkpoint_dir, send=answer)
 
 
-def _ready(engine: "Engine", sampling: "Sampling") -> WorkerEvent:
+def _ready(engine: "Engine", sampling: "Sampling", mesh: Mesh) -> WorkerEvent:
     from trainer_service.engine.losses import LOSSES
     from trainer_service.engine.models.lora_targets import KINDS
 
@@ -285,7 +287,7 @@ def _ready(engine: "Engine", sampling: "Sampling") -> WorkerEvent:
                 device=model.device,
                 batching=engine.traits.batching,
                 sampling=sampling.decoding.described,
-                mesh=_mesh(),
+                mesh=mesh,
             ),
             losses=[
                 LossInfo(

@@ -12,6 +12,8 @@ _ADAPTERS = 0.25
 """Fraction of the same for adapters, with their gradients and optimizer."""
 _ONE_PASS = 0.25
 """Fraction of the memory for activations that is for the pass under way; graphs of custom losses may hold the rest."""
+_GATHERED = 0.25
+"""Fraction of what the model leaves up to which "auto" has whole parameters and gradients while a batch is computed."""
 _MIN_PACK_TOKENS, _MAX_PACK_TOKENS = 256, 8192
 """Smaller packs leave cores idle, larger ones are no faster."""
 _MIN_ACTIVATION_BYTES = 256 << 20
@@ -31,6 +33,7 @@ class MemoryPlan:
         max_device_adapter_bytes: See EngineSettings; None for no limit.
         pass_bytes: What the activations of one forward may take before "auto" checkpoints them.
         logits_bytes: What logits kept for backward may take.
+        keeps_gathered: Whether what ranks gather of a model stays until the end of a batch.
     """
 
     max_pack_tokens: int
@@ -38,6 +41,7 @@ class MemoryPlan:
     max_device_adapter_bytes: int | None
     pass_bytes: int
     logits_bytes: int
+    keeps_gathered: bool = False
 
 
 def training_bytes(num_parameters: int) -> int:
@@ -45,7 +49,14 @@ def training_bytes(num_parameters: int) -> int:
     return _FLOATS_PER_PARAMETER * _FLOAT_BYTES * num_parameters
 
 
-def plan_memory(device: Device, traits: Traits, settings: EngineSettings, *, model_bytes: int) -> MemoryPlan:
+def gathered_bytes(num_parameters: int) -> int:
+    """What whole parameters take and their gradients before they are summed, of a model in parts."""
+    return 2 * _FLOAT_BYTES * num_parameters
+
+
+def plan_memory(
+    device: Device, traits: Traits, settings: EngineSettings, *, model_bytes: int, gathered_bytes: int = 0
+) -> MemoryPlan:
     """Budgets for a model, the same at every start on the same machine.
 
     Args:
@@ -53,8 +64,14 @@ def plan_memory(device: Device, traits: Traits, settings: EngineSettings, *, mod
         traits: Give the memory per token.
         settings: Settings that replace what is decided here.
         model_bytes: What comes first: a model's parameters, and what they need to train if they do.
+        gathered_bytes: Of a model in parts, what would be gathered of it during a batch; 0 where it is whole.
     """
     free = device.total_bytes() - model_bytes
+    keeps_gathered = settings.fsdp_reshard_after_forward == "never"
+    if settings.fsdp_reshard_after_forward == "auto":
+        keeps_gathered = 0 < gathered_bytes <= _GATHERED * free
+    if keeps_gathered:
+        free -= gathered_bytes
     activations = max(_MIN_ACTIVATION_BYTES, int(free * _ACTIVATIONS))
     pass_bytes = int(activations * _ONE_PASS)
     token_bytes = held_bytes_per_token(traits, settings.activation_checkpointing == "on")
@@ -66,6 +83,7 @@ def plan_memory(device: Device, traits: Traits, settings: EngineSettings, *, mod
         max_device_adapter_bytes=settings.max_device_adapter_bytes or adapters,
         pass_bytes=pass_bytes,
         logits_bytes=pass_bytes // 2,
+        keeps_gathered=keeps_gathered,
     )
 
 

@@ -71,10 +71,17 @@ class Forwards:
 
 
 def plan_forwards(
-    device: Device, traits: Traits, settings: EngineSettings, ranks: Ranks, model_bytes: int, vocab_size: int
+    device: Device,
+    traits: Traits,
+    settings: EngineSettings,
+    ranks: Ranks,
+    *,
+    model_bytes: int,
+    gathered_bytes: int,
+    vocab_size: int,
 ) -> Forwards:
     """Forwards with their memory divided alike on all ranks, all of which call this; see plan_memory."""
-    plan = plan_memory(device, traits, settings, model_bytes=model_bytes)
+    plan = plan_memory(device, traits, settings, model_bytes=model_bytes, gathered_bytes=gathered_bytes)
     memory = MemoryPlan(**ranks.execution.tell(asdict(plan)))
     return Forwards(device, traits, memory, settings.activation_checkpointing, vocab_size)
 

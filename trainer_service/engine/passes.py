@@ -18,6 +18,7 @@ from trainer_service.engine.loss_totals import LossTotals
 from trainer_service.engine.losses.loss import Loss
 from trainer_service.engine.microbatch import Columns, Forwards, Microbatch, gather
 from trainer_service.engine.models.batching import plan
+from trainer_service.engine.parallel.sharding import expect
 from trainer_service.engine.parallel.shares import plan_shares
 from trainer_service.engine.rank_channels import Channel, Ranks
 from trainer_service.engine.run_state import HeldGraph, HeldPiece, RunState
@@ -118,6 +119,7 @@ class Passes:
         held: list[HeldPiece] = []
         for microbatch in placed.microbatches:
             with_graph = keep_graph and self._make_room(microbatch, held)
+            self._expect(run, backward=False, last=len(pieces) + 1 == len(placed.microbatches))
             with torch.set_grad_enabled(with_graph):
                 logprobs_RK = self._logprobs(run, microbatch)
             pieces.append((microbatch, logprobs_RK.detach()))
@@ -140,6 +142,7 @@ class Passes:
         assert totals is not None
         pieces: list[tuple[Microbatch, Tensor]] = []
         for microbatch in placed.microbatches:
+            self._expect(run, backward=True, last=len(pieces) + 1 == len(placed.microbatches))
             logprobs_RK = self._logprobs(run, microbatch)
             pieces.append((microbatch, logprobs_RK.detach()))
             if microbatch.number is None:
@@ -171,6 +174,7 @@ class Passes:
         while graph.pieces:
             # Removed, so that each microbatch's graph is freed before the next one's backward.
             piece = graph.pieces.pop(0)
+            self._expect(run, backward=True, last=not graph.pieces)
             logprobs_RK = piece.logprobs_RK
             if logprobs_RK is None:
                 recomputed += len(piece.microbatch.round.packs)
@@ -210,6 +214,9 @@ class Passes:
         self._counters.shared_tokens_total += microbatch.round.num_shared_tokens
         self._counters.padding_tokens_total += microbatch.round.num_padding_tokens
         return logprobs_RK
+
+    def _expect(self, run: RunState, *, backward: bool, last: bool) -> None:
+        expect(run.model, backward=backward, last=last, keep=self._forwards.memory.keeps_gathered)
 
     def _backward(self, microbatch: Microbatch, output: Tensor, gradient: Tensor | None = None) -> None:
         microbatch.backward(output, gradient)

@@ -145,6 +145,7 @@ class Ranks:
         local_rank: From 0 on each machine.
         world_size: Ranks in all.
         local_world_size: Ranks on this machine.
+        dp_replicate_size: Times that all parts of a model are there.
         commands: For the thread that reads commands.
         turns: Says whose turn it is, however long that takes.
         execution: For the same thread, while something executes.
@@ -156,6 +157,7 @@ class Ranks:
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
+    dp_replicate_size: int = 1
     commands: Channel = field(default_factory=Channel)
     turns: Channel = field(default_factory=Channel)
     execution: Channel = field(default_factory=Channel)
@@ -166,6 +168,11 @@ class Ranks:
     def leads(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
+
+    @property
+    def fsdp_size(self) -> int:
+        """Ranks that parameters are in parts on."""
+        return self.world_size // self.dp_replicate_size
 
     def alone_with(self, failure: GradwireError) -> Exception:
         """What to raise for a failure that other ranks may not share: with others, what ends this one."""
@@ -182,11 +189,12 @@ class Ranks:
             raise RanksDisagreeError(f"Ranks came to different ends: {outcomes}.")
 
     @classmethod
-    def from_environment(cls, *, timeout_s: float = 600.0) -> "Ranks":
+    def from_environment(cls, *, timeout_s: float = 600.0, dp_replicate_size: int = 1) -> "Ranks":
         """As RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE say; alone where they are not set. Waits for the others.
 
         Args:
             timeout_s: How long ranks wait for one another while they execute something.
+            dp_replicate_size: Times that all parts of a model are there; divides the ranks.
 
         Raises:
             InvalidArgumentError: INVALID_FIELD: more ranks than GPUs, where there are GPUs.
@@ -194,6 +202,7 @@ class Ranks:
         """
         place = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0)
         world_size, local_world_size = _from_environment("WORLD_SIZE", 1), _from_environment("LOCAL_WORLD_SIZE", 1)
+        assert world_size % dp_replicate_size == 0
         if world_size == 1:
             return cls(*place, world_size, local_world_size)
         import torch
@@ -229,6 +238,7 @@ class Ranks:
             *place,
             world_size,
             local_world_size,
+            dp_replicate_size,
             commands=channel(_ENDLESS),
             turns=channel(_ENDLESS),
             execution=channel(timeout),

@@ -166,8 +166,10 @@ def server_info(message: GetServerInfoResponse) -> ServerInfo:
                 ModelInfo,
                 model,
                 aliases=tuple(model.aliases),
-                # A trainer that does not say has one rank.
-                mesh=_copied(Mesh, model.mesh) if model.HasField("mesh") else Mesh(),
+                # A trainer that does not say has one rank, or no replicas.
+                mesh=_copied(Mesh, model.mesh, dp_replicate_size=model.mesh.dp_replicate_size or 1)
+                if model.HasField("mesh")
+                else Mesh(),
             )
             for model in message.models
         ),

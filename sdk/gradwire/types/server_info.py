@@ -16,6 +16,8 @@ class Mesh:
     """Machines (nodes)."""
     fsdp_size: int = 1
     """Ranks that parameters are in parts on, each its part; 1: whole."""
+    dp_replicate_size: int = 1
+    """Times that all parts are there, on as many ranks each time; fsdp_size times this is world_size."""
 
 
 @dataclass(frozen=True)

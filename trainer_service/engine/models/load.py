@@ -43,7 +43,13 @@ class ModelDescription:
 
 
 def load_model(
-    base_model: str, folder: Path, device: Device, *, world_size: int = 1, config: Any = None
+    base_model: str,
+    folder: Path,
+    device: Device,
+    *,
+    fsdp_size: int = 1,
+    dp_replicate_size: int = 1,
+    config: Any = None,
 ) -> PreTrainedModel:
     """The model in float32 on the device: dropout off, every parameter that text reads trainable, no gradients yet.
 
@@ -54,7 +60,8 @@ def load_model(
         base_model: What it is called in refusals.
         folder: Where its files are.
         device: Where it goes.
-        world_size: With more than one, each rank reads its part of every parameter (parallel/sharding.py).
+        fsdp_size: Ranks that share each parameter; with more than one rank, each reads its part (parallel/sharding.py).
+        dp_replicate_size: Times that all parts are there.
         config: In place of the folder's own; parameters it has no use for are left out.
 
     Raises:
@@ -62,6 +69,7 @@ def load_model(
             read.
     """
     load: Any = _class_of(base_model, folder)
+    in_parts = fsdp_size * dp_replicate_size > 1
     try:
         # With output_loading_info it returns a pair.
         loaded: Any = load.from_pretrained(
@@ -72,7 +80,7 @@ def load_model(
             local_files_only=True,
             output_loading_info=True,
             **({} if config is None else {"config": config}),
-            **({} if world_size == 1 else {"distributed_config": _in_parts(world_size)}),
+            **({"distributed_config": _in_parts(fsdp_size, dp_replicate_size)} if in_parts else {}),
         )
     except (ValueError, OSError, KeyError, ImportError) as exc:
         raise _refused(base_model, f"cannot be loaded as a causal language model: {_first_line(exc)}") from exc
@@ -95,14 +103,14 @@ def load_model(
     for part in _text_parts(model):
         part.requires_grad_(True)
     forget_longest_sequence(model)
-    return model.to(device.torch_device) if world_size == 1 else model
+    return model if in_parts else model.to(device.torch_device)
 
 
-def _in_parts(world_size: int) -> Any:
+def _in_parts(fsdp_size: int, dp_replicate_size: int) -> Any:
     # Only here, since transformers has it only lately.
     from transformers import DistributedConfig
 
-    return DistributedConfig(fsdp_size=world_size)
+    return DistributedConfig(fsdp_size=fsdp_size, dp_replicate_size=dp_replicate_size)
 
 
 def describe(model: PreTrainedModel, *, base_model: str, device: Device, max_context_length: int) -> ModelDescription:

@@ -101,8 +101,15 @@ class ModelSource:
         return model, total
 
     def _read(self) -> PreTrainedModel | Sharded:
-        loaded = load_model(self._base_model, self._folder, self._device, world_size=self._ranks.world_size)
-        if self._ranks.world_size == 1:
+        ranks = self._ranks
+        loaded = load_model(
+            self._base_model,
+            self._folder,
+            self._device,
+            fsdp_size=ranks.fsdp_size,
+            dp_replicate_size=ranks.dp_replicate_size,
+        )
+        if ranks.world_size == 1:
             return loaded
         return Sharded.of_loaded(loaded, device=self._device, forward=runner.forward)
 

@@ -7,6 +7,9 @@ adapter's model has the base model's parts, tensor for tensor, and whole copies 
 
 Gradients of a sharded model are summed over the ranks, as losses are, by each backward. Adapters are on every rank, and
 their gradients are summed once a step (gradient_sums.py).
+
+With replicas (--dp-replicate-size) the mesh has two axes: parts lie along the second, and are there again along the
+first. Layers are gathered within a replica; between replicas gradients are summed, once a batch.
 """
 
 import copy
@@ -25,6 +28,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer_service.engine.device import Device
+from trainer_service.engine.parallel.gloo_collectives import use_gloo_collectives
 
 _RECORD = "_gradwire_sharded"
 _FORWARD = "gradwire_forward"
@@ -114,6 +118,8 @@ class Sharded:
             module.set_force_sum_reduction_for_comms(True)
             # A rank without a target leaves parameters without a gradient, while the others reduce theirs.
             module.set_reduce_scatter_unused_params(True)
+        if self._device.torch_device.type == "cpu":
+            use_gloo_collectives(model, fsdp_modules(model))
         vars(model)[_FORWARD] = functools.partial(_run, self._forward, model)
         register_fsdp_forward_method(model, _FORWARD)
         vars(model)[_RECORD] = record
@@ -183,8 +189,15 @@ def part(tensor: Tensor) -> Tensor:
 
 
 def is_part(tensor: Tensor) -> bool:
-    """Whether this rank has only a part of it."""
+    """Whether this rank has a part of it, as every other has."""
     return isinstance(tensor, DTensor)
+
+
+def in_first_replica(tensor: DTensor) -> bool:
+    """Whether this rank is of the first of those that have all parts among them."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    return not any(place for axis, place in enumerate(coordinate) if axis != _shard_axis(tensor))
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
@@ -198,8 +211,36 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
 
 def first_row(tensor: DTensor) -> int:
     """Where this rank's part begins in the whole: FSDP cuts the first dim into equal parts, the last ones shorter."""
-    mesh = tensor.device_mesh
-    return min(len(tensor), -(-len(tensor) // mesh.size()) * mesh.get_local_rank())
+    mesh, axis = tensor.device_mesh, _shard_axis(tensor)
+    return min(len(tensor), -(-len(tensor) // mesh.size(axis)) * mesh.get_local_rank(axis))
+
+
+def expect(model: PreTrainedModel, *, backward: bool, last: bool, keep: bool) -> None:
+    """Says what comes next, so that nothing is gathered or summed that need not be. Of a whole model nothing changes.
+
+    What is left gathered or unsummed is so until the last one, which must come before anything else of the model.
+
+    Args:
+        model: Is about to compute a microbatch.
+        backward: Whether its backward follows at once.
+        last: Whether it is the batch's last.
+        keep: Whether there is memory for whole parameters, and for gradients of them, until then.
+    """
+    if record_of(model) is None:
+        return
+    for module in fsdp_modules(model):
+        # What the root holds is used at both ends of a forward, so it stays in any case.
+        if module is not model:
+            module.set_reshard_after_forward(not keep or (last and not backward), recurse=False)
+        module.set_reshard_after_backward(not keep or last, recurse=False)
+        module.set_requires_gradient_sync(not keep or last, recurse=False)
+        # Sums over replicas are of parts, and can wait without taking memory that matters.
+        module.set_requires_all_reduce(last, recurse=False)
+
+
+def _shard_axis(tensor: DTensor) -> int:
+    """Of the mesh, the axis along which parts lie; along another, parts are there again."""
+    return next(axis for axis, placement in enumerate(tensor.placements) if placement.is_shard())
 
 
 def _run(forward: Forward, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Tensor:

@@ -9,7 +9,8 @@ A folder, whole or not at all, of safetensors and JSON and nothing else:
     manifest.json            last: what it is, and size and digest of every file
 
 Of several ranks each writes files of its own, such as parameters-00002-of-00004.safetensors, with its part of what is
-shared out; what is the same on all of them is in the first one's. Any number of ranks reads them: parts.py.
+shared out; what is the same on all of them is in the first one's, and what replicas share out alike in the first
+replica's. Any number of ranks reads them: parts.py.
 
 Tensors stream: none is held twice, and only a few MiB of one at a time on the way from a device to the disk.
 """
@@ -24,10 +25,11 @@ import torch
 from gradwire._wire.untrusted import parse_json
 from gradwire.errors import GradwireError, error
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from trainer_service.atomic_folders import FolderWriter, Manifest, damaged, read_manifest, verify
-from trainer_service.engine.parallel.sharding import is_part, part, part_of
+from trainer_service.engine.parallel.sharding import in_first_replica, is_part, part, part_of
 from trainer_service.engine.rank_channels import ALONE, Channel
 from trainer_service.engine.run_state import Accumulation, RunState
 from trainer_service.engine.storage.parts import MAX_WORLD_SIZE, Parts, file_name
@@ -102,14 +104,23 @@ def capture(run: RunState, *, gradients: bool, channel: Channel = ALONE) -> Stat
         parameters=_to_write(trained, channel),
         optimizer=_to_write(moments, channel),
         # Where parameters are the same on every rank, each rank's gradients are a summand until the next step.
-        gradients={name: part(p.grad) for name, p in trained.items() if p.grad is not None} if gradients else {},
+        gradients=_parts({name: p.grad for name, p in trained.items() if p.grad is not None}) if gradients else {},
         counters=counters,
     )
 
 
 def _to_write(tensors: Mapping[str, Tensor], channel: Channel) -> dict[str, Tensor]:
     """What of these this rank writes."""
-    return {name: part(tensor.detach()) for name, tensor in tensors.items() if channel.leads or is_part(tensor)}
+    return _parts({name: tensor.detach() for name, tensor in tensors.items() if channel.leads or is_part(tensor)})
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What this rank has of these, except for what the first replica has as well."""
+    return {
+        name: part(tensor)
+        for name, tensor in tensors.items()
+        if not isinstance(tensor, DTensor) or in_first_replica(tensor)
+    }
 
 
 def write_state(

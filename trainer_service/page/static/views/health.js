@@ -18,6 +18,7 @@ function ranks(counters) {
     const parts = [format.number(told("world_size"))];
     if (told("nnodes") > 1) parts.push(`on ${format.number(told("nnodes"))} machines`);
     if (told("fsdp_size") > 1) parts.push(`with parameters in ${format.number(told("fsdp_size"))} parts`);
+    if (told("dp_replicate_size") > 1) parts.push(`${format.number(told("dp_replicate_size"))} times over`);
     return parts.join(" ");
 }
 
