@@ -127,24 +127,9 @@ class _Gradients:
         return None if self._linear.b_EOR is None else self._b_ERO.transpose(1, 2)
 
     def backward(
-        self,
-        expert: int,
-        grad_nO: Tensor,
-        x_nI: Tensor,
-        low_Rn: Tensor | None,
-        grad_x_nI: Tensor | None,
-        weight_n: Tensor | None = None,
+        self, expert: int, grad_nO: Tensor, x_nI: Tensor, low_Rn: Tensor | None, grad_x_nI: Tensor | None
     ) -> None:
-        """Takes an expert's gradients, and fills that of x unless it is None.
-
-        Args:
-            expert: Its number.
-            grad_nO: Of what its forward answered, not yet weighted.
-            x_nI: What its forward had.
-            low_Rn: What its forward filled.
-            grad_x_nI: Is filled, as little weighted as grad.
-            weight_n: By which rows of the adapter's gradients are weighted.
-        """
+        """Takes an expert's gradients, and fills that of x unless it is None."""
         linear = self._linear
         if grad_x_nI is not None:
             torch.mm(grad_nO, linear.weight_EIO[expert].to(grad_nO.dtype).T, out=grad_x_nI)
@@ -153,8 +138,6 @@ class _Gradients:
         grad_low_Rn = torch.mm(self._scaled_b_EOR[expert].T, grad_nO.T)
         if grad_x_nI is not None:
             grad_x_nI.addmm_(grad_low_Rn.T, linear.a_ERI[expert])
-        if weight_n is not None:
-            grad_low_Rn, low_Rn = grad_low_Rn.mul_(weight_n), low_Rn.clone().mul_(weight_n)
         torch.mm(grad_low_Rn, x_nI, out=self.a_ERI[expert])
         torch.mm(low_Rn, grad_nO, out=self._b_ERO[expert])
 
@@ -187,8 +170,8 @@ class _Product(torch.autograd.Function):
 class _GatedMlps(torch.autograd.Function):
     """Of what it makes only gate and up are held: silu(gate) · up is made again, and no answer is ever whole.
 
-    With p a pair's silu(gate) · up, w its weight, g the gradient of the sum: y = Σ w · p · Wᵀ, so dp = w · (g · W), and
-    dw = p · (g · W), which needs no answer either.
+    With p a pair's silu(gate) · up, w its weight, g the gradient of the sum: the sum is Σ (w · p) · Wᵀ, so
+    dp = w · (g · W) and dw = p · (g · W), which needs no answer either.
     """
 
     @staticmethod
@@ -203,9 +186,10 @@ class _GatedMlps(torch.autograd.Function):
             token_n, both_nO = token_S[rows], both_SO[rows]
             gate_up.forward(expert, hidden_TD.index_select(0, token_n), both_nO, _columns(gate_up_low_RS, rows))
             gate_nH, up_nH = both_nO.chunk(2, dim=1)
+            weighted_nH = F.silu(gate_nH).mul_(up_nH).mul_(weight_S[rows, None])
             y_nD = hidden_TD.new_empty(len(token_n), hidden_TD.shape[1])
-            down.forward(expert, F.silu(gate_nH).mul_(up_nH), y_nD, _columns(down_low_RS, rows))
-            found_TD.index_add_(0, token_n, y_nD.float().mul_(weight_S[rows, None]))
+            down.forward(expert, weighted_nH, y_nD, _columns(down_low_RS, rows))
+            found_TD.index_add_(0, token_n, y_nD.float())
         matrices = (part for part in parts if not isinstance(part, float))
         ctx.save_for_backward(hidden_TD, weight_S, token_S, ends_E, both_SO, gate_up_low_RS, down_low_RS, *matrices)
         ctx.scales = gate_up.scale, down.scale
@@ -223,14 +207,15 @@ class _GatedMlps(torch.autograd.Function):
         grad_weight_S = torch.empty_like(weight_S)
         grad_TD = grad_TD.to(hidden_TD.dtype)
         for expert, rows in _rows_of(ends_E):
-            token_n, weight_n = token_S[rows], weight_S[rows]
+            token_n, weight_n = token_S[rows], weight_S[rows, None]
             x_nD, grad_nD = (each.index_select(0, token_n) for each in (hidden_TD, grad_TD))
             gate_nH, up_nH = both_SO[rows].chunk(2, dim=1)
             passed_nH = F.silu(gate_nH)
             product_nH, grad_product_nH = passed_nH * up_nH, torch.empty_like(passed_nH)
-            down.backward(expert, grad_nD, product_nH, _columns(down_low_RS, rows), grad_product_nH, weight_n)
+            weighted_nH = (product_nH * weight_n).to(product_nH.dtype)
+            down.backward(expert, grad_nD, weighted_nH, _columns(down_low_RS, rows), grad_product_nH)
             grad_weight_S[rows] = torch.linalg.vecdot(product_nH.float(), grad_product_nH.float()).to(weight_S.dtype)
-            grad_product_nH.mul_(weight_n[:, None])
+            grad_product_nH.mul_(weight_n)
             grad_both_nO = both_SO.new_empty(len(token_n), both_SO.shape[1])
             grad_gate_nH, grad_up_nH = grad_both_nO.chunk(2, dim=1)
             torch.mul(passed_nH, grad_product_nH, out=grad_up_nH)
