@@ -1,6 +1,7 @@
 """What a hostile or broken client sends to the gateway: refused in a sentence, never a 5xx, and seen by nobody else."""
 
 import asyncio
+import contextlib
 import json
 import random
 import socket
@@ -12,6 +13,7 @@ import zstandard
 
 from tests.front_end import front_end
 from tests.http_gateway import HttpGateway, http_gateway, one_pass
+from tests.waiting import DEADLINE_S
 from trainer_service.gateway import bodies
 from trainer_service.gateway.wire import tinker_wire_pb2 as wire
 
@@ -263,6 +265,28 @@ async def test_garbage_futures_are_not_found(tmp_path: Path):
             response = await gateway.http.post("/api/v1/retrieve_future", json={"request_id": request_id})
             assert response.status_code == 404, (request_id[:80], response.text)
             assert len(response.json()["error"]) < 500
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"GET /api/v1/healthz HTTP/1.1\r\nhost: x\r\nx-endless: ",
+        b"POST /api/v1/create_session HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx-endless: ",
+    ],
+    ids=["head", "trailer"],
+)
+async def test_a_head_without_an_end_is_not_kept(tmp_path: Path, begun: bytes):
+    async with front_end() as trainer, http_gateway(trainer.address, tmp_path) as gateway:
+        reader, writer = await asyncio.open_connection(gateway.http.base_url.host, gateway.http.base_url.port)
+        writer.write(begun)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(64):
+                writer.write(b"a" * 65536)
+                await writer.drain()
+        with contextlib.suppress(ConnectionError):
+            # It hangs up, which it does not while it waits for more.
+            assert b" 200 " not in await asyncio.wait_for(reader.read(), DEADLINE_S)
+        writer.close()
 
 
 async def test_whoever_has_no_valid_key_begins_nothing(tmp_path: Path):

@@ -48,6 +48,13 @@ class AnswerTranslation:
         if forward is not None and not forward.done():
             forward.set_result(response)
 
+    def waits(self, plan: dict[str, Any]) -> bool:
+        """Whether `outcome` of that plan may have to wait for something else than the answer it is given."""
+        if plan["as"] != "backward":
+            return False
+        forward = self._forwards.get(plan["forward"])
+        return forward is None or not forward.done()
+
     async def outcome(self, plan: dict[str, Any], response: TrainResponse, batch: Batch | None) -> Outcome:
         """Translates an answer.
 
