@@ -96,6 +96,10 @@ class AnswerTranslation:
     async def _weights(self, plan: dict[str, Any], result: Any, batch: Batch | None) -> Outcome:
         return Outcome.result(type="save_weights_for_sampler", path=paths.to_tinker(result.path))
 
+    async def _external(self, plan: dict[str, Any], result: Any, batch: Batch | None) -> Outcome:
+        path = paths.to_tinker(result.path)
+        return Outcome.result(type="save_weights_external", path=path, size_bytes=result.size_bytes)
+
     async def _sampler(self, plan: dict[str, Any], result: Any, batch: Batch | None) -> Outcome:
         sampler_id = self._open_sampler(plan["number"], result.path)
         return Outcome.result(type="save_weights_for_sampler", sampling_session_id=sampler_id)

@@ -6,12 +6,15 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from trainer_service.gateway import fireworks_api, openai_api, rest_api, sampling_api, training_api
+from trainer_service.gateway import downloads_api, fireworks_api, openai_api, rest_api, sampling_api, training_api
 from trainer_service.gateway.endpoints import Handler, route, tinker_refusal
 from trainer_service.gateway.gateway import Gateway
 from trainer_service.gateway.outcomes import Refusal
 from trainer_service.gateway.request_translation import JSON_KINDS
 
+_FILES = "external_files/{token}/{file:path}"
+_KEYLESS = {"healthz", _FILES}
+"""Open to everybody: probes have no key, and a file's URL has a token in it."""
 _TINKER: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "retrieve_future", training_api.retrieve_future),
     ("POST", "asample", sampling_api.asample),
@@ -43,7 +46,12 @@ _TINKER: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "training_runs/{run_id}/checkpoints/{checkpoint_id:path}/publish", rest_api.unserved_publish),
     ("DELETE", "training_runs/{run_id}/checkpoints/{checkpoint_id:path}/publish", rest_api.unserved_publish),
     ("PUT", "training_runs/{run_id}/checkpoints/{checkpoint_id:path}/ttl", rest_api.set_ttl),
-    ("GET", "training_runs/{run_id}/checkpoints/{checkpoint_id:path}/external_weights_urls", rest_api.unserved_urls),
+    (
+        "GET",
+        "training_runs/{run_id}/checkpoints/{checkpoint_id:path}/external_weights_urls",
+        downloads_api.external_weights_urls,
+    ),
+    ("GET", _FILES, downloads_api.external_file),
     ("DELETE", "training_runs/{run_id}/checkpoints/{checkpoint_id:path}", rest_api.delete_checkpoint),
     ("GET", "checkpoints", rest_api.list_user_checkpoints),
     ("POST", "weights_info", rest_api.weights_info),
@@ -86,7 +94,7 @@ _OF_JOBS: dict[tuple[str, str], Handler] = {
 def make_app(gateway: Gateway) -> ASGIApp:
     """The gateway as an application for an ASGI server."""
     routes: list[Route] = [
-        route(f"/api/v1/{path}", handler, gateway, method=method, keyless=path == "healthz")
+        route(f"/api/v1/{path}", handler, gateway, method=method, keyless=path in _KEYLESS)
         for method, path, handler in _TINKER
     ]
     routes += [route(path, handler, gateway, method=method) for method, path, handler in _FIREWORKS]

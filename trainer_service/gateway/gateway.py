@@ -11,6 +11,7 @@ from gradwire.errors import GradwireError
 from trainer_service.access import ApiKeys
 from trainer_service.config import GatewayConfig
 from trainer_service.gateway.answers import Answers
+from trainer_service.gateway.downloads import Downloads
 from trainer_service.gateway.fireworks_jobs import Jobs
 from trainer_service.gateway.models import Models
 from trainer_service.gateway.outcomes import Refusal
@@ -61,6 +62,7 @@ class Gateway:
             self._store, trainers, self.sessions, self._answers, self.sampling_sessions.add_frozen_weights
         )
         self.jobs = Jobs(self._store)
+        self.downloads = Downloads()
         self._ending: set[str] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), name="gateway-sweep")

@@ -111,7 +111,7 @@ class Samplers:
         elif path.kind == SAMPLER_WEIGHTS:
             held = self._checkpoint(path, held)
         elif held is None:
-            why = self._dropped.get(path, "the worker has none of that number, or was restarted since it was made")
+            why = self._dropped.get(path, "the worker has none of that number, and the run's journal tells of none")
             raise error(
                 "SAMPLER_NOT_FOUND",
                 f"There are no frozen weights {path}: {why}. Freeze them again with "
