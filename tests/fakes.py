@@ -198,6 +198,8 @@ class FakeWorker:
             self.steps[run_id] = _read_snapshot(Path(folder)) if folder else 0
         elif kind == "delete_run":
             self.steps.pop(run_id, None)
+            if not command.delete_run.unload:
+                self.frozen = {path: steps for path, steps in self.frozen.items() if path.run_id != run_id}
         elif kind == "freeze_weights":
             frozen = command.freeze_weights
             self.frozen[SamplerPath.frozen_weights(frozen.run_id, frozen.seq_id)] = self.steps[run_id]

@@ -132,6 +132,8 @@ class Runs:
         """Writes what is left to write and releases every run, for another trainer to take over."""
         if self._capacity_keeper is not None:
             self._capacity_keeper.cancel()
+        for freezing in self._freezing.values():
+            freezing.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_STOP_GRACE_S)
         await asyncio.gather(*(run.placement.let_go() for run in self._runs.values()))
@@ -239,7 +241,10 @@ class Runs:
                 seq_id=seq_id,
                 as_run=f"{run.run_id}-frozen-{secrets.token_hex(3)}",
             )
-        if run.placement.epoch == epoch:
+        if self._runs.get(run.run_id) is not run:
+            # It was deleted meanwhile, and these with it.
+            self._worker.submit(WorkerCommand(run_id=run.run_id, delete_run=WorkerDeleteRun()), lambda _: None)
+        elif run.placement.epoch == epoch:
             run.placement.frozen.made([seq_id])
 
     async def delete(self, run_id: str) -> None:

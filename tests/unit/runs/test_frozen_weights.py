@@ -1,5 +1,6 @@
 """Frozen weights that went with their worker, over a fake worker that knows of each only the steps before it."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest
 
 from tests.fakes import FakeWorker
 from tests.runs import EVERY_2_STEPS, operations, settled, step, trainer
+from tests.waiting import until
 from trainer_service.config import Durability, Retention, SnapshotPolicy
 from trainer_service.paths import SamplerPath
 from trainer_service.runs.operation import Operation
@@ -86,6 +88,22 @@ async def test_what_is_asked_for_while_there_is_no_worker_comes_back_with_the_ru
         await runs.bring_back_frozen(run, 4)
         assert steps_frozen(worker, run) == {4: 3}
         assert {run_id for run_id, _, _ in worker.executed} == {run.run_id}
+
+
+async def test_those_of_a_run_that_is_deleted_while_they_are_made_are_let_go(tmp_path: Path):
+    worker = FakeWorker()
+    async with trainer(tmp_path, worker, durability=EVERY_2_STEPS) as runs:
+        run = await make_run(runs, freezes={2}, up_to=8)
+        await next_worker(worker, run)
+        worker.gate.clear()
+        making = asyncio.create_task(runs.bring_back_frozen(run, 2))
+        await worker.has_waiting(1)
+        deleting = asyncio.create_task(runs.delete(run.run_id))
+        await worker.has_waiting(2)
+        worker.gate.set()
+        await asyncio.gather(making, deleting, return_exceptions=True)
+        await until(lambda: not worker.waiting)
+        assert (worker.steps, worker.frozen) == ({}, {})
 
 
 async def test_closed_ones_do_not_come_back_with_their_run(tmp_path: Path):
