@@ -22,7 +22,7 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEven
 from trainer_service.atomic_folders import read_manifest, whole_folder
 from trainer_service.field_limits import check_ttl_seconds
 from trainer_service.fleet.worker import Deliver, Died, Reply
-from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath, check_checkpoint_name
+from trainer_service.paths import SAMPLER_WEIGHTS, STATE, CheckpointPath, SamplerPath, check_checkpoint_name
 from trainer_service.user_metadata import check_user_metadata
 
 READY = WorkerReady(
@@ -68,6 +68,8 @@ class FakeWorker:
         self.gate.set()
         self.steps: dict[str, int] = {}
         """Optimizer steps of the runs held, which is all there is of them."""
+        self.frozen: dict[SamplerPath, int] = {}
+        """Those of frozen weights."""
         self._commands: deque[tuple[WorkerCommand, Deliver]] = deque()
         self._arrived = asyncio.Event()
         self._ready_callbacks: list[Callable[[], object]] = []
@@ -124,6 +126,7 @@ class FakeWorker:
         died = error("WORKER_DIED", reason)
         self.ready, self.status_message = None, reason
         self.steps.clear()
+        self.frozen.clear()
         for callback in self._death_callbacks:
             callback(died)
         executing = bool(self._commands)
@@ -195,6 +198,11 @@ class FakeWorker:
             self.steps[run_id] = _read_snapshot(Path(folder)) if folder else 0
         elif kind == "delete_run":
             self.steps.pop(run_id, None)
+            if not command.delete_run.unload:
+                self.frozen = {path: steps for path, steps in self.frozen.items() if path.run_id != run_id}
+        elif kind == "freeze_weights":
+            frozen = command.freeze_weights
+            self.frozen[SamplerPath.frozen_weights(frozen.run_id, frozen.seq_id)] = self.steps[run_id]
         elif kind == "snapshot_run":
             folder = Path(command.snapshot_run.folder)
             folder.mkdir(parents=True, exist_ok=True)
@@ -269,7 +277,9 @@ class FakeWorker:
                 path = self.save(CheckpointPath(run_id, STATE, save.name), **_label(save))
                 return TrainResponse(save_state=ops.SaveStateResponse(path=path))
             case "save_weights_for_sampler" if request.save_weights_for_sampler.ephemeral:
-                path = f"gradwire://{run_id}/frozen_weights/{request.seq_id}"
+                path = SamplerPath.frozen_weights(run_id, request.seq_id)
+                self.frozen[path] = self.steps[run_id]
+                path = str(path)
                 return TrainResponse(save_weights_for_sampler=ops.SaveWeightsForSamplerResponse(path=path))
             case "save_weights_for_sampler" if self.checkpoint_dir is not None:
                 save = request.save_weights_for_sampler

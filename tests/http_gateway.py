@@ -95,6 +95,6 @@ async def http_gateway(address: str, folder: Path, **settings: Any) -> AsyncIter
         async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False) as http:
             yield HttpGateway(gateway, http, server.address)
     finally:
-        gateway.stopping.set()
+        gateway.end_polls()
         await server.stop()
         await gateway.close()

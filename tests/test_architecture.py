@@ -25,6 +25,7 @@ GROUND = {
     "join_token",
     "model_folder",
     "ports",
+    "http_protocols",
     "http_server",
     "metrics_server",
     "logs",

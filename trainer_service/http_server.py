@@ -13,6 +13,7 @@ import uvicorn
 
 from trainer_service.addresses import join_address, split_address
 from trainer_service.config import ServerTls
+from trainer_service.http_protocols import http_protocol
 
 _BACKLOG = 2048
 """Connections that wait to be accepted."""
@@ -57,8 +58,7 @@ class HttpServer:
         client_ca_file = None if tls is None else tls.client_ca_file
         config = uvicorn.Config(
             app,
-            # httptools is faster, and lets a peer send a header without an end.
-            http="h11",
+            http=http_protocol(),
             ws="none",
             lifespan="off",
             log_config=None,

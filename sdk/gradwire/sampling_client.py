@@ -6,7 +6,7 @@ import functools
 import queue
 import time
 import weakref
-from collections.abc import AsyncGenerator, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from concurrent.futures import Future as ConcurrentFuture
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,8 @@ _CLOSE_TIMEOUT_S = 10.0
 LEASE_MS = 60_000
 """How long the trainer keeps frozen weights whose client fell silent from making room for others."""
 _RENEWALS_PER_LEASE = 4
+_MAX_DEATHS = 3
+"""Deaths of the worker during one request after which it is given up."""
 _GATHERED_INTERVAL_MS = 1000
 """Between messages of a sample that nobody reads along."""
 
@@ -249,21 +251,24 @@ class SamplingClient(RefusesTinkerNames):
             raise OperationCancelledError("This SamplingClient is closed; make a new one.", reason="CANCELLED")
         return sample_request(*arguments, **named)
 
-    async def _responses(self, request: pb.SampleRequest, span: CallSpan) -> AsyncGenerator[pb.SampleResponse]:
-        """The trainer's messages. Until the first one, the call is retried while the trainer is away or starting."""
+    async def _responses(
+        self, request: pb.SampleRequest, span: CallSpan, begin_again: Callable[[], object] | None = None
+    ) -> AsyncGenerator[pb.SampleResponse]:
+        """The trainer's messages. The call is retried while the trainer is away or starting, and where its worker dies:
+        until the first message, or all along where `begin_again` forgets those that came."""
         metadata = [*self._connection.metadata, *span.headers.items()]
         with span:
-            async with contextlib.aclosing(self._retried(request, metadata)) as responses:
+            async with contextlib.aclosing(self._retried(request, metadata, begin_again)) as responses:
                 async for response in responses:
                     yield response
 
     async def _retried(
-        self, request: pb.SampleRequest, metadata: list[tuple[str, str]]
+        self, request: pb.SampleRequest, metadata: list[tuple[str, str]], begin_again: Callable[[], object] | None
     ) -> AsyncGenerator[pb.SampleResponse]:
         source = await asyncio.wrap_future(self._source)
         request.sampler.CopyFrom(source.message())
         deadline = time.monotonic() + self._timeout_s
-        backoff, begun = Backoff(), False
+        backoff, begun, deaths = Backoff(), False, 0
         while True:
             stub = SamplingServiceStub(self._connection.channel())
             left_s = max(0.01, deadline - time.monotonic())
@@ -275,8 +280,14 @@ class SamplingClient(RefusesTinkerNames):
                 return
             except grpc.aio.AioRpcError as exc:
                 failure = self._connection.explain(exc, "Sample", self._timeout_s)
-                if begun or not is_passing(failure):
+                # The request itself may be what the worker dies of.
+                deaths += failure.reason == "WORKER_DIED"
+                passing = is_passing(failure) or (failure.reason == "WORKER_DIED" and deaths < _MAX_DEATHS)
+                if not passing or (begun and begin_again is None):
                     raise failure from None
+                if begun and begin_again is not None:
+                    begin_again()
+                    begun = False
                 delay_s = backoff.next_s(failure.retry_after_s)
                 if time.monotonic() + delay_s >= deadline:
                     raise failure from None
@@ -287,7 +298,7 @@ class SamplingClient(RefusesTinkerNames):
     async def _gather(self, request: pb.SampleRequest, span: CallSpan) -> SampleResponse:
         request.message_interval_ms = _GATHERED_INTERVAL_MS
         gathered = Gathered(request)
-        async with contextlib.aclosing(self._responses(request, span)) as responses:
+        async with contextlib.aclosing(self._responses(request, span, gathered.clear)) as responses:
             async for response in responses:
                 gathered.add(response)
         return gathered.response()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gradwire import AdamParams, ServiceClient
+from gradwire import AdamParams, SamplingParams, ServiceClient
 from gradwire.errors import UnavailableError
 
 from tests.cut_proxy import cut_proxy
@@ -86,13 +86,22 @@ def test_kill_9_of_the_worker_mid_step_costs_time_and_nothing_else(tiny_llama: P
         batch = data(9, 20)
         for future in [*steps(undisturbed, batch, 6), *steps(client, batch, 2)]:
             future.result(60)
+        frozen = client.save_weights_and_get_sampling_client()
+        params = SamplingParams(max_tokens=40, seed=7, stop=[])
+        sampled = frozen.sample([5, 6, 7], 4, params).result(60)
         worker = trainer.worker_pid()
+        sampling = frozen.sample([5, 6, 7], 4, params)
         # Stopped, so that operations are under way when the blow comes.
         os.kill(worker, signal.SIGSTOP)
         pending = steps(client, batch, 4)
         time.sleep(0.2)
         os.kill(worker, signal.SIGKILL)
         assert [future.result(60).step for future in pending[1::2]] == [3, 4, 5, 6]
+        # What is sampled from is frozen again as it was; what was being sampled begins again.
+        for again in (sampling, frozen.sample([5, 6, 7], 4, params)):
+            assert [(one.tokens, one.logprobs) for one in again.result(60).sequences] == [
+                (one.tokens, one.logprobs) for one in sampled.sequences
+            ]
         assert [run.state for run in service.list_runs()] == ["active", "active"]
         # The other run was idle, and comes back when it is asked.
         np.testing.assert_array_equal(all_logprobs(client, batch), all_logprobs(undisturbed, batch))

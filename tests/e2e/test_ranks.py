@@ -131,6 +131,10 @@ def test_samples_of_two_ranks_have_the_trainer_s_logprobs(lora_rank: int, servic
 
 def test_memory_that_runs_out_on_one_rank_fails_that_operation_alone(trainer: TrainerProcess, service: ServiceClient):
     client = service.create_training_client()
+    client.forward_backward(data(30, 20), "summed")
+    client.optim_step(ADAM).result(60)
+    sampler, tokens = client.save_weights_and_get_sampling_client(), ModelInput.from_ints([5, 6, 7, 8, 9])
+    told = sampler.compute_logprobs(tokens).result(60)
     before = metric(trainer, "gradwire_worker_restarts_total")
     failing = client.forward_backward(data(30, 20), "out_of_memory")
     step = client.optim_step(ADAM)
@@ -141,8 +145,10 @@ def test_memory_that_runs_out_on_one_rank_fails_that_operation_alone(trainer: Tr
     assert refusal.reason == "PRIOR_OPERATION_FAILED"
     # Once, not three times: it is not tried again.
     client.forward_backward(data(30, 20), "summed").result(60)
-    assert client.optim_step(ADAM).result(60).step == 1
+    assert client.optim_step(ADAM).result(60).step == 2
     assert metric(trainer, "gradwire_worker_restarts_total") == before + 1
+    # The ranks began again, and what was frozen is whole on each of them as before.
+    assert sampler.compute_logprobs(tokens).result(60) == told
     client.delete_run()
 
 

@@ -53,9 +53,8 @@ def step(client: tinker.TrainingClient, number: int) -> list[str]:
     return [told(one.result()) for one in (*passes, stepped)]
 
 
-def sample(client: tinker.TrainingClient, name: str) -> list[int]:
-    """Tokens that the parameters as they are choose; saved, since what is merely frozen goes with the worker."""
-    sampler = client.create_sampling_client(client.save_weights_for_sampler(name).result().path).result()
+def sample(sampler: tinker.SamplingClient) -> list[int]:
+    """Tokens that its parameters choose."""
     params = types.SamplingParams(max_tokens=8, temperature=0.0)
     return list(sampler.sample(types.ModelInput.from_ints([40, 41, 42]), 1, params).result().sequences[0].tokens)
 
@@ -82,12 +81,18 @@ def run(url: str, record: Path, steps: int) -> None:
         if saved:
             first = saved[-1]["step"] + 1
             client = service.create_training_client_from_state_with_optimizer(saved[-1]["saved"]).result()
+            # Of the same parameters as the one of the client before.
+            sampler = client.save_weights_and_get_sampling_client().result()
         else:
-            first = 0
+            first, sampler = 0, None
             client = service.create_lora_training_client("tiny", rank=4, seed=1).result()
         for number in range(first, steps):
             write(step=number, told=step(client, number))
             if number % 2:
-                write(step=number, sampled=sample(client, f"at-{number}"))
+                # Frozen in the worker's memory, and used until the next.
+                sampler = client.save_weights_and_get_sampling_client().result()
+            if sampler is not None:
+                write(step=number, sampled=sample(sampler))
+            if number % 2:
                 write(step=number, saved=client.save_state(f"at-{number}", overwrite=True).result().path)
         write(step=steps, told=[told(client.forward(make_data(1), "cross_entropy").result())])

@@ -129,7 +129,7 @@ PROBES: dict[str, Callable[[World], Any]] = {
         lambda w: w.rest.get_current_checkpoint_storage_usage().result()
     ),
     "RestClient.get_external_weights_urls": lambda w: w.rest.get_external_weights_urls(
-        f"tinker://{w.run_id}/external_weights/x"
+        w.client.save_weights_external("files").result().path
     ).result(),
     "RestClient.get_sampler": lambda w: w.rest.get_sampler(_sampler_id(w)).result(),
     "RestClient.get_server_capabilities": lambda w: w.rest.get_server_capabilities().result(),

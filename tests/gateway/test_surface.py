@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 import warnings
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_every_public_call_is_served_or_says_what_to_do_instead(world: World, mo
     assert DOCS.read_text() == found, "run this test with GRADWIRE_WRITE_DOCS=1"
 
 
-def test_the_command_line_lists_runs_and_checkpoints(world: World, gateway: GatewayProcess, tmp_path: Path):
+def test_the_command_line_lists_and_downloads(world: World, gateway: GatewayProcess, tmp_path: Path):
     env = {**os.environ, "TINKER_BASE_URL": gateway.base_url, "TINKER_API_KEY": KEY, "HOME": str(tmp_path)}
 
     def told(*words: str) -> str:
@@ -90,4 +91,17 @@ def test_the_command_line_lists_runs_and_checkpoints(world: World, gateway: Gate
 
     assert world.run_id in json.dumps(json.loads(told("run", "list")))
     assert world.state in json.dumps(json.loads(told("checkpoint", "list")))
+    # It loads the state into a model of its own, exports that, and deletes the export.
+    told("checkpoint", "download", world.state, "--output", str(tmp_path))
+    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    names = {"adapter_config.json", "adapter_model.safetensors"}
+    assert names <= {path.name for path in folder.iterdir()}
+    whole = world.client.save_weights_external("whole").result().path
+    urls = world.rest.get_external_weights_urls(whole).result().urls
+    with urllib.request.urlopen(urls["adapter_model.safetensors"]) as response:
+        assert response.read() == (folder / "adapter_model.safetensors").read_bytes()
+    kinds = {
+        one.checkpoint_id: one.checkpoint_type for one in world.rest.list_checkpoints(world.run_id).result().checkpoints
+    }
+    assert kinds["external_weights/whole"] == "external"
     world.service.close("success")

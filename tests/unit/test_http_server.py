@@ -1,5 +1,6 @@
 """The HTTP server that page and gateway share."""
 
+import asyncio
 import socket
 import ssl
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.waiting import until
 from trainer_service.certificates import make_certificate
 from trainer_service.config import ServerTls
 from trainer_service.http_server import HttpServer, listening_socket
@@ -83,3 +85,38 @@ async def test_an_address_or_a_key_that_cannot_be_used_is_said(tls: ServerTls, t
     with pytest.raises(OSError, match="KEY_VALUES_MISMATCH"):
         await server.start(hello, stop_grace_s=1)
     await server.stop()
+
+
+async def test_a_head_leaves_in_one_piece_with_its_body_and_alone_where_the_body_lets_wait():
+    """Clients read what they are sent: two pieces wake them twice."""
+    pieces: list[bytes] = []
+
+    class Reader(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
+            pieces.append(data)
+
+    begun = asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+        if scope["path"] == "/slow":
+            await begun.wait()
+        await send({"type": "http.response.body", "body": b"body"})
+
+    server = HttpServer("127.0.0.1:0", tls=None)
+    await server.start(slow, stop_grace_s=1)
+    host, port = server.address.split(":")
+    transport, _ = await asyncio.get_running_loop().create_connection(Reader, host, int(port))
+    try:
+        transport.write(b"GET /fast HTTP/1.1\r\nhost: x\r\n\r\n")
+        await until(lambda: len(pieces) == 1)
+        assert pieces[0].endswith(b"\r\n\r\nbody")
+        transport.write(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n")
+        await until(lambda: len(pieces) == 2)
+        assert pieces[1].endswith(b"\r\n\r\n")
+        begun.set()
+        await until(lambda: len(pieces) == 3)
+        assert pieces[2] == b"body"
+    finally:
+        transport.close()
+        await server.stop()

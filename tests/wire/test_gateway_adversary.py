@@ -1,6 +1,7 @@
 """What a hostile or broken client sends to the gateway: refused in a sentence, never a 5xx, and seen by nobody else."""
 
 import asyncio
+import contextlib
 import json
 import random
 import socket
@@ -12,6 +13,7 @@ import zstandard
 
 from tests.front_end import front_end
 from tests.http_gateway import HttpGateway, http_gateway, one_pass
+from tests.waiting import DEADLINE_S
 from trainer_service.gateway import bodies
 from trainer_service.gateway.wire import tinker_wire_pb2 as wire
 
@@ -212,6 +214,7 @@ async def test_two_keys_do_not_see_each_other(tmp_path: Path):
             at = f"/api/v1/training_runs/{run_id}"
             others += [("GET", at, None), ("DELETE", f"{at}/checkpoints/{name}", None)]
             others += [("PUT", f"{at}/checkpoints/{name}/ttl", {"ttl_seconds": 5})]
+            others += [("GET", f"{at}/checkpoints/{name}/external_weights_urls", None)]
         for method, path, body in others:
             missing = (
                 path.replace(hers["run_id"], "run-0").replace(hers["session_id"], "0" * 36).replace(job_id, "none")
@@ -248,6 +251,35 @@ async def test_two_keys_do_not_see_each_other(tmp_path: Path):
         assert beat.status_code == 200
 
 
+async def test_a_files_url_opens_that_checkpoint_and_nothing_else(tmp_path: Path):
+    async with front_end(api_keys=KEYS) as trainer, http_gateway(trainer.address, tmp_path) as gateway:
+        model_id = await gateway.model(await gateway.session(ALICE), key=ALICE)
+        asked = {"model_id": model_id, "path": "away"}
+        saved = await gateway.post("save_weights_external", ALICE, **asked, seq_id=1)
+        told = (await gateway.result(saved["request_id"], ALICE)).json()
+        assert told["path"].endswith("/external_weights/away")
+        run_id = told["path"].removeprefix("tinker://").partition("/")[0]
+        at = f"/api/v1/training_runs/{run_id}/checkpoints/external_weights/away/external_weights_urls"
+        urls = (await gateway.http.get(at, headers={"x-api-key": ALICE})).json()["urls"]
+        assert sorted(urls) == ["name", "zeros"]
+        fetched = {name: (await gateway.http.get(url)).content for name, url in urls.items()}
+        assert fetched == {"name": b"external-weights.away", "zeros": bytes(3_000_000)}
+        for url in (
+            urls["zeros"].replace("/zeros", "/other"),
+            urls["zeros"].replace("/zeros", "/..%2f..%2fmanifest.json"),
+            urls["zeros"].replace("external_files/", "external_files/x"),
+        ):
+            assert (await gateway.http.get(url)).status_code == 404
+        # What was offered is not there any more.
+        await gateway.http.delete(at.removesuffix("/external_weights_urls"), headers={"x-api-key": ALICE})
+        assert (await gateway.http.get(urls["zeros"])).status_code == 404
+        encrypted = await gateway.post(
+            "save_weights_external", ALICE, **asked, seq_id=2, age_encryption_recipients=["age1x"]
+        )
+        refused = (await gateway.result(encrypted["request_id"], ALICE)).json()
+        assert (refused["category"], "age_encryption_recipients is not served" in refused["error"]) == ("user", True)
+
+
 async def test_garbage_futures_are_not_found(tmp_path: Path):
     async with front_end() as trainer, http_gateway(trainer.address, tmp_path) as gateway:
         session_id = await gateway.session()
@@ -263,6 +295,28 @@ async def test_garbage_futures_are_not_found(tmp_path: Path):
             response = await gateway.http.post("/api/v1/retrieve_future", json={"request_id": request_id})
             assert response.status_code == 404, (request_id[:80], response.text)
             assert len(response.json()["error"]) < 500
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"GET /api/v1/healthz HTTP/1.1\r\nhost: x\r\nx-endless: ",
+        b"POST /api/v1/create_session HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx-endless: ",
+    ],
+    ids=["head", "trailer"],
+)
+async def test_a_head_without_an_end_is_not_kept(tmp_path: Path, begun: bytes):
+    async with front_end() as trainer, http_gateway(trainer.address, tmp_path) as gateway:
+        reader, writer = await asyncio.open_connection(gateway.http.base_url.host, gateway.http.base_url.port)
+        writer.write(begun)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(64):
+                writer.write(b"a" * 65536)
+                await writer.drain()
+        with contextlib.suppress(ConnectionError):
+            # It hangs up, which it does not while it waits for more.
+            assert b" 200 " not in await asyncio.wait_for(reader.read(), DEADLINE_S)
+        writer.close()
 
 
 async def test_whoever_has_no_valid_key_begins_nothing(tmp_path: Path):

@@ -43,7 +43,10 @@ async def test_a_refused_operation_uses_its_number_up(tmp_path: Path):
         model_id = await gateway.model(await gateway.session())
         refused = [
             await gateway.forward_backward(model_id, 1, loss_fn="stable_reinforce"),
-            await gateway.http.post("/api/v1/save_weights_external", json={"model_id": model_id, "seq_id": 2}),
+            await gateway.http.post(
+                "/api/v1/save_weights_external",
+                json={"model_id": model_id, "seq_id": 2, "age_encryption_recipients": ["age1x"]},
+            ),
             await gateway.http.post(
                 "/api/v1/optim_step", json={"model_id": model_id, "seq_id": 3, "optimizer_params": {"type": "dimuon"}}
             ),

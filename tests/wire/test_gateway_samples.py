@@ -148,6 +148,18 @@ async def test_one_of_several_equal_requests_that_is_cancelled_ends_no_other(tmp
         await until(lambda: not trainer.worker.sampling)
 
 
+async def test_a_request_under_which_the_worker_dies_begins_again_and_is_given_up_the_third_time(tmp_path: Path):
+    async with front_end() as trainer, http_gateway(trainer.address, tmp_path) as gateway:
+        sampler = await new_sampler(gateway)
+        request_id = await sampler.ask(0, max_tokens=None)
+        for _ in range(3):
+            await until(lambda: len(trainer.worker.sampling) == 1)
+            trainer.worker.die()
+            trainer.worker.become_ready()
+        told = (await gateway.result(request_id)).json()
+        assert (told["reason"], told["category"]) == ("WORKER_DIED", "server")
+
+
 async def test_a_silent_clients_samples_end(tmp_path: Path):
     async with front_end() as trainer, http_gateway(trainer.address, tmp_path, session_grace_s=0.4) as gateway:
         sampler = await new_sampler(gateway)

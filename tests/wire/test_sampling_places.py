@@ -7,12 +7,12 @@ from typing import Any
 import grpc.aio
 import pytest
 from gradwire import ServiceClient
-from gradwire.errors import GradwireError, from_rpc_error
+from gradwire.errors import GradwireError, UnavailableError, from_rpc_error
 from gradwire.v1 import sampling_service_pb2 as pb
 from gradwire.v1.datum_pb2 import ModelInput
 
 from tests.front_end import FrontEnd, front_end, front_end_on_a_thread
-from tests.waiting import wait_until
+from tests.waiting import until, wait_until
 from trainer_service.config import Limits
 
 KEYS = ("alice alice-key", "bob bob-key")
@@ -68,6 +68,21 @@ def test_a_coroutine_cancelled_while_it_awaits_a_sample_frees_its_place_as_cance
         wait_until(lambda: trainer.worker.sampling)
         assert future.cancel()
         wait_until(lambda: not trainer.worker.sampling)
+
+
+async def test_a_sample_under_which_the_worker_dies_begins_again_and_is_given_up_the_third_time():
+    async with front_end() as trainer:
+        with ServiceClient(f"http://{trainer.address}", timeout_s=20) as service:
+            sampler = await asyncio.to_thread(service.create_sampling_client)
+            future = sampler.sample([1, 2])
+            for _ in range(3):
+                await until(lambda: len(trainer.worker.sampling) == 1)
+                assert not future.done()
+                trainer.worker.die()
+                trainer.worker.become_ready()
+            with pytest.raises(UnavailableError) as given_up:
+                await asyncio.wait_for(future, 20)
+            assert given_up.value.reason == "WORKER_DIED"
 
 
 def test_the_lease_of_frozen_weights_is_renewed_while_their_client_is_there(monkeypatch: pytest.MonkeyPatch):

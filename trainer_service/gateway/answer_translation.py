@@ -48,6 +48,13 @@ class AnswerTranslation:
         if forward is not None and not forward.done():
             forward.set_result(response)
 
+    def waits(self, plan: dict[str, Any]) -> bool:
+        """Whether `outcome` of that plan may have to wait for something else than the answer it is given."""
+        if plan["as"] != "backward":
+            return False
+        forward = self._forwards.get(plan["forward"])
+        return forward is None or not forward.done()
+
     async def outcome(self, plan: dict[str, Any], response: TrainResponse, batch: Batch | None) -> Outcome:
         """Translates an answer.
 
@@ -88,6 +95,10 @@ class AnswerTranslation:
 
     async def _weights(self, plan: dict[str, Any], result: Any, batch: Batch | None) -> Outcome:
         return Outcome.result(type="save_weights_for_sampler", path=paths.to_tinker(result.path))
+
+    async def _external(self, plan: dict[str, Any], result: Any, batch: Batch | None) -> Outcome:
+        path = paths.to_tinker(result.path)
+        return Outcome.result(type="save_weights_external", path=path, size_bytes=result.size_bytes)
 
     async def _sampler(self, plan: dict[str, Any], result: Any, batch: Batch | None) -> Outcome:
         sampler_id = self._open_sampler(plan["number"], result.path)

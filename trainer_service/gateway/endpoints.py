@@ -91,7 +91,7 @@ def route(
         gateway: Handed to it.
         method: Of HTTP.
         on_refusal: The form of refusals.
-        keyless: Open to everybody: probes have no key.
+        keyless: Open to everybody.
     """
 
     return Route(path, _Endpoint(handler, gateway, on_refusal, keyless), methods=[method])

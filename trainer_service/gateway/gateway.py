@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import AsyncGenerator
 
 from gradwire.errors import GradwireError
 
 from trainer_service.access import ApiKeys
 from trainer_service.config import GatewayConfig
 from trainer_service.gateway.answers import Answers
+from trainer_service.gateway.downloads import Downloads
 from trainer_service.gateway.fireworks_jobs import Jobs
 from trainer_service.gateway.models import Models
 from trainer_service.gateway.outcomes import Refusal
@@ -48,9 +50,9 @@ class Gateway:
         """Keys that open the gateway itself; without any, the trainer alone decides."""
         self.trainers = trainers
         self.tokenizers = Tokenizers()
-        self.stopping = asyncio.Event()
-        self.stopped = asyncio.ensure_future(self.stopping.wait())
-        """Done once the gateway stops; long polls end with it."""
+        self._stopping = False
+        self._polls: set[asyncio.Timeout] = set()
+        """Of requests that wait for an answer."""
         self._store = Store(config.data_dir / "gateway" / "gateway.sqlite")
         self._answers = Answers()
         self.sessions = Sessions(self._store, grace_s=config.session_grace_s)
@@ -60,9 +62,27 @@ class Gateway:
             self._store, trainers, self.sessions, self._answers, self.sampling_sessions.add_frozen_weights
         )
         self.jobs = Jobs(self._store)
+        self.downloads = Downloads()
         self._ending: set[str] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), name="gateway-sweep")
+
+    @contextlib.asynccontextmanager
+    async def long_poll(self, timeout_s: float) -> AsyncGenerator[None]:
+        """Raises TimeoutError where the block takes longer, or once the gateway stops."""
+        async with asyncio.timeout(0 if self._stopping else timeout_s) as poll:
+            self._polls.add(poll)
+            try:
+                yield
+            finally:
+                self._polls.discard(poll)
+
+    def end_polls(self) -> None:
+        """The gateway stops: nobody is kept waiting any more."""
+        self._stopping = True
+        for poll in self._polls:
+            if not poll.expired():
+                poll.reschedule(asyncio.get_running_loop().time())
 
     def session_models(self, session: Session) -> list[str]:
         """Ids of a session's models."""
@@ -135,7 +155,7 @@ class Gateway:
 
     async def close(self) -> None:
         """Stops, and leaves everything for the next gateway."""
-        self.stopping.set()
+        self.end_polls()
         self._sweeper.cancel()
         for task in self._background:
             task.cancel()

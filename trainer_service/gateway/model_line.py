@@ -5,12 +5,13 @@ it had not sent is sent by the next one.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
 import sqlite3
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from trainer_service.gateway.run_stream import RunStream
 from trainer_service.gateway.store import OperationRow, Store
 from trainer_service.gateway.tensors import read_batch
 from trainer_service.gateway.trainers import Trainer
+from trainer_service.gateway.wire import tinker_wire_pb2 as wire
 from trainer_service.tracing import trace_headers
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,18 @@ class CustomLosses:
 
     at_one_forward: int = 0
     at_two_forwards: int = 0
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """An operation that is acknowledged and not sent."""
+
+    row: OperationRow | None = None
+    """None where the store alone has it: it is large, or an earlier gateway took it in."""
+    request: wire.ForwardBackwardRequest | None = None
+    """Its body, of a pass that is about to be sent."""
+    trace: Mapping[str, str] = field(default_factory=dict)
+    """The context of whoever asked for it; what an earlier gateway took in has none."""
 
 
 def request_id_of(model_id: str, seq_id: int) -> str:
@@ -105,14 +119,11 @@ class ModelLine:
         self._key = key
         self._translation = AnswerTranslation(self.answer_of, open_sampler)
         self._kept = KeptForwards()
-        self._waiting: dict[int, OperationRow | None] = {}
-        """What is acknowledged and not sent, by number; what is large, or an earlier gateway took in, is in the store
-        alone."""
-        self._traces: dict[int, Mapping[str, str]] = {}
-        """The contexts of those who asked for them; what an earlier gateway took in has none."""
+        self._waiting: dict[int, _Waiting] = {}
+        """What is acknowledged and not sent, by number."""
         self._unanswered: dict[int, asyncio.Future[Outcome]] = {}
         self._next = 1
-        self._came = asyncio.Event()
+        self._sending = False
         self._started = asyncio.Event()
         self._translating: set[asyncio.Task[None]] = set()
         self._answered = LaterWrites(store.operations_answered, after_s=_FLUSH_S)
@@ -133,8 +144,14 @@ class ModelLine:
 
     # ── taking in ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def submit(self, seq_id: int, kind: str, body: bytes) -> str:
+    def submit(self, seq_id: int, kind: str, body: bytes, request: wire.ForwardBackwardRequest | None = None) -> str:
         """Takes an operation in, and returns the id of its future. One that comes again is the same operation.
+
+        Args:
+            seq_id: Its number.
+            kind: Its kind, as in request_translation.
+            body: As it came.
+            request: The same, of a pass whose body was read already.
 
         Raises:
             Refusal: Its number has no place in the order.
@@ -152,17 +169,21 @@ class ModelLine:
                 text = f"seq_id {seq_id} of {self.model_id} was used before for another operation."
                 raise Refusal(400, text, reason="SEQ_ID_CONFLICT") from None
         else:
-            kept = OperationRow(seq_id, kind, digest, body, None, {}, None) if len(body) <= _MAX_KEPT_BYTES else None
-            self._traces[seq_id] = trace_headers.get()
-            self._came_in(seq_id, kept)
+            row = OperationRow(seq_id, kind, digest, body, None, {}, None)
+            if seq_id == self._next and self._may_send():
+                self._came_in(seq_id, _Waiting(row, request, trace_headers.get()))
+                # Right behind its acknowledgement, which lets the client send the next one.
+                asyncio.get_running_loop().call_soon(self._send_waiting)
+            else:
+                kept = row if len(body) <= _MAX_KEPT_BYTES else None
+                self._came_in(seq_id, _Waiting(kept, trace=trace_headers.get()))
         return request_id_of(self.model_id, seq_id)
 
-    def _came_in(self, seq_id: int, row: OperationRow | None) -> None:
-        self._waiting[seq_id] = row
+    def _came_in(self, seq_id: int, waiting: "_Waiting") -> None:
+        self._waiting[seq_id] = waiting
         self._unanswered.setdefault(seq_id, asyncio.get_running_loop().create_future())
         if self._failed is not None:
             self._resolve(seq_id, Outcome.failure(self._failed))
-        self._came.set()
 
     # ── sending ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -175,16 +196,8 @@ class ModelLine:
     async def _run(self) -> None:
         try:
             self.run_id = await self._make()
-            self._stream = RunStream(self._trainer, self.run_id, self._key)
+            self._stream = RunStream(self._trainer, self.run_id, self._key, self._send_waiting)
             await self._take_up()
-            while True:
-                while self._next not in self._waiting:
-                    self._came.clear()
-                    await self._came.wait()
-                await self.stream.room(operations=_MAX_UNANSWERED, size_bytes=_MAX_UNANSWERED_BYTES)
-                self._send(self._next)
-                del self._waiting[self._next]
-                self._next += 1
         except (GradwireError, Refusal) as exc:
             self._fail(exc)
         except Exception as exc:
@@ -203,9 +216,10 @@ class ModelLine:
             if row.run_seq_id is not None and row.run_seq_id < expected:
                 received = row.seq_id
             elif row.seq_id not in self._waiting:
-                self._came_in(row.seq_id, None)
+                self._came_in(row.seq_id, _Waiting())
         self._next = received + 1
         self._started.set()
+        self._send_waiting()
 
     async def _load_first(self, expected: int) -> None:
         """The state that the run begins with is its first operation.
@@ -221,15 +235,38 @@ class ModelLine:
         else:
             result_of(await self.answer_of(1))
 
+    def _may_send(self) -> bool:
+        """Whether the run may get another operation."""
+        return (
+            self._started.is_set()
+            and self._failed is None
+            # What ends the run answers operations while they are being sent.
+            and not self._sending
+            and self.stream.has_room(operations=_MAX_UNANSWERED, size_bytes=_MAX_UNANSWERED_BYTES)
+        )
+
+    def _send_waiting(self) -> None:
+        """Sends what has waited for its turn, or for room."""
+        try:
+            while self._next in self._waiting and self._may_send():
+                self._sending = True
+                self._send(self._next)
+                del self._waiting[self._next]
+                self._next += 1
+                self._sending = False
+        except Exception as exc:
+            logger.exception("A model's operations failed.", extra={"fields": {"model_id": self.model_id}})
+            self._fail(exc)
+
     def _send(self, seq_id: int) -> None:
-        row = self._waiting[seq_id] or self._store.operation(self.model_id, seq_id)
-        trace = self._traces.pop(seq_id, {})
+        waiting = self._waiting[seq_id]
+        row = waiting.row or self._store.operation(self.model_id, seq_id)
         assert row is not None, "an operation that waits is not in the store"
         body = row.body or b""
         batch = None
         try:
             if row.kind in request_translation.PASSES:
-                request = request_translation.read_pass(row.kind, body)
+                request = waiting.request or request_translation.read_pass(row.kind, body)
                 batch = read_batch(request)
                 planned = self._plan_pass(
                     row.kind, request.forward_only, request_translation.plan_pass(request, batch), batch
@@ -251,7 +288,7 @@ class ModelLine:
             planned.kind,
             planned.content,
             lambda response: self._answer(seq_id, run_seq_id, plan, response, data),
-            trace=trace,
+            trace=waiting.trace,
         )
 
     def _plan_pass(self, kind: str, forward_only: bool, ordinary: Planned, batch: Batch) -> Planned:
@@ -353,9 +390,14 @@ class ModelLine:
             self._resolve(seq_id, outcome)
             self._let_go(seq_id, plan)
 
-        task = asyncio.get_running_loop().create_task(translate())
-        self._translating.add(task)
-        task.add_done_callback(self._translating.discard)
+        if self._translation.waits(plan):
+            task = asyncio.get_running_loop().create_task(translate())
+            self._translating.add(task)
+            task.add_done_callback(self._translating.discard)
+        else:
+            # Whoever waits is told now, not when a task of its own has had its turn.
+            with contextlib.suppress(StopIteration):
+                translate().send(None)
 
     def _resolve(self, seq_id: int, outcome: Outcome) -> None:
         self._answers.keep(request_id_of(self.model_id, seq_id), outcome)

@@ -1,4 +1,7 @@
-"""Rewrites tinker:// paths as gradwire:// paths and back; a model's id may stand for its run's."""
+"""Rewrites tinker:// paths as gradwire:// paths and back; a model's id may stand for its run's.
+
+What tinker calls external weights, for a download, is sampler weights here, under names of their own.
+"""
 
 from collections.abc import Callable
 
@@ -7,9 +10,12 @@ from trainer_service.paths import SAMPLER_WEIGHTS, STATE
 
 WEIGHTS = "weights"
 """What tinker calls a resumable state."""
+EXTERNAL_WEIGHTS = "external_weights"
+_EXTERNAL = "external-weights."
 _TINKER, _GRADWIRE = "tinker://", "gradwire://"
 _TO_GRADWIRE = {WEIGHTS: STATE, SAMPLER_WEIGHTS: SAMPLER_WEIGHTS}
 _TO_TINKER = {kind: word for word, kind in _TO_GRADWIRE.items()}
+_TO_GRADWIRE[EXTERNAL_WEIGHTS] = SAMPLER_WEIGHTS
 _SHOWN = 200
 
 
@@ -17,7 +23,7 @@ def to_gradwire(path: str, run_of: Callable[[str], str], *, field: str = "path")
     """The checkpoint that a path names, in the trainer's words.
 
     Args:
-        path: tinker://<run>/weights/<name>, tinker://<run>/sampler_weights/<name>, or a gradwire:// path.
+        path: tinker://<run>/weights/<name>, …/sampler_weights/<name>, …/external_weights/<name>, or a gradwire:// path.
         run_of: The run id of a model's id; anything else comes back as it is.
         field: What the caller calls the path.
 
@@ -37,12 +43,20 @@ def to_gradwire(path: str, run_of: Callable[[str], str], *, field: str = "path")
     if ":" in run:
         # The id of a model that does not exist, as far as the caller may know.
         raise Refusal(404, f"There is no checkpoint {path[:_SHOWN]!r}.", reason="CHECKPOINT_NOT_FOUND")
+    name = external_name(name) if kind == EXTERNAL_WEIGHTS else name
     return f"{_GRADWIRE}{run}/{_TO_GRADWIRE[kind]}/{name}"
+
+
+def external_name(name: str) -> str:
+    """The name here of external weights."""
+    return f"{_EXTERNAL}{name}"
 
 
 def to_tinker(path: str) -> str:
     """A checkpoint's path in tinker's words. Frozen weights, which have none there, keep theirs."""
     run, kind, name = path.removeprefix(_GRADWIRE).split("/")
+    if kind == SAMPLER_WEIGHTS and name.startswith(_EXTERNAL):
+        return f"{_TINKER}{run}/{EXTERNAL_WEIGHTS}/{name.removeprefix(_EXTERNAL)}"
     return f"{_TINKER}{run}/{_TO_TINKER[kind]}/{name}" if kind in _TO_TINKER else path
 
 

@@ -42,7 +42,7 @@ async def serve_gateway(config: GatewayConfig) -> int:
         await told
     finally:
         if gateway is not None:
-            gateway.stopping.set()
+            gateway.end_polls()
         await server.stop()
         if gateway is not None:
             await gateway.close()

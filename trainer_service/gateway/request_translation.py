@@ -185,10 +185,14 @@ def _set_checkpoint_type(content: ops.SaveWeightsForSamplerRequest, fields: Fiel
 
 
 def _save_weights_external(fields: Fields, seq_id: int, run_of: Any) -> Planned:
-    raise unserved(
-        "Saving for a download",
-        "Use save_weights_for_sampler; `gradwire export` of its path fetches a Hugging Face or peft folder.",
+    fields.refuse("age_encryption_recipients", "Serve over HTTPS (--tls-cert-file), and encrypt what you fetched.")
+    content = ops.SaveWeightsForSamplerRequest(
+        name=paths.external_name(fields.text("path", f"seq-{seq_id}")),
+        # As for samplers.
+        overwrite=True,
+        ttl_seconds=fields.optional_integer("ttl_seconds", low=1),
     )
+    return Planned("save_weights_for_sampler", content, {"as": "external"})
 
 
 def _load_weights(fields: Fields, seq_id: int, run_of: Any) -> Planned:

@@ -22,6 +22,7 @@ from trainer_service.gateway.gateway_metrics import metrics_text
 from trainer_service.gateway.outcomes import Refusal, unserved
 from trainer_service.gateway.sessions import Caller, Session
 from trainer_service.gateway.trainers import Trainer
+from trainer_service.paths import SAMPLER_WEIGHTS
 
 _MAX_LIMIT = 10_000
 _DOWNLOAD = "`gradwire export PATH` fetches sampler weights as a Hugging Face or peft folder from the trainer itself."
@@ -200,11 +201,6 @@ async def unserved_publish(gateway: Gateway, caller: Caller, request: Request) -
     raise unserved("Publishing a checkpoint", f"Hand its files on instead: {_DOWNLOAD}")
 
 
-async def unserved_urls(gateway: Gateway, caller: Caller, request: Request) -> Any:
-    """Refuses to sign URLs of a checkpoint's files."""
-    raise unserved("A URL of a checkpoint's files", _DOWNLOAD[0].upper() + _DOWNLOAD[1:])
-
-
 async def unserved_copy(gateway: Gateway, caller: Caller, request: Request) -> Any:
     """Refuses to copy a checkpoint to another owner or run."""
     raise unserved(
@@ -228,10 +224,14 @@ async def _checkpoints(gateway: Gateway, caller: Caller, run_id: str = "") -> li
     return sorted(found.values(), key=lambda one: one.created_at.ToNanoseconds(), reverse=True)
 
 
+_TYPES = {paths.WEIGHTS: "training", SAMPLER_WEIGHTS: "sampler", paths.EXTERNAL_WEIGHTS: "external"}
+
+
 def _checkpoint(one: Checkpoint) -> dict[str, Any]:
+    checkpoint_id = paths.checkpoint_id(one.path)
     return {
-        "checkpoint_id": paths.checkpoint_id(one.path),
-        "checkpoint_type": "training" if one.kind == CHECKPOINT_KIND_STATE else "sampler",
+        "checkpoint_id": checkpoint_id,
+        "checkpoint_type": _TYPES[checkpoint_id.partition("/")[0]],
         "time": _time(one.created_at),
         "tinker_path": paths.to_tinker(one.path),
         "size_bytes": one.size_bytes,

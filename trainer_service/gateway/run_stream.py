@@ -40,9 +40,11 @@ class RunStream:
         trainer: Where the run is.
         run_id: The run.
         key: Gives the caller's key, which may be renewed meanwhile.
+        room: Called whenever there may be room for more.
     """
 
-    def __init__(self, trainer: Trainer, run_id: str, key: Callable[[], str]) -> None:
+    def __init__(self, trainer: Trainer, run_id: str, key: Callable[[], str], room: Callable[[], object]) -> None:
+        self._room = room
         self._trainer = trainer
         self._run_id = run_id
         self._key = key
@@ -53,7 +55,6 @@ class RunStream:
         self._acked = 0
         self._over: GradwireError | None = None
         self._attached: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._room = asyncio.Event()
         self._next_seq_id = 0
         self.attaches = 0
         """How often it attached to the run; graphs kept under an earlier attachment may be gone."""
@@ -72,11 +73,9 @@ class RunStream:
         """The number that the next operation sent gets."""
         return self._next_seq_id
 
-    async def room(self, *, operations: int, size_bytes: int) -> None:
-        """Returns once no more operations than that are unanswered."""
-        while len(self._unanswered) >= operations or self._unanswered_bytes > size_bytes:
-            self._room.clear()
-            await self._room.wait()
+    def has_room(self, *, operations: int, size_bytes: int) -> bool:
+        """Whether fewer operations than that are unanswered."""
+        return len(self._unanswered) < operations and self._unanswered_bytes <= size_bytes
 
     def send(self, kind: str, content: Any, answered: Answered, *, trace: Mapping[str, str] | None = None) -> int:
         """Sends the next operation, and returns its number. `answered` is called once, whatever happens.
@@ -188,8 +187,8 @@ class RunStream:
             return
         self._unanswered_bytes -= sent.size_bytes
         self._acked = min(self._unanswered, default=self._next_seq_id) - 1
-        self._room.set()
         sent.answered(response)
+        self._room()
 
     def _end(self, failed: GradwireError) -> None:
         self._over = self._over or failed
@@ -199,9 +198,9 @@ class RunStream:
             self._attached.exception()
         unanswered, self._unanswered = self._unanswered, {}
         self._unanswered_bytes = 0
-        self._room.set()
         for seq_id, sent in unanswered.items():
             sent.answered(_failed(seq_id, failed))
+        self._room()
 
 
 async def _rpc_error(call: Any) -> grpc.aio.AioRpcError:

@@ -69,20 +69,17 @@ class Completions:
         queue.answered.append((cursor, told))
         queue.came.set()
 
-    async def since(self, target: Target, cursor: int, *, timeout_s: float) -> tuple[list[dict[str, Any]], int]:
+    async def since(self, target: Target, cursor: int) -> tuple[list[dict[str, Any]], int]:
         """(what was answered behind the cursor, the cursor behind that); waits for something. What is before the cursor
         is forgotten."""
         queue = self._queues[target]
         while queue.answered and queue.answered[0][0] <= cursor:
             queue.answered.popleft()
-        if not queue.answered and timeout_s > 0:
+        if not queue.answered:
             queue.came.clear()
-            try:
-                await asyncio.wait_for(queue.came.wait(), timeout_s)
-                await asyncio.sleep(_LINGER_S)
-            except TimeoutError:
-                pass
-        return [told for _, told in queue.answered], queue.answered[-1][0] if queue.answered else cursor
+            await queue.came.wait()
+            await asyncio.sleep(_LINGER_S)
+        return [told for _, told in queue.answered], queue.answered[-1][0]
 
     def forget(self, sampler_ids: Iterable[str]) -> None:
         """Forgets targets that nobody asks about any more."""

@@ -21,9 +21,14 @@ from trainer_service.tracing import trace_headers
 logger = logging.getLogger(__name__)
 
 _LINGER_S, _MAX_LINGER_S = 0.01, 0.2
-"""How long requests wait for an equal one behind the last, and in all; a client sends a group's requests one behind the
-other, and a busy one takes its time."""
+"""How long requests wait for an equal one behind the last where nothing else is under way, and in all; a client sends a
+group's requests one behind the other, and a busy one takes its time."""
+_LINGER_CALLS = 8
+"""Each time so many calls are under way, requests wait that much longer: what has many to do loses little by it, and
+whoever sends many requests is slow about it."""
 _MAX_DELAY_S = 1.0
+_MAX_DEATHS = 3
+"""Deaths of the worker during one call after which it is given up."""
 _MESSAGE_INTERVAL_MS = 1000
 """Nobody reads along: an answer is told whole."""
 
@@ -79,7 +84,7 @@ class SampleQueue:
         group = self._groups.get(name)
         if group is None:
             group = self._groups[name] = _Group(trainer, key, now, now)
-            loop.call_later(_LINGER_S, self._is_due, group)
+            loop.call_later(self._linger_s, self._is_due, group)
         group.last_s = now
         group.asked.append(asked)
         return asked.future
@@ -94,9 +99,13 @@ class SampleQueue:
         request.num_samples = num_samples
         return hashlib.sha256(b"\0".join((trainer.url.encode(), key.encode(), equal))).digest()
 
+    @property
+    def _linger_s(self) -> float:
+        return min(_MAX_LINGER_S, _LINGER_S * (1 + len(self._calls) / _LINGER_CALLS))
+
     def _is_due(self, group: _Group) -> None:
         loop = asyncio.get_running_loop()
-        wait_s = min(group.last_s + _LINGER_S, group.since_s + _MAX_LINGER_S) - loop.time()
+        wait_s = min(group.last_s + self._linger_s, group.since_s + _MAX_LINGER_S) - loop.time()
         if wait_s > 0 and sum(asked.request.num_samples for asked in group.asked) < self.max_num_samples:
             loop.call_later(wait_s, self._is_due, group)
             return
@@ -145,14 +154,17 @@ class SampleQueue:
         request.CopyFrom(asked[0].request)
         request.num_samples = sum(one.request.num_samples for one in asked)
         request.message_interval_ms = _MESSAGE_INTERVAL_MS
-        delay_s = 0.05
+        delay_s, deaths = 0.05, 0
         while True:
             try:
                 samples, prompt = await _sample(trainer, key, request, asked[0].trace)
                 break
             except GradwireError as exc:
                 # Others' requests fill the trainer, or it is away.
-                if not is_passing(exc) and (exc.reason != "LIMIT_EXCEEDED" or exc.retry_after_s is None):
+                deaths += exc.reason == "WORKER_DIED"
+                # The request itself may be what the worker dies of.
+                passing = is_passing(exc) and deaths < _MAX_DEATHS
+                if not passing and (exc.reason != "LIMIT_EXCEEDED" or exc.retry_after_s is None):
                     for one in asked:
                         if not one.future.done():
                             one.future.set_result(Outcome.failure(exc))

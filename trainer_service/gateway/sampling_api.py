@@ -1,6 +1,6 @@
 """tinker's endpoints of sampling."""
 
-import asyncio
+import contextlib
 from typing import Any
 
 from starlette.requests import Request
@@ -59,14 +59,10 @@ async def retrieve_futures(gateway: Gateway, caller: Caller, request: Request) -
     gateway.sessions.live(row["session_id"], caller)
     gateway.sampling_sessions.forget(row, retrieved)
     timeout_s = POLL_S if asked_s is None else min(max(0.0, asked_s), POLL_S)
-    waiting = asyncio.ensure_future(
-        gateway.sampling_sessions.answered_since(row, clone, cursor, timeout_s=timeout_s, caller=caller)
-    )
-    await asyncio.wait([waiting, gateway.stopped], return_when=asyncio.FIRST_COMPLETED)
-    if not waiting.done():
-        waiting.cancel()
-        return {"completions": [], "cursor": cursor}
-    completions, cursor = waiting.result()
+    completions: list[dict[str, Any]] = []
+    with contextlib.suppress(TimeoutError):
+        async with gateway.long_poll(timeout_s):
+            completions, cursor = await gateway.sampling_sessions.answered_since(row, clone, cursor, caller=caller)
     return {"completions": completions, "cursor": cursor}
 
 

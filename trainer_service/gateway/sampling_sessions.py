@@ -38,6 +38,8 @@ class SamplingSessions:
         self._trainers = trainers
         self._answers = answers
         self._queue = queue
+        self._rows: dict[str, sqlite3.Row] = {}
+        """Of samplers of sessions that go on, by id."""
         self._waiting: dict[str, asyncio.Future[Outcome]] = {}
         self._completions = Completions()
         self._answered = LaterWrites(store.samples_answered, after_s=_FLUSH_S)
@@ -45,6 +47,7 @@ class SamplingSessions:
     def add_frozen_weights(self, session: Session, number: int, trainer: Trainer, base_model: str, path: str) -> str:
         """Adds a sampler of frozen weights; returns its id."""
         sampler_id = f"{session.session_id}:sample:{number}"
+        self._rows.pop(sampler_id, None)
         self._store.add_sampler(
             sampler_id, session.session_id, session.owner, trainer=trainer.url, base_model=base_model, model_path=path
         )
@@ -72,9 +75,10 @@ class SamplingSessions:
         Raises:
             Refusal: 404: there is none, or it is somebody else's.
         """
-        row = self._store.sampler(sampler_id)
+        row = self._rows.get(sampler_id) or self._store.sampler(sampler_id)
         if row is None or row["owner"] != caller.owner:
             raise Refusal(404, f"There is no sampler {sampler_id[:100]!r}.", reason="SAMPLER_NOT_FOUND")
+        self._rows[sampler_id] = row
         return row
 
     @staticmethod
@@ -138,19 +142,22 @@ class SamplingSessions:
         self._answered.flush()
 
     async def outcome(self, request_id: str, caller: Caller) -> Outcome:
-        """Waits for the outcome of a request.
+        """Waits for the outcome of a request, whose session is one of the caller's.
 
         Raises:
             Refusal: 404: there is none, or it is somebody else's.
         """
-        row = self._store.sample(request_id)
-        if row is None or row["owner"] != caller.owner:
-            raise Refusal(404, f"There is no future {request_id[:200]!r}.", reason="FUTURE_NOT_FOUND")
+        # Its session is the caller's, and so is what is known of it here.
         if (outcome := self._answers.get(request_id)) is not None:
             return outcome
-        if row["outcome"] is not None:
-            return Outcome.decode(row["outcome"])
-        future = self._waiting.get(request_id) or self._begin_again(row, caller)
+        future = self._waiting.get(request_id)
+        if future is None:
+            row = self._store.sample(request_id)
+            if row is None or row["owner"] != caller.owner:
+                raise Refusal(404, f"There is no future {request_id[:200]!r}.", reason="FUTURE_NOT_FOUND")
+            if row["outcome"] is not None:
+                return Outcome.decode(row["outcome"])
+            future = self._begin_again(row, caller)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -165,13 +172,13 @@ class SamplingSessions:
         return self._begin(row["request_id"], request, self._trainers.by_url(sampler["trainer"]), caller.key)
 
     async def answered_since(
-        self, row: sqlite3.Row, clone: int, cursor: int, *, timeout_s: float, caller: Caller
+        self, row: sqlite3.Row, clone: int, cursor: int, *, caller: Caller
     ) -> tuple[list[dict[str, Any]], int]:
         """Like Completions.since, for one of the caller's samplers."""
         target = row["sampler_id"], clone
         if not self._completions.knows(target):
             self._take_up(target, cursor, caller)
-        return await self._completions.since(target, cursor, timeout_s=timeout_s)
+        return await self._completions.since(target, cursor)
 
     def _take_up(self, target: Target, cursor: int, caller: Caller) -> None:
         """What an earlier gateway answered is told, and what it took in is begun again."""
@@ -214,4 +221,7 @@ class SamplingSessions:
         for request_id, future in list(self._waiting.items()):
             if request_id.startswith(f"{session.session_id}:"):
                 future.cancel()
-        self._completions.forget(row["sampler_id"] for row in self._store.samplers(session.session_id))
+        sampler_ids = [row["sampler_id"] for row in self._store.samplers(session.session_id)]
+        self._completions.forget(sampler_ids)
+        for sampler_id in sampler_ids:
+            self._rows.pop(sampler_id, None)

@@ -4,6 +4,7 @@ A write is on disk, short of a power cut, when the call returns. Keys are never 
 things from another's.
 """
 
+import functools
 import hashlib
 import json
 import sqlite3
@@ -53,6 +54,7 @@ CREATE TABLE job (
 """
 
 
+@functools.lru_cache(maxsize=1024)
 def owner_of(key: str) -> str:
     """The owner id stored for a key; the key cannot be derived from it."""
     return hashlib.sha256(b"gradwire gateway owner" + key.encode()).hexdigest()[:32] if key else ""

@@ -3,6 +3,7 @@
 Shape suffixes: T tokens of all datums end to end, N datums, K targets a token.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,13 +117,9 @@ def output_message(
     record = wire.ArrayRecord(type_tag="ArrayRecord", num_datums=len(cu_seqlens) - 1)
     for name, tensor in response.loss_fn_outputs.items():
         array = np.ascontiguousarray(decode_tensor(tensor, name), dtype="<f4")
-        row_bytes = array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
-        record.fields[name].CopyFrom(
-            wire.BatchedTensor(
-                data=array.tobytes(),
-                offsets=(cu_seqlens * row_bytes).tobytes(),
-                dtype=wire.DTYPE_FLOAT32,
-                trailing_shape=array.shape[1:],
-            )
-        )
+        row_bytes = array.itemsize * math.prod(array.shape[1:])
+        field = record.fields[name]
+        field.data, field.offsets = array.tobytes(), (cu_seqlens * row_bytes).tobytes()
+        field.dtype = wire.DTYPE_FLOAT32
+        field.trailing_shape.extend(array.shape[1:])
     return wire.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord", loss_fn_outputs=[record], metrics=metrics)

@@ -180,7 +180,7 @@ async def forward_backward(gateway: Gateway, caller: Caller, request: Request) -
     maybe_custom = method is None or ".forward_backward_custom" in method
     kind = request_translation.CUSTOM if maybe_custom else request_translation.FORWARD_BACKWARD
     line = gateway.models.line(message.model_id, caller)
-    return {"request_id": line.submit(message.seq_id, kind, body), "model_id": line.model_id}
+    return {"request_id": line.submit(message.seq_id, kind, body, message), "model_id": line.model_id}
 
 
 def submit(gateway: Gateway, caller: Caller, fields: Fields, kind: str, body: bytes) -> dict[str, str]:
@@ -199,14 +199,13 @@ async def retrieve_future(gateway: Gateway, caller: Caller, request: Request) ->
     """The outcome of a request; waits a while for it."""
     fields = await read_fields(request)
     request_id = fields.text("request_id")
-    outcome = asyncio.ensure_future(_outcome(gateway, caller, request_id))
-    await asyncio.wait([outcome, gateway.stopped], timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
-    if not outcome.done():
-        outcome.cancel()
+    try:
+        async with gateway.long_poll(POLL_S):
+            found = await _outcome(gateway, caller, request_id)
+    except TimeoutError:
         body = {"type": "try_again", "request_id": request_id, "queue_state": "active"}
         # A status of its own rather than a result, which the client would log with every turn.
         return JSONResponse(body, 408)
-    found = outcome.result()
     return Response(found.body, media_type=found.media_type)
 
 

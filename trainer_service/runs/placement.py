@@ -21,6 +21,7 @@ from trainer_service.config import SnapshotPolicy
 from trainer_service.fleet.calls import call
 from trainer_service.fleet.worker import Died, Reply, Worker
 from trainer_service.runs.disk import has_no_room
+from trainer_service.runs.frozen_weights import FrozenWeights
 from trainer_service.runs.journal import NO_DEATHS, Record
 from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.recovery import NO_ROOM, Restored, fail_command, find_source, restore
@@ -70,6 +71,7 @@ class Placement:
         worker: Executes its operations.
         owner: Gets the answers.
         snapshots: When they are due.
+        frozen: Its frozen weights.
         full: Says why the worker has no room for another run; None if it has.
         live: Whether the worker holds the run already.
         last_seq_id: Last operation in the journal.
@@ -83,6 +85,7 @@ class Placement:
         owner: Owner,
         *,
         snapshots: SnapshotPolicy,
+        frozen: FrozenWeights,
         full: Callable[[], GradwireError | None],
         live: bool,
         last_seq_id: int,
@@ -94,6 +97,8 @@ class Placement:
         self._worker = worker
         self._owner = owner
         self._full = full
+        self.frozen = frozen
+        """Those that the worker has, and those that go back to it with the run."""
         self.live = live
         """Whether the worker holds the run, so that operations can be sent."""
         self.has_place = True
@@ -107,7 +112,8 @@ class Placement:
         self._last_seq_id = last_seq_id
         self._snapshotter = Snapshotter(record.run_id, journal, worker, snapshots)
         self._restoring: asyncio.Task[None] | None = None
-        self._epoch = 0  # Counts deaths.
+        self.epoch = 0
+        """Counts deaths of the worker."""
         self._replay_deaths = self._disk_failures = 0
         self._closed = False
 
@@ -165,8 +171,14 @@ class Placement:
     def worker_died(self) -> None:
         """Notes that what the worker held is gone."""
         self.live = False
-        self._epoch += 1
+        self.epoch += 1
+        self.frozen.worker_died()
         self._snapshotter.worker_died()
+
+    async def settled(self) -> None:
+        """Returns once the run is not being restored, whether or not it was."""
+        while self._restoring is not None:
+            await asyncio.wait({self._restoring})
 
     def drop_graphs(self) -> None:
         """Drops the graphs that the worker keeps for the run."""
@@ -184,7 +196,7 @@ class Placement:
         """
         if not (self.live and self.idle):
             return False
-        seq_id, epoch = self._last_seq_id, self._epoch
+        seq_id, epoch = self._last_seq_id, self.epoch
         newest = next(iter(list_snapshots(self._journal.folder)), None)
         at_its_beginning = seq_id == 0 and not self._record.parent_run_id
         if not at_its_beginning and (newest is None or newest.seq_id != seq_id):
@@ -193,7 +205,7 @@ class Placement:
             newest = next(iter(list_snapshots(self._journal.folder)), None)
             if newest is None or newest.seq_id != seq_id:
                 return False
-        if not self.idle or self._last_seq_id != seq_id or self._epoch != epoch:
+        if not self.idle or self._last_seq_id != seq_id or self.epoch != epoch:
             return False
         self.live, self.has_place = False, keep_place
         self._take_off()
@@ -253,8 +265,11 @@ class Placement:
             if outcome.because is not None:
                 self._fail(entry, outcome.because)
         elif self._undone.pop(entry.seq_id, None) is not None:
+            response = outcome.event.response
+            if entry.operation.request.save_weights_for_sampler.ephemeral and not response.HasField("error"):
+                self.frozen.made([entry.seq_id])
             entry.memory_bytes = outcome.event.counters.get("gradwire_worker_memory_bytes", 0.0)
-            self._owner.done(entry, outcome.event.response, bytes(outcome.encoded_response))
+            self._owner.done(entry, response, bytes(outcome.encoded_response))
 
     def _send_failure(self, entry: Entry, failure: GradwireError) -> None:
         request, seq_id = entry.operation.request, entry.seq_id
@@ -311,18 +326,22 @@ class Placement:
             await asyncio.sleep(_DISK_RETRY_S)
 
     async def _try_restore(self) -> None:
-        epoch = self._epoch
+        epoch = self.epoch
         # So that the journal has every outcome that came, and their callbacks were called.
         await self._journal.flush()
         up_to = self.last_done_seq_id
         # No worker holds the run, so a half-written snapshot was left by one that died.
         await asyncio.to_thread(settle, self._journal.folder / "snapshots")
         source = await asyncio.to_thread(find_source, self._journal.folder, forked=bool(self._record.parent_run_id))
-        restored = await restore(self._worker, self._run_id, self._request, source, up_to=up_to)
+        if (asked := self.frozen.oldest_asked) is not None:
+            source = source.reaching(asked)
+        refreeze = self.frozen.wanted
+        restored = await restore(self._worker, self._run_id, self._request, source, up_to=up_to, refreeze=refreeze)
         await self._judge_first()
-        if self._epoch != epoch:
+        if self.epoch != epoch:
             return
         self._replay_deaths = self._disk_failures = 0
+        self.frozen.made(restored.frozen)
         self.live = self.has_place = True
         if restored.loaded:
             self._snapshotter.take_soon(up_to)

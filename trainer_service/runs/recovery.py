@@ -9,13 +9,13 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gradwire.errors import GradwireError, error, from_status
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest
-from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerFailOperation
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerFailOperation, WorkerFreezeWeights
 
 from trainer_service.fleet.calls import call, send
 from trainer_service.fleet.worker import Died, Reply, Worker
@@ -49,6 +49,11 @@ class Source:
     snapshots: Sequence[Snapshot]
     from_base: bool
 
+    def reaching(self, seq_id: int) -> "Source":
+        """The same, but tried first are the snapshots whose replay passes through an operation, if there are any."""
+        before = [snapshot for snapshot in self.snapshots if snapshot.seq_id <= seq_id]
+        return Source(self.folder, [*before, *(one for one in self.snapshots if one.seq_id > seq_id)], self.from_base)
+
 
 def find_source(folder: Path, *, forked: bool) -> Source:
     """What a run's folder has to recover it from.
@@ -75,6 +80,8 @@ class Restored:
     replay_s: float
     loaded: bool
     """Whether one of them was a load_state, whose checkpoint may be gone the next time."""
+    frozen: frozenset[int] = frozenset()
+    """seq_ids of the frozen weights that the worker has again."""
 
 
 def fail_command(run_id: str, request: TrainRequest, *, seq_id: int, kind: str, reason: str) -> WorkerCommand | None:
@@ -104,7 +111,14 @@ def replay_of(run_id: str, row: Row) -> tuple[WorkerCommand, bytes] | None:
 
 
 async def restore(
-    worker: Worker, run_id: str, request: CreateRunRequest, source: Source, *, up_to: int, as_run: str = ""
+    worker: Worker,
+    run_id: str,
+    request: CreateRunRequest,
+    source: Source,
+    *,
+    up_to: int,
+    as_run: str = "",
+    refreeze: Collection[int] = (),
 ) -> Restored:
     """Makes the worker hold a run as it was after operation `up_to`.
 
@@ -115,6 +129,7 @@ async def restore(
         source: What its state is recovered from.
         up_to: A seq_id; 0 for a run without operations.
         as_run: The run_id the worker holds it under; "" for its own.
+        refreeze: seq_ids of frozen weights that the worker gets again, of those behind where the replay starts.
 
     Raises:
         Died: The worker died.
@@ -127,7 +142,13 @@ async def restore(
     loaded_s = time.monotonic()
     replayed, loaded = 0, False
     ahead: deque[asyncio.Future[Reply | Died]] = deque()
+    freezing: dict[int, asyncio.Future[Reply | Died]] = {}
+    if snapshot_seq_id in refreeze:
+        freezing[snapshot_seq_id] = send(worker, freeze_command(run_id, snapshot_seq_id, of=as_run))
     async for row in rows(source.folder, snapshot_seq_id, up_to=up_to):
+        if row.seq_id in refreeze:
+            freezing[row.seq_id] = send(worker, freeze_command(run_id, row.seq_id, of=as_run))
+            continue
         again = replay_of(as_run, row)
         if again is None:
             continue
@@ -139,7 +160,13 @@ async def restore(
             _check(await ahead.popleft(), as_run)
     while ahead:
         _check(await ahead.popleft(), as_run)
-    return Restored(snapshot_seq_id, replayed, loaded_s - start_s, time.monotonic() - loaded_s, loaded)
+    frozen = frozenset([seq_id for seq_id, outcome in freezing.items() if _froze(await outcome, run_id, seq_id)])
+    return Restored(snapshot_seq_id, replayed, loaded_s - start_s, time.monotonic() - loaded_s, loaded, frozen)
+
+
+def freeze_command(run_id: str, seq_id: int, *, of: str) -> WorkerCommand:
+    """The command that makes frozen weights again, of the run or its copy `of`."""
+    return WorkerCommand(run_id=of, freeze_weights=WorkerFreezeWeights(run_id=run_id, seq_id=seq_id))
 
 
 async def rows(folder: Path, after: int, *, up_to: int) -> AsyncIterator[Row]:
@@ -179,6 +206,17 @@ async def load(worker: Worker, run_id: str, request: CreateRunRequest, source: S
         )
     await call(worker, WorkerCommand(run_id=run_id, create_run=WorkerCreateRun(request=request)))
     return 0
+
+
+def _froze(outcome: Reply | Died, run_id: str, seq_id: int) -> bool:
+    """Whether frozen weights are back. That they are not is no loss to their run."""
+    if isinstance(outcome, Died):
+        raise outcome
+    failed = outcome.event.done.error
+    if failed.message:
+        fields = {"run_id": run_id, "seq_id": seq_id, "why": failed.message}
+        logger.warning("Frozen weights could not be made again.", extra={"fields": fields})
+    return not failed.message
 
 
 def _check(outcome: Reply | Died, run_id: str) -> None:

@@ -21,6 +21,7 @@ from trainer_service.runs import fork_replay
 from trainer_service.runs.capacity import Capacity
 from trainer_service.runs.disk import disk_full
 from trainer_service.runs.fork_replay import Replayed
+from trainer_service.runs.frozen_weights import freeze_again, froze
 from trainer_service.runs.journal import Record
 from trainer_service.runs.journal_writer import JournalWriter
 from trainer_service.runs.operation import Operation
@@ -97,7 +98,9 @@ class Runs:
             background=self._background,
             refuse=self._refuse,
             snapshots=self._durability.snapshots,
+            max_frozen_weights=limits.max_frozen_weights,
         )
+        self._freezing: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._request_ids = RequestIds(lambda run: self._background(self._delete(run)))
         self._tasks: set[asyncio.Task[object]] = set()
         self._capacity_keeper: asyncio.Task[None] | None = None
@@ -129,6 +132,8 @@ class Runs:
         """Writes what is left to write and releases every run, for another trainer to take over."""
         if self._capacity_keeper is not None:
             self._capacity_keeper.cancel()
+        for freezing in self._freezing.values():
+            freezing.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_STOP_GRACE_S)
         await asyncio.gather(*(run.placement.let_go() for run in self._runs.values()))
@@ -201,6 +206,46 @@ class Runs:
                 up_to=up_to,
                 as_run=f"{run_id}-replay-{secrets.token_hex(3)}",
             )
+
+    async def bring_back_frozen(self, run: Run, seq_id: int) -> None:
+        """Returns once the worker has a run's frozen weights again, if it went with an earlier one that had them. Of
+        others, and while there is no worker, nothing is done: the worker then says what is the matter.
+
+        Raises:
+            GradwireError: As frozen_weights.freeze_again; WORKER_DIED; LIMIT_EXCEEDED: there is no room for a copy of
+                the run.
+        """
+        frozen = run.placement.frozen
+        if not frozen.held(seq_id) and not froze(await run.row(seq_id)):
+            return
+        frozen.used(seq_id)
+        await run.placement.settled()
+        if frozen.held(seq_id) or self._worker.ready is None:
+            return
+        key = run.run_id, seq_id
+        if (freezing := self._freezing.get(key)) is None:
+            freezing = asyncio.get_running_loop().create_task(self._freeze_again(run, seq_id))
+            self._freezing[key] = freezing
+            freezing.add_done_callback(lambda _: self._freezing.pop(key, None))
+        # Others wait for it too.
+        await asyncio.shield(freezing)
+
+    async def _freeze_again(self, run: Run, seq_id: int) -> None:
+        epoch = run.placement.epoch
+        async with run.settled(), self._capacity.one_more(owner=None):
+            await freeze_again(
+                self._worker,
+                run_id=run.run_id,
+                source=await self._source(run),
+                request=run.create_request,
+                seq_id=seq_id,
+                as_run=f"{run.run_id}-frozen-{secrets.token_hex(3)}",
+            )
+        if self._runs.get(run.run_id) is not run:
+            # It was deleted meanwhile, and these with it.
+            self._worker.submit(WorkerCommand(run_id=run.run_id, delete_run=WorkerDeleteRun()), lambda _: None)
+        elif run.placement.epoch == epoch:
+            run.placement.frozen.made([seq_id])
 
     async def delete(self, run_id: str) -> None:
         """Frees the run and removes it from the disk.

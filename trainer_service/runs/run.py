@@ -23,6 +23,7 @@ from trainer_service.config import SnapshotPolicy
 from trainer_service.fleet.worker import Worker
 from trainer_service.runs import journal as journal_file
 from trainer_service.runs.attachment import Attachment
+from trainer_service.runs.frozen_weights import FrozenWeights
 from trainer_service.runs.journal import Record, Row
 from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.lora_layout import tell_layout
@@ -65,6 +66,8 @@ class RunSettings:
     refuse: Callable[[Operation], GradwireError | None] = lambda operation: None
     """Says why the current caller's operation may not run now; None if it may."""
     snapshots: SnapshotPolicy = field(default_factory=SnapshotPolicy)
+    max_frozen_weights: int = 4
+    """As many sets of them as the worker keeps for a run."""
 
 
 class Run:
@@ -103,6 +106,7 @@ class Run:
             settings.worker,
             self,
             snapshots=settings.snapshots,
+            frozen=FrozenWeights(max_wanted=settings.max_frozen_weights),
             full=settings.full,
             live=live,
             last_seq_id=next_seq_id - 1,
@@ -214,7 +218,7 @@ class Run:
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         forget = self._sequence.wait_for(seq_id, lambda answer: None if future.done() else future.set_result(answer))
         if forget is None:
-            row = await self._row(seq_id)
+            row = await self.row(seq_id)
             if row is None or not row.answer:
                 raise error(
                     "ANSWER_RELEASED",
@@ -322,7 +326,7 @@ class Run:
         """Answers a repeat from the journal, if its answer is no longer in memory but still on disk."""
         exc = released
         try:
-            row = await self._row(operation.seq_id)
+            row = await self.row(operation.seq_id)
         except GradwireError as failed:
             row, exc = None, failed
         if row is not None and row.answer:
@@ -332,7 +336,7 @@ class Run:
             exc = conflict(operation.seq_id, self.next_seq_id)
         answered(error_response(operation.seq_id, exc).SerializeToString())
 
-    async def _row(self, seq_id: int) -> Row | None:
+    async def row(self, seq_id: int) -> Row | None:
         """An operation as the journal has it; None if it is no longer there.
 
         Raises:

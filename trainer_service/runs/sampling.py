@@ -103,6 +103,8 @@ class SampleRequests:
             GradwireError: As sample.
         """
         await self._check(sampler, fetch=False)
+        if sampler.model_path and (path := SamplerPath.parse(sampler.model_path)).kind == FROZEN_WEIGHTS:
+            self._runs.get(path.run_id).placement.frozen.closed(int(path.name))
         await call(self._worker, WorkerCommand(close_sampler=WorkerCloseSampler(sampler=sampler)))
 
     def _refuse_too_many(self, owner: str) -> None:
@@ -126,13 +128,15 @@ class SampleRequests:
             raise prompt_too_long(got, ready.model.max_context_length)
 
     async def _check(self, sampler: pb.Sampler, *, fetch: bool = True, recent: bool = False) -> None:
-        """Checks that the current caller may use a sampler, and fetches it for the worker unless `fetch` is off."""
+        """Checks that the current caller may use a sampler, and that the worker can have it, unless `fetch` is off."""
         if sampler.WhichOneof("source") != "model_path":
             self._runs.check_base_model(sampler.base_model)
             return
         path = SamplerPath.parse(sampler.model_path)
         if path.kind == FROZEN_WEIGHTS:
-            self._runs.get(path.run_id)
+            run = self._runs.get(path.run_id)
+            if fetch:
+                await self._runs.bring_back_frozen(run, int(path.name))
         elif fetch:
             await self._transfers.fetch(sampler.model_path, recent=recent)
         else:

@@ -93,6 +93,10 @@ class Gathered:
 
     def __init__(self, request: pb.SampleRequest) -> None:
         self._request = request
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what came, since all of it comes again."""
         # By sample, as they come: how many is for the trainer to check before anything of that length is made here.
         self._samples: defaultdict[int, _Sample] = defaultdict(_Sample)
         self._prompt: pb.PromptLogprobs | None = None

@@ -74,8 +74,8 @@ class SavingCalls:
 
         Returns at once: the client's calls, and its `.result()`, wait until the weights are frozen. A run has a few
         sets of them at most (get_server_info().limits.max_frozen_weights); a further one replaces the least recently
-        used. They end
-        with its run, with its worker, and with this client.
+        used. They end with its run and with this client. They outlive a worker that dies: the next one gets them again,
+        of the run's journal.
 
         Args:
             name: Has no effect; users of tinker pass one.

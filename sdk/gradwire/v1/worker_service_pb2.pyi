@@ -122,6 +122,14 @@ class WorkerSnapshotRun(_message.Message):
     folder: str
     def __init__(self, folder: _Optional[str] = ...) -> None: ...
 
+class WorkerFreezeWeights(_message.Message):
+    __slots__ = ("run_id", "seq_id")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    seq_id: int
+    def __init__(self, run_id: _Optional[str] = ..., seq_id: _Optional[int] = ...) -> None: ...
+
 class WorkerSample(_message.Message):
     __slots__ = ("sample_id", "request", "owner")
     SAMPLE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -153,7 +161,7 @@ class WorkerCloseSampler(_message.Message):
     def __init__(self, sampler: _Optional[_Union[_sampling_service_pb2.Sampler, _Mapping]] = ...) -> None: ...
 
 class WorkerCommand(_message.Message):
-    __slots__ = ("command_id", "run_id", "create_run", "delete_run", "request", "drop_graphs", "fail_operation", "snapshot_run", "sample", "cancel_sample", "open_sampler", "close_sampler")
+    __slots__ = ("command_id", "run_id", "create_run", "delete_run", "request", "drop_graphs", "fail_operation", "snapshot_run", "freeze_weights", "sample", "cancel_sample", "open_sampler", "close_sampler")
     COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     CREATE_RUN_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +170,7 @@ class WorkerCommand(_message.Message):
     DROP_GRAPHS_FIELD_NUMBER: _ClassVar[int]
     FAIL_OPERATION_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_RUN_FIELD_NUMBER: _ClassVar[int]
+    FREEZE_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_SAMPLE_FIELD_NUMBER: _ClassVar[int]
     OPEN_SAMPLER_FIELD_NUMBER: _ClassVar[int]
@@ -174,8 +183,9 @@ class WorkerCommand(_message.Message):
     drop_graphs: WorkerDropGraphs
     fail_operation: WorkerFailOperation
     snapshot_run: WorkerSnapshotRun
+    freeze_weights: WorkerFreezeWeights
     sample: WorkerSample
     cancel_sample: WorkerCancelSample
     open_sampler: WorkerOpenSampler
     close_sampler: WorkerCloseSampler
-    def __init__(self, command_id: _Optional[int] = ..., run_id: _Optional[str] = ..., create_run: _Optional[_Union[WorkerCreateRun, _Mapping]] = ..., delete_run: _Optional[_Union[WorkerDeleteRun, _Mapping]] = ..., request: _Optional[_Union[_trainer_service_pb2.TrainRequest, _Mapping]] = ..., drop_graphs: _Optional[_Union[WorkerDropGraphs, _Mapping]] = ..., fail_operation: _Optional[_Union[WorkerFailOperation, _Mapping]] = ..., snapshot_run: _Optional[_Union[WorkerSnapshotRun, _Mapping]] = ..., sample: _Optional[_Union[WorkerSample, _Mapping]] = ..., cancel_sample: _Optional[_Union[WorkerCancelSample, _Mapping]] = ..., open_sampler: _Optional[_Union[WorkerOpenSampler, _Mapping]] = ..., close_sampler: _Optional[_Union[WorkerCloseSampler, _Mapping]] = ...) -> None: ...
+    def __init__(self, command_id: _Optional[int] = ..., run_id: _Optional[str] = ..., create_run: _Optional[_Union[WorkerCreateRun, _Mapping]] = ..., delete_run: _Optional[_Union[WorkerDeleteRun, _Mapping]] = ..., request: _Optional[_Union[_trainer_service_pb2.TrainRequest, _Mapping]] = ..., drop_graphs: _Optional[_Union[WorkerDropGraphs, _Mapping]] = ..., fail_operation: _Optional[_Union[WorkerFailOperation, _Mapping]] = ..., snapshot_run: _Optional[_Union[WorkerSnapshotRun, _Mapping]] = ..., freeze_weights: _Optional[_Union[WorkerFreezeWeights, _Mapping]] = ..., sample: _Optional[_Union[WorkerSample, _Mapping]] = ..., cancel_sample: _Optional[_Union[WorkerCancelSample, _Mapping]] = ..., open_sampler: _Optional[_Union[WorkerOpenSampler, _Mapping]] = ..., close_sampler: _Optional[_Union[WorkerCloseSampler, _Mapping]] = ...) -> None: ...

@@ -111,7 +111,7 @@ class Samplers:
         elif path.kind == SAMPLER_WEIGHTS:
             held = self._checkpoint(path, held)
         elif held is None:
-            why = self._dropped.get(path, "the worker has none of that number, or was restarted since it was made")
+            why = self._dropped.get(path, "the worker has none of that number, and the run's journal tells of none")
             raise error(
                 "SAMPLER_NOT_FOUND",
                 f"There are no frozen weights {path}: {why}. Freeze them again with "
@@ -121,16 +121,16 @@ class Samplers:
         held.last_used = next(_USES)
         return held
 
-    def freeze(self, run_id: str, seq_id: int, *, lease_s: float = 0.0) -> SamplerPath:
-        """Freezes a run's parameters as they are. Beyond max_frozen_weights of a run, those unused longest go that are
-        without a lease and without requests under way.
+    def freeze(self, run_id: str, seq_id: int, *, lease_s: float = 0.0, of: str = "") -> SamplerPath:
+        """Freezes a run's parameters as they are, or those of its copy `of`. Beyond max_frozen_weights of a run, those
+        unused longest go that are without a lease and without requests under way.
 
         Raises:
             ResourceExhaustedError: LIMIT_EXCEEDED: there is none such.
         """
         path = SamplerPath.frozen_weights(run_id, seq_id)
         if path in self._held:
-            return path  # The operation is replayed, and what it makes is here still.
+            return path  # The operation was executed before, and what it made is here still.
         own = [held for held in self._held.values() if _frozen_of(held.path, run_id)]
         now_s = time.monotonic()
         free = [held for held in own if held.leased_until_s <= now_s and not self._in_use(held)]
@@ -149,7 +149,7 @@ class Samplers:
             )
         for held in sorted(free, key=lambda held: held.last_used)[:surplus]:
             self._drop(held, f"it made room for a newer one, since a run has {self._max_frozen_weights} at most")
-        self._hold(Sampler(path, self._decoder(self._live_model(run_id)))).lease(lease_s)
+        self._hold(Sampler(path, self._decoder(self._live_model(of or run_id)))).lease(lease_s)
         return path
 
     def close(self, model_path: str) -> None:

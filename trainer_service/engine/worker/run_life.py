@@ -33,6 +33,7 @@ class RunLife:
             "create_run": self._create,
             "fail_operation": self._fail_operation,
             "snapshot_run": self._snapshot,
+            "freeze_weights": self._freeze,
             "delete_run": self._delete,
             "drop_graphs": self._drop_graphs,
         }
@@ -82,6 +83,15 @@ class RunLife:
 
         folder = Path(command.snapshot_run.folder)
         return lambda: self._snapshots.take(self._engine.run_state(command.run_id), folder, written)
+
+    def _freeze(self, command: WorkerCommand) -> Work:
+        frozen = command.freeze_weights
+
+        def work() -> None:
+            assert self._sampling is not None, "a worker without sampling"
+            self._sampling.samplers.freeze(frozen.run_id, frozen.seq_id, of=command.run_id)
+
+        return work
 
     def _delete(self, command: WorkerCommand) -> Work:
         run_id, unload = command.run_id, command.delete_run.unload
