@@ -1,5 +1,6 @@
 """tinker's endpoints of downloads: a checkpoint's files by URL."""
 
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
@@ -32,7 +33,7 @@ async def external_file(gateway: Gateway, caller: Caller, request: Request) -> A
     # What is refused is refused before anything of it is sent.
     first = await anext(pieces, b"")
 
-    async def content() -> Any:
+    async def content() -> AsyncIterator[bytes]:
         yield first
         async for piece in pieces:
             yield piece
