@@ -25,8 +25,8 @@ from trainer_service.engine.base_models import BaseModels
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.losses.loss import Loss
-from trainer_service.engine.memory import gathered_bytes, training_bytes
-from trainer_service.engine.microbatch import plan_forwards
+from trainer_service.engine.memory import training_bytes
+from trainer_service.engine.microbatch import ModelSize, plan_forwards
 from trainer_service.engine.models.load import describe
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.models.lora_targets import find_targets
@@ -376,15 +376,8 @@ class Engine:
 
     def _plan_passes(self, settings: EngineSettings, vocab_size: int, model_bytes: int) -> None:
         """Divides what a model of so many bytes leaves of memory, alike on all ranks."""
-        forwards = plan_forwards(
-            self.device,
-            self.traits,
-            settings,
-            self.ranks,
-            model_bytes=model_bytes,
-            gathered_bytes=0 if self.ranks.world_size == 1 else gathered_bytes(self.model.num_parameters),
-            vocab_size=vocab_size,
-        )
+        size = ModelSize(self.model.num_parameters, model_bytes, vocab_size)
+        forwards = plan_forwards(self.device, self.traits, settings, self.ranks, size)
         self.memory, self._passes = forwards.memory, Passes(forwards, self.counters, self._held_graphs, self.ranks)
 
     def _load_base(self) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from trainer_service.engine.device import Device
 from trainer_service.engine.losses.loss import LossInputs
-from trainer_service.engine.memory import MemoryPlan, held_bytes_per_token, plan_memory
+from trainer_service.engine.memory import MemoryPlan, gathered_bytes, held_bytes_per_token, plan_memory
 from trainer_service.engine.models import runner
 from trainer_service.engine.models.runner import Traits
 from trainer_service.engine.packed.attention import PackAttention, pack_in_use
@@ -70,20 +70,27 @@ class Forwards:
         return num_tokens * (held_bytes_per_token(self.traits, self.checkpoints(num_tokens)) + logits)
 
 
-def plan_forwards(
-    device: Device,
-    traits: Traits,
-    settings: EngineSettings,
-    ranks: Ranks,
-    *,
-    model_bytes: int,
-    gathered_bytes: int,
-    vocab_size: int,
-) -> Forwards:
+@dataclass(frozen=True)
+class ModelSize:
+    """What of a model decides how much of it fits.
+
+    Attributes:
+        num_parameters: Of the whole model.
+        model_bytes: What this rank's part takes before anything runs; see plan_memory.
+        vocab_size: Logits a token.
+    """
+
+    num_parameters: int
+    model_bytes: int
+    vocab_size: int
+
+
+def plan_forwards(device: Device, traits: Traits, settings: EngineSettings, ranks: Ranks, size: ModelSize) -> Forwards:
     """Forwards with their memory divided alike on all ranks, all of which call this; see plan_memory."""
-    plan = plan_memory(device, traits, settings, model_bytes=model_bytes, gathered_bytes=gathered_bytes)
+    gathered = 0 if ranks.world_size == 1 else gathered_bytes(size.num_parameters)
+    plan = plan_memory(device, traits, settings, model_bytes=size.model_bytes, gathered_bytes=gathered)
     memory = MemoryPlan(**ranks.execution.tell(asdict(plan)))
-    return Forwards(device, traits, memory, settings.activation_checkpointing, vocab_size)
+    return Forwards(device, traits, memory, settings.activation_checkpointing, size.vocab_size)
 
 
 class Microbatch:
