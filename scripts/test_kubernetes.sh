@@ -14,5 +14,7 @@ if ! helm=$("$python" scripts/kubernetes/helm.py); then
 fi
 PATH=$(dirname -- "$helm"):$root/.venv/bin:$PATH
 export PATH PYTHON=$python
-[ "$#" -gt 0 ] && [ "${1#-}" = "$1" ] || set -- tests/kubernetes "$@"
+# All of them take turns on two processes.
+[ "$#" -gt 0 ] || set -- --numprocesses 2 --dist loadgroup
+[ "${1#-}" = "$1" ] || set -- tests/kubernetes "$@"
 exec scripts/kubernetes/with_control_plane.sh "$python" -m pytest "$@"

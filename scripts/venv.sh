@@ -6,6 +6,8 @@
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 python=$root/.venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUTF8=1
+# pip compiles what it installs, but for this repository's own modules, which every process would compile again.
+unset PYTHONDONTWRITEBYTECODE
 
 gradwire_say() { printf '%s\n' "$*" >&2; }
 
@@ -54,8 +56,7 @@ gradwire_find_python() {
 python3.12 or python3.11. Install one, or say where it is: PYTHON=/path/to/python3 $0"
 }
 
-# Python compiles what is imported; to compile everything would take as long as to unpack it.
-gradwire_pip() { "$python" -m pip install -qq --no-compile --constraint constraints.txt "$@"; }
+gradwire_pip() { "$python" -m pip install -qq --constraint constraints.txt "$@"; }
 
 # On Linux PyPI's torch brings CUDA's libraries along. Without an NVIDIA GPU they would be gigabytes for nothing, so
 # PyTorch's own CPU index is asked as well where it answers.

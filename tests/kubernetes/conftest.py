@@ -19,12 +19,15 @@ _NO_TOOLS = "There is no helm or no kubectl that runs; ./scripts/test_kubernetes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what cannot be, by marks: pytest then tells each reason once a file."""
+    """Skips what cannot be, by marks: pytest then tells each reason once a file. Says what goes together."""
     runs = {name: _tool(name) is not None for name in ("helm", "kubectl")}
     for item in items:
         if not item.path.is_relative_to(Path(__file__).parent):
             continue
         needed = getattr(item, "fixturenames", ())
+        # For several processes: a file shares what it renders, and one alone makes the kinds of others.
+        group = "kinds of others" if "kinds_of_others" in needed else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
         if "cluster" in needed and not KUBECONFIG:
             item.add_marker(pytest.mark.skip(reason=_NO_CLUSTER))
         elif not all(there for name, there in runs.items() if name in needed):
