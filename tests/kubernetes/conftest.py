@@ -18,6 +18,7 @@ _NO_CLUSTER = "There is no API server; ./scripts/test_kubernetes.sh starts one, 
 _NO_TOOLS = "There is no helm or no kubectl that runs; ./scripts/test_kubernetes.sh has both."
 
 
+@pytest.hookimpl(tryfirst=True)  # Before pytest-xdist looks at the groups.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what cannot be, by marks: pytest then tells each reason once a file. Says what goes together."""
     runs = {name: _tool(name) is not None for name in ("helm", "kubectl")}
