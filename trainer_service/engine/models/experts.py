@@ -21,7 +21,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from trainer_service.engine.fused.gated_mlp import gated_halves
-from trainer_service.engine.models.frozen_experts import ExpertsLowRank, Routes, adapted_gated_mlps, adapted_product
+from trainer_service.engine.models.cpu_experts import ExpertsLowRank, Routes, adapted_gated_mlps, adapted_product
 
 GROUPED = "gradwire_grouped"
 """Name of this implementation among transformers'."""
@@ -105,7 +105,7 @@ def _weight(experts: Any, name: str) -> Tensor:
 
 
 def _goes_by_expert(experts: Any) -> bool:
-    """Whether what its experts compute is frozen_experts.adapted_gated_mlps, and here the fastest."""
+    """Whether what its experts compute is cpu_experts.adapted_gated_mlps, and here the fastest."""
     if not experts.has_gate or experts.has_bias or not _gates_by_silu(experts):
         return False
     if getattr(experts, "has_post_expert_norm", False):

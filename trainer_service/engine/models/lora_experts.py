@@ -13,8 +13,8 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
+from trainer_service.engine.models.cpu_experts import ExpertsLowRank
 from trainer_service.engine.models.experts import GROUPED, goes_by_interface
-from trainer_service.engine.models.frozen_experts import ExpertsLowRank
 from trainer_service.engine.models.lora_layer import ADAPTER
 
 

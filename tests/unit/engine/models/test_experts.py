@@ -10,8 +10,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from tests.numerics.plain import relative_error
+from trainer_service.engine.models.cpu_experts import ExpertsLowRank
 from trainer_service.engine.models.experts import GROUPED, grouped_experts
-from trainer_service.engine.models.frozen_experts import ExpertsLowRank
 
 _SIZE: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24}
 EXPERTS = {
