@@ -12,6 +12,8 @@ from kubernetes.client.exceptions import ApiException
 
 from tests.kubernetes import custom_kinds
 from tests.kubernetes.cluster import Cluster, eventually
+from tests.kubernetes.control_plane import IMAGE
+from tests.kubernetes.kubelet import FakeKubelet, none_of_its_own
 
 KUBECONFIG = os.environ.get("GRADWIRE_TEST_KUBECONFIG", "")
 _NO_CLUSTER = "There is no API server; ./scripts/test_kubernetes.sh starts one, or takes yours (KUBECONFIG)."
@@ -79,6 +81,15 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     name = cluster.make_namespace()
     yield name
     cluster.delete("v1", "namespaces", name)
+
+
+@pytest.fixture
+def kubelet(cluster: Cluster, namespace: str, tiny_llama: Path, tmp_path: Path) -> Iterator[FakeKubelet]:
+    """Runs the commands of the namespace's pods as processes."""
+    none_of_its_own(cluster)
+    kubelet = FakeKubelet(cluster, namespace, tmp_path, images={IMAGE}, files={"/models": tiny_llama.parent})
+    yield kubelet
+    kubelet.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """From create_and_wait through a StatefulSet to a trained step and delete, with the rights of the chart's Role."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import gradwire
@@ -8,18 +7,10 @@ import pytest
 from gradwire import ServiceClient, TrainerJobConfig, TrainerJobManager
 
 from tests.kubernetes.cluster import Cluster, eventually
-from tests.kubernetes.control_plane import IMAGE, KEYS, install, running_control_plane
-from tests.kubernetes.kubelet import FakeKubelet, none_of_its_own
+from tests.kubernetes.control_plane import KEYS, install, running_control_plane
+from tests.kubernetes.kubelet import FakeKubelet
 
 ADAM = gradwire.AdamParams(learning_rate=1e-2)
-
-
-@pytest.fixture
-def kubelet(cluster: Cluster, namespace: str, tiny_llama: Path, tmp_path: Path) -> Iterator[FakeKubelet]:
-    none_of_its_own(cluster)
-    kubelet = FakeKubelet(cluster, namespace, tmp_path, images={IMAGE}, files={"/models": tiny_llama.parent})
-    yield kubelet
-    kubelet.close()
 
 
 def datum() -> gradwire.Datum:

@@ -3,7 +3,6 @@
 There is no JobSet controller, and an API server of 1.20 has no indexed Jobs: the test makes the pods that they would.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from gradwire import ClientTls, Mesh, ServiceClient
 from tests.kubernetes import custom_kinds
 from tests.kubernetes.chart import one
 from tests.kubernetes.cluster import Cluster, eventually
-from tests.kubernetes.control_plane import IMAGE, KEYS, older_probes
+from tests.kubernetes.control_plane import KEYS, older_probes
 from tests.kubernetes.installing import install_all
-from tests.kubernetes.kubelet import FakeKubelet, none_of_its_own
+from tests.kubernetes.kubelet import FakeKubelet
 from tests.pem import make_pem
 
 ADAM = gradwire.AdamParams(learning_rate=1e-2)
@@ -30,14 +29,6 @@ VALUES: dict[str, Any] = {
         "extraArgs": ["--spare-worker-after-s=0"],
     },
 }
-
-
-@pytest.fixture
-def kubelet(cluster: Cluster, namespace: str, tiny_llama: Path, tmp_path: Path) -> Iterator[FakeKubelet]:
-    none_of_its_own(cluster)
-    kubelet = FakeKubelet(cluster, namespace, tmp_path, images={IMAGE}, files={"/models": tiny_llama.parent})
-    yield kubelet
-    kubelet.close()
 
 
 def make_pod(cluster: Cluster, namespace: str, job_set: str, index: int) -> str:

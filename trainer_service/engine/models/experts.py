@@ -65,8 +65,6 @@ def grouped_experts(
     low_rank = low_rank or {}
     num_tokens, num_chosen = expert_of_TK.shape
     sorted_S, order_S = torch.sort(expert_of_TK.reshape(-1), stable=True)
-    back_S = torch.empty_like(order_S)
-    back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
     experts_E = torch.arange(experts.num_experts, device=sorted_S.device)
     ends_E = torch.searchsorted(sorted_S, experts_E, right=True).int()
 
@@ -81,6 +79,8 @@ def grouped_experts(
         both = ((_weight(experts, name), low_rank.get(name)) for name in ("gate_up_proj", "down_proj"))
         return adapted_gated_mlps(hidden_TD.to(_computed_in(hidden_TD)), routes, *both).to(hidden_TD.dtype)
 
+    back_S = torch.empty_like(order_S)
+    back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
     x_SD: Any = _ToExperts.apply(hidden_TD, order_S, back_S, num_chosen)
     if experts.has_gate:
         gate_and_up = product("gate_up_proj", x_SD)
