@@ -4,11 +4,10 @@ rows is at hand when the next thing is made of it.
 A CPU's grouped products go expert by expert as well. Thin products are made as [R, …], which takes a third of the time
 of […, R].
 
-Shape suffixes: S rows, those of one expert behind one another, n rows of one expert, E experts, I and O inputs and
-outputs of an expert's layer, D hidden size, H inner size, R the LoRA rank.
+Shape suffixes: T tokens, K experts a token, S = T·K rows, those of one expert behind one another, n rows of one expert,
+E experts, I and O inputs and outputs of an expert's layer, D hidden size, H inner size, R the LoRA rank.
 """
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from trainer_service.engine.models.expert_threads import side_by_side
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,16 @@ class Routes:
     """Pairs of a token and one of its experts, those of one expert behind one another.
 
     Attributes:
-        token_S: The tokens; an expert has a token once.
+        token_S: The tokens.
         weight_S: What the answers are weighted by.
         ends_E: One past each expert's last pair.
+        rows_TK: Where the pairs of each token are.
     """
 
     token_S: Tensor
     weight_S: Tensor
     ends_E: Tensor
+    rows_TK: Tensor
 
 
 def adapted_product(x_SI: Tensor, weight_EIO: Tensor, low_rank: ExpertsLowRank, ends_E: Tensor) -> Tensor:
@@ -70,7 +73,7 @@ def adapted_gated_mlps(
         down: Weights [E, H, D] of down, and what is added to them.
     """
     first, second = ((weight, *_adapter(low_rank, hidden_TD.dtype)) for weight, low_rank in (gate_up, down))
-    found: Any = _GatedMlps.apply(hidden_TD, routes.weight_S, routes.token_S, routes.ends_E, *first, *second)
+    found: Any = _GatedMlps.apply(hidden_TD, routes.weight_S, routes, *first, *second)
     return found
 
 
@@ -81,14 +84,12 @@ def _adapter(low_rank: ExpertsLowRank | None, dtype: torch.dtype) -> tuple[Tenso
     return low_rank.a_ERI.to(dtype), low_rank.b_EOR.to(dtype).contiguous(), low_rank.scale
 
 
-@dataclass(frozen=True)
 class _Linear:
     """All experts' weights of one kind, frozen, with an adapter or none."""
 
-    weight_EIO: Tensor
-    a_ERI: Tensor | None
-    b_EOR: Tensor | None
-    scale: float
+    def __init__(self, weight_EIO: Tensor, a_ERI: Tensor | None, b_EOR: Tensor | None, scale: float) -> None:
+        self.weight_EIO, self.a_ERI, self.b_EOR, self.scale = weight_EIO, a_ERI, b_EOR, scale
+        self._scaled_a_ERI = None if a_ERI is None else a_ERI * scale
 
     def new_low(self, x_SI: Tensor) -> Tensor | None:
         """Room for scale · A · xᵀ of all rows, [R, S]."""
@@ -97,14 +98,9 @@ class _Linear:
     def forward(self, expert: int, x_nI: Tensor, y_nO: Tensor, low_Rn: Tensor | None) -> None:
         """Fills y and low."""
         torch.mm(x_nI, self.weight_EIO[expert].to(x_nI.dtype), out=y_nO)
-        if self.b_EOR is not None and low_Rn is not None:
-            torch.mm(self.scaled_a_ERI[expert], x_nI.T, out=low_Rn)
+        if self._scaled_a_ERI is not None and self.b_EOR is not None and low_Rn is not None:
+            torch.mm(self._scaled_a_ERI[expert], x_nI.T, out=low_Rn)
             y_nO.addmm_(low_Rn.T, self.b_EOR[expert].T)
-
-    @functools.cached_property
-    def scaled_a_ERI(self) -> Tensor:
-        assert self.a_ERI is not None
-        return self.a_ERI * self.scale
 
 
 class _Gradients:
@@ -149,8 +145,11 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         linear = _Linear(weight_EIO, a_ERI, b_EOR, scale)
         y_SO, low_RS = x_SI.new_empty(len(x_SI), weight_EIO.shape[2]), linear.new_low(x_SI)
-        for expert, rows in _rows_of(ends_E):
+
+        def compute(expert: int, rows: slice) -> None:
             linear.forward(expert, x_SI[rows], y_SO[rows], _columns(low_RS, rows))
+
+        side_by_side(_rows_of(ends_E), compute)
         ctx.save_for_backward(x_SI, ends_E, low_RS, weight_EIO, a_ERI, b_EOR)
         ctx.scale = scale
         return y_SO
@@ -161,14 +160,17 @@ class _Product(torch.autograd.Function):
         x_SI, ends_E, low_RS, weight_EIO, a_ERI, b_EOR = ctx.saved_tensors
         gradients = _Gradients(_Linear(weight_EIO, a_ERI, b_EOR, ctx.scale))
         grad_x_SI = torch.empty_like(x_SI) if ctx.needs_input_grad[0] else None
-        for expert, rows in _rows_of(ends_E):
+
+        def compute(expert: int, rows: slice) -> None:
             grad_x_nI = None if grad_x_SI is None else grad_x_SI[rows]
             gradients.backward(expert, grad_SO[rows], x_SI[rows], _columns(low_RS, rows), grad_x_nI)
+
+        side_by_side(_rows_of(ends_E), compute)
         return grad_x_SI, None, None, gradients.a_ERI, gradients.b_EOR, None
 
 
 class _GatedMlps(torch.autograd.Function):
-    """Of what it makes only gate and up are held: silu(gate) · up is made again, and no answer is ever whole.
+    """Of what it makes only gate and up are held: silu(gate) · up is made again.
 
     With p a pair's silu(gate) · up, w its weight, g the gradient of the sum: the sum is Σ (w · p) · Wᵀ, so
     dp = w · (g · W) and dw = p · (g · W), which needs no answer either.
@@ -176,37 +178,42 @@ class _GatedMlps(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, hidden_TD: Tensor, weight_S: Tensor, token_S: Tensor, ends_E: Tensor, *parts: Any
+        ctx: Any, hidden_TD: Tensor, weight_S: Tensor, routes: Routes, *parts: Any
     ) -> Tensor:
         gate_up, down = _Linear(*parts[:4]), _Linear(*parts[4:])
+        token_S, ends_E, rows_TK = routes.token_S, routes.ends_E, routes.rows_TK
         both_SO = hidden_TD.new_empty(len(token_S), gate_up.weight_EIO.shape[2])
         gate_up_low_RS, down_low_RS = gate_up.new_low(both_SO), down.new_low(both_SO)
-        found_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
-        for expert, rows in _rows_of(ends_E):
-            token_n, both_nO = token_S[rows], both_SO[rows]
-            gate_up.forward(expert, hidden_TD.index_select(0, token_n), both_nO, _columns(gate_up_low_RS, rows))
+        y_SD = hidden_TD.new_empty(len(token_S), hidden_TD.shape[1])
+
+        def compute(expert: int, rows: slice) -> None:
+            x_nD, both_nO = hidden_TD.index_select(0, token_S[rows]), both_SO[rows]
+            gate_up.forward(expert, x_nD, both_nO, _columns(gate_up_low_RS, rows))
             gate_nH, up_nH = both_nO.chunk(2, dim=1)
             weighted_nH = F.silu(gate_nH).mul_(up_nH).mul_(weight_S[rows, None])
-            y_nD = hidden_TD.new_empty(len(token_n), hidden_TD.shape[1])
-            down.forward(expert, weighted_nH, y_nD, _columns(down_low_RS, rows))
-            found_TD.index_add_(0, token_n, y_nD.float())
+            down.forward(expert, weighted_nH, y_SD[rows], _columns(down_low_RS, rows))
+
+        side_by_side(_rows_of(ends_E), compute)
+        indices = token_S, ends_E, rows_TK
         matrices = (part for part in parts if not isinstance(part, float))
-        ctx.save_for_backward(hidden_TD, weight_S, token_S, ends_E, both_SO, gate_up_low_RS, down_low_RS, *matrices)
+        ctx.save_for_backward(hidden_TD, weight_S, *indices, both_SO, gate_up_low_RS, down_low_RS, *matrices)
         ctx.scales = gate_up.scale, down.scale
-        return found_TD
+        return _added_up(y_SD, rows_TK)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_TD, weight_S, token_S, ends_E, both_SO, gate_up_low_RS, down_low_RS, *matrices = ctx.saved_tensors
+        hidden_TD, weight_S, token_S, ends_E, rows_TK, both_SO, *rest = ctx.saved_tensors
+        gate_up_low_RS, down_low_RS, *matrices = rest
         gate_up, down = (
             _Gradients(_Linear(weight_EIO, a_ERI, b_EOR, scale))
             for (weight_EIO, a_ERI, b_EOR), scale in zip((matrices[:3], matrices[3:]), ctx.scales, strict=True)
         )
-        grad_hidden_TD = torch.zeros_like(grad_TD) if ctx.needs_input_grad[0] else None
+        grad_x_SD = hidden_TD.new_empty(len(token_S), hidden_TD.shape[1]) if ctx.needs_input_grad[0] else None
         grad_weight_S = torch.empty_like(weight_S)
         grad_TD = grad_TD.to(hidden_TD.dtype)
-        for expert, rows in _rows_of(ends_E):
+
+        def compute(expert: int, rows: slice) -> None:
             token_n, weight_n = token_S[rows], weight_S[rows, None]
             x_nD, grad_nD = (each.index_select(0, token_n) for each in (hidden_TD, grad_TD))
             gate_nH, up_nH = both_SO[rows].chunk(2, dim=1)
@@ -221,14 +228,13 @@ class _GatedMlps(torch.autograd.Function):
             torch.mul(passed_nH, grad_product_nH, out=grad_up_nH)
             grad_product_nH.mul_(up_nH)
             torch.ops.aten.silu_backward.grad_input(grad_product_nH, gate_nH, grad_input=grad_gate_nH)
-            grad_x_nD = None if grad_hidden_TD is None else torch.empty_like(x_nD)
+            grad_x_nD = None if grad_x_SD is None else grad_x_SD[rows]
             gate_up.backward(expert, grad_both_nO, x_nD, _columns(gate_up_low_RS, rows), grad_x_nD)
-            if grad_hidden_TD is not None and grad_x_nD is not None:
-                grad_hidden_TD.index_add_(0, token_n, grad_x_nD.float())
-        if grad_hidden_TD is not None:
-            grad_hidden_TD = grad_hidden_TD.to(hidden_TD.dtype)
+
+        side_by_side(_rows_of(ends_E), compute)
+        grad_hidden_TD = None if grad_x_SD is None else _added_up(grad_x_SD, rows_TK).to(hidden_TD.dtype)
         adapters = gate_up.a_ERI, gate_up.b_EOR, None, None, down.a_ERI, down.b_EOR, None
-        return grad_hidden_TD, grad_weight_S, None, None, None, *adapters
+        return grad_hidden_TD, grad_weight_S, None, None, *adapters
 
 
 def _rows_of(ends_E: Tensor) -> Iterator[tuple[int, slice]]:
@@ -239,3 +245,8 @@ def _rows_of(ends_E: Tensor) -> Iterator[tuple[int, slice]]:
 
 def _columns(low_RS: Tensor | None, rows: slice) -> Tensor | None:
     return None if low_RS is None else low_RS[:, rows]
+
+
+def _added_up(x_SD: Tensor, rows_TK: Tensor) -> Tensor:
+    """The rows of each token added up in their order, [T, D] in float32."""
+    return F.embedding_bag(rows_TK, x_SD.float(), mode="sum")

@@ -74,13 +74,14 @@ def grouped_experts(
             y_SO = y_SO + getattr(experts, f"{name}_bias")[sorted_S].to(y_SO.dtype)
         return y_SO
 
+    back_S = torch.empty_like(order_S)
+    back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
     if low_rank and _goes_by_expert(experts):
-        routes = Routes(order_S // num_chosen, weight_of_TK.reshape(-1)[order_S], ends_E)
+        weight_S = weight_of_TK.reshape(-1)[order_S]
+        routes = Routes(order_S // num_chosen, weight_S, ends_E, back_S.view_as(expert_of_TK))
         both = ((_weight(experts, name), low_rank.get(name)) for name in ("gate_up_proj", "down_proj"))
         return adapted_gated_mlps(hidden_TD.to(_computed_in(hidden_TD)), routes, *both).to(hidden_TD.dtype)
 
-    back_S = torch.empty_like(order_S)
-    back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
     x_SD: Any = _ToExperts.apply(hidden_TD, order_S, back_S, num_chosen)
     if experts.has_gate:
         gate_and_up = product("gate_up_proj", x_SD)
