@@ -194,21 +194,30 @@ PARTS = (
     "all",
 )
 _LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}) \S+ +\S+: (.*)")
-_MARKS = ("Starting the worker.", "Loading.", "The worker is ready.", "Run restored.")
+_MARKS = (
+    ("Starting the worker.", "The spare worker takes over."),
+    ("Loading.",),
+    ("The worker is ready.",),
+    ("Run restored.",),
+)
+"""What the log says behind each part of a recovery, in one of these ways."""
+_KILL = ("kill",)
 
 
 def read_recoveries(log: Path, kills: list[float]) -> list[tuple[float, ...]]:
     """Seconds of each part, of every recovery that no other kill cut short, from the trainer's log."""
-    events: list[tuple[float, str]] = [(at, "kill") for at in kills]
+    events: list[tuple[float, tuple[str, ...]]] = [(at, _KILL) for at in kills]
     for line in log.read_text().splitlines():
-        if (found := _LINE.match(line)) and (mark := next((mark for mark in _MARKS if mark in found[2]), None)):
+        if not (found := _LINE.match(line)):
+            continue
+        if mark := next((mark for mark in _MARKS if any(text in found[2] for text in mark)), None):
             events.append((datetime.strptime(found[1], "%Y-%m-%d %H:%M:%S.%f").astimezone().timestamp(), mark))
     events.sort()
     recoveries: list[tuple[float, ...]] = []
-    wanted = ("kill", *_MARKS)
+    wanted = (_KILL, *_MARKS)
     reached: list[float] = []
     for at, what in events:
-        if what == "kill":
+        if what is _KILL:
             reached = [at]
         elif reached and what == wanted[len(reached)]:
             reached.append(at)

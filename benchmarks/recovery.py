@@ -1,15 +1,18 @@
 """How long a run of a real model is away after its worker is killed, and what the journal takes of its steps.
 
     python benchmarks/recovery.py [--base-model models/SmolLM2-135M-Instruct] [--kills 3] [--lora-rank 0] [--tokens 64]
+                                  [--lived-s 25]
 
-A run is snapshotted every three steps. One step behind a snapshot its worker gets SIGKILL: a new worker starts, the run
-comes back from the snapshot, that step is replayed, and the loop goes on; again and again. Its losses must be those of
+A run is snapshotted every three steps. One step behind a snapshot its worker gets SIGKILL: its spare takes over, if it
+lived long enough to have one (--lived-s 0: a new one is started), the run comes back from the snapshot, that step is
+replayed, and the loop goes on; again and again. Its losses must be those of
 a run that nothing happens to. The journal's share is measured in the same trainer: time its thread spends on commits,
 all of them waited for, over the time the steps take.
 """
 
 import argparse
 import os
+import signal
 import socket
 import statistics
 import sys
@@ -40,10 +43,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--lora-rank", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=64, help="a step")
+    parser.add_argument("--lived-s", type=float, default=25.0, help="how long a worker is there before it is killed")
     args = parser.parse_args()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         metrics = f"127.0.0.1:{probe.getsockname()[1]}"
-    arguments = ("--snapshot-steps", str(STEPS), "--metrics-port", metrics.rpartition(":")[2])
+    arguments = ["--snapshot-steps", str(STEPS), "--metrics-port", metrics.rpartition(":")[2]]
+    arguments += ["--spare-worker-after-s", "1" if args.lived_s else "0"]
     kills: list[float] = []
     # For tests it sets one thread.
     threads = os.environ["OMP_NUM_THREADS"]
@@ -62,8 +67,10 @@ def main() -> int:
             took_s, journalled_s = time.monotonic() - start_s, journal_s(metrics) - before_s
             for number in rounds[1:]:
                 wait_for_snapshot(trainer, client, number)
+                time.sleep(args.lived_s)
                 kills.append(time.time())
-                trainer.kill_worker()
+                # It was started before its spare.
+                os.kill(min(trainer.worker_pids()), signal.SIGKILL)
                 got.append(steps(client, number, args.tokens))
             client.delete_run()
         trainer.stop()

@@ -59,6 +59,7 @@ ENGINE_FLOORS = (
     "counters",
     "freed_memory",
     "device",
+    "findings",
     "rank_store_client",
     "rank_channels",
     "tensor_files",

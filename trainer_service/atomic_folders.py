@@ -13,6 +13,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ SPARE_BYTES = 16 << 20
 """Disk space required beyond the known need, for small files and the file system itself."""
 
 _CHUNK_BYTES = 8 << 20
+_HASHING_THREADS = 4
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
 MAX_MANIFEST_BYTES = 16 << 20
@@ -267,20 +269,27 @@ def verify(folder: Path, manifest: Manifest) -> None:
     Raises:
         DataLossError: CHECKPOINT_DAMAGED names the first file that is not as the manifest says.
     """
-    for name, entry in manifest.files.items():
-        path = folder / name
-        try:
-            size_bytes = path.stat().st_size
-            if size_bytes != entry.size_bytes:
-                raise damaged(folder.name, name, f"has {size_bytes} bytes instead of {entry.size_bytes}")
-            if sha256_of(path) != entry.sha256:
-                raise damaged(folder.name, name, "has different content than was written")
-        except FileNotFoundError:
-            raise damaged(folder.name, name, "is missing") from None
-        except OSError as exc:
-            if isinstance(exc, GradwireError):
-                raise
-            raise damaged(folder.name, name, f"cannot be read: {exc}") from exc
+    with ThreadPoolExecutor(_HASHING_THREADS, "digests") as pool:
+        # Digests are made without Python's lock.
+        checks = [pool.submit(_verify_file, folder, name, entry) for name, entry in manifest.files.items()]
+    for check in checks:
+        check.result()
+
+
+def _verify_file(folder: Path, name: str, entry: FileEntry) -> None:
+    path = folder / name
+    try:
+        size_bytes = path.stat().st_size
+        if size_bytes != entry.size_bytes:
+            raise damaged(folder.name, name, f"has {size_bytes} bytes instead of {entry.size_bytes}")
+        if sha256_of(path) != entry.sha256:
+            raise damaged(folder.name, name, "has different content than was written")
+    except FileNotFoundError:
+        raise damaged(folder.name, name, "is missing") from None
+    except OSError as exc:
+        if isinstance(exc, GradwireError):
+            raise
+        raise damaged(folder.name, name, f"cannot be read: {exc}") from exc
 
 
 @contextlib.contextmanager

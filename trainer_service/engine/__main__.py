@@ -103,7 +103,7 @@ def _lead(socket: str, config: WorkerConfig) -> int:
     try:
         ranks = _ranks(config, lambda text: trainer.send(WorkerEvent(loading=text)))
         with _nothing_collected():
-            engine = _load(config, ranks, trainer.send)
+            engine = _load(socket, config, ranks, trainer.send)
             sampling = _sampling(engine, config.checkpoint_dir, trainer.send, trainer.send)
     except Exception as exc:
         return _give_up(trainer, exc)
@@ -124,7 +124,7 @@ def _follow(socket: str, config: WorkerConfig) -> int:
     try:
         ranks = _ranks(config, _says_nothing)
         with _nothing_collected():
-            engine = _load(config, ranks, _says_nothing)
+            engine = _load(socket, config, ranks, _says_nothing)
             # What its samples answer, the leader sends; what becomes of a snapshot, the leader knows.
             sampling = _sampling(engine, config.checkpoint_dir, _says_nothing, outbox.append)
     except GradwireError:
@@ -202,7 +202,7 @@ def _nothing_collected() -> Iterator[None]:
         gc.enable()
 
 
-def _load(config: WorkerConfig, ranks: Ranks, send: Send) -> "Engine":
+def _load(socket: str, config: WorkerConfig, ranks: Ranks, send: Send) -> "Engine":
     if config.loss_module:
         from trainer_service.engine.losses import LOSSES
         from trainer_service.engine.losses.module import load_losses
@@ -242,6 +242,7 @@ def _load(config: WorkerConfig, ranks: Ranks, send: Send) -> "Engine":
             max_context_length=config.max_context_length,
             served_model_name=config.served_model_name,
             ranks=ranks,
+            findings_folder=Path(socket).parent,
         )
 
 

@@ -65,6 +65,7 @@ class Engine:
         max_context_length: Longest sequence allowed, tokens; 0 means the model's own limit.
         served_model_name: Name of the model in messages and files for callers; "" for base_model.
         ranks: Share models and batches; each rank has an engine, and calls the same verbs.
+        findings_folder: See ModelSource.
 
     Raises:
         InvalidArgumentError: The model cannot be loaded.
@@ -81,6 +82,7 @@ class Engine:
         max_context_length: int = 0,
         served_model_name: str = "",
         ranks: Ranks | None = None,
+        findings_folder: Path | None = None,
     ) -> None:
         name = served_model_name or base_model
         self.ranks = ranks or Ranks()
@@ -92,7 +94,7 @@ class Engine:
         settings = settings or EngineSettings()
         self._base_dtype: BaseDtype = settings.base_dtype
         check_base_dtype(self._base_dtype, device.torch_device, world_size=self.ranks.world_size)
-        self.source = ModelSource(base_model, self.folder, device, self.ranks)
+        self.source = ModelSource(base_model, self.folder, device, self.ranks, findings_folder)
         """Where its models come from."""
         described = describe(self.source.example, base_model=name, device=device, max_context_length=max_context_length)
         self.model = replace(described, dtype=self._base_dtype)

@@ -6,7 +6,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
+from trainer_service import model_folder
 from trainer_service.engine.device import Device
+from trainer_service.engine.findings import Findings
 from trainer_service.engine.models import runner
 from trainer_service.engine.models.load import load_model
 from trainer_service.engine.models.positions import Boundary
@@ -27,12 +29,16 @@ class ModelSource:
         folder: Where its files are.
         device: Where models go.
         ranks: Who shares the model.
+        findings_folder: Of one trainer, private to its user, for what is found out by trying the model; None keeps
+            nothing.
 
     Raises:
         InvalidArgumentError: The model cannot be loaded.
     """
 
-    def __init__(self, base_model: str, folder: Path, device: Device, ranks: Ranks) -> None:
+    def __init__(
+        self, base_model: str, folder: Path, device: Device, ranks: Ranks, findings_folder: Path | None = None
+    ) -> None:
         self._base_model = base_model
         self._folder = folder
         self._device = device
@@ -40,6 +46,8 @@ class ModelSource:
         self._first: PreTrainedModel | Sharded | None = self._read()
         self.hollow = self._first.hollow if isinstance(self._first, Sharded) else None
         """The model without what its parameters hold, where they are in parts; None where they are whole."""
+        self.findings = Findings(findings_folder, [model_folder.digest(folder)] if findings_folder else [])
+        """Those that hold for the model as it is."""
         self._traits: Traits | None = None
 
     @property
@@ -53,8 +61,14 @@ class ModelSource:
         """What the architecture allows. Called once, before `load`."""
         device = self._device.torch_device
         if not isinstance(self._first, Sharded):
-            assert self._first is not None
-            self._traits = find_traits(self._first, device, max_context_length=max_context_length)
+            first = self._first
+            assert first is not None
+
+            def find() -> tuple[Traits, bool]:
+                return find_traits(first, device, max_context_length=max_context_length), attention.varlen_enabled
+
+            made_of = Traits, HeadTraits, Boundary
+            self._traits, attention.varlen_enabled = self.findings.recall("traits", find, made_of=made_of)
             return self._traits
         sibling, num_layers = self.sibling()
         scale = num_layers / int(sibling.config.get_text_config().num_hidden_layers)

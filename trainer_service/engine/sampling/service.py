@@ -14,7 +14,8 @@ from trainer_service.adapter_folders import CONFIG as ADAPTER_CONFIG
 from trainer_service.atomic_folders import read_manifest
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.load import load_model
-from trainer_service.engine.sampling.decoding_plan import DecodingPlan
+from trainer_service.engine.sampling.cache import CacheShape, StateShape
+from trainer_service.engine.sampling.decoding_plan import DecodingPlan, Way
 from trainer_service.engine.sampling.generation_loop import GenerationLoop
 from trainer_service.engine.sampling.job import Job
 from trainer_service.engine.sampling.request import Request, read_request
@@ -137,14 +138,19 @@ def _find_decoding(engine: Engine) -> DecodingPlan:
     """How the engine's models are decoded; tried on a few layers where a model is not whole."""
     whole = engine.source.hollow is None
     model, num_layers = (engine.base_model(), 0) if whole else engine.source.sibling()
-    found = find_decoding(
-        model,
-        engine.device,
-        attention=engine.traits.attention,
-        max_context_length=engine.model.max_context_length,
-    )
+
+    def find() -> DecodingPlan:
+        return find_decoding(
+            model,
+            engine.device,
+            attention=engine.traits.attention,
+            max_context_length=engine.model.max_context_length,
+        )
+
     if whole:
-        return found
+        made_of = DecodingPlan, Way, CacheShape, StateShape, torch.Size, torch.device
+        return engine.source.findings.recall("decoding", find, made_of=made_of)
+    found = find()
     shapes = {"shape": found.shape, "row_shape": found.row_shape}
     return dataclasses.replace(
         found, **{name: dataclasses.replace(one, num_layers=num_layers) for name, one in shapes.items() if one}
