@@ -326,11 +326,11 @@ def _device_loop(
     outbox: list[WorkerEvent] | None = None,
 ) -> "DeviceLoop":
     """What executes commands on this rank, and the threads that read and prepare them."""
-    from trainer_service.engine.worker.commands import Commands, overtakes
+    from trainer_service.engine.worker.commands import Commands, overtakes, quickly_prepared
     from trainer_service.engine.worker.device_loop import DeviceLoop
 
     commands = Commands(engine, send, sampling)
-    inbox = Inbox(commands.prepare, overtakes)
+    inbox = Inbox(commands.prepare, overtakes, quick=quickly_prepared)
 
     def read() -> None:
         # Ranks that hear nothing more have ended too; main() says how.
