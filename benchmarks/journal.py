@@ -33,9 +33,10 @@ from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Durability, Limits, Retention, SnapshotPolicy, Sync
 from trainer_service.runs.journal_writer import Journal, JournalWriter
+from trainer_service.runs.observer import Observer
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
-from trainer_service.runs.run import Observer, Run
+from trainer_service.runs.run import Run
 from trainer_service.runs.store import RunStore
 from trainer_service.served_model import ServedModel
 

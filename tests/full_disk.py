@@ -8,6 +8,9 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from unittest import mock
+
+from trainer_service.runs import journal
 
 _SOURCE = "gradwire-small-disk-"
 """What such file systems are mounted from, as /proc/mounts shows it; behind it, the process that mounted it."""
@@ -108,11 +111,16 @@ def _unmount_left_behind() -> None:
 
 
 @contextlib.contextmanager
-def nothing_can_be_written() -> Iterator[None]:
-    """Every write of this process to a file fails, as on a full disk."""
+def nothing_can_be_written(*, foreseen: bool = True) -> Iterator[None]:
+    """Every write of this process to a file fails, as on a full disk.
+
+    Args:
+        foreseen: Whether the disk says that it has no room.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
     try:
-        yield
+        with mock.patch.object(journal, "has_room", return_value=False) if foreseen else contextlib.nullcontext():
+            yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -13,9 +13,10 @@ from tests.waiting import until
 from trainer_service.checkpoints.catalog import Catalog
 from trainer_service.checkpoints.transfers import Transfers
 from trainer_service.config import Durability, Limits, SnapshotPolicy
+from trainer_service.runs.observer import Observer
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.registry import Runs
-from trainer_service.runs.run import Observer, Run
+from trainer_service.runs.run import Run
 from trainer_service.served_model import ServedModel
 
 EVERY_2_STEPS = Durability(snapshots=SnapshotPolicy(every_steps=2), idle_lease_s=0)

@@ -39,6 +39,7 @@ GROUND = {
     "startup_checks",
     "user_metadata",
     "worker_config",
+    "worker_frames",
 }
 """Imported by all; import only each other."""
 ROOF = {"trainer": {"rpc", "runs", "fleet", "checkpoints"}, "control_plane": {"rpc", "jobs"}}

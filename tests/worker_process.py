@@ -1,20 +1,18 @@
 """A worker process without torch, for the supervisor's tests: python -m tests.worker_process SOCKET BEHAVIOUR."""
 
 import os
-import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
-import grpc
 from gradwire._wire.protocol_version import __version__
 from gradwire.errors import error, to_status
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import Mesh, ModelInfo, TrainResponse
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDone, WorkerEvent, WorkerHello, WorkerReady
-from gradwire.v1.worker_service_pb2_grpc import WorkerServiceStub
 
+from trainer_service.config import Limits
+from trainer_service.engine.worker.connection import TrainerConnection
 from trainer_service.engine.worker.heartbeat import start_heartbeat
 from trainer_service.executing import Executing, leave_reason
 from trainer_service.worker_config import SPARE_VARIABLE
@@ -28,12 +26,7 @@ def main(socket: str, behaviour: str) -> None:
         sys.exit("no such device")
     if behaviour == "never-says-hello":
         time.sleep(600)
-    outgoing: queue.SimpleQueue[WorkerEvent | None] = queue.SimpleQueue()
-
-    def events() -> Iterator[WorkerEvent]:
-        while (event := outgoing.get()) is not None:
-            yield event
-
+    trainer = TrainerConnection(socket, max_message_bytes=Limits.max_message_bytes)
     token = "wrong" if behaviour == "wrong-token" else os.environ["GRADWIRE_WORKER_TOKEN"]
     version = "0.0.0" if behaviour == "other-version" else __version__
     hello = WorkerHello(
@@ -42,32 +35,31 @@ def main(socket: str, behaviour: str) -> None:
         mesh=Mesh(world_size=2, local_world_size=1, nnodes=2, fsdp_size=1, dp_replicate_size=2),
         software_version=version,
     )
-    outgoing.put(WorkerEvent(hello=hello))
-    commands = WorkerServiceStub(grpc.insecure_channel(f"unix:{socket}")).Attach(events())
-    outgoing.put(WorkerEvent(loading="loading fake"))
+    executing = Executing(socket)
+    trainer.send(WorkerEvent(hello=hello))
+    trainer.send(WorkerEvent(loading="loading fake"))
     if behaviour == "hangs-while-loading":
         time.sleep(600)
     if behaviour == "loads-slowly":
         for _ in range(8):
             time.sleep(0.5)
-            outgoing.put(WorkerEvent(loading="loading fake"))
+            trainer.send(WorkerEvent(loading="loading fake"))
     if behaviour == "fails-to-load":
-        outgoing.put(WorkerEvent(failed=to_status(error("TRAINER_JOB_FAILED", "There is no model here."))))
-        outgoing.put(None)
+        trainer.send(WorkerEvent(failed=to_status(error("TRAINER_JOB_FAILED", "There is no model here."))))
+        trainer.finish()
     else:
         model = ModelInfo(base_model="fake", architecture=str(os.getpid()))
-        outgoing.put(WorkerEvent(ready=WorkerReady(model=model), counters={"gradwire_worker_operations_total": 0}))
-        start_heartbeat(outgoing.put, threading.Event())
+        trainer.send(WorkerEvent(ready=WorkerReady(model=model), counters={"gradwire_worker_operations_total": 0}))
+        start_heartbeat(trainer.send, threading.Event())
     if behaviour == "prints":
         # A progress bar, a line without end, bytes that are no text.
         sys.stdout.buffer.write(b"10%\r20%\r" + b"x" * 300_000 + b"\n\xff\xfe last words\n")
         sys.stdout.flush()
-    executing = Executing(socket)
-    for number, command in enumerate(commands, start=1):
+    for number, command in enumerate(trainer.commands(), start=1):
         if behaviour != "hangs-in-sampling":
             executing.say(command.command_id)
         if behaviour.startswith("hangs"):
-            outgoing.put(WorkerEvent(counters={"gradwire_worker_operations_total": 1}))
+            trainer.send(WorkerEvent(counters={"gradwire_worker_operations_total": 1}))
             time.sleep(600)
         if behaviour == "leaves-a-reason":
             leave_reason(socket, error("DEVICE_OUT_OF_MEMORY", "There is no memory left here.", device="fake"))
@@ -75,7 +67,7 @@ def main(socket: str, behaviour: str) -> None:
         if behaviour == "exits-at-first-command":
             sys.exit("out of luck")
         executing.say(0)
-        outgoing.put(answer(command, number))
+        trainer.send(answer(command, number))
 
 
 def answer(command: WorkerCommand, number: int) -> WorkerEvent:

@@ -25,10 +25,10 @@ from trainer_service.rpc.grpc_server import GrpcServer
 from trainer_service.rpc.request_checks import RequestChecks
 from trainer_service.rpc.sampling_servicer import SamplingServicer
 from trainer_service.rpc.trainer_servicer import TrainerServicer
+from trainer_service.runs.observer import Observer
 from trainer_service.runs.operation_spans import Traces
 from trainer_service.runs.recovery import Restored
 from trainer_service.runs.registry import Runs
-from trainer_service.runs.run import Observer
 from trainer_service.runs.run_metrics import RunMetrics
 from trainer_service.runs.sampling import SampleRequests
 from trainer_service.runs.sequence import Entry

@@ -3,6 +3,7 @@
 import uuid
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from gradwire._client import answers
@@ -98,7 +99,7 @@ class TrainingClient(SavingCalls, RefusesTinkerNames):
             ResourceExhaustedError: LIMIT_EXCEEDED: one datum is larger than a message may be.
         """
         settings = ops.ForwardRequest(loss_fn=loss_fn, loss_fn_config=loss_fn_config or {})
-        requests = [batch_content("forward", settings, piece) for piece in self._calls.pieces(data)]
+        requests = self._calls.pieces(data, partial(batch_content, "forward", settings))
         return self._calls.send("forward", requests, answers.forward_output, overtakes_losses=True)
 
     def forward_backward(
@@ -120,7 +121,7 @@ class TrainingClient(SavingCalls, RefusesTinkerNames):
             InvalidArgumentError: As forward.
         """
         settings = ops.ForwardBackwardRequest(loss_fn=loss_fn, loss_fn_config=loss_fn_config or {})
-        requests = [batch_content("forward_backward", settings, piece) for piece in self._calls.pieces(data)]
+        requests = self._calls.pieces(data, partial(batch_content, "forward_backward", settings))
         return self._calls.send("forward_backward", requests, answers.forward_output)
 
     def forward_backward_custom(

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import grpc
 from gradwire._wire.protocol_version import __version__
 from gradwire.errors import GradwireError, error, to_status
 from gradwire.v1.trainer_service_pb2 import LossInfo, Mesh, ModelInfo
@@ -112,7 +111,7 @@ def _lead(socket: str, config: WorkerConfig) -> int:
     logger.info("Ready.", extra={"fields": {"base_model": engine.model.base_model, "device": engine.model.device}})
     from trainer_service.engine.worker.device_loop import told_to_all
 
-    loop = _device_loop(socket, engine, sampling, trainer.send, told_to_all(trainer.commands, ranks))
+    loop = _device_loop(socket, engine, sampling, trainer.send, told_to_all(trainer.commands(), ranks))
     loop.lead(trainer.send, trainer.ended.is_set)
     trainer.finish()
     logger.info("The trainer ended the stream.", extra={"fields": {"how": trainer.describe_end()}})
@@ -328,15 +327,15 @@ def _device_loop(
     outbox: list[WorkerEvent] | None = None,
 ) -> "DeviceLoop":
     """What executes commands on this rank, and the threads that read and prepare them."""
-    from trainer_service.engine.worker.commands import Commands, overtakes
+    from trainer_service.engine.worker.commands import Commands, overtakes, quickly_prepared
     from trainer_service.engine.worker.device_loop import DeviceLoop
 
     commands = Commands(engine, send, sampling)
-    inbox = Inbox(commands.prepare, overtakes)
+    inbox = Inbox(commands.prepare, overtakes, quick=quickly_prepared)
 
     def read() -> None:
-        # A stream that breaks off, or ranks that hear nothing more, have ended too; main() says how.
-        with contextlib.suppress(grpc.RpcError, RuntimeError):
+        # Ranks that hear nothing more have ended too; main() says how.
+        with contextlib.suppress(RuntimeError):
             inbox.read(raw)
 
     threading.Thread(target=read, name="commands", daemon=True).start()

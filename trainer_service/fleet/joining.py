@@ -60,7 +60,6 @@ _REFUSALS = (
     grpc.StatusCode.ALREADY_EXISTS,
 )
 """How a trainer says that this node shall not come again as it is."""
-_MAX_MESSAGE_BYTES = 1024 * 1024
 
 
 class JoinRefusedError(Exception):
@@ -87,7 +86,7 @@ class JoiningNode:
         if not self._encrypted and config.tls is not None:
             raise SettingsError(f"--tls-… are for --join https://…, and --join is {config.join}.")
         self._instance_id = secrets.token_hex(16)
-        self._socket = WorkerSocket(rank_store_handler(self._access), max_message_bytes=_MAX_MESSAGE_BYTES)
+        self._socket = WorkerSocket(store=rank_store_handler(self._access))
         self._channel: grpc.aio.Channel | None = None
         self._events: asyncio.Queue[NodeEvent] = asyncio.Queue()
         self._joined = False

@@ -1,24 +1,22 @@
-"""The WorkerService: one worker's connection, and the commands under way on it."""
+"""One worker's connection, and the commands under way on it."""
 
 import asyncio
-import contextlib
 import hmac
 import logging
+from collections import deque
 from collections.abc import Callable
 
-import grpc
-import grpc.aio
+from google.protobuf.message import DecodeError
 from gradwire._wire.protocol_version import __version__
 from gradwire._wire.wire_format import embed, fields
-from gradwire.errors import GradwireError, error
-from gradwire.v1 import worker_service_pb2
-from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerReady
+from gradwire.errors import GradwireError, error, to_status
+from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerHello, WorkerReady
 
 from trainer_service.fleet.worker import Deliver, Died, Reply
+from trainer_service.worker_frames import Frames, OversizedFrameError, frame
 
 logger = logging.getLogger(__name__)
 
-SERVICE = worker_service_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
 _REQUEST = WorkerCommand.DESCRIPTOR.fields_by_name["request"].number
 _RESPONSE = WorkerEvent.DESCRIPTOR.fields_by_name["response"].number
 
@@ -49,20 +47,31 @@ class Link:
         """How long nothing has come, to the second."""
         self.closed = asyncio.Event()
         """Set once the worker's stream has ended."""
-        self.dismissed = asyncio.Event()
-        """Set to end the worker's stream, which ends the worker too."""
-        self.outgoing: asyncio.Queue[bytes] = asyncio.Queue()
-        """Encoded commands."""
+        self._line: WorkerLine | None = None
+        self._dismissed = False
         self._pending: dict[int, Deliver] = {}
         self._last_command_id = 0
 
+    def attach(self, line: "WorkerLine") -> None:
+        """The worker is there."""
+        self.attached, self._line = True, line
+        if self._dismissed:
+            line.close()
+
+    def dismiss(self) -> None:
+        """Ends the worker's stream, which ends the worker too."""
+        self._dismissed = True
+        if self._line is not None:
+            self._line.close()
+
     def submit(self, command: WorkerCommand, deliver: Deliver, *, request: bytes = b"") -> None:
-        """Queues a command for the worker; see Worker.submit."""
+        """Sends the worker a command; see Worker.submit."""
         self._last_command_id += 1
         command.command_id = self._last_command_id
         self._pending[command.command_id] = deliver
-        encoded = command.SerializeToString()
-        self.outgoing.put_nowait(b"".join((encoded, *embed(_REQUEST, request))) if request else encoded)
+        if self._line is not None:
+            parts = embed(_REQUEST, request) if request else []
+            self._line.send(command.SerializeToString(), *parts)
 
     def answer(self, reply: Reply) -> None:
         """Hands an answer to whoever waits for it."""
@@ -88,46 +97,89 @@ class Link:
             deliver(Died(exc, executing=died_of_it, because=because if died_of_it else None))
 
 
-def worker_service_handler(servicer: "WorkerServicer") -> grpc.GenericRpcHandler:
-    """The WorkerService over encoded messages."""
-    attach = grpc.stream_stream_rpc_method_handler(
-        servicer.Attach, request_deserializer=_parse_event, response_serializer=_as_it_is
-    )
-    return grpc.method_handlers_generic_handler(SERVICE, {"Attach": attach})
-
-
-def _parse_event(encoded: bytes) -> Reply:
-    event = WorkerEvent.FromString(encoded)
-    response = memoryview(b"")
-    if event.HasField("response"):
-        response = next(inner for number, _, inner in fields(memoryview(encoded)) if number == _RESPONSE)
-    return Reply(event, response)
-
-
-def _as_it_is(encoded: bytes) -> bytes:
-    return encoded
-
-
-class WorkerServicer:
-    """Serves the worker that the supervisor started last.
+class WorkerLine(asyncio.BufferedProtocol):
+    """The trainer's end of a connection that a worker made, from its hello to its end.
 
     Args:
         current: Gives the link that a worker may take, or None.
         on_ready: Called when a worker has loaded its model.
+        max_message_bytes: The largest event it accepts.
     """
 
-    def __init__(self, current: Callable[[], Link | None], on_ready: Callable[[], object]) -> None:
+    def __init__(
+        self, current: Callable[[], Link | None], on_ready: Callable[[], object], *, max_message_bytes: int
+    ) -> None:
         self._current = current
         self._on_ready = on_ready
+        self._frames = Frames(max_message_bytes)
+        self._link: Link | None = None
+        self._transport: asyncio.Transport | None = None
+        self._paused = False
+        self._unsent: deque[bytes] = deque()  # While the worker reads too slowly: the transport would copy it.
 
-    async def Attach(self, request_iterator: object, context: grpc.aio.ServicerContext) -> None:
-        """One worker, from its hello to its end."""
-        first = await context.read()
-        hello = first.event.hello if isinstance(first, Reply) else None
+    def send(self, *parts: bytes | memoryview) -> None:
+        """Sends a command, encoded in parts."""
+        self._unsent.append(frame(*parts))
+        self._flush()
+
+    def close(self) -> None:
+        """Ends the connection."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # ── called by the event loop ──────────────────────────────────────────────────────────────────────────────────
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._unsent.clear()
+        if self._link is not None:
+            self._link.closed.set()
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._flush()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._frames.room()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        try:
+            for message in self._frames.arrived(nbytes):
+                if self._transport is None or self._transport.is_closing():
+                    return
+                self._received(message)
+        except (OversizedFrameError, DecodeError) as exc:
+            logger.error("What came over the worker's socket cannot be read.", extra={"fields": {"why": exc}})
+            self.close()
+
+    # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _flush(self) -> None:
+        while self._unsent and not self._paused and self._transport is not None:
+            self._transport.write(self._unsent.popleft())
+
+    def _received(self, message: bytes | bytearray) -> None:
+        event = WorkerEvent.FromString(message)  # pyright: ignore[reportArgumentType]  (its stubs know only bytes)
+        if self._link is None:
+            self._greet(event.hello)
+            return
+        response = memoryview(b"")
+        if event.HasField("response"):
+            response = next(inner for number, _, inner in fields(memoryview(message)) if number == _RESPONSE)
+        self._receive(self._link, Reply(event, response))
+
+    def _greet(self, hello: WorkerHello) -> None:
         link = self._current()
-        if hello is None or link is None or link.attached or not _same(hello.token, link.token):
+        if link is None or link.attached or not _same(hello.token, link.token):
             logger.warning("Refused a caller on the worker's socket.")
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "Not a worker this trainer started.")
+            self._refuse(error("TRAINER_JOB_FAILED", "Not a worker this trainer started."))
             return
         if hello.software_version != __version__:
             text = (
@@ -135,38 +187,22 @@ class WorkerServicer:
                 "version of both."
             )
             link.failure = error("TRAINER_JOB_FAILED", text)
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+            self._refuse(link.failure)
             return
-        link.attached = True
+        self._link = link
         link.counters |= {
             f"gradwire_worker_{field.name}": float(getattr(hello.mesh, field.name))
             for field in hello.mesh.DESCRIPTOR.fields
         }
+        link.attach(self)
         link.spoke.set()
         logger.info("Worker attached.", extra={"fields": {"pid": hello.pid, "ranks": hello.mesh.world_size}})
-        tasks = [
-            asyncio.create_task(self._read(link, context)),
-            asyncio.create_task(self._write(link, context)),
-            asyncio.create_task(link.dismissed.wait()),
-        ]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            link.closed.set()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _read(self, link: Link, context: grpc.aio.ServicerContext) -> None:
-        # grpc raises when the stream breaks; all that matters is that it ended.
-        with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):
-            while isinstance(reply := await context.read(), Reply):
-                self._receive(link, reply)
-
-    async def _write(self, link: Link, context: grpc.aio.ServicerContext) -> None:
-        with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):
-            while True:
-                await context.write(await link.outgoing.get())
+    def _refuse(self, why: GradwireError) -> None:
+        self.send(WorkerCommand(refused=to_status(why)).SerializeToString())
+        if self._transport is not None:
+            # Once that is written.
+            self._transport.close()
 
     def _receive(self, link: Link, reply: Reply) -> None:
         event = reply.event

@@ -19,6 +19,7 @@ from typing import Protocol
 
 from trainer_service import join_token
 from trainer_service.fleet.output import WorkerOutput
+from trainer_service.fleet.worker_socket import store_path
 from trainer_service.processes import start_child, stop_child
 from trainer_service.worker_config import RANK_STORE_VARIABLE, START_ID_VARIABLE
 
@@ -109,7 +110,7 @@ class RankProcesses:
         """
         processes: list[Process] = []
         outputs: list[WorkerOutput] = []
-        store = f"{folder}/worker.sock" if place.start_id else f"{folder}/ranks-{secrets.token_hex(4)}"
+        store = store_path(folder) if place.start_id else f"{folder}/ranks-{secrets.token_hex(4)}"
         # With several machines an operator may know better, as with torchrun.
         told = {name: env[name] for name in INTERFACE_VARIABLES if place.nnodes > 1 and env.get(name)}
         try:

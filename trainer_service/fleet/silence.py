@@ -14,6 +14,9 @@ _UNRESPONSIVE_S = 15.0
 """Silence after which the trainer reports itself as not ready: on a machine that is merely busy, a worker's thread is
 held up for a few seconds at most."""
 
+_DEAF_S = 0.1
+"""Pause after something was heard."""
+
 
 async def silent_seconds(heard: asyncio.Event) -> AsyncGenerator[float]:
     """For how many seconds nothing has been heard: 0 whenever something is, more after each interval without.
@@ -30,6 +33,8 @@ async def silent_seconds(heard: asyncio.Event) -> AsyncGenerator[float]:
         try:
             await asyncio.wait_for(heard.wait(), HEARTBEAT_INTERVAL_S)
             silent_s = 0.0
+            # A busy worker is heard hundreds of times a second.
+            await asyncio.sleep(_DEAF_S)
         except TimeoutError:
             silent_s += HEARTBEAT_INTERVAL_S
         yield silent_s

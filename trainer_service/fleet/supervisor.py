@@ -14,7 +14,7 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerReady
 from trainer_service.command_lines import command_line
 from trainer_service.config import Limits
 from trainer_service.executing import executing_command, leave_reason, take_reason
-from trainer_service.fleet.link import Link, WorkerServicer, worker_service_handler
+from trainer_service.fleet.link import Link, WorkerLine
 from trainer_service.fleet.node_ranks import NodeRanks
 from trainer_service.fleet.nodes import Nodes
 from trainer_service.fleet.rank_processes import Place, RankProcesses, WorkerRanks, worker_environment
@@ -68,10 +68,12 @@ class WorkerSupervisor:
         self._link: Link | None = None
         self._local_world_size = local_world_size
         self._nodes = nodes
-        handlers = [worker_service_handler(WorkerServicer(lambda: self._link, self._became_ready))]
-        if nodes is not None:
-            handlers.append(rank_store_handler(nodes.stores.access))
-        self._socket = WorkerSocket(*handlers, max_message_bytes=max_message_bytes)
+        # Twice the limit of one message: an operation travels inside a command, which is a little larger.
+        largest = 2 * max_message_bytes
+        self._socket = WorkerSocket(
+            lambda: WorkerLine(lambda: self._link, self._became_ready, max_message_bytes=largest),
+            store=None if nodes is None else rank_store_handler(nodes.stores.access),
+        )
         self._spare = Spare(self._start_spare, lambda: self._socket.path, after_s=self._timeouts.spare_after_s)
         self._status_message = "starting the worker"
         self._stopping = False
@@ -145,7 +147,7 @@ class WorkerSupervisor:
         link, self._link = self._link, None
         if link is not None:
             link.fail_pending(_stopped())
-            link.dismissed.set()
+            link.dismiss()
         if self._task is not None:
             if link is not None and link.attached:
                 # Once its stream has ended, the worker exits by itself and logs no error.
@@ -213,7 +215,7 @@ class WorkerSupervisor:
             self._ended(link, died)
             return died
         finally:
-            link.dismissed.set()
+            link.dismiss()
             await ranks.stop(grace_s=grace_s)
 
     def _ended(self, link: Link, died: GradwireError) -> None:

@@ -1,10 +1,12 @@
-"""The unix socket that workers connect to, in a private folder of its own."""
+"""The unix sockets that a worker's ranks connect to, in a private folder of their own."""
 
+import asyncio
 import contextlib
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -20,35 +22,38 @@ _FOLDER_PREFIX = "gradwire-worker-"
 
 
 class WorkerSocket:
-    """The server that workers connect to.
+    """Where a worker's ranks connect: the first for its commands, those of several machines for the store they meet in.
 
     Args:
-        *handlers: The WorkerService, or what else the worker's ranks ask.
-        max_message_bytes: Limit on one operation.
+        worker: Makes the end of a connection for commands; None where no worker gets any.
+        store: The rank store; None where ranks do not need it.
     """
 
-    def __init__(self, *handlers: grpc.GenericRpcHandler, max_message_bytes: int) -> None:
-        self._handlers = handlers
-        self._max_message_bytes = max_message_bytes
-        self._server: grpc.aio.Server | None = None
+    def __init__(
+        self, worker: Callable[[], asyncio.BaseProtocol] | None = None, *, store: grpc.GenericRpcHandler | None = None
+    ) -> None:
+        self._worker = worker
+        self._store = store
+        self._listener: asyncio.Server | None = None
+        self._store_server: grpc.aio.Server | None = None
         self.folder = ""
         """Private to this user; "" before it is open."""
 
     @property
     def path(self) -> str:
-        """Where workers connect."""
+        """Where the worker connects."""
         return f"{self.folder}/worker.sock"
 
     async def open(self) -> None:
-        """Listens, unless it does already. If the folder or the socket is gone, as after a cleaning of /tmp, it listens
+        """Listens, unless it does already. If the folder or a socket is gone, as after a cleaning of /tmp, it listens
         again in another folder.
 
         Raises:
             OSError: No folder can be made.
         """
-        if self._server is not None:
+        if self.folder:
             # Two system calls on a folder in memory or on a local disk.
-            if Path(self.path).is_socket():  # noqa: ASYNC240
+            if self._there():
                 return
             logger.warning("The worker's socket is gone; making another.", extra={"fields": {"socket": self.path}})
             await self.close()
@@ -56,25 +61,45 @@ class WorkerSocket:
         _remove_left_behind()
         # Short, because a socket's path is limited to 107 bytes; private, because whoever opens it commands the worker.
         self.folder = tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{own.pid}-{own.started}-", dir=_FOLDER_PARENT)
-        # Twice the limit of one message: an operation travels inside a command, which is a little larger.
-        largest = 2 * self._max_message_bytes
-        options = [("grpc.max_receive_message_length", largest), ("grpc.max_send_message_length", largest)]
-        server = grpc.aio.server(options=options)
-        server.add_generic_rpc_handlers(self._handlers)
         try:
-            server.add_insecure_port(f"unix:{self.path}")
-        except RuntimeError as exc:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise OSError(f"cannot listen on {self.path}: {exc}") from exc
-        await server.start()
-        self._server = server
+            await self._listen()
+        except BaseException:
+            await self.close()
+            raise
+
+    def _there(self) -> bool:
+        wanted = [path for path, used in ((self.path, self._worker), (store_path(self.folder), self._store)) if used]
+        return all(Path(path).is_socket() for path in wanted)
+
+    async def _listen(self) -> None:
+        if self._worker is not None:
+            self._listener = await asyncio.get_running_loop().create_unix_server(self._worker, self.path)
+        if self._store is not None:
+            path = store_path(self.folder)
+            server = self._store_server = grpc.aio.server()
+            server.add_generic_rpc_handlers((self._store,))
+            try:
+                server.add_insecure_port(f"unix:{path}")
+            except RuntimeError as exc:
+                raise OSError(f"cannot listen on {path}: {exc}") from exc
+            await server.start()
 
     async def close(self) -> None:
-        """Stops listening and removes the folder."""
-        server, self._server = self._server, None
+        """Stops listening and removes the folder. Connections stay."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
+        server, self._store_server = self._store_server, None
         if server is not None:
             await server.stop(grace=0)
-            shutil.rmtree(self.folder, ignore_errors=True)
+        folder, self.folder = self.folder, ""
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def store_path(folder: str) -> str:
+    """Where ranks ask the store that is served from a folder."""
+    return f"{folder}/ranks.sock"
 
 
 def _remove_left_behind() -> None:

@@ -6,20 +6,22 @@ commit is on the disk before its operation is dispatched; with "normal" the file
 moments may be missing from its end, so that the run is recovered as it was some operations earlier, and its client is
 told so.
 
+Requests and answers from 64 KiB on lie beside the file, see journal_contents.py; in the tables below they are empty.
+Format 1 had them inside; such a journal becomes one of this format when it is opened, and keeps what it has.
+
 Tables: `run` (name, value), what the run is; `operations`, by seq_id, as they came; `outcomes`, by seq_id, the encoded
 answer, and of it the error's reason, the metrics as JSON and the run's step, for the run's curves and for people who
 read the file with sqlite3; `past_metrics`, by seq_id, what is kept of pruned operations.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,7 +29,8 @@ from gradwire.errors import error, from_status
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 
 from trainer_service.config import Retention, Sync
-from trainer_service.runs import journal_metrics
+from trainer_service.runs import journal_contents, journal_metrics
+from trainer_service.runs.journal_contents import LARGE_BYTES, Contents
 from trainer_service.runs.operation import Operation
 
 FILE_NAME = "journal.sqlite"
@@ -36,8 +39,9 @@ _RESERVE_BYTES = 4 * 1024 * 1024
 """Room for some dozens of commits."""
 CHECKPOINT_PAGES = 512
 """Pages of the log after which SQLite copies it into the file."""
-_FORMAT = "1"
-_SCHEMA = """
+_FORMAT = "2"
+_FORMATS = ("1", _FORMAT)
+_SCHEMA = f"""
 CREATE TABLE run (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE operations (
     seq_id INTEGER PRIMARY KEY, kind TEXT NOT NULL, digest BLOB NOT NULL, received_s REAL NOT NULL,
@@ -46,7 +50,10 @@ CREATE TABLE operations (
 CREATE TABLE outcomes (
     seq_id INTEGER PRIMARY KEY, reason TEXT NOT NULL, step INTEGER NOT NULL, metrics TEXT NOT NULL, answer BLOB NOT NULL
 );
+{journal_contents.SCHEMA};
 """
+_LARGE_KINDS = ("forward", "forward_backward", "backward")
+"""Kinds of operations that carry tensors."""
 _BUSY_TIMEOUT_S = 30.0
 """How long a reader may hold up the writer; no reader of ours takes this long."""
 _CHUNK_BYTES = 16 * 1024 * 1024
@@ -99,32 +106,6 @@ class Row:
     """Encoded TrainResponse; empty while it has no outcome."""
 
 
-class RunFolder:
-    """A run's folder, held by this process alone until it is closed or dies.
-
-    Raises:
-        BlockingIOError: Another trainer holds it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BaseException:
-            os.close(self._lock)
-            raise
-
-    def move(self, path: Path) -> None:
-        """Renames the folder, which stays held."""
-        self.path.rename(path)
-        self.path = path
-
-    def close(self) -> None:
-        """Releases the folder for another process."""
-        os.close(self._lock)
-
-
 def connect(folder: Path, *, sync: Sync = "normal", create: bool = False) -> sqlite3.Connection:
     """The journal in a run's folder, in autocommit mode.
 
@@ -167,7 +148,7 @@ def create(folder: Path, record: Record, *, sync: Sync = "normal") -> None:
     """Writes a journal without operations."""
     with contextlib.closing(connect(folder, sync=sync, create=True)) as db:
         values = {name: getattr(record, name) for name in Record.__dataclass_fields__}
-        rows = [("format", _FORMAT), *values.items()]
+        rows = [("format", _FORMAT), ("boot_id", journal_contents.boot_id()), *values.items()]
         db.executescript(f"BEGIN; {_SCHEMA}")
         db.executemany("INSERT INTO run VALUES (?, ?)", rows)
         db.execute("COMMIT")
@@ -215,8 +196,12 @@ def read_record(db: sqlite3.Connection) -> Record:
         values = dict(db.execute("SELECT name, value FROM run"))
     except sqlite3.Error as exc:
         raise DamagedJournal(str(exc)) from exc
-    if values.get("format") != _FORMAT:
-        raise DamagedJournal(f"its format is {values.get('format')!r}, but this version reads {_FORMAT!r}")
+    if values.get("format") not in _FORMATS:
+        readable = " and ".join(map(repr, _FORMATS))
+        raise DamagedJournal(
+            f"its format is {values.get('format')!r}, but this version of Gradwire reads {readable}; use the version "
+            "that wrote it, or a later one"
+        )
     return Record(**{name: values[name] for name in Record.__dataclass_fields__})
 
 
@@ -238,27 +223,68 @@ def seq_ids(db: sqlite3.Connection) -> tuple[int, int, int]:
     return oldest, last, undone[0] if undone else last + 1
 
 
-def read(db: sqlite3.Connection, after: int, *, up_to: int | None = None) -> list[Row]:
+def take_up(folder: Path, db: sqlite3.Connection) -> int | None:
+    """Makes a journal that was left fit to be written on: of this format, and without what a power cut took.
+
+    Returns:
+        The first operation whose contents are lost, from which on all are cut off; None if none is.
+    """
+    boot_id = journal_contents.boot_id()
+    if boot_id and db.execute("SELECT value FROM run WHERE name = 'boot_id'").fetchone() == (boot_id,):
+        # What was written since the machine started is there, whatever process was killed.
+        return None
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        db.execute(journal_contents.SCHEMA)
+        lost = journal_contents.lost_from(folder, db)
+        if lost is not None:
+            db.execute("DELETE FROM operations WHERE seq_id >= ?", (lost,))
+            db.execute("DELETE FROM outcomes WHERE seq_id >= ?", (lost,))
+            db.execute("DELETE FROM contents WHERE seq_id >= ?", (lost,))
+        db.execute("INSERT OR REPLACE INTO run VALUES ('boot_id', ?), ('format', ?)", (boot_id, _FORMAT))
+        db.execute("COMMIT")
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    return lost
+
+
+def read(folder: Path, db: sqlite3.Connection, after: int, *, up_to: int | None = None) -> list[Row]:
     """The next chunk of operations after `after`, in order; empty at the end.
 
     Args:
-        db: The journal.
+        folder: The run's.
+        db: The journal in it.
         after: A seq_id.
         up_to: Last seq_id of interest.
     """
     rows: list[Row] = []
     size_bytes = 0
-    for row in db.execute(
-        "SELECT o.seq_id, kind, digest, attempts, request, reason, answer FROM operations o "
-        "LEFT JOIN outcomes a USING (seq_id) WHERE o.seq_id > ? AND o.seq_id <= ? ORDER BY o.seq_id LIMIT ?",
-        (after, 2**62 if up_to is None else up_to, _CHUNK_ROWS),
-    ):
-        seq_id, kind, digest, attempts, request, reason, answer = row
-        rows.append(Row(seq_id, kind, digest, attempts, request, reason, answer or b""))
-        size_bytes += len(request) + len(answer or b"")
-        if size_bytes > _CHUNK_BYTES:
-            break
-    return rows
+    # In one transaction: contents go with their operations.
+    db.execute("BEGIN")
+    try:
+        for row in db.execute(
+            "SELECT o.seq_id, kind, digest, attempts, request, reason, answer, "
+            "(SELECT coalesce(sum(size), 0) FROM contents c WHERE c.seq_id = o.seq_id) FROM operations o "
+            "LEFT JOIN outcomes a USING (seq_id) WHERE o.seq_id > ? AND o.seq_id <= ? ORDER BY o.seq_id LIMIT ?",
+            (after, 2**62 if up_to is None else up_to, _CHUNK_ROWS),
+        ):
+            seq_id, kind, digest, attempts, request, reason, answer, large_bytes = row
+            rows.append(Row(seq_id, kind, digest, attempts, request, reason, answer or b""))
+            size_bytes += len(request) + len(answer or b"") + large_bytes
+            if size_bytes > _CHUNK_BYTES:
+                break
+        contents = journal_contents.read(folder, db, (rows[0].seq_id, rows[-1].seq_id)) if rows else {}
+    finally:
+        db.execute("COMMIT")
+    return [
+        replace(
+            row,
+            request=contents.get((row.seq_id, "request"), row.request),
+            answer=contents.get((row.seq_id, "answer"), row.answer),
+        )
+        for row in rows
+    ]
 
 
 def read_all(folder: Path, after: int, *, up_to: int | None = None) -> Iterator[list[Row]]:
@@ -269,7 +295,7 @@ def read_all(folder: Path, after: int, *, up_to: int | None = None) -> Iterator[
     """
     while True:
         with contextlib.closing(connect(folder)) as db:
-            rows = read(db, after, up_to=up_to)
+            rows = read(folder, db, after, up_to=up_to)
             next_seq_id = rows[0].seq_id if rows else seq_ids(db)[0]
         if next_seq_id > after + 1 and (up_to is None or after < up_to):
             raise error(
@@ -299,9 +325,15 @@ def steps(db: sqlite3.Connection) -> tuple[int, int, int]:
     return many, first or 0, last or 0
 
 
-def insert_operation(db: sqlite3.Connection, operation: Operation, digest: bytes, *, received_s: float) -> None:
-    """Writes down an operation as it was received."""
-    values = (operation.seq_id, operation.kind, digest, received_s, operation.encoded)
+def insert_operation(
+    db: sqlite3.Connection, operation: Operation, digest: bytes, *, received_s: float, contents: Contents | None = None
+) -> None:
+    """Writes down an operation as it was received, into `contents` if it is large and there are some."""
+    seq_id, kind, encoded = operation.seq_id, operation.kind, operation.encoded
+    if contents is not None and kind in _LARGE_KINDS and len(encoded) >= LARGE_BYTES:
+        contents.write(seq_id, "request", encoded)
+        encoded = b""
+    values = (seq_id, kind, digest, received_s, encoded)
     db.execute("INSERT INTO operations (seq_id, kind, digest, received_s, request) VALUES (?, ?, ?, ?, ?)", values)
 
 
@@ -324,12 +356,17 @@ def insert_outcome(
     *,
     step: int,
     reported: Mapping[str, float] = MappingProxyType({}),
+    contents: Contents | None = None,
 ) -> None:
-    """Writes down an operation's outcome; its metrics include those that its caller `reported`."""
+    """Writes down an operation's outcome; its metrics include those that its caller `reported`. A large answer goes
+    into `contents`, if there are some."""
     kind = response.WhichOneof("result") or "error"
     reason = from_status(response.error).reason if kind == "error" else ""
     metrics = {**getattr(getattr(response, kind), "metrics", {}), **reported}
     metrics |= {f"{part}_ms:sum": getattr(response, f"{part}_ms") for part in ("queue", "execute", "transfer")}
+    if contents is not None and len(answer) >= LARGE_BYTES:
+        contents.write(seq_id, "answer", answer)
+        answer = b""
     values = (seq_id, reason, step, json.dumps(metrics), answer)
     db.execute("INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?, ?, ?)", values)
     if kind in ("optim_step", "load_state"):
@@ -365,7 +402,8 @@ def prune(db: sqlite3.Connection, retention: Retention, *, snapshot_seq_id: int)
         size_bytes = 0
         # The length of a blob is in its row's header, so this reads no requests.
         for seq_id, row_bytes in db.execute(
-            "SELECT o.seq_id, length(request) + coalesce(length(answer), 0) FROM operations o "
+            "SELECT o.seq_id, length(request) + coalesce(length(answer), 0) + "
+            "(SELECT coalesce(sum(size), 0) FROM contents c WHERE c.seq_id = o.seq_id) FROM operations o "
             "LEFT JOIN outcomes a USING (seq_id) ORDER BY o.seq_id DESC"
         ):
             size_bytes += row_bytes
@@ -377,12 +415,14 @@ def prune(db: sqlite3.Connection, retention: Retention, *, snapshot_seq_id: int)
     journal_metrics.keep(db, up_to=cut)
     db.execute("DELETE FROM operations WHERE seq_id <= ?", (cut,))
     db.execute("DELETE FROM outcomes WHERE seq_id <= ?", (cut,))
+    db.execute("DELETE FROM contents WHERE seq_id <= ?", (cut,))
 
 
 def size_bytes(folder: Path) -> int:
     """Bytes the journal takes on disk."""
     total = 0
-    for suffix in ("", "-wal", "-shm"):
+    parts = [folder / f"{FILE_NAME}{suffix}" for suffix in ("", "-wal", "-shm")]
+    for part in [*parts, *journal_contents.files(folder)]:
         with contextlib.suppress(OSError):
-            total += os.lstat(folder / f"{FILE_NAME}{suffix}").st_size
+            total += os.lstat(part).st_size
     return total

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from errno import ENOSPC
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,6 +22,7 @@ from gradwire.v1.trainer_service_pb2 import TrainResponse
 
 from trainer_service.config import Retention, Sync
 from trainer_service.runs import journal
+from trainer_service.runs.journal_contents import Contents
 from trainer_service.runs.operation import Operation
 
 logger = logging.getLogger(__name__)
@@ -35,12 +37,16 @@ class _Entry:
     journal: "Journal"
     write: Write
     written: Written
-    append: bool = False
-    """It is an operation, which must not be written if one before it was not."""
+    append: int = 0
+    """It is the operation of this seq_id, which must not be written if one before it was not."""
+    outcome_of: int = 0
+    """It is the outcome of the operation of this seq_id, and void if that was not written."""
     resume: bool = False
     """It is the first operation after those that failed."""
     size_bytes: int = 0
     """Size of an operation."""
+    prunes: bool = False
+    """It deletes operations."""
     keep: bool = False
     """It is small and must not be lost: without room it waits, and is written before anything else."""
 
@@ -118,14 +124,27 @@ class Journal:
         self._writer = writer
         self._sync: Sync = sync
         self._db: sqlite3.Connection | None = None  # The writer's thread alone uses it.
+        self._contents: Contents | None = None  # The same.
         self._file_id: tuple[int, int] | None = None  # The writer's too: of the file it writes.
         self._gone = False  # Whether that file was no longer in its place at the last attempt.
         self._reserve_spent = False  # The writer's too.
-        self._blocked = False  # The writer's: an operation could not be written, so none behind it may be.
+        # The writer's: operations that could not be written, since when none behind them may be.
+        self._unwritten: frozenset[int] = frozenset()
         self._owed: list[Write] = []  # The writer's: what waits for room, in order.
         self._appending = 0
         self._readers = 0
         self._failing = False
+        self._doubtful = False  # Whether the last operation could not be written.
+
+    def has_room(self, operation: Operation) -> bool:
+        """Whether an operation can be expected to be written down: the ones before it were, and there is room. It may
+        fail all the same."""
+        if self._doubtful or self._reserve_spent:
+            return False
+        try:
+            return journal.has_room(self.folder, len(operation.encoded))
+        except OSError:
+            return False
 
     def append(self, operation: Operation, digest: bytes, written: Written) -> None:
         """Writes an operation down.
@@ -138,6 +157,7 @@ class Journal:
         """
         received_s = time.time()
         if self._failing and self._appending:
+            self._doubtful = True
             failure = _refused(operation.seq_id, "an operation before it failed so", gone=self._gone)
             asyncio.get_running_loop().call_soon(written, failure)
             return
@@ -145,22 +165,26 @@ class Journal:
         self._appending += 1
 
         def insert(db: sqlite3.Connection) -> None:
-            journal.insert_operation(db, operation, digest, received_s=received_s)
+            journal.insert_operation(db, operation, digest, received_s=received_s, contents=self._contents)
 
         def done(failure: GradwireError | None) -> None:
             self._appending -= 1
+            self._doubtful = failure is not None
             if failure is not None:
                 failure = _refused(operation.seq_id, failure.message, gone=self._gone)
                 self._failing = True
             written(failure)
 
         size_bytes = len(operation.encoded)
-        self._writer.submit(_Entry(self, insert, done, append=True, resume=resume, size_bytes=size_bytes))
+        self._writer.submit(_Entry(self, insert, done, append=operation.seq_id, resume=resume, size_bytes=size_bytes))
 
     def owe(self, write: Write, written: Callable[[], object]) -> None:
         """Writes something small that must not be lost, if need be into the reserved room. If even that is gone it
         waits, and is written before anything else. `written` is called in either case."""
-        self._writer.submit(_Entry(self, write, lambda failure: written(), keep=True))
+        self._owe(write, written)
+
+    def _owe(self, write: Write, written: Callable[[], object], *, outcome_of: int = 0) -> None:
+        self._writer.submit(_Entry(self, write, lambda failure: written(), keep=True, outcome_of=outcome_of))
 
     def record(
         self,
@@ -172,13 +196,15 @@ class Journal:
         written: Callable[[], object],
         reported: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """Writes an outcome down. With a full disk it is kept and written with the next write; if the trainer dies
-        before that, a replay executes the operation once more."""
+        """Writes an outcome down, behind its operation, or not at all if that could not be written. With a full disk it
+        is kept and written with the next write; if the trainer dies before that, a replay executes the operation once
+        more."""
 
         def insert(db: sqlite3.Connection) -> None:
-            journal.insert_outcome(db, seq_id, response, answer, step=step, reported=reported)
+            contents = self._contents
+            journal.insert_outcome(db, seq_id, response, answer, step=step, reported=reported, contents=contents)
 
-        self.owe(insert, written)
+        self._owe(insert, written, outcome_of=seq_id)
 
     def write(self, write: Write, written: Written = lambda failure: None) -> None:
         """Writes anything else, in order."""
@@ -205,7 +231,14 @@ class Journal:
     def prune(self, *, snapshot_seq_id: int) -> None:
         """Deletes what neither recovery nor `retention` needs."""
         if not self.being_read:
-            self.write(lambda db: journal.prune(db, self.retention, snapshot_seq_id=snapshot_seq_id))
+            self._writer.submit(
+                _Entry(
+                    self,
+                    lambda db: journal.prune(db, self.retention, snapshot_seq_id=snapshot_seq_id),
+                    lambda failure: None,
+                    prunes=True,
+                )
+            )
 
     async def flush(self) -> None:
         """Returns once everything submitted is on disk, or has failed."""
@@ -242,35 +275,46 @@ class Journal:
                 if not entry.append:
                     return self.commit(entries)
             logger.error("Writing a journal failed.", extra={"fields": {"folder": self.folder, "error": exc}})
-            self._blocked = self._blocked or entry.append
+            if entry.append:
+                self._unwritten |= {entry.append}
             if entry.keep:
                 self._owed.append(entry.write)
             return [error("STORAGE_FAILED", str(exc))]
 
     def _transaction(self, entries: list[_Entry]) -> list[GradwireError | None]:
         results: list[GradwireError | None] = []
-        blocked = self._blocked
+        unwritten = self._unwritten
         self._check_in_place()
         if self._db is None:
             self._db = journal.connect(self.folder, sync=self._sync)
+            self._contents = Contents(self.folder, self._db, wait=self._sync == "full")
             # It may have been spent by a trainer that was killed before there was room again.
             self._spend(self._reserve_spent or not journal.has_reserve(self.folder))
         self._db.execute("BEGIN IMMEDIATE")
         for write in self._owed:
             write(self._db)
         for entry in entries:
-            blocked = blocked and not entry.resume
+            if entry.resume:
+                unwritten = frozenset()
+            blocked = bool(unwritten)
             if entry.append and not blocked and self._reserve_spent:
                 # The reserve is for answers; one operation could take all of it.
                 blocked = not journal.has_room(self.folder, entry.size_bytes)
-            if blocked and entry.append:
+            if (entry.append and blocked) or entry.outcome_of in unwritten:
+                unwritten |= {entry.append} if entry.append else set()
                 results.append(error("STORAGE_FAILED", "the disk is full"))
                 continue
             entry.write(self._db)
             results.append(None)
+        if self._contents is not None:
+            self._contents.flush()
         self._db.execute("COMMIT")
+        if self._contents is not None:
+            self._contents.committed()
+            if any(entry.prunes for entry in entries):
+                self._contents.remove_unused()
         self._owed.clear()
-        self._blocked = blocked
+        self._unwritten = unwritten
         if self._reserve_spent and any(
             entry.append and not refused for entry, refused in zip(entries, results, strict=True)
         ):
@@ -297,7 +341,10 @@ class Journal:
 
     def _give_back(self, exc: sqlite3.Error | OSError) -> None:
         """Undoes a transaction that failed."""
-        if self._db is not None and getattr(exc, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        if self._contents is not None:
+            self._contents.roll_back()
+        full = getattr(exc, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or getattr(exc, "errno", 0) == ENOSPC
+        if self._db is not None and full:
             try:
                 # Not closed: that would copy the log into the file, and take the room that is left.
                 if self._db.in_transaction:
@@ -309,6 +356,9 @@ class Journal:
         self._disconnect()
 
     def _disconnect(self) -> None:
+        contents, self._contents = self._contents, None
+        if contents is not None:
+            contents.close()
         db, self._db = self._db, None
         if db is not None:
             try:

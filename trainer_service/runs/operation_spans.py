@@ -1,10 +1,10 @@
 """Spans of operations, made once they are answered, from the times noted on their way.
 
     forward_backward            since it came, child of the call that sent it
-      journal                   until it was on disk
+      journal                   until it was on disk, or the worker began with it
       queue                     until the worker began with it: its turn, and the way there
       execute                   on the device
-      answer                    until what came of it was on disk, and it was answered
+      answer                    until it and what came of it were on disk, and it was answered
 
 Nothing is told of an operation before, so whoever is killed on the way leaves no half of a trace: the next trainer,
 which has the caller's context from the journal, tells of it as of any other, and that it was taken up. What is executed
@@ -121,12 +121,13 @@ def _caller(entry: Entry) -> "Context":
 def _parts(entry: Entry, response: TrainResponse, now_s: float) -> list[tuple[str, float, float]]:
     """(name, start, end) of an operation's parts, one behind the other."""
     found: list[tuple[str, float, float]] = []
+    # The worker says for how long; it has just answered, over a socket of this machine.
+    begun_s = max(entry.received_s, entry.done_s - response.execute_ms / 1000)
     written_s = entry.received_s
     if entry.journalled_s:
-        written_s = entry.journalled_s
+        # It may have been executed meanwhile.
+        written_s = min(entry.journalled_s, begun_s) if entry.done_s else entry.journalled_s
         found.append(("journal", entry.received_s, written_s))
     if entry.done_s:
-        # The worker says for how long; it has just answered, over a socket of this machine.
-        begun_s = max(written_s, entry.done_s - response.execute_ms / 1000)
         found += [("queue", written_s, begun_s), ("execute", begun_s, entry.done_s), ("answer", entry.done_s, now_s)]
     return found

@@ -36,6 +36,8 @@ _MAX_DISK_FAILURES = 3
 """Failures to read a run's files after which the run is lost. With a full disk it waits instead."""
 _DISK_RETRY_S = 1.0
 """Time between two attempts."""
+_IN_MEMORY = frozenset(("forward", "forward_backward", "backward", "optim_step", "zero_grad", "cancel"))
+"""Kinds of operations that change nothing but what the worker has in memory."""
 _MEMORY_RETRY_S = 10.0
 """Time after which a worker that had no memory for a run is asked again, unless room is made earlier."""
 
@@ -43,7 +45,7 @@ _MEMORY_RETRY_S = 10.0
 class Owner(Protocol):
     """Receives the outcomes of operations."""
 
-    def done(self, entry: Entry, response: TrainResponse, encoded: bytes) -> None:
+    def done(self, entry: Entry, response: TrainResponse, encoded: memoryview) -> None:
         """The worker executed it.
 
         Args:
@@ -109,6 +111,8 @@ class Placement:
         self.not_before_s = 0.0
         """When to ask a worker again that had no memory for the run, by time.monotonic."""
         self._undone: dict[int, Entry] = {}  # In order.
+        self._ahead: set[int] = set()  # Sent before they were on disk, and not known to be there yet.
+        self._forgetting = False  # From `forget` until the run is back.
         self._last_seq_id = last_seq_id
         self._snapshotter = Snapshotter(record.run_id, journal, worker, snapshots)
         self._restoring: asyncio.Task[None] | None = None
@@ -125,7 +129,7 @@ class Placement:
     @property
     def idle(self) -> bool:
         """Whether nothing of the run is under way."""
-        return not self._undone and self._restoring is None and not self._snapshotter.busy
+        return not (self._undone or self._ahead or self._restoring is not None or self._snapshotter.busy)
 
     @property
     def waiting(self) -> bool:
@@ -155,6 +159,36 @@ class Placement:
             self._send(entry)
         else:
             self.wake()
+
+    def may_send_ahead(self, entry: Entry) -> bool:
+        """Whether an operation may be sent before it is on disk: all before it were sent, and if it never gets there,
+        the worker can be made to forget it, and nobody else will have seen what it did."""
+        if not self.live or entry.kind not in _IN_MEMORY or self._last_seq_id != entry.seq_id - 1:
+            return False
+        return not self._snapshotter.may_follow(entry.kind)
+
+    def send_ahead(self, entry: Entry) -> None:
+        """Sends an operation that is not on disk yet. `written` or `forget` follows."""
+        entry.sent_ahead = True
+        self._ahead.add(entry.seq_id)
+        self.send(entry)
+
+    def written(self, entry: Entry) -> None:
+        """An operation that was sent ahead is on disk."""
+        entry.sent_ahead = False
+        self._ahead.discard(entry.seq_id)
+
+    def forget(self, entry: Entry) -> None:
+        """An operation that was sent ahead is not on disk and never will be: has the run restored as it was before."""
+        self.written(entry)
+        self._undone = dict(sorted({**self._undone, entry.seq_id: entry}.items()))
+        if self.live:
+            self.live, self._forgetting = False, True
+            # What it still answers is of a state that is gone.
+            self.epoch += 1
+            self._snapshotter.worker_died()
+            self._take_off()
+        self.wake()
 
     def wake(self) -> None:
         """Restores the run onto the worker, if there is one and it does not hold the run."""
@@ -248,14 +282,18 @@ class Placement:
             self._send_failure(entry, entry.failure)
             return
         entry.attempts += 1
+        epoch = self.epoch
         self._worker.submit(
             WorkerCommand(run_id=self._run_id),
-            lambda outcome: self._delivered(entry, outcome),
+            lambda outcome: self._delivered(entry, outcome, epoch),
             request=entry.operation.encoded,
         )
-        self._snapshotter.sent(entry.kind, entry.seq_id)
+        if entry.sent_ahead:
+            self._snapshotter.sent_ahead(entry.kind, entry.seq_id)
+        else:
+            self._snapshotter.sent(entry.kind, entry.seq_id)
 
-    def _delivered(self, entry: Entry, outcome: Reply | Died) -> None:
+    def _delivered(self, entry: Entry, outcome: Reply | Died, epoch: int) -> None:
         if isinstance(outcome, Died):
             # It stays undone. Only a death during its own execution counts against it.
             if outcome.executing:
@@ -264,12 +302,14 @@ class Placement:
                 entry.attempts -= 1
             if outcome.because is not None:
                 self._fail(entry, outcome.because)
+        elif epoch != self.epoch:
+            entry.attempts -= 1  # See forget.
         elif self._undone.pop(entry.seq_id, None) is not None:
             response = outcome.event.response
             if entry.operation.request.save_weights_for_sampler.ephemeral and not response.HasField("error"):
                 self.frozen.made([entry.seq_id])
             entry.memory_bytes = outcome.event.counters.get("gradwire_worker_memory_bytes", 0.0)
-            self._owner.done(entry, response, bytes(outcome.encoded_response))
+            self._owner.done(entry, response, outcome.encoded_response)
 
     def _send_failure(self, entry: Entry, failure: GradwireError) -> None:
         request, seq_id = entry.operation.request, entry.seq_id
@@ -316,8 +356,9 @@ class Placement:
             except GradwireError:
                 raise
             except (sqlite3.Error, OSError) as exc:
-                # Only failures with room on the disk count: room may be made.
-                self._disk_failures += not has_no_room(self._journal.folder)
+                # Only failures with room on the disk count: room may be made. Nor those of a disk that took no writes
+                # when it said that it had room.
+                self._disk_failures += not (self._forgetting or has_no_room(self._journal.folder))
                 if self._disk_failures >= _MAX_DISK_FAILURES:
                     raise
                 fields = {"run_id": self._run_id, "why": exc}
@@ -342,7 +383,7 @@ class Placement:
             return
         self._replay_deaths = self._disk_failures = 0
         self.frozen.made(restored.frozen)
-        self.live = self.has_place = True
+        self.live, self.has_place, self._forgetting = True, True, False
         if restored.loaded:
             self._snapshotter.take_soon(up_to)
         waiting = list(self._undone.values())

@@ -24,10 +24,11 @@ from trainer_service.runs.fork_replay import Replayed
 from trainer_service.runs.frozen_weights import freeze_again, froze
 from trainer_service.runs.journal import Record
 from trainer_service.runs.journal_writer import JournalWriter
+from trainer_service.runs.observer import Observer
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.recovery import Source, find_source
 from trainer_service.runs.request_ids import RequestIds
-from trainer_service.runs.run import Observer, Run, RunSettings
+from trainer_service.runs.run import Run, RunSettings
 from trainer_service.runs.starting_adapter import find_starting_adapter
 from trainer_service.runs.store import RunStore, StoredRun
 from trainer_service.served_model import ServedModel

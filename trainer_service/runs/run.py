@@ -1,7 +1,8 @@
 """One run: its order, its journal, and the client that holds it.
 
-An operation gets its place in the order, is written to the journal, is sent to the worker (placement.py), and is
-answered once its outcome is in the journal too.
+An operation gets its place in the order, is written to the journal and sent to the worker (placement.py), and is
+answered once it and its outcome are on disk. One that changes nothing but the worker's memory is sent while it is being
+written. If it never gets to the disk, the run is restored without it, as it is when trainer or worker die before that.
 """
 
 import asyncio
@@ -27,22 +28,12 @@ from trainer_service.runs.frozen_weights import FrozenWeights
 from trainer_service.runs.journal import Record, Row
 from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.lora_layout import tell_layout
+from trainer_service.runs.observer import Observer
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.placement import Placement
 from trainer_service.runs.recovery import Restored
 from trainer_service.runs.sequence import Answered, Entry, Sequence, conflict, error_response
 from trainer_service.served_model import ServedModel
-
-
-class Observer:
-    """Is told what happens to runs, for metrics and traces. This one takes no notice."""
-
-    def answered(self, run_id: str, entry: Entry, response: TrainResponse) -> None:
-        """An operation got its answer."""
-
-    def restored(self, run_id: str, found: Restored, waiting: list[Entry]) -> None:
-        """A run is back on the worker; `waiting` are operations that go on with it."""
-
 
 MAX_UNANSWERED_BYTES = 512 * 1024 * 1024
 """Memory that a run's unanswered operations may take; beyond it no more are read from the client."""
@@ -164,7 +155,10 @@ class Run:
         if entry is not None:
             entry.received_s = time.perf_counter()
             entry.failure = self.placement.lost or operation.refusal or self._settings.refuse(operation)
+            ahead = entry.failure is None and self.placement.may_send_ahead(entry) and self._journal.has_room(operation)
             self._journal.append(operation, entry.digest, lambda failure: self._journalled(entry, failure))
+            if ahead:
+                self.placement.send_ahead(entry)
 
     def take_up(self, rows: list[Row]) -> None:
         """Takes over operations that an earlier trainer received and that were not executed, in order.
@@ -265,10 +259,14 @@ class Run:
         """The operation is on disk, or could not be written."""
         entry.journalled_s = time.perf_counter()
         if self._deleted is not None:
-            self._answer(entry, error_response(entry.seq_id, self._deleted))
+            # What the worker has, placement.close answers.
+            if not entry.sent_ahead:
+                self._answer(entry, error_response(entry.seq_id, self._deleted))
             return
         if failure is not None:
-            entry.failure = failure
+            if entry.step_before is not None:
+                self.step = min(self.step, entry.step_before)
+            entry.failure, entry.unwritten = failure, True
             response = error_response(entry.seq_id, failure)
             operation, digest = entry.operation, entry.digest
             # Answered once its seq_id is recorded on disk, if there is any room at all.
@@ -276,22 +274,30 @@ class Run:
                 lambda db: journal_file.insert_refused(db, operation, digest, response),
                 lambda: self._answer(entry, response),
             )
-        elif entry.failure is not None:
+        elif entry.failure is not None and not entry.sent_ahead:
             self.failed(entry, entry.failure)
-        self.placement.send(entry)
+        if not entry.sent_ahead:
+            self.placement.send(entry)
+        elif failure is not None:
+            self.placement.forget(entry)
+        else:
+            self.placement.written(entry)
 
-    def done(self, entry: Entry, response: TrainResponse, encoded: bytes) -> None:
+    def done(self, entry: Entry, response: TrainResponse, encoded: memoryview) -> None:
         """The worker executed an operation."""
         entry.done_s = time.perf_counter()
         total_ms = (entry.done_s - entry.received_s) * 1000
         # The rest of the time went to the way there and back, and to the journal.
         response.transfer_ms = max(0.0, total_ms - response.queue_ms - response.execute_ms)
         # Of a repeated scalar field the last one counts, so the trainer appends its own values.
-        encoded += TrainResponse(seq_id=entry.seq_id, transfer_ms=response.transfer_ms).SerializeToString()
+        ours = TrainResponse(seq_id=entry.seq_id, transfer_ms=response.transfer_ms).SerializeToString()
+        answer = b"".join((encoded, ours))
         result = response.WhichOneof("result")
+        if entry.sent_ahead:
+            entry.step_before = self.step
         if result in ("optim_step", "load_state"):
             self.step = getattr(response, result).step
-        self._record(entry, response, encoded)
+        self._record(entry, response, answer)
 
     def failed(self, entry: Entry, failure: GradwireError) -> None:
         """Answers an operation that will not be executed."""
@@ -309,7 +315,9 @@ class Run:
             return
 
         def written() -> None:
-            self._answer(entry, response, encoded)
+            # If the operation itself could not be written, it was refused instead.
+            if not entry.unwritten:
+                self._answer(entry, response, encoded)
 
         reported = dict(entry.operation.request.backward.metrics) if entry.kind == "backward" else {}
         if entry.memory_bytes:
@@ -345,7 +353,7 @@ class Run:
 
         def look() -> list[Row]:
             with closing(journal_file.connect(self.folder)) as db:
-                return journal_file.read(db, seq_id - 1, up_to=seq_id)
+                return journal_file.read(self.folder, db, seq_id - 1, up_to=seq_id)
 
         if self._deleted is not None:
             return None
@@ -389,7 +397,8 @@ class Run:
             up_to = self.placement.last_done_seq_id
             await self._journal.flush()
             try:
-                yield up_to
+                # Without what could not be written.
+                yield min(up_to, self.placement.last_done_seq_id)
             except (sqlite3.Error, OSError) as exc:
                 if self._deleted is None:
                     raise

@@ -43,6 +43,12 @@ class Entry:
     """When it came, by time.perf_counter, as all times here."""
     journalled_s: float = 0.0
     """When it was on disk; 0 before, and where an earlier trainer wrote it down."""
+    sent_ahead: bool = False
+    """Whether it was sent to the worker before it was on disk, and is not known to be on disk yet."""
+    unwritten: bool = False
+    """Whether it could not be written down, and is refused for that."""
+    step_before: int | None = None
+    """The run's step before the worker executed it ahead; None where it has not."""
     done_s: float = 0.0
     """When the worker had executed it; 0 before, and where none did."""
     memory_bytes: float = 0.0

@@ -41,18 +41,21 @@ class SnapshotClock:
         self._last_s = time.monotonic()
         self._overdue = False
 
-    def operation(self, kind: str) -> bool:
-        """An operation was sent to the worker. Returns whether a snapshot is due right after it."""
+    def due_after(self, kind: str) -> bool:
+        """Whether a snapshot is due right after an operation that is sent to the worker now."""
         waited_s = time.monotonic() - self._last_s
         interval_s = self._policy.interval_s
         if kind != "optim_step":
             # Best after a step, when there are no gradients and no graphs to keep; unless steps are far apart.
             return interval_s > 0 and waited_s >= 3 * interval_s
-        if self._overdue:
-            return True
-        self._steps += 1
-        by_steps = 0 < self._policy.every_steps <= self._steps
-        return by_steps or (interval_s > 0 and waited_s >= interval_s)
+        by_steps = 0 < self._policy.every_steps <= self._steps + 1
+        return self._overdue or by_steps or (interval_s > 0 and waited_s >= interval_s)
+
+    def operation(self, kind: str) -> bool:
+        """An operation was sent to the worker. Returns whether a snapshot is due right after it."""
+        due = self.due_after(kind)
+        self._steps += kind == "optim_step"
+        return due
 
     def taken(self) -> None:
         """A snapshot is being taken."""
@@ -119,11 +122,24 @@ class Snapshotter:
         self._task: asyncio.Task[bool] | None = None
         self._sent_seq_id = 0  # Last operation sent.
         self._loaded_seq_id = 0  # One that a snapshot must follow soon.
+        self._taken_seq_id = 0  # Of the snapshot under way, or the last one.
 
     @property
     def busy(self) -> bool:
         """Whether a snapshot is being taken."""
         return self._task is not None
+
+    def may_follow(self, kind: str) -> bool:
+        """Whether a snapshot may be taken right after an operation that is sent now; it must then be on disk."""
+        owed = self.busy and self._loaded_seq_id > self._taken_seq_id
+        return owed or self._clock.due_after(kind)
+
+    def sent_ahead(self, kind: str, seq_id: int) -> None:
+        """An operation was sent to the worker that is not on disk yet."""
+        self._sent_seq_id = seq_id
+        if self._clock.operation(kind):
+            # It has become due this very moment.
+            self._clock.failed()
 
     def sent(self, kind: str, seq_id: int) -> None:
         """An operation was sent to the worker: takes a snapshot right after it, if one is due."""
@@ -144,6 +160,7 @@ class Snapshotter:
         """Takes one after the last operation sent. The task returns whether it succeeded."""
         assert self._task is None
         self._clock.taken()
+        self._taken_seq_id = seq_id
         # Sent now, not when the task first runs: the next operation may come before that.
         folder = snapshot_folder(self._journal.folder, seq_id)
         sent = WorkerCommand(run_id=self._run_id, snapshot_run=WorkerSnapshotRun(folder=str(folder)))

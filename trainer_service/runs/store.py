@@ -20,8 +20,9 @@ from trainer_service.atomic_folders import alone, sync
 from trainer_service.config import Durability
 from trainer_service.runs import journal
 from trainer_service.runs.disk import has_no_room
-from trainer_service.runs.journal import DamagedJournal, Record, Row, RunFolder
+from trainer_service.runs.journal import DamagedJournal, Record, Row
 from trainer_service.runs.journal_writer import Journal, JournalWriter
+from trainer_service.runs.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -217,8 +218,13 @@ def open_stored_run(path: Path) -> StoredRun | None:
 def _read_stored_run(folder: RunFolder) -> StoredRun:
     with contextlib.closing(journal.connect(folder.path)) as db:
         record = journal.read_record(db)
+        if (lost := journal.take_up(folder.path, db)) is not None:
+            logger.error(
+                "A power cut took the contents of operations; the run is as it was before them.",
+                extra={"fields": {"run_id": record.run_id, "seq_id": lost}},
+            )
         _, last, first_undone = journal.seq_ids(db)
         undone: list[Row] = []
-        while chunk := journal.read(db, undone[-1].seq_id if undone else first_undone - 1):
+        while chunk := journal.read(folder.path, db, undone[-1].seq_id if undone else first_undone - 1):
             undone += chunk
     return StoredRun(folder, record, last + 1, undone)

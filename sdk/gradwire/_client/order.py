@@ -47,6 +47,8 @@ class Call:
     """Waits for every custom loss before it."""
     custom: bool = False
     """A custom loss: open from here until `close`."""
+    more: bool = False
+    """Further operations are being made; what is behind the call waits for them."""
 
 
 class CallOrder:
@@ -60,6 +62,17 @@ class CallOrder:
     def add(self, call: Call) -> None:
         """Puts a call at the end of the line."""
         self._line.append(call)
+
+    def extend(self, call: Call, operation: OutgoingOperation, *, more: bool) -> None:
+        """Adds the next operation of a call that has more."""
+        call.operations.append(operation)
+        call.more = more
+
+    def break_off(self, call: Call) -> None:
+        """No more operations of a call will come, and those not sent yet must not be."""
+        call.more = False
+        if call in self._line:
+            self._line.remove(call)
 
     def overtake(self, operations: Iterable[OutgoingOperation]) -> None:
         """Sends operations of an open custom loss before everything in the line."""
@@ -91,8 +104,10 @@ class CallOrder:
             return None
         if head.custom:
             self._open.add(head)
-        operation = head.operations.popleft()
         if not head.operations:
+            return None
+        operation = head.operations.popleft()
+        if not (head.operations or head.more):
             self._line.popleft()
         return operation
 

@@ -90,6 +90,22 @@ class RunStream:
         self._order.add(call)
         self._kick()
 
+    def extend(self, call: Call, operation: OutgoingOperation, *, more: bool) -> None:
+        """Adds the next operation to a call that was submitted with more to come."""
+        if self._over is not None:
+            operation.failed(self._over)
+            return
+        self._order.extend(call, operation, more=more)
+        self._wake.set()
+
+    def break_off(self, call: Call, sent: list[OutgoingOperation]) -> None:
+        """The rest of a call will not come: gradients that lack it must not be applied."""
+        self._order.break_off(call)
+        seq_ids = [operation.request.seq_id for operation in sent if operation.request.seq_id]
+        if seq_ids and self._over is None:
+            cancel = TrainRequest(cancel=CancelRequest(forward_seq_ids=seq_ids, taint=True))
+            self.overtake([OutgoingOperation(cancel, answered=lambda _: None, failed=lambda _: None)])
+
     def overtake(self, operations: list[OutgoingOperation]) -> None:
         """Sends operations of an open custom loss before everything that waits."""
         self._order.overtake(operations)
@@ -282,7 +298,8 @@ class RunStream:
             if operation is None:
                 continue  # Answered before the connection broke, and again after.
             self._in_flight_bytes -= operation.size_bytes
-            self._wake.set()
+            if not self._order.idle():
+                self._wake.set()
             if self._ack_timer is None:
                 self._ack_timer = asyncio.get_running_loop().call_later(_ACK_DELAY_S, self._acknowledge)
             self._remember_refused(operation, response)

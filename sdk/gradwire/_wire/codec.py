@@ -31,6 +31,8 @@ _TOKENS = datum_pb2.DatumBatch.TOKENS_FIELD_NUMBER
 _CU_SEQLENS = datum_pb2.DatumBatch.CU_SEQLENS_FIELD_NUMBER
 _LOSS_FN_INPUTS = datum_pb2.DatumBatch.LOSS_FN_INPUTS_FIELD_NUMBER
 _MAP_KEY, _MAP_VALUE = 1, 2
+_JOINED_TOKENS = 1 << 15
+"""As many as stay in the processor's cache."""
 _MAX_DIMS = 8
 """Of a tensor; nothing here has more than two."""
 
@@ -229,8 +231,51 @@ def _decode_columns(batch: datum_pb2.DatumBatch) -> Batch:
     )
 
 
+@dataclass(frozen=True)
+class DatumColumns:
+    """Data that were checked and are not joined yet.
+
+    Attributes:
+        tokens_T: Token ids, int32.
+        cu_seqlens: int64 [N + 1].
+        columns: By name, an array a datum.
+        typed_by_hand: See Batch.
+    """
+
+    tokens_T: npt.NDArray[np.int32]
+    cu_seqlens: npt.NDArray[np.int64]
+    columns: Mapping[str, list[npt.NDArray[Any]]]
+    typed_by_hand: bool = False
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """Datums start to stop."""
+        lo, hi = int(self.cu_seqlens[start]), int(self.cu_seqlens[stop])
+        return Batch(
+            tokens_T=self.tokens_T[lo:hi],
+            cu_seqlens=self.cu_seqlens[start : stop + 1] - lo,
+            loss_fn_inputs={name: np.concatenate(column[start:stop]) for name, column in self.columns.items()},
+            typed_by_hand=self.typed_by_hand,
+            first_datum_index=start,
+        )
+
+    def row_bytes(self) -> int:
+        """Bytes of a token with its inputs."""
+        return self.tokens_T.itemsize + sum(column[0][:1].nbytes for column in self.columns.values())
+
+    def bounds(self, target_bytes: int) -> list[tuple[int, int]]:
+        """Where to cut the data between datums into pieces of about target_bytes."""
+        size_bytes = len(self.tokens_T) * self.row_bytes() + self.cu_seqlens.nbytes
+        return _bounds(self.cu_seqlens, size_bytes, target_bytes)
+
+
 def batch_from_data(data: Iterable[Any]) -> Batch:
-    """The batch of users' datums: ours, tinker's, or anything with `.model_input` and `.loss_fn_inputs`.
+    """As columns_from_data, joined."""
+    columns = columns_from_data(data)
+    return columns.batch(0, len(columns.cu_seqlens) - 1)
+
+
+def columns_from_data(data: Iterable[Any]) -> DatumColumns:
+    """Users' datums: ours, tinker's, or anything with `.model_input` and `.loss_fn_inputs`.
 
     Raises:
         InvalidArgumentError: Naming the datum and input that does not fit.
@@ -258,13 +303,25 @@ def batch_from_data(data: Iterable[Any]) -> Batch:
                     raise invalid_field(input_path(number, name), f"cannot be read: {exc}") from exc
             yield tokens, inputs
 
-    return batch_from_arrays(arrays())
+    return _columns_from_arrays(arrays())
 
 
 def batch_from_arrays(
     arrays: Iterable[tuple[npt.NDArray[np.int64], Mapping[str, npt.NDArray[Any]]]], *, typed_by_hand: bool = False
 ) -> Batch:
     """Joins (token ids, loss inputs) pairs, one a datum.
+
+    Raises:
+        InvalidArgumentError: As columns_from_data.
+    """
+    columns = _columns_from_arrays(arrays, typed_by_hand=typed_by_hand)
+    return columns.batch(0, len(columns.cu_seqlens) - 1)
+
+
+def _columns_from_arrays(
+    arrays: Iterable[tuple[npt.NDArray[np.int64], Mapping[str, npt.NDArray[Any]]]], *, typed_by_hand: bool = False
+) -> DatumColumns:
+    """Checks (token ids, loss inputs) pairs, one a datum.
 
     Raises:
         InvalidArgumentError: No datum, an empty one, missing target_tokens, lengths or dtypes that do not fit.
@@ -310,16 +367,9 @@ def batch_from_arrays(
         tokens_list.append(tokens)
     if not tokens_list:
         raise invalid_field("data", "is empty; send at least one datum.")
-    tokens_T = np.concatenate(tokens_list)
-    _check_int32(tokens_T, tokens_list)
     cu_seqlens = np.zeros(len(tokens_list) + 1, dtype=np.int64)
     np.cumsum([len(tokens) for tokens in tokens_list], out=cu_seqlens[1:])
-    return Batch(
-        tokens_T=tokens_T.astype(np.int32),
-        cu_seqlens=cu_seqlens,
-        loss_fn_inputs={name: np.concatenate(column) for name, column in columns.items()},
-        typed_by_hand=typed_by_hand,
-    )
+    return DatumColumns(_joined_tokens(tokens_list, cu_seqlens), cu_seqlens, columns, typed_by_hand)
 
 
 def input_path(number: int, name: str) -> str:
@@ -329,22 +379,46 @@ def input_path(number: int, name: str) -> str:
 
 def split(batch: Batch, target_bytes: int) -> list[Batch]:
     """Cuts a batch at datum boundaries into pieces of about target_bytes; a larger datum is a piece of its own."""
-    row_bytes = batch.size_bytes() / max(1, batch.num_tokens)
+    bounds = _bounds(batch.cu_seqlens, batch.size_bytes(), target_bytes)
+    return [batch.sequences(start, stop) for start, stop in bounds]
+
+
+def _bounds(cu_seqlens: npt.NDArray[np.int64], size_bytes: int, target_bytes: int) -> list[tuple[int, int]]:
+    row_bytes = size_bytes / max(1, int(cu_seqlens[-1]))
     target_tokens = max(1, int(target_bytes / row_bytes))
-    pieces: list[Batch] = []
-    start = 0
-    while start < batch.num_sequences:
-        limit = batch.cu_seqlens[start] + target_tokens
-        stop = max(start + 1, int(np.searchsorted(batch.cu_seqlens, limit, side="right")) - 1)
-        pieces.append(batch.sequences(start, stop))
+    bounds: list[tuple[int, int]] = []
+    start, count = 0, len(cu_seqlens) - 1
+    while start < count:
+        limit = cu_seqlens[start] + target_tokens
+        stop = max(start + 1, int(np.searchsorted(cu_seqlens, limit, side="right")) - 1)
+        bounds.append((start, stop))
         start = stop
-    return pieces
+    return bounds
 
 
-def _check_int32(tokens_T: npt.NDArray[np.int64], tokens_list: list[npt.NDArray[np.int64]]) -> None:
+def _joined_tokens(
+    tokens_list: list[npt.NDArray[np.int64]], cu_seqlens: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int32]:
+    """Token ids end to end, a piece at a time: joined as int64 they would be three times through memory.
+
+    Raises:
+        InvalidArgumentError: One is no token id.
+    """
+    tokens_T = np.empty(cu_seqlens[-1], dtype=np.int32)
     limits = np.iinfo(np.int32)
-    if tokens_T.min() >= limits.min and tokens_T.max() <= limits.max:
-        return
+    start = 0
+    while start < len(tokens_list):
+        stop = max(start + 1, int(np.searchsorted(cu_seqlens, cu_seqlens[start] + _JOINED_TOKENS, side="right")) - 1)
+        piece = tokens_list[start] if stop == start + 1 else np.concatenate(tokens_list[start:stop])
+        if piece.min() < limits.min or piece.max() > limits.max:
+            _name_no_token_id(tokens_list)
+        tokens_T[cu_seqlens[start] : cu_seqlens[stop]] = piece
+        start = stop
+    return tokens_T
+
+
+def _name_no_token_id(tokens_list: list[npt.NDArray[np.int64]]) -> None:
+    limits = np.iinfo(np.int32)
     for number, tokens in enumerate(tokens_list):
         for place, token in enumerate(tokens.tolist()):
             if not limits.min <= token <= limits.max:

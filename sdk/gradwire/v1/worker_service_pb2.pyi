@@ -161,7 +161,7 @@ class WorkerCloseSampler(_message.Message):
     def __init__(self, sampler: _Optional[_Union[_sampling_service_pb2.Sampler, _Mapping]] = ...) -> None: ...
 
 class WorkerCommand(_message.Message):
-    __slots__ = ("command_id", "run_id", "create_run", "delete_run", "request", "drop_graphs", "fail_operation", "snapshot_run", "freeze_weights", "sample", "cancel_sample", "open_sampler", "close_sampler")
+    __slots__ = ("command_id", "run_id", "create_run", "delete_run", "request", "drop_graphs", "fail_operation", "snapshot_run", "freeze_weights", "sample", "cancel_sample", "open_sampler", "close_sampler", "refused")
     COMMAND_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     CREATE_RUN_FIELD_NUMBER: _ClassVar[int]
@@ -175,6 +175,7 @@ class WorkerCommand(_message.Message):
     CANCEL_SAMPLE_FIELD_NUMBER: _ClassVar[int]
     OPEN_SAMPLER_FIELD_NUMBER: _ClassVar[int]
     CLOSE_SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     command_id: int
     run_id: str
     create_run: WorkerCreateRun
@@ -188,4 +189,5 @@ class WorkerCommand(_message.Message):
     cancel_sample: WorkerCancelSample
     open_sampler: WorkerOpenSampler
     close_sampler: WorkerCloseSampler
-    def __init__(self, command_id: _Optional[int] = ..., run_id: _Optional[str] = ..., create_run: _Optional[_Union[WorkerCreateRun, _Mapping]] = ..., delete_run: _Optional[_Union[WorkerDeleteRun, _Mapping]] = ..., request: _Optional[_Union[_trainer_service_pb2.TrainRequest, _Mapping]] = ..., drop_graphs: _Optional[_Union[WorkerDropGraphs, _Mapping]] = ..., fail_operation: _Optional[_Union[WorkerFailOperation, _Mapping]] = ..., snapshot_run: _Optional[_Union[WorkerSnapshotRun, _Mapping]] = ..., freeze_weights: _Optional[_Union[WorkerFreezeWeights, _Mapping]] = ..., sample: _Optional[_Union[WorkerSample, _Mapping]] = ..., cancel_sample: _Optional[_Union[WorkerCancelSample, _Mapping]] = ..., open_sampler: _Optional[_Union[WorkerOpenSampler, _Mapping]] = ..., close_sampler: _Optional[_Union[WorkerCloseSampler, _Mapping]] = ...) -> None: ...
+    refused: _status_pb2.Status
+    def __init__(self, command_id: _Optional[int] = ..., run_id: _Optional[str] = ..., create_run: _Optional[_Union[WorkerCreateRun, _Mapping]] = ..., delete_run: _Optional[_Union[WorkerDeleteRun, _Mapping]] = ..., request: _Optional[_Union[_trainer_service_pb2.TrainRequest, _Mapping]] = ..., drop_graphs: _Optional[_Union[WorkerDropGraphs, _Mapping]] = ..., fail_operation: _Optional[_Union[WorkerFailOperation, _Mapping]] = ..., snapshot_run: _Optional[_Union[WorkerSnapshotRun, _Mapping]] = ..., freeze_weights: _Optional[_Union[WorkerFreezeWeights, _Mapping]] = ..., sample: _Optional[_Union[WorkerSample, _Mapping]] = ..., cancel_sample: _Optional[_Union[WorkerCancelSample, _Mapping]] = ..., open_sampler: _Optional[_Union[WorkerOpenSampler, _Mapping]] = ..., close_sampler: _Optional[_Union[WorkerCloseSampler, _Mapping]] = ..., refused: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...

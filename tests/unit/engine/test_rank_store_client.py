@@ -9,17 +9,17 @@ from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImport
 
 from trainer_service.engine.rank_store_client import RankStore
 from trainer_service.fleet.rank_store import RankStores, rank_store_handler
-from trainer_service.fleet.worker_socket import WorkerSocket
+from trainer_service.fleet.worker_socket import WorkerSocket, store_path
 
 
 async def test_the_store_does_what_torch_s_own_do():
     stores = RankStores()
-    socket = WorkerSocket(rank_store_handler(stores.access), max_message_bytes=1 << 20)
+    socket = WorkerSocket(store=rank_store_handler(stores.access))
     await socket.open()
     stores.open("start")
     try:
         # As torch asks it: from C++, below prefixes.
-        own = RankStore(socket.path, "start", timeout_s=30)
+        own = RankStore(store_path(socket.folder), "start", timeout_s=30)
         store = PrefixStore("prefix", own)
 
         def use() -> None:
@@ -41,7 +41,9 @@ async def test_the_store_does_what_torch_s_own_do():
 
         await asyncio.to_thread(use)
         waiting = asyncio.create_task(asyncio.to_thread(store.get, "later"))
-        await asyncio.to_thread(RankStore(socket.path, "start", timeout_s=1).set, "prefix/later", b"\0\xff")
+        await asyncio.to_thread(
+            RankStore(store_path(socket.folder), "start", timeout_s=1).set, "prefix/later", b"\0\xff"
+        )
         assert await waiting == b"\0\xff"
         waiting = asyncio.create_task(asyncio.to_thread(own.get, "never"))
         stores.close("start")

@@ -13,17 +13,16 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from gradwire.errors import GradwireError, UnavailableError
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.trainer_service_pb2 import TrainRequest
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerEvent, WorkerHello
-from gradwire.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 from tests.trainer_process import descendants, wait_gone
 from tests.waiting import DEADLINE_S, until
 from trainer_service.engine import __main__ as worker_main
+from trainer_service.engine.worker.connection import TrainerConnection
 from trainer_service.executing import executing_command
 from trainer_service.fleet import silence
 from trainer_service.fleet import supervisor as supervisor_module
@@ -357,11 +356,11 @@ async def test_a_socket_whose_folder_is_gone_is_made_anew_for_the_next_worker():
 async def test_only_the_worker_that_was_started_may_attach():
     async with supervised(behaves("work")) as supervisor:
         await ready(supervisor)
-        async with grpc.aio.insecure_channel(f"unix:{supervisor._socket.path}") as channel:
-            call: Any = WorkerServiceStub(channel).Attach(iter([WorkerEvent(hello=WorkerHello(token="guess"))]))
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call.read()
-            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        stranger = await asyncio.to_thread(TrainerConnection, supervisor._socket.path, max_message_bytes=1024)
+        stranger.send(WorkerEvent(hello=WorkerHello(token="guess")))
+        assert await asyncio.to_thread(stranger.ended.wait, DEADLINE_S)
+        assert not stranger.ended_cleanly()
+        assert stranger.describe_end() == "refused: Not a worker this trainer started."
         assert (await submit(supervisor)).event.response.optim_step.step == 1
 
 

@@ -162,7 +162,7 @@ async def test_what_was_taken_in_waits_while_there_is_no_memory_for_its_run(
         worker.die()
         worker.gate.set()
         worker.become_ready()
-        await asyncio.sleep(0.05)
-        assert (run.placement.on_worker, run.lost) == (False, False)
+        await until(lambda: not run.placement.on_worker)
+        assert not run.lost
         worker.failures.clear()
         assert await steps(answers) == [2, 3]

@@ -16,7 +16,7 @@ from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest, Trai
 from tests.fakes import FakeWorker
 from tests.full_disk import NoMount, SmallDisk, nothing_can_be_written, small_disk
 from tests.runs import forward_backward, operations, settled, step, trainer
-from tests.waiting import DEADLINE_S
+from tests.waiting import DEADLINE_S, until
 from trainer_service.config import Retention
 from trainer_service.runs import journal as journal_file
 from trainer_service.runs import placement
@@ -66,6 +66,7 @@ async def test_what_was_executing_when_the_disk_got_full_is_answered(tmp_path: P
         answers: list[bytes] = []
         run.submit(step(1), answers.append)
         await worker.has_waiting(1)
+        await until(lambda: run.under_way[0].journalled_s > 0)
         with nothing_can_be_written():
             worker.gate.set()
             await run.quiet()

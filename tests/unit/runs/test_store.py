@@ -12,7 +12,7 @@ from tests.fakes import FakeWorker
 from tests.runs import step, trainer
 from tests.waiting import DEADLINE_S
 from trainer_service.runs import store
-from trainer_service.runs.journal import RunFolder
+from trainer_service.runs.run_folder import RunFolder
 
 
 def names(runs_dir: Path) -> list[str]:

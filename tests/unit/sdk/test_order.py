@@ -108,3 +108,28 @@ def test_an_open_custom_loss_is_not_idle():
     assert not order.idle()
     order.close(custom)
     assert order.idle()
+
+
+def test_a_call_with_more_to_come_holds_up_what_is_behind_it():
+    order = CallOrder()
+    made = call("fb1a")
+    made.more = True
+    order.add(made)
+    order.add(call("step", barrier=True))
+    assert sent(order) == ["fb1a"]
+    assert not order.idle()
+    order.extend(made, operation("fb1b"), more=True)
+    assert sent(order) == ["fb1b"]
+    order.extend(made, operation("fb1c"), more=False)
+    assert sent(order) == ["fb1c", "step"]
+
+
+def test_a_call_that_breaks_off_sends_no_more():
+    order = CallOrder()
+    made = call("fb1a", "fb1b")
+    made.more = True
+    order.add(made)
+    order.add(call("fb2"))
+    assert order.next() is not None
+    order.break_off(made)
+    assert sent(order) == ["fb2"]

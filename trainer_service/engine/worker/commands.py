@@ -24,12 +24,18 @@ from trainer_service.engine.worker.run_life import RunLife
 
 logger = logging.getLogger(__name__)
 
+_QUICK_BYTES = 64 * 1024
 _ANSWERED_LATER = ("snapshot_run", "sample")
 
 
 def overtakes(command: WorkerCommand) -> bool:
     """Whether a command belongs to sampling, which does not wait for the operations before it."""
     return command.WhichOneof("command") in sampling_commands.KINDS
+
+
+def quickly_prepared(command: WorkerCommand) -> bool:
+    """Whether an operation is so small that it is prepared in about a millisecond."""
+    return command.request.ByteSize() <= _QUICK_BYTES
 
 
 class Commands:

@@ -9,7 +9,7 @@ from pathlib import Path
 _LOOK_S = 5.0
 _CPU_S = 0.1
 _IO_BYTES = 64 << 10
-"""What counts as progress between two looks. In that time an idle worker computes for 0.01 s (gRPC's threads) and reads
+"""What counts as progress between two looks. In that time an idle worker computes for 0.01 s and reads
 and writes next to nothing, which must not add up over many looks."""
 
 

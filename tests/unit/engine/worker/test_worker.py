@@ -4,43 +4,42 @@ import contextlib
 import os
 import queue
 import signal
+import socket as sockets
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 from gradwire._wire.codec import batch_message, decode_tensor, tensor_message
 from gradwire._wire.protocol_version import __version__
-from gradwire.errors import from_status
+from gradwire.errors import error, from_status, to_status
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.datum_pb2 import ModelInput
 from gradwire.v1.sampling_service_pb2 import SampleRequest, SamplingParams
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, Mesh, TrainRequest
 from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, WorkerEvent, WorkerSample
-from gradwire.v1.worker_service_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
 
 from tests.engines import BATCH, RUN, make_batch
 from tests.tiny import VOCAB_SIZE
 from trainer_service.command_lines import command_line
 from trainer_service.executing import executing_command
 from trainer_service.worker_config import WorkerConfig
+from trainer_service.worker_frames import Frames, frame
 
 START_S = 60
 ANSWER_S = 30
 
 
-class RecordingTrainer(WorkerServiceServicer):
+class RecordingTrainer:
     """Takes one worker. Commands go down as they are put; None ends the stream."""
 
-    def __init__(self, socket: Path, *, refuse: bool = False) -> None:
+    def __init__(self, path: Path, *, refuse: bool = False) -> None:
         self.events: queue.Queue[WorkerEvent | None] = queue.Queue()
         """Events received, without heartbeats."""
         self.heartbeat = threading.Event()
@@ -48,28 +47,40 @@ class RecordingTrainer(WorkerServiceServicer):
         self.commands: queue.Queue[WorkerCommand | None] = queue.Queue()
         self._refuse = refuse
         self._last_command_id = 0
-        self._server = grpc.server(ThreadPoolExecutor(4))
-        add_WorkerServiceServicer_to_server(self, self._server)
-        self._server.add_insecure_port(f"unix:{socket}")
-        self._server.start()
+        self._listener = sockets.socket(sockets.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._worker: sockets.socket | None = None
+        threading.Thread(target=self._serve, daemon=True).start()
 
-    def Attach(self, request_iterator: Iterator[WorkerEvent], context: grpc.ServicerContext) -> Iterator[WorkerCommand]:
-        if self._refuse:
-            next(request_iterator)
-            context.abort(grpc.StatusCode.PERMISSION_DENIED, "Not a worker this trainer started.")
+    def _serve(self) -> None:
+        # It is closed, or the worker is killed; that it ended is all there is to know.
+        with contextlib.suppress(OSError):
+            self._worker, _ = self._listener.accept()
+            self._listener.close()
+            if self._refuse:
+                self._worker.recv(1)
+                why = to_status(error("TRAINER_JOB_FAILED", "Not a worker this trainer started."))
+                self._worker.sendall(frame(WorkerCommand(refused=why).SerializeToString()))
+                self._worker.close()
+                self.events.put(None)
+                return
+            threading.Thread(target=self._read, args=(self._worker,), daemon=True).start()
+            while (command := self.commands.get()) is not None:
+                self._worker.sendall(frame(command.SerializeToString()))
+            self._worker.shutdown(sockets.SHUT_RDWR)
 
-        def read() -> None:
-            # The stream breaks when the worker is killed; that it ended is all there is to know.
-            with contextlib.suppress(Exception):
-                for event in request_iterator:
+    def _read(self, worker: sockets.socket) -> None:
+        frames = Frames(1 << 30)
+        with contextlib.suppress(OSError), worker:
+            while count := worker.recv_into(frames.room()):
+                for message in frames.arrived(count):
+                    event = WorkerEvent.FromString(bytes(message))
                     if event.HasField("heartbeat"):
                         self.heartbeat.set()
                     else:
                         self.events.put(event)
-            self.events.put(None)
-
-        threading.Thread(target=read, daemon=True).start()
-        return iter(self.commands.get, None)
+        self.events.put(None)
 
     def event(self, kind: str, timeout_s: float = ANSWER_S) -> WorkerEvent:
         """The next event, which must be of that kind."""
@@ -106,7 +117,10 @@ class RecordingTrainer(WorkerServiceServicer):
     def stop(self) -> None:
         """Goes away without waiting for anything."""
         self.commands.put(None)
-        self._server.stop(grace=0)
+        self._listener.close()
+        if self._worker is not None:
+            with contextlib.suppress(OSError):
+                self._worker.shutdown(sockets.SHUT_RDWR)
 
 
 def worker_command(socket: Path, model: Path, checkpoints: Path) -> list[str]:
@@ -297,7 +311,7 @@ def test_worker_that_the_trainer_turns_away_ends_with_an_error(socket: Path, sta
     process = start_worker()
     assert ends(process, START_S) == 1
     assert process.stderr is not None
-    assert "PERMISSION_DENIED Not a worker this trainer started." in process.stderr.read()
+    assert "refused: Not a worker this trainer started." in process.stderr.read()
     trainer.stop()
 
 
