@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from gradwire.errors import invalid_field
 from transformers import AutoConfig, PreTrainedModel
 
 from trainer_service.engine.device import Device
@@ -14,6 +15,7 @@ from trainer_service.engine.models.probe import find_traits
 from trainer_service.engine.models.runner import HeadTraits, Traits, prepare
 from trainer_service.engine.packed import attention
 from trainer_service.engine.parallel.sharding import Sharded
+from trainer_service.engine.parallel.tensor_parallel import tensor_parallel
 from trainer_service.engine.rank_channels import Ranks
 
 _FEWEST_LAYERS = 2
@@ -67,6 +69,12 @@ class ModelSource:
         told = self._ranks.execution.tell({**asdict(found), "varlen": attention.varlen_enabled})
         attention.varlen_enabled = told.pop("varlen")
         head, turned = told.pop("head"), told.pop("boundaries")
+        if head is None and self._ranks.tp_size > 1:
+            raise invalid_field(
+                "tp_size",
+                f"is {self._ranks.tp_size}, and {type(sibling).__name__} makes logits in a way of its own, which ranks "
+                "cannot divide; start the trainer with --tp-size 1.",
+            )
         self._traits = Traits(
             **told,
             head=None if head is None else HeadTraits(**head),
@@ -108,10 +116,11 @@ class ModelSource:
             self._device,
             fsdp_size=ranks.fsdp_size,
             dp_replicate_size=ranks.dp_replicate_size,
+            tp_size=ranks.tp_size,
         )
         if ranks.world_size == 1:
             return loaded
-        return Sharded.of_loaded(loaded, device=self._device, forward=runner.forward)
+        return Sharded.of_loaded(loaded, device=self._device, forward=runner.forward, group=tensor_parallel(ranks))
 
 
 def few_layers(config: Any) -> int:
