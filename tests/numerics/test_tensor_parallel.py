@@ -102,6 +102,19 @@ def test_gradients_of_cut_layers_are_as_near_to_float64s_as_one_ranks(two: RankP
     assert errors[0] < 2 * errors[1] < 1e-5
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_cut_layers_in_bfloat16_are_as_near_to_float32_as_one_ranks(
+    lora: bool, two: RankPool, tiny_llama: Path, tmp_path: Path
+):
+    how: dict[str, Any] = {"max_pack_tokens": 20, "lora": lora}
+    exact = rank_tasks.train(Ranks(), tiny_llama, tmp_path / "exact", UNEVEN, **how)["gradients"]
+    one = rank_tasks.train(Ranks(), tiny_llama, tmp_path / "one", UNEVEN, compute_dtype="bfloat16", **how)["gradients"]
+    many = two.run(rank_tasks.train, tiny_llama, tmp_path / "many", UNEVEN, compute_dtype="bfloat16", **how)
+    errors = [difference(each, exact, exact) for each in (many[0]["gradients"], one)]
+    assert 0 < errors[0] < 1.5 * errors[1] < 0.5, errors
+    assert difference(many[0]["after"], many[1]["after"], many[0]["after"]) == 0
+
+
 @pytest.mark.parametrize("columns", [0, 3], ids=["one", "many"])
 @pytest.mark.parametrize(
     "head",

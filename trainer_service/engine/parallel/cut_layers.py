@@ -136,14 +136,15 @@ def plan_cuts(model: PreTrainedModel, size: int) -> dict[str, str]:
     if COLWISE not in styles.values() or not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
         raise _refused(size, f"transformers has no plan to cut {kind} by")
     _check_numbers(model, styles, size)
-    for name in styles:
-        parent = name.rpartition(".")[0]
-        if styles[name] in (COLWISE, ROWWISE):
-            # Whatever stands between two cut layers sees one rank's part alone.
-            for inner, parameter in model.get_submodule(parent).named_modules(prefix=parent):
-                if inner not in styles and any(True for _ in parameter.parameters(recurse=False)):
-                    what = f"transformers' plan for {kind} cuts {_starred(parent)}, and says nothing of"
-                    raise _refused(size, f"{what} {_starred(inner)} in it")
+    # Whatever stands between two cut layers sees one rank's part alone.
+    around = dict.fromkeys(name.rpartition(".")[0] for name, style in styles.items() if style in (COLWISE, ROWWISE))
+    for parent in around:
+        for name, module in model.get_submodule(parent).named_modules(prefix=parent):
+            if name not in styles and any(own is not None for own in module._parameters.values()):
+                what = (
+                    f"transformers' plan for {kind} cuts {_starred(parent)}, and says nothing of {_starred(name)} in it"
+                )
+                raise _refused(size, what)
     return styles
 
 
@@ -160,15 +161,20 @@ def loading_rules(model: PreTrainedModel, size: int) -> dict[str, str]:
 def _check_numbers(model: PreTrainedModel, styles: Mapping[str, str], size: int) -> None:
     kind, config = type(model).__name__, model.config
     heads = getattr(config, "num_attention_heads", None)
-    numbers = {"attention heads": heads, "key/value heads": getattr(config, "num_key_value_heads", heads)}
+    numbers: dict[str, Any] = {
+        "attention heads": heads,
+        "key/value heads": getattr(config, "num_key_value_heads", heads),
+    }
     for name, style in styles.items():
         module: Any = model.get_submodule(name)
-        if style in (EMBEDDING, HEAD):
+        if style == EMBEDDING:
             numbers["tokens in its vocabulary"] = len(module.weight)
-        elif style in (COLWISE, ROWWISE):
-            what = "outputs" if style == COLWISE else "inputs"
+        elif style in _DIMS:
+            what = "inputs" if style == ROWWISE else "outputs"
             numbers[f"{what} of {_starred(name)}"] = module.weight.shape[_DIMS[style]]
-    for what, number in numbers.items():
+    # Where layers differ in their heads, the configuration has a list of each.
+    flat = [(what, one) for what, found in numbers.items() for one in (found if isinstance(found, list) else [found])]
+    for what, number in flat:
         if number and number % size:
             fits = [each for each in range(1, min(number, 64) + 1) if number % each == 0]
             raise _refused(size, f"{kind} has {number} {what}, which it must divide, as {_or(fits)} do")

@@ -38,14 +38,15 @@ class Parts:
             columns, dim = [[one for column in columns for one in column]], None
         parts = [one for column in columns for one in column]
         first = parts[0]
-        shapes = {tuple(one.shape[1:]) for one in parts}
-        heights = {sum(map(len, column)) for column in columns if first.ndim}
-        if any(one.dtype != first.dtype for one in parts) or len(shapes) > 1 or len(heights) > 1:
+        if len({(one.dtype, one.ndim, one.shape[1:]) for one in parts}) > 1:
             raise ValueError(f"has parts that do not fit together: {[tuple(one.shape) for one in parts]}")
-        if len(parts) > 1 and not all(one.ndim for one in parts):
+        if len(parts) > 1 and not first.ndim:
             raise ValueError("has a number in several parts")
         if dim is not None and not dim < first.ndim:
             raise ValueError(f"has parts of {first.ndim} dims that were cut along dim {dim}")
+        heights = {sum(map(len, column)) for column in columns if first.ndim}
+        if len(heights) > 1:
+            raise ValueError(f"has parts that have {heights} rows beside one another")
         self._columns = [list(column) for column in columns]
         self._dim = dim
         self.dtype = first.dtype
@@ -73,7 +74,9 @@ class Parts:
             start += first_row(tensor)
             stop = start + len(part(tensor))
         found = [_rows(column, start, stop) for column in self._columns]
-        return torch.cat(found, self._dim or 0) if not dim and len(found) > 1 else _between(found, dim or 0, own)
+        if dim:
+            return _between(found, dim, own)
+        return found[0] if self._dim is None else torch.cat(found, self._dim)
 
     def whole(self) -> Tensor:
         """All of it."""
@@ -94,9 +97,7 @@ def _rows(parts: Sequence[Tensor], start: int, stop: int) -> Tensor:
 
 
 def _between(columns: Sequence[Tensor], dim: int, own: slice) -> Tensor:
-    """What lies between two places along a dim, of tensors of the same size side by side; all of the first dim."""
-    if not dim:
-        return columns[0]
+    """What lies between two places along a dim, of tensors of the same size side by side along it."""
     width = columns[0].shape[dim]
     found: list[Tensor] = []
     for number, column in enumerate(columns):
