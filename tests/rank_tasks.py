@@ -3,7 +3,8 @@
 import functools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 from gradwire._wire.codec import Batch
 from gradwire.errors import GradwireError
 from gradwire.types import AdamParams
+from transformers import AutoConfig
 
 from tests.engines import BATCH, CPU, RUN
 from trainer_service.engine.device import Device
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.losses import find_loss
+from trainer_service.engine.models import source
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.packed.logprobs import Head, LowRank, linear_logprobs
 from trainer_service.engine.packed.vocabulary import VocabularyPart
@@ -253,10 +256,26 @@ def adapter(ranks: Ranks, folder: Path, checkpoint_dir: Path, adapter_folder: Pa
     return max(errors)
 
 
-def refused_model(ranks: Ranks, folder: Path, checkpoint_dir: Path) -> tuple[str, str]:
-    """Why a model cannot be served."""
-    with pytest.raises(GradwireError) as refusal:
-        make_engine(ranks, folder, checkpoint_dir)
+def refused_model(
+    ranks: Ranks,
+    folder: Path,
+    checkpoint_dir: Path,
+    plan: Mapping[str, str] | None = None,
+    *,
+    headless: bool = False,
+) -> tuple[str, str]:
+    """Why a model cannot be served, with those rules in transformers' plan of it, or as if its head were not known."""
+    config: Any = type(AutoConfig.from_pretrained(folder))
+    rules = {**config.base_model_tp_plan, **(plan or {})}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "base_model_tp_plan", rules)
+        if headless:
+            find_traits = source.find_traits
+            patch.setattr(
+                source, "find_traits", lambda *args, **kwargs: replace(find_traits(*args, **kwargs), head=None)
+            )
+        with pytest.raises(GradwireError) as refusal:
+            make_engine(ranks, folder, checkpoint_dir)
     return refusal.value.reason, refusal.value.message
 
 

@@ -234,3 +234,31 @@ def test_a_model_that_cannot_be_cut_is_refused_by_all_ranks(
     refusals = two.run(rank_tasks.refused_model, folder_of("Qwen3", num_key_value_heads=1), tmp_path)
     assert refusals[0] == refusals[1]
     assert "tp_size is 2, and Qwen3ForCausalLM has 1 key/value heads" in refusals[0][1]
+
+
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        # Each rank's gradient is all of it, and not a summand.
+        (
+            {"layers.*.input_layernorm": "replicated_with_grad_allreduce"},
+            "the gradient of model.layers.0.input_layernorm.weight comes out otherwise",
+        ),
+        # Its inputs are one rank's.
+        ({"layers.*.mlp.down_proj": "colwise"}, "RuntimeError: "),
+    ],
+)
+def test_a_plan_that_makes_another_model_of_it_is_refused_by_all_ranks(
+    plan: dict[str, str], why: str, two: RankPool, tiny_llama: Path, tmp_path: Path
+):
+    refusals = two.run(rank_tasks.refused_model, tiny_llama, tmp_path, plan)
+    assert refusals[0] == refusals[1]
+    assert refusals[0][0] == "INVALID_FIELD"
+    assert "tp_size is 2, and a LlamaForCausalLM cut by transformers' plan is another model: " in refusals[0][1]
+    assert why in refusals[0][1]
+
+
+def test_a_model_whose_head_is_not_known_is_refused_by_all_ranks(two: RankPool, tiny_llama: Path, tmp_path: Path):
+    refusals = two.run(rank_tasks.refused_model, tiny_llama, tmp_path, headless=True)
+    assert refusals[0] == refusals[1]
+    assert "tp_size is 2, and a LlamaForCausalLM makes logits in a way of its own" in refusals[0][1]

@@ -151,6 +151,7 @@ class Ranks:
         turns: Says whose turn it is, however long that takes.
         execution: For the same thread, while something executes.
         files: For the thread that writes snapshots.
+        timeout_s: How long ranks wait for one another while they execute something.
         meeting_place: Kept, since torch keeps only the C++ half of a store.
     """
 
@@ -164,6 +165,7 @@ class Ranks:
     turns: Channel = field(default_factory=Channel)
     execution: Channel = field(default_factory=Channel)
     files: Channel = field(default_factory=Channel)
+    timeout_s: float = 600.0
     meeting_place: Any = None
 
     @property
@@ -262,6 +264,7 @@ class Ranks:
             turns=channel(_ENDLESS),
             execution=channel(timeout),
             files=channel(timeout),
+            timeout_s=timeout_s,
             meeting_place=meeting_place.get("store"),
         )
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from trainer_service.engine.device import Device
 from trainer_service.engine.models import runner
+from trainer_service.engine.models.cut_trial import why_not_cut
 from trainer_service.engine.models.load import load_model
 from trainer_service.engine.models.positions import Boundary
 from trainer_service.engine.models.probe import find_traits
@@ -69,18 +70,36 @@ class ModelSource:
         told = self._ranks.execution.tell({**asdict(found), "varlen": attention.varlen_enabled})
         attention.varlen_enabled = told.pop("varlen")
         head, turned = told.pop("head"), told.pop("boundaries")
-        if head is None and self._ranks.tp_size > 1:
-            raise invalid_field(
-                "tp_size",
-                f"is {self._ranks.tp_size}, and {type(sibling).__name__} makes logits in a way of its own, which ranks "
-                "cannot divide; start the trainer with --tp-size 1.",
-            )
+        self._check_cut(sibling, has_head=head is not None, attention_name=traits.attention)
         self._traits = Traits(
             **told,
             head=None if head is None else HeadTraits(**head),
             boundaries=tuple(Boundary(**one) for one in turned),
         )
         return self._traits
+
+    def _check_cut(self, sibling: PreTrainedModel, *, has_head: bool, attention_name: str) -> None:
+        """Refuses what ranks cannot compute layers of together.
+
+        Args:
+            sibling: See `sibling`. It is not to be used any more.
+            has_head: Whether it is known how the model makes logits.
+            attention_name: The implementation of attention it was loaded with.
+
+        Raises:
+            InvalidArgumentError: INVALID_FIELD.
+        """
+        if (group := tensor_parallel(self._ranks)) is None:
+            return
+        why = "makes logits in a way of its own, which ranks cannot divide"
+        if has_head:
+            found = why_not_cut(sibling, group, attention=attention_name)
+            # Where another rank is gone, this fails, and the ranks start again.
+            found = next(filter(None, self._ranks.execution.gather(found)), "")
+            why = f"cut by transformers' plan is another model: {found}" if found else ""
+        if why:
+            text = f"is {group.size}, and a {type(sibling).__name__} {why}; start the trainer with --tp-size 1."
+            raise invalid_field("tp_size", text)
 
     def load(self) -> PreTrainedModel:
         """A model of its own, prepared; the one that was read first, or one read anew."""

@@ -70,6 +70,26 @@ class Cutting:
             shape[dim] //= self.group.size
         return torch.Size(shape)
 
+    def own(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """What this rank has of a whole tensor that is cut as one of the model's parameters is: a view."""
+        dim = self._cuts[parameter].dim
+        if dim is None:
+            return whole
+        own = self.group.own(whole.shape[dim])
+        return whole.narrow(dim, own.start, own.stop - own.start)
+
+    def cut(self, model: nn.Module) -> None:
+        """Cuts the model itself, whole as it is, in place."""
+        made = {
+            parameter: nn.Parameter(self.own(parameter, parameter.detach()).clone(), parameter.requires_grad)
+            for parameter in self._cuts
+        }
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter in made:
+                    module._parameters[name] = made[parameter]
+        self.connect(model)
+
     def part(self, parameter: nn.Parameter, own: Tensor) -> DTensor:
         """What the group's ranks have of one of the model's parameters, in parts, given this rank's part of that."""
         shape, mesh = self.shape_of(parameter), self.group.mesh
@@ -219,7 +239,7 @@ def _cut_in_place(linear: nn.Linear, cut: Cut) -> None:
     weight: Any = linear.weight
     if cut.dim is not None:
         own = cut.group.own(weight.shape[cut.dim])
-        part = weight.detach()[own] if cut.dim == 0 else weight.detach()[:, own]
+        part = weight.detach().narrow(cut.dim, own.start, own.stop - own.start)
         weight = linear.weight = nn.Parameter(part.clone(), requires_grad=weight.requires_grad)
     mark_cut(weight, cut)
 

@@ -8,6 +8,7 @@ the forward (`summed`).
 
 import functools
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -63,20 +64,27 @@ def tensor_parallel(ranks: Ranks) -> TensorParallel | None:
     """This rank's group; None where each rank computes layers by itself. Every rank calls this."""
     if ranks.tp_size == 1:
         return None
-    return _arranged(ranks.rank, ranks.dp_replicate_size, ranks.fsdp_size, ranks.tp_size)
+    return _arranged(ranks.rank, ranks.dp_replicate_size, ranks.fsdp_size, ranks.tp_size, ranks.timeout_s)
 
 
 @functools.cache
-def _arranged(rank: int, dp_replicate_size: int, fsdp_size: int, tp_size: int) -> TensorParallel:
+def _arranged(rank: int, dp_replicate_size: int, fsdp_size: int, tp_size: int, timeout_s: float) -> TensorParallel:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     sizes, names = (dp_replicate_size, fsdp_size, tp_size), ("dp_replicate", "fsdp", "tp")
     mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
-    # Of each place in a group; all ranks make all of them, in this order.
-    peers: list[Any] = [distributed.new_group([*range(place, mesh.size(), tp_size)]) for place in range(tp_size)]
+    # All ranks make all of them, in this order.
+    timeout, world_size = timedelta(seconds=timeout_s), mesh.size()
+    groups: list[Any] = [
+        distributed.new_group([*range(first, first + tp_size)], timeout=timeout)
+        for first in range(0, world_size, tp_size)
+    ]
+    peers: list[Any] = [
+        distributed.new_group([*range(place, world_size, tp_size)], timeout=timeout) for place in range(tp_size)
+    ]
     return TensorParallel(
         rank=rank % tp_size,
         size=tp_size,
-        group=mesh.get_group("tp"),
+        group=groups[rank // tp_size],
         mesh=mesh["fsdp"] if dp_replicate_size == 1 else mesh["dp_replicate", "fsdp"],
         peers=peers[rank % tp_size],
     )
