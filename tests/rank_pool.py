@@ -19,21 +19,29 @@ class RankPool:
 
     Args:
         connections: To each, by rank.
-        dp_replicate_size: Times that all parts of a model are there.
+        arranged: Of Ranks: dp_replicate_size, tp_size.
     """
 
-    def __init__(self, connections: list[Connection], dp_replicate_size: int = 1) -> None:
+    def __init__(self, connections: list[Connection], **arranged: int) -> None:
         self._connections = connections
-        self._dp_replicate_size = dp_replicate_size
+        self._arranged = arranged
 
     def with_replicas(self, times: int) -> "RankPool":
         """The same processes, arranged so that all parts of a model are there so many times."""
-        return RankPool(self._connections, times)
+        return RankPool(self._connections, dp_replicate_size=times)
+
+    def cutting_layers(self, tp_size: int, *, replicas: int = 1) -> "RankPool":
+        """The same processes, so many of which compute each layer together."""
+        return RankPool(self._connections, tp_size=tp_size, dp_replicate_size=replicas)
+
+    def uncut(self) -> "RankPool":
+        """The same processes, each of which computes whole layers."""
+        return RankPool(self._connections)
 
     def run(self, task: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """What the task returns on each rank, which get the same arguments behind their Ranks."""
         for connection in self._connections:
-            connection.send((task, self._dp_replicate_size, args, kwargs))
+            connection.send((task, self._arranged, args, kwargs))
         results: list[Any] = []
         for rank, connection in enumerate(self._connections):
             assert connection.poll(TIMEOUT_S), f"rank {rank} does not answer"
@@ -84,8 +92,8 @@ def serve(rank: int, world_size: int, store: str, connection: Connection) -> Non
     ranks = Ranks.from_environment(timeout_s=60)
     with contextlib.suppress(EOFError):
         while True:
-            task, dp_replicate_size, args, kwargs = connection.recv()
-            arranged = replace(ranks, dp_replicate_size=dp_replicate_size)
+            task, arrangement, args, kwargs = connection.recv()
+            arranged = replace(ranks, **arrangement)
             try:
                 connection.send((task(arranged, *args, **kwargs), ""))
             except Exception:

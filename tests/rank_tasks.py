@@ -1,8 +1,10 @@
 """What ranks of tests.rank_pool run: each takes its Ranks first. On one rank they run in the test's own process."""
 
+import functools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,19 @@ import torch
 from gradwire._wire.codec import Batch
 from gradwire.errors import GradwireError
 from gradwire.types import AdamParams
+from transformers import AutoConfig
 
 from tests.engines import BATCH, CPU, RUN
 from trainer_service.engine.device import Device
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.losses import find_loss
+from trainer_service.engine.models import source
 from trainer_service.engine.models.lora import LoraSettings
+from trainer_service.engine.packed.logprobs import Head, LowRank, linear_logprobs
+from trainer_service.engine.packed.vocabulary import VocabularyPart
 from trainer_service.engine.parallel.gloo_collectives import SumInOrder
-from trainer_service.engine.parallel.sharding import record_of, reshard, whole
+from trainer_service.engine.parallel.sharding import record_of, reshard, whole_parameter
+from trainer_service.engine.parallel.tensor_parallel import cut_of
 from trainer_service.engine.rank_channels import Ranks
 from trainer_service.engine.storage.snapshots import SnapshotWriter
 from trainer_service.engine.tensor_files import read_tensors
@@ -28,12 +35,14 @@ from trainer_service.worker_config import EngineSettings
 PARAMS = AdamParams(learning_rate=1e-2, grad_clip_norm=1.0)
 
 
-def make_engine(ranks: Ranks, folder: Path, checkpoint_dir: Path, *, lora: bool = False, **settings: Any) -> Engine:
-    """An engine with one run, `RUN`."""
+def make_engine(
+    ranks: Ranks, folder: Path, checkpoint_dir: Path, *, lora: bool = False, unembed: bool = False, **settings: Any
+) -> Engine:
+    """An engine with one run, `RUN`; with lora, and unembed for the head too, that of an adapter."""
     asked = EngineSettings(**settings)
     device = CPU if asked.compute_dtype != "bfloat16" else Device(torch.device("cpu"), "cpu", torch.bfloat16)
     engine = Engine(str(folder), device=device, checkpoint_dir=checkpoint_dir, settings=asked, ranks=ranks)
-    engine.create_run(RUN, lora=LoraSettings(rank=4, train_unembed=False) if lora else None)
+    engine.create_run(RUN, lora=LoraSettings(rank=4, train_unembed=unembed) if lora else None)
     return engine
 
 
@@ -41,7 +50,7 @@ def tensors(engine: Engine) -> dict[str, np.ndarray[Any, Any]]:
     """The run's parameters that train, whole."""
     run = engine.run_state(RUN)
     reshard(run.model)
-    return {name: whole(p.detach()).numpy().copy() for name, p in run.trained_parameters().items()}
+    return {name: whole_parameter(p).numpy().copy() for name, p in run.trained_parameters().items()}
 
 
 def gradients(engine: Engine) -> dict[str, np.ndarray[Any, Any]]:
@@ -49,9 +58,13 @@ def gradients(engine: Engine) -> dict[str, np.ndarray[Any, Any]]:
     run, found = engine.run_state(RUN), {}
     for name, parameter in run.trained_parameters().items():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        total = whole(grad).clone()
+        total = whole_parameter(grad, like=parameter).clone()
         if run.lora_rank and engine.ranks.world_size > 1:
             torch.distributed.all_reduce(total)
+            cut = cut_of(parameter)
+            if cut is not None and not cut.summand:
+                # Each rank of a group came to the same.
+                total /= cut.group.size
         found[name] = total.numpy().copy()
     return found
 
@@ -104,19 +117,70 @@ def train(
     return found
 
 
+def answer(ranks: Ranks, *, columns: int, low_rank: int, **head: Any) -> dict[str, float]:
+    """How far what a head answers whose vocabulary ranks divide is from what a whole one does: logprobs, and gradients
+    relative to their norm.
+
+    Args:
+        ranks: Each takes its part of the vocabulary.
+        columns: Targets a row; 0 for one, in a vector. Rows then share tokens.
+        low_rank: Rank of an adapter; 0 for none.
+        head: Whether it trains, and what else a Head has, and linear_logprobs.
+    """
+    draw = torch.Generator().manual_seed(0)
+    num_tokens, num_rows, hidden_size, vocab_size = 23, 31, 8, 12
+    random = functools.partial(torch.randn, generator=draw)
+    weight, bias, a, b = random(vocab_size, 8), random(vocab_size), random(low_rank, 8), random(vocab_size, low_rank)
+    hidden = random(num_tokens, hidden_size)
+    shape = (num_rows, columns) if columns else (num_tokens,)
+    targets = torch.randint(0, vocab_size, shape, generator=draw)
+    # Of some rows nothing is asked, so that backward leaves tokens out.
+    grad = random(shape) * (torch.arange(shape[0]) % 3 == 0).float().view(-1, *[1] * (len(shape) - 1))
+    token_of_row = torch.randint(0, num_tokens, (num_rows,), generator=draw) if columns else None
+    trains, kept = head.pop("trains"), {name: head.pop(name) for name in ("keep_logits", "frugal") if name in head}
+
+    def answered(rows: slice, vocabulary: VocabularyPart | None) -> dict[str, torch.Tensor]:
+        leaves = {"hidden": hidden, "weight": weight[rows], "bias": bias[rows], "a": a, "b": b[rows]}
+        leaf = {name: one.clone().requires_grad_(name != "weight" or trains) for name, one in leaves.items()}
+        leaf["bias"].requires_grad_(trains)
+        adapter = LowRank(leaf["a"], leaf["b"], 0.5) if low_rank else None
+        made = Head(leaf["weight"], leaf["bias"], low_rank=adapter, vocabulary=vocabulary, **head)
+        logprobs = linear_logprobs(leaf["hidden"], made, targets, token_of_row, **kept)
+        logprobs.backward(grad)
+        return {"logprobs": logprobs.detach()} | {n: one.grad for n, one in leaf.items() if one.grad is not None}
+
+    whole = answered(slice(None), None)
+    size = vocab_size // ranks.world_size
+    own = slice(ranks.rank * size, (ranks.rank + 1) * size)
+    found = answered(own, VocabularyPart(torch.distributed.group.WORLD, own.start, size))
+    errors: dict[str, float] = {}
+    assert found.keys() == whole.keys()
+    for name, wanted in whole.items():
+        if name in ("hidden", "a"):
+            torch.distributed.all_reduce(found[name])
+        part = wanted[own] if name in ("weight", "bias", "b") else wanted
+        errors[name] = float((found[name] - part).norm() / (part.norm() or 1.0))
+    return errors
+
+
 def step(engine: Engine, seq_id: int, batch: Batch) -> None:
     """One step with cross-entropy."""
     engine.forward_backward(RUN, seq_id, engine.stage(batch, find_loss("cross_entropy")))
     engine.optim_step(RUN, seq_id + 1, PARAMS)
 
 
-def save(ranks: Ranks, folder: Path, checkpoint_dir: Path, batch: Batch, *, lora: bool = False) -> dict[str, Any]:
-    """A step, a state, sampler weights, another step."""
+def save(
+    ranks: Ranks, folder: Path, checkpoint_dir: Path, batch: Batch, *, lora: bool = False, exports: bool = True
+) -> dict[str, Any]:
+    """A step, a state, with exports sampler weights, another step."""
     engine = make_engine(ranks, folder, checkpoint_dir, lora=lora)
     # Leaves some parameters gathered.
     engine.forward(RUN, 1, engine.stage(batch))
     step(engine, 1, batch)
     saved = engine.save_state(RUN, "state")
+    if not exports:
+        step(engine, 3, batch)
+        return {"path": saved.path, "after": tensors(engine)}
     exported = engine.save_weights_for_sampler(RUN, "weights", dtype="float32")
     delta = engine.save_weights_for_sampler(RUN, "delta", delta=True)
     merged = engine.save_weights_for_sampler(RUN, "merged", merged=True) if lora else exported
@@ -162,11 +226,57 @@ def restore(
     return {"after": tensors(engine)}
 
 
-def export(ranks: Ranks, folder: Path, checkpoint_dir: Path, path: str, name: str) -> None:
+def export(
+    ranks: Ranks,
+    folder: Path,
+    checkpoint_dir: Path,
+    path: str,
+    name: str,
+    *,
+    lora: bool = False,
+    merged: bool = False,
+) -> None:
     """Sampler weights of a state."""
-    engine = make_engine(ranks, folder, checkpoint_dir)
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=lora)
     engine.load_state(RUN, path, with_optimizer=False)
-    engine.save_weights_for_sampler(RUN, name, dtype="float32")
+    engine.save_weights_for_sampler(RUN, name, dtype="float32", merged=merged)
+
+
+def adapter(ranks: Ranks, folder: Path, checkpoint_dir: Path, adapter_folder: Path) -> float:
+    """How far an adapter's files are from what a run that goes on with it starts from, relative to their norm."""
+    engine = make_engine(ranks, folder, checkpoint_dir)
+    engine.create_run("another", adapter=str(adapter_folder))
+    started = {name: whole_parameter(p).numpy() for name, p in engine.run_state("another").trained_parameters().items()}
+    stored = read(adapter_folder / "adapter_model.safetensors")
+    errors: list[float] = []
+    for name, values in started.items():
+        wanted = stored[f"base_model.model.{name.replace('.default.', '.')}"]
+        errors.append(float(np.linalg.norm(values - wanted) / np.linalg.norm(wanted)))
+    assert len(errors) == len(stored)
+    return max(errors)
+
+
+def refused_model(
+    ranks: Ranks,
+    folder: Path,
+    checkpoint_dir: Path,
+    plan: Mapping[str, str] | None = None,
+    *,
+    headless: bool = False,
+) -> tuple[str, str]:
+    """Why a model cannot be served, with those rules in transformers' plan of it, or as if its head were not known."""
+    config: Any = type(AutoConfig.from_pretrained(folder))
+    rules = {**config.base_model_tp_plan, **(plan or {})}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "base_model_tp_plan", rules)
+        if headless:
+            find_traits = source.find_traits
+            patch.setattr(
+                source, "find_traits", lambda *args, **kwargs: replace(find_traits(*args, **kwargs), head=None)
+            )
+        with pytest.raises(GradwireError) as refusal:
+            make_engine(ranks, folder, checkpoint_dir)
+    return refusal.value.reason, refusal.value.message
 
 
 def read(file: Path) -> dict[str, np.ndarray[Any, Any]]:

@@ -92,9 +92,9 @@ class RankSettings:
     )
     fsdp_size: int | None = option(
         None,
-        help="ranks that parameters, gradients and optimizer lie in parts on (FSDP); times --dp-replicate-size that is "
-        "all of them",
-        default_is="all ranks over --dp-replicate-size",
+        help="ranks that parameters, gradients and optimizer lie in parts on (FSDP); times --dp-replicate-size and "
+        "--tp-size that is all of them",
+        default_is="all ranks over --dp-replicate-size and --tp-size",
         metavar="RANKS",
         at_least=1,
     )
@@ -104,7 +104,12 @@ class RankSettings:
         metavar="TIMES",
         at_least=1,
     )
-    tp_size: int = option(1, help="ranks that compute each layer together; not yet: 1", metavar="RANKS", at_least=1)
+    tp_size: int = option(
+        1,
+        help="ranks that compute each layer together, each with its part of it (tensor parallel)",
+        metavar="RANKS",
+        at_least=1,
+    )
     ep_size: int = option(1, help="ranks that divide experts among them; not yet: 1", metavar="RANKS", at_least=1)
     collective_timeout_s: float = option(
         600.0, help="ranks that wait for one of them for this long in an operation are all started again", at_least=1

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import random
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -195,6 +197,36 @@ def test_loops_on_two_ranks_whose_ranks_are_killed_are_bit_identical(tiny_llama:
             assert state_digests(trainer.data_dir, client, "final") == digests
         trainer.stop()
         assert left_behind(trainer) == []
+
+
+def test_ranks_that_cut_layers_tell_of_it_sample_and_may_be_killed(tiny_llama: Path, tmp_path: Path):
+    lora_ranks, seed, steps = (0, 4), 2, 5
+    arguments = ("--nproc-per-node", "2", "--tp-size", "2", "--snapshot-steps", "2")
+    with (
+        Trainer(tiny_llama, tmp_path, *arguments) as trainer,
+        ServiceClient(f"http://{trainer.address}", reconnect_timeout_s=120) as service,
+        ThreadPoolExecutor() as threads,
+    ):
+        wanted = [undisturbed(trainer, seed=seed, steps=steps, lora_rank=rank) for rank in lora_ranks]
+        mesh = service.get_server_info().models[0].mesh
+        assert mesh == Mesh(world_size=2, local_world_size=2, nnodes=1, fsdp_size=1, tp_size=2)
+        clients = [service.create_training_client(lora_rank=rank) for rank in lora_ranks]
+        loops = [Loop(client, seed=seed, steps=steps) for client in clients]
+        running = [threads.submit(loop.run) for loop in loops]
+        while sum(loop.answered for loop in loops) < 8 and not all(each.done() for each in running):
+            time.sleep(0.01)
+        assert trainer.kill_worker(random.Random(seed))
+        for client, disturbed, (answers, digests) in zip(clients, running, wanted, strict=True):
+            assert disturbed.result(120) == answers
+            assert state_digests(trainer.data_dir, client, "final") == digests
+            # What is gathered whole for samples is what the ranks train.
+            batch = data(30, 20)
+            trained = client.forward(batch, "cross_entropy").result(60).loss_fn_outputs[0]["logprobs"].to_numpy()
+            sampler = client.save_weights_and_get_sampling_client()
+            tokens = [*batch[0].model_input.to_ints(), int(batch[0].loss_fn_inputs["target_tokens"].to_numpy()[-1])]
+            told = sampler.compute_logprobs(ModelInput.from_ints(tokens)).result(60)
+            np.testing.assert_allclose(np.array(told[1:], dtype=float), trained, atol=1e-4)
+        trainer.stop()
 
 
 def test_a_loss_that_couples_datums_and_a_built_in_one_add_up_on_two_ranks(service: ServiceClient):

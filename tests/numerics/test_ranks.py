@@ -56,7 +56,9 @@ def difference(one: Arrays, other: Arrays, scale: Arrays) -> float:
     return max(float(norm(one[name] - other[name]) / (norm(scale[name]) or 1.0)) for name in one)
 
 
-def check_equal(pool: RankPool, folder: Path, tmp_path: Path, **how: Any) -> list[dict[str, Any]]:
+def check_equal(
+    pool: RankPool, folder: Path, tmp_path: Path, *, within: float = GRADIENTS, **how: Any
+) -> list[dict[str, Any]]:
     """Three steps on all of a pool's ranks, compared with one rank's. What the ranks found."""
     one = rank_tasks.train(Ranks(), folder, tmp_path / "one", UNEVEN, max_pack_tokens=20, **how)
     found = pool.run(rank_tasks.train, folder, tmp_path / "many", UNEVEN, max_pack_tokens=20, **how)
@@ -65,7 +67,7 @@ def check_equal(pool: RankPool, folder: Path, tmp_path: Path, **how: Any) -> lis
         assert many["sharded"]
         for got, wanted in zip(many["logprobs"], one["logprobs"], strict=True):
             np.testing.assert_allclose(got, wanted, atol=1e-5)
-        assert difference(one["gradients"], many["gradients"], one["gradients"]) < GRADIENTS
+        assert difference(one["gradients"], many["gradients"], one["gradients"]) < within
         moved = {name: one["after"][name] - one["before"][name] for name in one["after"]}
         assert difference(one["after"], many["after"], moved) < STEPS
         for got, wanted in zip(many["metrics"], one["metrics"], strict=True):

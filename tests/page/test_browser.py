@@ -275,6 +275,8 @@ def test_health_tells_the_ranks_and_how_they_are_arranged(open_page: OpenPage):
         wait_text(fact, "8 on 2 machines with parameters in 4 parts")
         trainer.worker.counters |= {"gradwire_worker_dp_replicate_size": 2.0}
         wait_text(fact, "8 on 2 machines with parameters in 4 parts 2 times over")
+        trainer.worker.counters |= {"gradwire_worker_tp_size": 2.0, "gradwire_worker_fsdp_size": 2.0}
+        wait_text(fact, "8 on 2 machines 2 to a layer with parameters in 2 parts 2 times over")
         page.close()
 
 

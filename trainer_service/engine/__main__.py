@@ -177,8 +177,9 @@ def _mesh(settings: RankSettings) -> Mesh:
         world_size=world_size,
         local_world_size=local_world_size,
         nnodes=world_size // local_world_size,
-        fsdp_size=world_size // settings.dp_replicate_size,
+        fsdp_size=world_size // (settings.dp_replicate_size * settings.tp_size),
         dp_replicate_size=settings.dp_replicate_size,
+        tp_size=settings.tp_size,
     )
 
 
@@ -186,7 +187,11 @@ def _ranks(config: WorkerConfig, say: Callable[[str], object]) -> Ranks:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         say(f"waiting for {os.environ['WORLD_SIZE']} ranks to meet")
     settings = config.ranks
-    return Ranks.from_environment(timeout_s=settings.collective_timeout_s, dp_replicate_size=settings.dp_replicate_size)
+    return Ranks.from_environment(
+        timeout_s=settings.collective_timeout_s,
+        dp_replicate_size=settings.dp_replicate_size,
+        tp_size=settings.tp_size,
+    )
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ class Engine:
         self.traits = self.source.find_traits(max_context_length=self.model.max_context_length)
         """What the architecture allows."""
         plan = functools.partial(self._plan_passes, settings, self.source.example.config.get_text_config().vocab_size)
-        plan(training_bytes(-(-self.model.num_parameters // self.ranks.fsdp_size)))
+        plan(training_bytes(-(-self.model.num_parameters // (self.ranks.fsdp_size * self.ranks.tp_size))))
         first = self.source.load()
         self.lora_targets = find_targets(first, lambda: self._try_forward(first))
         """What LoRA runs can adapt."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer_service.engine.losses.loss import Loss, LossInputs
 from trainer_service.engine.packed.packing import Pack
-from trainer_service.engine.rank_channels import Channel
+from trainer_service.engine.rank_channels import Ranks
 
 
 class LossTotals:
@@ -21,12 +21,13 @@ class LossTotals:
     Args:
         loss: The loss to evaluate.
         config: The settings that the caller gave; the others take their defaults.
-        channel: To the other ranks, which each evaluate it on their own microbatches.
+        ranks: Each evaluates it on its own microbatches.
     """
 
-    def __init__(self, loss: Loss, config: Mapping[str, float] | None, channel: Channel) -> None:
+    def __init__(self, loss: Loss, config: Mapping[str, float] | None, ranks: Ranks) -> None:
         self._loss = loss
-        self._channel = channel
+        self._answers = ranks.answers
+        self._channel = ranks.execution
         self._settings = loss.settings(config)
         self._found: list[tuple[int, dict[str, Tensor]]] = []
         self._seen: list[tuple[Pack, LossInputs]] = []
@@ -73,7 +74,7 @@ class LossTotals:
         values = [value.double() for _, found in self._found for value in found.values()]
         numbers = iter(torch.stack(values).tolist() if values else ())
         own = [(number, {name: next(numbers) for name in found}) for number, found in self._found]
-        everybodys = [found for each in self._channel.gather(own) for found in each]
+        everybodys = [found for each in self._channel.gather(own if self._answers else []) for found in each]
         # In the batch's order, so that sums do not depend on who evaluated what.
         self._numbers = [found for _, found in sorted(everybodys, key=lambda one: one[0])]
         return self._numbers

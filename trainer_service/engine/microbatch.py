@@ -87,7 +87,7 @@ class ModelSize:
 
 def plan_forwards(device: Device, traits: Traits, settings: EngineSettings, ranks: Ranks, size: ModelSize) -> Forwards:
     """Forwards with their memory divided alike on all ranks, all of which call this; see plan_memory."""
-    gathered = 0 if ranks.world_size == 1 else gathered_bytes(size.num_parameters)
+    gathered = 0 if ranks.world_size == 1 else gathered_bytes(size.num_parameters // ranks.tp_size)
     plan = plan_memory(device, traits, settings, model_bytes=size.model_bytes, gathered_bytes=gathered)
     memory = MemoryPlan(**ranks.execution.tell(asdict(plan)))
     return Forwards(device, traits, memory, settings.activation_checkpointing, size.vocab_size)

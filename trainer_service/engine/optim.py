@@ -11,8 +11,8 @@ import torch
 from gradwire.types import AdamParams
 from torch import Tensor, nn
 
-from trainer_service.engine.parallel.gradient_sums import sum_gradients
-from trainer_service.engine.parallel.sharding import part, whole
+from trainer_service.engine.parallel.gradient_sums import sum_gradients, total_norm
+from trainer_service.engine.parallel.sharding import part
 from trainer_service.engine.rank_channels import Ranks
 from trainer_service.engine.step_bounds import Largest, StepBounds
 
@@ -54,10 +54,10 @@ class AdamW:
             divisor: What the gradients are divided by first.
         """
         group = self._optimizer.param_groups[0]
-        sum_gradients(group["params"], self._ranks.world_size)
+        sum_gradients(group["params"], self._ranks)
         trained: list[nn.Parameter] = [p for p in group["params"] if p.grad is not None]
         grads = [p.grad for p in trained if p.grad is not None]
-        grad_norm = float(whole(torch.nn.utils.get_total_norm(grads))) / divisor
+        grad_norm = total_norm(trained, self._ranks) / divisor
         if not math.isfinite(grad_norm):
             return StepResult(applied=False, grad_norm=grad_norm)
         group.update(

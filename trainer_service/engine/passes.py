@@ -20,7 +20,7 @@ from trainer_service.engine.microbatch import Columns, Forwards, Microbatch, gat
 from trainer_service.engine.models.batching import plan
 from trainer_service.engine.parallel.sharding import expect
 from trainer_service.engine.parallel.shares import plan_shares
-from trainer_service.engine.rank_channels import Channel, Ranks
+from trainer_service.engine.rank_channels import Ranks
 from trainer_service.engine.run_state import HeldGraph, HeldPiece, RunState
 from trainer_service.engine.validation import check_gradients_shape
 
@@ -61,7 +61,7 @@ class Staged:
         loss: The loss to evaluate; None for none.
         config: The loss settings that the caller gave.
         place: Puts this rank's share on the device.
-        channel: To the other ranks.
+        ranks: Share it.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class Staged:
         loss: Loss | None,
         config: Mapping[str, float] | None,
         place: Callable[[], DeviceBatch],
-        channel: Channel,
+        ranks: Ranks,
     ) -> None:
         self.batch, self.loss, self.config = batch, loss, config
-        self._channel = channel
+        self._ranks = ranks
         self._place = place
         self._ahead: DeviceBatch | None = None
 
@@ -87,7 +87,7 @@ class Staged:
 
     def totals(self) -> LossTotals | None:
         """Adds up its loss; None if it has none."""
-        return LossTotals(self.loss, self.config, self._channel) if self.loss else None
+        return LossTotals(self.loss, self.config, self._ranks) if self.loss else None
 
 
 class Passes:
@@ -110,7 +110,7 @@ class Passes:
 
     def stage(self, batch: Batch, loss: Loss | None = None, config: Mapping[str, float] | None = None) -> Staged:
         """A pass over a checked batch, with or without a loss, not on the device yet."""
-        return Staged(batch, loss, config, lambda: self._place(batch, loss), self._ranks.execution)
+        return Staged(batch, loss, config, lambda: self._place(batch, loss), self._ranks)
 
     def forward(self, run: RunState, seq_id: int, staged: Staged, *, keep_graph: bool) -> ForwardResult:
         """Logprobs, and the metrics of the loss if there is one; keep_graph holds the graph for one backward."""
@@ -191,14 +191,14 @@ class Passes:
         shares = plan_shares(
             lambda max_tokens: plan(batch.tokens_T, batch.cu_seqlens, traits, max_tokens=max_tokens),
             max_tokens=self._forwards.memory.max_pack_tokens,
-            world_size=self._ranks.world_size,
+            world_size=self._ranks.dp_size,
         )
         columns = Columns(
             tokens_T=self._copy(batch.tokens_T).long(),
             targets_TK=self._copy(batch.loss_fn_inputs["target_tokens"]),
             inputs={name: self._copy(batch.loss_fn_inputs[name]) for name in (loss.inputs if loss else ())},
         )
-        own = shares[self._ranks.rank]
+        own = shares[self._ranks.dp_rank]
         return DeviceBatch(columns, tuple(Microbatch(place, columns, self._forwards) for place in own))
 
     def _copy(self, array: npt.NDArray[Any]) -> Tensor:
@@ -250,5 +250,5 @@ class Passes:
             "num_shared_tokens:sum": float(sum(microbatch.round.num_shared_tokens for microbatch, _ in pieces)),
             "forward_passes:sum": float(sum(len(microbatch.round.packs) for microbatch, _ in pieces)),
         }
-        logprobs_TK = gather(pieces, columns.targets_TK, self._ranks.execution)
+        logprobs_TK = gather(pieces if self._ranks.answers else [], columns.targets_TK, self._ranks.execution)
         return ForwardResult(logprobs_TK, batch.cu_seqlens, {**counted, **metrics})

@@ -146,10 +146,12 @@ class Ranks:
         world_size: Ranks in all.
         local_world_size: Ranks on this machine.
         dp_replicate_size: Times that all parts of a model are there.
+        tp_size: Ranks that compute each layer together: adjacent ones, which run the same packs.
         commands: For the thread that reads commands.
         turns: Says whose turn it is, however long that takes.
         execution: For the same thread, while something executes.
         files: For the thread that writes snapshots.
+        timeout_s: How long ranks wait for one another while they execute something.
         meeting_place: Kept, since torch keeps only the C++ half of a store.
     """
 
@@ -158,10 +160,12 @@ class Ranks:
     world_size: int = 1
     local_world_size: int = 1
     dp_replicate_size: int = 1
+    tp_size: int = 1
     commands: Channel = field(default_factory=Channel)
     turns: Channel = field(default_factory=Channel)
     execution: Channel = field(default_factory=Channel)
     files: Channel = field(default_factory=Channel)
+    timeout_s: float = 600.0
     meeting_place: Any = None
 
     @property
@@ -171,8 +175,23 @@ class Ranks:
 
     @property
     def fsdp_size(self) -> int:
-        """Ranks that parameters are in parts on."""
-        return self.world_size // self.dp_replicate_size
+        """Ranks that parameters, or what a tensor parallel group's rank has of them, are in parts on."""
+        return self.world_size // (self.dp_replicate_size * self.tp_size)
+
+    @property
+    def dp_size(self) -> int:
+        """Shares of a batch: one of each tensor parallel group."""
+        return self.world_size // self.tp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of them this rank runs."""
+        return self.rank // self.tp_size
+
+    @property
+    def answers(self) -> bool:
+        """Whether this rank tells what its group has computed, which is the same on all of it."""
+        return self.rank % self.tp_size == 0
 
     def alone_with(self, failure: GradwireError) -> Exception:
         """What to raise for a failure that other ranks may not share: with others, what ends this one."""
@@ -189,12 +208,13 @@ class Ranks:
             raise RanksDisagreeError(f"Ranks came to different ends: {outcomes}.")
 
     @classmethod
-    def from_environment(cls, *, timeout_s: float = 600.0, dp_replicate_size: int = 1) -> "Ranks":
+    def from_environment(cls, *, timeout_s: float = 600.0, dp_replicate_size: int = 1, tp_size: int = 1) -> "Ranks":
         """As RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE say; alone where they are not set. Waits for the others.
 
         Args:
             timeout_s: How long ranks wait for one another while they execute something.
-            dp_replicate_size: Times that all parts of a model are there; divides the ranks.
+            dp_replicate_size: Times that all parts of a model are there.
+            tp_size: Ranks that compute each layer together. The product of both divides the ranks.
 
         Raises:
             InvalidArgumentError: INVALID_FIELD: more ranks than GPUs, where there are GPUs.
@@ -202,7 +222,7 @@ class Ranks:
         """
         place = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0)
         world_size, local_world_size = _from_environment("WORLD_SIZE", 1), _from_environment("LOCAL_WORLD_SIZE", 1)
-        assert world_size % dp_replicate_size == 0
+        assert world_size % (dp_replicate_size * tp_size) == 0
         if world_size == 1:
             return cls(*place, world_size, local_world_size)
         import torch
@@ -239,10 +259,12 @@ class Ranks:
             world_size,
             local_world_size,
             dp_replicate_size,
+            tp_size,
             commands=channel(_ENDLESS),
             turns=channel(_ENDLESS),
             execution=channel(timeout),
             files=channel(timeout),
+            timeout_s=timeout_s,
             meeting_place=meeting_place.get("store"),
         )
 

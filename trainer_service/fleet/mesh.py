@@ -8,38 +8,44 @@ def check_mesh(settings: RankSettings, *, local_world_size: int, nnodes: int) ->
     """Refuses sizes that do not come to as many ranks as there are.
 
     Args:
-        settings: --fsdp-size and --dp-replicate-size, and sizes that are not to be had yet.
+        settings: --fsdp-size, --dp-replicate-size and --tp-size, and one that is not to be had yet.
         local_world_size: Ranks on each machine.
         nnodes: Machines.
 
     Raises:
         SettingsError: Says what would fit.
     """
-    for option, size, what in (
-        ("--tp-size", settings.tp_size, "Tensor parallel"),
-        ("--ep-size", settings.ep_size, "Expert parallel"),
-    ):
-        if size != 1:
-            raise SettingsError(
-                f"{option} is {size}, and must be 1. {what} is not there yet; --fsdp-size and --dp-replicate-size are."
-            )
+    if settings.ep_size != 1:
+        raise SettingsError(
+            f"--ep-size is {settings.ep_size}, and must be 1. Expert parallel is not there yet; --fsdp-size, "
+            "--dp-replicate-size and --tp-size are."
+        )
     ranks = local_world_size * nnodes
     have = f"there are {ranks} ranks" if ranks > 1 else "there is 1 rank"
     if nnodes > 1:
         have += f", {local_world_size} on each of {nnodes} machines"
-    times = settings.dp_replicate_size
-    if settings.fsdp_size is None:
-        if ranks % times:
-            raise SettingsError(
-                f"--dp-replicate-size is {times}, and {have}; it must divide them: one of {_divisors(ranks)}."
-            )
-    elif settings.fsdp_size * times != ranks:
-        size = settings.fsdp_size
-        fits = ranks % size == 0
-        instead = f"--dp-replicate-size {ranks // size}" if fits else f"an --fsdp-size of {_divisors(ranks)}"
+    tp_size, times = settings.tp_size, settings.dp_replicate_size
+    if local_world_size % tp_size:
+        whose = "those of a machine" if nnodes > 1 else "them"
         raise SettingsError(
-            f"--fsdp-size {size} times --dp-replicate-size {times} is {size * times}, and {have}; give {instead}."
+            f"--tp-size is {tp_size}, and {have}; it must divide {whose}: one of {_divisors(local_world_size)}."
         )
+    groups = ranks // tp_size
+    if settings.fsdp_size is None:
+        if groups % times:
+            if tp_size > 1:
+                have += f", {groups} groups of --tp-size {tp_size}"
+            raise SettingsError(
+                f"--dp-replicate-size is {times}, and {have}; it must divide them: one of {_divisors(groups)}."
+            )
+    elif settings.fsdp_size * times != groups:
+        size = settings.fsdp_size
+        fits = groups % size == 0
+        instead = f"--dp-replicate-size {groups // size}" if fits else f"an --fsdp-size of {_divisors(groups)}"
+        product = f"--fsdp-size {size} times --dp-replicate-size {times}"
+        if tp_size > 1:
+            product += f" times --tp-size {tp_size}"
+        raise SettingsError(f"{product} is {size * times * tp_size}, and {have}; give {instead}.")
 
 
 def _divisors(number: int) -> str:

@@ -166,8 +166,13 @@ def server_info(message: GetServerInfoResponse) -> ServerInfo:
                 ModelInfo,
                 model,
                 aliases=tuple(model.aliases),
-                # A trainer that does not say has one rank, or no replicas.
-                mesh=_copied(Mesh, model.mesh, dp_replicate_size=model.mesh.dp_replicate_size or 1)
+                # A trainer that does not say has one rank, no replicas, or whole layers.
+                mesh=_copied(
+                    Mesh,
+                    model.mesh,
+                    dp_replicate_size=model.mesh.dp_replicate_size or 1,
+                    tp_size=model.mesh.tp_size or 1,
+                )
                 if model.HasField("mesh")
                 else Mesh(),
             )

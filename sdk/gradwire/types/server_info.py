@@ -9,7 +9,7 @@ class Mesh:
     """A worker's processes (ranks), by torch's names."""
 
     world_size: int = 1
-    """Ranks in all, which batches are dealt out to."""
+    """Ranks in all."""
     local_world_size: int = 1
     """Ranks on each machine."""
     nnodes: int = 1
@@ -17,7 +17,9 @@ class Mesh:
     fsdp_size: int = 1
     """Ranks that parameters are in parts on, each its part; 1: whole."""
     dp_replicate_size: int = 1
-    """Times that all parts are there, on as many ranks each time; fsdp_size times this is world_size."""
+    """Times that all parts are there, on as many ranks each time; batches are dealt out to fsdp_size times this."""
+    tp_size: int = 1
+    """Ranks that compute each layer together; fsdp_size times dp_replicate_size times this is world_size."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from trainer_service.worker_config import RankSettings
         RankSettings(dp_replicate_size=2),
         RankSettings(fsdp_size=4, dp_replicate_size=2),
         RankSettings(fsdp_size=1, dp_replicate_size=8),
+        RankSettings(tp_size=4),
+        RankSettings(tp_size=2, fsdp_size=2, dp_replicate_size=2),
     ],
 )
 def test_sizes_that_come_to_all_ranks_are_taken(settings: RankSettings):
@@ -43,7 +45,25 @@ def test_sizes_that_come_to_all_ranks_are_taken(settings: RankSettings):
             "--dp-replicate-size is 3, and there are 8 ranks, 4 on each of 2 machines; it must divide them: one of "
             "1, 2, 4 or 8.",
         ),
-        (RankSettings(tp_size=2), 1, "--tp-size is 2, and must be 1. Tensor parallel is not there yet"),
+        (RankSettings(tp_size=3), 1, "--tp-size is 3, and there are 4 ranks; it must divide them: one of 1, 2 or 4."),
+        (
+            RankSettings(tp_size=8),
+            2,
+            "--tp-size is 8, and there are 8 ranks, 4 on each of 2 machines; it must divide those of a machine: one of "
+            "1, 2 or 4.",
+        ),
+        (
+            RankSettings(tp_size=2, fsdp_size=4),
+            1,
+            "--fsdp-size 4 times --dp-replicate-size 1 times --tp-size 2 is 8, and there are 4 ranks; give an "
+            "--fsdp-size of 1 or 2.",
+        ),
+        (
+            RankSettings(tp_size=2, dp_replicate_size=3),
+            2,
+            "--dp-replicate-size is 3, and there are 8 ranks, 4 on each of 2 machines, 4 groups of --tp-size 2; it "
+            "must divide them: one of 1, 2 or 4.",
+        ),
         (RankSettings(ep_size=4), 1, "--ep-size is 4, and must be 1. Expert parallel is not there yet"),
     ],
 )
@@ -58,11 +78,12 @@ def test_replicas_of_one_rank_are_refused():
         check_mesh(RankSettings(dp_replicate_size=2), local_world_size=1, nnodes=1)
 
 
-@pytest.mark.parametrize("given", [[], ["--fsdp-size=2", "--dp-replicate-size=2"]])
+@pytest.mark.parametrize("given", [[], ["--fsdp-size=2", "--dp-replicate-size=2", "--tp-size=2"]])
 def test_ranks_read_the_sizes_that_the_trainer_was_given(given: list[str]):
     parser = argparse.ArgumentParser()
     add_options(parser, TrainerConfig)
     config = read_options(TrainerConfig, parser.parse_args(["--base-model", "m", *given]))
     again = read_options(TrainerConfig, parser.parse_args(command_line(config)))
     assert again.ranks == config.ranks
-    assert (config.ranks.fsdp_size, config.ranks.dp_replicate_size) == ((2, 2) if given else (None, 1))
+    sizes = config.ranks.fsdp_size, config.ranks.dp_replicate_size, config.ranks.tp_size
+    assert sizes == ((2, 2, 2) if given else (None, 1, 1))

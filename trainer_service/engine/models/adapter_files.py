@@ -16,11 +16,12 @@ from trainer_service.adapter_folders import CONFIG, WEIGHTS, read_adapter_config
 from trainer_service.engine.models import adapter_config
 from trainer_service.engine.models.adapter_config import module_of
 from trainer_service.engine.models.adapter_names import read_parameters
-from trainer_service.engine.models.lora import inner, layers_as_named, wrap
+from trainer_service.engine.models.lora import fill, inner, layers_as_named, wrap
 from trainer_service.engine.models.lora_experts import adapted_weights
 from trainer_service.engine.models.lora_layer import ADAPTER
 from trainer_service.engine.models.lora_targets import Targets
 from trainer_service.engine.models.older_experts import stack_experts
+from trainer_service.engine.parallel.sharding import group_of, whole_parameter
 from trainer_service.engine.tensor_files import DTYPES, read_tensors
 
 _FREE = {
@@ -35,11 +36,22 @@ _LEAVES_BASE_ALONE = (True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights with which an adapter belongs to the base model as it is."""
 
 
-def write_adapter(model: PeftModel, folder: Path) -> None:
-    """Writes the files of an adapter. Raises OSError where that fails."""
+def write_adapter(model: PeftModel, folder: Path | None) -> None:
+    """Writes the files of an adapter. Raises OSError where that fails. Every rank calls this.
+
+    Args:
+        model: Trains it.
+        folder: Where they go; None on ranks that only help.
+    """
+    # Of one that is cut what each rank has is gathered.
+    tensors: dict[str, Any] | None = None
+    if group_of(inner(model)) is not None:
+        tensors = {name: whole_parameter(p) for name, p in model.named_parameters() if p.requires_grad}
+    if folder is None:
+        return
     try:
         # Embeddings do not train here; by itself peft would save them along with an adapter of the head.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), state_dict=tensors, save_embedding_layers=False)
     except SafetensorError as exc:
         # What safetensors raises when a write fails.
         raise OSError(str(exc)) from exc
@@ -97,6 +109,7 @@ def load_adapter(base: PreTrainedModel, targets: Targets, folder: Path, *, base_
             found: Any = set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
     except RuntimeError as exc:
         raise _refused(f"has matrices of other sizes than this model: {_last_line(exc)}") from exc
+    fill(model, base)
     missing = [key for key in found.missing_keys if ".lora_" in key]
     for keys, what in ((missing, "lacks {} tensors"), (found.unexpected_keys, "has {} unknown tensors")):
         if keys:

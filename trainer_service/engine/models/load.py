@@ -10,10 +10,11 @@ import torch
 import transformers
 from gradwire.errors import GradwireError, invalid_field
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trainer_service.engine.device import Device
 from trainer_service.engine.models.positions import context_length, forget_longest_sequence
+from trainer_service.engine.parallel.cut_layers import loading_rules
 
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
 _MULTIMODAL = "ForConditionalGeneration"
@@ -49,6 +50,7 @@ def load_model(
     *,
     fsdp_size: int = 1,
     dp_replicate_size: int = 1,
+    tp_size: int = 1,
     config: Any = None,
 ) -> PreTrainedModel:
     """The model in float32 on the device: dropout off, every parameter that text reads trainable, no gradients yet.
@@ -62,15 +64,18 @@ def load_model(
         device: Where it goes.
         fsdp_size: Ranks that share each parameter; with more than one rank, each reads its part (parallel/sharding.py).
         dp_replicate_size: Times that all parts are there.
+        tp_size: Ranks that compute each layer together, each with its part of it.
         config: In place of the folder's own; parameters it has no use for are left out.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD: not a causal language model, parameters missing, or files that cannot be
-            read.
+            read. With tp_size: layers that cannot be cut so.
     """
     load: Any = _class_of(base_model, folder)
-    in_parts = fsdp_size * dp_replicate_size > 1
+    in_parts = fsdp_size * dp_replicate_size * tp_size > 1
     try:
+        # Refused before anything is read.
+        rules = loading_rules(_on_meta(load, folder), tp_size) if tp_size > 1 else None
         # With output_loading_info it returns a pair.
         loaded: Any = load.from_pretrained(
             folder,
@@ -80,9 +85,11 @@ def load_model(
             local_files_only=True,
             output_loading_info=True,
             **({} if config is None else {"config": config}),
-            **({"distributed_config": _in_parts(fsdp_size, dp_replicate_size)} if in_parts else {}),
+            **({"distributed_config": _in_parts(fsdp_size, dp_replicate_size, tp_size, rules)} if in_parts else {}),
         )
     except (ValueError, OSError, KeyError, ImportError) as exc:
+        if isinstance(exc, GradwireError):
+            raise
         raise _refused(base_model, f"cannot be loaded as a causal language model: {_first_line(exc)}") from exc
     except Exception as exc:
         # safetensors' own error class derives from Exception alone.
@@ -106,11 +113,18 @@ def load_model(
     return model if in_parts else model.to(device.torch_device)
 
 
-def _in_parts(fsdp_size: int, dp_replicate_size: int) -> Any:
+def _on_meta(load: Any, folder: Path) -> Any:
+    """The model without anything that its parameters hold."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return load.from_config(config) if load is AutoModelForCausalLM else load(config)
+
+
+def _in_parts(fsdp_size: int, dp_replicate_size: int, tp_size: int, rules: dict[str, str] | None) -> Any:
     # Only here, since transformers has it only lately.
     from transformers import DistributedConfig
 
-    return DistributedConfig(fsdp_size=fsdp_size, dp_replicate_size=dp_replicate_size)
+    return DistributedConfig(fsdp_size=fsdp_size, dp_replicate_size=dp_replicate_size, tp_size=tp_size, tp_plan=rules)
 
 
 def describe(model: PreTrainedModel, *, base_model: str, device: Device, max_context_length: int) -> ModelDescription:

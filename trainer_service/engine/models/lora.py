@@ -32,7 +32,7 @@ from trainer_service.engine.models.lora_layer import ADAPTER, FusedLoraLinear
 from trainer_service.engine.models.lora_targets import Targets
 from trainer_service.engine.models.quantized import make_whole
 from trainer_service.engine.packed.logprobs import LowRank
-from trainer_service.engine.parallel.sharding import record_of
+from trainer_service.engine.parallel.sharding import group_of, readable, record_of
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ def new_adapter(base: PreTrainedModel, targets: Targets, settings: LoraSettings,
         task_type="CAUSAL_LM",
     )
     model = wrap(base, targets, config, base_model=base_model, seed=settings.seed)
+    fill(model, base)
     adapted = {name for name, _ in adapted_weights(inner(model))}
     assert adapted == set(names), f"peft adapts {adapted ^ set(names)} against what was asked"
     return model
@@ -97,6 +98,8 @@ def wrap(
     as_named: bool = True,
 ) -> PeftModel:
     """The base model, tensor for tensor, with a new adapter of that configuration: float32, on the base's device.
+
+    Of a sharded one hollow, until `fill`.
 
     Args:
         base: The base model, frozen.
@@ -119,11 +122,15 @@ def wrap(
     # peft writes the folder that the model was loaded from, which may be inside a cache.
     found.base_model_name_or_path = base_model
     name_for_files(found, base, (name for name, _ in adapted_weights(inner(model))), targets.stacked)
-    if (sharded := record_of(base)) is not None:
-        sharded.fill(inner(model))
     # Dropout is off, as in every other model here.
     model.eval()
     return model
+
+
+def fill(model: PeftModel, base: PreTrainedModel) -> None:
+    """Puts a sharded base model's parts into what `wrap` made of it. The adapter is whole, and is cut with them."""
+    if (sharded := record_of(base)) is not None:
+        sharded.fill(inner(model))
 
 
 @contextmanager
@@ -209,6 +216,9 @@ def merged(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
     """
     made = frozen_copy(base)
     make_whole(made)
+    if group_of(model) is not None:
+        # The adapter is in parts, too.
+        model = readable(model)
     for name, layer in adapted_weights(model):
         owner, parameter = (name, "weight") if not hasattr(layer, "parameter_name") else name.rsplit(".", 1)
         module: Any = made.get_submodule(owner)

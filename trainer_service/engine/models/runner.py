@@ -25,7 +25,9 @@ from trainer_service.engine.models.positions import Boundary
 from trainer_service.engine.packed import recurrences
 from trainer_service.engine.packed.attention import ATTENTION
 from trainer_service.engine.packed.logprobs import Head, linear_logprobs, target_logprobs
-from trainer_service.engine.parallel.sharding import forward_of
+from trainer_service.engine.packed.vocabulary import VocabularyPart
+from trainer_service.engine.parallel.sharding import forward_of, group_of
+from trainer_service.engine.parallel.tensor_parallel import spread
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,8 @@ def forward(
     if num_rows > 1 and token_of_row_R is not None:
         # Nothing is asked about what rows are padded with.
         hidden_TD, token_of_row_R = hidden_TD[token_of_row_R], None
+    if (group := group_of(model)) is not None:
+        hidden_TD = spread(hidden_TD, group)
     return linear_logprobs(
         hidden_TD,
         head_of(model, traits.head),
@@ -177,7 +181,11 @@ def head_of(model: PreTrainedModel, traits: HeadTraits) -> Head:
     if isinstance(linear, LoraLayer):
         low_rank = low_rank_of(linear)
         linear = linear.get_base_layer()
-    return Head(linear.weight, getattr(linear, "bias", None), traits.scale, traits.softcap, low_rank)
+    vocabulary = None
+    if (group := group_of(model)) is not None:
+        size = len(linear.weight)
+        vocabulary = VocabularyPart(group.group, group.rank * size, size)
+    return Head(linear.weight, getattr(linear, "bias", None), traits.scale, traits.softcap, low_rank, vocabulary)
 
 
 def checkpointable_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:

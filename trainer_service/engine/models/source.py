@@ -4,18 +4,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from gradwire.errors import invalid_field
 from transformers import AutoConfig, PreTrainedModel
 
 from trainer_service import model_folder
 from trainer_service.engine.device import Device
 from trainer_service.engine.findings import Findings
 from trainer_service.engine.models import runner
+from trainer_service.engine.models.cut_trial import why_not_cut
 from trainer_service.engine.models.load import load_model
 from trainer_service.engine.models.positions import Boundary
 from trainer_service.engine.models.probe import find_traits
 from trainer_service.engine.models.runner import HeadTraits, Traits, prepare
 from trainer_service.engine.packed import attention
 from trainer_service.engine.parallel.sharding import Sharded
+from trainer_service.engine.parallel.tensor_parallel import tensor_parallel
 from trainer_service.engine.rank_channels import Ranks
 
 _FEWEST_LAYERS = 2
@@ -81,12 +84,36 @@ class ModelSource:
         told = self._ranks.execution.tell({**asdict(found), "varlen": attention.varlen_enabled})
         attention.varlen_enabled = told.pop("varlen")
         head, turned = told.pop("head"), told.pop("boundaries")
+        self._check_cut(sibling, has_head=head is not None, attention_name=traits.attention)
         self._traits = Traits(
             **told,
             head=None if head is None else HeadTraits(**head),
             boundaries=tuple(Boundary(**one) for one in turned),
         )
         return self._traits
+
+    def _check_cut(self, sibling: PreTrainedModel, *, has_head: bool, attention_name: str) -> None:
+        """Refuses what ranks cannot compute layers of together.
+
+        Args:
+            sibling: See `sibling`. It is not to be used any more.
+            has_head: Whether it is known how the model makes logits.
+            attention_name: The implementation of attention it was loaded with.
+
+        Raises:
+            InvalidArgumentError: INVALID_FIELD.
+        """
+        if (group := tensor_parallel(self._ranks)) is None:
+            return
+        why = "makes logits in a way of its own, which ranks cannot divide"
+        if has_head:
+            found = why_not_cut(sibling, group, attention=attention_name)
+            # Where another rank is gone, this fails, and the ranks start again.
+            found = next(filter(None, self._ranks.execution.gather(found)), "")
+            why = f"cut by transformers' plan is another model: {found}" if found else ""
+        if why:
+            text = f"is {group.size}, and a {type(sibling).__name__} {why}; start the trainer with --tp-size 1."
+            raise invalid_field("tp_size", text)
 
     def load(self) -> PreTrainedModel:
         """A model of its own, prepared; the one that was read first, or one read anew."""
@@ -122,10 +149,11 @@ class ModelSource:
             self._device,
             fsdp_size=ranks.fsdp_size,
             dp_replicate_size=ranks.dp_replicate_size,
+            tp_size=ranks.tp_size,
         )
         if ranks.world_size == 1:
             return loaded
-        return Sharded.of_loaded(loaded, device=self._device, forward=runner.forward)
+        return Sharded.of_loaded(loaded, device=self._device, forward=runner.forward, group=tensor_parallel(ranks))
 
 
 def few_layers(config: Any) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from trainer_service.engine.parallel.sharding import record_of, reshard, whole
+from trainer_service.engine.parallel.sharding import record_of, reshard, whole_parameter
 from trainer_service.engine.tensor_files import write_header, write_values
 
 _MAX_FILE_SIZE = "50GB"
@@ -42,7 +42,8 @@ def write_sharded_model(model: PreTrainedModel, folder: Path | None, *, dtype: t
     hollow = record.hollow
     reshard(model)
     now: dict[str, Any] = dict(model.named_parameters())
-    on_meta = {name: cast(name, torch.empty(p.shape, dtype=p.dtype, device="meta")) for name, p in now.items()}
+    wholes = dict(hollow.named_parameters())
+    on_meta = {name: cast(name, torch.empty(p.shape, dtype=p.dtype, device="meta")) for name, p in wholes.items()}
     wanted = revert_weight_conversion(hollow, dict(on_meta))
     groups = [[name] for name in on_meta]
     singly: dict[str, Tensor] = {}
@@ -60,7 +61,7 @@ def write_sharded_model(model: PreTrainedModel, folder: Path | None, *, dtype: t
             except OSError as exc:
                 failure = exc
         for names in groups:
-            gathered = {name: cast(name, whole(now[name].detach())) for name in names}
+            gathered = {name: cast(name, whole_parameter(now[name])) for name in names}
             if folder is None or failure is not None:
                 continue
             for name, tensor in revert_weight_conversion(hollow, gathered).items():

@@ -61,21 +61,23 @@ class Rows:
         order_R: Rows sorted by their token; None if row r is token r.
         token_R: Token of each row in that order.
         bounds: Where each token's rows begin in that order, [T + 1], on the host.
+        token_of_row: Token of each row in their own order: int64, or slice(None) if row r is token r.
     """
 
     num_tokens: int
     order_R: Tensor | None
     token_R: Tensor | None
     bounds: list[int]
+    token_of_row: Any
 
     @classmethod
     def of(cls, token_of_row_R: Tensor | None, num_tokens: int) -> "Rows":
         """The rows of a pack; `token_of_row_R` as in linear_logprobs."""
         if token_of_row_R is None:
-            return cls(num_tokens, None, None, [])
+            return cls(num_tokens, None, None, [], slice(None))
         token_R, order_R = torch.sort(token_of_row_R, stable=True)
         tokens = torch.arange(num_tokens + 1, device=token_R.device)
-        return cls(num_tokens, order_R, token_R, torch.searchsorted(token_R, tokens).tolist())
+        return cls(num_tokens, order_R, token_R, torch.searchsorted(token_R, tokens).tolist(), token_of_row_R)
 
     def chunk(self, tokens: slice) -> Chunk:
         """A chunk of adjacent tokens."""

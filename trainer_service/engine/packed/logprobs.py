@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from trainer_service.engine.packed.chunks import Chunk, Rows
+from trainer_service.engine.packed.vocabulary import Targets, VocabularyPart
 
 _CHUNK_ELEMENTS = 1 << 25
 """Logits per chunk: 128 MiB in float32. Smaller chunks read and write the head's gradient too often."""
@@ -67,6 +68,8 @@ class Head:
         scale: Logits are multiplied by this.
         softcap: Then a logit z becomes softcap · tanh(z / softcap); None leaves it.
         low_rank: Added to the weight; None adds nothing.
+        vocabulary: Which part of a vocabulary V is, where ranks have one each: the gradients of hidden states and a
+            are then this rank's summands. None where it is whole.
     """
 
     weight: Tensor
@@ -74,6 +77,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     low_rank: LowRank | None = None
+    vocabulary: VocabularyPart | None = None
 
 
 def linear_logprobs(
@@ -104,7 +108,7 @@ def linear_logprobs(
     rows = Rows.of(token_of_row_R, len(hidden_TD))
     # detached: its gradient is added in backward, behind autograd's back.
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-    plain = Head(weight, bias, head.scale, head.softcap)
+    plain = Head(weight, bias, head.scale, head.softcap, vocabulary=head.vocabulary)
     elements = _CHUNK_ELEMENTS
     if hidden_TD.device.type == "cpu":
         elements = min(elements, _FRUGAL_CHUNK_ELEMENTS if frugal else _CPU_CHUNK_ELEMENTS)
@@ -192,13 +196,15 @@ class _LinearLogprobs(torch.autograd.Function):
             keep = keep_logits and any(ctx.needs_input_grad[:3])
             logits_TV = torch.empty(rows.num_tokens, cast.vocab_size, **float32) if keep else None
             lse_T = torch.empty(rows.num_tokens, **float32)
-            logprobs_RK = torch.empty(targets_RK.shape, **float32)
+            found_RK = torch.empty(targets_RK.shape, **float32)
+            targets = Targets.of(targets_RK, head.vocabulary)
             for chunk in rows.chunks(cast.chunk_tokens(chunk_elements)):
                 place = None if logits_TV is None else logits_TV[chunk.tokens]
                 logits_CV = cast.logits(hidden_cast_TD[chunk.tokens], _at(low_TL, chunk), place)
-                lse_T[chunk.tokens] = lse_C = torch.logsumexp(logits_CV, dim=-1)
-                found_RK = chunk.at_targets(logits_CV, targets_RK)
-                logprobs_RK[chunk.rows] = found_RK - lse_C[chunk.token_of_row, None]
+                lse_T[chunk.tokens] = torch.logsumexp(logits_CV, dim=-1)
+                found_RK[chunk.rows] = chunk.at_targets(logits_CV, targets.rows_RK)
+            lse_T, found_RK = targets.put_together(lse_T, found_RK)
+            logprobs_RK = found_RK.sub_(lse_T[rows.token_of_row, None])
             ctx.save_for_backward(hidden_cast_TD, targets_RK, lse_T, low_TL, b_VL)
             ctx.logits_TV, ctx.rows, ctx.trained, ctx.head = logits_TV, rows, trained, head
             ctx.hidden_dtype, ctx.compute_dtype = hidden_TD.dtype, compute_dtype
@@ -214,13 +220,15 @@ class _LinearLogprobs(torch.autograd.Function):
         cast = _CastHead.of(ctx.head, ctx.compute_dtype, b_VL)
         gradients = _Gradients(ctx.trained, cast, hidden_TD, low_TL)
         sum_T = ctx.rows.sum_by_token(grad_RK.sum(-1))
+        targets = Targets.of(targets_RK, ctx.head.vocabulary)
+        own_RK = targets.only_here(grad_RK)
         for chunk in ctx.rows.chunks_with_gradient(grad_RK, cast.chunk_tokens(ctx.chunk_elements)):
             hidden_CD, low_CL = hidden_TD[chunk.tokens], _at(low_TL, chunk)
             logits_CV = cast.logits(hidden_CD, low_CL) if logits_TV is None else logits_TV[chunk.tokens]
             slope_CV = _slope(logits_CV, cast.head.softcap) if cast.head.softcap else None
             # dz of the derivation above, in place of z.
             gradient_CV = logits_CV.sub_(lse_T[chunk.tokens, None]).exp_().mul_(-sum_T[chunk.tokens, None])
-            chunk.add_at_targets(gradient_CV, targets_RK, grad_RK)
+            chunk.add_at_targets(gradient_CV, targets.rows_RK, own_RK)
             if slope_CV is not None:
                 gradient_CV.mul_(slope_CV)
             if cast.head.scale != 1.0:
@@ -286,9 +294,10 @@ class _FrozenLogprobs(torch.autograd.Function):
         with torch.autocast(hidden_TD.device.type, enabled=False):
             cast, hidden_cast_TD = _CastHead.of(head, compute_dtype), hidden_TD.to(compute_dtype)
             float32 = {"dtype": torch.float32, "device": hidden_TD.device}
-            logprobs_RK = torch.empty(targets_RK.shape, **float32)
+            lse_T = torch.empty(rows.num_tokens, **float32)
+            found_RK = torch.empty(targets_RK.shape, **float32)
+            targets = Targets.of(targets_RK, head.vocabulary)
             expected_TD = torch.empty(hidden_TD.shape, **float32) if ctx.needs_input_grad[0] else None
-            slope_RK = torch.empty_like(logprobs_RK) if expected_TD is not None and head.softcap else None
             chunk_tokens = cast.chunk_tokens(chunk_elements)
             scratch_CV = None
             if compute_dtype == torch.float32:
@@ -298,20 +307,27 @@ class _FrozenLogprobs(torch.autograd.Function):
                 hidden_CD = hidden_cast_TD[chunk.tokens]
                 place = None if scratch_CV is None else scratch_CV[: len(hidden_CD)]
                 logits_CV = cast.logits(hidden_CD, out_CV=place)
-                found_RK = chunk.at_targets(logits_CV, targets_RK)
+                found_RK[chunk.rows] = chunk.at_targets(logits_CV, targets.rows_RK)
                 slope_CV = None
-                if slope_RK is not None and head.softcap:
-                    slope_RK[chunk.rows], slope_CV = _slope(found_RK, head.softcap), _slope(logits_CV, head.softcap)
+                if expected_TD is not None and head.softcap:
+                    slope_CV = _slope(logits_CV, head.softcap)
                 # softmax(z) · sum, in place of z.
                 max_C = logits_CV.amax(-1)
                 weights_CV = logits_CV.sub_(max_C[:, None]).exp_()
                 sum_C = weights_CV.sum(-1)
-                logprobs_RK[chunk.rows] = found_RK - (max_C + sum_C.log())[chunk.token_of_row, None]
+                lse_T[chunk.tokens] = max_C + sum_C.log()
                 if expected_TD is not None:
                     if slope_CV is not None:
                         weights_CV.mul_(slope_CV)
                     product_CD = (weights_CV.to(compute_dtype) @ cast.weight_VD).float()
                     expected_TD[chunk.tokens] = product_CD.div_(sum_C[:, None])
+            own_lse_T = lse_T
+            lse_T, found_RK = targets.put_together(lse_T, found_RK)
+            if expected_TD is not None and head.vocabulary is not None:
+                # Of this rank's rows, as large as they are in the whole.
+                expected_TD.mul_((own_lse_T - lse_T).exp_()[:, None])
+            slope_RK = _slope(found_RK, head.softcap) if expected_TD is not None and head.softcap else None
+            logprobs_RK = found_RK.sub_(lse_T[rows.token_of_row, None])
             ctx.save_for_backward(targets_RK, expected_TD, slope_RK)
             ctx.rows, ctx.head, ctx.hidden_dtype = rows, head, hidden_TD.dtype
             return logprobs_RK
@@ -322,10 +338,11 @@ class _FrozenLogprobs(torch.autograd.Function):
         targets_RK, expected_TD, slope_RK = ctx.saved_tensors
         head, rows = ctx.head, ctx.rows
         grad_TD = expected_TD * -rows.sum_by_token(grad_RK.sum(-1))[:, None]
-        own_RK = grad_RK if slope_RK is None else grad_RK * slope_RK
+        targets = Targets.of(targets_RK, head.vocabulary)
+        own_RK = targets.only_here(grad_RK if slope_RK is None else grad_RK * slope_RK)
         whole = rows.chunk(slice(0, rows.num_tokens))
         for column in range(targets_RK.shape[1]):
-            own_RD = head.weight[targets_RK[whole.rows, column]].float() * own_RK[whole.rows, column, None]
+            own_RD = head.weight[targets.rows_RK[whole.rows, column]].float() * own_RK[whole.rows, column, None]
             if isinstance(whole.token_of_row, slice):
                 grad_TD += own_RD
             else:

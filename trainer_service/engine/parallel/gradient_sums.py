@@ -1,24 +1,57 @@
 """Sums the gradients that ranks make of their shares. Those of a model in parts are summed by FSDP2's own backward."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
+from trainer_service.engine.parallel.sharding import whole
+from trainer_service.engine.parallel.tensor_parallel import cut_of
+from trainer_service.engine.rank_channels import Ranks
 
-def sum_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
-    """Sums gradients of parameters that are whole on every rank, in one collective. Others were summed by backward."""
+
+def sum_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
+    """Sums gradients of parameters that are not in parts, in one collective. Others were summed by backward.
+
+    With tensor parallel in two: over all ranks where each has a summand, over those with the same part of a layer where
+    the rest of a group has other parts, or the same sum.
+    """
     replicated = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-    if world_size == 1 or not replicated:
+    if ranks.world_size == 1 or not replicated:
         return
+    everywhere = [parameter for parameter in replicated if (cut := cut_of(parameter)) is None or cut.summand]
+    if everywhere:
+        _sum(everywhere, None)
+    among_peers = [parameter for parameter in replicated if parameter not in {*everywhere}]
+    if among_peers and (cut := cut_of(among_peers[0])) is not None:
+        _sum(among_peers, cut.group.peers)
+
+
+def total_norm(parameters: Sequence[nn.Parameter], ranks: Ranks) -> float:
+    """L2 norm of the gradients of parameters that have one, each counted once. Every rank calls this."""
+    cut = [p.grad for p in parameters if (found := cut_of(p)) is not None and found.dim is not None]
+    rest = [p.grad for p in parameters if (found := cut_of(p)) is None or found.dim is None]
+    norm = _norm(rest)
+    if ranks.tp_size == 1:
+        return norm
+    # Those of the first group, so that all ranks add up the same numbers.
+    return math.hypot(norm, *ranks.execution.gather(_norm(cut))[: ranks.tp_size])
+
+
+def _norm(gradients: Sequence[Tensor | None]) -> float:
+    return float(whole(torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])))
+
+
+def _sum(parameters: Sequence[nn.Parameter], group: distributed.ProcessGroup | None) -> None:
     # A rank that had nothing to do has no gradients.
     flat = torch.cat(
         [
             torch.zeros_like(parameter).flatten() if parameter.grad is None else parameter.grad.flatten()
-            for parameter in replicated
+            for parameter in parameters
         ]
     )
-    distributed.all_reduce(flat)
-    for parameter, summed in zip(replicated, flat.split([one.numel() for one in replicated]), strict=True):
+    distributed.all_reduce(flat, group=group)
+    for parameter, summed in zip(parameters, flat.split([one.numel() for one in parameters]), strict=True):
         parameter.grad = summed.view_as(parameter)

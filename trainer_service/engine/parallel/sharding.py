@@ -8,6 +8,9 @@ adapter's model has the base model's parts, tensor for tensor, and whole copies 
 Gradients of a sharded model are summed over the ranks, as losses are, by each backward. Adapters are on every rank, and
 their gradients are summed once a step (gradient_sums.py).
 
+With tensor parallel (--tp-size) what lies in parts is what a group of ranks has of each parameter (tensor_parallel.py):
+the hollow model is as the whole one, and layers are cut where its copies are filled (cut_layers.py).
+
 With replicas (--dp-replicate-size) the mesh has two axes: parts lie along the second, and are there again along the
 first. Layers are gathered within a replica; between replicas gradients are summed, once a batch.
 """
@@ -28,7 +31,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer_service.engine.device import Device
+from trainer_service.engine.parallel.cut_layers import Cutting
 from trainer_service.engine.parallel.gloo_collectives import use_gloo_collectives
+from trainer_service.engine.parallel.tensor_parallel import TensorParallel, cut_of, joined, mark_cut
 
 _RECORD = "_gradwire_sharded"
 _FORWARD = "gradwire_forward"
@@ -43,6 +48,7 @@ class Sharded:
         parts: Of each of those parameters this rank's part, by identity.
         device: Where parts are.
         forward: What is run of the model, as a method; parameters are whole within.
+        cutting: How the model is cut for tensor parallel; None where it is not.
     """
 
     def __init__(
@@ -52,9 +58,11 @@ class Sharded:
         *,
         device: Device,
         forward: Forward,
+        cutting: Cutting | None = None,
         wholes: "WeakValueDictionary[nn.Parameter, nn.Parameter] | None" = None,
     ) -> None:
         self.hollow = hollow
+        self.cutting = cutting
         self._parts = parts
         self._device = device
         self._forward = forward
@@ -62,12 +70,17 @@ class Sharded:
         # What never changes is gathered once for all who read it.
 
     @classmethod
-    def of_loaded(cls, loaded: PreTrainedModel, *, device: Device, forward: Forward) -> "Sharded":
+    def of_loaded(
+        cls, loaded: PreTrainedModel, *, device: Device, forward: Forward, group: TensorParallel | None = None
+    ) -> "Sharded":
         """Of a model that transformers loaded in parts, whose parts it takes."""
         found: dict[str, Any] = dict(loaded.named_parameters())
         hollow = _hollow_like(loaded)
         parts = {parameter: found[name].detach() for name, parameter in hollow.named_parameters()}
-        return cls(hollow, parts, device=device, forward=forward)
+        cutting = None if group is None else Cutting(hollow, group)
+        if cutting is not None:
+            parts = {parameter: cutting.part(parameter, part(own)) for parameter, own in parts.items()}
+        return cls(hollow, parts, device=device, forward=forward, cutting=cutting)
 
     def build(self) -> PreTrainedModel:
         """A model with these parts, all of whose parameters train."""
@@ -86,14 +99,29 @@ class Sharded:
             model: Made by `hollow_copy`, its modules wrapped or not.
             train: Whether the parts train. Parts that do belong to one model.
         """
+        cutting = self.cutting
+        # An adapter that is cut is whole in copies, of which it is gathered.
+        adapter = [parameter for parameter in model.parameters() if parameter not in self._parts]
+        apart = {parameter: _weightless(parameter, parameter.device) for parameter in adapter if cutting is not None}
         record = Sharded(
-            _copy_with(model, {}), self._parts, device=self._device, forward=self._forward, wholes=self._wholes
+            _copy_with(model, apart),
+            self._parts,
+            device=self._device,
+            forward=self._forward,
+            cutting=cutting,
+            wholes=self._wholes,
         )
+        if cutting is not None:
+            cutting.cut_adapter(model)
+            cutting.connect(model)
         own = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
         # On "meta" FSDP makes no parts of its own.
-        on_meta = {parameter: nn.Parameter(parameter.to("meta"), requires_grad=train) for parameter in self._parts}
+        on_meta = {
+            parameter: nn.Parameter(torch.empty(own.shape, dtype=own.dtype, device="meta"), requires_grad=train)
+            for parameter, own in self._parts.items()
+        }
         _replace(model, on_meta)
-        adapter = {parameter for parameter in own.values() if parameter not in self._parts}
+        ignored = {parameter for parameter in own.values() if parameter not in self._parts}
         mesh = next(iter(self._parts.values())).device_mesh
         policy = MixedPrecisionPolicy()
         if self._device.compute_dtype != torch.float32:
@@ -103,12 +131,15 @@ class Sharded:
                 param_dtype=self._device.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
         for layer in _layers(model):
-            if any(parameter not in adapter for parameter in layer.parameters()):
-                fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=adapter)
-        fully_shard(model, mesh=mesh, ignored_params=adapter, reshard_after_forward=False)
+            if any(parameter not in ignored for parameter in layer.parameters()):
+                fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+        fully_shard(model, mesh=mesh, ignored_params=ignored, reshard_after_forward=False)
         parts = {
             parameter: nn.Parameter(_another(part), requires_grad=train) for parameter, part in self._parts.items()
         }
+        if cutting is not None:
+            for parameter, filled_with in parts.items():
+                mark_cut(filled_with, cutting.cut_of(parameter))
         filled = {name: parts[parameter] for name, parameter in own.items() if parameter in parts}
         model.load_state_dict(filled, strict=False, assign=True)
         for module in fsdp_modules(model):
@@ -135,7 +166,7 @@ class Sharded:
         for name, parameter in self.hollow.named_parameters():
             known = self._wholes.get(parameter)
             if known is None:
-                known = nn.Parameter(whole(now[name].detach()).clone(), requires_grad=False)
+                known = nn.Parameter(whole_parameter(now[name]).clone(), requires_grad=False)
                 if not now[name].requires_grad:
                     self._wholes[parameter] = known
             made[parameter] = known
@@ -150,6 +181,12 @@ def record_of(model: nn.Module) -> Sharded | None:
 def forward_of(model: nn.Module) -> Forward | None:
     """How a sharded model is run; None where it is whole."""
     return vars(model).get(_FORWARD)
+
+
+def group_of(model: nn.Module) -> TensorParallel | None:
+    """The ranks that compute a model's layers together with this one; None where it does so by itself."""
+    record = record_of(model)
+    return None if record is None or record.cutting is None else record.cutting.group
 
 
 def readable(model: PreTrainedModel) -> PreTrainedModel:
@@ -181,6 +218,11 @@ def free_cycles() -> None:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on every rank, each of which must call this; of one that is whole already, itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_parameter(parameter: Tensor, like: Tensor | None = None) -> Tensor:
+    """All of a parameter, detached, or of a tensor that lies as `like` does, a parameter; see `whole`."""
+    return joined(whole(parameter.detach()), cut_of(parameter if like is None else like))
 
 
 def part(tensor: Tensor) -> Tensor:
@@ -272,13 +314,7 @@ def _hollow_like(loaded: PreTrainedModel) -> PreTrainedModel:
         name = next(iter({*shapes.items()} ^ {*wanted.items()}))[0]
         raise error("NOT_IMPLEMENTED", f"{plain.__name__} cannot be put on many ranks: {name} comes out otherwise.")
     device = next(part(parameter).device for parameter in loaded.parameters())
-    made = {
-        parameter: nn.Parameter(
-            torch.zeros((), dtype=torch.float32, device=device).expand(parameter.shape), requires_grad=False
-        )
-        for parameter in hollow.parameters()
-    }
-    _replace(hollow, made)
+    _replace(hollow, {parameter: _weightless(parameter, device) for parameter in hollow.parameters()})
     buffers = dict(loaded.named_buffers())
     for name, _ in list(hollow.named_buffers()):
         module, _, own = name.rpartition(".")
@@ -287,6 +323,12 @@ def _hollow_like(loaded: PreTrainedModel) -> PreTrainedModel:
         if name in vars(loaded):
             setattr(hollow, name, getattr(loaded, name))
     return hollow.eval()
+
+
+def _weightless(parameter: Tensor, device: torch.device) -> nn.Parameter:
+    """A parameter of the same shape that takes no memory."""
+    zero = torch.zeros((), dtype=torch.float32, device=device)
+    return nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
 
 
 def _copy_with(model: PreTrainedModel, parameters: Mapping[nn.Parameter, nn.Parameter]) -> PreTrainedModel:

@@ -78,7 +78,7 @@ def plan_shares(plan: Callable[[int], list[Pack]], *, max_tokens: int, world_siz
     Args:
         plan: Makes packs of at most so many tokens.
         max_tokens: Most tokens of a pack.
-        world_size: How many ranks.
+        world_size: How many ranks; with tensor parallel how many groups of them, each of which runs the same packs.
     """
     packs = plan(max_tokens)
     if world_size == 1:

@@ -14,6 +14,7 @@ from trainer_service.atomic_folders import read_manifest, settle
 from trainer_service.engine.models.adapter_files import write_adapter
 from trainer_service.engine.models.export import EXPORT_DTYPES, stored_dtype, write_model
 from trainer_service.engine.models.load import ModelDescription
+from trainer_service.engine.parallel.tensor_parallel import whole_shape
 from trainer_service.engine.rank_channels import Channel
 from trainer_service.engine.run_state import RunState
 from trainer_service.engine.storage.deltas import dtype_of_base, save_delta
@@ -150,7 +151,7 @@ class Checkpoints:
         def write(whole: Path | None) -> None:
             if adapter is None:
                 write_model(merged or run.model, self._source, whole, dtype=EXPORT_DTYPES[written])
-            elif whole is not None:
+            else:
                 write_adapter(adapter, whole)
 
         if delta:
@@ -207,8 +208,8 @@ def _layout(run: RunState) -> dict[str, Any] | None:
 def _needed_bytes(run: RunState, merged: PreTrainedModel | None, dtype: torch.dtype) -> int:
     """What an export's parameters take."""
     if run.adapter is not None and merged is None:
-        return sum(parameter.nbytes for parameter in run.trained_parameters().values())
-    return sum(parameter.numel() * dtype.itemsize for parameter in (merged or run.model).parameters())
+        return sum(whole_shape(p).numel() * p.itemsize for p in run.trained_parameters().values())
+    return sum(whole_shape(p).numel() * dtype.itemsize for p in (merged or run.model).parameters())
 
 
 def _saved_before(folder: Path, about: dict[str, Any]) -> int | None:

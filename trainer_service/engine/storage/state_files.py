@@ -10,16 +10,17 @@ A folder, whole or not at all, of safetensors and JSON and nothing else:
 
 Of several ranks each writes files of its own, such as parameters-00002-of-00004.safetensors, with its part of what is
 shared out; what is the same on all of them is in the first one's, and what replicas share out alike in the first
-replica's. Any number of ranks reads them: parts.py.
+replica's. What is cut for tensor parallel each rank of a group writes, and state.json says along which dim. Any number
+of ranks reads them: parts.py.
 
 Tensors stream: none is held twice, and only a few MiB of one at a time on the way from a device to the disk.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from gradwire._wire.untrusted import parse_json
@@ -30,12 +31,14 @@ from torch.nn import Parameter
 
 from trainer_service.atomic_folders import FolderWriter, Manifest, damaged, read_manifest, verify
 from trainer_service.engine.parallel.sharding import in_first_replica, is_part, part, part_of
+from trainer_service.engine.parallel.tensor_parallel import Cut, cut_of, whole_shape
 from trainer_service.engine.rank_channels import ALONE, Channel
 from trainer_service.engine.run_state import Accumulation, RunState
-from trainer_service.engine.storage.parts import MAX_WORLD_SIZE, Parts, file_name
+from trainer_service.engine.storage.parts import Arrangement, Parts, file_name
 from trainer_service.engine.storage.together import write_together
 from trainer_service.engine.tensor_files import DTYPES, read_tensors, write_tensors
 
+T = TypeVar("T")
 _COUNTERS = "state.json"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _MAX_COUNT = (1 << 53) - 1
@@ -99,28 +102,38 @@ def capture(run: RunState, *, gradients: bool, channel: Channel = ALONE) -> Stat
     }
     counters: dict[str, Any] = {"step": run.step, "accumulation": vars(accumulation).copy()}
     if channel.world_size > 1:
-        counters |= {"world_size": channel.world_size, "summands": not any(map(is_part, trained.values()))}
+        counters |= Arrangement.of(trained, channel.world_size).written()
+        counters["summands"] = not any(map(is_part, trained.values()))
+    grads = {name: p.grad for name, p in trained.items() if p.grad is not None} if gradients else {}
     return State(
-        parameters=_to_write(trained, channel),
-        optimizer=_to_write(moments, channel),
-        # Where parameters are the same on every rank, each rank's gradients are a summand until the next step.
-        gradients=_parts({name: p.grad for name, p in trained.items() if p.grad is not None}) if gradients else {},
+        parameters={name: part(p.detach()) for name, p in trained.items() if _writes(p, cut_of(p), channel)},
+        optimizer={
+            key: part(tensor)
+            for key, tensor in moments.items()
+            if _writes(tensor, cut_of(trained[key.partition(".")[2]]), channel)
+        },
+        gradients={
+            name: part(grad)
+            for name, grad in grads.items()
+            # Where parameters are the same on every rank, each rank's gradients are a summand until the next step.
+            if not is_part(grad) or _writes(grad, cut_of(trained[name]), channel)
+        },
         counters=counters,
     )
 
 
-def _to_write(tensors: Mapping[str, Tensor], channel: Channel) -> dict[str, Tensor]:
-    """What of these this rank writes."""
-    return _parts({name: tensor.detach() for name, tensor in tensors.items() if channel.leads or is_part(tensor)})
+def _writes(tensor: Tensor, cut: Cut | None, channel: Channel) -> bool:
+    """Whether this rank writes what it has of a tensor, rather than another that has the same.
 
-
-def _parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What this rank has of these, except for what the first replica has as well."""
-    return {
-        name: part(tensor)
-        for name, tensor in tensors.items()
-        if not isinstance(tensor, DTensor) or in_first_replica(tensor)
-    }
+    Args:
+        tensor: A parameter, or of its gradient or optimizer state.
+        cut: How the parameter is cut for tensor parallel; None where it is not.
+        channel: To the other ranks.
+    """
+    cut_here = cut is not None and cut.dim is not None and tensor.ndim > 0
+    if isinstance(tensor, DTensor):
+        return in_first_replica(tensor) and (cut is None or cut_here or cut.group.rank == 0)
+    return channel.rank < cut.group.size if cut is not None and cut_here else channel.leads
 
 
 def write_state(
@@ -163,12 +176,14 @@ class StateFiles:
         folder: Where it is.
         manifest: Its manifest.
         counters: The content of state.json.
+        arrangement: The ranks that wrote it.
         channel: To the other ranks, which read the same state.
     """
 
     folder: Path
     manifest: Manifest
     counters: Mapping[str, Any] = field(repr=False)
+    arrangement: Arrangement
     channel: Channel
 
     @property
@@ -201,9 +216,10 @@ class StateFiles:
             }
             made = self._gradients(accumulated, trained) if gradients else {}
             for name, parameter in trained.items():
-                part(parameter).copy_(parameters[name].like(parameter))
+                cut = cut_of(parameter)
+                part(parameter).copy_(parameters[name].like(parameter, cut))
                 for moment, place in places[name].items():
-                    part(place).copy_(moments[f"{moment}.{name}"].like(place))
+                    part(place).copy_(moments[f"{moment}.{name}"].like(place, cut))
         run.clear_gradients()
         run.drop_graphs("was dropped when a state was loaded")
         run.optimizer.clear_state()
@@ -215,31 +231,35 @@ class StateFiles:
         if gradients:
             run.accumulation = Accumulation(**self.counters["accumulation"])
 
-    def _checked(self, trained: Mapping[str, Tensor]) -> tuple[Mapping[str, Parts], ...]:
+    def _checked(
+        self, trained: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Parts], Mapping[str, Parts], Mapping[str, Mapping[int, Parts]]]:
         """Parameters, moments and gradients, all of which fit."""
-        parameters, moments, accumulated = (self._read(name) for name in ("parameters", "optimizer", "gradients"))
+        parts, summands = self.arrangement.parts, self.arrangement.summands
+        parameters = self._read("parameters", parts)
+        moments = self._read("optimizer", lambda key, stored: parts(key.partition(".")[2], stored))
+        accumulated = self._read("gradients", summands if self._summands else lambda *one: {0: parts(*one)})
         self._check_parameters(parameters, trained)
-        self._check_like_parameters("optimizer", moments, trained)
-        self._check_like_parameters("gradients", accumulated, trained)
+        self._check_like_parameters("optimizer", {key: [tensor] for key, tensor in moments.items()}, trained)
+        self._check_like_parameters("gradients", {key: [*each.values()] for key, each in accumulated.items()}, trained)
         return parameters, moments, accumulated
 
-    def _read(self, name: str) -> dict[str, Parts]:
+    def _read(self, name: str, put_together: Callable[[str, dict[int, Tensor]], T]) -> dict[str, T]:
         """Tensors of a group, as views of its files; none where there is none since it would have been empty."""
-        world_size = self.counters.get("world_size", 1)
-        found: dict[str, list[Tensor]] = {}
-        for rank in range(world_size):
-            file = file_name(name, rank, world_size)
+        found: dict[str, dict[int, Tensor]] = {}
+        for rank in range(self.arrangement.world_size):
+            file = file_name(name, rank, self.arrangement.world_size)
             if file not in self.manifest.files:
                 continue
             try:
                 for key, tensor in read_tensors(self.folder / file).items():
-                    found.setdefault(key, []).append(tensor)
+                    found.setdefault(key, {})[rank] = tensor
             except OSError as exc:
                 raise damaged(self.folder.name, file, f"cannot be read: {exc}") from exc
             except ValueError as exc:
                 raise damaged(self.folder.name, file, str(exc)) from exc
         try:
-            return {key: Parts(tensors) for key, tensors in found.items()}
+            return {key: put_together(key, tensors) for key, tensors in found.items()}
         except ValueError as exc:
             raise damaged(self.folder.name, f"{name}.safetensors", str(exc)) from exc
 
@@ -248,24 +268,34 @@ class StateFiles:
         """Whether each rank's gradients are a summand, rather than a part."""
         return bool(self.counters.get("summands", False))
 
-    def _gradients(self, stored: Mapping[str, Parts], trained: Mapping[str, Parameter]) -> dict[str, Tensor]:
+    def _gradients(
+        self, stored: Mapping[str, Mapping[int, Parts]], trained: Mapping[str, Parameter]
+    ) -> dict[str, Tensor]:
         """This rank's gradients, with room of their own."""
         made: dict[str, Tensor] = {}
-        for name, parts in stored.items():
+        for name, summands in stored.items():
             parameter = trained[name]
-            own = self._summand(parts.parts) if self._summands else parts.like(parameter)
+            cut = cut_of(parameter)
+            own = self._summand(summands, parameter, cut) if self._summands else summands[0].like(parameter, cut)
             if own is not None:
                 made[name] = part_of(own.to(part(parameter).device, copy=True), parameter)
         return made
 
-    def _summand(self, summands: Sequence[Tensor]) -> Tensor | None:
+    def _summand(self, summands: Mapping[int, Parts], parameter: Tensor, cut: Cut | None) -> Tensor | None:
         """What this rank adds to gradients that are summed at the next step; None for nothing.
 
-        As many ranks as wrote them go on with theirs, so that sums come out alike; others leave all to the first.
+        Ranks arranged as those that wrote them go on with theirs, so that sums come out alike; others leave all to the
+        first, or to the first of each part.
         """
-        if len(summands) == self.channel.world_size:
-            return summands[self.channel.rank]
-        return torch.stack([*summands]).sum(0) if self.channel.leads else None
+        tp_size = 1 if cut is None else cut.group.size
+        rank = self.channel.rank if cut is not None and cut.summand else self.channel.rank // tp_size
+        if (self.channel.world_size, tp_size) == (self.arrangement.world_size, self.arrangement.tp_size):
+            own = summands.get(rank)
+            return None if own is None else own.like(parameter, cut)
+        if rank:
+            return None
+        total = torch.stack([summand.whole() for summand in summands.values()]).sum(0)
+        return Parts([[total]]).like(parameter, cut)
 
     def _check_parameters(self, tensors: Mapping[str, Parts], trained: Mapping[str, Tensor]) -> None:
         stored, wanted = set(tensors), set(trained)
@@ -276,20 +306,21 @@ class StateFiles:
         for name, parameter in trained.items():
             self._check_tensor("parameters", name, tensors[name], parameter)
 
-    def _check_like_parameters(self, group: str, tensors: Mapping[str, Parts], trained: Mapping[str, Tensor]) -> None:
-        for key, tensor in tensors.items():
+    def _check_like_parameters(
+        self, group: str, tensors: Mapping[str, Sequence[Parts]], trained: Mapping[str, Tensor]
+    ) -> None:
+        for key, stored in tensors.items():
             moment, _, name = key.partition(".") if group == "optimizer" else ("", "", key)
             if name not in trained or (group == "optimizer" and moment not in _MOMENTS):
                 raise damaged(self.folder.name, f"{group}.safetensors", f"has an unknown tensor {key!r}")
             like = torch.empty(()) if moment == "step" else trained[name]
-            summands = group == "gradients" and self._summands
-            for stored in map(Parts, ([one] for one in tensor.parts)) if summands else [tensor]:
-                self._check_tensor(group, key, stored, like)
-            if moment == "step" and not 0 <= tensor.like(like).item() <= _MAX_COUNT:
-                raise damaged(self.folder.name, f"{group}.safetensors", f"has {tensor.like(like).item()} for {key!r}")
+            for tensor in stored:
+                self._check_tensor(group, key, tensor, like)
+                if moment == "step" and not 0 <= (step := tensor.whole().item()) <= _MAX_COUNT:
+                    raise damaged(self.folder.name, f"{group}.safetensors", f"has {step} for {key!r}")
 
     def _check_tensor(self, group: str, key: str, stored: Parts, like: Tensor) -> None:
-        got, wanted = (DTYPES[stored.dtype], stored.shape), (DTYPES[like.dtype], list(like.shape))
+        got, wanted = (DTYPES[stored.dtype], stored.shape), (DTYPES[like.dtype], list(whole_shape(like)))
         if got != wanted:
             what = f"{key} of {group} is {got[0]} {got[1]}, and this run needs {wanted[0]} {wanted[1]}"
             raise self._mismatch(what)
@@ -333,12 +364,10 @@ def _opened(folder: Path, manifest: Manifest, channel: Channel) -> StateFiles:
         for name, value in {"step": counters["step"], **accumulation}.items():
             if not _is_count(value) and (name, value) != ("failed_seq_id", None):
                 raise ValueError(f"{name} is {value!r:.200}")
-        world_size = counters.get("world_size", 1)
-        if type(world_size) is not int or not 1 <= world_size <= MAX_WORLD_SIZE:
-            raise ValueError(f"world_size is {world_size!r:.200}")
+        arrangement = Arrangement.read(counters)
     except (OSError, ValueError, TypeError, KeyError) as exc:
         raise damaged(folder.name, _COUNTERS, f"cannot be read: {exc}") from exc
-    return StateFiles(folder, manifest, counters, channel)
+    return StateFiles(folder, manifest, counters, arrangement, channel)
 
 
 def _is_count(value: object) -> bool:
