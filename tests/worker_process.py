@@ -65,7 +65,7 @@ def main(socket: str, behaviour: str) -> None:
     executing = Executing(socket)
     for number, command in enumerate(commands, start=1):
         if behaviour != "hangs-in-sampling":
-            executing.say(command.command_id)
+            executing.begin(command.command_id, "", None)
         if behaviour.startswith("hangs"):
             outgoing.put(WorkerEvent(counters={"gradwire_worker_operations_total": 1}))
             time.sleep(600)
@@ -74,7 +74,7 @@ def main(socket: str, behaviour: str) -> None:
             sys.exit("out of memory")
         if behaviour == "exits-at-first-command":
             sys.exit("out of luck")
-        executing.say(0)
+        executing.end()
         outgoing.put(answer(command, number))
 
 

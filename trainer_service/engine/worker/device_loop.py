@@ -74,10 +74,10 @@ class DeviceLoop:
             self._tell(_OPERATION if in_turn else _OVERTAKES, rank)
             started_s = time.monotonic()
             if self._executing is not None:
-                self._executing.say(prepared.command_id)
+                self._executing.begin(prepared.command_id, prepared.run_id, prepared.seq_id)
             event = self._execute(prepared, rank)
             if self._executing is not None:
-                self._executing.say(0)
+                self._executing.end()
             if event is not None:
                 self._elsewhere.pop(prepared.command_id, None)
                 send(event)
