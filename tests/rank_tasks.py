@@ -17,8 +17,10 @@ from tests.engines import BATCH, CPU, RUN
 from trainer_service.engine.device import Device
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.losses import find_loss
+from trainer_service.engine.models import streamed_export
 from trainer_service.engine.models.lora import LoraSettings
-from trainer_service.engine.parallel.gloo_collectives import SumInOrder
+from trainer_service.engine.models.quantized import held_bytes
+from trainer_service.engine.parallel.gloo_collectives import Gather, SumInOrder
 from trainer_service.engine.parallel.sharding import record_of, reshard, whole
 from trainer_service.engine.rank_channels import Ranks
 from trainer_service.engine.storage.snapshots import SnapshotWriter
@@ -65,6 +67,7 @@ def train(
     lora: bool = False,
     loss: str = "cross_entropy",
     custom: bool = False,
+    params: AdamParams = PARAMS,
     **settings: Any,
 ) -> dict[str, Any]:
     """Three steps, each over all batches. Of the first the logprobs and gradients, of all metrics and parameters.
@@ -98,10 +101,32 @@ def train(
         if step == 0:
             found["logprobs"], found["gradients"] = logprobs, gradients(engine)
         seq_id += 2
-        found["metrics"].append(engine.optim_step(RUN, seq_id, PARAMS).metrics)
+        found["metrics"].append(engine.optim_step(RUN, seq_id, params).metrics)
     found["after"] = tensors(engine)
     found["recomputed"] = engine.counters.recomputed_graphs_total
     return found
+
+
+def kept(ranks: Ranks, folder: Path, checkpoint_dir: Path, **settings: Any) -> dict[str, Any]:
+    """What a LoRA run's base takes on this rank, what a forward gathers of it, and what it takes whole, for samples."""
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=True, **settings)
+    gathered: list[int] = []
+    allocate = Gather.allocate
+
+    def counted(self: Gather, *args: Any, **kwargs: Any) -> torch.Tensor:
+        room = allocate(self, *args, **kwargs)
+        gathered.append(room.nbytes)
+        return room
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gather, "allocate", counted)
+        engine.forward(RUN, 1, engine.stage(BATCH))
+    reshard(engine.run_state(RUN).model)
+    return {
+        "held": held_bytes(engine.run_state(RUN).model),
+        "gathered": sorted(gathered),
+        "whole": held_bytes(engine.base_model()),
+    }
 
 
 def step(engine: Engine, seq_id: int, batch: Batch) -> None:
@@ -123,6 +148,42 @@ def save(ranks: Ranks, folder: Path, checkpoint_dir: Path, batch: Batch, *, lora
     found = {"path": saved.path, "sizes": [each.size_bytes for each in (saved, exported, delta, merged)]}
     step(engine, 3, batch)
     return {**found, "after": tensors(engine)}
+
+
+def merge(
+    ranks: Ranks,
+    folder: Path,
+    checkpoint_dir: Path,
+    name: str,
+    *,
+    unembed: bool = False,
+    adapter: dict[str, Any] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Exports a LoRA run merged, with that adapter or one of random numbers; how much of it was whole at a time."""
+    engine = Engine(
+        str(folder), device=CPU, checkpoint_dir=checkpoint_dir, settings=EngineSettings(**settings), ranks=ranks
+    )
+    engine.create_run(RUN, lora=LoraSettings(rank=4, train_unembed=unembed))
+    trained = engine.run_state(RUN).trained_parameters()
+    generator = np.random.default_rng(0)
+    adapter = adapter or {n: generator.standard_normal(p.shape).astype(np.float32) for n, p in trained.items()}
+    with torch.no_grad():
+        for each, parameter in trained.items():
+            parameter.copy_(torch.from_numpy(adapter[each]))
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = [0]
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        made = whole(tensor)
+        alive.add(made)
+        most[0] = max(most[0], sum(each.nbytes for each in alive))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streamed_export, "whole", counted)
+        saved = engine.save_weights_for_sampler(RUN, name, merged=True, dtype="float32")
+    return {"adapter": adapter, "size": saved.size_bytes, "whole": most[0]}
 
 
 def go_on(

@@ -27,10 +27,11 @@ from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.losses.loss import Loss
 from trainer_service.engine.memory import training_bytes
 from trainer_service.engine.microbatch import ModelSize, plan_forwards
+from trainer_service.engine.models.base_dtype import KeptBase
 from trainer_service.engine.models.load import describe
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.models.lora_targets import find_targets
-from trainer_service.engine.models.quantized import check_base_dtype, held_bytes, quantize
+from trainer_service.engine.models.quantized import held_bytes
 from trainer_service.engine.models.source import ModelSource
 from trainer_service.engine.parallel.sharding import free_cycles, readable, reshard
 from trainer_service.engine.passes import ForwardResult, Passes, Staged
@@ -38,7 +39,7 @@ from trainer_service.engine.rank_channels import Ranks
 from trainer_service.engine.run_state import HeldGraph, RunState
 from trainer_service.engine.storage.checkpoints import Checkpoints, Label, SavedCheckpoint
 from trainer_service.engine.storage.snapshots import restore_snapshot
-from trainer_service.worker_config import BaseDtype, EngineSettings
+from trainer_service.worker_config import EngineSettings
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -90,12 +91,11 @@ class Engine:
         self.folder = model_folder.fetch(base_model)
         """Where the base model's files are."""
         settings = settings or EngineSettings()
-        self._base_dtype: BaseDtype = settings.base_dtype
-        check_base_dtype(self._base_dtype, device.torch_device, world_size=self.ranks.world_size)
+        kept = self._kept = KeptBase(settings.base_dtype, device, self.folder, world_size=self.ranks.world_size)
         self.source = ModelSource(base_model, self.folder, device, self.ranks)
         """Where its models come from."""
         described = describe(self.source.example, base_model=name, device=device, max_context_length=max_context_length)
-        self.model = replace(described, dtype=self._base_dtype)
+        self.model = replace(described, dtype=kept.dtype)
         """What is trained, for GetServerInfo."""
         self._checkpoints = Checkpoints(checkpoint_dir, self.model, self.folder, self.ranks.execution)
         self.traits = self.source.find_traits(max_context_length=self.model.max_context_length)
@@ -107,11 +107,18 @@ class Engine:
         """What LoRA runs can adapt."""
         # What that forward gathered without gradients is not what a pass may train.
         reshard(first)
-        self._quantize(first)
-        if self._base_dtype != "float32":
+        first = kept.copy(first, self.lora_targets)
+        if not kept.trains:
+            free_cycles()
             plan(held_bytes(first))
-        targets = self.lora_targets
-        self._base_models = BaseModels(name, first=first, load=self._load_base, targets=targets, ranks=self.ranks)
+        self._base_models = BaseModels(
+            name,
+            first=first,
+            load=lambda: kept.copy(self.source.load(), self.lora_targets),
+            for_adapters=lambda model: kept.shared_copy(model, self.lora_targets),
+            targets=self.lora_targets,
+            ranks=self.ranks,
+        )
         self._runs: dict[str, RunState] = {}
         self._adapter_offload = AdapterOffload(self.memory.max_device_adapter_bytes, self.counters)
         self.before_change: Callable[[PreTrainedModel], object] = lambda model: None
@@ -142,10 +149,10 @@ class Engine:
             text = f"This trainer holds {len(self._runs)} runs, its limit; delete one first."
             raise error("LIMIT_EXCEEDED", text, limit=self.limits.max_runs, got=len(self._runs) + 1)
         assert run_id not in self._runs
-        if self._base_dtype != "float32" and lora is None and not adapter:
+        if not self._kept.trains and lora is None and not adapter:
             raise invalid_field(
                 "lora_rank",
-                f"is 0, which trains all parameters, but this trainer keeps its base model in {self._base_dtype} "
+                f"is 0, which trains all parameters, but this trainer keeps its base model in {self._kept.dtype} "
                 "(--base-dtype), where only LoRA runs train; set lora_rank.",
             )
 
@@ -379,15 +386,6 @@ class Engine:
         size = ModelSize(self.model.num_parameters, model_bytes, vocab_size)
         forwards = plan_forwards(self.device, self.traits, settings, self.ranks, size)
         self.memory, self._passes = forwards.memory, Passes(forwards, self.counters, self._held_graphs, self.ranks)
-
-    def _load_base(self) -> PreTrainedModel:
-        return self._quantize(self.source.load())
-
-    def _quantize(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Keeps the layers beside which adapters can train in as few bits as the trainer's owner wants."""
-        targets = self.lora_targets
-        quantize(model, {*targets.attn, *targets.mlp} - targets.stacked, self._base_dtype)
-        return model
 
     def _try_forward(self, model: PreTrainedModel) -> None:
         """A forward of two tokens, as in training."""

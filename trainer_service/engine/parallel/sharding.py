@@ -75,6 +75,23 @@ class Sharded:
         self.fill(model, train=True)
         return model
 
+    def frozen(self, change: Callable[[PreTrainedModel], object]) -> PreTrainedModel:
+        """A model with these parts, none of which trains.
+
+        Args:
+            change: Changes modules and dtypes of parameters, in place and of a hollow copy; the parts are cast alike.
+        """
+        hollow = self.hollow_copy()
+        before = dict(hollow.named_parameters())
+        change(hollow)
+        parts: dict[nn.Parameter, Any] = {
+            parameter: self._parts[before[name]].to(parameter.dtype) for name, parameter in hollow.named_parameters()
+        }
+        made = Sharded(hollow, parts, device=self._device, forward=self._forward)
+        model = made.hollow_copy()
+        made.fill(model)
+        return model
+
     def hollow_copy(self) -> PreTrainedModel:
         """Modules of its own; the parameters are `hollow`'s."""
         return _copy_with(self.hollow, {})
@@ -92,7 +109,7 @@ class Sharded:
         own = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
         # On "meta" FSDP makes no parts of its own.
         on_meta = {parameter: nn.Parameter(parameter.to("meta"), requires_grad=train) for parameter in self._parts}
-        _replace(model, on_meta)
+        replace_parameters(model, on_meta)
         adapter = {parameter for parameter in own.values() if parameter not in self._parts}
         mesh = next(iter(self._parts.values())).device_mesh
         policy = MixedPrecisionPolicy()
@@ -278,7 +295,7 @@ def _hollow_like(loaded: PreTrainedModel) -> PreTrainedModel:
         )
         for parameter in hollow.parameters()
     }
-    _replace(hollow, made)
+    replace_parameters(hollow, made)
     buffers = dict(loaded.named_buffers())
     for name, _ in list(hollow.named_buffers()):
         module, _, own = name.rpartition(".")
@@ -295,7 +312,7 @@ def _copy_with(model: PreTrainedModel, parameters: Mapping[nn.Parameter, nn.Para
     return copy.deepcopy(model, tensors | {id(old): new for old, new in parameters.items()})
 
 
-def _replace(model: nn.Module, parameters: Mapping[nn.Parameter, nn.Parameter]) -> None:
+def replace_parameters(model: nn.Module, parameters: Mapping[nn.Parameter, nn.Parameter]) -> None:
     """Puts parameters in the place of others, wherever they are, so that what was tied stays it."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
