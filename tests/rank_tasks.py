@@ -12,6 +12,9 @@ import torch
 from gradwire._wire.codec import Batch
 from gradwire.errors import GradwireError
 from gradwire.types import AdamParams
+from gradwire.v1.datum_pb2 import ModelInput
+from gradwire.v1.sampling_service_pb2 import Sampler, SampleRequest, SamplingParams
+from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerSample
 
 from tests.engines import BATCH, CPU, RUN
 from trainer_service.engine.device import Device
@@ -23,6 +26,7 @@ from trainer_service.engine.models.quantized import held_bytes
 from trainer_service.engine.parallel.gloo_collectives import Gather, SumInOrder
 from trainer_service.engine.parallel.sharding import record_of, reshard, whole
 from trainer_service.engine.rank_channels import Ranks
+from trainer_service.engine.sampling.service import Sampling
 from trainer_service.engine.storage.snapshots import SnapshotWriter
 from trainer_service.engine.tensor_files import read_tensors
 from trainer_service.worker_config import EngineSettings
@@ -127,6 +131,60 @@ def kept(ranks: Ranks, folder: Path, checkpoint_dir: Path, **settings: Any) -> d
         "gathered": sorted(gathered),
         "whole": held_bytes(engine.base_model()),
     }
+
+
+def sample(
+    ranks: Ranks,
+    folder: Path,
+    checkpoint_dir: Path,
+    *,
+    lora: bool = False,
+    prompts: Sequence[Sequence[int]],
+    **settings: Any,
+) -> dict[str, Any]:
+    """Samples by the base model, frozen weights of a run that trains on, and a checkpoint, all at once and in slices.
+
+    On the leader what came of them; on each rank how many models in parts it held after each slice.
+    """
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=lora, **settings)
+    events: list[WorkerEvent] = []
+    sampling = Sampling(engine, checkpoint_dir=checkpoint_dir, send=events.append)
+    step(engine, 1, BATCH)
+    frozen = str(sampling.samplers.freeze(RUN, 3))
+    saved = engine.save_weights_for_sampler(RUN, "weights").path
+    step(engine, 4, BATCH)
+    for number, path in enumerate(["", frozen, saved] * 2):
+        params = SamplingParams(max_tokens=9, temperature=1.0, seed=number)
+        request = SampleRequest(
+            prompt=ModelInput(tokens=prompts[number % len(prompts)]),
+            sampler=Sampler(model_path=path),
+            num_samples=2,
+            sampling_params=params,
+            include_prompt_logprobs=True,
+        )
+        sampling.takes_next = ranks.leads
+        sampling.start(number, WorkerSample(sample_id=str(number), request=request), sampling.read(request))
+    # Its requests go on.
+    sampling.samplers.close(frozen)
+    in_parts, held = sampling.samplers.in_parts, list[int]()
+    going_on = True
+    while going_on:
+        going_on = ranks.execution.tell(sampling.generation.busy)
+        sampling.run_for(0)
+        if in_parts is not None:
+            held.append(len(in_parts._decoders))
+    failures = [event.done.error.message for event in events if event.done.HasField("error")]
+    assert not failures, failures
+    answers: dict[int, dict[Any, Any]] = {}
+    for event in events:
+        for each in event.sampled.samples:
+            found = answers.setdefault(event.command_id, {})
+            tokens, logprobs = found.setdefault(each.sample, ([], []))
+            tokens += each.tokens
+            logprobs += each.logprobs
+        if event.sampled.HasField("prompt"):
+            answers.setdefault(event.command_id, {})["prompt"] = list(event.sampled.prompt.logprobs)
+    return {"answers": answers, "described": sampling.described, "held": held}
 
 
 def step(engine: Engine, seq_id: int, batch: Batch) -> None:

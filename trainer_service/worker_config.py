@@ -81,6 +81,12 @@ class EngineSettings:
         "a batch, whose gradients are then summed over ranks once: less traffic, and a model's parameters and "
         "gradients whole on each rank meanwhile; auto: where they take a quarter of the memory at most",
     )
+    sampling_reshard_after_forward: Resharding = option(
+        "auto",
+        help="with several ranks, whether each has what is sampled from whole (never), or layers are gathered for each "
+        "token (always): no room is needed, and it is slower; auto: the latter where the whole takes more than half of "
+        "the memory that training leaves",
+    )
 
 
 @dataclass(frozen=True)

@@ -335,6 +335,49 @@ def test_adapters_are_merged_a_whole_tensor_at_a_time_into_what_one_rank_merges(
     assert leader["whole"] == other["whole"] == max(tensor.nbytes for tensor in wanted.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "world_size", "settings"),
+    [
+        ("Llama", 2, {}),
+        ("Qwen3", 2, {"lora": True, "base_dtype": "bfloat16"}),
+        ("Qwen3Moe", 4, {"lora": True}),
+        ("Gemma2", 2, {}),
+        # Layers are gathered in bfloat16, norms with them, which are all ones here.
+        ("Llama", 2, {"lora": True, "compute_dtype": "bfloat16"}),
+        # Whose sequences are decoded one at a time.
+        ("Falcon", 2, {}),
+    ],
+)
+def test_what_is_sampled_in_parts_is_what_is_sampled_of_a_whole_model(
+    name: str,
+    world_size: int,
+    settings: dict[str, Any],
+    two: RankPool,
+    four: RankPool,
+    folder_of: Callable[..., Path],
+    tmp_path: Path,
+):
+    pool = two if world_size == 2 else four.with_replicas(2)
+    folder = folder_of(name)
+    prompts = [[5, 6, 7], [9] * 20, [8, 7]]
+    found = {
+        how: pool.run(
+            rank_tasks.sample, folder, tmp_path / how, prompts=prompts, sampling_reshard_after_forward=how, **settings
+        )
+        for how in ("never", "always")
+    }
+    whole, parts = (found[how][0]["answers"] for how in ("never", "always"))
+    assert len(whole) == 6
+    assert all(answer.keys() == {0, 1, "prompt"} for answer in whole.values())
+    assert parts == whole
+    assert [each["answers"] for each in found["always"][1:]] == [{}] * (world_size - 1)
+    assert all("gathered anew" in each["described"] for each in found["always"])
+    for each in found["always"]:
+        # Let go on all ranks together, once the last request of a closed sampler is done.
+        assert each["held"] == found["always"][0]["held"]
+        assert (each["held"][0], each["held"][-1]) == (3, 2)
+
+
 def test_a_state_that_does_not_fit_is_refused_by_all_ranks(
     two: RankPool, folder_of: Callable[..., Path], tmp_path: Path
 ):

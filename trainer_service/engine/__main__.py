@@ -303,7 +303,7 @@ def _ready(engine: "Engine", sampling: "Sampling", mesh: Mesh) -> WorkerEvent:
                 dtype=model.dtype,
                 device=model.device,
                 batching=engine.traits.batching,
-                sampling=sampling.decoding.described,
+                sampling=sampling.described,
                 mesh=mesh,
             ),
             losses=[

@@ -25,7 +25,7 @@ from trainer_service.engine.base_models import BaseModels
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.losses.loss import Loss
-from trainer_service.engine.memory import training_bytes
+from trainer_service.engine.memory import parameter_bytes, training_bytes
 from trainer_service.engine.microbatch import ModelSize, plan_forwards
 from trainer_service.engine.models.base_dtype import KeptBase
 from trainer_service.engine.models.load import describe
@@ -101,7 +101,7 @@ class Engine:
         self.traits = self.source.find_traits(max_context_length=self.model.max_context_length)
         """What the architecture allows."""
         plan = functools.partial(self._plan_passes, settings, self.source.example.config.get_text_config().vocab_size)
-        plan(training_bytes(-(-self.model.num_parameters // self.ranks.fsdp_size)))
+        plan(training_bytes(-(-(total := described.num_parameters) // self.ranks.fsdp_size)), parameter_bytes(total))
         first = self.source.load()
         self.lora_targets = find_targets(first, lambda: self._try_forward(first))
         """What LoRA runs can adapt."""
@@ -110,7 +110,7 @@ class Engine:
         first = kept.copy(first, self.lora_targets)
         if not kept.trains:
             free_cycles()
-            plan(held_bytes(first))
+            plan(held_bytes(first), held_bytes(first) * self.ranks.fsdp_size)
         self._base_models = BaseModels(
             name,
             first=first,
@@ -125,13 +125,13 @@ class Engine:
         """Called before the parameters of a model change, since samplers may be reading them."""
 
     def base_model(self) -> PreTrainedModel:
-        """The base model, for reading: a copy that no run has changed, loaded if there is none; whole."""
+        """The base model, for reading: a copy that no run has changed, loaded if there is none; see `_readable`."""
         what = f"the base model's {self.model.num_parameters} parameters"
-        return self._attempt(lambda: readable(self._base_models.base_model()), what=what)
+        return self._attempt(lambda: self._readable(self._base_models.base_model()), what=what)
 
     def adapted_model(self, folder: Path) -> PreTrainedModel:
         """The base model with the adapter in a folder, for reading."""
-        return self._attempt(lambda: readable(self._base_models.adapted_model(folder)), what="an adapter")
+        return self._attempt(lambda: self._readable(self._base_models.adapted_model(folder)), what="an adapter")
 
     def create_run(self, run_id: str, *, lora: LoraSettings | None = None, adapter: str = "") -> None:
         """Creates a run with its own copy of the base model's parameters, or with an adapter beside a shared copy.
@@ -367,9 +367,9 @@ class Engine:
         return step
 
     def live_model(self, run_id: str) -> PreTrainedModel:
-        """A run's own model, for reading until it changes; see before_change. A whole copy, if that is in parts."""
+        """A run's own model, for reading until it changes; see before_change, `_readable`."""
         run = self._run(run_id)
-        model = readable(run.model)
+        model = self._readable(run.model)
         run.being_read = model is run.model
         return model
 
@@ -381,17 +381,21 @@ class Engine:
         """
         return self._run(run_id)
 
-    def _plan_passes(self, settings: EngineSettings, vocab_size: int, model_bytes: int) -> None:
+    def _plan_passes(self, settings: EngineSettings, vocab_size: int, model_bytes: int, whole_bytes: int) -> None:
         """Divides what a model of so many bytes leaves of memory, alike on all ranks."""
-        size = ModelSize(self.model.num_parameters, model_bytes, vocab_size)
+        size = ModelSize(self.model.num_parameters, model_bytes, whole_bytes, vocab_size)
         forwards = plan_forwards(self.device, self.traits, settings, self.ranks, size)
         self.memory, self._passes = forwards.memory, Passes(forwards, self.counters, self._held_graphs, self.ranks)
 
     def _try_forward(self, model: PreTrainedModel) -> None:
         """A forward of two tokens, as in training."""
-        batch = Batch(np.zeros(2, dtype=np.int32), np.array([0, 2]), {"target_tokens": np.zeros(2, dtype=np.int64)})
-        for microbatch in self._passes.stage(batch).on_device().microbatches:
+        two = Batch(np.zeros(2, dtype=np.int32), np.array([0, 2]), {"target_tokens": np.zeros(2, dtype=np.int64)})
+        for microbatch in self._passes.stage(two).on_device().microbatches:
             microbatch.logprobs(model)
+
+    def _readable(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A model to sample from; of one in parts a copy, whole where there is room."""
+        return readable(model, in_parts=self.memory.samples_in_parts)
 
     def _will_change(self, run: RunState) -> None:
         self._base_models.will_change(run)

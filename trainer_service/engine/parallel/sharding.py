@@ -85,7 +85,9 @@ class Sharded:
         before = dict(hollow.named_parameters())
         change(hollow)
         parts: dict[nn.Parameter, Any] = {
-            parameter: self._parts[before[name]].to(parameter.dtype) for name, parameter in hollow.named_parameters()
+            parameter: self._parts[before[name]].to(parameter.dtype)
+            for name, parameter in hollow.named_parameters()
+            if before[name] in self._parts
         }
         made = Sharded(hollow, parts, device=self._device, forward=self._forward)
         model = made.hollow_copy()
@@ -158,6 +160,23 @@ class Sharded:
             made[parameter] = known
         return _copy_with(self.hollow, made)
 
+    def part_copy(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The same in parts: what does not train is shared. Adapters are copied with it."""
+        reshard(model)
+        now: dict[str, Any] = dict(model.named_parameters())
+        adapter = {
+            parameter: nn.Parameter(now[name].detach().clone(), requires_grad=False)
+            for name, parameter in self.hollow.named_parameters()
+            if parameter not in self._parts
+        }
+        hollow = _copy_with(self.hollow, adapter)
+        parts: dict[nn.Parameter, Any] = {
+            parameter: now[name].detach().clone() if now[name].requires_grad else now[name].detach()
+            for name, parameter in hollow.named_parameters()
+            if parameter in self._parts
+        }
+        return Sharded(hollow, parts, device=self._device, forward=self._forward).frozen(lambda _: None)
+
 
 def record_of(model: nn.Module) -> Sharded | None:
     """What a model was made from; None where it is whole."""
@@ -169,10 +188,17 @@ def forward_of(model: nn.Module) -> Forward | None:
     return vars(model).get(_FORWARD)
 
 
-def readable(model: PreTrainedModel) -> PreTrainedModel:
-    """The model where it is whole; of a sharded one a whole copy, which nothing changes. Every rank must call this."""
+def readable(model: PreTrainedModel, *, in_parts: bool = False) -> PreTrainedModel:
+    """The model where it is whole; of a sharded one a copy that nothing changes. Every rank must call this.
+
+    Args:
+        model: The model.
+        in_parts: Leave the copy in parts, whose forwards are every rank's, rather than gather it.
+    """
     record = record_of(model)
-    return model if record is None else record.whole_copy(model)
+    if record is None:
+        return model
+    return record.part_copy(model) if in_parts else record.whole_copy(model)
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
