@@ -55,7 +55,8 @@ def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
 def die_a_second_after_parent() -> None:
     """Asks the kernel to end this process a second after the thread that started it ends. Only on Linux.
 
-    Whatever this process is doing: the second is counted, and what ends it called, without Python.
+    Whatever this process is doing: the second is counted, and what ends it called, without Python. One that is stopped
+    (SIGSTOP) ends once it is continued.
     """
     if not sys.platform.startswith("linux"):
         return
