@@ -14,20 +14,25 @@ import torch
 from gradwire._wire.codec import Batch
 from gradwire.errors import GradwireError
 from gradwire.types import AdamParams
+from gradwire.v1.datum_pb2 import ModelInput
+from gradwire.v1.sampling_service_pb2 import Sampler, SampleRequest, SamplingParams
+from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerSample
 from transformers import AutoConfig
 
 from tests.engines import BATCH, CPU, RUN
 from trainer_service.engine.device import Device
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.losses import find_loss
-from trainer_service.engine.models import source
+from trainer_service.engine.models import source, streamed_export
 from trainer_service.engine.models.lora import LoraSettings
+from trainer_service.engine.models.quantized import held_bytes
 from trainer_service.engine.packed.logprobs import Head, LowRank, linear_logprobs
 from trainer_service.engine.packed.vocabulary import VocabularyPart
-from trainer_service.engine.parallel.gloo_collectives import SumInOrder
-from trainer_service.engine.parallel.sharding import record_of, reshard, whole_parameter
+from trainer_service.engine.parallel.gloo_collectives import Gather, SumInOrder
+from trainer_service.engine.parallel.sharding import record_of, reshard, whole, whole_parameter
 from trainer_service.engine.parallel.tensor_parallel import cut_of
 from trainer_service.engine.rank_channels import Ranks
+from trainer_service.engine.sampling.service import Sampling
 from trainer_service.engine.storage.snapshots import SnapshotWriter
 from trainer_service.engine.tensor_files import read_tensors
 from trainer_service.worker_config import EngineSettings
@@ -78,6 +83,7 @@ def train(
     lora: bool = False,
     loss: str = "cross_entropy",
     custom: bool = False,
+    params: AdamParams = PARAMS,
     **settings: Any,
 ) -> dict[str, Any]:
     """Three steps, each over all batches. Of the first the logprobs and gradients, of all metrics and parameters.
@@ -111,7 +117,7 @@ def train(
         if step == 0:
             found["logprobs"], found["gradients"] = logprobs, gradients(engine)
         seq_id += 2
-        found["metrics"].append(engine.optim_step(RUN, seq_id, PARAMS).metrics)
+        found["metrics"].append(engine.optim_step(RUN, seq_id, params).metrics)
     found["after"] = tensors(engine)
     found["recomputed"] = engine.counters.recomputed_graphs_total
     return found
@@ -163,6 +169,82 @@ def answer(ranks: Ranks, *, columns: int, low_rank: int, **head: Any) -> dict[st
     return errors
 
 
+def kept(ranks: Ranks, folder: Path, checkpoint_dir: Path, **settings: Any) -> dict[str, Any]:
+    """What a LoRA run's base takes on this rank, what a forward gathers of it, and what it takes whole, for samples."""
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=True, **settings)
+    gathered: list[int] = []
+    allocate = Gather.allocate
+
+    def counted(self: Gather, *args: Any, **kwargs: Any) -> torch.Tensor:
+        room = allocate(self, *args, **kwargs)
+        gathered.append(room.nbytes)
+        return room
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gather, "allocate", counted)
+        engine.forward(RUN, 1, engine.stage(BATCH))
+    reshard(engine.run_state(RUN).model)
+    return {
+        "held": held_bytes(engine.run_state(RUN).model),
+        "gathered": sorted(gathered),
+        "whole": held_bytes(engine.base_model()),
+    }
+
+
+def sample(
+    ranks: Ranks,
+    folder: Path,
+    checkpoint_dir: Path,
+    *,
+    lora: bool = False,
+    prompts: Sequence[Sequence[int]],
+    **settings: Any,
+) -> dict[str, Any]:
+    """Samples by the base model, frozen weights of a run that trains on, and a checkpoint, all at once and in slices.
+
+    On the leader what came of them; on each rank how many models in parts it held after each slice.
+    """
+    engine = make_engine(ranks, folder, checkpoint_dir, lora=lora, **settings)
+    events: list[WorkerEvent] = []
+    sampling = Sampling(engine, checkpoint_dir=checkpoint_dir, send=events.append)
+    step(engine, 1, BATCH)
+    frozen = str(sampling.samplers.freeze(RUN, 3))
+    saved = engine.save_weights_for_sampler(RUN, "weights").path
+    step(engine, 4, BATCH)
+    for number, path in enumerate(["", frozen, saved] * 2):
+        params = SamplingParams(max_tokens=9, temperature=1.0, seed=number)
+        request = SampleRequest(
+            prompt=ModelInput(tokens=prompts[number % len(prompts)]),
+            sampler=Sampler(model_path=path),
+            num_samples=2,
+            sampling_params=params,
+            include_prompt_logprobs=True,
+        )
+        sampling.takes_next = ranks.leads
+        sampling.start(number, WorkerSample(sample_id=str(number), request=request), sampling.read(request))
+    # Its requests go on.
+    sampling.samplers.close(frozen)
+    in_parts, held = sampling.samplers.in_parts, list[int]()
+    going_on = True
+    while going_on:
+        going_on = ranks.execution.tell(sampling.generation.busy)
+        sampling.run_for(0)
+        if in_parts is not None:
+            held.append(len(in_parts._decoders))
+    failures = [event.done.error.message for event in events if event.done.HasField("error")]
+    assert not failures, failures
+    answers: dict[int, dict[Any, Any]] = {}
+    for event in events:
+        for each in event.sampled.samples:
+            found = answers.setdefault(event.command_id, {})
+            tokens, logprobs = found.setdefault(each.sample, ([], []))
+            tokens += each.tokens
+            logprobs += each.logprobs
+        if event.sampled.HasField("prompt"):
+            answers.setdefault(event.command_id, {})["prompt"] = list(event.sampled.prompt.logprobs)
+    return {"answers": answers, "described": sampling.described, "held": held}
+
+
 def step(engine: Engine, seq_id: int, batch: Batch) -> None:
     """One step with cross-entropy."""
     engine.forward_backward(RUN, seq_id, engine.stage(batch, find_loss("cross_entropy")))
@@ -187,6 +269,42 @@ def save(
     found = {"path": saved.path, "sizes": [each.size_bytes for each in (saved, exported, delta, merged)]}
     step(engine, 3, batch)
     return {**found, "after": tensors(engine)}
+
+
+def merge(
+    ranks: Ranks,
+    folder: Path,
+    checkpoint_dir: Path,
+    name: str,
+    *,
+    unembed: bool = False,
+    adapter: dict[str, Any] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Exports a LoRA run merged, with that adapter or one of random numbers; how much of it was whole at a time."""
+    engine = Engine(
+        str(folder), device=CPU, checkpoint_dir=checkpoint_dir, settings=EngineSettings(**settings), ranks=ranks
+    )
+    engine.create_run(RUN, lora=LoraSettings(rank=4, train_unembed=unembed))
+    trained = engine.run_state(RUN).trained_parameters()
+    generator = np.random.default_rng(0)
+    adapter = adapter or {n: generator.standard_normal(p.shape).astype(np.float32) for n, p in trained.items()}
+    with torch.no_grad():
+        for each, parameter in trained.items():
+            parameter.copy_(torch.from_numpy(adapter[each]))
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = [0]
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        made = whole(tensor)
+        alive.add(made)
+        most[0] = max(most[0], sum(each.nbytes for each in alive))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streamed_export, "whole", counted)
+        saved = engine.save_weights_for_sampler(RUN, name, merged=True, dtype="float32")
+    return {"adapter": adapter, "size": saved.size_bytes, "whole": most[0]}
 
 
 def go_on(

@@ -57,7 +57,7 @@ def main(socket: str, behaviour: str) -> None:
         sys.stdout.flush()
     for number, command in enumerate(trainer.commands(), start=1):
         if behaviour != "hangs-in-sampling":
-            executing.say(command.command_id)
+            executing.begin(command.command_id, "", None)
         if behaviour.startswith("hangs"):
             trainer.send(WorkerEvent(counters={"gradwire_worker_operations_total": 1}))
             time.sleep(600)
@@ -66,7 +66,7 @@ def main(socket: str, behaviour: str) -> None:
             sys.exit("out of memory")
         if behaviour == "exits-at-first-command":
             sys.exit("out of luck")
-        executing.say(0)
+        executing.end()
         trainer.send(answer(command, number))
 
 

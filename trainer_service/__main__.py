@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
 async def _serve(arguments: argparse.Namespace) -> int:
     from trainer_service.fleet.gpus import count_gpus, local_world_size
-    from trainer_service.fleet.mesh import check_mesh
+    from trainer_service.fleet.mesh import check_cut, check_mesh
     from trainer_service.fleet.supervisor import WorkerSupervisor
     from trainer_service.processes import told_to_stop, write_ready_file
     from trainer_service.trainer import TrainerServer
@@ -83,6 +83,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
         config.ranks.nproc_per_node, num_gpus=num_gpus, base_dtype=config.engine.base_dtype
     )
     check_mesh(config.ranks, local_world_size=nproc_per_node, nnodes=config.nodes.nnodes)
+    check_cut(config.engine, tp_size=config.ranks.tp_size)
     nodes = _nodes(config, num_gpus=num_gpus, local_world_size=nproc_per_node)
     if config.page_listen is not None:
         check_page(config.page_listen, guarded=guarded)

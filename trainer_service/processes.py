@@ -7,7 +7,7 @@
   when a forked sibling keeps the pipe open.
 * A rank may compute for minutes, so it asks the kernel for SIGKILL when its parent dies (`die_with_parent`). The kernel
   means the *thread* that forked, so this only works for parents that start children on their main thread, as the
-  trainer does.
+  trainer does. The first rank is left a second for its last words (`die_a_second_after_parent`).
 * `stop_child` ends the whole tree below a child, including sessions of its grandchildren.
 
 Each child leads its own session, so that Ctrl-C reaches only the program the user started, which then stops its
@@ -50,6 +50,22 @@ def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
     if os.getppid() != parent:
         # The parent died in between.
         os.kill(os.getpid(), sig)
+
+
+def die_a_second_after_parent() -> None:
+    """Asks the kernel to end this process a second after the thread that started it ends. Only on Linux.
+
+    Whatever this process is doing: the second is counted, and what ends it called, without Python. One that is stopped
+    (SIGSTOP) ends once it is continued.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    # A handler is called with the number of its signal; SIGHUP's is 1, and SIGALRM ends a process.
+    assert signal.SIGHUP == 1
+    libc.signal(signal.SIGHUP, ctypes.cast(libc.alarm, ctypes.c_void_p))
+    die_with_parent(signal.SIGHUP)
 
 
 async def start_child(

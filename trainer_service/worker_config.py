@@ -21,7 +21,9 @@ HEARTBEAT_INTERVAL_S = 1.0
 
 Checkpointing = Literal["auto", "on", "off"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
-BaseDtype = Literal["float32", "int8", "int4"]
+BaseDtype = Literal["auto", "float32", "bfloat16", "int8", "int4"]
+QUANTIZED = ("int8", "int4")
+"""Of BaseDtype those that bitsandbytes makes, on one rank."""
 Resharding = Literal["auto", "always", "never"]
 ProcessesPerNode = int | Literal["auto", "gpu"]
 """Ranks on each machine, or torchrun's words: "gpu" is as many as it has GPUs, "auto" 1 where it has none."""
@@ -45,9 +47,11 @@ class EngineSettings:
         "optimizer state are always float32",
     )
     base_dtype: BaseDtype = option(
-        "float32",
-        help="linear layers of the base model; in int8 or int4 they take a quarter or an eighth of the memory and are "
-        "frozen, so that only LoRA runs train; needs bitsandbytes",
+        "auto",
+        help="linear layers of the base model, and experts; in bfloat16 they take half the memory and are frozen, so "
+        "that only LoRA runs train. int8 and int4, of linear layers alone, take a quarter or an eighth and need "
+        "bitsandbytes. auto: bfloat16 for the copy beside which adapters train, where that loses nothing since the "
+        "model's files and products are in it; else float32",
     )
     max_pack_tokens: int = option(
         0,
@@ -76,6 +80,12 @@ class EngineSettings:
         help="with several ranks, whether a layer is gathered for each forward and each backward (always), or once for "
         "a batch, whose gradients are then summed over ranks once: less traffic, and a model's parameters and "
         "gradients whole on each rank meanwhile; auto: where they take a quarter of the memory at most",
+    )
+    sampling_reshard_after_forward: Resharding = option(
+        "auto",
+        help="with several ranks, whether each has what is sampled from whole (never), or layers are gathered for each "
+        "token (always): no room is needed, and it is slower; auto: the latter where the whole takes more than half of "
+        "the memory that training leaves",
     )
 
 

@@ -14,6 +14,8 @@ from gradwire.errors import UnavailableError
 from tests.cut_proxy import cut_proxy
 from tests.trainer_process import TrainerProcess, running_trainer
 from tests.training import all_logprobs, data, negative_log_likelihood
+from tests.waiting import wait_until
+from trainer_service.executing import noted_operation
 
 ADAM = AdamParams(learning_rate=1e-2)
 
@@ -123,12 +125,27 @@ def test_sigterm_answers_what_is_queued_and_exits_0(tiny_llama: Path, tmp_path: 
         service.close()
 
 
-def test_kill_9_of_the_trainer_leaves_no_process(tiny_llama: Path, tmp_path: Path):
-    with running_trainer(tiny_llama, tmp_path) as trainer:
-        trainer.wait_ready()
-        trainer.worker_pid()
+@pytest.mark.parametrize("at_once", [False, True], ids=["trainer", "both"])
+def test_kill_9_of_the_trainer_leaves_no_process_and_blames_an_operation_only_if_the_worker_dies_too(
+    at_once: bool, tiny_llama: Path, tmp_path: Path
+):
+    with (
+        running_trainer(tiny_llama, tmp_path) as trainer,
+        ServiceClient(trainer.base_url, timeout_s=90, reconnect_timeout_s=0.5) as service,
+    ):
+        client = service.create_training_client()
+        folder = tmp_path / "data" / "runs" / client.run_id
+        future = client.forward(data(*[16] * 4000))
+        wait_until(lambda: noted_operation(folder) == 1)
+        if at_once:
+            # Stopped, so that it does not count the death that comes first.
+            trainer.process.send_signal(signal.SIGSTOP)
+            os.kill(trainer.worker_pid(), signal.SIGKILL)
         trainer.process.kill()
         trainer.process.wait(10)
+        assert isinstance(future.exception(40), UnavailableError)
+    # running_trainer has seen the worker gone.
+    assert noted_operation(folder) == int(at_once)
 
 
 def test_a_connection_lost_while_idle_is_taken_up_quietly_by_the_next_call(

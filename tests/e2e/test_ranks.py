@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import signal
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from gradwire.errors import DeviceOutOfMemoryError, GradwireError
 from tests.chaos import Adversary, Loop, Trainer, left_behind, state_digests, undisturbed
 from tests.cut_proxy import cut_proxy
 from tests.full_disk import FileLimit
-from tests.trainer_process import TrainerProcess, running_trainer
+from tests.trainer_process import TrainerProcess, descendants, running_trainer
 from tests.training import data, negative_log_likelihood
 
 ADAM = AdamParams(learning_rate=1e-2)
@@ -63,6 +64,17 @@ def trainer(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield running
 
 
+def rank_pid(trainer: TrainerProcess, rank: int) -> int:
+    """Process id of a rank."""
+    wanted = f"RANK={rank}".encode()
+    pids = [
+        pid
+        for pid in descendants(trainer.process.pid)
+        if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    ]
+    return pids[0]
+
+
 def metric(trainer: TrainerProcess, name: str) -> float:
     with urllib.request.urlopen(f"http://{trainer.metrics_address}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
@@ -77,12 +89,15 @@ def test_the_trainer_says_how_many_ranks_it_has(trainer: TrainerProcess, service
         assert metric(trainer, f"gradwire_worker_{name}") == value
 
 
-def test_replicas_are_told_of_and_sample(tiny_llama: Path, tmp_path: Path):
-    arguments = ("--nproc-per-node", "4", "--dp-replicate-size", "2")
+@pytest.mark.parametrize("how", ["never", "always"])
+def test_replicas_are_told_of_and_sample(how: str, tiny_llama: Path, tmp_path: Path):
+    arguments = ("--nproc-per-node", "4", "--dp-replicate-size", "2", "--sampling-reshard-after-forward", how)
     with running_trainer(tiny_llama, tmp_path, *arguments) as running:
         running.wait_ready()
         with ServiceClient(running.base_url, timeout_s=60) as service:
-            mesh = service.get_server_info().models[0].mesh
+            (model,) = service.get_server_info().models
+            assert ("gathered anew" in model.sampling) == (how == "always")
+            mesh = model.mesh
             assert mesh == Mesh(world_size=4, local_world_size=4, nnodes=1, fsdp_size=2, dp_replicate_size=2)
             assert metric(running, "gradwire_worker_dp_replicate_size") == 2
             client = service.create_training_client()
@@ -98,6 +113,13 @@ def test_replicas_are_told_of_and_sample(tiny_llama: Path, tmp_path: Path):
             for sequence in sequences:
                 assert sequence.logprobs is not None
                 np.testing.assert_allclose(sequence.logprobs, np.array(told[2:], dtype=float), atol=1e-4)
+            # A rank that dies takes part in every forward, or has requests of its own: all begin again.
+            params = SamplingParams(max_tokens=40, seed=7, stop=[])
+            answer = sampler.sample(ModelInput.from_ints([5, 6]), 4, params)
+            os.kill(rank_pid(running, 3), signal.SIGKILL)
+            again = sampler.sample(ModelInput.from_ints([5, 6]), 4, params)
+            one, other = ([each.tokens for each in found.result(60).sequences] for found in (answer, again))
+            assert one == other
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from gradwire.types import AdamParams
+from transformers import AutoConfig
 
 from tests import rank_tasks
 from tests.engines import RUN, make_batch
@@ -22,7 +24,9 @@ GRADIENTS = 1e-6
 """Largest difference of a gradient, relative to its norm."""
 STEPS = 2e-5
 """Largest difference of a parameter after three steps, relative to how far it went. Adam divides by what is nearly zero
-where gradients are, and with them their rounding errors."""
+where gradients are, and with them their rounding errors. One rank that cuts packs otherwise is as far off."""
+SMOOTH_STEP = AdamParams(learning_rate=0.1, eps=0.1, grad_clip_norm=1.0)
+"""Does not: its eps is as large as gradients are."""
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,11 @@ def difference(one: Arrays, other: Arrays, scale: Arrays) -> float:
     assert one.keys() == other.keys()
     norm = np.linalg.norm
     return max(float(norm(one[name] - other[name]) / (norm(scale[name]) or 1.0)) for name in one)
+
+
+def together(tensors: Arrays) -> npt.NDArray[np.float64]:
+    """All of them as one vector."""
+    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)]).astype(np.float64)
 
 
 def check_equal(
@@ -101,6 +110,30 @@ def test_two_ranks_train_as_one_does(
     check_equal(two, folder_of(name, **changes), tmp_path, lora=lora)
 
 
+@pytest.mark.parametrize("name", ["Llama", "Qwen3Moe"])
+def test_adapters_beside_a_base_in_bfloat16_train_as_on_one_rank(
+    name: str, two: RankPool, folder_of: Callable[..., Path], tmp_path: Path
+):
+    check_equal(two, folder_of(name), tmp_path, lora=True, base_dtype="bfloat16")
+
+
+def test_a_base_in_bfloat16_takes_half_and_half_of_it_travels(
+    two: RankPool, folder_of: Callable[..., Path], tmp_path: Path
+):
+    folder = folder_of("Llama")
+    in_float32, halved = (
+        two.run(rank_tasks.kept, folder, tmp_path, base_dtype=each) for each in ("float32", "bfloat16")
+    )
+    config: Any = AutoConfig.from_pretrained(folder)
+    norms = (2 * config.num_hidden_layers) * config.hidden_size * 4
+    layers = sum(in_float32[0]["gathered"]) - max(in_float32[0]["gathered"])
+    # Norms stay as they are, as do the embedding and the head, which the root gathers once.
+    assert sum(halved[0]["gathered"]) - max(halved[0]["gathered"]) == norms + (layers - norms) // 2
+    saved = (layers - norms) // 2
+    assert in_float32[0]["whole"] - halved[0]["whole"] == saved
+    assert [one["held"] - other["held"] for one, other in zip(in_float32, halved, strict=True)] == [saved // 2] * 2
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_graphs_held_by_ranks_go_backward_in_any_order(lora: bool, two: RankPool, tiny_llama: Path, tmp_path: Path):
     found = check_equal(two, tiny_llama, tmp_path, lora=lora, custom=True)
@@ -133,6 +166,36 @@ def test_layers_gathered_in_bfloat16_compute_what_autocast_does(
 
 def test_three_ranks_most_of_which_have_nothing_to_do(three: RankPool, tiny_llama: Path, tmp_path: Path):
     check_equal(three, tiny_llama, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "world_size"),
+    [
+        ("Llama", False, 2),
+        ("Gemma2", False, 2),
+        ("Qwen3Moe", False, 2),
+        ("Llama", True, 2),
+        ("Qwen3Moe", True, 2),
+        ("Llama", False, 4),
+        ("Qwen3Moe", True, 4),
+    ],
+)
+def test_three_steps_of_ranks_end_where_one_rank_s_do_to_a_millionth_of_the_way(
+    name: str,
+    lora: bool,
+    world_size: int,
+    two: RankPool,
+    four: RankPool,
+    folder_of: Callable[..., Path],
+    tmp_path: Path,
+):
+    """Of all parameters together, where AdamW is smooth and steps are large beside what rounds them in float32."""
+    pool = two if world_size == 2 else four.with_replicas(2)
+    how = {"lora": lora, "params": SMOOTH_STEP, "max_pack_tokens": 20}
+    one = rank_tasks.train(Ranks(), folder_of(name), tmp_path / "one", UNEVEN, **how)
+    for many in pool.run(rank_tasks.train, folder_of(name), tmp_path / "many", UNEVEN, **how):
+        before, after, there = (together(found) for found in (one["before"], one["after"], many["after"]))
+        assert np.linalg.norm(there - after) < 1e-6 * np.linalg.norm(after - before)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +305,79 @@ def test_what_ranks_export_is_what_one_exports(two: RankPool, tiny_llama: Path, 
             assert difference(one, many, one) == 0
         else:
             assert (exports / "weights" / file).read_text() == (exports / "weights-of-one" / file).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "settings"),
+    [
+        ("Llama", {}, {}),
+        # The head gets an adapter of its own, and the embedding none.
+        ("Qwen3", {"tie_word_embeddings": True}, {"unembed": True}),
+        ("Qwen3Moe", {}, {"base_dtype": "bfloat16"}),
+    ],
+)
+def test_adapters_are_merged_a_whole_tensor_at_a_time_into_what_one_rank_merges(
+    name: str,
+    changes: dict[str, Any],
+    settings: dict[str, Any],
+    two: RankPool,
+    folder_of: Callable[..., Path],
+    tmp_path: Path,
+):
+    arguments = folder_of(name, **changes), tmp_path / "many"
+    leader, other = two.run(rank_tasks.merge, *arguments, "merged-2", **settings)
+    # That very adapter.
+    one = rank_tasks.merge(Ranks(), *arguments, "merged-1", adapter=leader["adapter"], **settings)
+    exports = tmp_path / "many" / "run-1" / "sampler_weights"
+    got, wanted = (rank_tasks.read(exports / each / "model.safetensors") for each in ("merged-2", "merged-1"))
+    assert difference(got, wanted, wanted) == 0
+    assert (exports / "merged-2" / "config.json").read_text() == (exports / "merged-1" / "config.json").read_text()
+    assert leader["size"] == other["size"] == one["size"]
+    # No more than the largest tensor is whole at a time.
+    assert leader["whole"] == other["whole"] == max(tensor.nbytes for tensor in wanted.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "settings"),
+    [
+        ("Llama", 2, {}),
+        ("Qwen3", 2, {"lora": True, "base_dtype": "bfloat16"}),
+        ("Qwen3Moe", 4, {"lora": True}),
+        ("Gemma2", 2, {}),
+        # Layers are gathered in bfloat16, norms with them, which are all ones here.
+        ("Llama", 2, {"lora": True, "compute_dtype": "bfloat16"}),
+        # Whose sequences are decoded one at a time.
+        ("Falcon", 2, {}),
+    ],
+)
+def test_what_is_sampled_in_parts_is_what_is_sampled_of_a_whole_model(
+    name: str,
+    world_size: int,
+    settings: dict[str, Any],
+    two: RankPool,
+    four: RankPool,
+    folder_of: Callable[..., Path],
+    tmp_path: Path,
+):
+    pool = two if world_size == 2 else four.with_replicas(2)
+    folder = folder_of(name)
+    prompts = [[5, 6, 7], [9] * 20, [8, 7]]
+    found = {
+        how: pool.run(
+            rank_tasks.sample, folder, tmp_path / how, prompts=prompts, sampling_reshard_after_forward=how, **settings
+        )
+        for how in ("never", "always")
+    }
+    whole, parts = (found[how][0]["answers"] for how in ("never", "always"))
+    assert len(whole) == 6
+    assert all(answer.keys() == {0, 1, "prompt"} for answer in whole.values())
+    assert parts == whole
+    assert [each["answers"] for each in found["always"][1:]] == [{}] * (world_size - 1)
+    assert all("gathered anew" in each["described"] for each in found["always"])
+    for each in found["always"]:
+        # Let go on all ranks together, once the last request of a closed sampler is done.
+        assert each["held"] == found["always"][0]["held"]
+        assert (each["held"][0], each["held"][-1]) == (3, 2)
 
 
 def test_a_state_that_does_not_fit_is_refused_by_all_ranks(

@@ -33,7 +33,7 @@ from trainer_service.engine.worker.inbox import Inbox
 from trainer_service.engine.worker.progress import told_of_progress
 from trainer_service.executing import Executing, leave_reason
 from trainer_service.logs import configure_logging
-from trainer_service.processes import die_with_parent
+from trainer_service.processes import die_a_second_after_parent, die_with_parent
 from trainer_service.worker_config import SPARE_VARIABLE, RankSettings, WorkerConfig
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ _LIBRARIES = (
 _LOWEST_PRIORITY = 19
 _ABANDON_S = 1.0
 """How long an operation may continue after the stream has ended, when nobody waits for it."""
+_ORPHAN_CHECK_S = 0.02
+"""How often it is looked meanwhile whether the trainer is gone, after which nothing may continue."""
 
 
 def main() -> int:
@@ -64,11 +66,14 @@ def main() -> int:
     # Whoever started us decides when we end: a Ctrl-C in the user's terminal is for the program in the foreground.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    die_with_parent()
+    follows = os.environ.get("RANK", "0") != "0"
+    if follows:
+        die_with_parent()
+    else:
+        die_a_second_after_parent()
     configure_logging(as_json=False)
     if os.environ.get(SPARE_VARIABLE) and not _wait_until_needed():
         return 0
-    follows = os.environ.get("RANK", "0") != "0"
     try:
         return _follow(socket, config) if follows else _lead(socket, config)
     except LeaderGoneError:
@@ -83,6 +88,17 @@ def main() -> int:
 
 
 def _lead(socket: str, config: WorkerConfig) -> int:
+    parent = os.getppid()
+    executing = Executing(socket)
+    try:
+        return _lead_for(socket, config, executing, parent)
+    finally:
+        if os.getppid() != parent:
+            # The other ranks died with the trainer, and this one of that.
+            executing.withdraw()
+
+
+def _lead_for(socket: str, config: WorkerConfig, executing: Executing, parent: int) -> int:
     try:
         trainer = TrainerConnection(socket, max_message_bytes=Limits().max_message_bytes)
     except OSError as exc:
@@ -98,7 +114,8 @@ def _lead(socket: str, config: WorkerConfig) -> int:
             )
         )
     )
-    threading.Thread(target=_abandon, args=(trainer,), name="stream-end", daemon=True).start()
+    arguments = (trainer, executing, parent)
+    threading.Thread(target=_abandon, args=arguments, name="stream-end", daemon=True).start()
     try:
         ranks = _ranks(config, lambda text: trainer.send(WorkerEvent(loading=text)))
         with _nothing_collected():
@@ -111,7 +128,7 @@ def _lead(socket: str, config: WorkerConfig) -> int:
     logger.info("Ready.", extra={"fields": {"base_model": engine.model.base_model, "device": engine.model.device}})
     from trainer_service.engine.worker.device_loop import told_to_all
 
-    loop = _device_loop(socket, engine, sampling, trainer.send, told_to_all(trainer.commands(), ranks))
+    loop = _device_loop(engine, sampling, trainer.send, told_to_all(trainer.commands(), ranks), executing=executing)
     loop.lead(trainer.send, trainer.ended.is_set)
     trainer.finish()
     logger.info("The trainer ended the stream.", extra={"fields": {"how": trainer.describe_end()}})
@@ -132,7 +149,7 @@ def _follow(socket: str, config: WorkerConfig) -> int:
         return 1
     from trainer_service.engine.worker.device_loop import told_by_leader
 
-    loop = _device_loop(socket, engine, sampling, _says_nothing, told_by_leader(ranks), outbox)
+    loop = _device_loop(engine, sampling, _says_nothing, told_by_leader(ranks), outbox=outbox)
     loop.follow()
     return 0
 
@@ -291,7 +308,7 @@ def _ready(engine: "Engine", sampling: "Sampling", mesh: Mesh) -> WorkerEvent:
                 dtype=model.dtype,
                 device=model.device,
                 batching=engine.traits.batching,
-                sampling=sampling.decoding.described,
+                sampling=sampling.described,
                 mesh=mesh,
             ),
             losses=[
@@ -324,18 +341,19 @@ def _give_up(trainer: TrainerConnection, exc: Exception) -> int:
 
 
 def _device_loop(
-    socket: str,
     engine: "Engine",
     sampling: "Sampling",
     send: Send,
     raw: Iterable[WorkerCommand],
+    *,
+    executing: Executing | None = None,
     outbox: list[WorkerEvent] | None = None,
 ) -> "DeviceLoop":
     """What executes commands on this rank, and the threads that read and prepare them."""
     from trainer_service.engine.worker.commands import Commands, overtakes, quickly_prepared
     from trainer_service.engine.worker.device_loop import DeviceLoop
 
-    commands = Commands(engine, send, sampling)
+    commands = Commands(engine, send, sampling, executing)
     inbox = Inbox(commands.prepare, overtakes, quick=quickly_prepared)
 
     def read() -> None:
@@ -351,15 +369,18 @@ def _device_loop(
         inbox=inbox,
         commands=commands,
         sampling=sampling,
-        executing=Executing(socket) if engine.ranks.leads else None,
+        executing=executing,
         outbox=[] if outbox is None else outbox,
     )
 
 
-def _abandon(trainer: TrainerConnection) -> None:
+def _abandon(trainer: TrainerConnection, executing: Executing, parent: int) -> None:
     """Ends the process, even during an operation, once nobody is left to answer."""
     trainer.ended.wait()
-    threading.Event().wait(_ABANDON_S)
+    executing.withdraw()
+    end_s = time.monotonic() + _ABANDON_S
+    while time.monotonic() < end_s and os.getppid() == parent:
+        time.sleep(_ORPHAN_CHECK_S)
     logger.info("The trainer is gone.", extra={"fields": {"how": trainer.describe_end()}})
     _exit(0 if trainer.ended_cleanly() else 1)
 

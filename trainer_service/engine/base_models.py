@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from trainer_service.adapter_folders import starred
 from trainer_service.engine.models import lora
 from trainer_service.engine.models.adapter_files import load_adapter
-from trainer_service.engine.models.lora import LoraSettings
+from trainer_service.engine.models.lora import LoraSettings, MergedParts
 from trainer_service.engine.models.lora_experts import adapted_weights
 from trainer_service.engine.models.lora_targets import Targets
 from trainer_service.engine.optim import AdamW
@@ -36,7 +36,7 @@ class BaseModels:
     A copy is in one of five states. Of the first four there is at most one copy each:
 
         unused      loaded, and not used
-        shared      frozen; adapters train beside it, and it is read
+        shared      frozen, and perhaps in half the memory; adapters train beside it, and it is read
         lent        loaded only for reading; it lives as long as its readers
         unchanged   of a run that trains all parameters, while they still equal the base model's; it is also read
         changed     of a run that trains all parameters, from its first change on, or while another is lent or unchanged
@@ -54,6 +54,7 @@ class BaseModels:
         base_model: Its name.
         first: A loaded copy, for the first run.
         load: Loads another copy.
+        for_adapters: Of a frozen copy, makes the one beside which adapters train; it may be the same.
         targets: What of it an adapter can be put beside.
         ranks: Share the models.
     """
@@ -64,12 +65,14 @@ class BaseModels:
         *,
         first: PreTrainedModel,
         load: Callable[[], PreTrainedModel],
+        for_adapters: Callable[[PreTrainedModel], PreTrainedModel],
         targets: Targets,
         ranks: Ranks,
     ) -> None:
         self._ranks = ranks
         self._base_model = base_model
         self._load = load
+        self._for_adapters = for_adapters
         self._unused: PreTrainedModel | None = first
         self._shared: PreTrainedModel | None = None
         self._lent: _Weak = _nothing
@@ -132,7 +135,7 @@ class BaseModels:
         if self._unchanged() is run.model:
             self._unchanged = _nothing
 
-    def merged(self, run: RunState) -> PreTrainedModel:
+    def merged(self, run: RunState) -> PreTrainedModel | MergedParts:
         """A model with the run's adapter in its weights."""
         assert self._shared is not None
         return lora.merged(self._shared, run.model)
@@ -146,7 +149,9 @@ class BaseModels:
         if base is None:
             base, self._unused = self._unused or self._lent() or self._load(), None
             lora.freeze(base)
-            self._shared = base
+            base = self._shared = self._for_adapters(base)
+            if self._ranks.world_size > 1:
+                free_cycles()
         self._sharing.add(run_id)
         try:
             adapter = make(base)

@@ -25,12 +25,13 @@ from trainer_service.engine.base_models import BaseModels
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.device import Device, out_of_memory
 from trainer_service.engine.losses.loss import Loss
-from trainer_service.engine.memory import training_bytes
+from trainer_service.engine.memory import parameter_bytes, training_bytes
 from trainer_service.engine.microbatch import ModelSize, plan_forwards
+from trainer_service.engine.models.base_dtype import KeptBase
 from trainer_service.engine.models.load import describe
 from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.models.lora_targets import find_targets
-from trainer_service.engine.models.quantized import check_base_dtype, held_bytes, quantize
+from trainer_service.engine.models.quantized import held_bytes
 from trainer_service.engine.models.source import ModelSource
 from trainer_service.engine.parallel.sharding import free_cycles, readable, reshard
 from trainer_service.engine.passes import ForwardResult, Passes, Staged
@@ -38,7 +39,7 @@ from trainer_service.engine.rank_channels import Ranks
 from trainer_service.engine.run_state import HeldGraph, RunState
 from trainer_service.engine.storage.checkpoints import Checkpoints, Label, SavedCheckpoint
 from trainer_service.engine.storage.snapshots import restore_snapshot
-from trainer_service.worker_config import BaseDtype, EngineSettings
+from trainer_service.worker_config import EngineSettings
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -92,41 +93,48 @@ class Engine:
         self.folder = model_folder.fetch(base_model)
         """Where the base model's files are."""
         settings = settings or EngineSettings()
-        self._base_dtype: BaseDtype = settings.base_dtype
-        check_base_dtype(self._base_dtype, device.torch_device, world_size=self.ranks.world_size)
+        kept = self._kept = KeptBase(settings.base_dtype, device, self.folder, self.ranks)
         self.source = ModelSource(base_model, self.folder, device, self.ranks, findings_folder)
         """Where its models come from."""
         described = describe(self.source.example, base_model=name, device=device, max_context_length=max_context_length)
-        self.model = replace(described, dtype=self._base_dtype)
+        self.model = replace(described, dtype=kept.dtype)
         """What is trained, for GetServerInfo."""
         self._checkpoints = Checkpoints(checkpoint_dir, self.model, self.folder, self.ranks.execution)
         self.traits = self.source.find_traits(max_context_length=self.model.max_context_length)
         """What the architecture allows."""
         plan = functools.partial(self._plan_passes, settings, self.source.example.config.get_text_config().vocab_size)
-        plan(training_bytes(-(-self.model.num_parameters // (self.ranks.fsdp_size * self.ranks.tp_size))))
+        own = -(-(total := described.num_parameters) // (self.ranks.fsdp_size * self.ranks.tp_size))
+        plan(training_bytes(own), parameter_bytes(total))
         first = self.source.load()
         self.lora_targets = find_targets(first, lambda: self._try_forward(first))
         """What LoRA runs can adapt."""
         # What that forward gathered without gradients is not what a pass may train.
         reshard(first)
-        self._quantize(first)
-        if self._base_dtype != "float32":
-            plan(held_bytes(first))
-        targets = self.lora_targets
-        self._base_models = BaseModels(name, first=first, load=self._load_base, targets=targets, ranks=self.ranks)
+        first = kept.copy(first, self.lora_targets)
+        if not kept.trains:
+            free_cycles()
+            plan(held_bytes(first), held_bytes(first) * self.ranks.fsdp_size)
+        self._base_models = BaseModels(
+            name,
+            first=first,
+            load=lambda: kept.copy(self.source.load(), self.lora_targets),
+            for_adapters=lambda model: kept.shared_copy(model, self.lora_targets),
+            targets=self.lora_targets,
+            ranks=self.ranks,
+        )
         self._runs: dict[str, RunState] = {}
         self._adapter_offload = AdapterOffload(self.memory.max_device_adapter_bytes, self.counters)
         self.before_change: Callable[[PreTrainedModel], object] = lambda model: None
         """Called before the parameters of a model change, since samplers may be reading them."""
 
     def base_model(self) -> PreTrainedModel:
-        """The base model, for reading: a copy that no run has changed, loaded if there is none; whole."""
+        """The base model, for reading: a copy that no run has changed, loaded if there is none; see `_readable`."""
         what = f"the base model's {self.model.num_parameters} parameters"
-        return self._attempt(lambda: readable(self._base_models.base_model()), what=what)
+        return self._attempt(lambda: self._readable(self._base_models.base_model()), what=what)
 
     def adapted_model(self, folder: Path) -> PreTrainedModel:
         """The base model with the adapter in a folder, for reading."""
-        return self._attempt(lambda: readable(self._base_models.adapted_model(folder)), what="an adapter")
+        return self._attempt(lambda: self._readable(self._base_models.adapted_model(folder)), what="an adapter")
 
     def create_run(self, run_id: str, *, lora: LoraSettings | None = None, adapter: str = "") -> None:
         """Creates a run with its own copy of the base model's parameters, or with an adapter beside a shared copy.
@@ -144,10 +152,10 @@ class Engine:
             text = f"This trainer holds {len(self._runs)} runs, its limit; delete one first."
             raise error("LIMIT_EXCEEDED", text, limit=self.limits.max_runs, got=len(self._runs) + 1)
         assert run_id not in self._runs
-        if self._base_dtype != "float32" and lora is None and not adapter:
+        if not self._kept.trains and lora is None and not adapter:
             raise invalid_field(
                 "lora_rank",
-                f"is 0, which trains all parameters, but this trainer keeps its base model in {self._base_dtype} "
+                f"is 0, which trains all parameters, but this trainer keeps its base model in {self._kept.dtype} "
                 "(--base-dtype), where only LoRA runs train; set lora_rank.",
             )
 
@@ -362,9 +370,9 @@ class Engine:
         return step
 
     def live_model(self, run_id: str) -> PreTrainedModel:
-        """A run's own model, for reading until it changes; see before_change. A whole copy, if that is in parts."""
+        """A run's own model, for reading until it changes; see before_change, `_readable`."""
         run = self._run(run_id)
-        model = readable(run.model)
+        model = self._readable(run.model)
         run.being_read = model is run.model
         return model
 
@@ -376,26 +384,21 @@ class Engine:
         """
         return self._run(run_id)
 
-    def _plan_passes(self, settings: EngineSettings, vocab_size: int, model_bytes: int) -> None:
+    def _plan_passes(self, settings: EngineSettings, vocab_size: int, model_bytes: int, whole_bytes: int) -> None:
         """Divides what a model of so many bytes leaves of memory, alike on all ranks."""
-        size = ModelSize(self.model.num_parameters, model_bytes, vocab_size)
+        size = ModelSize(self.model.num_parameters, model_bytes, whole_bytes, vocab_size)
         forwards = plan_forwards(self.device, self.traits, settings, self.ranks, size)
         self.memory, self._passes = forwards.memory, Passes(forwards, self.counters, self._held_graphs, self.ranks)
 
-    def _load_base(self) -> PreTrainedModel:
-        return self._quantize(self.source.load())
-
-    def _quantize(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Keeps the layers beside which adapters can train in as few bits as the trainer's owner wants."""
-        targets = self.lora_targets
-        quantize(model, {*targets.attn, *targets.mlp} - targets.stacked, self._base_dtype)
-        return model
-
     def _try_forward(self, model: PreTrainedModel) -> None:
         """A forward of two tokens, as in training."""
-        batch = Batch(np.zeros(2, dtype=np.int32), np.array([0, 2]), {"target_tokens": np.zeros(2, dtype=np.int64)})
-        for microbatch in self._passes.stage(batch).on_device().microbatches:
+        two = Batch(np.zeros(2, dtype=np.int32), np.array([0, 2]), {"target_tokens": np.zeros(2, dtype=np.int64)})
+        for microbatch in self._passes.stage(two).on_device().microbatches:
             microbatch.logprobs(model)
+
+    def _readable(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A model to sample from; of one in parts a copy, whole where there is room."""
+        return readable(model, in_parts=self.memory.samples_in_parts)
 
     def _will_change(self, run: RunState) -> None:
         self._base_models.will_change(run)

@@ -14,6 +14,8 @@ _ONE_PASS = 0.25
 """Fraction of the memory for activations that is for the pass under way; graphs of custom losses may hold the rest."""
 _GATHERED = 0.25
 """Fraction of what the model leaves up to which "auto" has whole parameters and gradients while a batch is computed."""
+_SAMPLED = 0.5
+"""Fraction of the rest up to which "auto" has a whole model on each rank to sample from."""
 _MIN_PACK_TOKENS, _MAX_PACK_TOKENS = 256, 8192
 """Smaller packs leave cores idle, larger ones are no faster."""
 _MIN_ACTIVATION_BYTES = 256 << 20
@@ -34,6 +36,7 @@ class MemoryPlan:
         pass_bytes: What the activations of one forward may take before "auto" checkpoints them.
         logits_bytes: What logits kept for backward may take.
         keeps_gathered: Whether what ranks gather of a model stays until the end of a batch.
+        samples_in_parts: Whether what is sampled from stays in parts, and is gathered layer by layer.
     """
 
     max_pack_tokens: int
@@ -42,11 +45,17 @@ class MemoryPlan:
     pass_bytes: int
     logits_bytes: int
     keeps_gathered: bool = False
+    samples_in_parts: bool = False
 
 
 def training_bytes(num_parameters: int) -> int:
     """What parameters take that train, with their gradients and optimizer state."""
     return _FLOATS_PER_PARAMETER * _FLOAT_BYTES * num_parameters
+
+
+def parameter_bytes(num_parameters: int) -> int:
+    """What parameters take in float32."""
+    return _FLOAT_BYTES * num_parameters
 
 
 def gathered_bytes(num_parameters: int) -> int:
@@ -55,7 +64,13 @@ def gathered_bytes(num_parameters: int) -> int:
 
 
 def plan_memory(
-    device: Device, traits: Traits, settings: EngineSettings, *, model_bytes: int, gathered_bytes: int = 0
+    device: Device,
+    traits: Traits,
+    settings: EngineSettings,
+    *,
+    model_bytes: int,
+    gathered_bytes: int = 0,
+    sampled_bytes: int = 0,
 ) -> MemoryPlan:
     """Budgets for a model, the same at every start on the same machine.
 
@@ -65,6 +80,7 @@ def plan_memory(
         settings: Settings that replace what is decided here.
         model_bytes: What comes first: a model's parameters, and what they need to train if they do.
         gathered_bytes: Of a model in parts, what would be gathered of it during a batch; 0 where it is whole.
+        sampled_bytes: Of a model in parts, what it takes whole to sample from; 0 where it is whole.
     """
     free = device.total_bytes() - model_bytes
     keeps_gathered = settings.fsdp_reshard_after_forward == "never"
@@ -72,6 +88,9 @@ def plan_memory(
         keeps_gathered = 0 < gathered_bytes <= _GATHERED * free
     if keeps_gathered:
         free -= gathered_bytes
+    fits = settings.sampling_reshard_after_forward == "never"
+    if settings.sampling_reshard_after_forward == "auto":
+        fits = sampled_bytes <= _SAMPLED * free
     activations = max(_MIN_ACTIVATION_BYTES, int(free * _ACTIVATIONS))
     pass_bytes = int(activations * _ONE_PASS)
     token_bytes = held_bytes_per_token(traits, settings.activation_checkpointing == "on")
@@ -84,6 +103,7 @@ def plan_memory(
         pass_bytes=pass_bytes,
         logits_bytes=pass_bytes // 2,
         keeps_gathered=keeps_gathered,
+        samples_in_parts=sampled_bytes > 0 and not fits,
     )
 
 

@@ -77,18 +77,27 @@ class ModelSize:
     Attributes:
         num_parameters: Of the whole model.
         model_bytes: What this rank's part takes before anything runs; see plan_memory.
+        whole_bytes: What all its parameters take, as they are kept.
         vocab_size: Logits a token.
     """
 
     num_parameters: int
     model_bytes: int
+    whole_bytes: int
     vocab_size: int
 
 
 def plan_forwards(device: Device, traits: Traits, settings: EngineSettings, ranks: Ranks, size: ModelSize) -> Forwards:
     """Forwards with their memory divided alike on all ranks, all of which call this; see plan_memory."""
     gathered = 0 if ranks.world_size == 1 else gathered_bytes(size.num_parameters // ranks.tp_size)
-    plan = plan_memory(device, traits, settings, model_bytes=size.model_bytes, gathered_bytes=gathered)
+    plan = plan_memory(
+        device,
+        traits,
+        settings,
+        model_bytes=size.model_bytes,
+        gathered_bytes=gathered,
+        sampled_bytes=0 if ranks.fsdp_size == 1 or ranks.tp_size > 1 else size.whole_bytes,
+    )
     memory = MemoryPlan(**ranks.execution.tell(asdict(plan)))
     return Forwards(device, traits, memory, settings.activation_checkpointing, size.vocab_size)
 

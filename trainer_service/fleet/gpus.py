@@ -6,7 +6,7 @@ import sys
 from asyncio.subprocess import DEVNULL, PIPE
 
 from trainer_service.command_lines import SettingsError
-from trainer_service.worker_config import BaseDtype, ProcessesPerNode
+from trainer_service.worker_config import QUANTIZED, BaseDtype, ProcessesPerNode
 
 _DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Of NVIDIA, of AMD, and of either below WSL; without one there is no GPU, and nothing to ask."""
@@ -35,13 +35,13 @@ def local_world_size(asked: ProcessesPerNode, *, num_gpus: int, base_dtype: Base
     Args:
         asked: --nproc-per-node.
         num_gpus: GPUs of this machine; 0 computes on the CPU.
-        base_dtype: --base-dtype; what is not float32 is for one rank.
+        base_dtype: --base-dtype; what is quantised is for one rank.
 
     Raises:
         SettingsError: There are no GPUs, or fewer than ranks.
     """
     if asked == "auto":
-        return num_gpus if num_gpus and base_dtype == "float32" else 1
+        return num_gpus if num_gpus and base_dtype not in QUANTIZED else 1
     if asked == "gpu" and not num_gpus:
         raise SettingsError(
             "--nproc-per-node is gpu, and this machine has no GPU; give a number to compute on the CPU."

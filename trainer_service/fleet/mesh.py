@@ -1,7 +1,7 @@
 """How ranks are arranged: checked before any is started."""
 
 from trainer_service.command_lines import SettingsError
-from trainer_service.worker_config import RankSettings
+from trainer_service.worker_config import EngineSettings, RankSettings
 
 
 def check_mesh(settings: RankSettings, *, local_world_size: int, nnodes: int) -> None:
@@ -46,6 +46,26 @@ def check_mesh(settings: RankSettings, *, local_world_size: int, nnodes: int) ->
         if tp_size > 1:
             product += f" times --tp-size {tp_size}"
         raise SettingsError(f"{product} is {size * times * tp_size}, and {have}; give {instead}.")
+
+
+def check_cut(settings: EngineSettings, *, tp_size: int) -> None:
+    """Refuses what does not go with layers that are cut.
+
+    Raises:
+        SettingsError: Says what does.
+    """
+    if tp_size == 1:
+        return
+    if settings.base_dtype == "bfloat16":
+        raise SettingsError(
+            f"--base-dtype is bfloat16, and --tp-size {tp_size}; layers that are cut are kept in float32: give "
+            "--base-dtype float32, or --fsdp-size in place of --tp-size."
+        )
+    if settings.sampling_reshard_after_forward == "always":
+        raise SettingsError(
+            f"--sampling-reshard-after-forward is always, and --tp-size {tp_size}; layers that are cut are gathered "
+            "for sampling: give never or auto, or --fsdp-size in place of --tp-size."
+        )
 
 
 def _divisors(number: int) -> str:

@@ -113,7 +113,7 @@ async def fork(
     Raises:
         GradwireError: As recovery.restore. The caller then deletes the new run from the worker.
     """
-    await restore(worker, source_run_id, request, source, up_to=seq_id, as_run=run_id)
+    await restore(worker, source_run_id, request, source, up_to=seq_id, as_run=run_id, run_folder=folder)
     first = WorkerSnapshotRun(folder=str(snapshot_folder(folder, 0)))
     await call(worker, WorkerCommand(run_id=run_id, snapshot_run=first))
 

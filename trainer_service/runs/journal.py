@@ -41,6 +41,7 @@ CHECKPOINT_PAGES = 512
 """Pages of the log after which SQLite copies it into the file."""
 _FORMAT = "2"
 _FORMATS = ("1", _FORMAT)
+# `attempts` has Row.deaths; the name is older, and older journals are read.
 _SCHEMA = f"""
 CREATE TABLE run (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE operations (
@@ -58,10 +59,6 @@ _BUSY_TIMEOUT_S = 30.0
 """How long a reader may hold up the writer; no reader of ours takes this long."""
 _CHUNK_BYTES = 16 * 1024 * 1024
 _CHUNK_ROWS = 256
-
-
-NO_DEATHS = -1
-"""Row.attempts of an operation that a trainer left to the next when it was stopped."""
 
 
 class DamagedJournal(Exception):
@@ -95,9 +92,8 @@ class Row:
     seq_id: int
     kind: str
     digest: bytes
-    attempts: int
-    """Times it was sent to a worker after a death that it may have caused, including the first time. 0: it is not known
-    whether it was sent; NO_DEATHS: it cannot have caused a death."""
+    deaths: int
+    """Workers that died while they executed it, as far as trainers have counted."""
     request: bytes
     """Encoded TrainRequest; empty if there was no room for it, unless it is a cancel, which is small."""
     reason: str | None
@@ -269,8 +265,9 @@ def read(folder: Path, db: sqlite3.Connection, after: int, *, up_to: int | None 
             "LEFT JOIN outcomes a USING (seq_id) WHERE o.seq_id > ? AND o.seq_id <= ? ORDER BY o.seq_id LIMIT ?",
             (after, 2**62 if up_to is None else up_to, _CHUNK_ROWS),
         ):
-            seq_id, kind, digest, attempts, request, reason, answer, large_bytes = row
-            rows.append(Row(seq_id, kind, digest, attempts, request, reason, answer or b""))
+            seq_id, kind, digest, deaths, request, reason, answer, large_bytes = row
+            # Older trainers wrote -1 for some that had caused none.
+            rows.append(Row(seq_id, kind, digest, max(0, deaths), request, reason, answer or b""))
             size_bytes += len(request) + len(answer or b"") + large_bytes
             if size_bytes > _CHUNK_BYTES:
                 break
@@ -373,9 +370,9 @@ def insert_outcome(
         db.execute("UPDATE run SET value = ? WHERE name = 'step'", (step,))
 
 
-def set_attempts(db: sqlite3.Connection, seq_id: int, attempts: int) -> None:
-    """Remembers how often an operation was tried."""
-    db.execute("UPDATE operations SET attempts = ? WHERE seq_id = ?", (attempts, seq_id))
+def set_deaths(db: sqlite3.Connection, seq_id: int, deaths: int) -> None:
+    """Remembers how many workers died while they executed an operation."""
+    db.execute("UPDATE operations SET attempts = ? WHERE seq_id = ?", (deaths, seq_id))
 
 
 def prune(db: sqlite3.Connection, retention: Retention, *, snapshot_seq_id: int) -> None:

@@ -21,6 +21,7 @@ from gradwire.errors import GradwireError, error
 from gradwire.v1.trainer_service_pb2 import TrainResponse
 
 from trainer_service.config import Retention, Sync
+from trainer_service.executing import remove_note
 from trainer_service.runs import journal
 from trainer_service.runs.journal_contents import Contents
 from trainer_service.runs.operation import Operation
@@ -210,9 +211,15 @@ class Journal:
         """Writes anything else, in order."""
         self._writer.submit(_Entry(self, write, written))
 
-    def set_attempts(self, seq_id: int, attempts: int) -> None:
-        """Remembers how often an operation was tried."""
-        self.write(lambda db: journal.set_attempts(db, seq_id, attempts))
+    def set_deaths(self, seq_id: int, deaths: int) -> None:
+        """Remembers how many workers died while they executed an operation, for which the last one's note is removed: a
+        trainer killed right now at most counts one death too few."""
+
+        def write(db: sqlite3.Connection) -> None:
+            remove_note(self.folder)
+            journal.set_deaths(db, seq_id, deaths)
+
+        self.write(write)
 
     @property
     def being_read(self) -> bool:

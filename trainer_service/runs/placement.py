@@ -18,11 +18,12 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerDeleteRun, Worke
 
 from trainer_service.atomic_folders import settle
 from trainer_service.config import SnapshotPolicy
+from trainer_service.executing import remove_note
 from trainer_service.fleet.calls import call
 from trainer_service.fleet.worker import Died, Reply, Worker
 from trainer_service.runs.disk import has_no_room
 from trainer_service.runs.frozen_weights import FrozenWeights
-from trainer_service.runs.journal import NO_DEATHS, Record
+from trainer_service.runs.journal import Record
 from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.recovery import NO_ROOM, Restored, fail_command, find_source, restore
 from trainer_service.runs.sequence import Entry
@@ -31,7 +32,7 @@ from trainer_service.runs.snapshots import Snapshotter, list_snapshots
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 3
-"""Deaths of the worker during one operation after which the operation is given up; during a run's replay, the run."""
+"""Deaths of the worker while it executed one operation after which that is given up; during a run's replay, the run."""
 _MAX_DISK_FAILURES = 3
 """Failures to read a run's files after which the run is lost. With a full disk it waits instead."""
 _DISK_RETRY_S = 1.0
@@ -147,9 +148,16 @@ class Placement:
         """Last operation before the unfinished ones."""
         return next(iter(self._undone), self._last_seq_id + 1) - 1
 
-    def take_up(self, entry: Entry) -> None:
-        """Takes over an operation that an earlier trainer wrote to the journal; in order, before anything is sent."""
+    def take_up(self, entry: Entry, *, died: bool) -> None:
+        """Takes over an operation that an earlier trainer wrote to the journal; in order, before anything is sent.
+
+        Args:
+            entry: The operation.
+            died: Whether the worker executed it when it died, and the trainer did not live to count that.
+        """
         self._undone[entry.seq_id] = entry
+        if died:
+            self._count_death(entry)
 
     def send(self, entry: Entry) -> None:
         """Sends an operation that is on disk, or has the run restored for it. Called in order."""
@@ -253,10 +261,8 @@ class Placement:
             self._restoring.cancel()
             await asyncio.gather(self._restoring, return_exceptions=True)
         self._snapshotter.cancel()
-        first = next((entry for entry in self._undone.values() if entry.failure is None), None)
-        if first is not None:
-            # Otherwise the next trainer would blame the operation for this stop, as for a death.
-            self._journal.set_attempts(first.seq_id, first.attempts or NO_DEATHS)
+        # A worker that had to be killed has left one; the next trainer would blame the operation for that.
+        await asyncio.to_thread(remove_note, self._journal.folder)
         await self._journal.close()
 
     async def close(self, gone: GradwireError) -> None:
@@ -298,6 +304,7 @@ class Placement:
             # It stays undone. Only a death during its own execution counts against it.
             if outcome.executing:
                 entry.deaths_s.append(time.perf_counter())
+                self._count_death(entry)
             else:
                 entry.attempts -= 1
             if outcome.because is not None:
@@ -310,6 +317,10 @@ class Placement:
                 self.frozen.made([entry.seq_id])
             entry.memory_bytes = outcome.event.counters.get("gradwire_worker_memory_bytes", 0.0)
             self._owner.done(entry, response, outcome.encoded_response)
+
+    def _count_death(self, entry: Entry) -> None:
+        entry.deaths += 1
+        self._journal.set_deaths(entry.seq_id, entry.deaths)
 
     def _send_failure(self, entry: Entry, failure: GradwireError) -> None:
         request, seq_id = entry.operation.request, entry.seq_id
@@ -377,10 +388,20 @@ class Placement:
         if (asked := self.frozen.oldest_asked) is not None:
             source = source.reaching(asked)
         refreeze = self.frozen.wanted
-        restored = await restore(self._worker, self._run_id, self._request, source, up_to=up_to, refreeze=refreeze)
-        await self._judge_first()
+        restored = await restore(
+            self._worker,
+            self._run_id,
+            self._request,
+            source,
+            up_to=up_to,
+            run_folder=self._journal.folder,
+            refreeze=refreeze,
+        )
         if self.epoch != epoch:
             return
+        for entry in self._undone.values():
+            if entry.deaths >= MAX_DEATHS:
+                self._fail(entry, _poisoned(entry, self._run_id))
         self._replay_deaths = self._disk_failures = 0
         self.frozen.made(restored.frozen)
         self.live, self.has_place, self._forgetting = True, True, False
@@ -393,19 +414,6 @@ class Placement:
         fields = {"run_id": self._run_id, "snapshot": restored.snapshot_seq_id, "replayed": restored.replayed}
         fields |= {"load_s": round(restored.load_s, 3), "replay_s": round(restored.replay_s, 3)}
         logger.info("Run restored.", extra={"fields": fields})
-
-    async def _judge_first(self) -> None:
-        """Gives up the next operation if the worker died too often while executing it; else counts this attempt."""
-        for entry in list(self._undone.values()):
-            if entry.failure is not None:
-                continue
-            if entry.attempts >= MAX_DEATHS:
-                self._fail(entry, _poisoned(entry, self._run_id))
-                continue
-            # On disk before it is tried, since it may kill the trainer too.
-            self._journal.set_attempts(entry.seq_id, entry.attempts + 1)
-            await self._journal.flush()
-            return
 
     def _restored(self, task: "asyncio.Task[None]") -> None:
         self._restoring = None
@@ -439,9 +447,9 @@ class Placement:
 def _poisoned(entry: Entry, run_id: str) -> GradwireError:
     return error(
         "OPERATION_POISONED",
-        f"Operation {entry.seq_id} ({entry.kind}) of {run_id} was given up: the worker died {entry.attempts} times "
+        f"Operation {entry.seq_id} ({entry.kind}) of {run_id} was given up: the worker died {entry.deaths} times "
         "while executing it. The run is as it was before this call, and continues; the trainer's log has the cause of "
         "each death. Send less at once, or other data.",
         seq_id=entry.seq_id,
-        deaths=entry.attempts,
+        deaths=entry.deaths,
     )

@@ -118,6 +118,7 @@ async def restore(
     *,
     up_to: int,
     as_run: str = "",
+    run_folder: Path | None = None,
     refreeze: Collection[int] = (),
 ) -> Restored:
     """Makes the worker hold a run as it was after operation `up_to`.
@@ -129,6 +130,7 @@ async def restore(
         source: What its state is recovered from.
         up_to: A seq_id; 0 for a run without operations.
         as_run: The run_id the worker holds it under; "" for its own.
+        run_folder: Where the worker notes which of its operations it executes; None for a copy that executes none.
         refreeze: seq_ids of frozen weights that the worker gets again, of those behind where the replay starts.
 
     Raises:
@@ -138,7 +140,7 @@ async def restore(
     """
     as_run = as_run or run_id
     start_s = time.monotonic()
-    snapshot_seq_id = await load(worker, as_run, request, source, up_to=up_to)
+    snapshot_seq_id = await load(worker, as_run, request, source, up_to=up_to, run_folder=run_folder)
     loaded_s = time.monotonic()
     replayed, loaded = 0, False
     ahead: deque[asyncio.Future[Reply | Died]] = deque()
@@ -177,14 +179,23 @@ async def rows(folder: Path, after: int, *, up_to: int) -> AsyncIterator[Row]:
             yield row
 
 
-async def load(worker: Worker, run_id: str, request: CreateRunRequest, source: Source, *, up_to: int) -> int:
+async def load(
+    worker: Worker,
+    run_id: str,
+    request: CreateRunRequest,
+    source: Source,
+    *,
+    up_to: int,
+    run_folder: Path | None = None,
+) -> int:
     """Makes the run from the newest snapshot that loads, or from the base model. Returns the seq_id it is at."""
     failures: list[str] = []
+    noted_in = str(run_folder) if run_folder else ""
     for snapshot in source.snapshots:
         # A snapshot may be newer than the last outcome in the journal; that operation is executed again.
         if snapshot.seq_id > up_to:
             continue
-        made = WorkerCreateRun(request=request, snapshot_folder=str(snapshot.folder))
+        made = WorkerCreateRun(request=request, snapshot_folder=str(snapshot.folder), run_folder=noted_in)
         try:
             await call(worker, WorkerCommand(run_id=run_id, create_run=made))
         except Died:
@@ -204,7 +215,8 @@ async def load(worker: Worker, run_id: str, request: CreateRunRequest, source: S
             "to the base model. Load a checkpoint into a new run.",
             run_id=run_id,
         )
-    await call(worker, WorkerCommand(run_id=run_id, create_run=WorkerCreateRun(request=request)))
+    made = WorkerCreateRun(request=request, run_folder=noted_in)
+    await call(worker, WorkerCommand(run_id=run_id, create_run=made))
     return 0
 
 

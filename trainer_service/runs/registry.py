@@ -291,8 +291,8 @@ class Runs:
             await self.store.write_down(record, adapter)
             try:
                 await self.store.publish(record.run_id)
-                make = WorkerCommand(run_id=record.run_id, create_run=WorkerCreateRun(request=request))
-                await call(self._worker, make)
+                created = WorkerCreateRun(request=request, run_folder=str(self.store.folder(run_id)))
+                await call(self._worker, WorkerCommand(run_id=run_id, create_run=created))
             except GradwireError as exc:
                 if exc.reason != "WORKER_DIED":
                     await self.store.remove(record.run_id)
@@ -370,7 +370,7 @@ class Runs:
         record = found.record
         journal = self.store.journal(record.run_id)
         run = Run(record, journal, self._settings, next_seq_id=found.next_seq_id)
-        run.take_up(found.undone)
+        run.take_up(found.undone, executing=found.executing)
         self._runs[record.run_id] = run
         self._request_ids.remember(record.owner, run)
 

@@ -160,27 +160,23 @@ class Run:
             if ahead:
                 self.placement.send_ahead(entry)
 
-    def take_up(self, rows: list[Row]) -> None:
+    def take_up(self, rows: list[Row], *, executing: int) -> None:
         """Takes over operations that an earlier trainer received and that were not executed, in order.
 
         Args:
             rows: The first has no outcome.
+            executing: seq_id of the one that the worker executed when it died with that trainer; 0 for none.
         """
         for row in rows:
             request = TrainRequest.FromString(row.request)
-            entry = Entry(
-                row.seq_id, row.digest, Operation(request, row.request), row.kind, attempts=max(0, row.attempts)
-            )
+            entry = Entry(row.seq_id, row.digest, Operation(request, row.request), row.kind, deaths=row.deaths)
             entry.received_s, entry.taken_up = time.perf_counter(), True
             if row.reason is None:
                 self._sequence.take_up(entry)
             else:
                 # It was refused at once, so it has its answer; the failure's effect on the run is still to come.
                 entry.failure = error(row.reason, "as answered before")
-            if row is rows[0] and row.attempts == 0:
-                # For all we know, this one was executing when the earlier worker died.
-                entry.attempts = 1
-            self.placement.take_up(entry)
+            self.placement.take_up(entry, died=row.seq_id == executing)
 
     def acknowledge(self, acked_seq_id: int) -> None:
         """Releases the answers that the client has."""

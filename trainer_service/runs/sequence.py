@@ -39,6 +39,8 @@ class Entry:
     """What it failed with without being executed; the failure's effect on the run is still to come."""
     attempts: int = 0
     """Times it was sent to a worker, not counting those that a death during another operation undid."""
+    deaths: int = 0
+    """Workers that died while they executed it, under earlier trainers too."""
     received_s: float = 0.0
     """When it came, by time.perf_counter, as all times here."""
     journalled_s: float = 0.0

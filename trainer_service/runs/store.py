@@ -18,6 +18,7 @@ from gradwire.errors import GradwireError, error
 from trainer_service.adapter_folders import copy_adapter
 from trainer_service.atomic_folders import alone, sync
 from trainer_service.config import Durability
+from trainer_service.executing import noted_operation
 from trainer_service.runs import journal
 from trainer_service.runs.disk import has_no_room
 from trainer_service.runs.journal import DamagedJournal, Record, Row
@@ -40,12 +41,14 @@ class StoredRun:
         record: What describes it.
         next_seq_id: seq_id of its next new operation.
         undone: Its operations, beginning with the first that has no outcome.
+        executing: seq_id of the operation that the worker executed when it died with the trainer; 0 for none.
     """
 
     folder: RunFolder
     record: Record
     next_seq_id: int
     undone: list[Row]
+    executing: int
 
 
 class RunStore:
@@ -227,4 +230,4 @@ def _read_stored_run(folder: RunFolder) -> StoredRun:
         undone: list[Row] = []
         while chunk := journal.read(folder.path, db, undone[-1].seq_id if undone else first_undone - 1):
             undone += chunk
-    return StoredRun(folder, record, last + 1, undone)
+    return StoredRun(folder, record, last + 1, undone, executing=noted_operation(folder.path))

@@ -27,7 +27,7 @@ from gradwire.v1 import sampling_service_pb2 as gradwire_dot_v1_dot_sampling__se
 from gradwire.v1 import trainer_service_pb2 as gradwire_dot_v1_dot_trainer__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n gradwire/v1/worker_service.proto\x12\x0bgradwire.v1\x1a\x17google/rpc/status.proto\x1a\"gradwire/v1/sampling_service.proto\x1a!gradwire/v1/trainer_service.proto\"d\n\x0bWorkerHello\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x1f\n\x04mesh\x18\x03 \x01(\x0b\x32\x11.gradwire.v1.Mesh\x12\x18\n\x10software_version\x18\x04 \x01(\t\"I\n\x0bLoraTargets\x12\x0c\n\x04\x61ttn\x18\x01 \x03(\t\x12\x0b\n\x03mlp\x18\x02 \x03(\t\x12\x0f\n\x07unembed\x18\x03 \x03(\t\x12\x0e\n\x06others\x18\x04 \x03(\t\"\xa1\x01\n\x0bWorkerReady\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.gradwire.v1.ModelInfo\x12%\n\x06losses\x18\x02 \x03(\x0b\x32\x15.gradwire.v1.LossInfo\x12.\n\x0clora_targets\x18\x03 \x01(\x0b\x32\x18.gradwire.v1.LoraTargets\x12\x14\n\x0cmodel_folder\x18\x1f \x01(\t\"\x11\n\x0fWorkerHeartbeat\"/\n\nWorkerDone\x12!\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x12.google.rpc.Status\"\xe0\x03\n\x0bWorkerEvent\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x38\n\x08\x63ounters\x18\x02 \x03(\x0b\x32&.gradwire.v1.WorkerEvent.CountersEntry\x12)\n\x05hello\x18\x03 \x01(\x0b\x32\x18.gradwire.v1.WorkerHelloH\x00\x12\x11\n\x07loading\x18\x04 \x01(\tH\x00\x12)\n\x05ready\x18\x05 \x01(\x0b\x32\x18.gradwire.v1.WorkerReadyH\x00\x12$\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12.\n\x08response\x18\x07 \x01(\x0b\x32\x1a.gradwire.v1.TrainResponseH\x00\x12\'\n\x04\x64one\x18\x08 \x01(\x0b\x32\x17.gradwire.v1.WorkerDoneH\x00\x12\x31\n\theartbeat\x18\t \x01(\x0b\x32\x1c.gradwire.v1.WorkerHeartbeatH\x00\x12.\n\x07sampled\x18\x14 \x01(\x0b\x32\x1b.gradwire.v1.SampleResponseH\x00\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05\x65vent\"Z\n\x0fWorkerCreateRun\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.gradwire.v1.CreateRunRequest\x12\x17\n\x0fsnapshot_folder\x18\x02 \x01(\t\"!\n\x0fWorkerDeleteRun\x12\x0e\n\x06unload\x18\x01 \x01(\x08\"\x12\n\x10WorkerDropGraphs\"[\n\x13WorkerFailOperation\x12\x0e\n\x06seq_id\x18\x01 \x01(\x04\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x16\n\x0e\x66orward_seq_id\x18\x04 \x01(\x04\"#\n\x11WorkerSnapshotRun\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\"5\n\x13WorkerFreezeWeights\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06seq_id\x18\x02 \x01(\x04\"]\n\x0cWorkerSample\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.gradwire.v1.SampleRequest\x12\r\n\x05owner\x18\x03 \x01(\t\"\'\n\x12WorkerCancelSample\x12\x11\n\tsample_id\x18\x01 \x01(\t\"L\n\x11WorkerOpenSampler\x12%\n\x07sampler\x18\x01 \x01(\x0b\x32\x14.gradwire.v1.Sampler\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\";\n\x12WorkerCloseSampler\x12%\n\x07sampler\x18\x01 \x01(\x0b\x32\x14.gradwire.v1.Sampler\"\xba\x05\n\rWorkerCommand\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x32\n\ncreate_run\x18\x03 \x01(\x0b\x32\x1c.gradwire.v1.WorkerCreateRunH\x00\x12\x32\n\ndelete_run\x18\x04 \x01(\x0b\x32\x1c.gradwire.v1.WorkerDeleteRunH\x00\x12,\n\x07request\x18\x05 \x01(\x0b\x32\x19.gradwire.v1.TrainRequestH\x00\x12\x34\n\x0b\x64rop_graphs\x18\x06 \x01(\x0b\x32\x1d.gradwire.v1.WorkerDropGraphsH\x00\x12:\n\x0e\x66\x61il_operation\x18\x07 \x01(\x0b\x32 .gradwire.v1.WorkerFailOperationH\x00\x12\x36\n\x0csnapshot_run\x18\x08 \x01(\x0b\x32\x1e.gradwire.v1.WorkerSnapshotRunH\x00\x12:\n\x0e\x66reeze_weights\x18\t \x01(\x0b\x32 .gradwire.v1.WorkerFreezeWeightsH\x00\x12+\n\x06sample\x18\x14 \x01(\x0b\x32\x19.gradwire.v1.WorkerSampleH\x00\x12\x38\n\rcancel_sample\x18\x15 \x01(\x0b\x32\x1f.gradwire.v1.WorkerCancelSampleH\x00\x12\x36\n\x0copen_sampler\x18\x16 \x01(\x0b\x32\x1e.gradwire.v1.WorkerOpenSamplerH\x00\x12\x38\n\rclose_sampler\x18\x17 \x01(\x0b\x32\x1f.gradwire.v1.WorkerCloseSamplerH\x00\x12%\n\x07refused\x18\x1e \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07\x63ommandb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n gradwire/v1/worker_service.proto\x12\x0bgradwire.v1\x1a\x17google/rpc/status.proto\x1a\"gradwire/v1/sampling_service.proto\x1a!gradwire/v1/trainer_service.proto\"d\n\x0bWorkerHello\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x1f\n\x04mesh\x18\x03 \x01(\x0b\x32\x11.gradwire.v1.Mesh\x12\x18\n\x10software_version\x18\x04 \x01(\t\"I\n\x0bLoraTargets\x12\x0c\n\x04\x61ttn\x18\x01 \x03(\t\x12\x0b\n\x03mlp\x18\x02 \x03(\t\x12\x0f\n\x07unembed\x18\x03 \x03(\t\x12\x0e\n\x06others\x18\x04 \x03(\t\"\xa1\x01\n\x0bWorkerReady\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.gradwire.v1.ModelInfo\x12%\n\x06losses\x18\x02 \x03(\x0b\x32\x15.gradwire.v1.LossInfo\x12.\n\x0clora_targets\x18\x03 \x01(\x0b\x32\x18.gradwire.v1.LoraTargets\x12\x14\n\x0cmodel_folder\x18\x1f \x01(\t\"\x11\n\x0fWorkerHeartbeat\"/\n\nWorkerDone\x12!\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x12.google.rpc.Status\"\xe0\x03\n\x0bWorkerEvent\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x38\n\x08\x63ounters\x18\x02 \x03(\x0b\x32&.gradwire.v1.WorkerEvent.CountersEntry\x12)\n\x05hello\x18\x03 \x01(\x0b\x32\x18.gradwire.v1.WorkerHelloH\x00\x12\x11\n\x07loading\x18\x04 \x01(\tH\x00\x12)\n\x05ready\x18\x05 \x01(\x0b\x32\x18.gradwire.v1.WorkerReadyH\x00\x12$\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12.\n\x08response\x18\x07 \x01(\x0b\x32\x1a.gradwire.v1.TrainResponseH\x00\x12\'\n\x04\x64one\x18\x08 \x01(\x0b\x32\x17.gradwire.v1.WorkerDoneH\x00\x12\x31\n\theartbeat\x18\t \x01(\x0b\x32\x1c.gradwire.v1.WorkerHeartbeatH\x00\x12.\n\x07sampled\x18\x14 \x01(\x0b\x32\x1b.gradwire.v1.SampleResponseH\x00\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05\x65vent\"n\n\x0fWorkerCreateRun\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.gradwire.v1.CreateRunRequest\x12\x17\n\x0fsnapshot_folder\x18\x02 \x01(\t\x12\x12\n\nrun_folder\x18\x03 \x01(\t\"!\n\x0fWorkerDeleteRun\x12\x0e\n\x06unload\x18\x01 \x01(\x08\"\x12\n\x10WorkerDropGraphs\"[\n\x13WorkerFailOperation\x12\x0e\n\x06seq_id\x18\x01 \x01(\x04\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x16\n\x0e\x66orward_seq_id\x18\x04 \x01(\x04\"#\n\x11WorkerSnapshotRun\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\"5\n\x13WorkerFreezeWeights\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06seq_id\x18\x02 \x01(\x04\"]\n\x0cWorkerSample\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.gradwire.v1.SampleRequest\x12\r\n\x05owner\x18\x03 \x01(\t\"\'\n\x12WorkerCancelSample\x12\x11\n\tsample_id\x18\x01 \x01(\t\"L\n\x11WorkerOpenSampler\x12%\n\x07sampler\x18\x01 \x01(\x0b\x32\x14.gradwire.v1.Sampler\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\";\n\x12WorkerCloseSampler\x12%\n\x07sampler\x18\x01 \x01(\x0b\x32\x14.gradwire.v1.Sampler\"\xba\x05\n\rWorkerCommand\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x32\n\ncreate_run\x18\x03 \x01(\x0b\x32\x1c.gradwire.v1.WorkerCreateRunH\x00\x12\x32\n\ndelete_run\x18\x04 \x01(\x0b\x32\x1c.gradwire.v1.WorkerDeleteRunH\x00\x12,\n\x07request\x18\x05 \x01(\x0b\x32\x19.gradwire.v1.TrainRequestH\x00\x12\x34\n\x0b\x64rop_graphs\x18\x06 \x01(\x0b\x32\x1d.gradwire.v1.WorkerDropGraphsH\x00\x12:\n\x0e\x66\x61il_operation\x18\x07 \x01(\x0b\x32 .gradwire.v1.WorkerFailOperationH\x00\x12\x36\n\x0csnapshot_run\x18\x08 \x01(\x0b\x32\x1e.gradwire.v1.WorkerSnapshotRunH\x00\x12:\n\x0e\x66reeze_weights\x18\t \x01(\x0b\x32 .gradwire.v1.WorkerFreezeWeightsH\x00\x12+\n\x06sample\x18\x14 \x01(\x0b\x32\x19.gradwire.v1.WorkerSampleH\x00\x12\x38\n\rcancel_sample\x18\x15 \x01(\x0b\x32\x1f.gradwire.v1.WorkerCancelSampleH\x00\x12\x36\n\x0copen_sampler\x18\x16 \x01(\x0b\x32\x1e.gradwire.v1.WorkerOpenSamplerH\x00\x12\x38\n\rclose_sampler\x18\x17 \x01(\x0b\x32\x1f.gradwire.v1.WorkerCloseSamplerH\x00\x12%\n\x07refused\x18\x1e \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07\x63ommandb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,25 +51,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKEREVENT_COUNTERSENTRY']._serialized_start=979
   _globals['_WORKEREVENT_COUNTERSENTRY']._serialized_end=1026
   _globals['_WORKERCREATERUN']._serialized_start=1037
-  _globals['_WORKERCREATERUN']._serialized_end=1127
-  _globals['_WORKERDELETERUN']._serialized_start=1129
-  _globals['_WORKERDELETERUN']._serialized_end=1162
-  _globals['_WORKERDROPGRAPHS']._serialized_start=1164
-  _globals['_WORKERDROPGRAPHS']._serialized_end=1182
-  _globals['_WORKERFAILOPERATION']._serialized_start=1184
-  _globals['_WORKERFAILOPERATION']._serialized_end=1275
-  _globals['_WORKERSNAPSHOTRUN']._serialized_start=1277
-  _globals['_WORKERSNAPSHOTRUN']._serialized_end=1312
-  _globals['_WORKERFREEZEWEIGHTS']._serialized_start=1314
-  _globals['_WORKERFREEZEWEIGHTS']._serialized_end=1367
-  _globals['_WORKERSAMPLE']._serialized_start=1369
-  _globals['_WORKERSAMPLE']._serialized_end=1462
-  _globals['_WORKERCANCELSAMPLE']._serialized_start=1464
-  _globals['_WORKERCANCELSAMPLE']._serialized_end=1503
-  _globals['_WORKEROPENSAMPLER']._serialized_start=1505
-  _globals['_WORKEROPENSAMPLER']._serialized_end=1581
-  _globals['_WORKERCLOSESAMPLER']._serialized_start=1583
-  _globals['_WORKERCLOSESAMPLER']._serialized_end=1642
-  _globals['_WORKERCOMMAND']._serialized_start=1645
-  _globals['_WORKERCOMMAND']._serialized_end=2343
+  _globals['_WORKERCREATERUN']._serialized_end=1147
+  _globals['_WORKERDELETERUN']._serialized_start=1149
+  _globals['_WORKERDELETERUN']._serialized_end=1182
+  _globals['_WORKERDROPGRAPHS']._serialized_start=1184
+  _globals['_WORKERDROPGRAPHS']._serialized_end=1202
+  _globals['_WORKERFAILOPERATION']._serialized_start=1204
+  _globals['_WORKERFAILOPERATION']._serialized_end=1295
+  _globals['_WORKERSNAPSHOTRUN']._serialized_start=1297
+  _globals['_WORKERSNAPSHOTRUN']._serialized_end=1332
+  _globals['_WORKERFREEZEWEIGHTS']._serialized_start=1334
+  _globals['_WORKERFREEZEWEIGHTS']._serialized_end=1387
+  _globals['_WORKERSAMPLE']._serialized_start=1389
+  _globals['_WORKERSAMPLE']._serialized_end=1482
+  _globals['_WORKERCANCELSAMPLE']._serialized_start=1484
+  _globals['_WORKERCANCELSAMPLE']._serialized_end=1523
+  _globals['_WORKEROPENSAMPLER']._serialized_start=1525
+  _globals['_WORKEROPENSAMPLER']._serialized_end=1601
+  _globals['_WORKERCLOSESAMPLER']._serialized_start=1603
+  _globals['_WORKERCLOSESAMPLER']._serialized_end=1662
+  _globals['_WORKERCOMMAND']._serialized_start=1665
+  _globals['_WORKERCOMMAND']._serialized_end=2363
 # @@protoc_insertion_point(module_scope)

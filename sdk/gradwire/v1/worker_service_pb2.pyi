@@ -87,12 +87,14 @@ class WorkerEvent(_message.Message):
     def __init__(self, command_id: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., loading: _Optional[str] = ..., ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., failed: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., response: _Optional[_Union[_trainer_service_pb2.TrainResponse, _Mapping]] = ..., done: _Optional[_Union[WorkerDone, _Mapping]] = ..., heartbeat: _Optional[_Union[WorkerHeartbeat, _Mapping]] = ..., sampled: _Optional[_Union[_sampling_service_pb2.SampleResponse, _Mapping]] = ...) -> None: ...
 
 class WorkerCreateRun(_message.Message):
-    __slots__ = ("request", "snapshot_folder")
+    __slots__ = ("request", "snapshot_folder", "run_folder")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FOLDER_FIELD_NUMBER: _ClassVar[int]
+    RUN_FOLDER_FIELD_NUMBER: _ClassVar[int]
     request: _trainer_service_pb2.CreateRunRequest
     snapshot_folder: str
-    def __init__(self, request: _Optional[_Union[_trainer_service_pb2.CreateRunRequest, _Mapping]] = ..., snapshot_folder: _Optional[str] = ...) -> None: ...
+    run_folder: str
+    def __init__(self, request: _Optional[_Union[_trainer_service_pb2.CreateRunRequest, _Mapping]] = ..., snapshot_folder: _Optional[str] = ..., run_folder: _Optional[str] = ...) -> None: ...
 
 class WorkerDeleteRun(_message.Message):
     __slots__ = ("unload",)

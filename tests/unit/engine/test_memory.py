@@ -48,3 +48,25 @@ def test_what_is_kept_is_no_room_for_activations():
 
 def test_a_whole_model_has_nothing_to_keep():
     assert not plan(100 * GIB, "auto", in_parts=False).keeps_gathered
+
+
+@pytest.mark.parametrize(
+    ("total", "reshard", "in_parts"),
+    [
+        # Half a GiB is half of what is left.
+        (2 * GIB, "auto", False),
+        (2 * GIB - 2, "auto", True),
+        (100 * GIB, "always", True),
+        (GIB, "never", False),
+    ],
+)
+def test_a_whole_model_to_sample_from_takes_half_of_what_training_leaves_at_most(
+    total: int, reshard: Resharding, in_parts: bool
+):
+    settings = EngineSettings(sampling_reshard_after_forward=reshard)
+    device = Sized(torch.device("cpu"), str(total), torch.float32)
+    sizes = {"model_bytes": GIB, "gathered_bytes": GIB}
+    found = plan_memory(device, Traits(""), settings, **sizes, sampled_bytes=GIB // 2)
+    assert found.samples_in_parts == in_parts
+    # One that is whole anyway is sampled from as it is.
+    assert not plan_memory(device, Traits(""), settings, **sizes).samples_in_parts

@@ -15,6 +15,8 @@ from trainer_service.fleet.gpus import count_gpus, local_world_size
     [
         ("auto", 0, "float32", 1),
         ("auto", 4, "float32", 4),
+        ("auto", 4, "auto", 4),
+        ("auto", 4, "bfloat16", 4),
         # What one rank alone can do is no reason to refuse to start.
         ("auto", 4, "int8", 1),
         ("gpu", 2, "float32", 2),

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import itertools
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -204,6 +206,80 @@ async def test_deaths_are_counted_across_trainers(tmp_path: Path):
             if death == 4:
                 assert from_status((await answer).error).reason == "OPERATION_POISONED"
             answer.cancel()
+
+
+async def test_a_death_of_worker_and_trainer_at_once_counts_against_what_the_worker_noted(tmp_path: Path):
+    """Each next trainer has a copy of the runs as they are when its predecessor is killed."""
+    folders = [tmp_path / str(number) for number in range(4)]
+    worker = FakeWorker()
+    async with trainer(folders[0], worker) as runs:
+        run = await runs.create(CreateRunRequest())
+        await run.execute(step(1))
+        worker.gate.clear()
+        for seq_id in (2, 3, 4):
+            run.submit(step(seq_id), lambda _: None)
+        await asyncio.wait_for(worker.has_waiting(3), DEADLINE_S)
+        await run._journal.flush()
+        shutil.copytree(folders[0], folders[1])
+    note = Path(run.run_id, "executing")
+    for folder, later in itertools.pairwise([*folders[1:], None]):
+        assert folder is not None
+        (folder / note).write_bytes((3).to_bytes(8, "little"))
+        worker = FakeWorker(ready=None)
+        async with trainer(folder, worker) as runs:
+            run = runs.get(run.run_id)
+            await run._journal.flush()
+            # Counted once, whatever becomes of this trainer.
+            assert not (folder / note).exists()
+            if later is not None:
+                shutil.copytree(folder, later)
+                continue
+            worker.become_ready()
+            answers = [await run.execute(step(seq_id)) for seq_id in (2, 3, 4)]
+        failed = from_status(answers[1].error)
+        assert (failed.reason, failed.metadata) == ("OPERATION_POISONED", {"seq_id": "3", "deaths": "3"})
+        assert [answers[0].optim_step.step, answers[2].optim_step.step] == [2, 3]
+
+
+@pytest.mark.parametrize("noted", [None, 0, 1])
+async def test_deaths_of_trainers_alone_count_against_no_operation(noted: int | None, tmp_path: Path):
+    """Nothing was noted, or taken back, or an operation is noted that was done: one that was replayed."""
+    folders = [tmp_path / str(number) for number in range(5)]
+    worker = FakeWorker()
+    async with trainer(folders[0], worker) as runs:
+        run = await runs.create(CreateRunRequest())
+        await run.execute(step(1))
+        worker.gate.clear()
+        run.submit(step(2), lambda _: None)
+        await asyncio.wait_for(worker.has_waiting(1), DEADLINE_S)
+        await run._journal.flush()
+        shutil.copytree(folders[0], folders[1])
+    for folder, later in itertools.pairwise(folders[1:]):
+        if noted is not None:
+            (folder / run.run_id / "executing").write_bytes(noted.to_bytes(8, "little"))
+        worker = FakeWorker(ready=None)
+        worker.gate.clear()
+        async with trainer(folder, worker) as runs:
+            run = runs.get(run.run_id)
+            worker.become_ready()
+            # It is restored, and the operation is there to be executed.
+            await asyncio.wait_for(worker.has_waiting(1), DEADLINE_S)
+            await run._journal.flush()
+            shutil.copytree(folder, later)
+    async with trainer(folders[-1], FakeWorker()) as runs:
+        assert (await runs.get(run.run_id).execute(step(2))).optim_step.step == 2
+
+
+async def test_a_worker_that_is_killed_as_its_trainer_stops_counts_against_no_operation(tmp_path: Path):
+    worker = FakeWorker()
+    async with trainer(tmp_path, worker) as runs:
+        run = await runs.create(CreateRunRequest())
+        worker.gate.clear()
+        run.submit(step(1), lambda _: None)
+        await asyncio.wait_for(worker.has_waiting(1), DEADLINE_S)
+        note = run.folder / "executing"
+        note.write_bytes((1).to_bytes(8, "little"))
+    assert not note.exists()
 
 
 async def test_an_idle_run_is_unloaded_and_comes_back_for_the_next_operation(tmp_path: Path):

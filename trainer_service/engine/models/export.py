@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer_service.engine.models.lora import MergedParts
 from trainer_service.engine.models.streamed_export import write_sharded_model
-from trainer_service.engine.parallel.sharding import record_of
+from trainer_service.engine.parallel.sharding import record_of, reshard
 from trainer_service.engine.tensor_files import read_tensors
 
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,12 +37,12 @@ def stored_dtype(folder: Path) -> str:
 
 
 def write_model(
-    model: PreTrainedModel, source: Path, folder: Path | None, *, dtype: torch.dtype = torch.float32
+    model: PreTrainedModel | MergedParts, source: Path, folder: Path | None, *, dtype: torch.dtype = torch.float32
 ) -> None:
     """Writes parameters, config and tokenizer, so that `from_pretrained(folder)` loads them. Every rank calls this.
 
     Args:
-        model: The model to write.
+        model: The model to write; one in parts is made whole a tensor at a time.
         source: Folder the model was loaded from, for the tokenizer's files.
         folder: Where the files go; None on ranks that only help.
         dtype: Dtype of the parameters in the files. In float32, as they train, nothing is lost.
@@ -50,9 +51,20 @@ def write_model(
         InvalidArgumentError: INVALID_FIELD: a parameter is infinite in that dtype.
         OSError: They cannot be written.
     """
-    if record_of(model) is not None:
+    if isinstance(model, MergedParts):
+        exact, add = _exact(model.hollow, dtype), model.merged
+
+        def cast(name: str, tensor: Tensor) -> Tensor:
+            return _cast(name, add(name, tensor) if folder is not None else tensor, dtype, exact)
+
+        write_sharded_model(model.hollow, model.tensors, folder, dtype=dtype, cast=cast)
+    elif (record := record_of(model)) is not None:
         exact = _exact(model, dtype)
-        write_sharded_model(model, folder, dtype=dtype, cast=lambda name, tensor: _cast(name, tensor, dtype, exact))
+        reshard(model)
+        tensors = dict(model.named_parameters())
+        write_sharded_model(
+            record.hollow, tensors, folder, dtype=dtype, cast=lambda name, tensor: _cast(name, tensor, dtype, exact)
+        )
     elif folder is not None:
         try:
             _in_dtype(model, dtype).save_pretrained(folder)
@@ -89,7 +101,7 @@ def _exact(model: PreTrainedModel, dtype: torch.dtype) -> "re.Pattern[str] | Non
 def _cast(name: str, parameter: Tensor, dtype: torch.dtype, exact: "re.Pattern[str] | None") -> Tensor:
     """A whole parameter as it is written, in the host's memory."""
     if dtype == torch.float32 or (exact is not None and exact.search(name)):
-        return parameter
+        return parameter.float()
     if parameter.is_meta:
         return parameter.to(dtype)
     tensor = parameter.to("cpu", dtype)

@@ -11,7 +11,7 @@ lora_experts.py).
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,18 +21,19 @@ from gradwire._wire.arguments import check_number
 from gradwire.errors import invalid_field
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer_service.adapter_folders import DEFAULT_ALPHA
 from trainer_service.engine.models.adapter_names import name_for_files
+from trainer_service.engine.models.half import as_if_float32, make_float32
 from trainer_service.engine.models.lora_experts import adapted_weights, take_over
 from trainer_service.engine.models.lora_layer import ADAPTER, FusedLoraLinear
 from trainer_service.engine.models.lora_targets import Targets
 from trainer_service.engine.models.quantized import make_whole
 from trainer_service.engine.packed.logprobs import LowRank
-from trainer_service.engine.parallel.sharding import group_of, readable, record_of
+from trainer_service.engine.parallel.sharding import group_of, readable, record_of, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def wrap(
     config._register_custom_module({nn.Linear: FusedLoraLinear})
     copied = shared_copy(base)
     named = layers_as_named(copied) if as_named else nullcontext()
-    with named, _quiet_peft(), torch.random.fork_rng(devices=[]):
+    with named, as_if_float32(copied), _quiet_peft(), torch.random.fork_rng(devices=[]):
         # peft makes adapters on the CPU, whatever the device, so the seed decides.
         torch.manual_seed(seed)
         model = get_peft_model(copied, config, autocast_adapter_dtype=True)
@@ -209,30 +210,73 @@ def low_rank_of(layer: LoraLayer) -> LowRank:
     return LowRank(a, b, layer.scaling[ADAPTER])
 
 
-def merged(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
+@dataclass(frozen=True)
+class MergedParts:
+    """A model in parts, to whose weights adapters are added as each is made whole.
+
+    Attributes:
+        hollow: The model they make, without what its parameters hold.
+        tensors: Of the base model, in parts, by the names of hollow's parameters.
+        layers: Where the adapters are, by names of what they are added to.
+    """
+
+    hollow: PreTrainedModel
+    tensors: Mapping[str, Tensor]
+    layers: Mapping[str, LoraLayer]
+
+    def merged(self, name: str, tensor: Tensor) -> Tensor:
+        """A whole tensor of the base model, also on "meta", with what is added to it."""
+        if name not in self.layers or tensor.is_meta:
+            return tensor
+        return _sum(self.layers[name], tensor)
+
+
+def merged(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel | MergedParts:
     """A plain model with adapters added to the weights they stand beside; those are new, the rest is shared.
 
     peft's own merging adds in place, which here would be into the base model of every run.
     """
-    made = frozen_copy(base)
-    make_whole(made)
     if group_of(model) is not None:
-        # The adapter is in parts, too.
-        model = readable(model)
-    for name, layer in adapted_weights(model):
-        owner, parameter = (name, "weight") if not hasattr(layer, "parameter_name") else name.rsplit(".", 1)
+        # The adapter is in parts, too: both are made whole.
+        base, model = readable(base), readable(model)
+    layers = dict(_by_weight(model))
+    sharded = record_of(base)
+    made = frozen_copy(base) if sharded is None else sharded.hollow_copy()
+    if sharded is None:
+        make_whole(made)
+        make_float32(made)
+    for name, layer in layers.items():
+        owner, _, parameter = name.rpartition(".")
         module: Any = made.get_submodule(owner)
-        plain: Any = layer
-        with torch.no_grad():
-            weight = getattr(module, parameter).detach()
-            sum_ = weight.to("cpu", torch.float32) + plain.get_delta_weight(ADAPTER).to("cpu", torch.float32)
-        setattr(module, parameter, nn.Parameter(sum_.to(weight), requires_grad=False))
+        weight = getattr(module, parameter).detach()
+        # Of a hollow model the weight takes no memory, and the same one untied none either.
+        summed = _sum(layer, weight) if sharded is None else weight
+        setattr(module, parameter, nn.Parameter(summed, requires_grad=False))
     head: Any = made.get_output_embeddings()
     embedding: Any = made.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:
         # They may be tied in the base model, but no longer are.
         made.config.get_text_config().tie_word_embeddings = made.config.tie_word_embeddings = False
-    return made
+    if sharded is None:
+        return made
+    for each in (base, model):
+        reshard(each)
+    tensors: dict[str, Any] = dict(base.named_parameters(remove_duplicate=False))
+    return MergedParts(made, {name: tensors[name] for name, _ in made.named_parameters()}, layers)
+
+
+def _by_weight(model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:
+    """What has an adapter, by the name of the parameter that it is added to."""
+    for name, layer in adapted_weights(model):
+        yield name if hasattr(layer, "parameter_name") else f"{name}.weight", layer
+
+
+def _sum(layer: LoraLayer, weight: Tensor) -> Tensor:
+    """A weight of the base model and what an adapter adds to it, in float32, where the weight is."""
+    adds: Any = layer
+    with torch.no_grad(), as_if_float32(adds):
+        delta = adds.get_delta_weight(ADAPTER)
+    return (weight.to("cpu", torch.float32) + delta.to("cpu", torch.float32)).to(weight.device)
 
 
 def check_settings(settings: LoraSettings, *, hidden_size: int) -> None:

@@ -15,7 +15,8 @@ from gradwire.errors import GradwireError, invalid_field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer_service.worker_config import BaseDtype
+from trainer_service.engine.parallel.sharding import part
+from trainer_service.worker_config import QUANTIZED, BaseDtype
 
 _BLOCK = 64
 """Values that share a scale, in 4 bits: what QLoRA takes."""
@@ -81,10 +82,11 @@ def check_base_dtype(base_dtype: BaseDtype, device: torch.device, *, world_size:
         InvalidArgumentError: INVALID_FIELD: bitsandbytes is not installed or does not work on this device, or there are
             several ranks.
     """
-    if base_dtype == "float32":
+    if base_dtype not in QUANTIZED:
         return
     if world_size > 1:
-        raise _refused(base_dtype, f"is for one rank, and there are {world_size}; use float32 or --nproc-per-node 1.")
+        why = f"is for one rank, and there are {world_size}; use bfloat16 or float32, or --nproc-per-node 1."
+        raise _refused(base_dtype, why)
     try:
         _bitsandbytes()
     except Exception as exc:
@@ -106,10 +108,8 @@ def quantize(model: nn.Module, names: Iterable[str], base_dtype: BaseDtype) -> N
     Args:
         model: The model.
         names: Of the layers; what is no nn.Linear stays as it is.
-        base_dtype: Bits to keep; nothing is done for float32.
+        base_dtype: Bits to keep, one of QUANTIZED.
     """
-    if base_dtype == "float32":
-        return
     functional = _bitsandbytes()
     for name in names:
         module = model.get_submodule(name)
@@ -136,9 +136,9 @@ def quantize(model: nn.Module, names: Iterable[str], base_dtype: BaseDtype) -> N
 
 
 def held_bytes(model: nn.Module) -> int:
-    """What a model's parameters and buffers take, as they are kept."""
-    storages = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    """What a model's parameters and buffers take on this rank, as they are kept."""
+    own = (part(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in own}.values())
 
 
 def make_whole(model: nn.Module) -> None:

@@ -46,7 +46,7 @@ class ModelSource:
         self._folder = folder
         self._device = device
         self._ranks = ranks
-        self._first: PreTrainedModel | Sharded | None = self._read()
+        self._first: PreTrainedModel | Sharded | None = self._read(base_model, folder)
         self.hollow = self._first.hollow if isinstance(self._first, Sharded) else None
         """The model without what its parameters hold, where they are in parts; None where they are whole."""
         self.findings = Findings(findings_folder, [model_folder.digest(folder)] if findings_folder else [])
@@ -118,12 +118,18 @@ class ModelSource:
     def load(self) -> PreTrainedModel:
         """A model of its own, prepared; the one that was read first, or one read anew."""
         assert self._traits is not None, "load before find_traits"
-        first, self._first = self._first or self._read(), None
+        first, self._first = self._first or self._read(self._base_model, self._folder), None
         if not isinstance(first, Sharded):
             prepare(first, self._traits)
             return first
         prepare(first.hollow, self._traits)
         return first.build()
+
+    def read_parts(self, name: str, folder: Path) -> PreTrainedModel:
+        """Another model, such as a checkpoint, in parts and frozen; there are several ranks."""
+        found = self._read(name, folder)
+        assert isinstance(found, Sharded)
+        return found.frozen(lambda hollow: None)
 
     def sibling(self) -> tuple[PreTrainedModel, int]:
         """The model with its first few layers, whole on this rank, and how many there really are.
@@ -141,11 +147,11 @@ class ModelSource:
         model = load_model(self._base_model, self._folder, self._device, config=config)
         return model, total
 
-    def _read(self) -> PreTrainedModel | Sharded:
+    def _read(self, name: str, folder: Path) -> PreTrainedModel | Sharded:
         ranks = self._ranks
         loaded = load_model(
-            self._base_model,
-            self._folder,
+            name,
+            folder,
             self._device,
             fsdp_size=ranks.fsdp_size,
             dp_replicate_size=ranks.dp_replicate_size,

@@ -7,7 +7,7 @@ the files the model came from; where it needs several tensors at once for that, 
 import contextlib
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from trainer_service.engine.parallel.sharding import record_of, reshard, whole_parameter
+from trainer_service.engine.parallel.sharding import whole_parameter
+from trainer_service.engine.parallel.tensor_parallel import whole_shape
 from trainer_service.engine.tensor_files import write_header, write_values
 
 _MAX_FILE_SIZE = "50GB"
@@ -25,11 +26,14 @@ _MAX_FILE_SIZE = "50GB"
 Cast = Callable[[str, Tensor], Tensor]
 
 
-def write_sharded_model(model: PreTrainedModel, folder: Path | None, *, dtype: torch.dtype, cast: Cast) -> None:
+def write_sharded_model(
+    hollow: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path | None, *, dtype: torch.dtype, cast: Cast
+) -> None:
     """Writes parameters and configuration. Every rank calls this.
 
     Args:
-        model: In parts.
+        hollow: The model, whose own parameters are not read.
+        tensors: What they are, by name; in parts.
         folder: Where the files go; None on ranks that only help.
         dtype: For the configuration.
         cast: Makes of a whole parameter, by its name in the model, what is written; also of one on "meta".
@@ -37,13 +41,8 @@ def write_sharded_model(model: PreTrainedModel, folder: Path | None, *, dtype: t
     Raises:
         OSError: They could not be written; all ranks have gathered everything all the same.
     """
-    record = record_of(model)
-    assert record is not None
-    hollow = record.hollow
-    reshard(model)
-    now: dict[str, Any] = dict(model.named_parameters())
-    wholes = dict(hollow.named_parameters())
-    on_meta = {name: cast(name, torch.empty(p.shape, dtype=p.dtype, device="meta")) for name, p in wholes.items()}
+    shapes = {name: whole_shape(tensor) for name, tensor in tensors.items()}
+    on_meta = {name: cast(name, torch.empty(shapes[name], dtype=p.dtype, device="meta")) for name, p in tensors.items()}
     wanted = revert_weight_conversion(hollow, dict(on_meta))
     groups = [[name] for name in on_meta]
     singly: dict[str, Tensor] = {}
@@ -60,17 +59,20 @@ def write_sharded_model(model: PreTrainedModel, folder: Path | None, *, dtype: t
                 _write_config(hollow, folder, dtype)
             except OSError as exc:
                 failure = exc
-        for names in groups:
-            gathered = {name: cast(name, whole_parameter(now[name])) for name in names}
-            if folder is None or failure is not None:
-                continue
-            for name, tensor in revert_weight_conversion(hollow, gathered).items():
-                try:
+
+        def gather(names: Sequence[str]) -> None:
+            # Of its own, so that nothing of a tensor is left when the next is gathered.
+            gathered = {name: cast(name, whole_parameter(tensors[name])) for name in names}
+            if folder is not None and failure is None:
+                for name, tensor in revert_weight_conversion(hollow, gathered).items():
                     write(name, tensor)
-                except OSError as exc:
-                    # The others gather on, and this rank with them.
-                    failure = exc
-                    break
+
+        for names in groups:
+            try:
+                gather(names)
+            except OSError as exc:
+                # The others gather on, and this rank with them.
+                failure = exc
     if failure is not None:
         raise failure
 

@@ -88,6 +88,25 @@ class Sharded:
         self.fill(model, train=True)
         return model
 
+    def frozen(self, change: Callable[[PreTrainedModel], object]) -> PreTrainedModel:
+        """A model with these parts, none of which trains.
+
+        Args:
+            change: Changes modules and dtypes of parameters, in place and of a hollow copy; the parts are cast alike.
+        """
+        hollow = self.hollow_copy()
+        before = dict(hollow.named_parameters())
+        change(hollow)
+        parts: dict[nn.Parameter, Any] = {
+            parameter: self._parts[before[name]].to(parameter.dtype)
+            for name, parameter in hollow.named_parameters()
+            if before[name] in self._parts
+        }
+        made = Sharded(hollow, parts, device=self._device, forward=self._forward)
+        model = made.hollow_copy()
+        made.fill(model)
+        return model
+
     def hollow_copy(self) -> PreTrainedModel:
         """Modules of its own; the parameters are `hollow`'s."""
         return _copy_with(self.hollow, {})
@@ -120,7 +139,7 @@ class Sharded:
             parameter: nn.Parameter(torch.empty(own.shape, dtype=own.dtype, device="meta"), requires_grad=train)
             for parameter, own in self._parts.items()
         }
-        _replace(model, on_meta)
+        replace_parameters(model, on_meta)
         ignored = {parameter for parameter in own.values() if parameter not in self._parts}
         mesh = next(iter(self._parts.values())).device_mesh
         policy = MixedPrecisionPolicy()
@@ -172,6 +191,23 @@ class Sharded:
             made[parameter] = known
         return _copy_with(self.hollow, made)
 
+    def part_copy(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The same in parts: what does not train is shared. Adapters are copied with it."""
+        reshard(model)
+        now: dict[str, Any] = dict(model.named_parameters())
+        adapter = {
+            parameter: nn.Parameter(now[name].detach().clone(), requires_grad=False)
+            for name, parameter in self.hollow.named_parameters()
+            if parameter not in self._parts
+        }
+        hollow = _copy_with(self.hollow, adapter)
+        parts: dict[nn.Parameter, Any] = {
+            parameter: now[name].detach().clone() if now[name].requires_grad else now[name].detach()
+            for name, parameter in hollow.named_parameters()
+            if parameter in self._parts
+        }
+        return Sharded(hollow, parts, device=self._device, forward=self._forward).frozen(lambda _: None)
+
 
 def record_of(model: nn.Module) -> Sharded | None:
     """What a model was made from; None where it is whole."""
@@ -189,10 +225,17 @@ def group_of(model: nn.Module) -> TensorParallel | None:
     return None if record is None or record.cutting is None else record.cutting.group
 
 
-def readable(model: PreTrainedModel) -> PreTrainedModel:
-    """The model where it is whole; of a sharded one a whole copy, which nothing changes. Every rank must call this."""
+def readable(model: PreTrainedModel, *, in_parts: bool = False) -> PreTrainedModel:
+    """The model where it is whole; of a sharded one a copy that nothing changes. Every rank must call this.
+
+    Args:
+        model: The model.
+        in_parts: Leave the copy in parts, whose forwards are every rank's, rather than gather it.
+    """
     record = record_of(model)
-    return model if record is None else record.whole_copy(model)
+    if record is None:
+        return model
+    return record.part_copy(model) if in_parts else record.whole_copy(model)
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
@@ -314,7 +357,7 @@ def _hollow_like(loaded: PreTrainedModel) -> PreTrainedModel:
         name = next(iter({*shapes.items()} ^ {*wanted.items()}))[0]
         raise error("NOT_IMPLEMENTED", f"{plain.__name__} cannot be put on many ranks: {name} comes out otherwise.")
     device = next(part(parameter).device for parameter in loaded.parameters())
-    _replace(hollow, {parameter: _weightless(parameter, device) for parameter in hollow.parameters()})
+    replace_parameters(hollow, {parameter: _weightless(parameter, device) for parameter in hollow.parameters()})
     buffers = dict(loaded.named_buffers())
     for name, _ in list(hollow.named_buffers()):
         module, _, own = name.rpartition(".")
@@ -337,7 +380,7 @@ def _copy_with(model: PreTrainedModel, parameters: Mapping[nn.Parameter, nn.Para
     return copy.deepcopy(model, tensors | {id(old): new for old, new in parameters.items()})
 
 
-def _replace(model: nn.Module, parameters: Mapping[nn.Parameter, nn.Parameter]) -> None:
+def replace_parameters(model: nn.Module, parameters: Mapping[nn.Parameter, nn.Parameter]) -> None:
     """Puts parameters in the place of others, wherever they are, so that what was tied stays it."""
     for module in model.modules():
         for name, parameter in module._parameters.items():

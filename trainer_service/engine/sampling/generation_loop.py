@@ -45,11 +45,19 @@ class GenerationLoop:
         counters: What is counted.
         send: Takes what is to be answered.
         max_cache_bytes: Of all requests' caches together; a request that needs more runs alone.
+        torn: Whether a forward has ended that other ranks are still in.
     """
 
     def __init__(
-        self, device: Device, counters: Counters, send: Callable[[WorkerEvent], object], *, max_cache_bytes: int
+        self,
+        device: Device,
+        counters: Counters,
+        send: Callable[[WorkerEvent], object],
+        *,
+        max_cache_bytes: int,
+        torn: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._torn = torn
         self._device = device
         self._counters = counters
         self._send = send
@@ -271,7 +279,7 @@ class GenerationLoop:
         except GradwireError as exc:
             failure = exc
         except Exception as exc:
-            if broken(exc):
+            if broken(exc) or self._torn():
                 raise
             if out_of_memory(exc):
                 logger.warning("Out of memory.", extra={"fields": {"what": "sampling", "requests": len(batch)}})

@@ -20,6 +20,7 @@ from trainer_service.engine.models.lora import frozen_copy
 from trainer_service.engine.rank_channels import Channel
 from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.decoding_plan import DecodingPlan
+from trainer_service.engine.sampling.in_parts import InParts
 from trainer_service.paths import FROZEN_WEIGHTS, SAMPLER_WEIGHTS, SamplerPath
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Samplers:
         load: Loads a checkpoint's folder.
         max_frozen_weights: Of one run.
         in_use: Whether requests of a sampler are under way.
+        in_parts: Whether what is sampled from is in parts.
         channel: To the other ranks, which hold the same samplers.
     """
 
@@ -81,6 +83,7 @@ class Samplers:
         load: Callable[[Path], PreTrainedModel],
         max_frozen_weights: int,
         in_use: Callable[[Sampler], bool],
+        in_parts: bool,
         channel: Channel,
     ) -> None:
         self._channel = channel
@@ -96,6 +99,8 @@ class Samplers:
         self._dropped: dict[SamplerPath, str] = {}
         self._alive: weakref.WeakSet[Sampler] = weakref.WeakSet()
         # Those held, and those let go that requests under way still use: they stay frozen all the same.
+        self.in_parts = InParts(channel, lambda: [one.decoder for one in self._alive]) if in_parts else None
+        """How all ranks run models in parts; None where what is sampled from is whole."""
 
     def find(self, model_path: str) -> Sampler:
         """The sampler of a model_path, loaded if need be; "" is the base model.
@@ -206,7 +211,10 @@ class Samplers:
         return held
 
     def _decoder(self, model: PreTrainedModel) -> Decoder:
-        return Decoder(model, self._device, self._decoding)
+        decoder = Decoder(model, self._device, self._decoding)
+        if self.in_parts is not None:
+            self.in_parts.take_in(decoder)
+        return decoder
 
     def _hold(self, sampler: Sampler) -> Sampler:
         self._held[sampler.path] = sampler

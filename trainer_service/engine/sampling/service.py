@@ -1,6 +1,7 @@
 """Sampling as the worker's commands see it: requests in, tokens out, samplers made and let go."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from trainer_service.engine.sampling.text import Text
 from trainer_service.engine.sampling.trial import find_decoding
 from trainer_service.engine.storage.deltas import whole_weights
 
+logger = logging.getLogger(__name__)
+
 _CACHE_SHARE = 0.1
 """Part of the device's memory that caches may take."""
 
@@ -46,7 +49,7 @@ class Sampling:
         self._eos_tokens = _eos_tokens(engine.folder, base)
         self._shapes = _shapes(base)
         self.decoding = _find_decoding(engine)
-        """How samples are decoded, for GetServerInfo."""
+        """How samples are decoded."""
         self.samplers = Samplers(
             engine.device,
             decoding=self.decoding,
@@ -56,15 +59,44 @@ class Sampling:
             load=self._load,
             max_frozen_weights=engine.limits.max_frozen_weights,
             in_use=lambda sampler: self.generation.uses(sampler),
+            in_parts=engine.memory.samples_in_parts,
             channel=engine.ranks.execution,
         )
         engine.before_change = self.samplers.before_change
+        in_parts = self.samplers.in_parts
         self.generation = GenerationLoop(
             engine.device,
             engine.counters,
             send,
             max_cache_bytes=int(engine.device.total_bytes() * _CACHE_SHARE),
+            torn=lambda: in_parts is not None and in_parts.within_forward,
         )
+        if in_parts is not None and engine.ranks.leads:
+            fields = {"parameters": engine.model.num_parameters, "ranks": engine.ranks.fsdp_size}
+            logger.warning(
+                "Layers are gathered anew for each token that is sampled, which is slow.", extra={"fields": fields}
+            )
+
+    @property
+    def described(self) -> str:
+        """How samples are decoded, for GetServerInfo."""
+        found = self.decoding.described
+        return found if self.samplers.in_parts is None else f"{found}; layers are gathered anew for each token"
+
+    @property
+    def one_schedule(self) -> bool:
+        """Whether all requests are rank 0's."""
+        return self.samplers.in_parts is not None
+
+    def run_for(self, seconds: float) -> None:
+        """A slice of sampling, of about so long; every rank calls this."""
+        generation, in_parts, leads = self.generation, self.samplers.in_parts, self._engine.ranks.leads
+        if in_parts is not None and not leads:
+            in_parts.follow()
+        elif in_parts is not None:
+            in_parts.lead(lambda: generation.run_for(seconds))
+        elif generation.busy:
+            generation.run_for(seconds)
 
     def read(self, message: pb.SampleRequest) -> Request:
         """Checks a request, and tokenizes what is text; on a thread of its own, always the same.
@@ -110,7 +142,10 @@ class Sampling:
         with whole_weights(folder) as whole:
             if (whole / ADAPTER_CONFIG).is_file():
                 return self._adapted(folder, whole)
-            model = load_model(str(folder), whole, self._engine.device)
+            if self.one_schedule:
+                model = self._engine.source.read_parts(str(folder), whole)
+            else:
+                model = load_model(str(folder), whole, self._engine.device)
         # It may have more: the head of merged weights, which the base model shares with its embedding.
         if not self._shapes.items() <= _shapes(model).items():
             raise _mismatch(folder, "is of a model with other parameters")

@@ -14,6 +14,7 @@ from trainer_service.atomic_folders import read_manifest, settle
 from trainer_service.engine.models.adapter_files import write_adapter
 from trainer_service.engine.models.export import EXPORT_DTYPES, stored_dtype, write_model
 from trainer_service.engine.models.load import ModelDescription
+from trainer_service.engine.models.lora import MergedParts
 from trainer_service.engine.parallel.tensor_parallel import whole_shape
 from trainer_service.engine.rank_channels import Channel
 from trainer_service.engine.run_state import RunState
@@ -117,7 +118,7 @@ class Checkpoints:
         name: str,
         label: Label | None = None,
         *,
-        merged: PreTrainedModel | None = None,
+        merged: PreTrainedModel | MergedParts | None = None,
         delta: bool = False,
         overwrite: bool = False,
         dtype: str = "",
@@ -205,11 +206,12 @@ def _layout(run: RunState) -> dict[str, Any] | None:
     return {**settings, "adapted": " ".join(run.adapted), "left_out": " ".join(run.left_out)}
 
 
-def _needed_bytes(run: RunState, merged: PreTrainedModel | None, dtype: torch.dtype) -> int:
+def _needed_bytes(run: RunState, merged: PreTrainedModel | MergedParts | None, dtype: torch.dtype) -> int:
     """What an export's parameters take."""
     if run.adapter is not None and merged is None:
         return sum(whole_shape(p).numel() * p.itemsize for p in run.trained_parameters().values())
-    return sum(whole_shape(p).numel() * dtype.itemsize for p in (merged or run.model).parameters())
+    model = merged.hollow if isinstance(merged, MergedParts) else merged or run.model
+    return sum(whole_shape(p).numel() * dtype.itemsize for p in model.parameters())
 
 
 def _saved_before(folder: Path, about: dict[str, Any]) -> int | None:

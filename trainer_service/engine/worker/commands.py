@@ -21,6 +21,7 @@ from trainer_service.engine.worker import sampling_commands
 from trainer_service.engine.worker.operations import RunOperations
 from trainer_service.engine.worker.prepared import Prepared, Work
 from trainer_service.engine.worker.run_life import RunLife
+from trainer_service.executing import Executing
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +46,21 @@ class Commands:
         engine: Holds the runs.
         send: Sends an answer that comes later, from another thread.
         sampling: Samples beside the runs; None refuses to sample.
+        executing: Where the leader notes what it executes; None for another rank.
     """
 
-    def __init__(self, engine: Engine, send: Callable[[WorkerEvent], object], sampling: Sampling | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        send: Callable[[WorkerEvent], object],
+        sampling: Sampling | None = None,
+        executing: Executing | None = None,
+    ) -> None:
         self._engine = engine
         engine.counters.memory_limit_bytes = engine.device.total_bytes()
         self._sampling = sampling
         self._operations = RunOperations(engine, sampling)
-        self._run_life = RunLife(engine, sampling, send)
+        self._run_life = RunLife(engine, sampling, send, executing)
 
     def prepare(self, command: WorkerCommand) -> Prepared:
         """Decodes and checks a command. Never raises: an error is raised when the command's turn comes."""
@@ -64,7 +72,10 @@ class Commands:
             work = self._dispatch(what, command)
         except Exception as exc:
             work = self._refused(command.run_id, seq_id, what, exc)
-        return Prepared(command.command_id, seq_id, what, work, received_s, answered_later=what in _ANSWERED_LATER)
+        later = what in _ANSWERED_LATER
+        return Prepared(
+            command.command_id, command.run_id, seq_id, what, work, received_s=received_s, answered_later=later
+        )
 
     def execute(self, prepared: Prepared) -> WorkerEvent | None:
         """Executes a command on the device. Returns the answer; None if it is sent later.

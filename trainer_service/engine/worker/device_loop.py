@@ -2,7 +2,8 @@
 
 The leader takes what comes next from its inbox and tells the other ranks whose turn it is; they have the same commands
 in theirs, and do the same. Requests to sample are divided: each is one rank's, whose model is whole by then, so that no
-rank waits for another within a step. After it the leader is handed what the others have to answer.
+rank waits for another within a step; where there is no room for that, all are the leader's (sampling/in_parts.py).
+After it the leader is handed what the others have to answer.
 """
 
 import contextlib
@@ -74,10 +75,10 @@ class DeviceLoop:
             self._tell(_OPERATION if in_turn else _OVERTAKES, rank)
             started_s = time.monotonic()
             if self._executing is not None:
-                self._executing.say(prepared.command_id)
+                self._executing.begin(prepared.command_id, prepared.run_id, prepared.seq_id)
             event = self._execute(prepared, rank)
             if self._executing is not None:
-                self._executing.say(0)
+                self._executing.end()
             if event is not None:
                 self._elsewhere.pop(prepared.command_id, None)
                 send(event)
@@ -100,7 +101,7 @@ class DeviceLoop:
             if turn == _END:
                 return
             if turn == _SAMPLE:
-                self._sample_share(number)
+                self._sampling.run_for(number)
                 self._ranks.execution.gather_bytes(b"".join(_framed(self._outbox)))
                 self._outbox.clear()
                 continue
@@ -115,7 +116,9 @@ class DeviceLoop:
         return self._commands.execute(prepared)
 
     def _place(self, prepared: Prepared) -> int:
-        """The rank with the fewest requests, which shall have this one too."""
+        """The rank with the fewest requests, which shall have this one too; the leader where that has them all."""
+        if self._sampling.one_schedule:
+            return 0
         loads = Counter(self._elsewhere.values())
         loads[0] = self._sampling.generation.num_requests
         rank = min(range(self._ranks.world_size), key=lambda rank: loads[rank])
@@ -126,7 +129,7 @@ class DeviceLoop:
     def _sample(self, seconds: float, send: Callable[[WorkerEvent], object]) -> None:
         """A slice of sampling on every rank."""
         self._tell(_SAMPLE, seconds)
-        self._sample_share(seconds)
+        self._sampling.run_for(seconds)
         for rank, message in enumerate(self._ranks.execution.gather_bytes(b"")):
             for event in _unframed(message):
                 self._commands.note_counters(rank, dict(event.counters))
@@ -134,10 +137,6 @@ class DeviceLoop:
                 if event.WhichOneof("event") == "done":
                     self._elsewhere.pop(event.command_id, None)
                 send(event)
-
-    def _sample_share(self, seconds: float) -> None:
-        if self._sampling.generation.busy:
-            self._sampling.generation.run_for(seconds)
 
 
 def told_to_all(commands: Iterable[WorkerCommand], ranks: Ranks) -> Iterator[WorkerCommand]:

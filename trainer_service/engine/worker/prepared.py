@@ -15,6 +15,7 @@ class Prepared:
 
     Attributes:
         command_id: Identifies the answer.
+        run_id: The run it is about; "" for none.
         seq_id: The operation's; None for a command that is not an operation.
         what: Name of the operation or command; for an operation also the field of TrainResponse that answers it.
         work: Executes it, or raises the error found while preparing it.
@@ -23,6 +24,7 @@ class Prepared:
     """
 
     command_id: int
+    run_id: str
     seq_id: int | None
     what: str
     work: Work

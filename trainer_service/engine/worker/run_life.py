@@ -13,6 +13,7 @@ from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.sampling.service import Sampling
 from trainer_service.engine.storage.snapshots import SnapshotWriter, repeat_failure
 from trainer_service.engine.worker.prepared import Work
+from trainer_service.executing import Executing
 
 
 class RunLife:
@@ -22,11 +23,19 @@ class RunLife:
         engine: Holds the runs.
         sampling: Keeps their samplers; None if nothing is sampled.
         send: Sends the outcome of a snapshot, from another thread.
+        executing: Notes what is executed of them; None on a rank that does not lead.
     """
 
-    def __init__(self, engine: Engine, sampling: Sampling | None, send: Callable[[WorkerEvent], object]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        sampling: Sampling | None,
+        send: Callable[[WorkerEvent], object],
+        executing: Executing | None,
+    ) -> None:
         self._engine = engine
         self._sampling = sampling
+        self._executing = executing
         self._send = send
         self._snapshots = SnapshotWriter(engine.ranks)
         self._kinds: dict[str, Callable[[WorkerCommand], Work]] = {
@@ -59,6 +68,8 @@ class RunLife:
             self._engine.create_run(run_id, lora=lora, adapter=created.request.adapter_path)
             if created.snapshot_folder:
                 self._engine.restore_run(run_id, Path(created.snapshot_folder))
+            if self._executing is not None and created.run_folder:
+                self._executing.hold_run(run_id, Path(created.run_folder))
 
         return work
 
@@ -99,6 +110,8 @@ class RunLife:
         def work() -> None:
             if self._sampling is not None and not unload:
                 self._sampling.samplers.delete_run(run_id)
+            if self._executing is not None:
+                self._executing.drop_run(run_id)
             self._engine.delete_run(run_id)
 
         return work

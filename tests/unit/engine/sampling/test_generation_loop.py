@@ -359,6 +359,17 @@ def test_what_fails_in_a_step_ends_its_requests_and_no_others(worker: Worker, mo
     assert len(worker.tokens(good)) == 6
 
 
+def test_a_forward_that_other_ranks_are_still_in_ends_the_process(worker: Worker, monkeypatch: pytest.MonkeyPatch):
+    def failing(decoder: decoder_module.Decoder, *args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(decoder_module.Decoder, "prefill", failing)
+    monkeypatch.setattr(worker.generation, "_torn", lambda: True)
+    worker.start()
+    with pytest.raises(torch.OutOfMemoryError):
+        worker.generation.step()
+
+
 def test_a_request_that_ended_before_another_of_its_batch_failed_is_answered_once(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ):

@@ -118,7 +118,7 @@ def test_a_worker_says_what_it_begins_and_of_a_long_load_that_it_gets_on(
     monkeypatch.setattr(engine, "Engine", load)
     config = WorkerConfig(base_model="m", checkpoint_dir=tmp_path, max_runs=8)
     trainer: Any = Trainer()
-    assert worker._load(config, Ranks.from_environment(), trainer.send) == "engine"
+    assert worker._load(str(tmp_path / "worker.sock"), config, Ranks.from_environment(), trainer.send) == "engine"
     assert said[:2] == ["importing torch and transformers", "looking for a device"]
     assert said[2].startswith("loading m onto ")
     assert said[3:] == [said[2]] * (len(said) - 3)

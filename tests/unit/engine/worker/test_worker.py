@@ -27,8 +27,9 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerCreateRun, Worke
 
 from tests.engines import BATCH, RUN, make_batch
 from tests.tiny import VOCAB_SIZE
+from tests.waiting import wait_until
 from trainer_service.command_lines import command_line
-from trainer_service.executing import executing_command
+from trainer_service.executing import executing_command, noted_operation
 from trainer_service.worker_config import WorkerConfig
 from trainer_service.worker_frames import Frames, frame
 
@@ -107,9 +108,10 @@ class RecordingTrainer:
         """Sends an operation; returns its command's number."""
         return self.put(request=TrainRequest(seq_id=seq_id, **operation))
 
-    def create_run(self) -> None:
-        """Creates the run `RUN`."""
-        command_id = self.put(create_run=WorkerCreateRun(request=CreateRunRequest()))
+    def create_run(self, folder: Path | None = None) -> None:
+        """Creates the run `RUN`, whose folder that is."""
+        run_folder = str(folder) if folder is not None else ""
+        command_id = self.put(create_run=WorkerCreateRun(request=CreateRunRequest(), run_folder=run_folder))
         event = self.event("done")
         assert event.command_id == command_id
         assert not event.done.HasField("error"), event
@@ -276,6 +278,27 @@ def test_what_executes_is_told_beside_the_socket_and_nothing_while_it_samples(
     while (event := trainer.events.get(timeout=ANSWER_S)) is not None and event.WhichOneof("event") == "sampled":
         seen.add(executing_command(str(socket)))
     assert seen == {0}
+
+
+def test_an_operation_is_noted_in_its_run_s_folder_until_it_ends_or_its_trainer_is_gone(
+    trainer: RecordingTrainer, socket: Path, tmp_path: Path, start_worker: StartWorker
+) -> None:
+    process = start_worker()
+    trainer.ready()
+    trainer.create_run(tmp_path)
+    seen = set[int]()
+    batch = batch_message(make_batch(*[16] * 4000))
+    trainer.operation(7, forward=ops.ForwardRequest(batch=batch))
+    while trainer.events.empty():
+        seen.add(noted_operation(tmp_path))
+        time.sleep(0.001)
+    trainer.event("response")
+    assert seen == {0, 7}
+    trainer.operation(8, forward=ops.ForwardRequest(batch=batch))
+    wait_until(lambda: noted_operation(tmp_path) == 8)
+    trainer.stop()
+    assert ends(process, 5) == 0
+    assert noted_operation(tmp_path) == 0
 
 
 def test_sigterm_ends_the_worker(trainer: RecordingTrainer, start_worker: StartWorker) -> None:
