@@ -106,7 +106,7 @@ class Engine:
         own = -(-(total := described.num_parameters) // (self.ranks.fsdp_size * self.ranks.tp_size))
         plan(training_bytes(own), parameter_bytes(total))
         first = self.source.load()
-        self.lora_targets = find_targets(first, lambda: self._try_forward(first))
+        self.lora_targets = find_targets(first, lambda: self._passes.try_forward(first))
         """What LoRA runs can adapt."""
         # What that forward gathered without gradients is not what a pass may train.
         reshard(first)
@@ -389,12 +389,6 @@ class Engine:
         size = ModelSize(self.model.num_parameters, model_bytes, whole_bytes, vocab_size)
         forwards = plan_forwards(self.device, self.traits, settings, self.ranks, size)
         self.memory, self._passes = forwards.memory, Passes(forwards, self.counters, self._held_graphs, self.ranks)
-
-    def _try_forward(self, model: PreTrainedModel) -> None:
-        """A forward of two tokens, as in training."""
-        two = Batch(np.zeros(2, dtype=np.int32), np.array([0, 2]), {"target_tokens": np.zeros(2, dtype=np.int64)})
-        for microbatch in self._passes.stage(two).on_device().microbatches:
-            microbatch.logprobs(model)
 
     def _readable(self, model: PreTrainedModel) -> PreTrainedModel:
         """A model to sample from; of one in parts a copy, whole where there is room."""

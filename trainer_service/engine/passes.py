@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from gradwire._wire.codec import Batch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from trainer_service.engine.counters import Counters
 from trainer_service.engine.loss_totals import LossTotals
@@ -111,6 +112,12 @@ class Passes:
     def stage(self, batch: Batch, loss: Loss | None = None, config: Mapping[str, float] | None = None) -> Staged:
         """A pass over a checked batch, with or without a loss, not on the device yet."""
         return Staged(batch, loss, config, lambda: self._place(batch, loss), self._ranks)
+
+    def try_forward(self, model: PreTrainedModel) -> None:
+        """A forward of two tokens, as in training."""
+        two = Batch(np.zeros(2, dtype=np.int32), np.array([0, 2]), {"target_tokens": np.zeros(2, dtype=np.int64)})
+        for microbatch in self.stage(two).on_device().microbatches:
+            microbatch.logprobs(model)
 
     def forward(self, run: RunState, seq_id: int, staged: Staged, *, keep_graph: bool) -> ForwardResult:
         """Logprobs, and the metrics of the loss if there is one; keep_graph holds the graph for one backward."""

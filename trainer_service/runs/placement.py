@@ -26,7 +26,7 @@ from trainer_service.runs.frozen_weights import FrozenWeights
 from trainer_service.runs.journal import Record
 from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.recovery import NO_ROOM, Restored, fail_command, find_source, restore
-from trainer_service.runs.sequence import Entry
+from trainer_service.runs.sequence import Entry, poisoned
 from trainer_service.runs.snapshots import Snapshotter, list_snapshots
 
 logger = logging.getLogger(__name__)
@@ -401,7 +401,7 @@ class Placement:
             return
         for entry in self._undone.values():
             if entry.deaths >= MAX_DEATHS:
-                self._fail(entry, _poisoned(entry, self._run_id))
+                self._fail(entry, poisoned(entry, self._run_id))
         self._replay_deaths = self._disk_failures = 0
         self.frozen.made(restored.frozen)
         self.live, self.has_place, self._forgetting = True, True, False
@@ -442,14 +442,3 @@ class Placement:
         self.lost = error("RUN_LOST", text, run_id=self._run_id)
         logger.error("Run lost.", extra={"fields": {"run_id": self._run_id, "why": str(exc)}})
         self._give_up(self.lost)
-
-
-def _poisoned(entry: Entry, run_id: str) -> GradwireError:
-    return error(
-        "OPERATION_POISONED",
-        f"Operation {entry.seq_id} ({entry.kind}) of {run_id} was given up: the worker died {entry.deaths} times "
-        "while executing it. The run is as it was before this call, and continues; the trainer's log has the cause of "
-        "each death. Send less at once, or other data.",
-        seq_id=entry.seq_id,
-        deaths=entry.deaths,
-    )

@@ -209,3 +209,15 @@ def conflict(seq_id: int, next_seq_id: int) -> GradwireError:
 def error_response(seq_id: int, exc: GradwireError) -> TrainResponse:
     """An error as an answer inside the stream."""
     return TrainResponse(seq_id=seq_id, error=to_status(exc))
+
+
+def poisoned(entry: Entry, run_id: str) -> GradwireError:
+    """Why an operation is given up that workers died of."""
+    return error(
+        "OPERATION_POISONED",
+        f"Operation {entry.seq_id} ({entry.kind}) of {run_id} was given up: the worker died {entry.deaths} times "
+        "while executing it. The run is as it was before this call, and continues; the trainer's log has the cause of "
+        "each death. Send less at once, or other data.",
+        seq_id=entry.seq_id,
+        deaths=entry.deaths,
+    )

@@ -6,8 +6,8 @@ import pytest
 
 from trainer_service.command_lines import SettingsError, add_options, command_line, read_options
 from trainer_service.config import TrainerConfig
-from trainer_service.fleet.mesh import check_mesh
-from trainer_service.worker_config import RankSettings
+from trainer_service.fleet.mesh import check_cut, check_mesh
+from trainer_service.worker_config import EngineSettings, RankSettings
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,20 @@ def test_sizes_that_come_to_all_ranks_are_taken(settings: RankSettings):
 def test_sizes_that_do_not_fit_are_refused_in_numbers(settings: RankSettings, nnodes: int, refusal: str):
     with pytest.raises(SettingsError) as told:
         check_mesh(settings, local_world_size=4, nnodes=nnodes)
+    assert refusal in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        (EngineSettings(base_dtype="bfloat16"), "--base-dtype is bfloat16, and --tp-size 2"),
+        (EngineSettings(sampling_reshard_after_forward="always"), "--sampling-reshard-after-forward is always, and"),
+    ],
+)
+def test_what_does_not_go_with_cut_layers_is_refused(settings: EngineSettings, refusal: str):
+    check_cut(settings, tp_size=1)
+    with pytest.raises(SettingsError) as told:
+        check_cut(settings, tp_size=2)
     assert refusal in str(told.value)
 
 
