@@ -29,7 +29,7 @@ from trainer_service.engine.models.quantized import held_bytes
 from trainer_service.engine.packed.logprobs import Head, LowRank, linear_logprobs
 from trainer_service.engine.packed.vocabulary import VocabularyPart
 from trainer_service.engine.parallel.gloo_collectives import Gather, SumInOrder
-from trainer_service.engine.parallel.sharding import record_of, reshard, whole, whole_parameter
+from trainer_service.engine.parallel.sharding import record_of, reshard, whole_parameter
 from trainer_service.engine.parallel.tensor_parallel import cut_of
 from trainer_service.engine.rank_channels import Ranks
 from trainer_service.engine.sampling.service import Sampling
@@ -296,13 +296,13 @@ def merge(
     most = [0]
 
     def counted(tensor: torch.Tensor) -> torch.Tensor:
-        made = whole(tensor)
+        made = whole_parameter(tensor)
         alive.add(made)
         most[0] = max(most[0], sum(each.nbytes for each in alive))
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streamed_export, "whole", counted)
+        patch.setattr(streamed_export, "whole_parameter", counted)
         saved = engine.save_weights_for_sampler(RUN, name, merged=True, dtype="float32")
     return {"adapter": adapter, "size": saved.size_bytes, "whole": most[0]}
 

@@ -8,12 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from gradwire.types import AdamParams
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, HrmTextConfig
 
 from tests import rank_tasks
 from tests.engines import RUN, make_batch
 from tests.numerics.architectures import make_model
 from tests.rank_pool import RankPool, rank_pool
+from tests.tiny import VOCAB_SIZE
 from trainer_service.engine.rank_channels import Ranks
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
@@ -378,6 +379,17 @@ def test_what_is_sampled_in_parts_is_what_is_sampled_of_a_whole_model(
         # Let go on all ranks together, once the last request of a closed sampler is done.
         assert each["held"] == found["always"][0]["held"]
         assert (each["held"][0], each["held"][-1]) == (3, 2)
+
+
+def test_a_model_of_which_ranks_read_wrong_parts_is_refused_by_all(two: RankPool, tmp_path: Path) -> None:
+    # Its files have q, k and v in one matrix, which transformers splits when each rank has read its part of it.
+    config = HrmTextConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_layers_per_stack=2
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    refusals = two.run(rank_tasks.refused_model, tmp_path / "model", tmp_path)
+    assert refusals[0] == refusals[1]
+    assert "transformers gives ranks wrong parts; start the trainer with --nproc-per-node 1" in refusals[0][1]
 
 
 def test_a_state_that_does_not_fit_is_refused_by_all_ranks(

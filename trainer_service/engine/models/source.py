@@ -74,6 +74,7 @@ class ModelSource:
             self._traits, attention.varlen_enabled = self.findings.recall("traits", find, made_of=made_of)
             return self._traits
         sibling, num_layers = self.sibling()
+        self._check_parts(self._first, sibling)
         scale = num_layers / int(sibling.config.get_text_config().num_hidden_layers)
         traits = find_traits(sibling, device, max_context_length=max_context_length)
         found = replace(
@@ -91,6 +92,24 @@ class ModelSource:
             boundaries=tuple(Boundary(**one) for one in turned),
         )
         return self._traits
+
+    def _check_parts(self, first: Sharded, sibling: PreTrainedModel) -> None:
+        """Refuses a model of whose files ranks read wrong parts, as of matrices that the model splits.
+
+        Args:
+            first: As this rank has read it.
+            sibling: See `sibling`.
+
+        Raises:
+            InvalidArgumentError: INVALID_FIELD.
+        """
+        wrong = next(filter(None, self._ranks.execution.gather(first.first_difference(sibling))), "")
+        if wrong:
+            raise invalid_field(
+                "base_model",
+                f"is a {type(sibling).__name__}, of whose {wrong} transformers gives ranks wrong parts; start the "
+                "trainer with --nproc-per-node 1.",
+            )
 
     def _check_cut(self, sibling: PreTrainedModel, *, has_head: bool, attention_name: str) -> None:
         """Refuses what ranks cannot compute layers of together.

@@ -107,6 +107,21 @@ class Sharded:
         made.fill(model)
         return model
 
+    def first_difference(self, whole: PreTrainedModel) -> str:
+        """The name of a parameter of which this rank has another part than the same model, or its first layers, read
+        whole; "" where there is none."""
+        found = dict(whole.named_parameters())
+        for name, parameter in self.hollow.named_parameters():
+            if name not in found:
+                continue
+            wanted, own = found[name].detach(), self._parts[parameter]
+            if self.cutting is not None:
+                wanted = self.cutting.own(parameter, wanted)
+            rows = part(own)
+            if not torch.equal(wanted[first_row(own) :][: len(rows)], rows):
+                return name
+        return ""
+
     def hollow_copy(self) -> PreTrainedModel:
         """Modules of its own; the parameters are `hollow`'s."""
         return _copy_with(self.hollow, {})
