@@ -345,6 +345,7 @@ def insert_refused(db: sqlite3.Connection, operation: Operation, digest: bytes, 
     db.execute(
         "INSERT OR REPLACE INTO operations (seq_id, kind, digest, received_s, request) VALUES (?, ?, ?, ?, ?)", values
     )
+    db.execute("DELETE FROM contents WHERE seq_id = ?", (seq_id,))
     insert_outcome(db, seq_id, response, response.SerializeToString(), step=0)
 
 
