@@ -1,4 +1,4 @@
-"""How much disk saving may use, and whether any is left."""
+"""How much disk saving may use, whether any is left, and when it has what was written."""
 
 import contextlib
 import os
@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 
 from gradwire.errors import GradwireError, error
+
+from trainer_service.atomic_folders import sync
+from trainer_service.runs import journal, journal_contents
 
 _LEAST_BYTES = 1024 * 1024
 """A little more than opening a journal takes."""
@@ -41,3 +44,16 @@ def _size_bytes(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(directory, name)).st_size
     return total
+
+
+def wait_for_disk(folder: Path) -> None:
+    """Returns once what a run's journal has is on the disk, whatever --journal-sync is.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    paths = [*journal_contents.files(folder), *(folder / f"{journal.FILE_NAME}{suffix}" for suffix in ("-wal", ""))]
+    for path in [*paths, journal_contents.folder_of(folder), folder]:
+        # The log is gone once the file has all of it.
+        with contextlib.suppress(FileNotFoundError):
+            sync(path)

@@ -20,7 +20,7 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -219,11 +219,17 @@ def seq_ids(db: sqlite3.Connection) -> tuple[int, int, int]:
     return oldest, last, undone[0] if undone else last + 1
 
 
-def take_up(folder: Path, db: sqlite3.Connection) -> int | None:
+def take_up(folder: Path, db: sqlite3.Connection, *, snapshots: Sequence[int] = ()) -> int | None:
     """Makes a journal that was left fit to be written on: of this format, and without what a power cut took.
 
+    Args:
+        folder: The run's.
+        db: The journal in it.
+        snapshots: Last operations in the whole snapshots. What lies before the newest that the journal reaches is not
+            needed to recover the run: if contents are lost there, they are pruned with all operations before.
+
     Returns:
-        The first operation whose contents are lost, from which on all are cut off; None if none is.
+        The first operation whose contents are lost and needed, from which on all are cut off; None if none is.
     """
     boot_id = journal_contents.boot_id()
     if boot_id and db.execute("SELECT value FROM run WHERE name = 'boot_id'").fetchone() == (boot_id,):
@@ -232,11 +238,18 @@ def take_up(folder: Path, db: sqlite3.Connection) -> int | None:
     db.execute("BEGIN IMMEDIATE")
     try:
         db.execute(journal_contents.SCHEMA)
-        lost = journal_contents.lost_from(folder, db)
+        all_lost = journal_contents.lost(folder, db)
+        last = seq_ids(db)[1]
+        start = max((seq_id for seq_id in snapshots if seq_id <= last), default=0)
+        lost = next((seq_id for seq_id in all_lost if seq_id > start), None)
         if lost is not None:
             db.execute("DELETE FROM operations WHERE seq_id >= ?", (lost,))
             db.execute("DELETE FROM outcomes WHERE seq_id >= ?", (lost,))
             db.execute("DELETE FROM contents WHERE seq_id >= ?", (lost,))
+        if before := [seq_id for seq_id in all_lost if seq_id <= start]:
+            # The last operation stays, without its contents: the next seq_id follows from it.
+            _delete(db, up_to=min(before[-1], seq_ids(db)[1] - 1))
+            db.execute("DELETE FROM contents WHERE seq_id <= ?", (before[-1],))
         db.execute("INSERT OR REPLACE INTO run VALUES ('boot_id', ?), ('format', ?)", (boot_id, _FORMAT))
         db.execute("COMMIT")
     except BaseException:
@@ -342,6 +355,7 @@ def insert_refused(db: sqlite3.Connection, operation: Operation, digest: bytes, 
     db.execute(
         "INSERT OR REPLACE INTO operations (seq_id, kind, digest, received_s, request) VALUES (?, ?, ?, ?, ?)", values
     )
+    db.execute("DELETE FROM contents WHERE seq_id = ?", (seq_id,))
     insert_outcome(db, seq_id, response, response.SerializeToString(), step=0)
 
 
@@ -409,10 +423,14 @@ def prune(db: sqlite3.Connection, retention: Retention, *, snapshot_seq_id: int)
                 break
     # The last operation stays, since the next seq_id follows from it.
     cut = min(max(cuts), snapshot_seq_id, last - 1)
-    journal_metrics.keep(db, up_to=cut)
-    db.execute("DELETE FROM operations WHERE seq_id <= ?", (cut,))
-    db.execute("DELETE FROM outcomes WHERE seq_id <= ?", (cut,))
-    db.execute("DELETE FROM contents WHERE seq_id <= ?", (cut,))
+    _delete(db, up_to=cut)
+
+
+def _delete(db: sqlite3.Connection, *, up_to: int) -> None:
+    journal_metrics.keep(db, up_to=up_to)
+    db.execute("DELETE FROM operations WHERE seq_id <= ?", (up_to,))
+    db.execute("DELETE FROM outcomes WHERE seq_id <= ?", (up_to,))
+    db.execute("DELETE FROM contents WHERE seq_id <= ?", (up_to,))
 
 
 def size_bytes(folder: Path) -> int:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import xxhash
 
+from trainer_service.atomic_folders import sync
+
 LARGE_BYTES = 64 * 1024
 """Size from which contents lie beside the database."""
 SCHEMA = """
@@ -75,6 +77,10 @@ class Contents:
         if self._file < 0:
             self._folder.mkdir(exist_ok=True)
             self._file = os.open(self._folder / f"{self._number:08d}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            if self._wait:
+                # A file that was synced is lost all the same if its name was not.
+                sync(self._folder)
+                sync(self._folder.parent)
         left = memoryview(content)
         while left:
             left = left[os.pwrite(self._file, left, self._end + len(content) - len(left)) :]
@@ -133,15 +139,15 @@ def read(run_folder: Path, db: sqlite3.Connection, seq_ids: tuple[int, int]) -> 
     return {(seq_id, part): content for seq_id, part, content in _contents(run_folder, rows)}
 
 
-def lost_from(run_folder: Path, db: sqlite3.Connection) -> int | None:
-    """The first operation with a content that did not survive; None where all have."""
-    lost: int | None = None
+def lost(run_folder: Path, db: sqlite3.Connection) -> list[int]:
+    """The operations with a content that did not survive, in order."""
+    found: set[int] = set()
     for row in db.execute("SELECT * FROM contents ORDER BY file, place").fetchall():
         try:
             next(_contents(run_folder, [row]))
         except OSError:
-            lost = row[0] if lost is None else min(lost, row[0])
-    return lost
+            found.add(row[0])
+    return sorted(found)
 
 
 def boot_id() -> str:

@@ -348,9 +348,10 @@ class Journal:
 
     def _give_back(self, exc: sqlite3.Error | OSError) -> None:
         """Undoes a transaction that failed."""
-        if self._contents is not None:
-            self._contents.roll_back()
         full = getattr(exc, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or getattr(exc, "errno", 0) == ENOSPC
+        if self._contents is not None and full:
+            # Otherwise the transaction may turn out whole when the file is opened again, and needs its contents.
+            self._contents.roll_back()
         if self._db is not None and full:
             try:
                 # Not closed: that would copy the log into the file, and take the room that is left.

@@ -14,6 +14,7 @@ from gradwire.v1.worker_service_pb2 import WorkerCommand, WorkerSnapshotRun
 from trainer_service.config import SnapshotPolicy
 from trainer_service.fleet.calls import call
 from trainer_service.fleet.worker import Died, Reply, Worker
+from trainer_service.runs.disk import wait_for_disk
 from trainer_service.runs.journal_writer import Journal
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,14 @@ def list_snapshots(run_folder: Path) -> list[Snapshot]:
             if folder.name.isdigit() and (folder / _MANIFEST).exists():
                 found.append(Snapshot(int(folder.name), folder))
     return sorted(found, key=lambda snapshot: snapshot.seq_id, reverse=True)
+
+
+def remove_snapshots_after(run_folder: Path, seq_id: int) -> None:
+    """Deletes snapshots of operations that a power cut took from the journal: others will have their seq_ids."""
+    for snapshot in list_snapshots(run_folder):
+        if snapshot.seq_id > seq_id:
+            logger.warning("Removing a snapshot of lost operations.", extra={"fields": {"folder": snapshot.folder}})
+            shutil.rmtree(snapshot.folder)
 
 
 def prune_snapshots(run_folder: Path, *, verified_seq_id: int, keep_everything: bool) -> int:
@@ -182,6 +191,9 @@ class Snapshotter:
         try:
             await answer
             if not self._journal.being_read:
+                # A snapshot behind the journal's end is of no use, and after a power cut the end may be an earlier one.
+                await self._journal.flush()
+                await asyncio.to_thread(wait_for_disk, self._journal.folder)
                 # Deleting gigabytes takes a moment.
                 oldest = await asyncio.to_thread(
                     prune_snapshots,

@@ -24,6 +24,7 @@ from trainer_service.runs.disk import has_no_room
 from trainer_service.runs.journal import DamagedJournal, Record, Row
 from trainer_service.runs.journal_writer import Journal, JournalWriter
 from trainer_service.runs.run_folder import RunFolder
+from trainer_service.runs.snapshots import list_snapshots, remove_snapshots_after
 
 logger = logging.getLogger(__name__)
 
@@ -221,12 +222,14 @@ def open_stored_run(path: Path) -> StoredRun | None:
 def _read_stored_run(folder: RunFolder) -> StoredRun:
     with contextlib.closing(journal.connect(folder.path)) as db:
         record = journal.read_record(db)
-        if (lost := journal.take_up(folder.path, db)) is not None:
+        snapshots = [snapshot.seq_id for snapshot in list_snapshots(folder.path)]
+        if (lost := journal.take_up(folder.path, db, snapshots=snapshots)) is not None:
             logger.error(
                 "A power cut took the contents of operations; the run is as it was before them.",
                 extra={"fields": {"run_id": record.run_id, "seq_id": lost}},
             )
         _, last, first_undone = journal.seq_ids(db)
+        remove_snapshots_after(folder.path, last)
         undone: list[Row] = []
         while chunk := journal.read(folder.path, db, undone[-1].seq_id if undone else first_undone - 1):
             undone += chunk

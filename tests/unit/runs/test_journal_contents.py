@@ -1,40 +1,23 @@
 """Large requests and answers, which lie beside the database."""
 
 import contextlib
+import functools
 import shutil
 import sqlite3
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-from gradwire._wire.codec import batch_from_arrays, batch_message
 from gradwire.errors import from_status
-from gradwire.v1 import operation_pb2 as ops
-from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainRequest, TrainResponse
+from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainResponse
 
+from tests.contents import TOKENS, forward, rows
 from tests.fakes import FakeWorker
 from tests.full_disk import nothing_can_be_written
 from tests.runs import operations, settled, step, trainer
 from trainer_service.config import Durability, Retention, SnapshotPolicy
 from trainer_service.runs import journal, journal_contents
 from trainer_service.runs.journal_contents import files
-from trainer_service.runs.operation import Operation
-from trainer_service.runs.run import Run
-
-TOKENS = 20_000
-"""Of 8 bytes a target, which FakeWorker answers a forward with."""
-
-
-def forward(seq_id: int, value: int = 7) -> Operation:
-    tokens = np.full(TOKENS, value)
-    batch = batch_message(batch_from_arrays([(tokens, {"target_tokens": tokens})]))
-    return Operation.made(TrainRequest(seq_id=seq_id, forward=ops.ForwardRequest(batch=batch)))
-
-
-async def rows(run: Run) -> list[journal.Row]:
-    await settled(run)
-    with contextlib.closing(journal.connect(run.folder)) as db:
-        return journal.read(run.folder, db, 0)
 
 
 async def test_large_contents_are_beside_the_database_and_small_ones_in_it(tmp_path: Path):
@@ -173,3 +156,28 @@ async def test_a_journal_of_a_later_format_is_left_as_it_is(tmp_path: Path, capl
     async with trainer(tmp_path, FakeWorker()) as runs:
         assert runs.everybodys() == []
     assert "A run's journal is damaged; it is left as it is." in caplog.text
+
+
+async def test_a_commit_that_failed_and_is_in_the_log_all_the_same_is_still_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    failures = [sqlite3.OperationalError("disk I/O error")]
+
+    class Connection(sqlite3.Connection):
+        def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+            found = super().execute(sql, *parameters)
+            if sql == "COMMIT" and failures and super().execute("SELECT count(*) FROM contents").fetchone()[0]:
+                raise failures.pop()
+            return found
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Connection))
+    worker = FakeWorker()
+    async with trainer(tmp_path, worker) as runs:
+        run = await runs.create(CreateRunRequest())
+        await run.execute(step(1))
+        assert from_status((await run.execute(forward(2))).error).reason == "STORAGE_FAILED"
+        assert not failures
+        assert [(row.seq_id, row.reason, row.request) for row in await rows(run)][1:] == [(2, "STORAGE_FAILED", b"")]
+        worker.die()
+        worker.become_ready()
+        assert (await run.execute(step(3))).optim_step.step == 2
