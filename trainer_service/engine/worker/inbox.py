@@ -79,7 +79,8 @@ class Inbox(Generic[C, P]):
                 with self._lock:
                     line.raw.append((command, quick))
                     # One thread is woken rather than two in turn.
-                    (self._takes if self._may_prepare_here() else line.changed).notify()
+                    here = line is self._in_turn and self._may_prepare_here()
+                    (self._takes if here else line.changed).notify()
         finally:
             with self._lock:
                 self._ended = True

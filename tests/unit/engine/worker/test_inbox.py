@@ -83,3 +83,23 @@ def test_a_waiting_worker_wakes_for_either_kind():
     for thread in threads:
         thread.join(10)
     assert inbox.ended
+
+
+def test_what_overtakes_is_prepared_while_an_operation_is_left_to_the_executing_thread():
+    source: queue.SimpleQueue[str] = queue.SimpleQueue()
+    prepared = threading.Event()
+
+    def prepare(command: str) -> str:
+        if command == "sample":
+            prepared.set()
+        return command.upper()
+
+    inbox: Inbox[str, str] = Inbox(prepare, lambda command: command == "sample", quick=lambda _: True)
+    # The executing thread waits for whatever comes, and has not woken yet when both have come.
+    inbox._idle = True
+    running(inbox, iter(source.get, ""))
+    source.put("op")
+    source.put("sample")
+    assert prepared.wait(10)
+    assert inbox.take(wait=True) == ("SAMPLE", False)
+    assert inbox.take(wait=True) == ("OP", True)
