@@ -89,24 +89,29 @@ def test_the_trainer_says_how_many_ranks_it_has(trainer: TrainerProcess, service
         assert metric(trainer, f"gradwire_worker_{name}") == value
 
 
-@pytest.mark.parametrize("how", ["never", "always"])
-def test_replicas_are_told_of_and_sample(how: str, tiny_llama: Path, tmp_path: Path):
-    arguments = ("--nproc-per-node", "4", "--dp-replicate-size", "2", "--sampling-reshard-after-forward", how)
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("how", "replicas"), [("never", 2), ("always", 1)])
+def test_ranks_are_told_of_and_sample_again_after_a_death(how: str, replicas: int, tiny_llama: Path, tmp_path: Path):
+    ranks = 2 * replicas
+    arguments = ["--nproc-per-node", f"{ranks}", "--dp-replicate-size", f"{replicas}"]
+    arguments += ["--sampling-reshard-after-forward", how]
     with running_trainer(tiny_llama, tmp_path, *arguments) as running:
-        running.wait_ready()
+        running.wait_ready(150)
         with ServiceClient(running.base_url, timeout_s=60) as service:
             (model,) = service.get_server_info().models
             assert ("gathered anew" in model.sampling) == (how == "always")
             mesh = model.mesh
-            assert mesh == Mesh(world_size=4, local_world_size=4, nnodes=1, fsdp_size=2, dp_replicate_size=2)
-            assert metric(running, "gradwire_worker_dp_replicate_size") == 2
+            assert mesh == Mesh(
+                world_size=ranks, local_world_size=ranks, nnodes=1, fsdp_size=2, dp_replicate_size=replicas
+            )
+            assert metric(running, "gradwire_worker_dp_replicate_size") == replicas
             client = service.create_training_client()
             client.forward_backward(data(30, 20, 40), "cross_entropy").result(60)
             client.optim_step(ADAM).result(60)
             sampler = client.save_weights_and_get_sampling_client()
             # As many as ranks: each has one.
             params = SamplingParams(max_tokens=8, temperature=0.0)
-            answers = [sampler.sample(ModelInput.from_ints([5, 6]), sampling_params=params) for _ in range(4)]
+            answers = [sampler.sample(ModelInput.from_ints([5, 6]), sampling_params=params) for _ in range(ranks)]
             sequences = [answer.result(60).sequences[0] for answer in answers]
             assert len({tuple(sequence.tokens) for sequence in sequences}) == 1
             told = sampler.compute_logprobs(ModelInput.from_ints([5, 6, *sequences[0].tokens])).result(60)
@@ -116,9 +121,9 @@ def test_replicas_are_told_of_and_sample(how: str, tiny_llama: Path, tmp_path: P
             # A rank that dies takes part in every forward, or has requests of its own: all begin again.
             params = SamplingParams(max_tokens=40, seed=7, stop=[])
             answer = sampler.sample(ModelInput.from_ints([5, 6]), 4, params)
-            os.kill(rank_pid(running, 3), signal.SIGKILL)
+            os.kill(rank_pid(running, ranks - 1), signal.SIGKILL)
             again = sampler.sample(ModelInput.from_ints([5, 6]), 4, params)
-            one, other = ([each.tokens for each in found.result(60).sequences] for found in (answer, again))
+            one, other = ([each.tokens for each in found.result(150).sequences] for found in (answer, again))
             assert one == other
 
 
