@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from trainer_service.engine import freed_memory
 from trainer_service.processes import held_bytes
@@ -68,6 +69,12 @@ class Device:
             torch.cuda.empty_cache()
         else:
             freed_memory.give_back()
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """The dtype that products of a tensor are made in: autocast's where that is on, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def pick_device(local_rank: int = 0, compute_dtype: ComputeDtype = "auto", local_world_size: int = 1) -> Device:

@@ -72,7 +72,7 @@ class Contents:
         """
         if self._end >= _FILE_BYTES:
             self.flush()
-            self._close()
+            self.close()
             self._number, self._end = self._number + 1, 0
         if self._file < 0:
             self._folder.mkdir(exist_ok=True)
@@ -104,7 +104,7 @@ class Contents:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, end)
         else:
-            self._close()
+            self.close()
         self._number, self._end = number, end
 
     def remove_unused(self) -> None:
@@ -116,9 +116,6 @@ class Contents:
 
     def close(self) -> None:
         """Closes the file."""
-        self._close()
-
-    def _close(self) -> None:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -158,9 +155,7 @@ def boot_id() -> str:
         return ""
 
 
-def _contents(
-    run_folder: Path, rows: Iterable[tuple[int, str, int, int, int, bytes]]
-) -> Iterator[tuple[int, str, bytes]]:
+def _contents(run_folder: Path, rows: Iterable[_Row]) -> Iterator[tuple[int, str, bytes]]:
     for seq_id, part, number, place, size, digest in rows:
         path = folder_of(run_folder) / f"{number:08d}"
         with path.open("rb") as file:

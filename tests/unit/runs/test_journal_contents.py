@@ -11,10 +11,10 @@ import pytest
 from gradwire.errors import from_status
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest, TrainResponse
 
-from tests.contents import TOKENS, forward, rows
+from tests.contents import TOKENS, forward, rounds, rows
 from tests.fakes import FakeWorker
 from tests.full_disk import nothing_can_be_written
-from tests.runs import operations, settled, step, trainer
+from tests.runs import operations, step, trainer
 from trainer_service.config import Durability, Retention, SnapshotPolicy
 from trainer_service.runs import journal, journal_contents
 from trainer_service.runs.journal_contents import files
@@ -106,11 +106,7 @@ async def test_files_that_nothing_needs_are_removed(tmp_path: Path, monkeypatch:
     )
     async with trainer(tmp_path, FakeWorker(), durability=durability) as runs:
         run = await runs.create(CreateRunRequest())
-        for number in range(6):
-            await run.execute(forward(2 * number + 1))
-            await run.execute(step(2 * number + 2))
-            await settled(run)
-        await run._journal.flush()
+        await rounds(run, 6)
         kept = await rows(run)
         assert kept[0].seq_id > 1
         named = {file.name for file in files(run.folder)}

@@ -14,7 +14,7 @@ from gradwire import ServiceClient, datum_from_tokens_weights
 from gradwire.errors import GradwireError
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest
 
-from tests.contents import forward, rows
+from tests.contents import rounds, rows
 from tests.fakes import FakeWorker
 from tests.front_end import front_end_on_a_thread
 from tests.runs import forward_backward, settled, step, trainer
@@ -122,11 +122,7 @@ async def test_what_was_pruned_before_the_log_was_on_the_disk_takes_nothing_with
     monkeypatch.setattr(journal_contents, "_FILE_BYTES", 1)
     async with trainer(tmp_path / "runs", FakeWorker(), durability=EACH_STEP) as runs:
         run = await runs.create(CreateRunRequest())
-        for number in range(3):
-            await run.execute(forward(2 * number + 1))
-            await run.execute(step(2 * number + 2))
-            await settled(run)
-        await run._journal.flush()
+        await rounds(run, 3)
         shutil.copytree(run.folder, tmp_path / "disk")
     # The rows of the contents pruned last are back, their files are not.
     files(tmp_path / "disk")[0].unlink()

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import shutil
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from trainer_service.runs import placement
 from trainer_service.runs.journal import Row
 from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.operation import Operation
+from trainer_service.runs.run import Run
 from trainer_service.runs.snapshots import list_snapshots
 
 
@@ -208,19 +210,25 @@ async def test_deaths_are_counted_across_trainers(tmp_path: Path):
             answer.cancel()
 
 
-async def test_a_death_of_worker_and_trainer_at_once_counts_against_what_the_worker_noted(tmp_path: Path):
-    """Each next trainer has a copy of the runs as they are when its predecessor is killed."""
-    folders = [tmp_path / str(number) for number in range(4)]
+async def killed_while_executing(folders: Sequence[Path], *seq_ids: int) -> Run:
+    """A run with a step done, and others under way when the second folder gets a copy of the first, its trainer's."""
     worker = FakeWorker()
     async with trainer(folders[0], worker) as runs:
         run = await runs.create(CreateRunRequest())
         await run.execute(step(1))
         worker.gate.clear()
-        for seq_id in (2, 3, 4):
+        for seq_id in seq_ids:
             run.submit(step(seq_id), lambda _: None)
-        await asyncio.wait_for(worker.has_waiting(3), DEADLINE_S)
+        await asyncio.wait_for(worker.has_waiting(len(seq_ids)), DEADLINE_S)
         await run._journal.flush()
         shutil.copytree(folders[0], folders[1])
+    return run
+
+
+async def test_a_death_of_worker_and_trainer_at_once_counts_against_what_the_worker_noted(tmp_path: Path):
+    """Each next trainer has a copy of the runs as they are when its predecessor is killed."""
+    folders = [tmp_path / str(number) for number in range(4)]
+    run = await killed_while_executing(folders[:2], 2, 3, 4)
     note = Path(run.run_id, "executing")
     for folder, later in itertools.pairwise([*folders[1:], None]):
         assert folder is not None
@@ -245,15 +253,7 @@ async def test_a_death_of_worker_and_trainer_at_once_counts_against_what_the_wor
 async def test_deaths_of_trainers_alone_count_against_no_operation(noted: int | None, tmp_path: Path):
     """Nothing was noted, or taken back, or an operation is noted that was done: one that was replayed."""
     folders = [tmp_path / str(number) for number in range(5)]
-    worker = FakeWorker()
-    async with trainer(folders[0], worker) as runs:
-        run = await runs.create(CreateRunRequest())
-        await run.execute(step(1))
-        worker.gate.clear()
-        run.submit(step(2), lambda _: None)
-        await asyncio.wait_for(worker.has_waiting(1), DEADLINE_S)
-        await run._journal.flush()
-        shutil.copytree(folders[0], folders[1])
+    run = await killed_while_executing(folders[:2], 2)
     for folder, later in itertools.pairwise(folders[1:]):
         if noted is not None:
             (folder / run.run_id / "executing").write_bytes(noted.to_bytes(8, "little"))

@@ -198,7 +198,7 @@ class _GatedMlps(torch.autograd.Function):
         matrices = (part for part in parts if not isinstance(part, float))
         ctx.save_for_backward(hidden_TD, weight_S, *indices, both_SO, gate_up_low_RS, down_low_RS, *matrices)
         ctx.scales = gate_up.scale, down.scale
-        return _added_up(y_SD, rows_TK)
+        return added_up(y_SD.float(), rows_TK)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -232,7 +232,7 @@ class _GatedMlps(torch.autograd.Function):
             gate_up.backward(expert, grad_both_nO, x_nD, _columns(gate_up_low_RS, rows), grad_x_nD)
 
         side_by_side(_rows_of(ends_E), compute)
-        grad_hidden_TD = None if grad_x_SD is None else _added_up(grad_x_SD, rows_TK).to(hidden_TD.dtype)
+        grad_hidden_TD = None if grad_x_SD is None else added_up(grad_x_SD.float(), rows_TK).to(hidden_TD.dtype)
         adapters = gate_up.a_ERI, gate_up.b_EOR, None, None, down.a_ERI, down.b_EOR, None
         return grad_hidden_TD, grad_weight_S, None, None, *adapters
 
@@ -247,6 +247,6 @@ def _columns(low_RS: Tensor | None, rows: slice) -> Tensor | None:
     return None if low_RS is None else low_RS[:, rows]
 
 
-def _added_up(x_SD: Tensor, rows_TK: Tensor) -> Tensor:
-    """The rows of each token added up in their order, [T, D] in float32."""
-    return F.embedding_bag(rows_TK, x_SD.float(), mode="sum")
+def added_up(x_SD: Tensor, rows_TK: Tensor, weight_of_TK: Tensor | None = None) -> Tensor:
+    """Rows of each token, weighted if so, added up in their order, [T, D] in the dtype of x."""
+    return F.embedding_bag(rows_TK, x_SD, mode="sum", per_sample_weights=weight_of_TK)

@@ -45,11 +45,8 @@ def side_by_side(rows_of_experts: Iterable[tuple[int, slice]], compute: Callable
 @functools.cache
 def _pool(num_threads: int) -> ThreadPoolExecutor:
     """Threads, all of them started, in each of which torch computes with that thread alone."""
-    pool, own, all_there = (
-        ThreadPoolExecutor(num_threads, "experts"),
-        torch.get_num_threads(),
-        threading.Barrier(num_threads),
-    )
+    own = torch.get_num_threads()
+    pool, all_there = ThreadPoolExecutor(num_threads, "experts"), threading.Barrier(num_threads)
 
     def start() -> None:
         torch.set_num_threads(1)

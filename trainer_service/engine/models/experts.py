@@ -20,8 +20,15 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
+from trainer_service.engine.device import computed_in
 from trainer_service.engine.fused.gated_mlp import gated_halves
-from trainer_service.engine.models.cpu_experts import ExpertsLowRank, Routes, adapted_gated_mlps, adapted_product
+from trainer_service.engine.models.cpu_experts import (
+    ExpertsLowRank,
+    Routes,
+    adapted_gated_mlps,
+    adapted_product,
+    added_up,
+)
 
 GROUPED = "gradwire_grouped"
 """Name of this implementation among transformers'."""
@@ -80,7 +87,7 @@ def grouped_experts(
         weight_S = weight_of_TK.reshape(-1)[order_S]
         routes = Routes(order_S // num_chosen, weight_S, ends_E, back_S.view_as(expert_of_TK))
         both = ((_weight(experts, name), low_rank.get(name)) for name in ("gate_up_proj", "down_proj"))
-        return adapted_gated_mlps(hidden_TD.to(_computed_in(hidden_TD)), routes, *both).to(hidden_TD.dtype)
+        return adapted_gated_mlps(hidden_TD.to(computed_in(hidden_TD)), routes, *both).to(hidden_TD.dtype)
 
     x_SD: Any = _ToExperts.apply(hidden_TD, order_S, back_S, num_chosen)
     if experts.has_gate:
@@ -115,12 +122,6 @@ def _goes_by_expert(experts: Any) -> bool:
     return not any(weight.is_cuda or weight.requires_grad for weight in weights)
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
-    """Autocast's dtype where that is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 def _gates_by_silu(experts: Any) -> bool:
     """Whether what is made of the halves of a projection is silu(gate) · up, as transformers makes it."""
     own = type(experts)._apply_gate is _default_apply_gate
@@ -129,7 +130,7 @@ def _gates_by_silu(experts: Any) -> bool:
 
 def _grouped_linear(x_SI: Tensor, weight_EIO: Tensor, ends_E: Tensor, low_rank: ExpertsLowRank | None) -> Tensor:
     """Each row times its expert's weight, in autocast's dtype where that is on."""
-    dtype = _computed_in(x_SI)
+    dtype = computed_in(x_SI)
     x_SI = x_SI.to(dtype)
     if low_rank is not None and not x_SI.is_cuda and not weight_EIO.requires_grad:
         return adapted_product(x_SI, weight_EIO, low_rank, ends_E)
@@ -208,7 +209,7 @@ class _ToExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (back_S,) = ctx.saved_tensors
         if not grad_SD.is_cuda:
-            return _summed(grad_SD, back_S.view(-1, ctx.num_chosen), None), None, None, None
+            return added_up(grad_SD, back_S.view(-1, ctx.num_chosen)), None, None, None
         grad_TKD = grad_SD.index_select(0, back_S).view(-1, ctx.num_chosen, grad_SD.shape[-1])
         return grad_TKD.sum(1), None, None, None
 
@@ -219,7 +220,7 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_SD: Tensor, weight_of_TK: Tensor, order_S: Tensor, back_S: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(y_SD, weight_of_TK, order_S, back_S)
-        return _summed(y_SD, back_S.view_as(weight_of_TK), weight_of_TK)
+        return added_up(y_SD, back_S.view_as(weight_of_TK), weight_of_TK)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -230,11 +231,6 @@ class _WeightedSum(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = torch.linalg.vecdot(y_SD, grad_SD).index_select(0, back_S).view_as(weight_of_TK)
         return grad_SD.mul_(weight_of_TK.reshape(-1).index_select(0, order_S)[:, None]), grad_weight, None, None
-
-
-def _summed(x_SD: Tensor, rows_TK: Tensor, weight_of_TK: Tensor | None) -> Tensor:
-    """Rows of each token, weighted, added up in their order, [T, D]."""
-    return F.embedding_bag(rows_TK, x_SD, mode="sum", per_sample_weights=weight_of_TK)
 
 
 class _Permuted(torch.autograd.Function):

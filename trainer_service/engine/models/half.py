@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from trainer_service.engine.device import computed_in
 from trainer_service.engine.models.experts import GROUPED, goes_by_interface
 from trainer_service.engine.models.lora_targets import Targets
-from trainer_service.engine.parallel.sharding import record_of, replace_parameters
+from trainer_service.engine.parallel.sharding import record_of, replace_parameters, weightless
 
 _HALF = torch.bfloat16
 
@@ -37,11 +38,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = computed_in(x)
         ctx.layer, ctx.x_dtype = layer, x.dtype
         bias = None if layer.bias is None else layer.bias.to(dtype)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), layer.weight.to(dtype), bias)
 
     @staticmethod
@@ -58,7 +58,7 @@ def halved(model: PreTrainedModel, targets: Targets) -> PreTrainedModel:
         targets: What adapters can be put beside in its architecture.
     """
     if (sharded := record_of(model)) is not None:
-        return sharded.frozen(lambda hollow: _halve(hollow, targets, _hollow_cast))
+        return sharded.frozen(lambda hollow: _halve(hollow, targets, lambda weight: weightless(weight, dtype=_HALF)))
     _halve(model, targets, lambda weight: weight.to(_HALF))
     return model
 
@@ -84,11 +84,6 @@ def _halve(model: nn.Module, targets: Targets, cast: Callable[[Tensor], Tensor])
             setattr(module, parameter, made[weight])
 
 
-def _hollow_cast(weight: Tensor) -> Tensor:
-    """Of a weight that has a shape and takes no memory, one that takes none either."""
-    return torch.zeros((), dtype=_HALF, device=weight.device).expand(weight.shape)
-
-
 def make_float32(model: nn.Module) -> None:
     """Undoes `halved`, in place, but for what that lost."""
     made: dict[nn.Parameter, nn.Parameter] = {}
@@ -106,11 +101,7 @@ def make_float32(model: nn.Module) -> None:
 def as_if_float32(model: nn.Module) -> Iterator[None]:
     """Within, what is in bfloat16 has stand-ins in float32, without values: peft puts adapters beside a weight in its
     dtype, and drops what they start from to it."""
-    stand_ins = {
-        weight: nn.Parameter(torch.zeros((), device=weight.device).expand(weight.shape), requires_grad=False)
-        for weight in model.parameters()
-        if weight.dtype == _HALF
-    }
+    stand_ins = {weight: weightless(weight) for weight in model.parameters() if weight.dtype == _HALF}
     replace_parameters(model, stand_ins)
     try:
         yield

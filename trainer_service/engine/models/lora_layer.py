@@ -13,6 +13,8 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
+from trainer_service.engine.device import computed_in
+
 ADAPTER = "default"
 """What peft calls the one adapter of a model."""
 
@@ -42,9 +44,8 @@ class _LoraLinear(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, x: Tensor, layer: nn.Linear, a_RI: Tensor, b_OR: Tensor, scale: float
     ) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with _without_autocast(kind):
+        dtype = computed_in(x)
+        with _without_autocast(x.device.type):
             x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
             weight_OI, bias_O = layer.weight.to(dtype), layer.bias
             low_RT = (a_RI.to(dtype) @ x_TI.T).mul_(scale)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from trainer_service.engine.device import computed_in
 from trainer_service.engine.packed.packing import Pack, Piece
 
 ATTENTION = "gradwire_packed"
@@ -236,7 +237,7 @@ def _attend(
             num_heads = query_GHLD.shape[1]
             key_GJND, value_GJNE = repeated_heads(key_GJND, num_heads), repeated_heads(value_GJNE, num_heads)
             grouped = False
-        dtype = _computed_in(query_GHLD)
+        dtype = computed_in(query_GHLD)
         whole = query_GHLD.device.type == "cpu" and dtype != torch.float32 and key_GJND.shape[2] < _FLOAT32_BELOW
         with torch.autocast("cpu", enabled=False) if whole else contextlib.nullcontext():
             if whole:
@@ -263,12 +264,6 @@ def _attend(
         scores = torch.cat([scores, sinks], dim=-1)
     weights = torch.softmax(scores, dim=-1).to(value.dtype)
     return weights[..., : key.shape[2]] @ value
-
-
-def _computed_in(query: Tensor) -> torch.dtype:
-    """The dtype that torch's attention computes in."""
-    kind = query.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
 def repeated_heads(tokens_GJND: Tensor, num_heads: int) -> Tensor:

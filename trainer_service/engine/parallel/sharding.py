@@ -94,6 +94,7 @@ class Sharded:
         Args:
             change: Changes modules and dtypes of parameters, in place and of a hollow copy; the parts are cast alike.
         """
+        assert self.cutting is None, "layers that are cut stay as they are"
         hollow = self.hollow_copy()
         before = dict(hollow.named_parameters())
         change(hollow)
@@ -136,7 +137,7 @@ class Sharded:
         cutting = self.cutting
         # An adapter that is cut is whole in copies, of which it is gathered.
         adapter = [parameter for parameter in model.parameters() if parameter not in self._parts]
-        apart = {parameter: _weightless(parameter, parameter.device) for parameter in adapter if cutting is not None}
+        apart = {parameter: weightless(parameter) for parameter in adapter if cutting is not None}
         record = Sharded(
             _copy_with(model, apart),
             self._parts,
@@ -208,6 +209,7 @@ class Sharded:
 
     def part_copy(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same in parts: what does not train is shared. Adapters are copied with it."""
+        assert self.cutting is None, "layers that are cut are read whole"
         reshard(model)
         now: dict[str, Any] = dict(model.named_parameters())
         adapter = {
@@ -372,7 +374,7 @@ def _hollow_like(loaded: PreTrainedModel) -> PreTrainedModel:
         name = next(iter({*shapes.items()} ^ {*wanted.items()}))[0]
         raise error("NOT_IMPLEMENTED", f"{plain.__name__} cannot be put on many ranks: {name} comes out otherwise.")
     device = next(part(parameter).device for parameter in loaded.parameters())
-    replace_parameters(hollow, {parameter: _weightless(parameter, device) for parameter in hollow.parameters()})
+    replace_parameters(hollow, {parameter: weightless(parameter, device) for parameter in hollow.parameters()})
     buffers = dict(loaded.named_buffers())
     for name, _ in list(hollow.named_buffers()):
         module, _, own = name.rpartition(".")
@@ -383,9 +385,11 @@ def _hollow_like(loaded: PreTrainedModel) -> PreTrainedModel:
     return hollow.eval()
 
 
-def _weightless(parameter: Tensor, device: torch.device) -> nn.Parameter:
-    """A parameter of the same shape that takes no memory."""
-    zero = torch.zeros((), dtype=torch.float32, device=device)
+def weightless(
+    parameter: Tensor, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> nn.Parameter:
+    """A parameter of the same shape that takes no memory, where that one is unless another device is given."""
+    zero = torch.zeros((), dtype=dtype, device=device or parameter.device)
     return nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
 
 
