@@ -194,7 +194,9 @@ class Journal:
             written(failure)
 
         size_bytes = len(operation.encoded)
-        entry = _Entry(self, insert, done, append=operation.seq_id, resume=resume, size_bytes=size_bytes, patient=patient)
+        entry = _Entry(
+            self, insert, done, append=operation.seq_id, resume=resume, size_bytes=size_bytes, patient=patient
+        )
         self._writer.submit(entry)
 
     def owe(self, write: Write, written: Callable[[], object]) -> None:
