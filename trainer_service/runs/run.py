@@ -354,7 +354,8 @@ class Run:
         if self._deleted is not None:
             return None
         try:
-            rows = await asyncio.to_thread(look)
+            with self._journal.kept():
+                rows = await asyncio.to_thread(look)
         except (sqlite3.Error, OSError) as exc:
             text = f"Operation {seq_id} was executed, but its answer cannot be read: {exc}."
             raise error("STORAGE_FAILED", text) from exc
