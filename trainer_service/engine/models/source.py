@@ -180,7 +180,10 @@ class ModelSource:
         )
         if ranks.world_size == 1:
             return loaded
-        return Sharded.of_loaded(loaded, device=self._device, forward=runner.forward, group=tensor_parallel(ranks))
+        group = tensor_parallel(ranks)
+        sharded = Sharded.of_loaded(loaded, device=self._device, forward=runner.forward, group=group)
+        sharded.limit_waiting(ranks.timeout_s)
+        return sharded
 
 
 def few_layers(config: Any) -> int:
