@@ -191,6 +191,13 @@ def kept(ranks: Ranks, folder: Path, checkpoint_dir: Path, **settings: Any) -> d
     }
 
 
+def timeouts(ranks: Ranks, folder: Path, checkpoint_dir: Path) -> list[float]:
+    """Seconds after which the collectives of a run's model fail, by axis of its mesh."""
+    parameter: Any = next(make_engine(ranks, folder, checkpoint_dir).run_state(RUN).model.parameters())
+    groups: list[Any] = parameter.device_mesh.get_all_groups()
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
 def sample(
     ranks: Ranks,
     folder: Path,

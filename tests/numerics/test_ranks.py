@@ -234,6 +234,12 @@ def test_layers_gathered_anew_for_each_pass_train_as_one_rank_does(
     check_equal(two, tiny_llama, tmp_path, fsdp_reshard_after_forward="always", **how)
 
 
+def test_ranks_of_a_replica_wait_for_one_another_as_long_as_the_operator_says(
+    four: RankPool, tiny_llama: Path, tmp_path: Path
+):
+    assert four.with_replicas(2).run(rank_tasks.timeouts, tiny_llama, tmp_path) == [[60.0, 60.0]] * 4
+
+
 def test_replicas_of_layers_gathered_anew_train_as_one_rank_does(four: RankPool, tiny_llama: Path, tmp_path: Path):
     check_equal(four.with_replicas(2), tiny_llama, tmp_path, fsdp_reshard_after_forward="always")
 

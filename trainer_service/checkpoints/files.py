@@ -33,9 +33,17 @@ def check_range(manifest: Manifest, name: str, offset: int, sha256: str) -> None
 
 
 def pieces(file: io.FileIO, offset: int, size_bytes: int) -> Generator[bytes]:
-    """An open file's bytes from an offset up to size_bytes; closes the file at the end."""
+    """An open file's bytes from an offset up to size_bytes. At its end, or once it is closed, it closes the file."""
+    found = _pieces(file, offset, size_bytes)
+    # Closing a generator that has not begun runs nothing of it.
+    next(found)
+    return found
+
+
+def _pieces(file: io.FileIO, offset: int, size_bytes: int) -> Generator[bytes]:
     with file:
         file.seek(offset)
+        yield b""
         while piece := file.read(min(_PIECE_BYTES, max(0, size_bytes - file.tell()))):
             yield piece
 

@@ -1,6 +1,7 @@
 """The catalog of checkpoints: over a local folder alone, and with a store behind it."""
 
 import errno
+import io
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from gradwire.errors import GradwireError
 from trainer_service.access import Caller, current_caller
 from trainer_service.atomic_folders import MANIFEST, Manifest, read_manifest, verify, whole_folder
 from trainer_service.checkpoints.catalog import Catalog
+from trainer_service.checkpoints.files import pieces
 from trainer_service.checkpoints.object_store import Storage
 from trainer_service.paths import CheckpointPath
 
@@ -185,6 +187,16 @@ def test_a_path_that_is_none_is_refused_everywhere(make_catalog: MakeCatalog, pa
     catalog = make_catalog()
     for call in (catalog.find, catalog.delete, catalog.store, lambda path: catalog.set_ttl(path, 1)):
         assert reason(lambda call=call: call(path)) == "INVALID_FIELD"
+
+
+@pytest.mark.parametrize("read", [0, 1])
+def test_a_download_that_is_given_up_closes_its_file(read: int, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"content")
+    file = io.FileIO(tmp_path / "a")
+    found = pieces(file, 3, 7)
+    assert [next(found) for _ in range(read)] == [b"tent"][:read]
+    found.close()
+    assert file.closed
 
 
 def test_a_file_that_is_none_an_offset_behind_its_end_and_another_digest_are_refused(

@@ -190,13 +190,15 @@ class ModelSource:
         )
         if ranks.world_size == 1:
             return loaded
-        return Sharded.of_loaded(
+        sharded = Sharded.of_loaded(
             loaded,
             device=self._device,
             forward=runner.forward,
             group=tensor_parallel(ranks),
             experts=expert_parallel(ranks),
         )
+        sharded.limit_waiting(ranks.timeout_s)
+        return sharded
 
 
 def few_layers(config: Any) -> int:

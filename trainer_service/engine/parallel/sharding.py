@@ -20,12 +20,14 @@ import copy
 import functools
 import gc
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from gradwire.errors import error
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -95,6 +97,13 @@ class Sharded:
             divided = [parameter for module in find_experts(hollow).values() for parameter in module.parameters()]
             parts |= {parameter: experts.part(parts[parameter]) for parameter in divided}
         return cls(hollow, parts, device=device, forward=forward, cutting=cutting, experts=experts)
+
+    def limit_waiting(self, timeout_s: float) -> None:
+        """Has ranks give up on one another in this model's collectives after that many seconds; torch would wait for 30
+        minutes in groups that are not of all ranks."""
+        for mesh in {part.device_mesh for part in self._parts.values()}:
+            for group in mesh.get_all_groups():
+                distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
     def build(self) -> PreTrainedModel:
         """A model with these parts, all of whose parameters train."""

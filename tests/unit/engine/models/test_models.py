@@ -201,7 +201,7 @@ def test_full_disk_leaves_nothing_behind_and_the_old_export_in_place(
             usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
             patched.setattr(atomic_folders.shutil, "disk_usage", lambda _: usage)
         elif at == "write":
-            patched.setattr(engine.live_model(RUN).config, "save_pretrained", full)
+            patched.setattr(type(engine.live_model(RUN).config), "save_pretrained", full)
         else:
             patched.setattr(atomic_folders.os, "fsync", full)
         with pytest.raises(FailedPreconditionError) as caught:
