@@ -138,19 +138,25 @@ def _computed_elsewhere(
     """
     own = group.own(experts.num_experts)
     low_rank = {name: ExpertsLowRank(one.a_ERI[own], one.b_EOR[own], one.scale) for name, one in low_rank.items()}
-    # Here S is this rank's rows, and below it those that come to it.
-    exchange = Exchange.of(group, torch.bincount(sorted_S, minlength=experts.num_experts))
-    asked_SD = exchange.there(x_SD)
-    sorted_S, order_S, back_S = _by_expert(exchange.expert_S)
+    ends_E = _ends(sorted_S, experts.num_experts).long()
+    exchange = Exchange.of(group, torch.diff(ends_E, prepend=torch.zeros_like(ends_E[:1])))
+    # Up to here S is this rank's rows, and from here on those that come to it.
+    asked_SD, expert_S = exchange.there(x_SD), exchange.expert_S
+    num_asked = len(expert_S)
+    if not num_asked:
+        # Where nobody asks, a row of zeros of which nothing is used: not every device multiplies no rows.
+        asked_SD, expert_S = F.pad(asked_SD, (0, 0, 0, 1)), expert_S.new_zeros(1)
+    sorted_S, order_S, back_S = _by_expert(expert_S)
     ends_E = _ends(sorted_S, own.stop - own.start)
     if low_rank and _goes_by_expert(experts):
         # One expert a row, whose answer is weighted where it came from.
         routes = Routes(order_S, torch.ones_like(asked_SD[:, 0]), ends_E, back_S[:, None])
-        return exchange.back(_by_threads(experts, asked_SD, routes, low_rank).to(asked_SD.dtype))
-    asked_SD: Any = _Permuted.apply(asked_SD, order_S, back_S)
-    y_SD: Any = _answers(experts, asked_SD, sorted_S, ends_E, low_rank)
-    y_SD: Any = _Permuted.apply(y_SD, back_S, order_S)
-    return exchange.back(y_SD)
+        y_SD = _by_threads(experts, asked_SD, routes, low_rank).to(asked_SD.dtype)
+    else:
+        asked_SD: Any = _Permuted.apply(asked_SD, order_S, back_S)
+        y_SD: Any = _answers(experts, asked_SD, sorted_S, ends_E, low_rank)
+        y_SD: Any = _Permuted.apply(y_SD, back_S, order_S)
+    return exchange.back(y_SD[:num_asked])
 
 
 def _weight(experts: Any, name: str) -> Tensor:

@@ -93,7 +93,7 @@ def check_experts(model: nn.Module, ranks: Ranks) -> None:
     """
     kind, found = type(model).__name__, find_experts(model)
     if not found:
-        raise refused(ranks, f"{kind} has no experts whose weights are stacked")
+        raise refused(ranks, f"{kind} has no experts in stacked weights that transformers lets others compute")
     for name, module in found.items():
         number = int(module.num_experts)
         for own, parameter in module.named_parameters():
