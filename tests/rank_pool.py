@@ -19,7 +19,7 @@ class RankPool:
 
     Args:
         connections: To each, by rank.
-        arranged: Of Ranks: dp_replicate_size, tp_size.
+        arranged: Of Ranks: dp_replicate_size, tp_size, ep_size.
     """
 
     def __init__(self, connections: list[Connection], **arranged: int) -> None:
@@ -34,8 +34,12 @@ class RankPool:
         """The same processes, so many of which compute each layer together."""
         return RankPool(self._connections, tp_size=tp_size, dp_replicate_size=replicas)
 
+    def dividing_experts(self, ep_size: int, *, replicas: int = 1) -> "RankPool":
+        """The same processes, so many of which divide experts among them."""
+        return RankPool(self._connections, ep_size=ep_size, dp_replicate_size=replicas)
+
     def uncut(self) -> "RankPool":
-        """The same processes, each of which computes whole layers."""
+        """The same processes, each of which computes whole layers, and all experts."""
         return RankPool(self._connections)
 
     def run(self, task: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:

@@ -18,6 +18,7 @@ from gradwire.errors import DeviceOutOfMemoryError, GradwireError
 from tests.chaos import Adversary, Loop, Trainer, left_behind, state_digests, undisturbed
 from tests.cut_proxy import cut_proxy
 from tests.full_disk import FileLimit
+from tests.numerics.architectures import make_model
 from tests.trainer_process import TrainerProcess, descendants, running_trainer
 from tests.training import data, negative_log_likelihood
 
@@ -226,17 +227,21 @@ def test_loops_on_two_ranks_whose_ranks_are_killed_are_bit_identical(tiny_llama:
         assert left_behind(trainer) == []
 
 
-def test_ranks_that_cut_layers_tell_of_it_sample_and_may_be_killed(tiny_llama: Path, tmp_path: Path):
+@pytest.mark.parametrize(("what", "sizes"), [("tp", {"fsdp_size": 1}), ("ep", {"fsdp_size": 2})])
+def test_ranks_that_cut_layers_or_divide_experts_tell_of_it_sample_and_may_be_killed(
+    what: str, sizes: dict[str, int], tiny_llama: Path, tmp_path: Path
+):
     lora_ranks, seed, steps = (0, 4), 2, 5
-    arguments = ("--nproc-per-node", "2", "--tp-size", "2", "--snapshot-steps", "2")
+    arguments = ("--nproc-per-node", "2", f"--{what}-size", "2", "--snapshot-steps", "2")
+    folder = tiny_llama if what == "tp" else make_model(tmp_path / "model", "Qwen3Moe")
     with (
-        Trainer(tiny_llama, tmp_path, *arguments) as trainer,
+        Trainer(folder, tmp_path, *arguments) as trainer,
         ServiceClient(f"http://{trainer.address}", reconnect_timeout_s=120) as service,
         ThreadPoolExecutor() as threads,
     ):
         wanted = [undisturbed(trainer, seed=seed, steps=steps, lora_rank=rank) for rank in lora_ranks]
         mesh = service.get_server_info().models[0].mesh
-        assert mesh == Mesh(world_size=2, local_world_size=2, nnodes=1, fsdp_size=1, tp_size=2)
+        assert mesh == Mesh(world_size=2, local_world_size=2, nnodes=1, **sizes, **{f"{what}_size": 2})
         clients = [service.create_training_client(lora_rank=rank) for rank in lora_ranks]
         loops = [Loop(client, seed=seed, steps=steps) for client in clients]
         running = [threads.submit(loop.run) for loop in loops]

@@ -112,6 +112,7 @@ async def test_commands_are_answered_in_order_and_counters_come_along():
             "gradwire_worker_fsdp_size": 1,
             "gradwire_worker_dp_replicate_size": 2,
             "gradwire_worker_tp_size": 1,
+            "gradwire_worker_ep_size": 1,
             "gradwire_worker_operations_total": 3,
             "gradwire_worker_up": 1,
             "gradwire_worker_silent_seconds": 0,
