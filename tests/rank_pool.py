@@ -1,6 +1,7 @@
 """Ranks for tests: processes that have a process group, and run functions of tests.rank_tasks on demand."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import traceback
@@ -89,6 +90,9 @@ def serve(rank: int, world_size: int, store: str, connection: Connection) -> Non
     from trainer_service.engine.rank_channels import Ranks
 
     torch.set_num_threads(1)
+    # Every model that is loaded makes a mesh, whose groups stay with the process, each with a thread that wakes up a
+    # hundred times a second. A worker loads one model; these ranks load hundreds.
+    torch.distributed.init_device_mesh = functools.cache(torch.distributed.init_device_mesh)
     ranks = Ranks.from_environment(timeout_s=60)
     with contextlib.suppress(EOFError):
         while True:
