@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -10,6 +9,8 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.forked_trainer import fork_server
 
 TIMEOUT_S = 240.0
 """Bounds failure."""
@@ -55,9 +56,8 @@ class RankPool:
 @contextlib.contextmanager
 def rank_pool(world_size: int, folder: Path) -> Iterator[RankPool]:
     """That many ranks; they meet in a folder."""
-    context = multiprocessing.get_context("forkserver")
     # Imports take seconds; the ranks are forked from one process that has done them.
-    context.set_forkserver_preload(["tests.rank_tasks"])
+    context = fork_server()
     connections: list[Connection] = []
     processes: list[Any] = []
     for rank in range(world_size):
