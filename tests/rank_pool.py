@@ -92,7 +92,8 @@ def serve(rank: int, world_size: int, store: str, connection: Connection) -> Non
     torch.set_num_threads(1)
     # Every model that is loaded makes a mesh, whose groups stay with the process, each with a thread that wakes up a
     # hundred times a second. A worker loads one model; these ranks load hundreds.
-    torch.distributed.init_device_mesh = functools.cache(torch.distributed.init_device_mesh)
+    distributed: Any = torch.distributed
+    distributed.init_device_mesh = functools.cache(distributed.init_device_mesh)
     ranks = Ranks.from_environment(timeout_s=60)
     with contextlib.suppress(EOFError):
         while True:
