@@ -54,14 +54,14 @@ class Side:
     client: TrainingClient
 
     @classmethod
-    def start(cls, stack: contextlib.ExitStack, model: str, folder: Path, world_size: int) -> "Side":
-        """Ready, with a run that trains all parameters; two threads in all."""
+    def start(cls, stack: contextlib.ExitStack, model: str, folder: Path, world_size: int, *arguments: str) -> "Side":
+        """Ready, with a run that trains all parameters; two threads in all. More arguments are the trainer's."""
         folder.mkdir()
         trainer = stack.enter_context(
             Trainer(
                 Path(model),
                 folder,
-                *("--nproc-per-node", str(world_size), "--snapshot-interval-s", "0"),
+                *("--nproc-per-node", str(world_size), "--snapshot-interval-s", "0", *arguments),
                 threads=str(2 // world_size),
             )
         )
@@ -121,9 +121,9 @@ def measure(one: Side, two: Side, *, rounds: int, num_tokens: int) -> list[Row]:
         {str(side.world_size): lambda side=side: built_in(side.client, data) for side in sides}, rounds=rounds
     )
     peaks = [side.memory("VmHWM") for side in sides]
-    before = _loopback_bytes()
+    before = loopback_bytes()
     built_in(two.client, data)
-    carried = _loopback_bytes() - before
+    carried = loopback_bytes() - before
     # Parameters are gathered once and gradients summed once, and each of two ranks sends half of the whole both times.
     theory = 2 * 4 * info.num_parameters
     saving = interleave({str(side.world_size): lambda side=side: _save(side) for side in sides}, rounds=1, warmup=0)
@@ -175,7 +175,8 @@ def _status(pid: int, what: str) -> float:
     return float(next(line.split()[1] for line in lines if line.startswith(f"{what}:")))
 
 
-def _loopback_bytes() -> int:
+def loopback_bytes() -> int:
+    """What the loopback interface has received since the machine started."""
     lines = Path("/proc/net/dev").read_text().splitlines()
     return int(next(line.split(":")[1].split()[0] for line in lines if line.strip().startswith("lo:")))
 

@@ -1,7 +1,7 @@
 """Ranks for tests: processes that have a process group, and run functions of tests.rank_tasks on demand."""
 
 import contextlib
-import multiprocessing
+import functools
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -9,6 +9,8 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.forked_trainer import fork_server
 
 TIMEOUT_S = 240.0
 """Bounds failure."""
@@ -19,7 +21,7 @@ class RankPool:
 
     Args:
         connections: To each, by rank.
-        arranged: Of Ranks: dp_replicate_size, tp_size.
+        arranged: Of Ranks: dp_replicate_size, tp_size, ep_size.
     """
 
     def __init__(self, connections: list[Connection], **arranged: int) -> None:
@@ -34,8 +36,12 @@ class RankPool:
         """The same processes, so many of which compute each layer together."""
         return RankPool(self._connections, tp_size=tp_size, dp_replicate_size=replicas)
 
+    def dividing_experts(self, ep_size: int, *, replicas: int = 1) -> "RankPool":
+        """The same processes, so many of which divide experts among them."""
+        return RankPool(self._connections, ep_size=ep_size, dp_replicate_size=replicas)
+
     def uncut(self) -> "RankPool":
-        """The same processes, each of which computes whole layers."""
+        """The same processes, each of which computes whole layers, and all experts."""
         return RankPool(self._connections)
 
     def run(self, task: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
@@ -54,9 +60,8 @@ class RankPool:
 @contextlib.contextmanager
 def rank_pool(world_size: int, folder: Path) -> Iterator[RankPool]:
     """That many ranks; they meet in a folder."""
-    context = multiprocessing.get_context("forkserver")
     # Imports take seconds; the ranks are forked from one process that has done them.
-    context.set_forkserver_preload(["tests.rank_tasks"])
+    context = fork_server()
     connections: list[Connection] = []
     processes: list[Any] = []
     for rank in range(world_size):
@@ -89,6 +94,10 @@ def serve(rank: int, world_size: int, store: str, connection: Connection) -> Non
     from trainer_service.engine.rank_channels import Ranks
 
     torch.set_num_threads(1)
+    # Every model that is loaded makes a mesh, whose groups stay with the process, each with a thread that wakes up a
+    # hundred times a second. A worker loads one model; these ranks load hundreds.
+    distributed: Any = torch.distributed
+    distributed.init_device_mesh = functools.cache(distributed.init_device_mesh)
     ranks = Ranks.from_environment(timeout_s=60)
     with contextlib.suppress(EOFError):
         while True:

@@ -32,7 +32,7 @@ def main(socket: str, behaviour: str) -> None:
     hello = WorkerHello(
         token=token,
         pid=os.getpid(),
-        mesh=Mesh(world_size=2, local_world_size=1, nnodes=2, fsdp_size=1, dp_replicate_size=2, tp_size=1),
+        mesh=Mesh(world_size=2, local_world_size=1, nnodes=2, fsdp_size=1, dp_replicate_size=2, tp_size=1, ep_size=1),
         software_version=version,
     )
     executing = Executing(socket)

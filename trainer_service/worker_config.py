@@ -120,7 +120,13 @@ class RankSettings:
         metavar="RANKS",
         at_least=1,
     )
-    ep_size: int = option(1, help="ranks that divide experts among them; not yet: 1", metavar="RANKS", at_least=1)
+    ep_size: int = option(
+        1,
+        help="of the ranks that parameters lie in parts on, those that divide routed experts among them: tokens travel "
+        "to their experts (expert parallel)",
+        metavar="RANKS",
+        at_least=1,
+    )
     collective_timeout_s: float = option(
         600.0, help="ranks that wait for one of them for this long in an operation are all started again", at_least=1
     )

@@ -301,5 +301,5 @@ def reference_of(folder: Path, sequences: list[PlainSequence], loss: PlainLoss) 
 
 def plan_anew(engine: Engine, settings: EngineSettings) -> None:
     """Has an engine go on as one with these settings would: another need not be made. Gradients are cleared."""
-    engine._plan_passes(settings, VOCAB_SIZE, 0, 0)
+    engine._plan_passes(settings, 0, VOCAB_SIZE, 0, 0)
     engine.zero_grad(RUN)

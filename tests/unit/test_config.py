@@ -79,7 +79,7 @@ def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
         (["serve", "--base-model", "m", "--listen", "192.0.2.1:1", "--allow-no-api-key"], "cannot listen on"),
         (["serve", "--base-model", "m", "--nproc-per-node", "2", "--fsdp-size", "3"], "is 3, and there are 2 ranks"),
         (["serve", "--base-model", "m", "--tp-size", "2"], "it must divide them: one of 1."),
-        (["serve", "--base-model", "m", "--ep-size", "2"], "Expert parallel is not there yet"),
+        (["serve", "--base-model", "m", "--ep-size", "2"], "lie in parts on 1 rank (--fsdp-size); it must"),
         (["serve", "--base-model", "m", "--nnodes", "2"], "--nnodes 2 needs --rdzv-endpoint HOST:PORT"),
         (["serve", "--base-model", "m", "--rdzv-endpoint", "127.0.0.1:1"], "are for several nodes; add --nnodes"),
         (["serve", "--base-model", "m", *NODES, "127.0.0.1:1"], "set GRADWIRE_JOIN_TOKEN or --join-token-file"),

@@ -197,6 +197,7 @@ def _mesh(settings: RankSettings) -> Mesh:
         fsdp_size=world_size // (settings.dp_replicate_size * settings.tp_size),
         dp_replicate_size=settings.dp_replicate_size,
         tp_size=settings.tp_size,
+        ep_size=settings.ep_size,
     )
 
 
@@ -208,6 +209,7 @@ def _ranks(config: WorkerConfig, say: Callable[[str], object]) -> Ranks:
         timeout_s=settings.collective_timeout_s,
         dp_replicate_size=settings.dp_replicate_size,
         tp_size=settings.tp_size,
+        ep_size=settings.ep_size,
     )
 
 

@@ -33,6 +33,7 @@ from trainer_service.engine.models.lora import LoraSettings
 from trainer_service.engine.models.lora_targets import find_targets
 from trainer_service.engine.models.quantized import held_bytes
 from trainer_service.engine.models.source import ModelSource
+from trainer_service.engine.parallel.expert_parallel import num_gathered
 from trainer_service.engine.parallel.sharding import free_cycles, readable, reshard
 from trainer_service.engine.passes import ForwardResult, Passes, Staged
 from trainer_service.engine.rank_channels import Ranks
@@ -102,7 +103,9 @@ class Engine:
         self._checkpoints = Checkpoints(checkpoint_dir, self.model, self.folder, self.ranks.execution)
         self.traits = self.source.find_traits(max_context_length=self.model.max_context_length)
         """What the architecture allows."""
-        plan = functools.partial(self._plan_passes, settings, self.source.example.config.get_text_config().vocab_size)
+        example = self.source.example
+        sizes = num_gathered(example, self.ranks), example.config.get_text_config().vocab_size
+        plan = functools.partial(self._plan_passes, settings, *sizes)
         own = -(-(total := described.num_parameters) // (self.ranks.fsdp_size * self.ranks.tp_size))
         plan(training_bytes(own), parameter_bytes(total))
         first = self.source.load()
@@ -384,9 +387,9 @@ class Engine:
         """
         return self._run(run_id)
 
-    def _plan_passes(self, settings: EngineSettings, vocab_size: int, model_bytes: int, whole_bytes: int) -> None:
-        """Divides what a model of so many bytes leaves of memory, alike on all ranks."""
-        size = ModelSize(self.model.num_parameters, model_bytes, whole_bytes, vocab_size)
+    def _plan_passes(self, settings: EngineSettings, gathered: int, vocab: int, model: int, whole: int) -> None:
+        """Divides what a model leaves of memory, alike on all ranks; see ModelSize for how large it is."""
+        size = ModelSize(gathered, model, whole, vocab)
         forwards = plan_forwards(self.device, self.traits, settings, self.ranks, size)
         self.memory, self._passes = forwards.memory, Passes(forwards, self.counters, self._held_graphs, self.ranks)
 

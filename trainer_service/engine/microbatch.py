@@ -75,13 +75,13 @@ class ModelSize:
     """What of a model decides how much of it fits.
 
     Attributes:
-        num_parameters: Of the whole model.
+        num_gathered: Parameters that a rank gathers; 0 where it has all.
         model_bytes: What this rank's part takes before anything runs; see plan_memory.
         whole_bytes: What all its parameters take, as they are kept.
         vocab_size: Logits a token.
     """
 
-    num_parameters: int
+    num_gathered: int
     model_bytes: int
     whole_bytes: int
     vocab_size: int
@@ -89,13 +89,12 @@ class ModelSize:
 
 def plan_forwards(device: Device, traits: Traits, settings: EngineSettings, ranks: Ranks, size: ModelSize) -> Forwards:
     """Forwards with their memory divided alike on all ranks, all of which call this; see plan_memory."""
-    gathered = 0 if ranks.world_size == 1 else gathered_bytes(size.num_parameters // ranks.tp_size)
     plan = plan_memory(
         device,
         traits,
         settings,
         model_bytes=size.model_bytes,
-        gathered_bytes=gathered,
+        gathered_bytes=gathered_bytes(size.num_gathered),
         sampled_bytes=0 if ranks.fsdp_size == 1 or ranks.tp_size > 1 else size.whole_bytes,
     )
     memory = MemoryPlan(**ranks.execution.tell(asdict(plan)))

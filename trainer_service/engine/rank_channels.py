@@ -147,6 +147,7 @@ class Ranks:
         local_world_size: Ranks on this machine.
         dp_replicate_size: Times that all parts of a model are there.
         tp_size: Ranks that compute each layer together: adjacent ones, which run the same packs.
+        ep_size: Of the ranks that parameters are in parts on, those that divide experts among them.
         commands: For the thread that reads commands.
         turns: Says whose turn it is, however long that takes.
         execution: For the same thread, while something executes.
@@ -161,6 +162,7 @@ class Ranks:
     local_world_size: int = 1
     dp_replicate_size: int = 1
     tp_size: int = 1
+    ep_size: int = 1
     commands: Channel = field(default_factory=Channel)
     turns: Channel = field(default_factory=Channel)
     execution: Channel = field(default_factory=Channel)
@@ -208,13 +210,16 @@ class Ranks:
             raise RanksDisagreeError(f"Ranks came to different ends: {outcomes}.")
 
     @classmethod
-    def from_environment(cls, *, timeout_s: float = 600.0, dp_replicate_size: int = 1, tp_size: int = 1) -> "Ranks":
+    def from_environment(
+        cls, *, timeout_s: float = 600.0, dp_replicate_size: int = 1, tp_size: int = 1, ep_size: int = 1
+    ) -> "Ranks":
         """As RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE say; alone where they are not set. Waits for the others.
 
         Args:
             timeout_s: How long ranks wait for one another while they execute something.
             dp_replicate_size: Times that all parts of a model are there.
             tp_size: Ranks that compute each layer together. The product of both divides the ranks.
+            ep_size: Ranks that divide experts among them. It divides what is left.
 
         Raises:
             InvalidArgumentError: INVALID_FIELD: more ranks than GPUs, where there are GPUs.
@@ -222,7 +227,7 @@ class Ranks:
         """
         place = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0)
         world_size, local_world_size = _from_environment("WORLD_SIZE", 1), _from_environment("LOCAL_WORLD_SIZE", 1)
-        assert world_size % (dp_replicate_size * tp_size) == 0
+        assert world_size % (dp_replicate_size * tp_size * ep_size) == 0
         if world_size == 1:
             return cls(*place, world_size, local_world_size)
         import torch
@@ -260,6 +265,7 @@ class Ranks:
             local_world_size,
             dp_replicate_size,
             tp_size,
+            ep_size,
             commands=channel(_ENDLESS),
             turns=channel(_ENDLESS),
             execution=channel(timeout),

@@ -8,18 +8,13 @@ def check_mesh(settings: RankSettings, *, local_world_size: int, nnodes: int) ->
     """Refuses sizes that do not come to as many ranks as there are.
 
     Args:
-        settings: --fsdp-size, --dp-replicate-size and --tp-size, and one that is not to be had yet.
+        settings: --fsdp-size, --dp-replicate-size, --tp-size and --ep-size.
         local_world_size: Ranks on each machine.
         nnodes: Machines.
 
     Raises:
         SettingsError: Says what would fit.
     """
-    if settings.ep_size != 1:
-        raise SettingsError(
-            f"--ep-size is {settings.ep_size}, and must be 1. Expert parallel is not there yet; --fsdp-size, "
-            "--dp-replicate-size and --tp-size are."
-        )
     ranks = local_world_size * nnodes
     have = f"there are {ranks} ranks" if ranks > 1 else "there is 1 rank"
     if nnodes > 1:
@@ -46,6 +41,21 @@ def check_mesh(settings: RankSettings, *, local_world_size: int, nnodes: int) ->
         if tp_size > 1:
             product += f" times --tp-size {tp_size}"
         raise SettingsError(f"{product} is {size * times * tp_size}, and {have}; give {instead}.")
+    _check_experts(settings, fsdp_size=groups // times)
+
+
+def _check_experts(settings: RankSettings, *, fsdp_size: int) -> None:
+    ep_size = settings.ep_size
+    if ep_size > 1 and settings.tp_size > 1:
+        raise SettingsError(
+            f"--ep-size is {ep_size}, and --tp-size {settings.tp_size}; layers with experts are not cut yet: give one "
+            "of them, and leave the other at 1."
+        )
+    if fsdp_size % ep_size:
+        raise SettingsError(
+            f"--ep-size is {ep_size}, and parameters lie in parts on {fsdp_size} rank{'s' * (fsdp_size > 1)} "
+            f"(--fsdp-size); it must divide them: one of {_divisors(fsdp_size)}."
+        )
 
 
 def check_cut(settings: EngineSettings, *, tp_size: int) -> None:

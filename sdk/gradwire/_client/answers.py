@@ -166,12 +166,13 @@ def server_info(message: GetServerInfoResponse) -> ServerInfo:
                 ModelInfo,
                 model,
                 aliases=tuple(model.aliases),
-                # A trainer that does not say has one rank, no replicas, or whole layers.
+                # A trainer that does not say has one rank, no replicas, whole layers, or all experts.
                 mesh=_copied(
                     Mesh,
                     model.mesh,
                     dp_replicate_size=model.mesh.dp_replicate_size or 1,
                     tp_size=model.mesh.tp_size or 1,
+                    ep_size=model.mesh.ep_size or 1,
                 )
                 if model.HasField("mesh")
                 else Mesh(),

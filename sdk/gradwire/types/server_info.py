@@ -20,6 +20,8 @@ class Mesh:
     """Times that all parts are there, on as many ranks each time; batches are dealt out to fsdp_size times this."""
     tp_size: int = 1
     """Ranks that compute each layer together; fsdp_size times dp_replicate_size times this is world_size."""
+    ep_size: int = 1
+    """Of the fsdp_size ranks, those that divide routed experts among them."""
 
 
 @dataclass(frozen=True)

@@ -36,20 +36,22 @@ class LossInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., loss_fn_inputs: _Optional[_Iterable[str]] = ..., loss_fn_config_keys: _Optional[_Iterable[str]] = ..., loss_fn_config_defaults: _Optional[_Mapping[str, float]] = ..., soft_targets: bool = ...) -> None: ...
 
 class Mesh(_message.Message):
-    __slots__ = ("world_size", "local_world_size", "nnodes", "fsdp_size", "dp_replicate_size", "tp_size")
+    __slots__ = ("world_size", "local_world_size", "nnodes", "fsdp_size", "dp_replicate_size", "tp_size", "ep_size")
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     LOCAL_WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     NNODES_FIELD_NUMBER: _ClassVar[int]
     FSDP_SIZE_FIELD_NUMBER: _ClassVar[int]
     DP_REPLICATE_SIZE_FIELD_NUMBER: _ClassVar[int]
     TP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    EP_SIZE_FIELD_NUMBER: _ClassVar[int]
     world_size: int
     local_world_size: int
     nnodes: int
     fsdp_size: int
     dp_replicate_size: int
     tp_size: int
-    def __init__(self, world_size: _Optional[int] = ..., local_world_size: _Optional[int] = ..., nnodes: _Optional[int] = ..., fsdp_size: _Optional[int] = ..., dp_replicate_size: _Optional[int] = ..., tp_size: _Optional[int] = ...) -> None: ...
+    ep_size: int
+    def __init__(self, world_size: _Optional[int] = ..., local_world_size: _Optional[int] = ..., nnodes: _Optional[int] = ..., fsdp_size: _Optional[int] = ..., dp_replicate_size: _Optional[int] = ..., tp_size: _Optional[int] = ..., ep_size: _Optional[int] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
     __slots__ = ("base_model", "architecture", "vocab_size", "max_context_length", "num_parameters", "dtype", "device", "batching", "sampling", "aliases", "mesh")

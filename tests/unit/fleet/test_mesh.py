@@ -20,6 +20,8 @@ from trainer_service.worker_config import EngineSettings, RankSettings
         RankSettings(fsdp_size=1, dp_replicate_size=8),
         RankSettings(tp_size=4),
         RankSettings(tp_size=2, fsdp_size=2, dp_replicate_size=2),
+        RankSettings(ep_size=8),
+        RankSettings(ep_size=2, dp_replicate_size=2),
     ],
 )
 def test_sizes_that_come_to_all_ranks_are_taken(settings: RankSettings):
@@ -64,7 +66,17 @@ def test_sizes_that_come_to_all_ranks_are_taken(settings: RankSettings):
             "--dp-replicate-size is 3, and there are 8 ranks, 4 on each of 2 machines, 4 groups of --tp-size 2; it "
             "must divide them: one of 1, 2 or 4.",
         ),
-        (RankSettings(ep_size=4), 1, "--ep-size is 4, and must be 1. Expert parallel is not there yet"),
+        (
+            RankSettings(ep_size=4, dp_replicate_size=2),
+            1,
+            "--ep-size is 4, and parameters lie in parts on 2 ranks (--fsdp-size); it must divide them: one of 1 or 2.",
+        ),
+        (
+            RankSettings(ep_size=2, tp_size=2),
+            1,
+            "--ep-size is 2, and --tp-size 2; layers with experts are not cut yet: give one of them, and leave the "
+            "other at 1.",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_in_numbers(settings: RankSettings, nnodes: int, refusal: str):
@@ -92,12 +104,13 @@ def test_replicas_of_one_rank_are_refused():
         check_mesh(RankSettings(dp_replicate_size=2), local_world_size=1, nnodes=1)
 
 
-@pytest.mark.parametrize("given", [[], ["--fsdp-size=2", "--dp-replicate-size=2", "--tp-size=2"]])
+@pytest.mark.parametrize("given", [[], ["--fsdp-size=2", "--dp-replicate-size=2", "--tp-size=2", "--ep-size=2"]])
 def test_ranks_read_the_sizes_that_the_trainer_was_given(given: list[str]):
     parser = argparse.ArgumentParser()
     add_options(parser, TrainerConfig)
     config = read_options(TrainerConfig, parser.parse_args(["--base-model", "m", *given]))
     again = read_options(TrainerConfig, parser.parse_args(command_line(config)))
     assert again.ranks == config.ranks
-    sizes = config.ranks.fsdp_size, config.ranks.dp_replicate_size, config.ranks.tp_size
-    assert sizes == ((2, 2, 2) if given else (None, 1, 1))
+    found = config.ranks
+    sizes = found.fsdp_size, found.dp_replicate_size, found.tp_size, found.ep_size
+    assert sizes == ((2, 2, 2, 2) if given else (None, 1, 1, 1))

@@ -29,21 +29,12 @@ from trainer_service.engine.models.cpu_experts import (
     adapted_product,
     added_up,
 )
+from trainer_service.engine.parallel.expert_parallel import Exchange, ExpertParallel, divided_by, find_experts
 
 GROUPED = "gradwire_grouped"
 """Name of this implementation among transformers'."""
 _ROW_BYTES = 16
 """Rows of grouped products must be multiples of this."""
-
-
-def find_experts(model: nn.Module) -> dict[str, Any]:
-    """Modules, by name, that hold all their experts' weights stacked and go by transformers' interface of experts."""
-    return {name: module for name, module in model.named_modules() if goes_by_interface(module)}
-
-
-def goes_by_interface(module: nn.Module) -> bool:
-    """Whether transformers lets another implementation compute this module."""
-    return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
 
 
 def use_experts(model: PreTrainedModel, name: str) -> None:
@@ -71,9 +62,44 @@ def grouped_experts(
     """
     low_rank = low_rank or {}
     num_tokens, num_chosen = expert_of_TK.shape
-    sorted_S, order_S = torch.sort(expert_of_TK.reshape(-1), stable=True)
-    experts_E = torch.arange(experts.num_experts, device=sorted_S.device)
-    ends_E = torch.searchsorted(sorted_S, experts_E, right=True).int()
+    sorted_S, order_S, back_S = _by_expert(expert_of_TK.reshape(-1))
+    if (group := divided_by(experts)) is not None:
+        x_SD: Any = _ToExperts.apply(hidden_TD, order_S, back_S, num_chosen)
+        y_SD = _computed_elsewhere(experts, group, x_SD.to(computed_in(x_SD)), sorted_S, low_rank)
+    else:
+        ends_E = _ends(sorted_S, experts.num_experts)
+        if low_rank and _goes_by_expert(experts):
+            weight_S = weight_of_TK.reshape(-1)[order_S]
+            routes = Routes(order_S // num_chosen, weight_S, ends_E, back_S.view_as(expert_of_TK))
+            return _by_threads(experts, hidden_TD.to(computed_in(hidden_TD)), routes, low_rank).to(hidden_TD.dtype)
+        x_SD: Any = _ToExperts.apply(hidden_TD, order_S, back_S, num_chosen)
+        y_SD = _answers(experts, x_SD, sorted_S, ends_E, low_rank)
+    if not y_SD.is_cuda and y_SD.dtype == weight_of_TK.dtype:
+        found_TD: Any = _WeightedSum.apply(y_SD, weight_of_TK, order_S, back_S)
+        return found_TD.to(hidden_TD.dtype)
+    y_SD: Any = _Permuted.apply(y_SD, back_S, order_S)
+    y_TKD = y_SD.view(num_tokens, num_chosen, -1) * weight_of_TK[..., None]
+    return y_TKD.sum(1).to(hidden_TD.dtype)
+
+
+def _by_expert(expert_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts in their order, which rows those are of, and where each row is among them."""
+    sorted_S, order_S = torch.sort(expert_S, stable=True)
+    back_S = torch.empty_like(order_S)
+    back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+    return sorted_S, order_S, back_S
+
+
+def _ends(sorted_S: Tensor, num_experts: int) -> Tensor:
+    """One past each expert's last row."""
+    experts_E = torch.arange(num_experts, device=sorted_S.device)
+    return torch.searchsorted(sorted_S, experts_E, right=True).int()
+
+
+def _answers(
+    experts: Any, x_SD: Tensor, sorted_S: Tensor, ends_E: Tensor, low_rank: Mapping[str, ExpertsLowRank]
+) -> Tensor:
+    """What each row's expert answers, [S, D] in the dtype of products."""
 
     def product(name: str, x_SI: Tensor) -> Tensor:
         y_SO = _grouped_linear(x_SI, _weight(experts, name), ends_E, low_rank.get(name))
@@ -81,15 +107,6 @@ def grouped_experts(
             y_SO = y_SO + getattr(experts, f"{name}_bias")[sorted_S].to(y_SO.dtype)
         return y_SO
 
-    back_S = torch.empty_like(order_S)
-    back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-    if low_rank and _goes_by_expert(experts):
-        weight_S = weight_of_TK.reshape(-1)[order_S]
-        routes = Routes(order_S // num_chosen, weight_S, ends_E, back_S.view_as(expert_of_TK))
-        both = ((_weight(experts, name), low_rank.get(name)) for name in ("gate_up_proj", "down_proj"))
-        return adapted_gated_mlps(hidden_TD.to(computed_in(hidden_TD)), routes, *both).to(hidden_TD.dtype)
-
-    x_SD: Any = _ToExperts.apply(hidden_TD, order_S, back_S, num_chosen)
     if experts.has_gate:
         gate_and_up = product("gate_up_proj", x_SD)
         inner = gated_halves(gate_and_up) if _gates_by_silu(experts) else experts._apply_gate(gate_and_up)
@@ -98,12 +115,48 @@ def grouped_experts(
         y_SD = product("down_proj", experts.act_fn(product("up_proj", x_SD)))
     if getattr(experts, "has_post_expert_norm", False):
         y_SD = experts.post_expert_norm(y_SD)
-    if not y_SD.is_cuda and y_SD.dtype == weight_of_TK.dtype:
-        found_TD: Any = _WeightedSum.apply(y_SD, weight_of_TK, order_S, back_S)
-        return found_TD.to(hidden_TD.dtype)
-    y_SD: Any = _Permuted.apply(y_SD, back_S, order_S)
-    y_TKD = y_SD.view(num_tokens, num_chosen, -1) * weight_of_TK[..., None]
-    return y_TKD.sum(1).to(hidden_TD.dtype)
+    return y_SD
+
+
+def _by_threads(experts: Any, x_TD: Tensor, routes: Routes, low_rank: Mapping[str, ExpertsLowRank]) -> Tensor:
+    """What the experts of each token answer, weighted and added up, [T, D] in float32; see `_goes_by_expert`."""
+    both = ((_weight(experts, name), low_rank.get(name)) for name in ("gate_up_proj", "down_proj"))
+    return adapted_gated_mlps(x_TD, routes, *both)
+
+
+def _computed_elsewhere(
+    experts: Any, group: ExpertParallel, x_SD: Tensor, sorted_S: Tensor, low_rank: Mapping[str, ExpertsLowRank]
+) -> Tensor:
+    """What each row's expert answers, [S, D] in the dtype of x: it is asked on the rank that has it.
+
+    Args:
+        experts: The module with the weights of this rank's experts.
+        group: The ranks that have all of them.
+        x_SD: This rank's rows, in the order of their experts.
+        sorted_S: Those.
+        low_rank: What an adapter adds, of all experts.
+    """
+    own = group.own(experts.num_experts)
+    low_rank = {name: ExpertsLowRank(one.a_ERI[own], one.b_EOR[own], one.scale) for name, one in low_rank.items()}
+    ends_E = _ends(sorted_S, experts.num_experts).long()
+    exchange = Exchange.of(group, torch.diff(ends_E, prepend=torch.zeros_like(ends_E[:1])))
+    # Up to here S is this rank's rows, and from here on those that come to it.
+    asked_SD, expert_S = exchange.there(x_SD), exchange.expert_S
+    num_asked = len(expert_S)
+    if not num_asked:
+        # Where nobody asks, a row of zeros of which nothing is used: not every device multiplies no rows.
+        asked_SD, expert_S = F.pad(asked_SD, (0, 0, 0, 1)), expert_S.new_zeros(1)
+    sorted_S, order_S, back_S = _by_expert(expert_S)
+    ends_E = _ends(sorted_S, own.stop - own.start)
+    if low_rank and _goes_by_expert(experts):
+        # One expert a row, whose answer is weighted where it came from.
+        routes = Routes(order_S, torch.ones_like(asked_SD[:, 0]), ends_E, back_S[:, None])
+        y_SD = _by_threads(experts, asked_SD, routes, low_rank).to(asked_SD.dtype)
+    else:
+        asked_SD: Any = _Permuted.apply(asked_SD, order_S, back_S)
+        y_SD: Any = _answers(experts, asked_SD, sorted_S, ends_E, low_rank)
+        y_SD: Any = _Permuted.apply(y_SD, back_S, order_S)
+    return exchange.back(y_SD[:num_asked])
 
 
 def _weight(experts: Any, name: str) -> Tensor:

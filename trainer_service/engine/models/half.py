@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from trainer_service.engine import products
 from trainer_service.engine.device import computed_in
 from trainer_service.engine.fused.linear import is_plain_linear
-from trainer_service.engine.models.experts import GROUPED, goes_by_interface
+from trainer_service.engine.models.experts import GROUPED
 from trainer_service.engine.models.lora_targets import Targets
+from trainer_service.engine.parallel.expert_parallel import goes_by_interface
 from trainer_service.engine.parallel.sharding import record_of, replace_parameters, weightless
 
 _HALF = torch.bfloat16

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def load_model(
     dp_replicate_size: int = 1,
     tp_size: int = 1,
     config: Any = None,
+    check: Callable[[nn.Module], object] | None = None,
 ) -> PreTrainedModel:
     """The model in float32 on the device: dropout off, every parameter that text reads trainable, no gradients yet.
 
@@ -66,6 +68,7 @@ def load_model(
         dp_replicate_size: Times that all parts are there.
         tp_size: Ranks that compute each layer together, each with its part of it.
         config: In place of the folder's own; parameters it has no use for are left out.
+        check: Refuses it, by the shapes of its parameters, before anything is read.
 
     Raises:
         InvalidArgumentError: INVALID_FIELD: not a causal language model, parameters missing, or files that cannot be
@@ -74,6 +77,8 @@ def load_model(
     load: Any = _class_of(base_model, folder)
     in_parts = fsdp_size * dp_replicate_size * tp_size > 1
     try:
+        if check is not None:
+            check(_on_meta(load, folder))
         # Refused before anything is read.
         rules = loading_rules(_on_meta(load, folder), tp_size) if tp_size > 1 else None
         # With output_loading_info it returns a pair.

@@ -14,8 +14,9 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from trainer_service.engine.models.cpu_experts import ExpertsLowRank
-from trainer_service.engine.models.experts import GROUPED, goes_by_interface
+from trainer_service.engine.models.experts import GROUPED
 from trainer_service.engine.models.lora_layer import ADAPTER
+from trainer_service.engine.parallel.expert_parallel import goes_by_interface
 
 
 class AdaptedExperts(ParamWrapper):

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from trainer_service.engine.fused.install import fuse
 from trainer_service.engine.models.batching import plan
 from trainer_service.engine.models.comparison import relative_difference
-from trainer_service.engine.models.experts import GROUPED, find_experts, use_experts
+from trainer_service.engine.models.experts import GROUPED, use_experts
 from trainer_service.engine.models.positions import Boundary, boundaries, moved, rope_boundaries
 from trainer_service.engine.models.runner import (
     HeadTraits,
@@ -39,6 +39,7 @@ from trainer_service.engine.packed import attention, recurrences
 from trainer_service.engine.packed.attention import ATTENTION, PackAttention, pack_in_use
 from trainer_service.engine.packed.logprobs import linear_logprobs, target_logprobs
 from trainer_service.engine.packed.packing import Pack, plan_packs
+from trainer_service.engine.parallel.expert_parallel import find_experts
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,13 @@ from trainer_service.engine.findings import Findings
 from trainer_service.engine.fused.linear import add_in_place
 from trainer_service.engine.models import runner
 from trainer_service.engine.models.cut_trial import why_not_cut
+from trainer_service.engine.models.experts import GROUPED, use_experts
 from trainer_service.engine.models.load import load_model
 from trainer_service.engine.models.positions import Boundary
 from trainer_service.engine.models.probe import find_traits
 from trainer_service.engine.models.runner import HeadTraits, Traits, prepare
 from trainer_service.engine.packed import attention
+from trainer_service.engine.parallel.expert_parallel import check_experts, expert_parallel, refused
 from trainer_service.engine.parallel.sharding import Sharded
 from trainer_service.engine.parallel.tensor_parallel import tensor_parallel
 from trainer_service.engine.rank_channels import Ranks
@@ -86,6 +88,9 @@ class ModelSource:
         told = self._ranks.execution.tell({**asdict(found), "varlen": attention.varlen_enabled})
         attention.varlen_enabled = told.pop("varlen")
         head, turned = told.pop("head"), told.pop("boundaries")
+        if self._ranks.ep_size > 1 and not told["experts"]:
+            what = f"experts of {type(sibling).__name__} are computed in a way of their own, which ranks cannot divide"
+            raise refused(self._ranks, what)
         self._check_cut(sibling, has_head=head is not None, attention_name=traits.attention)
         self._traits = Traits(
             **told,
@@ -150,7 +155,13 @@ class ModelSource:
         """Another model, such as a checkpoint, in parts and frozen; there are several ranks."""
         found = self._read(name, folder)
         assert isinstance(found, Sharded)
-        return found.frozen(lambda hollow: None)
+
+        def change(hollow: PreTrainedModel) -> None:
+            if self._ranks.ep_size > 1:
+                # Another implementation would not ask the ranks that have them.
+                use_experts(hollow, GROUPED)
+
+        return found.frozen(change)
 
     def sibling(self) -> tuple[PreTrainedModel, int]:
         """The model with its first few layers, whole on this rank, and how many there really are.
@@ -177,11 +188,17 @@ class ModelSource:
             fsdp_size=ranks.fsdp_size,
             dp_replicate_size=ranks.dp_replicate_size,
             tp_size=ranks.tp_size,
+            check=None if ranks.ep_size == 1 else lambda model: check_experts(model, ranks),
         )
         if ranks.world_size == 1:
             return loaded
-        group = tensor_parallel(ranks)
-        sharded = Sharded.of_loaded(loaded, device=self._device, forward=runner.forward, group=group)
+        sharded = Sharded.of_loaded(
+            loaded,
+            device=self._device,
+            forward=runner.forward,
+            group=tensor_parallel(ranks),
+            experts=expert_parallel(ranks),
+        )
         sharded.limit_waiting(ranks.timeout_s)
         return sharded
 

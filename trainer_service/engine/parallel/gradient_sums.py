@@ -8,7 +8,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from trainer_service.engine.parallel.sharding import whole
-from trainer_service.engine.parallel.tensor_parallel import cut_of
+from trainer_service.engine.parallel.tensor_parallel import TensorParallel, cut_of
 from trainer_service.engine.rank_channels import Ranks
 
 _PIECE = 1 << 18
@@ -29,18 +29,19 @@ def sum_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
         _sum(everywhere, None)
     among_peers = [parameter for parameter in replicated if parameter not in {*everywhere}]
     if among_peers and (cut := cut_of(among_peers[0])) is not None:
+        assert isinstance(cut.group, TensorParallel)
         _sum(among_peers, cut.group.peers)
 
 
 def total_norm(parameters: Sequence[nn.Parameter], ranks: Ranks) -> float:
     """L2 norm of the gradients of parameters that have one, each counted once. Every rank calls this."""
-    cut = [p.grad for p in parameters if (found := cut_of(p)) is not None and found.dim is not None]
-    rest = [p.grad for p in parameters if (found := cut_of(p)) is None or found.dim is None]
-    norm = _norm(rest)
-    if ranks.tp_size == 1:
+    cuts = {p: cut for p in parameters if (cut := cut_of(p)) is not None and cut.dim is not None}
+    norm = _norm([p.grad for p in parameters if p not in cuts])
+    if not cuts:
         return norm
     # Those of the first group, so that all ranks add up the same numbers.
-    return math.hypot(norm, *ranks.execution.gather(_norm(cut))[: ranks.tp_size])
+    norms = ranks.execution.gather(_norm([p.grad for p in cuts]))
+    return math.hypot(norm, *(norms[rank] for rank in next(iter(cuts.values())).group.first))
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> float:

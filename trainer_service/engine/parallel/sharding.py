@@ -9,7 +9,8 @@ Gradients of a sharded model are summed over the ranks, as losses are, by each b
 their gradients are summed once a step (gradient_sums.py).
 
 With tensor parallel (--tp-size) what lies in parts is what a group of ranks has of each parameter (tensor_parallel.py):
-the hollow model is as the whole one, and layers are cut where its copies are filled (cut_layers.py).
+the hollow model is as the whole one, and layers are cut where its copies are filled (cut_layers.py). So it is with
+expert parallel (--ep-size), for experts alone (expert_parallel.py).
 
 With replicas (--dp-replicate-size) the mesh has two axes: parts lie along the second, and are there again along the
 first. Layers are gathered within a replica; between replicas gradients are summed, once a batch.
@@ -34,8 +35,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer_service.engine.device import Device
 from trainer_service.engine.parallel.cut_layers import Cutting
+from trainer_service.engine.parallel.expert_parallel import ExpertParallel, divide_experts, find_experts
 from trainer_service.engine.parallel.gloo_collectives import use_gloo_collectives
-from trainer_service.engine.parallel.tensor_parallel import TensorParallel, cut_of, joined, mark_cut
+from trainer_service.engine.parallel.tensor_parallel import Cut, TensorParallel, cut_of, joined, mark_cut
 
 _RECORD = "_gradwire_sharded"
 _FORWARD = "gradwire_forward"
@@ -51,6 +53,7 @@ class Sharded:
         device: Where parts are.
         forward: What is run of the model, as a method; parameters are whole within.
         cutting: How the model is cut for tensor parallel; None where it is not.
+        experts: The ranks that divide its experts; None where each computes all.
     """
 
     def __init__(
@@ -61,10 +64,12 @@ class Sharded:
         device: Device,
         forward: Forward,
         cutting: Cutting | None = None,
+        experts: ExpertParallel | None = None,
         wholes: "WeakValueDictionary[nn.Parameter, nn.Parameter] | None" = None,
     ) -> None:
         self.hollow = hollow
         self.cutting = cutting
+        self.experts = experts
         self._parts = parts
         self._device = device
         self._forward = forward
@@ -73,7 +78,13 @@ class Sharded:
 
     @classmethod
     def of_loaded(
-        cls, loaded: PreTrainedModel, *, device: Device, forward: Forward, group: TensorParallel | None = None
+        cls,
+        loaded: PreTrainedModel,
+        *,
+        device: Device,
+        forward: Forward,
+        group: TensorParallel | None = None,
+        experts: ExpertParallel | None = None,
     ) -> "Sharded":
         """Of a model that transformers loaded in parts, whose parts it takes."""
         found: dict[str, Any] = dict(loaded.named_parameters())
@@ -82,7 +93,10 @@ class Sharded:
         cutting = None if group is None else Cutting(hollow, group)
         if cutting is not None:
             parts = {parameter: cutting.part(parameter, part(own)) for parameter, own in parts.items()}
-        return cls(hollow, parts, device=device, forward=forward, cutting=cutting)
+        if experts is not None:
+            divided = [parameter for module in find_experts(hollow).values() for parameter in module.parameters()]
+            parts |= {parameter: experts.part(parts[parameter]) for parameter in divided}
+        return cls(hollow, parts, device=device, forward=forward, cutting=cutting, experts=experts)
 
     def limit_waiting(self, timeout_s: float) -> None:
         """Has ranks give up on one another in this model's collectives after that many seconds; torch would wait for 30
@@ -112,7 +126,7 @@ class Sharded:
             for name, parameter in hollow.named_parameters()
             if before[name] in self._parts
         }
-        made = Sharded(hollow, parts, device=self._device, forward=self._forward)
+        made = Sharded(hollow, parts, device=self._device, forward=self._forward, experts=self.experts)
         model = made.hollow_copy()
         made.fill(model)
         return model
@@ -124,9 +138,10 @@ class Sharded:
         for name, parameter in self.hollow.named_parameters():
             if name not in found:
                 continue
-            wanted, own = found[name].detach(), self._parts[parameter]
-            if self.cutting is not None:
-                wanted = self.cutting.own(parameter, wanted)
+            wanted, own, cut = found[name].detach(), self._parts[parameter], self._cut_of(parameter)
+            if cut is not None and cut.dim is not None:
+                place = cut.group.own(wanted.shape[cut.dim])
+                wanted = wanted.narrow(cut.dim, place.start, place.stop - place.start)
             rows = part(own)
             if not torch.equal(wanted[first_row(own) :][: len(rows)], rows):
                 return name
@@ -153,6 +168,7 @@ class Sharded:
             device=self._device,
             forward=self._forward,
             cutting=cutting,
+            experts=self.experts,
             wholes=self._wholes,
         )
         if cutting is not None:
@@ -166,7 +182,7 @@ class Sharded:
         }
         replace_parameters(model, on_meta)
         ignored = {parameter for parameter in own.values() if parameter not in self._parts}
-        mesh = next(iter(self._parts.values())).device_mesh
+        mesh = next(part.device_mesh for parameter, part in self._parts.items() if not self._divided(parameter))
         policy = MixedPrecisionPolicy()
         if self._device.compute_dtype != torch.float32:
             # Layers are gathered in the dtype they compute in, which halves the traffic; autocast would cast them. What
@@ -174,6 +190,11 @@ class Sharded:
             policy = MixedPrecisionPolicy(
                 param_dtype=self._device.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
+        if self.experts is not None:
+            for module in find_experts(model).values():
+                # Before the layer that they are in, which then leaves them out.
+                fully_shard(module, mesh=self.experts.mesh, mp_policy=policy, ignored_params=ignored)
+                divide_experts(module, self.experts)
         for layer in _layers(model):
             if any(parameter not in ignored for parameter in layer.parameters()):
                 fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=ignored)
@@ -181,9 +202,9 @@ class Sharded:
         parts = {
             parameter: nn.Parameter(_another(part), requires_grad=train) for parameter, part in self._parts.items()
         }
-        if cutting is not None:
-            for parameter, filled_with in parts.items():
-                mark_cut(filled_with, cutting.cut_of(parameter))
+        for parameter, filled_with in parts.items():
+            if (cut := self._cut_of(parameter)) is not None:
+                mark_cut(filled_with, cut)
         filled = {name: parts[parameter] for name, parameter in own.items() if parameter in parts}
         model.load_state_dict(filled, strict=False, assign=True)
         for module in fsdp_modules(model):
@@ -232,7 +253,18 @@ class Sharded:
             for name, parameter in hollow.named_parameters()
             if parameter in self._parts
         }
-        return Sharded(hollow, parts, device=self._device, forward=self._forward).frozen(lambda _: None)
+        made = Sharded(hollow, parts, device=self._device, forward=self._forward, experts=self.experts)
+        return made.frozen(lambda _: None)
+
+    def _divided(self, parameter: nn.Parameter) -> bool:
+        """Whether one of the hollow model's parameters is experts', which ranks divide."""
+        return self.experts is not None and self._parts[parameter].device_mesh == self.experts.mesh
+
+    def _cut_of(self, parameter: nn.Parameter) -> Cut | None:
+        """How one of the hollow model's parameters lies on a group."""
+        if self.cutting is not None:
+            return self.cutting.cut_of(parameter)
+        return Cut(self.experts, 0) if self.experts is not None and self._divided(parameter) else None
 
 
 def record_of(model: nn.Module) -> Sharded | None:

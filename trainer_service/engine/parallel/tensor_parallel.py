@@ -22,27 +22,38 @@ _SPREAD = "_gradwire_spread"
 
 
 @dataclass(frozen=True, eq=False)
-class TensorParallel:
-    """This rank's group.
+class RankGroup:
+    """Ranks that have a parameter among them, each its part.
 
     Attributes:
-        rank: In the group, from 0.
+        rank: This one in the group, from 0.
         size: Ranks of the group.
         group: They talk here.
-        mesh: Ranks that have the same part of each layer's weights, which lies in parts on them (FSDP).
-        peers: The same ranks.
+        mesh: Ranks that have the same part as this one, which lies in parts on them (FSDP).
+        first: The ranks of the first of such groups, in order.
     """
 
     rank: int
     size: int
     group: distributed.ProcessGroup
     mesh: DeviceMesh
-    peers: distributed.ProcessGroup
+    first: tuple[int, ...]
 
     def own(self, length: int) -> slice:
         """This rank's part of a dim of that length, which the group's size divides."""
         size = length // self.size
         return slice(self.rank * size, (self.rank + 1) * size)
+
+
+@dataclass(frozen=True, eq=False)
+class TensorParallel(RankGroup):
+    """This rank's group.
+
+    Attributes:
+        peers: The ranks of `mesh`.
+    """
+
+    peers: distributed.ProcessGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +66,7 @@ class Cut:
         summand: Whether the gradient that a rank makes of one that is whole is a summand of its gradient.
     """
 
-    group: TensorParallel
+    group: RankGroup
     dim: int | None = None
     summand: bool = False
 
@@ -86,6 +97,7 @@ def _arranged(rank: int, dp_replicate_size: int, fsdp_size: int, tp_size: int, t
         size=tp_size,
         group=groups[rank // tp_size],
         mesh=mesh["fsdp"] if dp_replicate_size == 1 else mesh["dp_replicate", "fsdp"],
+        first=tuple(range(tp_size)),
         peers=peers[rank % tp_size],
     )
 
@@ -96,7 +108,7 @@ def mark_cut(parameter: nn.Parameter, cut: Cut) -> None:
 
 
 def cut_of(parameter: Tensor) -> Cut | None:
-    """How a parameter lies on a group; None without tensor parallel."""
+    """How a parameter lies on a group; None where it is no group's."""
     return getattr(parameter, _CUT, None)
 
 

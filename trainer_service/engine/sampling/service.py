@@ -15,6 +15,7 @@ from trainer_service.adapter_folders import CONFIG as ADAPTER_CONFIG
 from trainer_service.atomic_folders import read_manifest
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.models.load import load_model
+from trainer_service.engine.parallel.tensor_parallel import whole_shape
 from trainer_service.engine.sampling.cache import CacheShape, StateShape
 from trainer_service.engine.sampling.decoding_plan import DecodingPlan, Way
 from trainer_service.engine.sampling.generation_loop import GenerationLoop
@@ -193,7 +194,7 @@ def _find_decoding(engine: Engine) -> DecodingPlan:
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    return {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
 
 
 def _mismatch(folder: Path, what: str) -> GradwireError:

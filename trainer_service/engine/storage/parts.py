@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from trainer_service.engine.parallel.sharding import first_row, part
-from trainer_service.engine.parallel.tensor_parallel import Cut, cut_of
+from trainer_service.engine.parallel.tensor_parallel import Cut, TensorParallel, cut_of
 
 _MAX_WORLD_SIZE = 1 << 20
 """Ranks that a state may say wrote it."""
@@ -62,7 +62,7 @@ class Parts:
 
         Args:
             tensor: As which it lies: in parts, or whole.
-            cut: How that is cut for tensor parallel; None where it is not.
+            cut: How that lies on a group; None where it is no group's.
         """
         if not self.shape:
             return self._columns[0][0]
@@ -126,7 +126,12 @@ class Arrangement:
     @classmethod
     def of(cls, trained: Mapping[str, Tensor], world_size: int) -> "Arrangement":
         """How a run lies on ranks, by its parameters."""
-        cuts = {name: cut for name, parameter in trained.items() if (cut := cut_of(parameter)) is not None}
+        cuts = {
+            name: cut
+            for name, parameter in trained.items()
+            # Experts that ranks divide lie on them in their order, as if they did not.
+            if (cut := cut_of(parameter)) is not None and isinstance(cut.group, TensorParallel)
+        }
         return cls(
             world_size,
             next((cut.group.size for cut in cuts.values()), 1),

@@ -182,7 +182,8 @@ def test_worker_from_hello_to_its_end(trainer: RecordingTrainer, start_worker: S
     hello = trainer.event("hello", START_S).hello
     assert hello.token == "the-token"
     assert hello.pid == process.pid
-    assert hello.mesh == Mesh(world_size=1, local_world_size=1, nnodes=1, fsdp_size=1, dp_replicate_size=1, tp_size=1)
+    sizes = {"fsdp_size": 1, "dp_replicate_size": 1, "tp_size": 1, "ep_size": 1}
+    assert hello.mesh == Mesh(world_size=1, local_world_size=1, nnodes=1, **sizes)
     assert hello.software_version == __version__
     assert trainer.event("loading", START_S).loading == "importing torch and transformers"
     assert trainer.event("loading", START_S).loading == "looking for a device"

@@ -19,6 +19,7 @@ function ranks(counters) {
     if (told("nnodes") > 1) parts.push(`on ${format.number(told("nnodes"))} machines`);
     if (told("tp_size") > 1) parts.push(`${format.number(told("tp_size"))} to a layer`);
     if (told("fsdp_size") > 1) parts.push(`with parameters in ${format.number(told("fsdp_size"))} parts`);
+    if (told("ep_size") > 1) parts.push(`experts on ${format.number(told("ep_size"))}`);
     if (told("dp_replicate_size") > 1) parts.push(`${format.number(told("dp_replicate_size"))} times over`);
     return parts.join(" ");
 }
