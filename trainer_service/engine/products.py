@@ -11,6 +11,7 @@ Shape suffixes: T tokens, I and O a layer's inputs and outputs.
 """
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,11 @@ def _by_onednn() -> bool:
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     cpus = Path("/proc/cpuinfo")
-    amd = cpus.exists() and "AuthenticAMD" in cpus.read_text()
-    return amd and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not cpus.exists() or "AuthenticAMD" not in cpus.read_text():
+        return False
+    # Each length of a pack takes a dozen kernels of its own, and oneDNN would keep the last 1,024.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _product(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
