@@ -29,9 +29,18 @@ LAYERS, HIDDEN, CHOSEN = 4, 256, 8
 
 def make_model(folder: Path) -> int:
     """Saves the model. Returns the size of its vocabulary."""
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
-    experts: dict[str, Any] = {"num_experts": 64, "num_experts_per_tok": CHOSEN, "moe_intermediate_size": 256}
-    config = Qwen3MoeConfig(vocab_size=4096, hidden_size=HIDDEN, num_hidden_layers=LAYERS, **heads, **experts)
+    sizes: dict[str, Any] = {
+        "vocab_size": 4096,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": 64,
+        "num_experts_per_tok": CHOSEN,
+        "moe_intermediate_size": 256,
+    }
+    config = Qwen3MoeConfig(**sizes)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return config.vocab_size

@@ -9,6 +9,7 @@ from service import InProcess, built_in, make_data, trainer, vocab_size
 from side_by_side import Row, Setting, interleave, ms, ratio
 from torch import Tensor, nn
 
+from trainer_service.engine import products
 from trainer_service.worker_config import ComputeDtype, EngineSettings
 
 RAGGED = (200, 100, 64, 44, 40, 32)
@@ -106,13 +107,18 @@ class MatmulFloor:
         }
 
     def run(self) -> None:
-        """One forward and one backward."""
+        """One forward and one backward, by the library that the engine asks."""
         for weight in self._weights:
-            torch.mm(self._inputs[weight.shape[1]], weight.T)
+            products.linear(self._inputs[weight.shape[1]], weight)
         for weight in reversed(self._weights):
             gradient: Tensor = self._inputs[weight.shape[0]]
-            torch.mm(gradient, weight)
-            torch.mm(gradient.T, self._inputs[weight.shape[1]])
+            products.input_gradient(gradient, weight)
+            products.weight_gradient(gradient, self._inputs[weight.shape[1]], weight)
+
+    def run_by_torch(self) -> None:
+        """The same, by the library that torch asks."""
+        with torch.backends.mkldnn.flags(enabled=self._weights[0].dtype != torch.float32):
+            self.run()
 
 
 def over_matmul_floor(setting: Setting) -> list[Row]:
@@ -128,10 +134,13 @@ def _floor_row(setting: Setting, dtype: torch.dtype, name: ComputeDtype, goal: f
     data = ragged(setting, engine.engine.model.vocab_size)
     tokens = sum(datum.model_input.length for datum in data)
     floor = MatmulFloor(engine.engine._run("run").model, tokens, dtype)
-    times = interleave({"engine": lambda: engine.forward_backward(data), "floor": floor.run}, rounds=setting.rounds)
+    times = interleave(
+        {"engine": lambda: engine.forward_backward(data), "floor": floor.run, "by torch": floor.run_by_torch},
+        rounds=setting.rounds,
+    )
     return Row(
         f"forward_backward over its matrix products alone, {tokens} tokens, {name}",
-        f"{ms(times['engine'])} / {ms(times['floor'])}",
+        f"{ms(times['engine'])} / {ms(times['floor'])}; as torch makes them {ms(times['by torch'])}",
         f"{ratio(times['engine'], times['floor']):.3f}",
         f"at most {goal}",
     )

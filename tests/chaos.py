@@ -8,8 +8,6 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +23,7 @@ from gradwire.futures import APIFuture
 
 from tests.cut_proxy import CutProxy
 from tests.full_disk import FileLimit, SmallDisk
-from tests.trainer_process import descendants, wait_gone
+from tests.trainer_process import descendants, rank_of, start_trainer, wait_gone
 
 FAULTS = ("worker", "trainer", "both", "cut", "cut in a message", "stall", "full disk")
 ANSWER_S = 180.0
@@ -180,10 +178,20 @@ class Trainer:
         *arguments: More of its command line.
         data_dir: Its data; None keeps it in `folder`.
         threads: Of its worker.
+        forked: As in running_trainer.
+
+    Attributes:
+        back_after_s: How long it may take to be there again that was killed.
     """
 
     def __init__(
-        self, model: Path, folder: Path, *arguments: str, data_dir: Path | None = None, threads: str = "1"
+        self,
+        model: Path,
+        folder: Path,
+        *arguments: str,
+        data_dir: Path | None = None,
+        threads: str = "1",
+        forked: bool = False,
     ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -191,18 +199,18 @@ class Trainer:
         self._threads = threads
         self.data_dir = data_dir or folder / "data"
         self._ready_file = folder / "ready.json"
-        self._command = [sys.executable, "-m", "trainer_service", "serve", "--base-model", str(model)]
-        self._command += ["--listen", self.address, "--data-dir", str(self.data_dir)]
-        self._command += ["--ready-file", str(self._ready_file), *arguments]
+        self._forked = forked
+        self.back_after_s = 1.5 if forked else 4.0
+        self._arguments = ["serve", "--base-model", str(model), "--listen", self.address]
+        self._arguments += ["--data-dir", str(self.data_dir), "--ready-file", str(self._ready_file), *arguments]
         self._seen: set[int] = set()
         self.start()
 
     def start(self) -> None:
         """Starts it, and returns once it listens."""
         self._ready_file.unlink(missing_ok=True)
-        with self.log.open("ab") as out:
-            env = {**os.environ, "OMP_NUM_THREADS": self._threads}
-            self.process = subprocess.Popen(self._command, stdout=out, stderr=out, env=env)
+        env = {**os.environ, "OMP_NUM_THREADS": self._threads}
+        self.process = start_trainer(self._arguments, env, self.log, forked=self._forked)
         deadline = time.monotonic() + 60
         while not self._ready_file.exists():
             assert self.process.poll() is None, self.log.read_text()
@@ -211,16 +219,9 @@ class Trainer:
 
     def worker_pids(self) -> list[int]:
         """The engine's processes; none while there is none."""
-        found: list[int] = []
-        for pid in descendants(self.process.pid):
-            self._seen.add(pid)
-            try:
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"trainer_service.engine" in command:
-                found.append(pid)
-        return found
+        below = descendants(self.process.pid)
+        self._seen.update(below)
+        return [pid for pid in below if rank_of(pid) is not None]
 
     def pids(self) -> list[int]:
         """Its process and those below it."""
@@ -306,7 +307,7 @@ class Adversary:
                     self._stop.wait(rng.uniform(0, 0.05))
                 else:
                     # During the recovery from the last one, as likely as not.
-                    self._stop.wait(rng.uniform(0, 4))
+                    self._stop.wait(rng.uniform(0, self.trainer.back_after_s))
         except BaseException as exc:
             self.failure = exc
 
@@ -345,7 +346,7 @@ class Adversary:
             self._stop.wait(rng.uniform(0, 1))
             if (fault := self._next(rng)) != "full disk":
                 self._do(fault, rng)
-                self._stop.wait(rng.choice([0.5, 15]))
+                self._stop.wait(rng.choice([0.5, 4 * self.trainer.back_after_s]))
         finally:
             self.disk.free()
 

@@ -1,7 +1,7 @@
 """Ranks for tests: processes that have a process group, and run functions of tests.rank_tasks on demand."""
 
 import contextlib
-import multiprocessing
+import functools
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -9,6 +9,8 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.forked_trainer import fork_server
 
 TIMEOUT_S = 240.0
 """Bounds failure."""
@@ -58,9 +60,8 @@ class RankPool:
 @contextlib.contextmanager
 def rank_pool(world_size: int, folder: Path) -> Iterator[RankPool]:
     """That many ranks; they meet in a folder."""
-    context = multiprocessing.get_context("forkserver")
     # Imports take seconds; the ranks are forked from one process that has done them.
-    context.set_forkserver_preload(["tests.rank_tasks"])
+    context = fork_server()
     connections: list[Connection] = []
     processes: list[Any] = []
     for rank in range(world_size):
@@ -93,6 +94,10 @@ def serve(rank: int, world_size: int, store: str, connection: Connection) -> Non
     from trainer_service.engine.rank_channels import Ranks
 
     torch.set_num_threads(1)
+    # Every model that is loaded makes a mesh, whose groups stay with the process, each with a thread that wakes up a
+    # hundred times a second. A worker loads one model; these ranks load hundreds.
+    distributed: Any = torch.distributed
+    distributed.init_device_mesh = functools.cache(distributed.init_device_mesh)
     ranks = Ranks.from_environment(timeout_s=60)
     with contextlib.suppress(EOFError):
         while True:

@@ -60,6 +60,7 @@ ENGINE_FLOORS = (
     "counters",
     "freed_memory",
     "device",
+    "products",
     "findings",
     "rank_store_client",
     "rank_channels",

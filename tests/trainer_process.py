@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gradwire import ServiceClient
 
+from tests.forked_trainer import ForkedTrainer, forked_rank
 from tests.waiting import DEADLINE_S
 
 
@@ -20,7 +21,7 @@ from tests.waiting import DEADLINE_S
 class TrainerProcess:
     """A running trainer."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedTrainer
     address: str
     metrics_address: str
     log: Path
@@ -42,11 +43,25 @@ class TrainerProcess:
 
     def worker_pid(self) -> int:
         """Process id of worker rank 0."""
+        return self.rank_pid(0)
+
+    def rank_pid(self, rank: int) -> int:
+        """Process id of a rank of the worker."""
         for pid in descendants(self.process.pid):
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if b"trainer_service.engine" in command:
+            if rank_of(pid) == rank:
                 return pid
-        raise AssertionError(f"No worker process under {self.process.pid}.\n{self.log.read_text()}")
+        raise AssertionError(f"No rank {rank} under {self.process.pid}.\n{self.log.read_text()}")
+
+
+def rank_of(pid: int) -> int | None:
+    """Which rank of a worker a process is; None for one that is none, or gone."""
+    folder = Path(f"/proc/{pid}")
+    with contextlib.suppress(OSError):
+        if b"trainer_service.engine" in (folder / "cmdline").read_bytes().split(b"\0"):
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            return int(next(each for each in variables if each.startswith(b"RANK=")).removeprefix(b"RANK="))
+        return forked_rank(pid)
+    return None
 
 
 def descendants(pid: int) -> list[int]:
@@ -83,9 +98,27 @@ def _alive(pid: int) -> bool:
         return False
 
 
+def start_trainer(
+    arguments: Sequence[str], env: Mapping[str, str], log: Path, *, forked: bool, max_open_files: int = 0
+) -> subprocess.Popen[bytes] | ForkedTrainer:
+    """Starts `python -m trainer_service`; see running_trainer. What it prints is added to its log."""
+    if forked:
+        return ForkedTrainer(arguments, env, log)
+    command = [sys.executable, "-m", "trainer_service", *arguments]
+    if max_open_files:
+        command = ["bash", "-c", f'ulimit -n {max_open_files} && exec "$@"', "bash", *command]
+    with log.open("ab") as out:
+        return subprocess.Popen(command, stdout=out, stderr=out, env=env)
+
+
 @contextlib.contextmanager
 def running_trainer(
-    model: Path, folder: Path, *arguments: str, env: dict[str, str] | None = None, max_open_files: int = 0
+    model: Path,
+    folder: Path,
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    max_open_files: int = 0,
+    forked: bool = True,
 ) -> Iterator[TrainerProcess]:
     """Starts a trainer on a free port and stops it with SIGTERM; it must then exit 0 and leave nothing behind.
 
@@ -95,19 +128,18 @@ def running_trainer(
         *arguments: Further options.
         env: Added to its environment.
         max_open_files: The most it can have; 0 leaves that as it is.
+        forked: From a process that has imported what it needs (tests.forked_trainer); False executes it as users do,
+            as does max_open_files.
     """
     ready_file = folder / "ready.json"
     log = folder / "trainer.log"
-    command = [sys.executable, "-m", "trainer_service", "serve", "--base-model", str(model)]
-    command += ["--listen", "127.0.0.1:0", "--metrics-port", "0", "--data-dir", str(folder / "data")]
+    command = ["serve", "--base-model", str(model), "--listen", "127.0.0.1:0", "--metrics-port", "0"]
     # A spare worker's imports would be time that other tests lack.
-    command += ["--ready-file", str(ready_file), "--spare-worker-after-s", "0", *arguments]
-    if max_open_files:
-        command = ["bash", "-c", f'ulimit -n {max_open_files} && exec "$@"', "bash", *command]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-        )
+    command += ["--data-dir", str(folder / "data"), "--ready-file", str(ready_file), "--spare-worker-after-s", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    process = start_trainer(
+        [*command, *arguments], environment, log, forked=forked and not max_open_files, max_open_files=max_open_files
+    )
     try:
         deadline = time.monotonic() + DEADLINE_S
         while not ready_file.exists():

@@ -20,7 +20,9 @@ LORA_RANKS = (0, 4)
 def test_loops_under_an_adversary_are_bit_identical_to_undisturbed_ones(tiny_llama: Path, tmp_path: Path):
     with (
         contextlib.ExitStack() as stack,
-        Trainer(tiny_llama, tmp_path, "--snapshot-steps", "7", data_dir=data_dir(tmp_path, stack)) as trainer,
+        Trainer(
+            tiny_llama, tmp_path, "--snapshot-steps", "7", data_dir=data_dir(tmp_path, stack), forked=True
+        ) as trainer,
         cut_proxy(trainer.address) as proxy,
         ServiceClient(proxy.base_url, reconnect_timeout_s=120) as service,
         ThreadPoolExecutor() as threads,

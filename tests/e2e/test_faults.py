@@ -130,7 +130,7 @@ def test_kill_9_of_the_trainer_leaves_no_process_and_blames_an_operation_only_if
     at_once: bool, tiny_llama: Path, tmp_path: Path
 ):
     with (
-        running_trainer(tiny_llama, tmp_path) as trainer,
+        running_trainer(tiny_llama, tmp_path, forked=False) as trainer,
         ServiceClient(trainer.base_url, timeout_s=90, reconnect_timeout_s=0.5) as service,
     ):
         client = service.create_training_client()

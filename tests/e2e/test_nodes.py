@@ -17,7 +17,7 @@ from gradwire import Mesh, ServiceClient
 
 from tests.chaos import Loop, Place, Trainer, left_behind, state_digests, undisturbed
 from tests.listening import listening
-from tests.trainer_process import descendants, wait_gone
+from tests.trainer_process import descendants, rank_of, start_trainer, wait_gone
 from tests.waiting import wait_until
 
 SEED, STEPS = 2, 6
@@ -37,20 +37,19 @@ class Machine:
 
     def __init__(self, join: str, model: Path, folder: Path, *, prefix: Sequence[str] = ()) -> None:
         self.log = folder / "node.log"
-        command = [*prefix, sys.executable, "-m", "trainer_service", "worker", "--join", join, "--node-rank", "1"]
-        command += ["--base-model", str(model), "--join-token-file", str(folder / "token")]
+        command = ["worker", "--join", join, "--node-rank", "1", "--base-model", str(model)]
+        command += ["--join-token-file", str(folder / "token")]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if not prefix:
+            self.process = start_trainer(command, env, self.log, forked=True)
+            return
         with self.log.open("wb") as out:
-            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            command = [*prefix, sys.executable, "-m", "trainer_service", *command]
             self.process = subprocess.Popen(command, stdout=out, stderr=out, env=env)
 
     def ranks(self) -> list[int]:
         """Process ids of its ranks."""
-        found: list[int] = []
-        for pid in descendants(self.process.pid):
-            with contextlib.suppress(OSError):
-                if b"trainer_service.engine" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found.append(pid)
-        return found
+        return [pid for pid in descendants(self.process.pid) if rank_of(pid) is not None]
 
     def stop(self) -> None:
         """SIGTERM; it must exit 0 and leave no process behind."""
@@ -63,7 +62,7 @@ class Machine:
 @pytest.fixture(scope="module")
 def wanted(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
     """What two ranks of one machine answer, and have at the end."""
-    with Trainer(tiny_llama, tmp_path_factory.mktemp("one_machine"), "--nproc-per-node", "2") as trainer:
+    with Trainer(tiny_llama, tmp_path_factory.mktemp("one_machine"), "--nproc-per-node", "2", forked=True) as trainer:
         return [undisturbed(trainer, seed=SEED, steps=STEPS, lora_rank=rank) for rank in LORA_RANKS]
 
 
@@ -86,7 +85,7 @@ def two_machines(
     shutil.copytree(model, copy)
     options = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", endpoint)
     options += ("--join-token-file", str(folder / "token"), "--snapshot-steps", "2", "--spare-worker-after-s", "0")
-    with Trainer(model, folder, *options) as trainer:
+    with Trainer(model, folder, *options, forked=True) as trainer:
         machine = Machine(endpoint, copy, folder, prefix=prefix)
         try:
             yield trainer, machine

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from gradwire import datum_from_messages
 
+from tests.cli import sigint_heeded
 from tests.trainer_process import descendants, wait_gone
 
 ROOT = Path(__file__).parents[2]
@@ -68,15 +69,16 @@ def run_script(tmp_path: Path) -> Iterator[RunScript]:
     def run(*command: str, cwd: Path = ROOT, **env: str) -> Script:
         """Output and errors come as one stream; `env` goes beside what the example reads."""
         ours = {"FIREWORKS_API_KEY": "key-of-the-script", "FIREWORKS_BASE_URL": "", "PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env={**os.environ, **ours, "GRADWIRE_HOME": str(tmp_path / "home"), **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        with sigint_heeded():
+            process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env={**os.environ, **ours, "GRADWIRE_HOME": str(tmp_path / "home"), **env},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
         started.append(Script(process, tmp_path / "home"))
         return started[-1]
 

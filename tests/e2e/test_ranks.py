@@ -19,7 +19,7 @@ from tests.chaos import Adversary, Loop, Trainer, left_behind, state_digests, un
 from tests.cut_proxy import cut_proxy
 from tests.full_disk import FileLimit
 from tests.numerics.architectures import make_model
-from tests.trainer_process import TrainerProcess, descendants, running_trainer
+from tests.trainer_process import TrainerProcess, running_trainer
 from tests.training import data, negative_log_likelihood
 
 ADAM = AdamParams(learning_rate=1e-2)
@@ -54,26 +54,15 @@ LOSSES = [
 
 @pytest.fixture(scope="module")
 def trainer(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainerProcess]:
-    """Of two ranks, which wait 20 s for one another."""
+    """Of two ranks, which wait 10 s for one another."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "broken_losses.py").write_text(BROKEN)
-    arguments = ("--nproc-per-node", "2", "--collective-timeout-s", "20", "--loss-module", "broken_losses")
+    arguments = ("--nproc-per-node", "2", "--collective-timeout-s", "10", "--loss-module", "broken_losses")
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     env = {"PYTHONPATH": path, "HANGS_ONCE": str(folder / "hung")}
     with running_trainer(tiny_llama, folder, *arguments, env=env) as running:
         running.wait_ready()
         yield running
-
-
-def rank_pid(trainer: TrainerProcess, rank: int) -> int:
-    """Process id of a rank."""
-    wanted = f"RANK={rank}".encode()
-    pids = [
-        pid
-        for pid in descendants(trainer.process.pid)
-        if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    ]
-    return pids[0]
 
 
 def metric(trainer: TrainerProcess, name: str) -> float:
@@ -122,7 +111,7 @@ def test_ranks_are_told_of_and_sample_again_after_a_death(how: str, replicas: in
             # A rank that dies takes part in every forward, or has requests of its own: all begin again.
             params = SamplingParams(max_tokens=40, seed=7, stop=[])
             answer = sampler.sample(ModelInput.from_ints([5, 6]), 4, params)
-            os.kill(rank_pid(running, ranks - 1), signal.SIGKILL)
+            os.kill(running.rank_pid(ranks - 1), signal.SIGKILL)
             again = sampler.sample(ModelInput.from_ints([5, 6]), 4, params)
             one, other = ([each.tokens for each in found.result(150).sequences] for found in (answer, again))
             assert one == other
@@ -197,7 +186,7 @@ def test_a_rank_that_hangs_is_noticed_and_its_work_done_again(service: ServiceCl
 def test_loops_on_two_ranks_whose_ranks_are_killed_are_bit_identical(tiny_llama: Path, tmp_path: Path):
     lora_ranks, seed, steps = (0, 4), 2, 10
     with (
-        Trainer(tiny_llama, tmp_path, "--nproc-per-node", "2", "--snapshot-steps", "5") as trainer,
+        Trainer(tiny_llama, tmp_path, "--nproc-per-node", "2", "--snapshot-steps", "5", forked=True) as trainer,
         cut_proxy(trainer.address) as proxy,
         ServiceClient(proxy.base_url, reconnect_timeout_s=120) as service,
         ThreadPoolExecutor() as threads,
@@ -235,7 +224,7 @@ def test_ranks_that_cut_layers_or_divide_experts_tell_of_it_sample_and_may_be_ki
     arguments = ("--nproc-per-node", "2", f"--{what}-size", "2", "--snapshot-steps", "2")
     folder = tiny_llama if what == "tp" else make_model(tmp_path / "model", "Qwen3Moe")
     with (
-        Trainer(folder, tmp_path, *arguments) as trainer,
+        Trainer(folder, tmp_path, *arguments, forked=True) as trainer,
         ServiceClient(f"http://{trainer.address}", reconnect_timeout_s=120) as service,
         ThreadPoolExecutor() as threads,
     ):

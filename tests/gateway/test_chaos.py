@@ -16,7 +16,7 @@ def test_a_loop_whose_everything_is_killed_has_the_bits_of_an_undisturbed_one(ti
     folder = tmp_path / "gateway"
     folder.mkdir()
     with (
-        Trainer(tiny_llama, tmp_path, "--snapshot-steps", "3") as trainer,
+        Trainer(tiny_llama, tmp_path, "--snapshot-steps", "3", forked=True) as trainer,
         running_gateway(f"http://{trainer.address}", folder, "--alias", "tiny") as gateway,
     ):
         wanted = Trial(trainer, gateway, tmp_path / "undisturbed", STEPS).run(0)

@@ -61,6 +61,28 @@ def test_bfloat16_logits_are_normalised_in_float32() -> None:
     assert gradient.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("softcap", [None, 50.0])
+@pytest.mark.parametrize("before", [0, 8])
+def test_what_fills_vectors_up_changes_nothing(before: int, softcap: float | None, window: int | None) -> None:
+    torch.manual_seed(0)
+    length = 21
+    query = torch.randn(2, 4, length, 16, requires_grad=True)
+    key, value = (torch.randn(2, 2, before + length, 16, requires_grad=True) for _ in range(2))
+    mask = attention_module._mask(length, before, window, query) if before or window else None
+    found = attention_module._attend(query, key, value, mask=mask, scaling=None, softcap=softcap, s_aux=None)
+    keys, values = (each.repeat_interleave(2, 1) for each in (key, value))
+    scores = query @ keys.mT / 4
+    scores = torch.tanh(scores / softcap) * softcap if softcap else scores
+    distance = torch.arange(before + length)[before:, None] - torch.arange(before + length)
+    seen = (distance >= 0) & (distance < (window or 100))
+    wanted = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1) @ values
+    upstream = torch.randn_like(found)
+    gradients, wanted_gradients = (torch.autograd.grad(each, (query, key, value), upstream) for each in (found, wanted))
+    for ours, plain in ((found, wanted), *zip(gradients, wanted_gradients, strict=True)):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("before", [0, 8])
 def test_short_segments_attend_in_float32_where_products_are_bfloat16(before: int) -> None:
     torch.manual_seed(0)
@@ -69,9 +91,10 @@ def test_short_segments_attend_in_float32_where_products_are_bfloat16(before: in
     mask = attention_module._mask(24, before, None, query) if before else None
     with torch.autocast("cpu", torch.bfloat16):
         found = attention_module._attend(query, key, value, mask=mask, scaling=None, softcap=None, s_aux=None)
+    queries, *rest = (attention_module.filled(each) for each in (query, key, value))
     wanted = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=not before
-    ).bfloat16()
+        query if before else queries, *rest, attn_mask=mask, is_causal=not before
+    )[:, :, :24].bfloat16()
     upstream = torch.randn_like(found)
     gradients, wanted_gradients = (torch.autograd.grad(each, (query, key, value), upstream) for each in (found, wanted))
     assert torch.equal(found, wanted)

@@ -3,6 +3,7 @@
 import http.client
 import importlib.util
 import json
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,7 @@ def trainer(
     options = ["--page", "127.0.0.1:0"] + (["--otlp-endpoint", collector.endpoint] if collector else [])
     environment = {"OTEL_BSP_SCHEDULE_DELAY": "50"}
     folder = tmp_path_factory.mktemp("trainer")
-    with running_trainer(tiny_llama, folder, *options, env=environment) as running:
+    with running_trainer(tiny_llama, folder, *options, env=environment, forked=False) as running:
         running.wait_ready()
         yield running
 
@@ -128,7 +129,7 @@ def test_a_trainer_with_an_open_page_stops_when_told_to(trainer: TrainerProcess)
     page.request("GET", "/api/events")
     events = page.getresponse()
     assert events.status == 200
-    trainer.process.terminate()
+    trainer.process.send_signal(signal.SIGTERM)
     assert trainer.process.wait(40) == 0
     events.close()
     page.close()

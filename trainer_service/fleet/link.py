@@ -17,6 +17,8 @@ from trainer_service.worker_frames import Frames, OversizedFrameError, frame
 
 logger = logging.getLogger(__name__)
 
+_HELLO_TIMEOUT_S = 30.0
+"""A worker says hello as soon as it is connected."""
 _REQUEST = WorkerCommand.DESCRIPTOR.fields_by_name["request"].number
 _RESPONSE = WorkerEvent.DESCRIPTOR.fields_by_name["response"].number
 
@@ -114,6 +116,7 @@ class WorkerLine(asyncio.BufferedProtocol):
         self._frames = Frames(max_message_bytes)
         self._link: Link | None = None
         self._transport: asyncio.Transport | None = None
+        self._no_hello: asyncio.TimerHandle | None = None  # Until it has come.
         self._paused = False
         self._unsent: deque[bytes] = deque()  # While the worker reads too slowly: the transport would copy it.
 
@@ -132,9 +135,11 @@ class WorkerLine(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        self._no_hello = asyncio.get_running_loop().call_later(_HELLO_TIMEOUT_S, self.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._stop_waiting_for_hello()
         self._unsent.clear()
         if self._link is not None:
             self._link.closed.set()
@@ -176,6 +181,7 @@ class WorkerLine(asyncio.BufferedProtocol):
         self._receive(self._link, Reply(event, response))
 
     def _greet(self, hello: WorkerHello) -> None:
+        self._stop_waiting_for_hello()
         link = self._current()
         if link is None or link.attached or not _same(hello.token, link.token):
             logger.warning("Refused a caller on the worker's socket.")
@@ -197,6 +203,11 @@ class WorkerLine(asyncio.BufferedProtocol):
         link.attach(self)
         link.spoke.set()
         logger.info("Worker attached.", extra={"fields": {"pid": hello.pid, "ranks": hello.mesh.world_size}})
+
+    def _stop_waiting_for_hello(self) -> None:
+        if self._no_hello is not None:
+            self._no_hello.cancel()
+            self._no_hello = None
 
     def _refuse(self, why: GradwireError) -> None:
         self.send(WorkerCommand(refused=to_status(why)).SerializeToString())

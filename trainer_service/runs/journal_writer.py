@@ -1,8 +1,7 @@
 """Group commit: one thread writes the journals of all runs, and operations that arrive together share a commit.
 
 The event loop never waits for a disk. What arrives while the thread commits becomes the next commit; an idle journal
-therefore writes at once, and a busy one writes rarely. Only an operation that nobody waits for, since it is executed
-meanwhile, is held back for a moment: its outcome then shares its commit.
+therefore writes at once, and a busy one writes rarely, without a timer.
 """
 
 import asyncio
@@ -29,8 +28,6 @@ from trainer_service.runs.operation import Operation
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 0.02
-"""How long an operation that is executed meanwhile waits for its outcome. Killed before, it was answered to nobody."""
 Write = Callable[[sqlite3.Connection], object]
 Written = Callable[[GradwireError | None], object]
 """Gets None once the write is on disk, or STORAGE_FAILED."""
@@ -53,8 +50,6 @@ class _Entry:
     """It deletes operations."""
     keep: bool = False
     """It is small and must not be lost: without room it waits, and is written before anything else."""
-    patient: bool = False
-    """Nobody waits for it; what does will follow."""
 
 
 class JournalWriter:
@@ -88,7 +83,9 @@ class JournalWriter:
     def _run(self) -> None:
         open_ = True
         while open_:
-            entries = self._next_entries()
+            entries = [self._entries.get()]
+            while not self._entries.empty():
+                entries.append(self._entries.get())
             open_ = None not in entries
             by_journal: dict[Journal, list[_Entry]] = {}
             for entry in entries:
@@ -105,19 +102,6 @@ class JournalWriter:
                 self._loop.call_soon_threadsafe(_call_back, done)
             except RuntimeError:
                 return  # The loop is closed: this process is ending.
-
-    def _next_entries(self) -> list[_Entry | None]:
-        """What is written together: all there is, once somebody waits for some of it or it has waited long enough."""
-        entries = [self._entries.get()]
-        until_s = time.monotonic() + PATIENCE_S
-        while True:
-            while not self._entries.empty():
-                entries.append(self._entries.get())
-            left_s = until_s - time.monotonic()
-            if left_s <= 0 or any(entry is None or not entry.patient for entry in entries):
-                return entries
-            with contextlib.suppress(queue.Empty):
-                entries.append(self._entries.get(timeout=left_s))
 
 
 def _call_back(done: list[tuple[Written, GradwireError | None]]) -> None:
@@ -163,13 +147,12 @@ class Journal:
         except OSError:
             return False
 
-    def append(self, operation: Operation, digest: bytes, written: Written, *, patient: bool = False) -> None:
+    def append(self, operation: Operation, digest: bytes, written: Written) -> None:
         """Writes an operation down.
 
         Args:
             operation: The next one of the run.
             digest: Its digest.
-            patient: Whether it is executed meanwhile, so that there is time; see PATIENCE_S.
             written: Gets STORAGE_FAILED if it could not be written. Every later operation that was appended before
                 this call is then refused too, so that the journal never has a gap.
         """
@@ -194,10 +177,7 @@ class Journal:
             written(failure)
 
         size_bytes = len(operation.encoded)
-        entry = _Entry(
-            self, insert, done, append=operation.seq_id, resume=resume, size_bytes=size_bytes, patient=patient
-        )
-        self._writer.submit(entry)
+        self._writer.submit(_Entry(self, insert, done, append=operation.seq_id, resume=resume, size_bytes=size_bytes))
 
     def owe(self, write: Write, written: Callable[[], object]) -> None:
         """Writes something small that must not be lost, if need be into the reserved room. If even that is gone it

@@ -6,7 +6,6 @@ written. If it never gets to the disk, the run is restored without it, as it is 
 """
 
 import asyncio
-import functools
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -27,7 +26,6 @@ from trainer_service.runs import journal as journal_file
 from trainer_service.runs.attachment import Attachment
 from trainer_service.runs.frozen_weights import FrozenWeights
 from trainer_service.runs.journal import Record, Row
-from trainer_service.runs.journal_contents import LARGE_BYTES
 from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.lora_layout import tell_layout
 from trainer_service.runs.observer import Observer
@@ -158,9 +156,7 @@ class Run:
             entry.received_s = time.perf_counter()
             entry.failure = self.placement.lost or operation.refusal or self._settings.refuse(operation)
             ahead = entry.failure is None and self.placement.may_send_ahead(entry) and self._journal.has_room(operation)
-            written = functools.partial(self._journalled, entry)
-            patient = ahead and len(operation.encoded) < LARGE_BYTES
-            self._journal.append(operation, entry.digest, written, patient=patient)
+            self._journal.append(operation, entry.digest, lambda failure: self._journalled(entry, failure))
             if ahead:
                 self.placement.send_ahead(entry)
 
@@ -358,7 +354,8 @@ class Run:
         if self._deleted is not None:
             return None
         try:
-            rows = await asyncio.to_thread(look)
+            with self._journal.kept():
+                rows = await asyncio.to_thread(look)
         except (sqlite3.Error, OSError) as exc:
             text = f"Operation {seq_id} was executed, but its answer cannot be read: {exc}."
             raise error("STORAGE_FAILED", text) from exc

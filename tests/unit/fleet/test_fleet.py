@@ -24,7 +24,7 @@ from tests.waiting import DEADLINE_S, until
 from trainer_service.engine import __main__ as worker_main
 from trainer_service.engine.worker.connection import TrainerConnection
 from trainer_service.executing import executing_command
-from trainer_service.fleet import silence
+from trainer_service.fleet import link, silence
 from trainer_service.fleet import supervisor as supervisor_module
 from trainer_service.fleet.rank_processes import RankProcesses
 from trainer_service.fleet.supervisor import WorkerSupervisor
@@ -363,6 +363,19 @@ async def test_only_the_worker_that_was_started_may_attach():
         assert await asyncio.to_thread(stranger.ended.wait, DEADLINE_S)
         assert not stranger.ended_cleanly()
         assert stranger.describe_end() == "refused: Not a worker this trainer started."
+        assert (await submit(supervisor)).event.response.optim_step.step == 1
+
+
+async def test_a_caller_that_never_says_hello_is_let_go(monkeypatch: pytest.MonkeyPatch):
+    async with supervised(behaves("work")) as supervisor:
+        await ready(supervisor)
+        monkeypatch.setattr(link, "_HELLO_TIMEOUT_S", 0.2)
+        reader, writer = await asyncio.open_unix_connection(supervisor._socket.path)
+        writer.write(b"\xff")
+        async with asyncio.timeout(DEADLINE_S):
+            assert await reader.read() == b""
+        writer.close()
+        # The worker that said hello stays.
         assert (await submit(supervisor)).event.response.optim_step.step == 1
 
 

@@ -16,7 +16,6 @@ from tests.fakes import FakeWorker
 from tests.full_disk import nothing_can_be_written
 from tests.runs import EVERY_2_STEPS, forward_backward, operations, settled, step, trainer
 from tests.waiting import until
-from trainer_service.runs import journal_writer
 from trainer_service.runs.journal_writer import Journal
 from trainer_service.runs.operation import Operation
 from trainer_service.runs.run import Run
@@ -64,45 +63,6 @@ async def test_an_operation_executes_while_it_is_written_and_is_answered_when_it
         disk.set()
         await run.quiet()
         assert [answer.seq_id for answer in answers] == [1, 2]
-
-
-async def test_a_short_operation_and_its_outcome_share_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    commits: list[list[tuple[int, int]]] = []
-    commit = Journal.commit
-
-    def noted(self: Journal, entries: list[Any]) -> Any:
-        commits.append([(entry.append, entry.outcome_of) for entry in entries])
-        return commit(self, entries)
-
-    # However slow the machine is.
-    monkeypatch.setattr(journal_writer, "PATIENCE_S", 60.0)
-    async with trainer(tmp_path, worker := FakeWorker()) as runs:
-        run = await runs.create(CreateRunRequest())
-        monkeypatch.setattr(Journal, "commit", noted)
-        for seq_id in (1, 2):
-            await run.execute(step(seq_id))
-        assert commits == [[(1, 0), (0, 1)], [(2, 0), (0, 2)]]
-        # What somebody waits for is written at once, and the operation with it.
-        del commits[:]
-        worker.gate.clear()
-        answers = submitted(run, step(3))
-        async with run.settled():
-            pass
-        assert commits == [[(3, 0), (0, 0)]]
-        worker.gate.set()
-        await run.quiet()
-        assert len(answers) == 1
-
-
-async def test_a_long_operation_is_written_while_it_executes(tmp_path: Path):
-    async with trainer(tmp_path, worker := FakeWorker()) as runs:
-        run = await runs.create(CreateRunRequest())
-        worker.gate.clear()
-        answers = submitted(run, step(1))
-        await until(lambda: run.under_way[0].journalled_s > 0)
-        assert answers == []
-        worker.gate.set()
-        await run.quiet()
 
 
 async def test_what_a_killed_trainer_had_not_written_down_did_not_happen(tmp_path: Path, disk: threading.Event):

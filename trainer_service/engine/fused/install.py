@@ -6,13 +6,19 @@ from collections import Counter
 from torch import nn
 
 from trainer_service.engine.fused.gated_mlp import fused_gated_mlp
+from trainer_service.engine.fused.linear import fused_linear
 from trainer_service.engine.fused.module import Fused
 from trainer_service.engine.fused.rms_norm import fused_norm
 from trainer_service.engine.fused.rotary import fused_rotation
 
 logger = logging.getLogger(__name__)
 
-_KINDS = {"norms": fused_norm, "gated MLPs": fused_gated_mlp, "rotations": fused_rotation}
+_KINDS = {
+    "norms": fused_norm,
+    "gated MLPs": fused_gated_mlp,
+    "rotations": fused_rotation,
+    "linear layers": fused_linear,
+}
 
 
 def fuse(model: nn.Module) -> None:

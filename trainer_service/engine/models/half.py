@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from trainer_service.engine import products
 from trainer_service.engine.device import computed_in
+from trainer_service.engine.fused.linear import is_plain_linear
 from trainer_service.engine.models.experts import GROUPED
 from trainer_service.engine.models.lora_targets import Targets
 from trainer_service.engine.parallel.expert_parallel import goes_by_interface
@@ -43,12 +44,12 @@ class _Product(torch.autograd.Function):
         ctx.layer, ctx.x_dtype = layer, x.dtype
         bias = None if layer.bias is None else layer.bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), layer.weight.to(dtype), bias)
+            return products.linear(x.to(dtype), layer.weight.to(dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (grad @ ctx.layer.weight.to(grad.dtype)).to(ctx.x_dtype), None
+        return products.input_gradient(grad, ctx.layer.weight.to(grad.dtype)).to(ctx.x_dtype), None
 
 
 def halved(model: PreTrainedModel, targets: Targets) -> PreTrainedModel:
@@ -74,7 +75,7 @@ def _halve(model: nn.Module, targets: Targets, cast: Callable[[Tensor], Tensor])
             # Others read them in their own way.
             if not goes_by_interface(module) or module.config._experts_implementation != GROUPED:
                 continue
-        elif type(module) is nn.Linear:
+        elif is_plain_linear(module):
             module.__class__ = HalfLinear
         elif not isinstance(module, HalfLinear):
             continue

@@ -6,6 +6,7 @@ size.
 Shape suffixes: T tokens, I and O a layer's inputs and outputs, R the LoRA rank.
 """
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
+from trainer_service.engine import products
 from trainer_service.engine.device import computed_in
 
 ADAPTER = "default"
@@ -48,15 +50,11 @@ class _LoraLinear(torch.autograd.Function):
         with _without_autocast(x.device.type):
             x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
             weight_OI, bias_O = layer.weight.to(dtype), layer.bias
-            low_RT = (a_RI.to(dtype) @ x_TI.T).mul_(scale)
+            ctx.served = products.serves(x_TI, weight_OI)
+            low_RT = products.product(a_RI.to(dtype), x_TI.T, served=ctx.served).mul_(scale)
             # Made in the shape it is returned in: autograd lets no model change a view of it in place.
-            product = x_TI.new_empty(*x.shape[:-1], len(weight_OI))
-            product_TO = product.view(-1, len(weight_OI))
-            if bias_O is None:
-                torch.mm(x_TI, weight_OI.T, out=product_TO)
-            else:
-                torch.addmm(bias_O.to(dtype), x_TI, weight_OI.T, out=product_TO)
-            product_TO.addmm_(low_RT.T, b_OR.to(dtype).T)
+            product = products.linear(x_TI.view(x.shape), weight_OI, None if bias_O is None else bias_O.to(dtype))
+            product.view(-1, len(weight_OI)).addmm_(low_RT.T, b_OR.to(dtype).T)
         ctx.save_for_backward(x_TI, low_RT, a_RI, b_OR)
         ctx.layer, ctx.scale, ctx.shape, ctx.x_dtype = layer, scale, x.shape, x.dtype
         return product
@@ -65,15 +63,15 @@ class _LoraLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TI, low_RT, a_RI, b_OR = ctx.saved_tensors
-        dtype = x_TI.dtype
+        dtype, product = x_TI.dtype, functools.partial(products.product, served=ctx.served)
         with _without_autocast(grad.device.type):
             grad_TO = grad.reshape(-1, grad.shape[-1]).to(dtype)
-            grad_low_RT = (b_OR.to(dtype).T @ grad_TO.T).mul_(ctx.scale)
-            grad_b_OR = (low_RT @ grad_TO).T.to(b_OR.dtype).contiguous() if ctx.needs_input_grad[3] else None
-            grad_a_RI = (grad_low_RT @ x_TI).to(a_RI.dtype) if ctx.needs_input_grad[2] else None
+            grad_low_RT = product(b_OR.to(dtype).T, grad_TO.T).mul_(ctx.scale)
+            grad_b_OR = product(low_RT, grad_TO).T.to(b_OR.dtype).contiguous() if ctx.needs_input_grad[3] else None
+            grad_a_RI = product(grad_low_RT, x_TI).to(a_RI.dtype) if ctx.needs_input_grad[2] else None
             grad_x = None
             if ctx.needs_input_grad[0]:
-                grad_x_TI = grad_TO @ ctx.layer.weight.to(dtype)
+                grad_x_TI = products.input_gradient(grad_TO, ctx.layer.weight.to(dtype))
                 grad_x = grad_x_TI.addmm_(grad_low_RT.T, a_RI.to(dtype)).to(ctx.x_dtype).view(ctx.shape)
         return grad_x, None, grad_a_RI, grad_b_OR, None
 

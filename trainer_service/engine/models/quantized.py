@@ -15,6 +15,8 @@ from gradwire.errors import GradwireError, invalid_field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer_service.engine import products
+from trainer_service.engine.fused.linear import is_plain_linear
 from trainer_service.engine.parallel.sharding import part
 from trainer_service.worker_config import QUANTIZED, BaseDtype
 
@@ -62,12 +64,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.layer, ctx.x_dtype = layer, x.dtype
-        return F.linear(x, layer.weight.to(x.dtype))
+        return products.linear(x, layer.weight.to(x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (grad @ ctx.layer.weight.to(grad.dtype)).to(ctx.x_dtype), None
+        return products.input_gradient(grad, ctx.layer.weight.to(grad.dtype)).to(ctx.x_dtype), None
 
 
 def check_base_dtype(base_dtype: BaseDtype, device: torch.device, *, world_size: int) -> None:
@@ -113,7 +115,7 @@ def quantize(model: nn.Module, names: Iterable[str], base_dtype: BaseDtype) -> N
     functional = _bitsandbytes()
     for name in names:
         module = model.get_submodule(name)
-        if type(module) is not nn.Linear:
+        if not is_plain_linear(module):
             continue
         layer: Any = module
         weight_OI = layer.weight.detach()

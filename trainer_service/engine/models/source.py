@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedModel
 from trainer_service import model_folder
 from trainer_service.engine.device import Device
 from trainer_service.engine.findings import Findings
+from trainer_service.engine.fused.linear import add_in_place
 from trainer_service.engine.models import runner
 from trainer_service.engine.models.cut_trial import why_not_cut
 from trainer_service.engine.models.experts import GROUPED, use_experts
@@ -145,6 +146,7 @@ class ModelSource:
         first, self._first = self._first or self._read(self._base_model, self._folder), None
         if not isinstance(first, Sharded):
             prepare(first, self._traits)
+            add_in_place(first)
             return first
         prepare(first.hollow, self._traits)
         return first.build()

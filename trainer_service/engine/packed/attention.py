@@ -38,6 +38,9 @@ UNDERSTOOD = frozenset(
 )
 """Keyword arguments that models pass and that do not affect scores."""
 
+VECTOR = 16
+"""Numbers that a CPU takes at once. Exponentials of scores that fill no vector come out otherwise, so keys are filled
+up to a multiple of this, here and where samples are made: a token's numbers are then the same in both, to the bit."""
 _FLOAT32_BELOW = 320
 """Keys a segment sees below which a CPU computes attention in float32, whatever the dtype of the rest: its backward in
 bfloat16 takes two to six times as long for short segments, with AMX too."""
@@ -77,7 +80,8 @@ class PackAttention:
         return tuple(piece.length for piece in self.pieces for _ in range(piece.count))
 
     def mask(self, piece: Piece, window: int | None, like: Tensor) -> Tensor | None:
-        """What is added to a piece's scores, [L, M + L]: 0 or −inf; None if plain causal attention is enough."""
+        """What is added to a piece's scores, 0 or −inf, [L, M + L] with keys filled up; None if plain causal attention
+        is enough."""
         num_before = sum(self.pieces[number].length for number in piece.ancestors)
         if window is not None and num_before + piece.length <= window:
             window = None
@@ -230,8 +234,12 @@ def _attend(
     s_aux: Tensor | None,
 ) -> Tensor:
     """[G, H, L, E]; without a mask, causal."""
-    grouped = query_GHLD.shape[1] != key_GJND.shape[1]
+    grouped, length = query_GHLD.shape[1] != key_GJND.shape[1], query_GHLD.shape[2]
+    key_GJND, value_GJNE = filled(key_GJND), filled(value_GJNE)
     if not softcap and s_aux is None:
+        if mask is None:
+            # Without a mask there are as many queries as keys. Those behind the last come to nothing.
+            query_GHLD = filled(query_GHLD)
         if grouped and mask is not None:
             # With a mask, torch falls back to a slow kernel unless keys are repeated.
             num_heads = query_GHLD.shape[1]
@@ -251,19 +259,30 @@ def _attend(
                 scale=scaling,
                 enable_gqa=grouped,
             )
+            output_GHLE = output_GHLE[:, :, :length]
             return output_GHLE.to(dtype) if whole else output_GHLE
     key, value = (repeated_heads(tokens, query_GHLD.shape[1]) for tokens in (key_GJND, value_GJNE))
     scores = query_GHLD @ key.transpose(-1, -2) * (scaling or query_GHLD.shape[-1] ** -0.5)
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is None:
-        mask = _mask(query_GHLD.shape[2], 0, None, query_GHLD)
+        mask = _mask(length, 0, None, query_GHLD)
     scores = scores.float() + mask
     if s_aux is not None:
         sinks = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sinks], dim=-1)
     weights = torch.softmax(scores, dim=-1).to(value.dtype)
     return weights[..., : key.shape[2]] @ value
+
+
+def filled(tokens_GJND: Tensor) -> Tensor:
+    """Queries, keys or values, on a CPU with zeros behind them up to a multiple of VECTOR."""
+    missing = _missing(tokens_GJND.shape[2], tokens_GJND)
+    return F.pad(tokens_GJND, (0, 0, 0, missing)) if missing else tokens_GJND
+
+
+def _missing(length: int, like: Tensor) -> int:
+    return -length % VECTOR if like.device.type == "cpu" else 0
 
 
 def repeated_heads(tokens_GJND: Tensor, num_heads: int) -> Tensor:
@@ -273,12 +292,14 @@ def repeated_heads(tokens_GJND: Tensor, num_heads: int) -> Tensor:
 
 
 def _mask(length: int, num_before: int, window: int | None, like: Tensor) -> Tensor:
-    """[L, M + L]: a token sees its ancestors, itself and what is in between, at most `window` tokens.
+    """[L, M + L], filled up as keys are: a token sees its ancestors, itself and what is in between, at most `window`
+    tokens.
 
     In the dtype of `like`, so that it is cast once per pack and not per layer; 0 and −inf are exact in any dtype.
     """
-    place = torch.arange(num_before + length, device=like.device)
-    distance = place[num_before:, None] - place
+    last = num_before + length
+    place = torch.arange(last + _missing(last, like), device=like.device)
+    distance = place[num_before:last, None] - place
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
 

@@ -26,12 +26,14 @@ tokens of a chunk, R rows (a row is answered by one token; with shared beginning
 per row, L rank of what an adapter adds to the head.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer_service.engine import products
 from trainer_service.engine.packed.chunks import Chunk, Rows
 from trainer_service.engine.packed.vocabulary import Targets, VocabularyPart
 
@@ -154,13 +156,16 @@ class _CastHead:
         return max(1, elements // self.vocab_size)
 
     def logits(self, hidden_CD: Tensor, low_CL: Tensor | None = None, out_CV: Tensor | None = None) -> Tensor:
-        """z of a chunk, float32, in `out_CV` if given; `low_CL` is s · a·h, of the low-rank part."""
+        """z of a chunk, float32; `low_CL` is s · a·h, of the low-rank part. `out_CV` is for
+        float32: where they are put."""
         weight_VD, head = self.weight_VD, self.head
         if weight_VD.dtype == torch.float32:
-            logits_CV = torch.mm(hidden_CD, weight_VD.T, out=out_CV) if out_CV is not None else hidden_CD @ weight_VD.T
+            if out_CV is None:
+                logits_CV = products.linear(hidden_CD, weight_VD)
+            else:
+                logits_CV = torch.mm(hidden_CD, weight_VD.T, out=out_CV)
         else:
-            product_CV = _mm(hidden_CD, weight_VD.T)
-            logits_CV = product_CV if out_CV is None else out_CV.copy_(product_CV)
+            logits_CV = _mm(hidden_CD, weight_VD.T)
         if low_CL is not None and self.b_VL is not None:
             if low_CL.dtype == torch.float32:
                 logits_CV.addmm_(low_CL, self.b_VL.T)
@@ -173,6 +178,15 @@ class _CastHead:
         if head.softcap:
             logits_CV.div_(head.softcap).tanh_().mul_(head.softcap)
         return logits_CV
+
+    def all_logits(self, hidden_TD: Tensor, low_TL: Tensor | None, chunks: Iterable[Chunk]) -> Tensor:
+        """z of all tokens, float32. In half precision by chunks, each of which is made in another place first."""
+        if self.weight_VD.dtype == torch.float32:
+            return self.logits(hidden_TD, low_TL)
+        logits_TV = torch.empty(len(hidden_TD), self.vocab_size, dtype=torch.float32, device=hidden_TD.device)
+        for chunk in chunks:
+            logits_TV[chunk.tokens] = self.logits(hidden_TD[chunk.tokens], _at(low_TL, chunk))
+        return logits_TV
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -194,13 +208,16 @@ class _LinearLogprobs(torch.autograd.Function):
             cast, hidden_cast_TD = _CastHead.of(head, compute_dtype, b_VL), hidden_TD.to(compute_dtype)
             float32 = {"dtype": torch.float32, "device": hidden_TD.device}
             keep = keep_logits and any(ctx.needs_input_grad[:3])
-            logits_TV = torch.empty(rows.num_tokens, cast.vocab_size, **float32) if keep else None
+            chunk_tokens = cast.chunk_tokens(chunk_elements)
+            logits_TV = cast.all_logits(hidden_cast_TD, low_TL, rows.chunks(chunk_tokens)) if keep else None
             lse_T = torch.empty(rows.num_tokens, **float32)
             found_RK = torch.empty(targets_RK.shape, **float32)
             targets = Targets.of(targets_RK, head.vocabulary)
-            for chunk in rows.chunks(cast.chunk_tokens(chunk_elements)):
-                place = None if logits_TV is None else logits_TV[chunk.tokens]
-                logits_CV = cast.logits(hidden_cast_TD[chunk.tokens], _at(low_TL, chunk), place)
+            for chunk in rows.chunks(chunk_tokens):
+                if logits_TV is None:
+                    logits_CV = cast.logits(hidden_cast_TD[chunk.tokens], _at(low_TL, chunk))
+                else:
+                    logits_CV = logits_TV[chunk.tokens]
                 lse_T[chunk.tokens] = torch.logsumexp(logits_CV, dim=-1)
                 found_RK[chunk.rows] = chunk.at_targets(logits_CV, targets.rows_RK)
             lse_T, found_RK = targets.put_together(lse_T, found_RK)
@@ -264,9 +281,9 @@ class _Gradients:
         weight_VD, b_VL = self._cast.weight_VD, self._cast.b_VL
         weight, bias = self._trained.weight, self._trained.bias
         cast_CV = gradient_CV.to(weight_VD.dtype)
-        self.hidden_TD[chunk.tokens] = (cast_CV @ weight_VD).float()
+        self.hidden_TD[chunk.tokens] = products.input_gradient(cast_CV, weight_VD).float()
         if weight.requires_grad:
-            _add_grad(weight, cast_CV.T, hidden_CD)
+            _add_grad(weight, cast_CV, hidden_CD)
         if low_CL is not None:
             assert b_VL is not None
             assert self.b_VL is not None
@@ -300,7 +317,7 @@ class _FrozenLogprobs(torch.autograd.Function):
             expected_TD = torch.empty(hidden_TD.shape, **float32) if ctx.needs_input_grad[0] else None
             chunk_tokens = cast.chunk_tokens(chunk_elements)
             scratch_CV = None
-            if compute_dtype == torch.float32:
+            if compute_dtype == torch.float32 and not products.serves(hidden_cast_TD, cast.weight_VD):
                 # On a CPU, fresh memory costs as much as a pass over it, so all chunks share one buffer for logits.
                 scratch_CV = torch.empty(min(chunk_tokens, rows.num_tokens), cast.vocab_size, **float32)
             for chunk in rows.chunks(chunk_tokens):
@@ -319,7 +336,7 @@ class _FrozenLogprobs(torch.autograd.Function):
                 if expected_TD is not None:
                     if slope_CV is not None:
                         weights_CV.mul_(slope_CV)
-                    product_CD = (weights_CV.to(compute_dtype) @ cast.weight_VD).float()
+                    product_CD = products.input_gradient(weights_CV.to(compute_dtype), cast.weight_VD).float()
                     expected_TD[chunk.tokens] = product_CD.div_(sum_C[:, None])
             own_lse_T = lse_T
             lse_T, found_RK = targets.put_together(lse_T, found_RK)
@@ -364,15 +381,12 @@ def _slope(logits: Tensor, softcap: float) -> Tensor:
     return 1 - (logits / softcap).square()
 
 
-def _add_grad(weight: Tensor, left: Tensor, right: Tensor) -> None:
-    """weight.grad += left @ right, without a buffer of that size if there is a gradient already."""
-    if left.dtype != torch.float32:
-        product = _mm(left, right)
-        weight.grad = product if weight.grad is None else weight.grad.add_(product)
-    elif weight.grad is None:
-        weight.grad = left @ right
+def _add_grad(weight: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+    if grad_CV.dtype == torch.float32:
+        products.add_weight_gradient(grad_CV, hidden_CD, weight)
     else:
-        weight.grad.addmm_(left, right)
+        product_VD = _mm(grad_CV.T, hidden_CD)
+        weight.grad = product_VD if weight.grad is None else weight.grad.add_(product_VD)
 
 
 def target_logprobs(logits_TV: Tensor, targets_RK: Tensor, token_of_row_R: Tensor | None = None) -> Tensor:

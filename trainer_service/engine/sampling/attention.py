@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from trainer_service.engine.packed.attention import UNDERSTOOD, check_understood, repeated_heads
+from trainer_service.engine.packed.attention import UNDERSTOOD, VECTOR, check_understood, repeated_heads
 from trainer_service.engine.sampling.cache import BLOCK, Block, Call, Views
 from trainer_service.engine.sampling.slots import Group, Reach
 
@@ -29,8 +29,6 @@ ATTENTION = "gradwire_cached"
 """What the function is called among transformers' attention implementations."""
 _ROWS = 4
 """Queries of a key head are padded to a multiple of this: on the CPU products of fewer rows add up in another order."""
-_VECTOR = 16
-"""Keys are padded to a multiple of this: on the CPU the exponentials of what is left over come out otherwise."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +217,7 @@ def _attend_prompt(
 ) -> Tensor:
     """A prompt's new tokens, from place `first` on, over those before and themselves, [N, H, E]."""
     num_new, reach = query_HND.shape[1], scores.reach
-    query_BHND = F.pad(query_HND, (0, 0, 0, -num_new % _VECTOR))[None]
+    query_BHND = F.pad(query_HND, (0, 0, 0, -num_new % VECTOR))[None]
     places = range(first, first + query_BHND.shape[2])
     # Blocks that no new token sees need not be read.
     seen = range(max(0, reach.first_seen(first)) // BLOCK * BLOCK, keys_JSD.shape[1] if first else places.stop)
