@@ -69,7 +69,10 @@ def together(tensors: Arrays) -> npt.NDArray[np.float64]:
 def check_equal(
     pool: RankPool, folder: Path, tmp_path: Path, *, within: float = GRADIENTS, **how: Any
 ) -> list[dict[str, Any]]:
-    """Three steps on all of a pool's ranks, compared with one rank's. What the ranks found."""
+    """Three steps on all of a pool's ranks, compared with one rank's. What the ranks found.
+
+    Steps may differ by as many times more as gradients may, `within`.
+    """
     one = rank_tasks.train(Ranks(), folder, tmp_path / "one", UNEVEN, max_pack_tokens=20, **how)
     found = pool.run(rank_tasks.train, folder, tmp_path / "many", UNEVEN, max_pack_tokens=20, **how)
     assert not one["sharded"]
@@ -79,7 +82,7 @@ def check_equal(
             np.testing.assert_allclose(got, wanted, atol=1e-5)
         assert difference(one["gradients"], many["gradients"], one["gradients"]) < within
         moved = {name: one["after"][name] - one["before"][name] for name in one["after"]}
-        assert difference(one["after"], many["after"], moved) < STEPS
+        assert difference(one["after"], many["after"], moved) < STEPS * within / GRADIENTS
         for got, wanted in zip(many["metrics"], one["metrics"], strict=True):
             assert got.keys() == wanted.keys()
             # How many packs there are is a matter of ranks.
