@@ -20,6 +20,7 @@ from tests.numerics.plain import (
 )
 from tests.tiny import VOCAB_SIZE
 from trainer_service.engine.engine import Engine
+from trainer_service.engine.microbatch import ModelSize
 from trainer_service.worker_config import EngineSettings
 
 WINDOW = 8
@@ -301,5 +302,5 @@ def reference_of(folder: Path, sequences: list[PlainSequence], loss: PlainLoss) 
 
 def plan_anew(engine: Engine, settings: EngineSettings) -> None:
     """Has an engine go on as one with these settings would: another need not be made. Gradients are cleared."""
-    engine._plan_passes(settings, 0, VOCAB_SIZE, 0, 0)
+    engine._plan_passes(settings, ModelSize(vocab_size=VOCAB_SIZE))
     engine.zero_grad(RUN)

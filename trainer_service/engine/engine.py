@@ -4,7 +4,6 @@ One thread calls it. Arguments are already checked (validation.py), except for w
 Shape suffixes: T tokens of one batch or microbatch, V vocabulary, K targets a token (absent where targets are [T]).
 """
 
-import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -104,10 +103,9 @@ class Engine:
         self.traits = self.source.find_traits(max_context_length=self.model.max_context_length)
         """What the architecture allows."""
         example = self.source.example
-        sizes = num_gathered(example, self.ranks), example.config.get_text_config().vocab_size
-        plan = functools.partial(self._plan_passes, settings, *sizes)
+        size = ModelSize(num_gathered(example, self.ranks), vocab_size=example.config.get_text_config().vocab_size)
         own = -(-(total := described.num_parameters) // (self.ranks.fsdp_size * self.ranks.tp_size))
-        plan(training_bytes(own), parameter_bytes(total))
+        self._plan_passes(settings, replace(size, model_bytes=training_bytes(own), whole_bytes=parameter_bytes(total)))
         first = self.source.load()
         self.lora_targets = find_targets(first, lambda: self._passes.try_forward(first))
         """What LoRA runs can adapt."""
@@ -116,7 +114,8 @@ class Engine:
         first = kept.copy(first, self.lora_targets)
         if not kept.trains:
             free_cycles()
-            plan(held_bytes(first), held_bytes(first) * self.ranks.fsdp_size)
+            held, whole = held_bytes(first), held_bytes(first) * self.ranks.fsdp_size
+            self._plan_passes(settings, replace(size, model_bytes=held, whole_bytes=whole))
         self._base_models = BaseModels(
             name,
             first=first,
@@ -387,9 +386,8 @@ class Engine:
         """
         return self._run(run_id)
 
-    def _plan_passes(self, settings: EngineSettings, gathered: int, vocab: int, model: int, whole: int) -> None:
-        """Divides what a model leaves of memory, alike on all ranks; see ModelSize for how large it is."""
-        size = ModelSize(gathered, model, whole, vocab)
+    def _plan_passes(self, settings: EngineSettings, size: ModelSize) -> None:
+        """Divides what a model leaves of memory, alike on all ranks."""
         forwards = plan_forwards(self.device, self.traits, settings, self.ranks, size)
         self.memory, self._passes = forwards.memory, Passes(forwards, self.counters, self._held_graphs, self.ranks)
 

@@ -81,10 +81,10 @@ class ModelSize:
         vocab_size: Logits a token.
     """
 
-    num_gathered: int
-    model_bytes: int
-    whole_bytes: int
-    vocab_size: int
+    num_gathered: int = 0
+    model_bytes: int = 0
+    whole_bytes: int = 0
+    vocab_size: int = 0
 
 
 def plan_forwards(device: Device, traits: Traits, settings: EngineSettings, ranks: Ranks, size: ModelSize) -> Forwards:

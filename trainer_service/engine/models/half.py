@@ -20,7 +20,8 @@ from trainer_service.engine.fused.linear import is_plain_linear
 from trainer_service.engine.models.experts import GROUPED
 from trainer_service.engine.models.lora_targets import Targets
 from trainer_service.engine.parallel.expert_parallel import goes_by_interface
-from trainer_service.engine.parallel.sharding import record_of, replace_parameters, weightless
+from trainer_service.engine.parallel.hollow import replace_parameters, weightless
+from trainer_service.engine.parallel.sharding import record_of
 
 _HALF = torch.bfloat16
 

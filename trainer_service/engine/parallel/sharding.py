@@ -16,7 +16,6 @@ With replicas (--dp-replicate-size) the mesh has two axes: parts lie along the s
 first. Layers are gathered within a replica; between replicas gradients are summed, once a batch.
 """
 
-import copy
 import functools
 import gc
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,6 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from gradwire.errors import error
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -37,6 +35,7 @@ from trainer_service.engine.device import Device
 from trainer_service.engine.parallel.cut_layers import Cutting
 from trainer_service.engine.parallel.expert_parallel import ExpertParallel, divide_experts, find_experts
 from trainer_service.engine.parallel.gloo_collectives import use_gloo_collectives
+from trainer_service.engine.parallel.hollow import copy_with, hollow_like, replace_parameters, weightless
 from trainer_service.engine.parallel.tensor_parallel import Cut, TensorParallel, cut_of, joined, mark_cut
 
 _RECORD = "_gradwire_sharded"
@@ -88,7 +87,7 @@ class Sharded:
     ) -> "Sharded":
         """Of a model that transformers loaded in parts, whose parts it takes."""
         found: dict[str, Any] = dict(loaded.named_parameters())
-        hollow = _hollow_like(loaded)
+        hollow = hollow_like(loaded)
         parts = {parameter: found[name].detach() for name, parameter in hollow.named_parameters()}
         cutting = None if group is None else Cutting(hollow, group)
         if cutting is not None:
@@ -149,7 +148,7 @@ class Sharded:
 
     def hollow_copy(self) -> PreTrainedModel:
         """Modules of its own; the parameters are `hollow`'s."""
-        return _copy_with(self.hollow, {})
+        return copy_with(self.hollow, {})
 
     def fill(self, model: PreTrainedModel, *, train: bool = False) -> None:
         """Puts this rank's parts into a hollow copy. Parameters it has beside them, an adapter's, are left alone.
@@ -163,7 +162,7 @@ class Sharded:
         adapter = [parameter for parameter in model.parameters() if parameter not in self._parts]
         apart = {parameter: weightless(parameter) for parameter in adapter if cutting is not None}
         record = Sharded(
-            _copy_with(model, apart),
+            copy_with(model, apart),
             self._parts,
             device=self._device,
             forward=self._forward,
@@ -235,7 +234,7 @@ class Sharded:
                 if not now[name].requires_grad:
                     self._wholes[parameter] = known
             made[parameter] = known
-        return _copy_with(self.hollow, made)
+        return copy_with(self.hollow, made)
 
     def part_copy(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same in parts: what does not train is shared. Adapters are copied with it."""
@@ -247,7 +246,7 @@ class Sharded:
             for name, parameter in self.hollow.named_parameters()
             if parameter not in self._parts
         }
-        hollow = _copy_with(self.hollow, adapter)
+        hollow = copy_with(self.hollow, adapter)
         parts: dict[nn.Parameter, Any] = {
             parameter: now[name].detach().clone() if now[name].requires_grad else now[name].detach()
             for name, parameter in hollow.named_parameters()
@@ -398,54 +397,6 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
             yield child
         else:
             yield from _layers(child)
-
-
-def _hollow_like(loaded: PreTrainedModel) -> PreTrainedModel:
-    plain = next(kind for kind in type(loaded).__mro__ if not issubclass(kind, FSDPModule))
-    config: Any = loaded.config
-    if hasattr(config, "distributed_config"):
-        # Of how it was loaded. It does not belong in what is exported.
-        del config.distributed_config
-    with torch.device("meta"):
-        hollow: Any = plain(config)  # pyright: ignore[reportCallIssue]
-    hollow.tie_weights()
-    shapes = {name: tuple(parameter.shape) for name, parameter in hollow.named_parameters()}
-    wanted = {name: tuple(parameter.shape) for name, parameter in loaded.named_parameters()}
-    if shapes != wanted:
-        name = next(iter({*shapes.items()} ^ {*wanted.items()}))[0]
-        raise error("NOT_IMPLEMENTED", f"{plain.__name__} cannot be put on many ranks: {name} comes out otherwise.")
-    device = next(part(parameter).device for parameter in loaded.parameters())
-    replace_parameters(hollow, {parameter: weightless(parameter, device) for parameter in hollow.parameters()})
-    buffers = dict(loaded.named_buffers())
-    for name, _ in list(hollow.named_buffers()):
-        module, _, own = name.rpartition(".")
-        hollow.get_submodule(module)._buffers[own] = buffers[name]
-    for name in ("generation_config", "_weight_conversions", "name_or_path"):
-        if name in vars(loaded):
-            setattr(hollow, name, getattr(loaded, name))
-    return hollow.eval()
-
-
-def weightless(
-    parameter: Tensor, device: torch.device | None = None, dtype: torch.dtype = torch.float32
-) -> nn.Parameter:
-    """A parameter of the same shape that takes no memory, where that one is unless another device is given."""
-    zero = torch.zeros((), dtype=dtype, device=device or parameter.device)
-    return nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
-
-
-def _copy_with(model: PreTrainedModel, parameters: Mapping[nn.Parameter, nn.Parameter]) -> PreTrainedModel:
-    """Modules of its own, buffers shared; these parameters in place of the model's, and the rest shared."""
-    tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, tensors | {id(old): new for old, new in parameters.items()})
-
-
-def replace_parameters(model: nn.Module, parameters: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Puts parameters in the place of others, wherever they are, so that what was tied stays it."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter in parameters:
-                module._parameters[name] = parameters[parameter]
 
 
 def _another(tensor: DTensor) -> DTensor:
