@@ -157,8 +157,10 @@ class Exchange:
         """Of rows in the order of their experts, given how many each expert has. All ranks of the group call this."""
         sent, received = counts_E.view(group.size, -1), torch.empty_like(counts_E).view(group.size, -1)
         distributed.all_to_all_single(received, sent, group=group.group)
+        num_sent, num_received = torch.stack([sent.sum(1), received.sum(1)]).tolist()
         experts = torch.arange(sent.shape[1], device=sent.device).repeat(group.size)
-        return cls(group, sent.sum(1).tolist(), received.sum(1).tolist(), experts.repeat_interleave(received.flatten()))
+        expert_S = experts.repeat_interleave(received.flatten(), output_size=sum(num_received))
+        return cls(group, num_sent, num_received, expert_S)
 
     def there(self, x_SD: Tensor) -> Tensor:
         """Each row where its expert is."""
