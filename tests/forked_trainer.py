@@ -5,8 +5,8 @@ what `python -m trainer_service` runs, in a process of its own, and so are the w
 waits for and ends as ever. They differ in where they come from: a process beside the trainer, its nursery, forks them
 when the trainer executes their command, and the kernel makes them the trainer's children.
 
-What a process is told and given when it is executed (command line, environment in /proc, limits) is for tests that
-start real ones: running_trainer(forked=False).
+What a process is told and given when it is executed (command line, environment in /proc, limits) is for tests whose
+trainer is: running_trainer and Trainer without forked=True, as benchmarks have them.
 """
 
 import contextlib

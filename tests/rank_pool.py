@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -82,6 +83,24 @@ def rank_pool(world_size: int, folder: Path) -> Iterator[RankPool]:
             process.join()
 
 
+_REAL = gc.unfreeze, gc.freeze
+
+
+@contextlib.contextmanager
+def garbage_among_all() -> Iterator[None]:
+    """In here a search for garbage that thaws everything does so on ranks of a pool, too."""
+    before = gc.unfreeze, gc.freeze
+    gc.unfreeze, gc.freeze = _REAL
+    try:
+        yield
+    finally:
+        gc.unfreeze, gc.freeze = before
+
+
+def _nothing() -> None:
+    """Thaws nothing, and freezes nothing."""
+
+
 def serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
     """A rank: runs what comes until nobody is left to ask."""
     from trainer_service.fleet.rank_processes import Place, rank_environment
@@ -94,6 +113,9 @@ def serve(rank: int, world_size: int, store: str, connection: Connection) -> Non
     from trainer_service.engine.rank_channels import Ranks
 
     torch.set_num_threads(1)
+    # What is frozen here was imported, and is no model, as a worker's first is: to look at all of it takes a fifth of a
+    # second, for each model that is let go.
+    gc.unfreeze = gc.freeze = _nothing
     # Every model that is loaded makes a mesh, whose groups stay with the process, each with a thread that wakes up a
     # hundred times a second. A worker loads one model; these ranks load hundreds.
     distributed: Any = torch.distributed

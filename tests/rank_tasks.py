@@ -20,6 +20,7 @@ from gradwire.v1.worker_service_pb2 import WorkerEvent, WorkerSample
 from transformers import AutoConfig
 
 from tests.engines import BATCH, CPU, RUN
+from tests.rank_pool import garbage_among_all
 from trainer_service.engine.device import Device
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.losses import find_loss
@@ -447,6 +448,7 @@ def summand(rank: int, number: int, size: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng((rank, number)).standard_normal(size).astype(np.float32) * 10.0 ** (3 * rank)
 
 
+@garbage_among_all()
 def delete(ranks: Ranks, folder: Path, checkpoint_dir: Path, *, lora: bool) -> int:
     """How many of a deleted run's parameters are still there."""
     engine = make_engine(ranks, folder, checkpoint_dir, lora=lora)

@@ -103,6 +103,7 @@ def start_trainer(
 ) -> subprocess.Popen[bytes] | ForkedTrainer:
     """Starts `python -m trainer_service`; see running_trainer. What it prints is added to its log."""
     if forked:
+        assert not max_open_files
         return ForkedTrainer(arguments, env, log)
     command = [sys.executable, "-m", "trainer_service", *arguments]
     if max_open_files:
@@ -118,7 +119,7 @@ def running_trainer(
     *arguments: str,
     env: dict[str, str] | None = None,
     max_open_files: int = 0,
-    forked: bool = True,
+    forked: bool = False,
 ) -> Iterator[TrainerProcess]:
     """Starts a trainer on a free port and stops it with SIGTERM; it must then exit 0 and leave nothing behind.
 
@@ -128,8 +129,7 @@ def running_trainer(
         *arguments: Further options.
         env: Added to its environment.
         max_open_files: The most it can have; 0 leaves that as it is.
-        forked: From a process that has imported what it needs (tests.forked_trainer); False executes it as users do,
-            as does max_open_files.
+        forked: From a process that has imported what it needs (tests.forked_trainer), and not executed, as users do.
     """
     ready_file = folder / "ready.json"
     log = folder / "trainer.log"
@@ -137,9 +137,7 @@ def running_trainer(
     # A spare worker's imports would be time that other tests lack.
     command += ["--data-dir", str(folder / "data"), "--ready-file", str(ready_file), "--spare-worker-after-s", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    process = start_trainer(
-        [*command, *arguments], environment, log, forked=forked and not max_open_files, max_open_files=max_open_files
-    )
+    process = start_trainer([*command, *arguments], environment, log, forked=forked, max_open_files=max_open_files)
     try:
         deadline = time.monotonic() + DEADLINE_S
         while not ready_file.exists():

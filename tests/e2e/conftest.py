@@ -12,7 +12,7 @@ from tests.trainer_process import TrainerProcess, running_trainer
 @pytest.fixture(scope="package")
 def trainer(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainerProcess]:
     """A ready trainer process."""
-    with running_trainer(tiny_llama, tmp_path_factory.mktemp("trainer"), forked=False) as running:
+    with running_trainer(tiny_llama, tmp_path_factory.mktemp("trainer")) as running:
         running.wait_ready()
         yield running
 

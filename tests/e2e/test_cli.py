@@ -137,6 +137,6 @@ def test_a_trainer_process_that_asks_for_a_certificate_is_opened_with_one(tiny_l
     cert, key = pem.server
     options = ["--tls-cert-file", cert, "--tls-key-file", key, "--tls-client-ca-file", pem.ca]
     client = ["--tls-ca-file", pem.ca, "--tls-cert-file", pem.client[0], "--tls-key-file", pem.client[1]]
-    with running_trainer(tiny_llama, tmp_path, *map(str, options)) as trainer:
+    with running_trainer(tiny_llama, tmp_path, *map(str, options), forked=True) as trainer:
         # It lists runs before its model is loaded.
         assert gradwire(f"https://{trainer.address}", "runs", "list", "--json", *client).stdout == "[]\n"

@@ -83,7 +83,10 @@ def test_a_trainer_out_of_reach_for_good_ends_in_unavailable(trainer: TrainerPro
 
 
 def test_kill_9_of_the_worker_mid_step_costs_time_and_nothing_else(tiny_llama: Path, tmp_path: Path):
-    with running_trainer(tiny_llama, tmp_path) as trainer, ServiceClient(trainer.base_url, timeout_s=90) as service:
+    with (
+        running_trainer(tiny_llama, tmp_path, forked=True) as trainer,
+        ServiceClient(trainer.base_url, timeout_s=90) as service,
+    ):
         undisturbed, client = (service.create_training_client() for _ in range(2))
         batch = data(9, 20)
         for future in [*steps(undisturbed, batch, 6), *steps(client, batch, 2)]:
@@ -111,7 +114,7 @@ def test_kill_9_of_the_worker_mid_step_costs_time_and_nothing_else(tiny_llama: P
 
 def test_sigterm_answers_what_is_queued_and_exits_0(tiny_llama: Path, tmp_path: Path):
     # running_trainer asserts exit code 0 and that no process is left.
-    with running_trainer(tiny_llama, tmp_path) as trainer:
+    with running_trainer(tiny_llama, tmp_path, forked=True) as trainer:
         service = ServiceClient(trainer.base_url, timeout_s=90, reconnect_timeout_s=0.5)
         client = service.create_training_client()
         futures = steps(client, data(*[40] * 30), 4)
@@ -130,7 +133,7 @@ def test_kill_9_of_the_trainer_leaves_no_process_and_blames_an_operation_only_if
     at_once: bool, tiny_llama: Path, tmp_path: Path
 ):
     with (
-        running_trainer(tiny_llama, tmp_path, forked=False) as trainer,
+        running_trainer(tiny_llama, tmp_path) as trainer,
         ServiceClient(trainer.base_url, timeout_s=90, reconnect_timeout_s=0.5) as service,
     ):
         client = service.create_training_client()

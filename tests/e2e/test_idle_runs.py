@@ -33,7 +33,7 @@ def go_on(client: TrainingClient) -> list[float]:
 
 def test_idle_runs_are_unloaded_after_their_lease_and_go_on_bit_for_bit(tiny_llama: Path, tmp_path: Path):
     with (
-        running_trainer(tiny_llama, tmp_path, "--idle-lease-s", "0.5") as trainer,
+        running_trainer(tiny_llama, tmp_path, "--idle-lease-s", "0.5", forked=True) as trainer,
         ServiceClient(trainer.base_url, timeout_s=90) as service,
     ):
         trainer.wait_ready()

@@ -34,7 +34,7 @@ DATA = [
 @pytest.fixture
 def own_trainer(tiny_llama: Path, tmp_path: Path) -> Iterator[TrainerProcess]:
     """A ready trainer process that a test may break; its data are in `tmp_path`."""
-    with running_trainer(tiny_llama, tmp_path) as running:
+    with running_trainer(tiny_llama, tmp_path, forked=True) as running:
         running.wait_ready()
         yield running
 

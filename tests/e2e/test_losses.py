@@ -68,7 +68,7 @@ def test_a_loss_of_the_trainers_owner_is_announced_and_trains(tiny_llama: Path, 
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     arguments = ("--loss-module", "my_losses")
     with (
-        running_trainer(tiny_llama, tmp_path, *arguments, env={"PYTHONPATH": path}) as trainer,
+        running_trainer(tiny_llama, tmp_path, *arguments, env={"PYTHONPATH": path}, forked=True) as trainer,
         ServiceClient(trainer.base_url, timeout_s=60) as service,
     ):
         client = service.create_training_client()

@@ -40,7 +40,10 @@ def test_fifty_clients_with_keys_train_at_once_and_see_only_their_own_runs(tiny_
     keys = {f"user{i:02d}": f"key-of-user-{i:02d}" for i in range(NUM_CLIENTS)}
     file.write_text("".join(f"{name} {key}\n" for name, key in keys.items()) + "ops key-of-ops admin\n")
     arguments = ("--api-key-file", str(file), "--max-runs", str(NUM_CLIENTS), "--max-runs-per-key", "1")
-    with running_trainer(tiny_llama, tmp_path, *arguments) as trainer, ThreadPoolExecutor(NUM_CLIENTS) as pool:
+    with (
+        running_trainer(tiny_llama, tmp_path, *arguments, forked=True) as trainer,
+        ThreadPoolExecutor(NUM_CLIENTS) as pool,
+    ):
         services = [ServiceClient(trainer.base_url, key, timeout_s=120) for key in keys.values()]
         everybody = threading.Barrier(NUM_CLIENTS)
         try:

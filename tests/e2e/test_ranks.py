@@ -60,7 +60,7 @@ def trainer(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     arguments = ("--nproc-per-node", "2", "--collective-timeout-s", "10", "--loss-module", "broken_losses")
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     env = {"PYTHONPATH": path, "HANGS_ONCE": str(folder / "hung")}
-    with running_trainer(tiny_llama, folder, *arguments, env=env) as running:
+    with running_trainer(tiny_llama, folder, *arguments, env=env, forked=True) as running:
         running.wait_ready()
         yield running
 
@@ -85,7 +85,7 @@ def test_ranks_are_told_of_and_sample_again_after_a_death(how: str, replicas: in
     ranks = 2 * replicas
     arguments = ["--nproc-per-node", f"{ranks}", "--dp-replicate-size", f"{replicas}"]
     arguments += ["--sampling-reshard-after-forward", how]
-    with running_trainer(tiny_llama, tmp_path, *arguments) as running:
+    with running_trainer(tiny_llama, tmp_path, *arguments, forked=True) as running:
         running.wait_ready(150)
         with ServiceClient(running.base_url, timeout_s=60) as service:
             (model,) = service.get_server_info().models

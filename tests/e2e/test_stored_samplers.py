@@ -19,7 +19,10 @@ def test_another_trainer_samples_from_what_is_only_in_the_store_and_starts_a_run
     store = ("--storage-url", (tmp_path / "store").as_uri())
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    with running_trainer(tiny_llama, tmp_path / "one", *store) as one, ServiceClient(one.base_url) as service:
+    with (
+        running_trainer(tiny_llama, tmp_path / "one", *store, forked=True) as one,
+        ServiceClient(one.base_url) as service,
+    ):
         full, lora = service.create_training_client(), service.create_training_client(lora_rank=4)
         train(full, 2)
         full.save_weights_for_sampler_ext("base", "base")
@@ -35,7 +38,10 @@ def test_another_trainer_samples_from_what_is_only_in_the_store_and_starts_a_run
         assert greedy(lora.save_weights_and_get_sampling_client()) == wanted[1]
         trained = logprobs(lora)
     assert wanted[0] != wanted[1]
-    with running_trainer(tiny_llama, tmp_path / "two", *store) as two, ServiceClient(two.base_url) as service:
+    with (
+        running_trainer(tiny_llama, tmp_path / "two", *store, forked=True) as two,
+        ServiceClient(two.base_url) as service,
+    ):
         assert [greedy(service.create_sampling_client(path)) for path in paths] == wanted
         started = service.create_training_client(adapter_path=paths[1])
         np.testing.assert_array_equal(logprobs(started), trained)

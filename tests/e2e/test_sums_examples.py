@@ -30,7 +30,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainerProcess
     make = "import sys, sums; sums.make_model(sys.argv[1])"
     made = [sys.executable, "-c", make, str(folder / "model")]
     subprocess.run(made, cwd=ROOT / "examples", check=True, capture_output=True, timeout=60)
-    with running_trainer(folder / "model", folder) as trainer:
+    with running_trainer(folder / "model", folder, forked=True) as trainer:
         trainer.wait_ready()
         yield trainer
 

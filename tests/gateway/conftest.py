@@ -22,7 +22,7 @@ KEY = "tml-of-a-test"
 @pytest.fixture(scope="package")
 def trainer(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainerProcess]:
     """A ready trainer process."""
-    with running_trainer(tiny_llama, tmp_path_factory.mktemp("trainer"), "--max-runs", "32") as running:
+    with running_trainer(tiny_llama, tmp_path_factory.mktemp("trainer"), "--max-runs", "32", forked=True) as running:
         running.wait_ready()
         yield running
 

@@ -79,7 +79,7 @@ def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kitchen]:
     (folder / "talk.jsonl").write_text("".join(json.dumps(one) + "\n" for one in talk))
     for name in ("trainer", "gateway"):
         (folder / name).mkdir()
-    with running_trainer(model, folder / "trainer", "--max-runs", "32") as trainer:
+    with running_trainer(model, folder / "trainer", "--max-runs", "32", forked=True) as trainer:
         trainer.wait_ready()
         with running_gateway(trainer.base_url, folder / "gateway", "--alias", MODEL) as gateway:
             yield Kitchen(folder, gateway.base_url)

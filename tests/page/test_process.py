@@ -38,7 +38,7 @@ def trainer(
     options = ["--page", "127.0.0.1:0"] + (["--otlp-endpoint", collector.endpoint] if collector else [])
     environment = {"OTEL_BSP_SCHEDULE_DELAY": "50"}
     folder = tmp_path_factory.mktemp("trainer")
-    with running_trainer(tiny_llama, folder, *options, env=environment, forked=False) as running:
+    with running_trainer(tiny_llama, folder, *options, env=environment) as running:
         running.wait_ready()
         yield running
 
