@@ -278,7 +278,8 @@ def _attend(
 def filled(tokens_GJND: Tensor) -> Tensor:
     """Queries, keys or values, on a CPU with zeros behind them up to a multiple of VECTOR."""
     missing = _missing(tokens_GJND.shape[2], tokens_GJND)
-    return F.pad(tokens_GJND, (0, 0, 0, missing)) if missing else tokens_GJND
+    # Token by token: what is computed comes out in the layout of queries, and models view all of a token as one.
+    return F.pad(tokens_GJND.transpose(1, 2), (0, 0, 0, 0, 0, missing)).transpose(1, 2) if missing else tokens_GJND
 
 
 def _missing(length: int, like: Tensor) -> int:
