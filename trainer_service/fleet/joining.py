@@ -5,7 +5,6 @@ connection breaks, for whatever reason, it ends them, and joins again: a trainer
 """
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import socket
@@ -293,15 +292,17 @@ async def serve_node(config: NodeConfig, token: str) -> int:
 
 async def _until_told(node: JoiningNode, told: "asyncio.Task[None]", config: NodeConfig) -> int:
     running = asyncio.create_task(node.run())
-    await asyncio.wait([told, running], return_when=asyncio.FIRST_COMPLETED)
-    told.cancel()
-    if not running.done():
+    try:
+        await asyncio.wait([told, running], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        told.cancel()
         running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
+        # Its server must have stopped before the event loop does, whoever ended this.
+        await asyncio.wait([running])
+    if running.cancelled():
         return config.stop_exit_code
     try:
-        await running
+        running.result()
     except JoinRefusedError as exc:
         print(f"gradwire: {exc}", file=sys.stderr)
     return 1
