@@ -16,6 +16,7 @@ from gradwire.v1 import trainer_service_pb2 as pb
 
 from tests.fakes import FakeWorker
 from tests.front_end import FrontEnd, front_end, front_end_on_a_thread
+from tests.waiting import until
 
 
 async def answer_of(trainer: FrontEnd, run_id: str, seq_id: int, timeout_ms: int = 0) -> pb.GetAnswerResponse:
@@ -126,6 +127,7 @@ async def test_a_save_is_answered_once_it_is_in_the_store_and_asking_often_store
         trainer.server.transfers.store = store
         stream = await trainer.attach(run_id)
         await stream.send(1, save_state={"name": "s"})
+        await until(lambda: bool(stored))
         for _ in range(3):
             assert (await answer_of(trainer, run_id, 1, timeout_ms=100)).pending
         # The stream's own, and one for all who ask.
