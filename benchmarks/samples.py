@@ -50,8 +50,9 @@ def first_token_s(
     while not job.samples[0].tokens:
         generation.step()
     waited_s = time.monotonic() - started_s
-    for seed in range(len(behind)):
-        generation.cancel(str(seed))
+    # The sampler is used again, by another loop.
+    for name in ("", *map(str, range(len(behind)))):
+        generation.cancel(name)
     return waited_s
 
 

@@ -9,6 +9,7 @@ dtype. Ours is what the worker runs: requests through the generation loop, logpr
 """
 
 import argparse
+import copy
 import random
 import statistics
 import tempfile
@@ -23,6 +24,7 @@ from service import tiny_model
 from side_by_side import Row, interleave, print_table, ratio
 
 from trainer_service.engine.device import pick_device, set_num_threads
+from trainer_service.engine.fused.install import fuse
 from trainer_service.engine.models.load import load_model
 from trainer_service.engine.sampling.decoder import Decoder
 from trainer_service.engine.sampling.job import Job
@@ -60,10 +62,13 @@ def _measure(arguments: argparse.Namespace) -> None:
     vocab_size = model.config.vocab_size
     model.generation_config.update(eos_token_id=None, pad_token_id=0, do_sample=False)
     attention = str(model.config._attn_implementation)
+    # As the worker has it.
+    ours_model = copy.deepcopy(model)
+    fuse(ours_model)
     decoding = find_decoding(
-        model, device, attention=attention, max_context_length=model.config.max_position_embeddings
+        ours_model, device, attention=attention, max_context_length=model.config.max_position_embeddings
     )
-    sampler = Sampler(None, Decoder(model, device, decoding))
+    sampler = Sampler(None, Decoder(ours_model, device, decoding))
     rng = random.Random(0)
     prompts = [_tokens(rng, rng.randrange(16, 97), vocab_size) for _ in range(arguments.requests)]
     shared = _tokens(rng, 256, vocab_size)
@@ -118,7 +123,7 @@ def _measure(arguments: argparse.Namespace) -> None:
             "the same over transformers.generate on the padded batch",
             f"{_rate(ours_per_token)} / {_rate([seconds / count for seconds in times['batch']])} tokens/s",
             f"{ratio(times['batch'], times['ours']):.2f}",
-            "at least 1.0",
+            "at least 1.3",
         ),
         Row(
             "prefill of 256 tokens, 8 samples of one prompt over 8 prompts",
