@@ -1,7 +1,8 @@
 """Products of linear layers in float32, by the faster of the two libraries that torch has for them.
 
 torch asks MKL, which keeps to AVX2 on CPUs that are not Intel's. oneDNN, by which torch makes products in bfloat16,
-uses AVX-512 on AMD's as well: 0.41 to 0.48 of the time, forward and backward, for 16 to 1,024 tokens.
+uses AVX-512 on AMD's as well: on Zen 5 it takes 0.41 to 0.48 of the time, forward and backward, for 16 to 1,024 tokens,
+on Zen 4, which does such instructions in two halves, 0.92.
 
 Who makes a product follows from the CPU and the weight's size, never from a measurement or from how many tokens there
 are: the same log gives the same bits, and a token's do not depend on how many stand beside it. By oneDNN, as by MKL,
@@ -12,6 +13,8 @@ Shape suffixes: T tokens, I and O a layer's inputs and outputs.
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,10 @@ from trainer_service.engine.device import computed_in
 
 _SMALLEST = 1 << 16
 """Elements of a weight from which on oneDNN is worth the 10 µs that it takes to be called."""
-_ADDED = 1 << 22
-"""Elements of a product that are added at a time: few enough to be still in the cache."""
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether products of these are made here, and not by torch's own choice."""
+    """Whether products of these are made by oneDNN, and not as torch chooses."""
     return fits(x, weight) and torch._C._get_mkldnn_enabled() and _by_onednn()
 
 
@@ -45,9 +46,8 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x · Wᵀ + bias, [T, O]."""
-    if serves(x_TI, weight_OI):
-        return _product(x_TI, weight_OI, bias_O)
-    return F.linear(x_TI, weight_OI, bias_O)
+    with _made_by(onednn=serves(x_TI, weight_OI)):
+        return F.linear(x_TI, weight_OI, bias_O)
 
 
 def product(left_MK: Tensor, right_KN: Tensor, *, served: bool) -> Tensor:
@@ -58,52 +58,64 @@ def product(left_MK: Tensor, right_KN: Tensor, *, served: bool) -> Tensor:
         right_KN: The other.
         served: Whether products of the layer's weight are.
     """
-    return _product(left_MK, right_KN.T) if served else left_MK @ right_KN
+    with _made_by(onednn=served):
+        return left_MK @ right_KN
 
 
 def input_gradient(grad_TO: Tensor, weight_OI: Tensor) -> Tensor:
     """g · W, [T, I]."""
-    if serves(grad_TO, weight_OI):
-        return _product(grad_TO, weight_OI.T)
-    return grad_TO @ weight_OI
+    with _made_by(onednn=serves(grad_TO, weight_OI)):
+        return grad_TO @ weight_OI
 
 
 def weight_gradient(grad_TO: Tensor, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     """gᵀ · x, [O, I]."""
-    if serves(x_TI, weight_OI):
-        return _product(grad_TO.T, x_TI.T)
-    return grad_TO.T @ x_TI
+    with _made_by(onednn=serves(x_TI, weight_OI)):
+        return grad_TO.T @ x_TI
 
 
 def add_weight_gradient(grad_TO: Tensor, x_TI: Tensor, weight: Tensor) -> None:
     """Adds gᵀ · x to the weight's gradient, in place where there is one."""
     if weight.grad is None:
         weight.grad = weight_gradient(grad_TO, x_TI, weight)
-    elif serves(x_TI, weight):
-        rows = max(1, _ADDED // weight.shape[1])
-        for into_OI, left_TO in zip(weight.grad.split(rows), grad_TO.split(rows, dim=1), strict=True):
-            into_OI.add_(_product(left_TO.T, x_TI.T))
     else:
-        weight.grad.addmm_(grad_TO.T, x_TI)
+        with _made_by(onednn=serves(x_TI, weight)):
+            weight.grad.addmm_(grad_TO.T, x_TI)
+
+
+@contextmanager
+def _made_by(*, onednn: bool) -> Iterator[None]:
+    """Has torch ask oneDNN for products in float32, or leaves who makes them to torch.
+
+    It asks it only where bfloat16 may take the place of float32. So it may here, and never does: without AMX oneDNN has
+    no products of float32 matrices other than in float32, see _by_onednn.
+    """
+    if not onednn:
+        yield
+        return
+    settings: Any = torch.backends.mkldnn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 @functools.cache
 def _by_onednn() -> bool:
+    """Whether oneDNN is the faster one, and as exact."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     cpus = Path("/proc/cpuinfo")
-    if not cpus.exists() or "AuthenticAMD" not in cpus.read_text():
+    if not cpus.exists() or "AuthenticAMD" not in (about := cpus.read_text()) or "amx_tile" in about:
         return False
     # Each length of a pack takes a dozen kernels of its own, and oneDNN would keep the last 1,024.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return hasattr(torch.backends.mkldnn, "matmul") and _is_exact()
 
 
-def _product(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """left · rightᵀ + bias, [M, N]. What torch.compile makes linear layers by; it has no public name."""
-    strides = right_NK.stride()
-    if 1 not in strides or 0 in strides:
-        # It takes a matrix or its transpose.
-        right_NK = right_NK.contiguous()
-    found: Any = torch.ops.mkldnn._linear_pointwise(left_MK, right_NK, bias_N, "none", [], "")
-    return found
+def _is_exact() -> bool:
+    """Whether products by oneDNN are those of float32, tried on numbers that bfloat16 would round."""
+    numbers = torch.full((64, 64), 1 + 2.0**-12)
+    with _made_by(onednn=True):
+        return torch.equal(numbers @ torch.eye(64), numbers)
