@@ -61,6 +61,7 @@ ENGINE_FLOORS = (
     "freed_memory",
     "device",
     "products",
+    "row_sums",
     "findings",
     "rank_store_client",
     "rank_channels",

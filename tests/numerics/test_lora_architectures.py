@@ -13,6 +13,7 @@ from tests.loras import ALL, adapter, check_comes_back, gradient, lora_engine, r
 from tests.numerics.bench import make_request
 from tests.numerics.plain import PlainSequence, cross_entropy_of, load_plain, random_sequences, relative_error, to_batch
 from tests.tiny import VOCAB_SIZE
+from trainer_service.engine import products
 from trainer_service.engine.sampling.job import Job
 from trainer_service.engine.sampling.service import Sampling
 
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings"),
 ]
 ARCHITECTURES = ("Falcon", "Llama4", "Glm4Moe", "DeepseekV3", "Qwen3Moe")
+LARGE = (("Falcon", True), ("Llama4", True))
 EXPERTS = ("Glm4Moe", "DeepseekV3", "Qwen3Moe")
 SEQUENCES = random_sequences((9, 1, 23, 16), vocab_size=VOCAB_SIZE)
 
@@ -56,10 +58,14 @@ def by_formula(folder: Path, values: dict[str, torch.Tensor]) -> tuple[np.ndarra
     return torch.cat(logprobs).detach().numpy(), {name: gradient(value) for name, value in theirs.items()}  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "large"), [*((each, False) for each in ARCHITECTURES), *LARGE])
 def test_logprobs_and_gradients_are_those_of_the_formula(
-    folder_of: Callable[..., Path], architecture: str, tmp_path: Path
+    folder_of: Callable[..., Path], architecture: str, large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also with products made as those of models as large as real ones."""
+    if large:
+        monkeypatch.setattr(products, "_SMALLEST", 1)
+        monkeypatch.setattr(products, "_by_onednn", products._is_exact)
     folder = folder_of(architecture)
     engine = lora_engine(folder, tmp_path, lora=ALL)
     randomize(engine, "lora")

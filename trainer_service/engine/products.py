@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -44,10 +44,16 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x · Wᵀ + bias, [T, O]."""
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x · Wᵀ + bias, […, I] → […, O]."""
+    x_TI = x.reshape(-1, x.shape[-1])
     with _made_by(onednn=serves(x_TI, weight_OI)):
-        return F.linear(x_TI, weight_OI, bias_O)
+        product_TO = F.linear(x_TI, weight_OI, bias_O)
+    if x.ndim == 2:
+        return product_TO
+    # No view to autograd, which lets no model change a view in place that a function of ours returns. What torch makes
+    # of more than two dimensions can be one.
+    return torch.ops.aten._unsafe_view(product_TO, [*x.shape[:-1], len(weight_OI)])
 
 
 def product(left_MK: Tensor, right_KN: Tensor, *, served: bool) -> Tensor:
@@ -93,12 +99,17 @@ def _made_by(*, onednn: bool) -> Iterator[None]:
     if not onednn:
         yield
         return
-    settings: Any = torch.backends.mkldnn.matmul
+    settings = _settings()
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
         yield
     finally:
         settings.fp32_precision = before
+
+
+def _settings() -> Any:
+    """torch's about oneDNN's products."""
+    return cast("Any", torch.backends.mkldnn).matmul
 
 
 @functools.cache
@@ -111,7 +122,7 @@ def _by_onednn() -> bool:
         return False
     # Each length of a pack takes a dozen kernels of its own, and oneDNN would keep the last 1,024.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    return hasattr(torch.backends.mkldnn, "matmul") and _is_exact()
+    return _is_exact()
 
 
 def _is_exact() -> bool:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from trainer_service.engine import products
 from trainer_service.engine.fused.install import fuse
 from trainer_service.engine.fused.linear import FusedLinear, add_in_place
+from trainer_service.engine.models.half import HalfLinear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
@@ -81,7 +82,7 @@ def test_torchs_settings_are_as_they_were_after_a_product(monkeypatch: pytest.Mo
     def refuse(*args: Any) -> torch.Tensor:
         raise MemoryError
 
-    settings: Any = torch.backends.mkldnn.matmul
+    settings = products._settings()
     before = settings.fp32_precision
     x, weight = drawn(2, INPUTS), drawn(OUTPUTS, INPUTS)
     products.linear(x, weight)
@@ -113,6 +114,33 @@ def test_a_fused_layer_is_the_layer_it_was(bias: bool, frozen: bool) -> None:
         assert (found.grad is None) is frozen
         if right.grad is not None:
             assert close(found.grad, right.grad)
+
+
+@pytest.mark.parametrize("faster", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["fused", "adding", "half"])
+def test_a_model_may_change_in_place_what_a_layer_returns(
+    monkeypatch: pytest.MonkeyPatch, kind: str, bias: bool, faster: bool
+) -> None:
+    """As Falcon's layers do; autograd refuses that of a view."""
+    monkeypatch.setattr(products, "_by_onednn", lambda: faster and products._is_exact())
+    model = nn.Sequential(nn.Linear(INPUTS, OUTPUTS, bias=bias))
+    layer: Any = model[0]
+    if kind == "half":
+        layer.bfloat16().requires_grad_(False).__class__ = HalfLinear
+    else:
+        fuse(model)
+        if kind == "adding":
+            add_in_place(model)
+    for shape in ((1, 30, INPUTS), (2, 3, 5, INPUTS), (INPUTS,)):
+        x, beside = drawn(*shape).requires_grad_(), drawn(OUTPUTS)
+        output = layer(x)
+        wanted = x.detach().double() @ layer.weight.detach().double().T + beside.double()
+        wanted += layer.bias.detach().double() if bias else 0.0
+        output += beside
+        assert close(output, wanted)
+        output.sum().backward()
+        assert x.grad is not None
 
 
 def test_what_is_not_float32_or_small_or_empty_is_left_to_torch() -> None:

@@ -52,7 +52,6 @@ class _LoraLinear(torch.autograd.Function):
             weight_OI, bias_O = layer.weight.to(dtype), layer.bias
             ctx.served = products.serves(x_TI, weight_OI)
             low_RT = products.product(a_RI.to(dtype), x_TI.T, served=ctx.served).mul_(scale)
-            # Made in the shape it is returned in: autograd lets no model change a view of it in place.
             product = products.linear(x_TI.view(x.shape), weight_OI, None if bias_O is None else bias_O.to(dtype))
             product.view(-1, len(weight_OI)).addmm_(low_RT.T, b_OR.to(dtype).T)
         ctx.save_for_backward(x_TI, low_RT, a_RI, b_OR)

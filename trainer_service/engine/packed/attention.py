@@ -41,9 +41,6 @@ UNDERSTOOD = frozenset(
 VECTOR = 16
 """Numbers that a CPU takes at once. Exponentials of scores that fill no vector come out otherwise, so keys are filled
 up to a multiple of this, here and where samples are made: a token's numbers are then the same in both, to the bit."""
-_FLOAT32_BELOW = 320
-"""Keys a segment sees below which a CPU computes attention in float32, whatever the dtype of the rest: its backward in
-bfloat16 takes two to six times as long for short segments, with AMX too."""
 
 
 @dataclass
@@ -165,21 +162,23 @@ def packed_attention(
     pack.windows.append(sliding_window)
     if _varlen_serves(query, key, value, softcap, s_aux) and pack.flat:
         return _varlen(pack, query[0], key[0], value[0], scaling, sliding_window)[None], None
-    queries, keys, values = (_by_piece(tokens[0], pack.pieces) for tokens in (query, key, value))
-    outputs = []
-    for number, (piece, query_HT) in enumerate(zip(pack.pieces, queries, strict=True)):
-        output_GHL = _attend(
-            _segments(query_HT, piece),
-            _with_ancestors(keys, piece, number),
-            _with_ancestors(values, piece, number),
-            mask=pack.mask(piece, sliding_window, query),
-            scaling=scaling,
-            softcap=softcap,
-            s_aux=s_aux,
-        )
-        # [G, H, L, E] → [G · L, H, E]
-        outputs.append(output_GHL.transpose(1, 2).flatten(0, 1))
-    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None], None
+    dtype = computed_in(query)
+    with in_float32_on_cpu(query, key, value) as (query, key, value):
+        queries, keys, values = (_by_piece(tokens[0], pack.pieces) for tokens in (query, key, value))
+        outputs = []
+        for number, (piece, query_HT) in enumerate(zip(pack.pieces, queries, strict=True)):
+            output_GHL = _attend(
+                _segments(query_HT, piece),
+                _with_ancestors(keys, piece, number),
+                _with_ancestors(values, piece, number),
+                mask=pack.mask(piece, sliding_window, query),
+                scaling=scaling,
+                softcap=softcap,
+                s_aux=s_aux,
+            )
+            # [G, H, L, E] → [G · L, H, E]
+            outputs.append(output_GHL.transpose(1, 2).flatten(0, 1))
+    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None].to(dtype), None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
@@ -199,6 +198,21 @@ def check_understood(kwargs: Mapping[str, Any], understood: frozenset[str], *, p
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in understood)
     if unknown or not plain:
         raise NotImplementedError(f"attention with {', '.join(unknown) or 'a mask, dropout, or without causality'}")
+
+
+@contextlib.contextmanager
+def in_float32_on_cpu(*tokens: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Queries, keys and values as attention takes them in the body: on a CPU in float32, whatever the rest is in.
+
+    There bfloat16 gains a quarter for thousands of tokens, and its backward takes up to six times as long for a
+    hundred. And it is by attention, which goes by whole segments here and token by token where samples are made, that
+    they would differ.
+    """
+    if tokens[0].device.type != "cpu":
+        yield tokens
+        return
+    with torch.autocast("cpu", enabled=False):
+        yield tuple(each.float() for each in tokens)
 
 
 def _by_piece(tokens_HT: Tensor, pieces: tuple[Piece, ...]) -> tuple[Tensor, ...]:
@@ -245,22 +259,16 @@ def _attend(
             num_heads = query_GHLD.shape[1]
             key_GJND, value_GJNE = repeated_heads(key_GJND, num_heads), repeated_heads(value_GJNE, num_heads)
             grouped = False
-        dtype = computed_in(query_GHLD)
-        whole = query_GHLD.device.type == "cpu" and dtype != torch.float32 and key_GJND.shape[2] < _FLOAT32_BELOW
-        with torch.autocast("cpu", enabled=False) if whole else contextlib.nullcontext():
-            if whole:
-                query_GHLD, key_GJND, value_GJNE = query_GHLD.float(), key_GJND.float(), value_GJNE.float()
-            output_GHLE = F.scaled_dot_product_attention(
-                query_GHLD,
-                key_GJND,
-                value_GJNE,
-                attn_mask=None if mask is None else mask.to(query_GHLD.dtype),
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
-            output_GHLE = output_GHLE[:, :, :length]
-            return output_GHLE.to(dtype) if whole else output_GHLE
+        output_GHLE = F.scaled_dot_product_attention(
+            query_GHLD,
+            key_GJND,
+            value_GJNE,
+            attn_mask=None if mask is None else mask.to(query_GHLD.dtype),
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        return output_GHLE[:, :, :length]
     key, value = (repeated_heads(tokens, query_GHLD.shape[1]) for tokens in (key_GJND, value_GJNE))
     scores = query_GHLD @ key.transpose(-1, -2) * (scaling or query_GHLD.shape[-1] ** -0.5)
     if softcap:

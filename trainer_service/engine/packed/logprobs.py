@@ -36,6 +36,7 @@ from torch import Tensor
 from trainer_service.engine import products
 from trainer_service.engine.packed.chunks import Chunk, Rows
 from trainer_service.engine.packed.vocabulary import Targets, VocabularyPart
+from trainer_service.engine.row_sums import logsumexp, row_sums
 
 _CHUNK_ELEMENTS = 1 << 25
 """Logits per chunk: 128 MiB in float32. Smaller chunks read and write the head's gradient too often."""
@@ -218,7 +219,7 @@ class _LinearLogprobs(torch.autograd.Function):
                     logits_CV = cast.logits(hidden_cast_TD[chunk.tokens], _at(low_TL, chunk))
                 else:
                     logits_CV = logits_TV[chunk.tokens]
-                lse_T[chunk.tokens] = torch.logsumexp(logits_CV, dim=-1)
+                lse_T[chunk.tokens] = logsumexp(logits_CV)
                 found_RK[chunk.rows] = chunk.at_targets(logits_CV, targets.rows_RK)
             lse_T, found_RK = targets.put_together(lse_T, found_RK)
             logprobs_RK = found_RK.sub_(lse_T[rows.token_of_row, None])
@@ -331,7 +332,7 @@ class _FrozenLogprobs(torch.autograd.Function):
                 # softmax(z) · sum, in place of z.
                 max_C = logits_CV.amax(-1)
                 weights_CV = logits_CV.sub_(max_C[:, None]).exp_()
-                sum_C = weights_CV.sum(-1)
+                sum_C = row_sums(weights_CV)
                 lse_T[chunk.tokens] = max_C + sum_C.log()
                 if expected_TD is not None:
                     if slope_CV is not None:
@@ -400,7 +401,7 @@ def target_logprobs(logits_TV: Tensor, targets_RK: Tensor, token_of_row_R: Tenso
     """
     columns_RK = targets_RK if targets_RK.ndim == 2 else targets_RK[:, None]
     logits_TV = logits_TV.float()
-    lse_T = torch.logsumexp(logits_TV, dim=-1)
+    lse_T = logsumexp(logits_TV)
     if token_of_row_R is None:
         found_RK = logits_TV.gather(-1, columns_RK) - lse_T[:, None]
     else:

@@ -21,7 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from trainer_service.engine.packed.attention import UNDERSTOOD, VECTOR, check_understood, repeated_heads
+from trainer_service.engine.device import computed_in
+from trainer_service.engine.packed.attention import (
+    UNDERSTOOD,
+    VECTOR,
+    check_understood,
+    in_float32_on_cpu,
+    repeated_heads,
+)
 from trainer_service.engine.sampling.cache import BLOCK, Block, Call, Views
 from trainer_service.engine.sampling.slots import Group, Reach
 
@@ -147,29 +154,35 @@ def cached_attention(
     tokens = _in_use
     in_shape = len(query) == 1 if tokens.rows is None else query.shape[2] == 1
     check_understood(kwargs, UNDERSTOOD, plain=causal and attention_mask is None and not dropout and in_shape)
-    layer = len(tokens.calls)
-    tokens.calls.append(Call(key.shape[1], key.shape[-1], value.shape[-1], key.dtype))
     reach = Reach(sliding_window, _chunk_of(module))
     scores = Scores(scaling or query.shape[-1] ** -0.5, reach, softcap, s_aux)
+    dtype = computed_in(query)
+    with in_float32_on_cpu(query, key, value) as states:
+        return _attend_all(tokens, states, scores).to(dtype), None
+
+
+AttentionInterface.register(ATTENTION, cached_attention)
+
+
+def _attend_all(tokens: Tokens, states: tuple[Tensor, ...], scores: "Scores") -> Tensor:
+    """What cached_attention returns, from its queries, keys and values."""
+    layer, (query, key, value) = len(tokens.calls), states
+    tokens.calls.append(Call(key.shape[1], key.shape[-1], value.shape[-1], key.dtype))
     if tokens.rows is not None:
         # [n, H, 1, D] → [1, H, n, D], in the order of the tokens.
-        query, key, value = (states[tokens.rows, :, 0].transpose(0, 1)[None] for states in (query, key, value))
-    split = list(zip(*(states[0].split(tokens.sizes, dim=1) for states in (query, key, value)), strict=True))
+        query, key, value = (each[tokens.rows, :, 0].transpose(0, 1)[None] for each in states)
+    split = list(zip(*(each[0].split(tokens.sizes, dim=1) for each in (query, key, value)), strict=True))
     num_parts = len(tokens.parts)
-    outputs = [_attend(tokens, part, layer, states, scores) for part, states in zip(tokens.parts, split, strict=False)]
+    outputs = [_attend(tokens, part, layer, own, scores) for part, own in zip(tokens.parts, split, strict=False)]
     outputs += [
-        _attend_slots(group, layer, states, scores)
-        for group, states in zip(tokens.groups, split[num_parts:], strict=False)
+        _attend_slots(group, layer, own, scores) for group, own in zip(tokens.groups, split[num_parts:], strict=False)
     ]
     if tokens.num_padding:
         outputs.append(query.new_zeros(tokens.num_padding, query.shape[1], value.shape[-1]))
     found = torch.cat(outputs)
     if tokens.rows is None:
-        return found[None], None
-    return torch.empty_like(found).index_copy_(0, tokens.rows, found)[:, None], None
-
-
-AttentionInterface.register(ATTENTION, cached_attention)
+        return found[None]
+    return torch.empty_like(found).index_copy_(0, tokens.rows, found)[:, None]
 
 
 def _chunk_of(module: nn.Module) -> int | None:
@@ -219,8 +232,9 @@ def _attend_prompt(
     num_new, reach = query_HND.shape[1], scores.reach
     query_BHND = F.pad(query_HND, (0, 0, 0, -num_new % VECTOR))[None]
     places = range(first, first + query_BHND.shape[2])
-    # Blocks that no new token sees need not be read.
-    seen = range(max(0, reach.first_seen(first)) // BLOCK * BLOCK, keys_JSD.shape[1] if first else places.stop)
+    # Blocks that no new token sees need not be read. Room behind the tokens is: how many keys there are decides in
+    # which parts they are summed up, see cache.capacity.
+    seen = range(max(0, reach.first_seen(first)) // BLOCK * BLOCK, keys_JSD.shape[1])
     keys_JSD, values_JSE = keys_JSD[:, seen.start : seen.stop], values_JSE[:, seen.start : seen.stop]
     causal = scores.plain and first == 0 and reach.first_seen(places.stop - 1) <= 0
     mask_NS = None if causal else tokens.mask(places, seen, reach, query_HND.device)

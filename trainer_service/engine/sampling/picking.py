@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer_service.engine.row_sums import logsumexp
+
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 2.0**-126, 2.0**127
 """Between them float32 holds a temperature with all its digits; one that becomes 0 or infinite would choose nothing."""
 _FIRST_LOOK = 1024
@@ -50,7 +52,7 @@ def pick(logits_NV: Tensor, choices: list[Choice], uniforms: list[float]) -> tup
         Tokens, and their logprobs in the distribution of the logits as they are: before temperature, top_k and top_p.
         A row whose logits are not finite gets a logprob that is not, and token 0.
     """
-    lse_N = torch.logsumexp(logits_NV, dim=-1)
+    lse_N = logsumexp(logits_NV)
     tokens_N = logits_NV.argmax(dim=-1)
     whole = [row for row, choice in enumerate(choices) if _is_whole(choice)]
     if whole:
@@ -120,18 +122,18 @@ class PlaceLogprobs:
 def likeliest(logits_NV: Tensor, topk: int) -> tuple[list[list[int]], list[list[float]]]:
     """The `topk` likeliest tokens of each row in falling order, and their logprobs."""
     logits_NK, tokens_NK = torch.topk(logits_NV, topk, dim=-1)
-    return tokens_NK.tolist(), (logits_NK - torch.logsumexp(logits_NV, dim=-1, keepdim=True)).tolist()
+    return tokens_NK.tolist(), (logits_NK - logsumexp(logits_NV)[:, None]).tolist()
 
 
 def target_logprobs(logits_NV: Tensor, targets_NK: Tensor) -> list[float]:
     """Logprobs of targets behind logits, row-major; 0 for one below 0."""
-    found_NK = logits_NV.gather(-1, targets_NK.clamp(min=0)) - torch.logsumexp(logits_NV, dim=-1, keepdim=True)
+    found_NK = logits_NV.gather(-1, targets_NK.clamp(min=0)) - logsumexp(logits_NV)[:, None]
     return torch.where(targets_NK < 0, 0.0, found_NK).flatten().tolist()
 
 
 def place_logprobs(logits_NV: Tensor, targets: list[int], topk: int) -> PlaceLogprobs:
     """Logprobs of `targets` [N] behind logits, and of the `topk` likeliest, in falling order, row-major."""
-    lse_N1 = torch.logsumexp(logits_NV, dim=-1, keepdim=True)
+    lse_N1 = logsumexp(logits_NV)[:, None]
     index_N1 = torch.tensor(targets, device=logits_NV.device)[:, None]
     logprobs_N = (logits_NV.gather(-1, index_N1) - lse_N1)[:, 0]
     if not topk:
