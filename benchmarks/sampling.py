@@ -148,10 +148,10 @@ def _measure(arguments: argparse.Namespace) -> None:
     ]
     model_path, num_prompts = arguments.base_model, arguments.requests
     rows += [
-        mismatch(model_path, "float32", num_prompts=num_prompts, num_samples=1, max_tokens=max_tokens, goal="1e-5"),
-        mismatch(model_path, "float32", num_prompts=2, num_samples=8, max_tokens=max_tokens, goal="1e-5"),
+        mismatch(model_path, "float32", num_prompts=num_prompts, num_samples=1, max_tokens=max_tokens, goal="1e-6"),
+        mismatch(model_path, "float32", num_prompts=2, num_samples=8, max_tokens=max_tokens, goal="1e-6"),
         mismatch(
-            model_path, "bfloat16", num_prompts=num_prompts, num_samples=1, max_tokens=max_tokens, goal="a few ulps"
+            model_path, "bfloat16", num_prompts=num_prompts, num_samples=1, max_tokens=max_tokens, goal="1e-6"
         ),
     ]
     print(
