@@ -345,6 +345,7 @@ class Run:
 
         Raises:
             FailedPreconditionError: STORAGE_FAILED: it cannot be read.
+            NotFoundError: RUN_NOT_FOUND: the run was deleted meanwhile.
         """
 
         def look() -> list[Row]:
@@ -357,6 +358,8 @@ class Run:
             with self._journal.kept():
                 rows = await asyncio.to_thread(look)
         except (sqlite3.Error, OSError) as exc:
+            if self._deleted is not None:
+                raise self._deleted from exc
             text = f"Operation {seq_id} was executed, but its answer cannot be read: {exc}."
             raise error("STORAGE_FAILED", text) from exc
         return rows[0] if rows else None

@@ -1,13 +1,19 @@
 """A run's folder that goes while the trainer runs: nothing more is executed that would be on no disk."""
 
+import asyncio
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
-from gradwire.errors import from_status
+import pytest
+from gradwire.errors import GradwireError, from_status
 from gradwire.v1.trainer_service_pb2 import CreateRunRequest
 
 from tests.fakes import FakeWorker
 from tests.runs import operations, settled, step, trainer
+from tests.waiting import DEADLINE_S, until
+from trainer_service.runs import journal as journal_file
 
 
 async def test_operations_are_refused_once_the_journal_is_gone_and_other_runs_go_on(tmp_path: Path):
@@ -56,3 +62,27 @@ async def test_a_copy_in_the_journals_place_is_not_taken_for_it(tmp_path: Path):
         shutil.rmtree(run.folder)
         shutil.copytree(tmp_path / "copy", run.folder)
         assert from_status((await run.execute(step(2))).error).reason == "STORAGE_FAILED"
+
+
+async def test_an_answer_that_is_looked_up_while_its_run_is_deleted_is_of_a_deleted_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    connect, looking, deleted = journal_file.connect, threading.Event(), threading.Event()
+
+    def connect_late(folder: Path, **how: Any) -> Any:
+        looking.set()
+        assert deleted.wait(DEADLINE_S)
+        return connect(folder, **how)
+
+    async with trainer(tmp_path, FakeWorker()) as runs:
+        run = await runs.create(CreateRunRequest())
+        await run.execute(step(1))
+        await settled(run)
+        monkeypatch.setattr(journal_file, "connect", connect_late)
+        asked = asyncio.create_task(run.row(1))
+        await until(looking.is_set)
+        await runs.delete(run.run_id)
+        deleted.set()
+        with pytest.raises(GradwireError, match=r"was deleted\.") as caught:
+            await asked
+        assert caught.value.reason == "RUN_NOT_FOUND"
