@@ -150,9 +150,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     rows += [
         mismatch(model_path, "float32", num_prompts=num_prompts, num_samples=1, max_tokens=max_tokens, goal="1e-6"),
         mismatch(model_path, "float32", num_prompts=2, num_samples=8, max_tokens=max_tokens, goal="1e-6"),
-        mismatch(
-            model_path, "bfloat16", num_prompts=num_prompts, num_samples=1, max_tokens=max_tokens, goal="1e-6"
-        ),
+        mismatch(model_path, "bfloat16", num_prompts=num_prompts, num_samples=1, max_tokens=max_tokens, goal="1e-6"),
     ]
     print(
         f"{model.config.architectures}, {device.name}, {torch.get_num_threads()} threads, {arguments.rounds} rounds\n"

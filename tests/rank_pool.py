@@ -49,13 +49,14 @@ class RankPool:
         """What the task returns on each rank, which get the same arguments behind their Ranks."""
         for connection in self._connections:
             connection.send((task, self._arranged, args, kwargs))
-        results: list[Any] = []
+        # All are read before any is looked at: the next task's are behind them.
+        answers: list[tuple[Any, str]] = []
         for rank, connection in enumerate(self._connections):
             assert connection.poll(TIMEOUT_S), f"rank {rank} does not answer"
-            result, failure = connection.recv()
+            answers.append(connection.recv())
+        for rank, (_, failure) in enumerate(answers):
             assert not failure, f"rank {rank}: {failure}"
-            results.append(result)
-        return results
+        return [result for result, _ in answers]
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ Shape suffixes: T tokens, I and O a layer's inputs and outputs.
 
 import functools
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from trainer_service.engine.device import computed_in
 
+_LOCK = threading.Lock()
 _SMALLEST = 1 << 16
 """Elements of a weight from which on oneDNN is worth the 10 µs that it takes to be called."""
 
@@ -95,16 +97,20 @@ def _made_by(*, onednn: bool) -> Iterator[None]:
 
     It asks it only where bfloat16 may take the place of float32. So it may here, and never does: without AMX oneDNN has
     no products of float32 matrices other than in float32, see _by_onednn.
+
+    The setting is the process's: a product that another thread has torch make meanwhile may come out in other bits. One
+    thread drives the device.
     """
     if not onednn:
         yield
         return
     settings = _settings()
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+    with _LOCK:
+        before, settings.fp32_precision = settings.fp32_precision, "bf16"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
 
 
 def _settings() -> Any:
