@@ -89,15 +89,21 @@ def test_what_fills_vectors_up_changes_nothing(before: int, softcap: float | Non
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_attention_on_a_cpu_is_in_float32_and_the_same_where_samples_are_made() -> None:
+@pytest.mark.parametrize(("length", "window"), [(60, None), (65, 40), (97, 40)])
+def test_attention_on_a_cpu_is_in_float32_and_the_same_where_samples_are_made(length: int, window: int | None) -> None:
     torch.manual_seed(0)
-    length, prompt = 60, 41
+    prompt = 41
     query, key, value = (torch.randn(1, heads, length, 16).bfloat16().requires_grad_() for heads in (4, 2, 2))
     pack = PackAttention((Piece(0, 1, length),))
     with torch.autocast("cpu", torch.bfloat16), pack_in_use(pack):
-        trained, _ = packed_attention(torch.nn.Module(), query, key, value, None)
+        trained, _ = packed_attention(torch.nn.Module(), query, key, value, None, sliding_window=window)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
     wanted = torch.nn.functional.scaled_dot_product_attention(
-        query.detach().float(), key.detach().float(), value.detach().float(), is_causal=True, enable_gqa=True
+        query.detach().float(),
+        key.detach().float(),
+        value.detach().float(),
+        attn_mask=(distance >= 0) & (distance < (window or length)),
+        enable_gqa=True,
     )
     assert trained.dtype == torch.bfloat16
     # Both are rounded to bfloat16; float32 sums in another order may fall on the other side of a half.
@@ -111,13 +117,16 @@ def test_attention_on_a_cpu_is_in_float32_and_the_same_where_samples_are_made() 
         states = (query, key, value)
         tokens = Tokens([Part.of(cache, prompt)], [], 0)
         with tokens_in_use(tokens):
-            sampled.append(cached_attention(torch.nn.Module(), *_at(slice(prompt), states), None)[0])
+            sampled.append(
+                cached_attention(torch.nn.Module(), *_at(slice(prompt), states), None, sliding_window=window)[0]
+            )
         slot = slots.add(cache)
         for place in range(prompt, length):
             slots.reserve(slot)
             tokens = Tokens([], slots.groups(), 0)
             with tokens_in_use(tokens):
-                sampled.append(cached_attention(torch.nn.Module(), *_at(slice(place, place + 1), states), None)[0])
+                new = _at(slice(place, place + 1), states)
+                sampled.append(cached_attention(torch.nn.Module(), *new, None, sliding_window=window)[0])
     found = torch.cat(sampled, dim=1)
     assert found.dtype == torch.bfloat16
     # With attention in bfloat16 where samples are made, a third of them differ.

@@ -77,7 +77,7 @@ class PackAttention:
         return tuple(piece.length for piece in self.pieces for _ in range(piece.count))
 
     def mask(self, piece: Piece, window: int | None, like: Tensor) -> Tensor | None:
-        """What is added to a piece's scores, 0 or −inf, [L, M + L] with keys filled up; None if plain causal attention
+        """What is added to a piece's scores, 0 or −inf, [L, M + L], filled up; None if plain causal attention
         is enough."""
         num_before = sum(self.pieces[number].length for number in piece.ancestors)
         if window is not None and num_before + piece.length <= window:
@@ -204,7 +204,7 @@ def check_understood(kwargs: Mapping[str, Any], understood: frozenset[str], *, p
 def in_float32_on_cpu(*tokens: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Queries, keys and values as attention takes them in the body: on a CPU in float32 at least.
 
-    There bfloat16 gains a quarter for thousands of tokens, and its backward takes up to six times as long for a
+    There bfloat16 gains a fifth for thousands of tokens, and its backward takes up to six times as long for a
     hundred. And it is by attention, which goes by whole segments here and token by token where samples are made, that
     they would differ.
     """
@@ -251,9 +251,8 @@ def _attend(
     grouped, length = query_GHLD.shape[1] != key_GJND.shape[1], query_GHLD.shape[2]
     key_GJND, value_GJNE = filled(key_GJND), filled(value_GJNE)
     if not softcap and s_aux is None:
-        if mask is None:
-            # Without a mask there are as many queries as keys. Those behind the last come to nothing.
-            query_GHLD = filled(query_GHLD)
+        # A few queries that stand alone behind others would come out otherwise too. What is filled up comes to nothing.
+        query_GHLD = filled(query_GHLD)
         if grouped and mask is not None:
             # With a mask, torch falls back to a slow kernel unless keys are repeated.
             num_heads = query_GHLD.shape[1]
@@ -275,7 +274,7 @@ def _attend(
         scores = torch.tanh(scores / softcap) * softcap
     if mask is None:
         mask = _mask(length, 0, None, query_GHLD)
-    scores = scores.float() + mask
+    scores = scores.float() + mask[:length]
     if s_aux is not None:
         sinks = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sinks], dim=-1)
@@ -301,14 +300,15 @@ def repeated_heads(tokens_GJND: Tensor, num_heads: int) -> Tensor:
 
 
 def _mask(length: int, num_before: int, window: int | None, like: Tensor) -> Tensor:
-    """[L, M + L], filled up as keys are: a token sees its ancestors, itself and what is in between, at most `window`
-    tokens.
+    """[L, M + L], filled up as queries and keys are: a token sees its ancestors, itself and what is in between, at most
+    `window` tokens.
 
     In the dtype of `like`, so that it is cast once per pack and not per layer; 0 and −inf are exact in any dtype.
     """
     last = num_before + length
-    place = torch.arange(last + _missing(last, like), device=like.device)
-    distance = place[num_before:last, None] - place
+    key = torch.arange(last + _missing(last, like), device=like.device)
+    query = torch.arange(num_before, last + _missing(length, like), device=like.device)
+    distance = query[:, None] - key
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
 

@@ -232,9 +232,10 @@ def _attend_prompt(
     num_new, reach = query_HND.shape[1], scores.reach
     query_BHND = F.pad(query_HND, (0, 0, 0, -num_new % VECTOR))[None]
     places = range(first, first + query_BHND.shape[2])
-    # Blocks that no new token sees need not be read. Room behind the tokens is: how many keys there are decides in
-    # which parts they are summed up, see cache.capacity.
-    seen = range(max(0, reach.first_seen(first)) // BLOCK * BLOCK, keys_JSD.shape[1])
+    # Blocks that no new token sees need not be read. Room behind the tokens is on a CPU, where the number of keys
+    # decides in which parts they are summed up, see cache.capacity.
+    stop = keys_JSD.shape[1] if first or query_HND.device.type == "cpu" else places.stop
+    seen = range(max(0, reach.first_seen(first)) // BLOCK * BLOCK, stop)
     keys_JSD, values_JSE = keys_JSD[:, seen.start : seen.stop], values_JSE[:, seen.start : seen.stop]
     causal = scores.plain and first == 0 and reach.first_seen(places.stop - 1) <= 0
     mask_NS = None if causal else tokens.mask(places, seen, reach, query_HND.device)
