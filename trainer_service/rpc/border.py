@@ -21,7 +21,7 @@ from grpc_status import rpc_status
 from trainer_service.access import ANYBODY, ApiKeys, Caller, current_caller
 from trainer_service.logs import request_id
 from trainer_service.metrics import Metrics
-from trainer_service.rpc.bounded_messages import Malformed, Messages, Received, memory_bytes
+from trainer_service.rpc.bounded_messages import Malformed, Messages, Received
 from trainer_service.rpc.request_checks import RequestChecks
 from trainer_service.tracing import traced_call
 
@@ -149,7 +149,7 @@ class Border(grpc.aio.ServerInterceptor):
 
         def received(data: bytes) -> Received | Malformed:
             try:
-                return Received(self._messages.parse(data, message_type), data, memory_bytes(data, message_type))
+                return self._messages.received(data, message_type)
             except GradwireError as exc:
                 return Malformed(exc)
 

@@ -17,7 +17,7 @@ from typing import Any
 import grpc.aio
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
-from gradwire._wire.wire_format import fields
+from gradwire._wire.wire_format import fields, outline
 from gradwire.errors import GradwireError, error
 
 from trainer_service.rpc.request_checks import RequestChecks
@@ -57,10 +57,16 @@ class Malformed:
 class Received:
     """A message of a stream and its encoding, so that it can be passed on without encoding it again."""
 
-    message: Any
+    outline: Any
+    """The message, if it is large without what its tensors hold: parsing that copies it."""
     encoded: bytes
     memory_bytes: int
-    """About how much memory both take."""
+    """About how much memory it takes, with a copy on its way."""
+
+    @property
+    def message(self) -> Any:
+        """All of the message, parsed at each look."""
+        return type(self.outline).FromString(self.encoded)
 
 
 class Messages:
@@ -117,8 +123,21 @@ class Messages:
         with self._keyless.call(method, context.peer()):
             yield self.parse(await self._keyless.read(context), kind)
 
-    def parse(self, data: bytes, kind: type[Message]) -> Message:
+    def received(self, data: bytes, kind: type[Message]) -> Received:
+        """A message of a stream.
+
+        Raises:
+            GradwireError: As `parse`.
+        """
+        return Received(self.parse(data, kind, in_outline=True), data, memory_bytes(data, kind))
+
+    def parse(self, data: bytes, kind: type[Message], *, in_outline: bool = False) -> Message:
         """A message.
+
+        Args:
+            data: Its encoding.
+            kind: Its type.
+            in_outline: Leave out what large `bytes` fields hold.
 
         Raises:
             ResourceExhaustedError: LIMIT_EXCEEDED: it is too large, or too much of it is not tensors.
@@ -131,7 +150,9 @@ class Messages:
             if self._checks is not None:
                 self._checks.check_encoded(data, kind.DESCRIPTOR)
             typed = 0 if len(data) <= MAX_TYPED_BYTES else typed_bytes(data, kind)
-            message = kind.FromString(data) if typed <= MAX_TYPED_BYTES else None
+            message = None
+            if typed <= MAX_TYPED_BYTES:
+                message = kind.FromString(_in_outline(data, kind) if in_outline else data)
         except (DecodeError, ValueError, IndexError):
             text = f"The message ({len(data)} bytes) cannot be parsed; it is not of the type that this call takes."
             raise error("PROTOCOL_VIOLATION", text) from None
@@ -211,6 +232,15 @@ def _message(data: Any) -> bytes:
     if not isinstance(data, bytes):
         raise error("PROTOCOL_VIOLATION", "The call ended without a message; it needs one.")
     return data
+
+
+def _in_outline(data: bytes, kind: type[Message]) -> bytes:
+    if len(data) <= _SMALL_MESSAGE_BYTES:
+        return data
+    try:
+        return outline(memoryview(data), kind.DESCRIPTOR)
+    except (ValueError, IndexError):
+        return data  # Parsing tells whether it is a message all the same.
 
 
 def typed_bytes(data: bytes, kind: type[Message]) -> int:

@@ -109,7 +109,7 @@ class TrainStream:
                 await self._written.wait()
 
     def _operation(self, received: Received) -> Operation:
-        operation = Operation(received.message, received.encoded, received.memory_bytes)
+        operation = Operation(received.outline, received.encoded, received.memory_bytes)
         if not operation.kind:
             return operation
         request = operation.request
@@ -181,7 +181,7 @@ async def read_attach(context: grpc.aio.ServicerContext) -> TrainRequest:
     first: Any = await context.read()
     if isinstance(first, Malformed):
         raise first.exc
-    request: Any = first.message if isinstance(first, Received) else TrainRequest()
+    request: Any = first.outline if isinstance(first, Received) else TrainRequest()
     if request.WhichOneof("operation") != "attach":
         got = request.WhichOneof("operation") or "nothing"
         raise error("PROTOCOL_VIOLATION", f"The first message of a Train stream must be attach; got {got}.")

@@ -17,9 +17,9 @@ class Operation:
     """An operation to be executed."""
 
     request: TrainRequest
-    """The request, with its seq_id."""
+    """The request, with its seq_id. What large tensors hold may be left out; `encoded` has it."""
     encoded: bytes
-    """The same, as the client encoded it."""
+    """The request as the client encoded it."""
     memory_bytes: int = 0
     """About the memory that both take; 0 if it is counted elsewhere."""
     refusal: GradwireError | None = None
@@ -79,7 +79,8 @@ class Operation:
         except ValueError:
             # Unknown fields of a wire type that we cannot skip; protobuf can.
             hashed = xxhash.xxh3_128(kind.encode() + b"\0")
-        hashed.update(content.SerializeToString(deterministic=True))
+        whole: Any = getattr(TrainRequest.FromString(self.encoded), kind)
+        hashed.update(whole.SerializeToString(deterministic=True))
         return hashed.digest()
 
 

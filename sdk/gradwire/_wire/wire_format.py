@@ -6,11 +6,16 @@ sides.
 """
 
 from collections.abc import Iterator
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
 
 Parts = list[bytes | memoryview]
 """An encoded message in pieces, to be joined; a memoryview is over single bytes."""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_LARGE_BYTES = 4096
+"""Contents from which on it pays to look inside a field."""
 
 
 def fields(encoded: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
@@ -20,7 +25,8 @@ def fields(encoded: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
         Number, the whole field with its tag, and the content of a length-delimited one (else empty).
 
     Raises:
-        ValueError: A group, which proto3 has not; only unknown fields can be one. Or a number that has no end.
+        ValueError: A group, which proto3 has not; only unknown fields can be one. Or what no valid message has: a
+            number without an end, a content that is cut off.
     """
     place = 0
     while place < len(encoded):
@@ -31,6 +37,8 @@ def fields(encoded: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
         if wire_type == _BYTES:
             size, place = _varint(encoded, place)
             content = encoded[place : place + size]
+            if len(content) < size:
+                raise ValueError(f"a field at byte {start} that ends behind its message")
             place += size
         elif wire_type == _VARINT:
             _, place = _varint(encoded, place)
@@ -46,6 +54,31 @@ def fields(encoded: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
 def embed(number: int, *content: bytes | memoryview) -> Parts:
     """An encoded message, or anything else length-delimited, as field `number` of another."""
     return [_encode_varint(number << 3 | _BYTES) + _encode_varint(sum(map(len, content))), *content]
+
+
+def outline(encoded: memoryview, descriptor: Any) -> bytes:
+    """A message without the content of its large `bytes` fields, such as what tensors hold: those are set, and empty.
+    It can be parsed exactly if the message can, without a copy of what is large.
+
+    Args:
+        encoded: The message.
+        descriptor: Of its type.
+
+    Raises:
+        ValueError, IndexError: As `fields`; or a large field that is encoded as no program does.
+    """
+    parts: Parts = []
+    for number, whole, content in fields(encoded):
+        field = descriptor.fields_by_number.get(number) if len(content) >= _LARGE_BYTES else None
+        nested = field.message_type if field is not None else None
+        if nested is None and (field is None or field.type != FieldDescriptor.TYPE_BYTES):
+            parts.append(whole)
+            continue
+        if whole[: len(whole) - len(content)] != embed(number, content)[0]:
+            # Such as a length of more bytes than it needs, which not every parser takes.
+            raise ValueError(f"a tag or length of field {number} that is longer than it needs to be")
+        parts += embed(number) if nested is None else embed(number, outline(content, nested))
+    return b"".join(parts)
 
 
 def _varint(encoded: memoryview, place: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from gradwire._wire.wire_format import embed, fields
+from gradwire._wire.wire_format import embed, fields, outline
 from gradwire.errors import error
 from gradwire.v1 import operation_pb2 as ops
 from gradwire.v1.datum_pb2 import DatumBatch
@@ -95,6 +95,24 @@ def test_what_was_typed_by_hand_is_the_same_however_it_was_sent():
     datum.loss_fn_inputs["target_tokens"].ints.values.extend([2, 3])
     assert digest(request) == Operation.made(request).digest()
     assert digest(forward_backward()) == Operation.made(forward_backward()).digest()
+
+
+def test_what_an_outline_leaves_out_is_part_of_the_content():
+    def in_outline(value: int, form: str) -> Operation:
+        large = Tensor(data=bytes([value]) * 5000, dtype=DATA_TYPE_FLOAT32, shape=[1250])
+        made: dict[str, Any] = {
+            "forward": {"batch": {"tokens": large}},
+            "forward_backward": {"data": [{"loss_fn_inputs": {"weights": large}}]},
+            "backward": {"gradients": large},
+        }
+        encoded = TrainRequest(seq_id=1, **{form: made[form]}).SerializeToString()
+        request = TrainRequest.FromString(outline(memoryview(encoded), TrainRequest.DESCRIPTOR))
+        assert request.ByteSize() < 100
+        assert Operation(request, encoded).digest() == digest(TrainRequest.FromString(encoded))
+        return Operation(request, encoded)
+
+    for form in ("forward", "forward_backward", "backward"):
+        assert in_outline(1, form).digest() != in_outline(2, form).digest()
 
 
 def test_unknown_fields_do_no_harm():
