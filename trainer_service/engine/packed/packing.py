@@ -116,7 +116,8 @@ def plan_packs(
     lengths = np.diff(cu_seqlens)
     families = _families(tokens_T, cu_seqlens, max_tokens, min_shared) if share else None
     if families is None:
-        families = [[(number, 0)] for number in range(len(lengths))]
+        bins = _first_fit_decreasing(lengths.tolist(), max_tokens)
+        return [_build_unshared(np.array(bin_), lengths, cu_seqlens) for bin_ in bins]
     sizes = [sum(int(lengths[number]) - common for number, common in family) for family in families]
     return [
         _build([families[number] for number in bin_], lengths, cu_seqlens)
@@ -157,7 +158,7 @@ def _families(
 
 def _worth_sharing(family: list[tuple[int, int]], keys: Sequence[bytes]) -> bool:
     saved = sum(common for _, common in family)
-    return saved > MIN_SAVING * sum(len(keys[number]) // 4 for number, _ in family)
+    return saved > 0 and saved > MIN_SAVING * sum(len(keys[number]) // 4 for number, _ in family)
 
 
 def _common_tokens(one: bytes, other: bytes, min_shared: int) -> int:
@@ -189,6 +190,27 @@ def _first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]
         bins[place].append(item)
         room[place] -= size
     return bins
+
+
+def _build_unshared(numbers: Ints, lengths: Ints, cu_seqlens: Ints) -> Pack:
+    """What `_build` makes of these sequences where none shares anything, without a step for each of them."""
+    # Pieces: sequences of the same length become adjacent, lengths in the order in which they first appear.
+    _, first, group = np.unique(lengths[numbers], return_index=True, return_inverse=True)
+    sequences = numbers[np.argsort(first[group], kind="stable")]
+    own = lengths[sequences]
+    cu_own = np.concatenate([[0], np.cumsum(own)])
+    positions = np.arange(cu_own[-1]) - np.repeat(cu_own[:-1], own)
+    rows = positions + np.repeat(cu_seqlens[sequences], own)
+    bounds = [*np.flatnonzero(np.diff(own, prepend=0)).tolist(), len(own)]
+    return Pack(
+        token_rows_T=rows,
+        positions_T=positions,
+        pieces=tuple(Piece(int(cu_own[lo]), hi - lo, int(own[lo])) for lo, hi in pairwise(bounds)),
+        sequences=tuple(sequences.tolist()),
+        rows_R=rows,
+        cu_seqlens=cu_own,
+        token_of_row_R=None,
+    )
 
 
 def _build(families: Iterable[list[tuple[int, int]]], lengths: Ints, cu_seqlens: Ints) -> Pack:

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer_service.engine.packed import packing
 from trainer_service.engine.packed.packing import Pack, plan_packs
 
 MIN_SHARED = 3
@@ -71,6 +72,19 @@ def test_packs_keep_to_the_budget_unless_one_sequence_is_longer(batch: list[list
 def test_sharing_never_costs_tokens(batch: list[list[int]], max_tokens: int) -> None:
     shared = sum(pack.num_tokens for pack in plan(batch, max_tokens)[0])
     assert shared <= sum(map(len, batch))
+
+
+@settings(deadline=None, max_examples=100)
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=12), data=st.data())
+def test_a_pack_that_shares_nothing_is_built_at_once_as_it_is_built_segment_by_segment(
+    lengths: list[int], data: st.DataObject
+) -> None:
+    bounds = np.cumsum([0, *lengths]).astype(np.int64)
+    numbers = data.draw(st.permutations(range(len(lengths))))[: data.draw(st.integers(1, len(lengths)))]
+    at_once = packing._build_unshared(np.array(numbers), np.array(lengths), bounds)
+    by_segment = packing._build([[(number, 0)] for number in numbers], np.array(lengths), bounds)
+    for name in Pack.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(at_once, name), getattr(by_segment, name), err_msg=name)
 
 
 def test_a_prompt_with_many_completions_is_computed_once() -> None:
